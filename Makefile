@@ -1,0 +1,65 @@
+# make demo    made-up parts from scan to tables, in minutes, nothing to download but pip packages
+# make test    the tests
+# make lint    ruff and mypy
+# All of them set up .venv first, once; a second call installs nothing.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+APT_PACKAGES := libusb-1.0-0 libgl1 libegl1 libx11-6 libudev1 libidn2-0 libgomp1
+
+.PHONY: demo test lint setup clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, found $$($(PYTHON) --version): run make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt -r requirements-dev.txt
+	@$(MAKE) --no-print-directory system-libraries
+	@touch $@
+
+# open3d's wheel needs libraries of the system: its import tells whether they are there.
+.PHONY: system-libraries
+system-libraries:
+	@if $(BIN)/python -c 'import open3d' 2>/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(APT_PACKAGES) >/dev/null && \
+		$(BIN)/python -c 'import open3d'; \
+	else \
+		$(BIN)/python -c 'import open3d' 2>&1 | tail -n 1; \
+		echo "open3d needs system libraries. Install them and run make again:"; \
+		echo "    sudo apt-get update && sudo apt-get install -y $(APT_PACKAGES)"; \
+		exit 1; \
+	fi
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Backbones that need no download: EfficientNet-Lite0 (weights in a pip package) and FPFH (needs none).
+DEMO_FLAGS := --dataset_path $(DEMO)/parts --classes gasket bracket cookie --random_state 0 \
+	--rgb_backbone_name efficientnet_lite0 --xyz_backbone_name FPFH
+
+demo: setup
+	test -d $(DEMO)/parts || { $(BIN)/python utils/synthetic.py $(DEMO)/making && mv $(DEMO)/making $(DEMO)/parts; }
+	$(BIN)/python utils/preprocessing.py $(DEMO)/parts
+	$(BIN)/python main.py $(DEMO_FLAGS) --method_name DINO+Point_MAE --memory_bank multiple \
+		--save_feature --save_feature_path $(DEMO)/patch_lib --output_dir $(DEMO)/double
+	$(BIN)/python fusion_pretrain.py --data_path $(DEMO)/patch_lib --output_dir $(DEMO)/uff \
+		--batch_size 4 --accum_iter 1 --epochs 3 --lr 0.003
+	$(BIN)/python main.py $(DEMO_FLAGS) --method_name DINO+Point_MAE+Fusion --memory_bank multiple \
+		--use_uff --fusion_module_path $(DEMO)/uff/checkpoint-2.pth --save_preds --output_dir $(DEMO)/full
+	@echo
+	@echo "the parts:            $(DEMO)/parts/preview.png"
+	@echo "pictures of results:  $(DEMO)/full/pred_maps/<class>/<defect>/<stem>.png"
+	@echo "tables, all figures:  $(DEMO)/full/*.md, $(DEMO)/full/results.json"
+
+clean:
+	rm -rf $(VENV) $(DEMO)
