@@ -1,0 +1,47 @@
+"""The one reader of checkpoint files: nothing is unpickled but tensors and plain values."""
+
+import argparse
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.errors import InputError
+
+# argparse.Namespace and NumPy scalars ride along in published files. NumPy 2 moved its modules, so files written
+# under NumPy 1 ask for the scalar constructor by its former name.
+_NUMPY_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
+_SAFE_GLOBALS: list[Any] = [
+    argparse.Namespace,
+    _NUMPY_SCALAR,
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(code)) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")),
+]
+
+
+def read_checkpoint(path: Path) -> Any:
+    """Read a file written by torch.save onto the CPU, with weights_only=True.
+
+    Raises:
+        InputError: the file is absent, truncated, no checkpoint, or holds objects that are not allowed.
+    """
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist: check the path or train it first")
+    try:
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # Only the name is taken: torch's message goes on to advise how to unpickle whatever a file holds.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"it holds a {named[1]}" if named else "it is no checkpoint or a damaged one"
+        raise InputError(
+            f"{path} is refused: {found}, and only tensors, plain containers, argparse.Namespace and NumPy scalars are "
+            "unpickled: download it again from its authors"
+        ) from None
+    except Exception as error:  # damaged bytes make the unpickler raise anything
+        reason = re.split(r"\n|\. ", str(error).strip())[0] or type(error).__name__
+        raise InputError(f"{path} cannot be read as a checkpoint ({reason}): download it again") from None

@@ -1,0 +1,32 @@
+"""The records that travel between the stages: named tuples of tensors, with their shapes and units."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Sample(NamedTuple):
+    """One view of one part, S = img_size. A modality that the method does not need is None."""
+
+    path: str  # "test/hole/000": split, defect, stem, relative to the class folder
+    rgb: Tensor | None = None  # (3, S, S) float32, ImageNet-normalised
+    xyz: Tensor | None = None  # (3, S, S) float32, metres, camera frame; an invalid pixel is exactly 0
+    mask: Tensor | None = None  # (1, S, S) uint8, 1 = defect; test split only
+    label: int | None = None  # 1 = defective part, 0 = good; test split only
+
+
+class PatchFeatures(NamedTuple):
+    """The patch features of one sample, row-major over their grid. A bank that the method lacks is None."""
+
+    rgb: Tensor | None = None  # (rgb_grid**2, C_rgb) float32
+    xyz: Tensor | None = None  # (xyz_grid**2, C_xyz) float32; a patch without a valid point is exactly 0
+    fusion: Tensor | None = None  # (xyz_grid**2, C_fusion) float32
+
+
+class Prediction(NamedTuple):
+    """What a detector says about one sample; larger means more anomalous."""
+
+    score: float  # of the whole part
+    anomaly_map: Tensor  # (S, S) float32, per pixel
+    bank_scores: dict[str, float]  # before decision fusion, by bank name
+    bank_maps: dict[str, Tensor]  # (S, S) float32 each, before decision fusion
