@@ -1,0 +1,185 @@
+"""What a run leaves to read: the markdown tables, the same tables as text, and results.json."""
+
+import json
+import platform
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from utils.files import atomic_path
+from utils.metrics import EXACT_LIMITS, REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_over_classes
+
+SCHEMA = 1
+DISTRIBUTIONS = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "open3d", "pillow")
+UNDEFINED = "n/a"
+UNDEFINED_NOTE = f"{UNDEFINED}: undefined for want of defective or of good data; left out of the mean."
+
+Classes = Mapping[str, Mapping[str, Any]]  # {class: metrics of utils.metrics.evaluate}
+
+
+class _Table(NamedTuple):
+    file_name: str
+    title: str
+    rows: list[list[str]]  # the header first; cells as they are, not escaped
+    remarks: list[str]  # sentences below the table
+
+
+def append_tables(
+    output_dir: Path | str,
+    classes: Classes,
+    method_name: str,
+    command: Sequence[str],
+    exact_headline: bool,
+    note: str | None = None,
+) -> None:
+    """Append one table of this run to each of image_rocauc_, pixel_rocauc_ and aupro_results.md in `output_dir`.
+
+    Each stands under a heading with date and command. exact_headline puts the exact AU-PRO in the first row instead
+    of the 100-threshold one; every row says which it is. `note` is a sentence that every table carries. Older tables
+    are kept, and a reader never meets a file half written.
+    """
+    now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    for table in _tables(classes, method_name, exact_headline, note):
+        path = Path(output_dir) / table.file_name
+        older = path.read_text(encoding="utf-8").rstrip("\n") if path.exists() else f"# {table.title}"
+        lines = [f"## {now} · {_escape(method_name)}", "", *_fenced(shlex.join(command)), ""]
+        lines += [_markdown_row(table.rows[0]), "|---|" + "---:|" * (len(table.rows[0]) - 1)]
+        lines += [_markdown_row(row) for row in table.rows[1:]]
+        for remark in table.remarks:
+            lines += ["", _escape(remark)]
+        with atomic_path(path) as temporary:  # backslashreplace: a command line may hold bytes that are no text
+            temporary.write_text(older + "\n\n" + "\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def format_tables(classes: Classes, method_name: str, exact_headline: bool, note: str | None = None) -> str:
+    """The tables of `append_tables` as aligned text for the terminal: I-AUROC, P-AUROC, AU-PRO."""
+    return "\n\n".join(
+        "\n".join([table.title, *_aligned(table.rows), *table.remarks])
+        for table in _tables(classes, method_name, exact_headline, note)
+    )
+
+
+def result_line(class_name: str, metrics: Mapping[str, Any], exact_headline: bool) -> str:
+    """One class on one line, three decimals, AU-PRO with the word which of the two curves it is from."""
+    label, headline = _au_pro_rows([metrics], exact_headline)[0]
+    return (
+        f"{class_name}: I-AUROC {_number(metrics['image_rocauc'])}, P-AUROC {_number(metrics['pixel_rocauc'])}, "
+        f"AU-PRO {_number(headline[0])} ({label})"
+    )
+
+
+def results_record(command: Sequence[str], args: Mapping[str, Any], classes: Classes) -> dict[str, Any]:
+    """The content of results.json, schema 1: what ran, with which versions, each class and the mean over classes."""
+    return {
+        "schema": SCHEMA,
+        "command": list(command),
+        "args": dict(args),
+        "versions": package_versions(),
+        "classes": {name: dict(metrics) for name, metrics in classes.items()},
+        "mean": mean_over_classes(classes),
+    }
+
+
+def write_results(output_dir: Path | str, results: Mapping[str, Any]) -> None:
+    """Write `results_record` as results.json, unrounded; paths become strings, NumPy values plain ones.
+
+    Raises ValueError for NaN and infinity, which JSON cannot hold, TypeError for what is no data; nothing is written.
+    """
+    text = json.dumps(results, indent=1, allow_nan=False, default=_plain)
+    with atomic_path(Path(output_dir) / "results.json") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide the figures; None for one that is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _tables(classes: Classes, method_name: str, exact_headline: bool, note: str | None) -> list[_Table]:
+    if not classes:
+        raise ValueError("there is no class to tabulate; expected the metrics of at least one")
+    header = ["Method", *classes, "Mean"]
+    means = mean_over_classes(classes)
+
+    def cells(label: str, values: Sequence[float | None]) -> list[str]:
+        return [_one_line(label), *map(_number, values)]
+
+    def plain_rows(key: str) -> list[list[str]]:
+        return [cells(method_name, [*(metrics[key] for metrics in classes.values()), means[key]])]
+
+    area_rows = [
+        cells(f"{method_name}, {label}", values)
+        for label, values in _au_pro_rows([*classes.values(), means], exact_headline)
+    ]
+    tables = []
+    for file_name, title, rows in (
+        ("image_rocauc_results.md", "I-AUROC", plain_rows("image_rocauc")),
+        ("pixel_rocauc_results.md", "P-AUROC", plain_rows("pixel_rocauc")),
+        ("aupro_results.md", "AU-PRO", area_rows),
+    ):
+        remarks = [_one_line(note)] if note else []
+        if any(UNDEFINED in row[1:] for row in rows):
+            remarks.append(UNDEFINED_NOTE)
+        tables.append(_Table(file_name, title, [[_one_line(name) for name in header], *rows], remarks))
+    return tables
+
+
+def _au_pro_rows(columns: Sequence[Mapping[str, Any]], exact_headline: bool) -> list[tuple[str, list[float | None]]]:
+    """(which AU-PRO, its value in each column), the headline first."""
+    published = (
+        f"limit {REFERENCE_LIMIT}, {REFERENCE_THRESHOLDS} thresholds",
+        [column["au_pro"] for column in columns],
+    )
+    exact = [
+        (f"limit {limit}, exact curve", [column["au_pro_exact"][limit] for column in columns]) for limit in EXACT_LIMITS
+    ]
+    return [exact[0], published, *exact[1:]] if exact_headline else [published, *exact]
+
+
+def _number(value: float | None) -> str:
+    return UNDEFINED if value is None else f"{value:.3f}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _escape(text: str) -> str:
+    """One line of Markdown in which nothing ends a table cell or opens code, emphasis or a tag."""
+    return re.sub(r"([\\|`*<])", r"\\\1", _one_line(text))
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_escape, cells))} |"
+
+
+def _fenced(code: str) -> list[str]:
+    """A code block around text that may itself hold backticks: the fence is longer than any run of them."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return [f"{fence}text", code, fence]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+
+
+def _plain(value: object) -> object:
+    """What json asks for a value it does not know."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"results.json cannot hold a {type(value).__name__}: {value!r}")
