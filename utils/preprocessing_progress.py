@@ -1,0 +1,213 @@
+"""What utils/preprocessing.py has done, kept on disk so that a run may be killed at any moment and continued.
+
+A scan is three files, and three files cannot be renamed at once. So the results of a scan are first written under
+temporary names, then their checksums go into a journal, then the files get their names. A scan whose journal line is
+there can be finished; one without it has not been touched.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.errors import InputError
+from utils.files import atomic_path
+
+SCHEMA = 1  # of the manifest and the journal
+SUFFIXES = {"xyz": ".tiff", "rgb": ".png", "gt": ".png"}
+TEMPORARY = ".preprocessing"  # last suffix of a file not yet in place, so that no reader takes it for a scan
+
+
+class Scan(NamedTuple):
+    """One view of one part: an xyz and an rgb file, and a gt file where its folder has ground truth."""
+
+    name: str  # "bagel/test/hole/000": class, split, defect, stem
+    modalities: tuple[str, ...]
+
+    def file(self, root: Path, modality: str) -> Path:
+        folder, _, stem = self.name.rpartition("/")
+        return root / folder / modality / (stem + SUFFIXES[modality])
+
+
+class FileRecord(NamedTuple):
+    """What tells an original file from its preprocessed form."""
+
+    source: str  # sha256
+    result: str  # sha256
+    bytes: int  # of the result
+
+
+Record = dict[str, FileRecord]  # by modality
+
+
+class Progress:
+    """Which scans of the output folder are done, kept on disk so that a run may be killed at any moment.
+
+    `preprocessing.json` is the manifest. What a running process adds goes line by line into `preprocessing.journal`,
+    written before the files of a scan get their names; so only its last line can stand for a scan half renamed, and
+    that one is finished at the next start.
+    """
+
+    def __init__(self, source: Path, output: Path, settings: dict[str, Any]) -> None:
+        """Read what is on disk, write nothing.
+
+        Args:
+            source: root of the original scans.
+            output: root of the results; may be `source`.
+            settings: what the results depend on, of JSON types; other settings than the recorded ones are refused.
+
+        Raises:
+            InputError: the files on disk are damaged or were made with other settings.
+        """
+        self.source, self.output, self.settings = source, output, settings
+        self.manifest, self.journal = output / "preprocessing.json", output / "preprocessing.journal"
+        self.done: dict[str, Record] = {}
+        self._last: dict[str, Any] | None = None
+        try:
+            if self.manifest.is_file():
+                content = json.loads(self.manifest.read_text())
+                if content["schema"] != SCHEMA:
+                    raise ValueError(f"schema {content['schema']}, expected {SCHEMA}")
+                self._check_settings(content["settings"])
+                self.done = {name: _record_from_json(files) for name, files in content["scans"].items()}
+            if self.journal.is_file():
+                for line in self.journal.read_text().split("\n")[:-1]:  # what follows the last newline was cut short
+                    self._last = json.loads(line)
+                    self.done[self._last["scan"]] = _record_from_json(self._last["files"])
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{self.manifest} or {self.journal.name} beside it is damaged ({error!r}): "
+                "restore the original dataset and delete both"
+            ) from error
+
+    def recover(self) -> None:
+        """Finish the scan that a killed run left half renamed, and put the journal into the manifest.
+
+        Raises:
+            InputError: one of its temporary files is gone and the originals are no longer complete.
+        """
+        if self._last is not None:
+            name = self._last["scan"]
+            scan = Scan(name, tuple(self.done[name]))
+            if not self._finish(scan, self._last["suffix"]):
+                if not self.is_original(scan):
+                    raise InputError(
+                        f"{name} was left half written and its temporary files are gone: restore "
+                        f"{', '.join(str(scan.file(self.source, m)) for m in scan.modalities)} from the dataset"
+                    )
+                del self.done[name]
+            self._last = None
+        self.save()
+
+    def commit(self, scan: Scan, record: Record, suffix: str) -> None:
+        """Give the files of `scan`, complete under their names plus `suffix`, their final names."""
+        line = {"scan": scan.name, "suffix": suffix, "files": _record_to_json(record)}
+        with self.journal.open("a") as journal:
+            journal.write(json.dumps(line) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+        self.done[scan.name] = record
+        for modality in scan.modalities:
+            target = scan.file(self.output, modality)
+            temporary_path(target, suffix).replace(target)
+
+    def save(self) -> None:
+        """Write the manifest and drop the journal."""
+        scans = {name: _record_to_json(self.done[name]) for name in sorted(self.done)}
+        with atomic_path(self.manifest) as temporary:
+            temporary.write_text(
+                json.dumps({"schema": SCHEMA, "settings": self.settings, "scans": scans}, indent=1) + "\n"
+            )
+            sync(temporary)
+        self.journal.unlink(missing_ok=True)
+
+    def is_done(self, scan: Scan) -> bool:
+        """Tell by the presence and size of its files, without reading them, whether `scan` is as it was left."""
+        record = self.done.get(scan.name)
+        if record is None or set(record) != set(scan.modalities):
+            return False
+        files = {modality: scan.file(self.output, modality) for modality in record}
+        return all(files[m].is_file() and files[m].stat().st_size == record[m].bytes for m in record)
+
+    def is_original(self, scan: Scan) -> bool:
+        """Tell whether the source files of a recorded scan are, by checksum, those it was made from."""
+        record = self.done[scan.name]
+        files = {modality: scan.file(self.source, modality) for modality in record}
+        return all(files[m].is_file() and sha256(files[m]) == record[m].source for m in record)
+
+    def _finish(self, scan: Scan, suffix: str) -> bool:
+        for modality, file in self.done[scan.name].items():
+            target = scan.file(self.output, modality)
+            temporary = temporary_path(target, suffix)
+            if temporary.is_file() and sha256(temporary) == file.result:
+                temporary.replace(target)
+            elif not target.is_file() or sha256(target) != file.result:
+                return False
+        return True
+
+    def _check_settings(self, found: dict[str, Any]) -> None:
+        changed = sorted(k for k in self.settings.keys() | found.keys() if self.settings.get(k) != found.get(k))
+        if changed:
+            differences = ", ".join(f"{key} {found.get(key)} (now {self.settings.get(key)})" for key in changed)
+            raise InputError(
+                f"{self.output} was preprocessed with {differences}: keep to that, give another --output_dir, "
+                f"or restore the original dataset and delete {self.manifest.name}"
+            )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second run out of `folder`; the lock goes with the process, however that ends.
+
+    Raises:
+        InputError: another process holds the lock.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is preprocessing {folder}: wait for it to end") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def temporary_path(target: Path, suffix: str) -> Path:
+    """Name the file that becomes `target`; `suffix` ends in `TEMPORARY`."""
+    return target.with_name(target.name + suffix)
+
+
+def remove_stale(scans: Iterable[Scan], output: Path) -> None:
+    """Delete temporary files of failed scans and killed runs; only while no scan is half renamed."""
+    for folder in {scan.file(output, modality).parent for scan in scans for modality in scan.modalities}:
+        for path in folder.glob(f"*{TEMPORARY}"):
+            path.unlink(missing_ok=True)
+    for path in output.glob(".preprocessing.*.tmp.json"):  # of `atomic_path`, when killed while it wrote the manifest
+        path.unlink(missing_ok=True)
+
+
+def _record_to_json(record: Record) -> dict[str, dict[str, Any]]:
+    return {modality: file._asdict() for modality, file in record.items()}
+
+
+def _record_from_json(files: dict[str, dict[str, Any]]) -> Record:
+    return {modality: FileRecord(**file) for modality, file in files.items()}
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a written file to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
