@@ -1,0 +1,131 @@
+"""Unsupervised Feature Fusion (UFF): one MLP per modality, trained so that patches of the same place agree.
+
+Per modality, chi is an MLP after a LayerNorm and sigma a linear head on chi's output. The detector keeps the
+concatenation of the two chi (`FeatureFusion.fuse`); the heads serve the training loss alone (`contrastive_loss`).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.checkpoints import load_strict
+from utils.errors import InputError
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear: (..., dim) -> (..., dim)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class FeatureFusion(nn.Module):
+    """chi and sigma of both modalities; parameter names as in the published checkpoints.
+
+    Args:
+        xyz_dim: width C_xyz of an xyz patch.
+        rgb_dim: width C_rgb of an rgb patch.
+        mlp_ratio: hidden width of chi over its input width.
+        head_dim: width of sigma's output, where the two modalities are compared.
+    """
+
+    def __init__(self, xyz_dim: int, rgb_dim: int, mlp_ratio: float = 4.0, head_dim: int = 256) -> None:
+        super().__init__()
+        self.xyz_dim, self.rgb_dim, self.head_dim = xyz_dim, rgb_dim, head_dim
+        # The order of construction decides which random numbers each layer starts from: it is the reference's.
+        self.xyz_norm = nn.LayerNorm(xyz_dim)
+        self.xyz_mlp = Mlp(xyz_dim, round(xyz_dim * mlp_ratio))
+        self.rgb_norm = nn.LayerNorm(rgb_dim)
+        self.rgb_mlp = Mlp(rgb_dim, round(rgb_dim * mlp_ratio))
+        self.rgb_head = nn.Linear(rgb_dim, head_dim)
+        self.xyz_head = nn.Linear(xyz_dim, head_dim)
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of a fusion patch, C_xyz + C_rgb."""
+        return self.xyz_dim + self.rgb_dim
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], source: Path | str = "feature fusion") -> "FeatureFusion":
+        """The module that a checkpoint's `model` entry describes, in eval mode; every width is read off the tensors.
+
+        Args:
+            state: parameters by name, all of them and nothing else.
+            source: where they come from, for messages.
+
+        Raises:
+            InputError: a key is missing or left over, or a tensor has a shape that contradicts the others.
+        """
+        try:
+            xyz_dim, rgb_dim = len(state["xyz_norm.weight"]), len(state["rgb_norm.weight"])
+            mlp_ratio = len(state["xyz_mlp.fc1.weight"]) / xyz_dim
+            module = cls(xyz_dim, rgb_dim, mlp_ratio, head_dim=len(state["xyz_head.weight"]))
+        except KeyError as error:
+            raise InputError(
+                f"{source} is no UFF checkpoint: {error} is missing; train one with fusion_pretrain.py"
+            ) from None
+        load_strict(module, state, source)
+        return module.eval()
+
+    def fuse(self, xyz: Tensor, rgb: Tensor) -> Tensor:
+        """Fusion patches f_fs = chi_xyz(f_xyz) (+) chi_rgb(f_rgb), (+) the concatenation in this order.
+
+        Args:
+            xyz: (..., C_xyz) patch features, float.
+            rgb: (..., C_rgb) features of the patches at the same places.
+
+        Returns:
+            (..., C_xyz + C_rgb), dtype and device of the input.
+        """
+        return torch.cat([self.xyz_mlp(self.xyz_norm(xyz)), self.rgb_mlp(self.rgb_norm(rgb))], dim=-1)
+
+    def forward(self, xyz: Tensor, rgb: Tensor) -> tuple[Tensor, Tensor]:
+        """The outputs of the heads sigma, which `contrastive_loss` compares.
+
+        A patch whose xyz features hold an exact zero (no valid point, as a rule) is left out in both modalities.
+
+        Args:
+            xyz: (..., C_xyz) patch features, float.
+            rgb: (..., C_rgb), row by row the partners of xyz.
+
+        Returns:
+            sigma_xyz(chi_xyz(xyz)) and sigma_rgb(chi_rgb(rgb)), both (N, head_dim) over the N remaining patches.
+        """
+        valid = (xyz != 0).all(dim=-1)
+        xyz, rgb = xyz[valid], rgb[valid]  # (N, C_xyz), (N, C_rgb)
+        return self.xyz_head(self.xyz_mlp(self.xyz_norm(xyz))), self.rgb_head(self.rgb_mlp(self.rgb_norm(rgb)))
+
+
+def contrastive_loss(xyz_head_out: Tensor, rgb_head_out: Tensor) -> Tensor:
+    """The patch-wise contrastive loss L_con: each rgb patch has to find its xyz patch among all of the batch.
+
+    With q = rgb and k = xyz, both L2-normalised: 2 * mean_i(-log(exp(q_i . k_i) / sum_t exp(q_i . k_t))), so about
+    2 ln N while nothing is learned. The temperature is 1. Computed in float32 or better whatever the input's dtype.
+    Peak memory: about three (N, N) matrices.
+
+    Args:
+        xyz_head_out: (N, head_dim) outputs of the xyz head.
+        rgb_head_out: (N, head_dim) outputs of the rgb head; the partner of row i is row i.
+
+    Returns:
+        () loss.
+
+    Raises:
+        InputError: N is 0.
+    """
+    if len(xyz_head_out) == 0:
+        raise InputError("no patch of this batch is free of exact zeros in xyz: its scans hold no valid point")
+    dtype = torch.promote_types(xyz_head_out.dtype, torch.float32)
+    q = F.normalize(rgb_head_out.to(dtype), dim=-1)
+    k = F.normalize(xyz_head_out.to(dtype), dim=-1)
+    logits = q @ k.T  # (N, N)
+    return 2 * F.cross_entropy(logits, torch.arange(len(q), device=q.device))

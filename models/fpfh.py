@@ -1,0 +1,46 @@
+"""Fast Point Feature Histograms (Rusu et al., ICRA 2009) as a 3D backbone that needs no weights.
+
+It is the 3D half of BTF (Horwitz and Hoshen, CVPRW 2023), the baseline that M3DM was built on.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.point_transformer import PointBackbone, PointFeatures
+
+NORMAL_RADIUS, NORMAL_NEIGHBORS = 0.01, 30  # metres, points
+FEATURE_RADIUS, FEATURE_NEIGHBORS = 0.02, 100
+# Each of the three histograms has 11 bins and sums to 200 in open3d; shares are of the size of networks' features.
+HISTOGRAM_SUM = 200.0
+BINS = 11
+
+
+class FpfhBackbone(PointBackbone):
+    """33 numbers a point: three histograms, of 11 bins each, of the angles between normals around it.
+
+    The mean share 1/11 is subtracted. That changes no distance between points, and an empty bin is no exact zero:
+    those mark the patches that hold no point.
+    """
+
+    embed_dim = 33
+    min_points = 4  # fewer have no neighbourhood to fit a normal to
+
+    def forward(self, points: Tensor) -> PointFeatures:
+        """Describe one cloud.
+
+        Args:
+            points: (N, 3) float32, metres, camera frame, valid points only.
+
+        Returns:
+            features (N, 33) float32 on the device of `points`; no centres: a row for each point.
+        """
+        import open3d as o3d  # takes a second to import, and system libraries that the other backbones do not need
+
+        cloud = o3d.geometry.PointCloud(o3d.utility.Vector3dVector(points.cpu().double().numpy()))
+        cloud.estimate_normals(o3d.geometry.KDTreeSearchParamHybrid(NORMAL_RADIUS, NORMAL_NEIGHBORS))
+        cloud.orient_normals_towards_camera_location(np.zeros(3))
+        search = o3d.geometry.KDTreeSearchParamHybrid(FEATURE_RADIUS, FEATURE_NEIGHBORS)
+        fpfh = o3d.pipelines.registration.compute_fpfh_feature(cloud, search)  # type: ignore[call-arg]
+        histograms = np.asarray(fpfh.data).T
+        return PointFeatures(torch.from_numpy(histograms / HISTOGRAM_SUM - 1 / BINS).to(points), None)

@@ -1,0 +1,206 @@
+"""Point searches: farthest point sampling, nearest neighbours, inverse-distance interpolation.
+
+Each public function checks its input once and then calls the back-end of the device: k-d trees (SciPy) on CPU,
+chunked direct differences on GPU. `backend="extension"` asks for the CUDA extensions pointnet2_ops and knn_cuda,
+which are never needed.
+"""
+
+import importlib
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+from utils.errors import InputError
+
+BACKENDS = ("auto", "extension")
+
+# The customary CUDA op passes over points this close to the origin (squared metres): they are padding there.
+FPS_IGNORED_SQUARED_NORM = 1e-3
+FPS_INITIAL_SQUARED_DISTANCE = 1e10
+INTERPOLATION_EPSILON = 1e-8
+# Bounds the distance block of the GPU search to 64 million entries (256 MB).
+MAX_BLOCK_ENTRIES = 1 << 26
+
+
+def farthest_point_sample(points: Tensor, n: int, backend: str = "auto") -> Tensor:
+    """Pick n points, each the farthest from those already picked; the first is index 0.
+
+    Squared distances are direct differences in the dtype of `points`; the lowest index wins a tie. Points with
+    |p|^2 <= 1e-3 are never picked (but for index 0); once every other point is picked, picks repeat.
+
+    Args:
+        points: (B, N, 3) float, metres.
+        n: number of picks, 1 <= n <= N.
+
+    Returns:
+        (B, n) int64 indices in order of picking.
+    """
+    _check_points("points", points)
+    _check_backend(backend)
+    if not 1 <= n <= points.shape[1]:
+        raise ValueError(f"cannot pick {n} of {points.shape[1]} points")
+    if backend == "extension":
+        return _extension("pointnet2_ops.pointnet2_utils", points).furthest_point_sample(points.contiguous(), n).long()
+    return torch.stack([_farthest_point_sample_one(cloud, n) for cloud in points])
+
+
+def knn(queries: Tensor, points: Tensor, k: int, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The k nearest points of each query.
+
+    Args:
+        queries: (B, M, 3) float, metres.
+        points: (B, N, 3) float, metres, N >= k.
+        k: neighbours per query.
+
+    Returns:
+        distance (B, M, k), Euclidean (not squared), ascending, metres; index (B, M, k) int64 into the N points.
+    """
+    _check_search(queries, points, k)
+    _check_backend(backend)
+    if backend == "extension":
+        search = _extension("knn_cuda", points).KNN(k=k, transpose_mode=True)
+        distance, index = search(points.contiguous(), queries.contiguous())
+        return distance, index.long()
+    search_one = _knn_kd_tree if points.device.type == "cpu" else _knn_direct
+    found = [search_one(q, p, k) for q, p in zip(queries, points, strict=True)]
+    return torch.stack([distance for distance, _ in found]), torch.stack([index for _, index in found])
+
+
+def three_nn_weights(points: Tensor, centers: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The three nearest centres of each point and their inverse-squared-distance weights.
+
+    Args:
+        points: (B, N, 3) float, metres.
+        centers: (B, G, 3) float, metres, G >= 3.
+
+    Returns:
+        weight (B, N, 3), positive, summing to 1: 1 / (d^2 + 1e-8), normalised; index (B, N, 3) int64 into the centres.
+    """
+    distance, index = knn(points, centers, 3, backend)
+    return _inverse_distance_weights(distance.square()), index
+
+
+def three_nn_weights_expanded(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """`three_nn_weights` from |p|^2 + |c|^2 - 2 p c in fp32: the arithmetic of the reference.
+
+    For points millimetres apart and half a metre from the camera the difference of squares is wrong by up to 6e-8 m^2,
+    more than the 1e-8 added to it, so that it can be negative: weights then lie slightly outside 0 and 1. That moves
+    features by up to 0.4 % near the centres, which is enough to change a few coreset picks in a hundred. The squares
+    are also so coarse that centres tie for the third place at two points in a thousand.
+    """
+    _check_search(points, centers, 3)
+    weights, indices = [], []
+    for cloud, middle in zip(points, centers, strict=True):
+        norms = middle.square().sum(dim=1)
+        found = []
+        for chunk in cloud.split(max(1, MAX_BLOCK_ENTRIES // len(middle))):
+            squared = (-2 * (chunk @ middle.T)).add_(chunk.square().sum(dim=1, keepdim=True)).add_(norms)
+            found.append(_smallest_three(squared))
+        weights.append(_inverse_distance_weights(torch.cat([squared for squared, _ in found])))
+        indices.append(torch.cat([index for _, index in found]))
+    return torch.stack(weights), torch.stack(indices)
+
+
+def three_nn_interpolate(points: Tensor, centers: Tensor, features: Tensor) -> Tensor:
+    """Carry features from centres to points (PointNet++, Qi et al. 2017, Eq. 2 with k = 3, p = 2).
+
+    Args:
+        points: (B, N, 3) float, metres.
+        centers: (B, G, 3) float, metres.
+        features: (B, G, C) features of the centres.
+
+    Returns:
+        (B, N, C) weighted means of the features of each point's three nearest centres.
+    """
+    weight, index = three_nn_weights(points, centers)
+    batch = torch.arange(len(features), device=features.device)[:, None, None]
+    return (features[batch, index] * weight[..., None].to(features.dtype)).sum(dim=2)
+
+
+def _check_points(name: str, points: Tensor) -> None:
+    if points.ndim != 3 or points.shape[-1] != 3 or not points.is_floating_point():
+        raise ValueError(f"{name} must be a (B, N, 3) float tensor, got {tuple(points.shape)} {points.dtype}")
+
+
+def _check_search(queries: Tensor, points: Tensor, k: int) -> None:
+    _check_points("queries", queries)
+    _check_points("points", points)
+    if queries.shape[0] != points.shape[0]:
+        raise ValueError(f"queries and points differ in batch size: {queries.shape[0]} and {points.shape[0]}")
+    if not 1 <= k <= points.shape[1]:
+        raise ValueError(f"cannot find {k} neighbours among {points.shape[1]} points")
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {BACKENDS}")
+
+
+def _smallest_three(values: Tensor) -> tuple[Tensor, Tensor]:
+    """What values.sort(dim=1) has in its first three columns, ascending: values (R, 3) and index (R, 3).
+
+    Only rows where the third is equal to the fourth are really sorted: torch.sort decides there, as in the reference.
+    """
+    smallest, index = values.topk(min(4, values.shape[1]), largest=False, sorted=True)
+    tied = smallest[:, 2] == smallest[:, -1]
+    index[tied, :3] = values[tied].sort(dim=1).indices[:, :3]
+    return smallest[:, :3], index[:, :3]
+
+
+def _inverse_distance_weights(squared: Tensor) -> Tensor:
+    denominator = squared + INTERPOLATION_EPSILON
+    denominator[denominator == 0] = INTERPOLATION_EPSILON  # only where rounding made a square negative
+    weight = 1.0 / denominator
+    return weight / weight.sum(dim=-1, keepdim=True)
+
+
+def _farthest_point_sample_one(points: Tensor, n: int) -> Tensor:
+    coordinates = points.T.contiguous()  # (3, N): each coordinate is one contiguous run
+    ignored = coordinates.square().sum(dim=0) <= FPS_IGNORED_SQUARED_NORM
+    nearest = coordinates.new_full((coordinates.shape[1],), FPS_INITIAL_SQUARED_DISTANCE)
+    nearest[ignored] = -1.0
+    picks = torch.zeros(n, dtype=torch.int64, device=points.device)
+    difference = torch.empty_like(coordinates)
+    pick = picks[:1]
+    for i in range(1, n):
+        torch.sub(coordinates, coordinates[:, pick], out=difference)
+        torch.minimum(nearest, difference.square_().sum(dim=0), out=nearest)
+        pick = nearest.argmax(dim=0, keepdim=True)
+        picks[i : i + 1] = pick
+    return picks
+
+
+def _knn_kd_tree(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    distance, index = cKDTree(points.numpy()).query(queries.numpy(), k=np.arange(1, k + 1))
+    return torch.from_numpy(distance).to(queries.dtype), torch.from_numpy(index)
+
+
+def _knn_direct(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Chunks of queries against all points; peak memory is one block of MAX_BLOCK_ENTRIES distances."""
+    rows = max(1, MAX_BLOCK_ENTRIES // len(points))
+    found = [
+        torch.cdist(chunk, points, compute_mode="donot_use_mm_for_euclid_dist").topk(k, largest=False, sorted=True)
+        for chunk in queries.split(rows)
+    ]
+    return torch.cat([values for values, _ in found]), torch.cat([index for _, index in found])
+
+
+def check_extensions() -> None:
+    """Raise an InputError unless both CUDA extensions can be imported."""
+    for module in ("pointnet2_ops.pointnet2_utils", "knn_cuda"):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise InputError(f"{module} cannot be imported ({error}): install it or use --point_ops auto") from None
+
+
+def _extension(module: str, points: Tensor) -> Any:
+    if points.device.type != "cuda":
+        raise ValueError(f"{module} works on CUDA tensors, got one on {points.device}: use backend='auto'")
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{module} is not installed ({error}): install it or use backend='auto'") from error
