@@ -1,0 +1,296 @@
+"""From a dataset folder to samples: class lists, the index of files paired by stem, and the loader.
+
+The layout is that of MVTec 3D-AD; a good test scan may lack its ground truth, and a method of one modality needs
+no files of the other:
+
+    <dataset>/<class>/train/good/{rgb,xyz}/000.{png,tiff}
+    <dataset>/<class>/validation/good/{rgb,xyz}/...
+    <dataset>/<class>/test/{good,<defect>,...}/{rgb,xyz,gt}/...
+
+    files = index_split("datasets/mvtec3d/bagel", "test", frozenset({"rgb", "xyz"}))
+"""
+
+import os
+import struct
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from utils.errors import InputError
+from utils.images import defect_mask, to_rgb
+from utils.organized_pc import organized_pc_header, read_organized_pc, resize_nearest
+from utils.records import Sample
+
+MVTEC3D_CLASSES = ("bagel", "cable_gland", "carrot", "cookie", "dowel", "foam", "peach", "potato", "rope", "tire")
+EYECANDIES_CLASSES = (
+    "CandyCane", "ChocolateCookie", "ChocolatePraline", "Confetto", "GummyBear",
+    "HazelnutTruffle", "LicoriceSandwich", "Lollipop", "Marshmallow", "PeppermintCandy",
+)  # fmt: skip
+DATASET_CLASSES = {"mvtec3d": MVTEC3D_CLASSES, "eyecandies": EYECANDIES_CLASSES}
+
+_PUBLISHED = {
+    "mvtec3d": "MVTec 3D-AD from https://www.mvtec.com/company/research/datasets/mvtec-3d-ad",
+    "eyecandies": "Eyecandies from https://eyecan-ai.github.io/eyecandies",
+}
+_SUFFIXES = {"rgb": (".png", ".jpg", ".jpeg"), "xyz": (".tiff", ".tif"), "gt": (".png",)}  # the first is the usual one
+_END_MARKERS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
+_TAIL_BYTES = 65536  # some writers put a trailer of their own behind the end marker
+_IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
+_IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+
+
+class SampleFiles(NamedTuple):
+    """The files of one scan; None where there is none."""
+
+    path: str  # "test/hole/000": split, defect, stem
+    rgb: Path | None = None
+    xyz: Path | None = None
+    mask: Path | None = None
+    label: int | None = None  # 1 = defective, 0 = good; test split only
+
+
+def find_classes(dataset_path: Path | str, dataset_type: str, chosen: Sequence[str] | None = None) -> list[str]:
+    """The classes to run: `chosen` (any folders in the same layout), or every published class that is there.
+
+    `dataset_type` is a key of DATASET_CLASSES. Chosen names keep their order, published ones that of their list.
+    Raises InputError when the dataset folder, a chosen class, or every published class is missing.
+    """
+    root = Path(dataset_path)
+    if not root.is_dir():
+        raise InputError(
+            f"{root} is not a folder: download {_PUBLISHED[dataset_type]}, preprocess it as the README tells, "
+            "and name its folder with --dataset_path"
+        )
+    found = _subfolders(root)
+    listing = ", ".join(found) or "no folder"
+    if not chosen:
+        classes = [name for name in DATASET_CLASSES[dataset_type] if name in found]
+        if not classes:
+            raise InputError(
+                f"{root} holds none of the {dataset_type} classes but {listing}: name the class folders with "
+                "--classes, or another dataset folder with --dataset_path"
+            )
+        return classes
+    for name in chosen:
+        if name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise InputError(f"class {name!r} is not a plain folder name: put the folders before it in --dataset_path")
+        if not (root / name).is_dir():
+            raise InputError(f"class {name!r} is not in {root}, which holds {listing}: name these with --classes")
+    return list(dict.fromkeys(chosen))
+
+
+def index_split(class_folder: Path | str, split: str, modalities: frozenset[str]) -> list[SampleFiles]:
+    """The scans of "train", "validation" or "test", sorted by (defect, stem) and paired by stem.
+
+    `modalities` ("rgb", "xyz" or both) are those the method needs: every scan has them. Files of the other one are
+    recorded where they are. Raises InputError when there is no scan, a needed partner or the ground truth of a
+    defective test scan is missing, or two files of one folder share a stem.
+    """
+    if split not in ("train", "validation", "test") or not modalities or not modalities <= {"rgb", "xyz"}:
+        raise ValueError(f"split {split!r} with modalities {sorted(modalities)}: unknown split or modality")
+    root = Path(class_folder) / split
+    defects = _subfolders(root) if split == "test" else ["good"]
+    if not defects:
+        raise InputError(f"no test scans in {root}: expected a folder good and one for each type of defect")
+    return [files for defect in defects for files in _index_folder(root / defect, modalities)]
+
+
+def _index_folder(folder: Path, modalities: frozenset[str]) -> list[SampleFiles]:
+    split, defect = folder.parent.name, folder.name
+    found = {name: _files_by_stem(folder / name, suffixes) for name, suffixes in _SUFFIXES.items()}
+    stems = sorted(set().union(*(found[name] for name in modalities)))
+    if not stems:
+        needed = " and ".join(sorted(modalities))
+        kind = "training" if split == "train" else split
+        raise InputError(f"no {kind} files in {folder}: fill its folder {needed}, or remove {folder}")
+    if len(modalities) == 2:
+        _require(folder, "xyz", found["xyz"], stems, f"{len(found['rgb'])} rgb files")
+        _require(folder, "rgb", found["rgb"], stems, f"{len(found['xyz'])} xyz files")
+    label = int(defect != "good") if split == "test" else None
+    if label == 1:
+        _require(folder, "gt", found["gt"], stems, f"{len(stems)} defective scans")
+    rgb, xyz, gt = found["rgb"], found["xyz"], found["gt"]
+    return [
+        SampleFiles(f"{split}/{defect}/{stem}", rgb.get(stem), xyz.get(stem), gt.get(stem), label) for stem in stems
+    ]
+
+
+def _require(folder: Path, name: str, found: dict[str, Path], stems: list[str], partners: str) -> None:
+    """Raise an InputError that names the files which the folder `name` lacks."""
+    missing = [stem for stem in stems if stem not in found]
+    if not missing:
+        return
+    suffix = next(iter(found.values())).suffix if found else _SUFFIXES[name][0]
+    listing = ", ".join(stem + suffix for stem in missing[:5]) + (", ..." if len(missing) > 5 else "")
+    verb = "is" if len(missing) == 1 else "are"
+    raise InputError(
+        f"{len(found)} {name} files for {partners} in {folder}: {listing} {verb} missing; "
+        f"restore what {folder / name} lacks or remove the other files of these scans"
+    )
+
+
+def _files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """A folder's files of these suffixes by stem; none where there is no folder. Hidden files do not count."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.name.startswith(".") or path.suffix.lower() not in suffixes:
+            continue
+        if path.stem in found:
+            raise InputError(f"{found[path.stem]} and {path.name} are two files of one scan: keep one of them")
+        found[path.stem] = path
+    return found
+
+
+def _subfolders(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def check_files(files: Iterable[SampleFiles], modalities: frozenset[str]) -> None:
+    """Find broken files before a long run: headers and ends of `modalities` and ground truth, and equal sizes.
+
+    Nothing is decoded, so thousands of files take seconds. Raises InputError at the first scan that fails.
+    """
+    for scan in tqdm(files, desc="Checking files", delay=2, leave=False):
+        sizes: dict[Path, tuple[int, int]] = {}
+        if "rgb" in modalities and scan.rgb is not None:
+            sizes[scan.rgb] = _image_size(scan.rgb)
+        if "xyz" in modalities and scan.xyz is not None:
+            sizes[scan.xyz] = organized_pc_header(scan.xyz)
+        if scan.label is not None and scan.mask is not None:
+            sizes[scan.mask] = _image_size(scan.mask)
+        for (first, expected), (path, size) in pairwise(sizes.items()):
+            if size != expected:
+                raise InputError(
+                    f"{first} has {expected[0]} x {expected[1]} pixels (height x width), {path} {size[0]} x {size[1]}: "
+                    "a scan's files show one view pixel by pixel, so restore them and preprocess them together"
+                )
+
+
+def original_size(files: SampleFiles) -> tuple[int, int]:
+    """(H, W) in pixels of the scan before any resize: of its ground truth, else its photo, else its point cloud."""
+    image = files.mask or files.rgb
+    if image is not None:
+        return _image_size(image)
+    assert files.xyz is not None, "an indexed scan has at least one modality"
+    return organized_pc_header(files.xyz)
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    """(H, W) from the header of a PNG or JPEG; InputError when the file is none or lacks its end."""
+    with _opened(path) as image:
+        width, height = image.size
+        marker = _END_MARKERS[image.format or ""]
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            if marker not in file.read():
+                raise OSError("the end of the file is missing")
+    return height, width
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open a PNG or JPEG; what PIL raises here or in the block becomes an InputError that names the file."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            yield image
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path} has more pixels than a scan can have ({error}): scale its files down") from error
+    except (OSError, SyntaxError, ValueError, IndexError, struct.error) as error:
+        raise InputError(f"{path} is no complete PNG or JPEG picture ({error}): restore it from its source") from error
+
+
+def read_photo(files: SampleFiles) -> np.ndarray | None:
+    """The scan's photo, (H, W, 3) uint8, or None where it has none; InputError when it cannot be decoded."""
+    if files.rgb is None:
+        return None
+    with _opened(files.rgb) as image:
+        return np.array(to_rgb(image))
+
+
+def _load_rgb(path: Path, img_size: int) -> Tensor:
+    with _opened(path) as image:
+        image = to_rgb(image).resize((img_size, img_size), Image.Resampling.BICUBIC)
+    # NumPy, not torch: in a loader thread each torch operation would start a pool of threads of its own.
+    pixels = (np.asarray(image, dtype=np.float32) / 255 - _IMAGENET_MEAN) / _IMAGENET_STD
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _load_xyz(path: Path, img_size: int) -> Tensor:
+    resized = resize_nearest(read_organized_pc(path), img_size)  # the reader has zeroed the invalid pixels
+    if not resized.numpy().any():
+        raise InputError(
+            f"{path} has no valid point (three finite coordinates, none of them zero): restore the scan from its "
+            "source and preprocess it again, or remove it"
+        )
+    return resized
+
+
+def _load_mask(path: Path | None, img_size: int) -> Tensor:
+    """Ground truth as (1, S, S) uint8: whatever is neither zero nor black is a defect."""
+    if path is None:
+        return torch.zeros(1, img_size, img_size, dtype=torch.uint8)
+    with _opened(path) as image:
+        defect = defect_mask(image)
+    resized = Image.fromarray(defect.astype(np.uint8)).resize((img_size, img_size), Image.Resampling.NEAREST)
+    return torch.from_numpy(np.array(resized)[None])
+
+
+class AnomalyDataset(Dataset[Sample]):
+    """The scans of one split as Samples, with only the modalities that the method needs.
+
+    rgb: bicubic (antialiased) resize, ImageNet-normalised; xyz and mask: nearest. S = img_size, aspect not kept.
+    Mask and label are those of the test split. An item raises InputError when a file cannot be read, or when a point
+    cloud has no valid point.
+    """
+
+    def __init__(self, files: Sequence[SampleFiles], modalities: frozenset[str], img_size: int) -> None:
+        self.files = files
+        self.modalities = modalities
+        self.img_size = img_size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        files, size = self.files[index], self.img_size
+        return Sample(
+            files.path,
+            rgb=_load_rgb(files.rgb, size) if "rgb" in self.modalities and files.rgb else None,
+            xyz=_load_xyz(files.xyz, size) if "xyz" in self.modalities and files.xyz else None,
+            mask=_load_mask(files.mask, size) if files.label is not None else None,
+            label=files.label,
+        )
+
+
+def load_samples(dataset: AnomalyDataset, num_workers: int) -> Iterator[Sample]:
+    """Yield the samples in order, read ahead by `num_workers` threads, at most two samples each (0: no thread).
+
+    Threads, since decoding, resizing and reading release the interpreter lock: an InputError arrives as it is, nothing
+    is pickled and nothing forks beside CUDA. Closing the iterator early ends them.
+    """
+    if num_workers == 0:
+        yield from (dataset[index] for index in range(len(dataset)))
+        return
+    indices = iter(range(len(dataset)))
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="load_samples")
+    try:
+        pending = deque(pool.submit(dataset.__getitem__, index) for index in islice(indices, 2 * num_workers))
+        while pending:
+            sample = pending.popleft().result()
+            pending.extend(pool.submit(dataset.__getitem__, index) for index in islice(indices, 1))
+            yield sample
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
