@@ -1,0 +1,107 @@
+"""Point feature alignment (PFA): features of points and group centres become a grid of xyz patches.
+
+Interpolation to the points and both poolings are linear, so they are one matrix from centres to patches:
+the (C, S, S) feature plane of the paper is never made.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.point_ops import three_nn_weights, three_nn_weights_expanded
+from models.point_transformer import PointFeatures
+
+
+def valid_pixels(xyz: Tensor) -> Tensor:
+    """(S, S) bool, True where a pixel of xyz (3, S, S) holds a point: all three coordinates are non-zero and finite."""
+    return ((xyz != 0) & torch.isfinite(xyz)).all(dim=0)
+
+
+def align_to_patches(
+    point_features: PointFeatures,
+    xyz: Tensor,
+    grid: int,
+    *,
+    exact_distances: bool = False,
+    masked: bool = False,
+    point_ops: str = "auto",
+) -> Tensor:
+    """Interpolate to every valid point, place the result on the pixels, pool to the patch grid.
+
+    The pooling is the reference's, AvgPool2d(3, stride 1) then AdaptiveAvgPool2d(grid), over a plane that is zero
+    where no point is.
+
+    Args:
+        point_features: features (G, C) at centres (G, 3), or (N, C) at the valid points themselves.
+        xyz: (3, S, S) float32, metres, invalid pixels exactly 0, holding N valid points.
+        grid: patches along a side.
+        exact_distances: interpolate by direct differences, instead of the reference's expanded squares.
+        masked: pad the first pooling by one and leave the background out of the mean of a patch.
+        point_ops: back-end of the point search, see models.point_ops.
+
+    Returns:
+        (grid**2, C), row-major; a patch without a valid point is exactly 0.
+    """
+    valid = valid_pixels(xyz)
+    patch, weight = pooling_weights(valid, grid, masked)  # (N, K) each
+    features, centers = point_features
+    if centers is None:
+        return _scatter(patch, weight, features, grid**2)
+    points = xyz[:, valid].T.contiguous()
+    if exact_distances:
+        found = three_nn_weights(points[None], centers[None], point_ops)
+    else:
+        found = three_nn_weights_expanded(points[None], centers[None])
+    three_weight, three = found[0][0], found[1][0]  # (N, 3) each
+    mixing = features.new_zeros(grid**2 * len(centers))
+    entries = patch[:, :, None] * len(centers) + three[:, None, :]  # (N, K, 3) flat positions in (grid**2, G)
+    mixing.index_add_(0, entries.flatten(), (weight[:, :, None] * three_weight[:, None, :]).flatten().to(mixing.dtype))
+    return mixing.view(grid**2, len(centers)) @ features
+
+
+def pooling_weights(valid: Tensor, grid: int, masked: bool) -> tuple[Tensor, Tensor]:
+    """To which patches each valid pixel contributes, and with which weight.
+
+    Args:
+        valid: (S, S) bool with N True.
+        grid: patches along a side.
+        masked: see align_to_patches.
+
+    Returns:
+        patch (N, K) int64 and weight (N, K) float32, in the order of the valid pixels; unused places have weight 0.
+    """
+    bins, shares = (torch.from_numpy(table).to(valid.device) for table in _axis_pooling(len(valid), grid, masked))
+    row, column = valid.nonzero(as_tuple=True)
+    patch = (bins[row][:, :, None] * grid + bins[column][:, None, :]).flatten(1)
+    weight = (shares[row][:, :, None] * shares[column][:, None, :]).flatten(1)
+    if masked:
+        total = weight.new_zeros(grid**2).index_add_(0, patch.flatten(), weight.flatten())
+        weight = weight / total.clamp_min(torch.finfo(weight.dtype).tiny)[patch]
+    return patch, weight.float()
+
+
+@lru_cache(maxsize=8)
+def _axis_pooling(size: int, grid: int, masked: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Both poolings along one axis: for each of `size` pixels its bins (size, m) int64 and shares (size, m) float64."""
+    window = np.arange(size)[:, None] + np.arange(-1, 2)  # three pixels around each
+    kept = window if masked else window[1:-1]  # without padding the two border windows are missing
+    first = np.zeros((len(kept), size + 2))
+    np.put_along_axis(first, kept + 1, 1 / 3, axis=1)
+    first = first[:, 1:-1]  # contributions of padding pixels fall away
+    second = np.zeros((grid, len(kept)))
+    for i in range(grid):  # the bins of AdaptiveAvgPool: floor of the start, ceiling of the end
+        start, stop = i * len(kept) // grid, -(-(i + 1) * len(kept) // grid)
+        second[i, start:stop] = 1 / (stop - start)
+    pooling = (second @ first).T  # (size, grid)
+    width = int((pooling > 0).sum(axis=1).max())
+    bins = np.argsort(-pooling, axis=1, kind="stable")[:, :width]
+    return bins, np.take_along_axis(pooling, bins, axis=1)
+
+
+def _scatter(patch: Tensor, weight: Tensor, features: Tensor, patches: int) -> Tensor:
+    pooled = features.new_zeros(patches, features.shape[1])
+    for k in range(patch.shape[1]):
+        pooled.index_add_(0, patch[:, k], weight[:, k, None].to(features.dtype) * features)
+    return pooled

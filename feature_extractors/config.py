@@ -1,0 +1,163 @@
+"""What can be configured: the methods (a row each), the protocols (a row each), and the detector's settings."""
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from models.point_ops import BACKENDS
+from models.point_transformer import POINT_NORMS
+from utils.errors import InputError
+
+BANKS = ("xyz", "rgb", "fusion")  # also the order of scores and maps in decision fusion
+MEMORY_BANKS = ("single", "multiple")
+PRECISIONS = ("fp32", "bf16")
+
+
+class Method(NamedTuple):
+    """One value of --method_name."""
+
+    banks: tuple[str, ...]  # in the order of BANKS
+    fusion: str = "none"  # decision fusion: "none", "sum" or "svm"
+    statistics: str = "none"  # reference protocol: "none", "own", or "shared" (mean of xyz, std of rgb)
+    score_divisor: float = 1.0  # reference protocol: distances are divided by it before the image score
+    weight_epsilon: float = 0.0  # added to the sum of exponentials in the image score
+    zero_row: bool = False  # reference protocol: append a zero row to the xyz bank
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        """The kinds of files, and so of backbones, that the method needs."""
+        return frozenset({"rgb", "xyz"} if "fusion" in self.banks else self.banks)
+
+    @property
+    def memory_bank(self) -> str:
+        """The one value of --memory_bank that makes sense."""
+        return "multiple" if len(self.banks) > 1 else "single"
+
+
+METHODS = {
+    "DINO": Method(("rgb",), statistics="own", weight_epsilon=1e-5),
+    "Point_MAE": Method(("xyz",), weight_epsilon=1e-5),
+    "Fusion": Method(("fusion",)),
+    "DINO+Point_MAE": Method(("xyz", "rgb"), "svm", "shared", score_divisor=1000.0),
+    "DINO+Point_MAE+add": Method(("xyz", "rgb"), "sum", "shared"),
+    "DINO+Point_MAE+Fusion": Method(("xyz", "rgb", "fusion"), "svm", "shared", zero_row=True),
+}
+
+
+class Protocol(NamedTuple):
+    """Behaviours on which the published tables and what was meant differ; the defaults are the published ones."""
+
+    own_statistics: bool = False  # each bank its own mean and std, instead of the method's rule
+    own_coreset_size: bool = False  # f_coreset of each bank, instead of rgb and fusion from the reduced xyz bank
+    drop_background: bool = False  # background rows leave the xyz bank before all else, one of them returns at the end
+    unscaled_scores: bool = False  # the method's score_divisor is not used
+    float_blur: bool = False  # Gaussian in floats, instead of through an 8-bit image
+    exact_distances: bool = False  # by direct differences, instead of expanded fp32 squares, which cancel
+    masked_pooling: bool = False  # padded border and background left out of the mean, instead of plain pooling
+    exact_au_pro: bool = False  # headline AU-PRO from the exact curve, instead of 100 thresholds
+
+
+PROTOCOLS = {
+    "reference": Protocol(),
+    "corrected": Protocol(*[True] * len(Protocol._fields)),
+}
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """Everything that decides what a detector computes. The defaults are the reference's.
+
+    Raises:
+        InputError: a value out of its range, or a combination that cannot be meant.
+    """
+
+    method_name: str = "DINO+Point_MAE+Fusion"
+    memory_bank: str | None = None  # None: the one that the method needs
+    rgb_backbone_name: str = "vit_base_patch8_224_dino"
+    xyz_backbone_name: str = "Point_MAE"
+    use_uff: bool = False
+    protocol: Protocol = field(default_factory=Protocol)
+    point_norm: str = "cloud"
+    point_ops: str = "auto"
+    precision: str = "fp32"
+    img_size: int = 224
+    xyz_grid: int = 56  # patches along a side of the xyz and fusion banks; the paper's 56x56 = 3136
+    group_size: int = 128
+    num_group: int = 1024
+    f_coreset: float = 0.1
+    coreset_eps: float = 0.9
+    random_state: int | None = None
+    asy_memory_bank: int | None = None  # xyz and fusion banks from the first N samples only
+    rm_zero_for_project: bool = False
+    ocsvm_nu: float = 0.5
+    ocsvm_maxiter: int = 1000
+    score_lambdas: tuple[float, float, float] = (1.0, 0.1, 1.0)  # xyz, rgb, fusion
+    map_lambdas: tuple[float, float, float] = (1.0, 0.1, 1.0)
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        self._check_combinations()
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.method_name]
+
+    def _check_values(self) -> None:
+        _one_of("method_name", self.method_name, tuple(METHODS))
+        _one_of("point_norm", self.point_norm, POINT_NORMS)
+        _one_of("point_ops", self.point_ops, BACKENDS)
+        _one_of("precision", self.precision, PRECISIONS)
+        _within("f_coreset", self.f_coreset, 0 < self.f_coreset <= 1, "above 0 and at most 1")
+        _within("coreset_eps", self.coreset_eps, 0 < self.coreset_eps < 1, "between 0 and 1")
+        _within("ocsvm_nu", self.ocsvm_nu, 0 < self.ocsvm_nu <= 1, "above 0 and at most 1")
+        _within("ocsvm_maxiter", self.ocsvm_maxiter, self.ocsvm_maxiter >= 1, "at least 1")
+        _within("xyz_grid", self.xyz_grid, self.xyz_grid >= 1, "at least 1")
+        least = self.xyz_grid + 2  # pooling without padding loses two pixels
+        _within(
+            "img_size",
+            self.img_size,
+            self.img_size >= least,
+            f"at least {least} for {self.xyz_grid} xyz patches a side",
+        )
+        _within(
+            "num_group", self.num_group, self.num_group >= 3, "at least 3: features are interpolated from 3 centres"
+        )
+        _within("group_size", self.group_size, self.group_size >= 1, "at least 1")
+        for name, value in zip(BANKS * 2, self.score_lambdas + self.map_lambdas, strict=True):
+            _within(f"a lambda of {name}", value, math.isfinite(value), "a finite number")
+        if self.random_state is not None:
+            _within("random_state", self.random_state, 0 <= self.random_state < 2**32, "between 0 and 2**32 - 1")
+        if self.asy_memory_bank is not None:
+            _within("asy_memory_bank", self.asy_memory_bank, self.asy_memory_bank >= 1, "at least 1")
+
+    def _check_combinations(self) -> None:
+        method, name = self.method, self.method_name
+        if self.memory_bank is not None:
+            _one_of("memory_bank", self.memory_bank, MEMORY_BANKS)
+            if self.memory_bank != method.memory_bank:
+                raise InputError(
+                    f"{name} builds {len(method.banks)} memory bank{'s' * (len(method.banks) > 1)} "
+                    f"({', '.join(method.banks)}): use --memory_bank {method.memory_bank} instead of {self.memory_bank}"
+                )
+        if self.use_uff and "fusion" not in method.banks:
+            raise InputError(
+                f"--use_uff has no effect on {name}, which has no fusion bank: leave it out or choose Fusion"
+            )
+        if self.rm_zero_for_project and method.banks != ("xyz",):
+            raise InputError(
+                f"--rm_zero_for_project is for the single xyz bank (Point_MAE), not for {name}: leave it out"
+            )
+        if self.asy_memory_bank is not None and len(method.banks) == 1:
+            raise InputError(
+                f"--asy_memory_bank gives banks different numbers of samples, but {name} has one bank: use --max_sample"
+            )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+
+
+def _within(name: str, value: float, good: bool, expected: str) -> None:
+    if not good:
+        raise InputError(f"{name} is {value}, expected {expected}")

@@ -1,0 +1,67 @@
+"""Decision layer fusion (DLF): the banks' scores and maps become one score and one map."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.linear_model import SGDOneClassSVM
+from torch import Tensor
+
+# The reference seeds the order of stochastic gradient descent with this number, whatever --random_state is.
+SVM_RANDOM_STATE = 42
+
+
+class DecisionFusion(NamedTuple):
+    """Two linear one-class SVMs. The anomaly score of a vector x is score_samples(x) = coef . x: larger, worse.
+
+    The SVM's offset is not needed: it shifts the decision function, not score_samples.
+    """
+
+    score_coef: np.ndarray  # (K,) float64, on the K banks' scores
+    map_coef: np.ndarray  # (K,) float64, on the K banks' maps, pixel by pixel
+    score_lambdas: tuple[float, ...]  # the banks' scores are multiplied by these first
+    map_lambdas: tuple[float, ...]
+
+    def fuse(self, scores: Sequence[float], maps: Sequence[Tensor]) -> tuple[float, Tensor]:
+        """Fuse the K scores and K maps (H, W) of one sample, in the banks' order; the map is computed in float64."""
+        score = float(np.dot(_weighted(scores, self.score_lambdas), self.score_coef))
+        pixels = _weighted([plane.numpy() for plane in maps], self.map_lambdas)
+        return score, torch.from_numpy(pixels @ self.map_coef).float()
+
+
+def fit_decision_fusion(
+    scores: Sequence[Sequence[float]],
+    maps: Sequence[Sequence[Tensor]],
+    score_lambdas: tuple[float, ...],
+    map_lambdas: tuple[float, ...],
+    nu: float,
+    max_iter: int,
+) -> DecisionFusion:
+    """Fit both SVMs on the training samples' scores (N, K) and pixels (N * H * W, K), in float64.
+
+    Args:
+        scores: K scores per sample.
+        maps: K maps (H, W) per sample.
+        score_lambdas: factor of each bank's scores.
+        map_lambdas: factor of each bank's maps.
+        nu: share of training errors allowed (--ocsvm_nu).
+        max_iter: epochs at most (--ocsvm_maxiter).
+
+    Peak memory: the pixels in float64, 8 * N * H * W * K bytes, twice.
+    """
+    score_rows = np.stack([_weighted(row, score_lambdas) for row in scores])
+    pixels = np.concatenate([_weighted([m.numpy() for m in row], map_lambdas).reshape(-1, len(row)) for row in maps])
+    return DecisionFusion(
+        _fit_one_class(score_rows, nu, max_iter), _fit_one_class(pixels, nu, max_iter), score_lambdas, map_lambdas
+    )
+
+
+def _weighted(values: Sequence[float] | Sequence[np.ndarray], lambdas: tuple[float, ...]) -> np.ndarray:
+    """K scalars or (H, W) planes times their factors -> (..., K) float64."""
+    planes = [np.asarray(value, dtype=np.float64) * factor for value, factor in zip(values, lambdas, strict=True)]
+    return np.stack(planes, axis=-1)
+
+
+def _fit_one_class(rows: np.ndarray, nu: float, max_iter: int) -> np.ndarray:
+    return SGDOneClassSVM(random_state=SVM_RANDOM_STATE, nu=nu, max_iter=max_iter).fit(rows).coef_

@@ -1,0 +1,65 @@
+"""The detector: banks and decision fusion over an extractor."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from feature_extractors.config import DetectorConfig
+from feature_extractors.decision_fusion import DecisionFusion
+from feature_extractors.extractor import PatchExtractor
+from feature_extractors.memory_bank import MemoryBank
+from feature_extractors.scoring import anomaly_map, image_score
+from utils.records import PatchFeatures, Prediction, Sample
+
+
+class Detector:
+    """A fitted detector of one class of parts.
+
+    Args:
+        config: what it computes.
+        extractor: turns samples into patch features.
+        banks: memory banks by name, in the order of the method's banks.
+        decision_fusion: the fitted SVMs, for methods that use them; set once they are fitted.
+    """
+
+    def __init__(
+        self,
+        config: DetectorConfig,
+        extractor: PatchExtractor,
+        banks: Mapping[str, MemoryBank],
+        decision_fusion: DecisionFusion | None = None,
+    ) -> None:
+        self.config = config
+        self.extractor = extractor
+        self.banks = dict(banks)
+        self.decision_fusion = decision_fusion
+
+    @torch.inference_mode()
+    def predict(self, sample: Sample) -> Prediction:
+        """Judge one sample: score, larger = more anomalous, and anomaly map (img_size, img_size)."""
+        return self.predict_features(self.extractor(sample))
+
+    @torch.inference_mode()
+    def predict_features(self, features: PatchFeatures) -> Prediction:
+        """Judge one sample by its patch features."""
+        scores, maps = self.bank_results(features)
+        values, planes = list(scores.values()), list(maps.values())
+        if self.decision_fusion is not None:
+            score, fused = self.decision_fusion.fuse(values, planes)
+        else:  # "sum", or a single bank
+            score, fused = sum(values), torch.stack(planes).sum(dim=0)
+        return Prediction(score, fused, scores, maps)
+
+    @torch.inference_mode()
+    def bank_results(self, features: PatchFeatures) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Image score and anomaly map (img_size, img_size), on the CPU, of each bank, before decision fusion."""
+        method, protocol = self.config.method, self.config.protocol
+        divisor = 1.0 if protocol.unscaled_scores else method.score_divisor
+        scores, maps = {}, {}
+        for name, bank in self.banks.items():
+            patches = bank.statistics.normalize(getattr(features, name))
+            distances, index = bank.nearest(patches, protocol.exact_distances)
+            scores[name] = image_score(patches, distances, index, bank, divisor, method.weight_epsilon)
+            maps[name] = anomaly_map(distances, self.config.img_size, protocol.float_blur)
+        return scores, maps

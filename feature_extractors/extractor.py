@@ -1,0 +1,125 @@
+"""From a sample to its patch features: both backbones, the alignment, the fusion."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from feature_extractors.alignment import align_to_patches, valid_pixels
+from feature_extractors.config import DetectorConfig
+from models import build_feature_fusion, build_rgb_backbone, build_xyz_backbone
+from models.feature_fusion import FeatureFusion
+from models.point_transformer import PointBackbone, PointTransformer
+from models.rgb_backbone import RgbBackbone
+from utils.errors import InputError
+from utils.feature_store import resize_patches
+from utils.records import PatchFeatures, Sample
+
+
+class PatchExtractor:
+    """Turns samples into patch features with finished networks.
+
+    Args:
+        config: decides which banks are needed and how points become patches.
+        rgb_backbone: None where the method needs none.
+        xyz_backbone: None where the method needs none.
+        feature_fusion: the trained UFF; None where the fusion bank is a plain concatenation.
+        device: where the networks run and the features come to lie.
+    """
+
+    def __init__(
+        self,
+        config: DetectorConfig,
+        rgb_backbone: RgbBackbone | None,
+        xyz_backbone: PointBackbone | None,
+        feature_fusion: FeatureFusion | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.rgb_backbone = rgb_backbone.to(self.device).eval() if rgb_backbone else None
+        self.xyz_backbone = xyz_backbone.to(self.device).eval() if xyz_backbone else None
+        self.feature_fusion = feature_fusion.to(self.device).eval() if feature_fusion else None
+
+    @torch.inference_mode()
+    def __call__(self, sample: Sample) -> PatchFeatures:
+        """Extract the features of one sample.
+
+        Raises:
+            InputError: the scan has no valid point, or fewer than the 3D backbone groups.
+        """
+        rgb = self._extract_rgb(sample) if self.rgb_backbone is not None else None
+        xyz = self._extract_xyz(sample) if self.xyz_backbone is not None else None
+        fusion = self._fuse(xyz, rgb) if "fusion" in self.config.method.banks else None
+        return PatchFeatures(rgb=rgb, xyz=xyz, fusion=fusion)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _extract_rgb(self, sample: Sample) -> Tensor:
+        if sample.rgb is None:
+            raise InputError(f"{sample.path} has no rgb picture, which {self.config.method_name} needs")
+        assert self.rgb_backbone is not None
+        with self._autocast():
+            return self.rgb_backbone(sample.rgb[None].to(self.device))[0].float()
+
+    def _extract_xyz(self, sample: Sample) -> Tensor:
+        if sample.xyz is None:
+            raise InputError(f"{sample.path} has no xyz scan, which {self.config.method_name} needs")
+        assert self.xyz_backbone is not None
+        xyz = sample.xyz.to(self.device)
+        points = xyz[:, valid_pixels(xyz)].T.contiguous()  # (N, 3)
+        if len(points) < self.xyz_backbone.min_points:
+            mend = "mend the scan"
+            if isinstance(self.xyz_backbone, PointTransformer):
+                mend += ", or lower --num_group and --group_size"
+            raise InputError(
+                f"{sample.path} has {len(points)} valid points at {self.config.img_size}x{self.config.img_size}, but "
+                f"{self.config.xyz_backbone_name} needs at least {self.xyz_backbone.min_points}: {mend}"
+            )
+        with self._autocast():
+            point_features = self.xyz_backbone(points)
+        point_features = point_features._replace(features=point_features.features.float())
+        return align_to_patches(
+            point_features,
+            xyz,
+            self.config.xyz_grid,
+            exact_distances=self.config.protocol.exact_distances,
+            masked=self.config.protocol.masked_pooling,
+            point_ops=self.config.point_ops,
+        )
+
+    def _fuse(self, xyz: Tensor | None, rgb: Tensor | None) -> Tensor:
+        assert xyz is not None
+        assert rgb is not None
+        rgb = resize_patches(rgb, self.config.xyz_grid)  # (3136, C_rgb)
+        if self.feature_fusion is None:
+            return torch.cat([xyz, rgb], dim=1)
+        with self._autocast():
+            return self.feature_fusion.fuse(xyz, rgb).float()
+
+
+def build_extractor(
+    config: DetectorConfig, checkpoint_dir: Path, fusion_module_path: Path, device: torch.device | str = "cpu"
+) -> PatchExtractor:
+    """Build the networks that the method needs, and only those, with their weights.
+
+    Raises:
+        InputError: a checkpoint is missing or does not fit.
+    """
+    needed = config.method.modalities
+    rgb = build_rgb_backbone(config.rgb_backbone_name, checkpoint_dir, config.img_size) if "rgb" in needed else None
+    xyz = None
+    if "xyz" in needed:
+        xyz = build_xyz_backbone(
+            config.xyz_backbone_name,
+            checkpoint_dir,
+            num_group=config.num_group,
+            group_size=config.group_size,
+            point_norm=config.point_norm,
+            point_ops=config.point_ops,
+        )
+    fusion = None
+    if config.use_uff and xyz is not None and rgb is not None:
+        fusion = build_feature_fusion(fusion_module_path, xyz_dim=xyz.embed_dim, rgb_dim=rgb.embed_dim)
+    return PatchExtractor(config, rgb, xyz, fusion, device)

@@ -1,0 +1,225 @@
+"""Fitting a detector on good parts and running it over the test split."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from feature_extractors.config import BANKS, DetectorConfig
+from feature_extractors.decision_fusion import DecisionFusion, fit_decision_fusion
+from feature_extractors.detector import Detector
+from feature_extractors.extractor import PatchExtractor
+from feature_extractors.memory_bank import BankStatistics, MemoryBank, mean_and_std, select_coreset
+from utils.errors import InputError
+from utils.metrics import evaluate as compute_metrics
+from utils.records import PatchFeatures, Prediction, Sample
+
+logger = logging.getLogger(__name__)
+
+
+class Stopwatch:
+    """Seconds spent in each named stage."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("extract", "coreset", "fuse", "score", "metrics"), 0.0)
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - begin
+
+
+class TrainingFeatures:
+    """The raw features of all training samples, kept once: the banks are built from them and scored with them.
+
+    One array per bank, filled in place, so that nothing is ever concatenated. For M3DM's three banks a sample takes
+    41 MB: (3136 x 1152 + 784 x 768 + 3136 x 1920) float32.
+
+    Args:
+        capacity: number of training samples.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.count = 0
+        self._arrays: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def append(self, features: PatchFeatures) -> None:
+        for name in BANKS:
+            patches = getattr(features, name)
+            if patches is None:
+                continue
+            if name not in self._arrays:
+                self._arrays[name] = patches.new_empty(self.capacity, *patches.shape)
+            self._arrays[name][self.count] = patches
+        self.count += 1
+
+    def sample(self, i: int) -> PatchFeatures:
+        """Features of the i-th sample, views into the arrays."""
+        return PatchFeatures(**{name: array[i] for name, array in self._arrays.items()})
+
+    def rows(self, name: str, samples: int | None = None) -> Tensor:
+        """Patches (samples * patches, C) of the first `samples` samples (None: all), a view."""
+        return self._arrays[name][: self.count][:samples].flatten(0, 1)
+
+
+class SampleResult(NamedTuple):
+    """A test sample without its pictures, and what the detector said about it."""
+
+    path: str  # as in Sample
+    label: int
+    mask: Tensor  # (S, S) uint8
+    prediction: Prediction
+
+
+def collect_features(
+    extractor: PatchExtractor,
+    samples: Iterable[Sample],
+    count: int,
+    stopwatch: Stopwatch | None = None,
+    on_features: Callable[[Sample, PatchFeatures], None] | None = None,
+) -> TrainingFeatures:
+    """Extract every training sample once.
+
+    Args:
+        extractor: see PatchExtractor.
+        samples: good training samples.
+        count: how many there are.
+        stopwatch: where the seconds are added.
+        on_features: called with each sample and its features, to save them for instance.
+    """
+    collected = TrainingFeatures(count)
+    with (stopwatch or Stopwatch()).measure("extract"):
+        for sample in tqdm(samples, total=count, desc="train features", unit="sample", leave=False):
+            features = extractor(sample)
+            if on_features is not None:
+                on_features(sample, features)
+            collected.append(features)
+    return collected
+
+
+def fit_detector(
+    config: DetectorConfig, extractor: PatchExtractor, features: TrainingFeatures, stopwatch: Stopwatch | None = None
+) -> Detector:
+    """Build the banks, then fit decision fusion on the same samples scored against them."""
+    stopwatch = stopwatch or Stopwatch()
+    with torch.inference_mode():
+        with stopwatch.measure("coreset"):
+            detector = Detector(config, extractor, build_banks(config, features))
+        if config.method.fusion == "svm":
+            with stopwatch.measure("fuse"):
+                detector.decision_fusion = _fit_fusion(detector, features)
+    return detector
+
+
+def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str, MemoryBank]:
+    """Statistics, coreset and normalised rows of each bank of the method, in its order (xyz first)."""
+    method, protocol = config.method, config.protocol
+    drop_background = protocol.drop_background or config.rm_zero_for_project
+    rows = {name: features.rows(name, None if name == "rgb" else config.asy_memory_bank) for name in method.banks}
+    if "xyz" in rows and drop_background:
+        rows["xyz"] = _without_background(rows["xyz"], config)
+    statistics = _bank_statistics(config, rows)
+    banks: dict[str, MemoryBank] = {}
+    reduced_xyz = None
+    for name, raw in rows.items():
+        base = len(raw) if protocol.own_coreset_size or reduced_xyz is None else reduced_xyz
+        chosen = _select(config, raw, statistics[name], base)
+        if name == "xyz":
+            reduced_xyz = len(chosen)
+            if drop_background:
+                chosen = torch.cat([chosen, statistics[name].normalize(chosen.new_zeros(1, chosen.shape[1]))])
+            elif method.zero_row:  # zero after normalisation, so the mean patch and not the background: the reference's
+                chosen = chosen[(chosen != 0).all(dim=1)]
+                chosen = torch.cat([chosen, chosen.new_zeros(1, chosen.shape[1])])
+        banks[name] = MemoryBank(chosen, statistics[name])
+        logger.info("%s bank: %d of %d patches", name, len(chosen), len(raw))
+    return banks
+
+
+def evaluate(
+    detector: Detector, samples: Iterable[Sample], count: int, stopwatch: Stopwatch | None = None
+) -> tuple[list[SampleResult], dict[str, Any]]:
+    """Judge every test sample, in order, and compute the metrics of the class.
+
+    Keeps the maps: (K + 1) * img_size**2 float32 a sample for K banks.
+
+    Returns:
+        the results; the metrics under the keys of results.json (see utils.metrics.evaluate).
+    """
+    stopwatch = stopwatch or Stopwatch()
+    results = []
+    for sample in tqdm(samples, total=count, desc="test", unit="sample", leave=False):
+        with stopwatch.measure("extract"):
+            features = detector.extractor(sample)
+        with stopwatch.measure("score"):
+            prediction = detector.predict_features(features)
+        if sample.label is None or sample.mask is None:
+            raise ValueError(f"{sample.path} has no label or no mask: evaluate takes samples of the test split")
+        results.append(SampleResult(sample.path, sample.label, sample.mask[0], prediction))
+    with stopwatch.measure("metrics"):
+        metrics = compute_metrics(
+            [result.label for result in results],
+            [result.prediction.score for result in results],
+            [result.mask.numpy() for result in results],
+            [result.prediction.anomaly_map.numpy() for result in results],
+        )
+    return results, metrics
+
+
+def _bank_statistics(config: DetectorConfig, rows: dict[str, Tensor]) -> dict[str, BankStatistics]:
+    if config.protocol.own_statistics or config.method.statistics == "own":
+        return {name: mean_and_std(raw) for name, raw in rows.items()}
+    if config.method.statistics == "shared":
+        shared = BankStatistics(mean_and_std(rows["xyz"]).mean, mean_and_std(rows["rgb"]).std)
+        return dict.fromkeys(rows, shared)
+    return dict.fromkeys(rows, BankStatistics())
+
+
+def _without_background(xyz: Tensor, config: DetectorConfig) -> Tensor:
+    """The rows of patches with a valid point. --rm_zero_for_project keeps only rows without any exact zero."""
+    nonzero = xyz != 0
+    kept = nonzero.all(dim=1) if config.rm_zero_for_project else nonzero.any(dim=1)
+    if not kept.any():
+        raise InputError(
+            f"none of the {len(xyz)} xyz patches of the training samples is left without the background: "
+            "check the scans, or use --protocol reference without --rm_zero_for_project"
+        )
+    return xyz[kept]
+
+
+def _select(config: DetectorConfig, raw: Tensor, statistics: BankStatistics, base: int) -> Tensor:
+    """The normalised coreset of raw rows; its size is f_coreset of `base`, within 1 and all rows."""
+    if config.f_coreset == 1:
+        return statistics.normalize(raw)
+    n = min(max(int(config.f_coreset * base), 1), len(raw))
+    return statistics.normalize(raw[select_coreset(raw, statistics, n, config.coreset_eps, config.random_state)])
+
+
+def _fit_fusion(detector: Detector, features: TrainingFeatures) -> DecisionFusion:
+    config = detector.config
+    scores, maps = [], []
+    for i in tqdm(range(len(features)), desc="decision fusion", unit="sample", leave=False):
+        bank_scores, bank_maps = detector.bank_results(features.sample(i))
+        scores.append(list(bank_scores.values()))
+        maps.append(list(bank_maps.values()))
+    of_banks = [BANKS.index(name) for name in detector.banks]
+    return fit_decision_fusion(
+        scores,
+        maps,
+        tuple(config.score_lambdas[k] for k in of_banks),
+        tuple(config.map_lambdas[k] for k in of_banks),
+        config.ocsvm_nu,
+        config.ocsvm_maxiter,
+    )
