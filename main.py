@@ -1,0 +1,329 @@
+"""Fit Multi-3D-Memory on the good parts of each class and evaluate it on the test split.
+
+    python main.py --method_name DINO+Point_MAE --memory_bank multiple --save_feature
+    python main.py --method_name DINO+Point_MAE+Fusion --use_uff --memory_bank multiple \\
+        --fusion_module_path checkpoints/checkpoint-2.pth
+    python main.py --method_name DINO --dataset_path my_parts --classes bracket --output_dir results/bracket
+
+Writes image_rocauc_results.md, pixel_rocauc_results.md, aupro_results.md and results.json to --output_dir, with
+--save_preds also anomaly_maps/ and pred_maps/.
+"""
+
+import argparse
+import logging
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from dataset import (
+    DATASET_CLASSES,
+    AnomalyDataset,
+    SampleFiles,
+    check_files,
+    find_classes,
+    index_split,
+    load_samples,
+    original_size,
+    read_photo,
+)
+from feature_extractors.config import BANKS, MEMORY_BANKS, METHODS, PRECISIONS, PROTOCOLS, DetectorConfig
+from feature_extractors.extractor import PatchExtractor, build_extractor
+from feature_extractors.pipeline import SampleResult, Stopwatch, collect_features, evaluate, fit_detector
+from models import RGB_BACKBONES, XYZ_BACKBONES
+from models.point_ops import BACKENDS, check_extensions
+from models.point_transformer import POINT_NORMS
+from utils.distributed import choose_device
+from utils.errors import InputError, exit_on_input_error
+from utils.feature_store import PAIRINGS, write_features
+from utils.files import make_folder
+from utils.records import PatchFeatures, Sample
+from utils.report import append_tables, format_tables, result_line, results_record, write_results
+from utils.visualization import FUSED, color_scale, save_anomaly_map, save_prediction_figure
+
+logger = logging.getLogger("main")
+
+
+class SplitFiles(NamedTuple):
+    """The files of one class."""
+
+    train: list[SampleFiles]
+    test: list[SampleFiles]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What surrounds the detector: where files are read and written, and how much of them."""
+
+    dataset_type: str
+    dataset_path: Path
+    classes: tuple[str, ...] | None
+    checkpoint_dir: Path
+    fusion_module_path: Path
+    output_dir: Path
+    save_feature_path: Path | None  # None: features are not saved
+    uff_pairing: str
+    save_preds: bool
+    max_sample: int
+    num_workers: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        if self.max_sample < 1:
+            raise InputError(f"max_sample is {self.max_sample}, expected at least 1")
+        if self.num_workers < 0:
+            raise InputError(f"num_workers is {self.num_workers}, expected 0 or more")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("which method, on which data").add_argument
+    add("--method_name", default="DINO+Point_MAE+Fusion", choices=METHODS, help="which banks, and how they are fused")
+    add(
+        "--memory_bank",
+        choices=MEMORY_BANKS,
+        help="single for methods of one bank, multiple for the others; by default the one that the method needs",
+    )
+    add(
+        "--rgb_backbone_name",
+        default="vit_base_patch8_224_dino",
+        choices=RGB_BACKBONES,
+        help="network of the RGB branch",
+    )
+    add("--xyz_backbone_name", default="Point_MAE", choices=XYZ_BACKBONES, help="network of the 3D branch")
+    add("--use_uff", action="store_true", help="fuse patches with the trained UFF; without it they are concatenated")
+    add("--fusion_module_path", type=Path, default=Path("checkpoints/checkpoint-0.pth"), help="checkpoint of the UFF")
+    add("--checkpoint_dir", type=Path, default=Path("checkpoints"), help="folder of the backbones' checkpoints")
+    add("--dataset_type", default="mvtec3d", choices=DATASET_CLASSES, help="whose classes are looked for")
+    add("--dataset_path", type=Path, default=Path("datasets/mvtec3d"), help="folder that holds the class folders")
+    add("--classes", nargs="+", help="class folders to run; by default all of the dataset type that are there")
+    add("--max_sample", type=int, default=400, help="fit on the first N training samples")
+
+    add = parser.add_argument_group("what a run leaves").add_argument
+    add("--output_dir", type=Path, default=Path("results"), help="folder of the tables and results.json")
+    add("--save_preds", action="store_true", help="also write the anomaly maps and a picture of each prediction")
+    add("--save_feature", action="store_true", help="write the training samples' patches for fusion_pretrain.py")
+    add("--save_feature_path", type=Path, default=Path("datasets/patch_lib"), help="folder of these patch files")
+    add("--uff_pairing", default="aligned", choices=PAIRINGS, help="pairing that the patch files ask training for")
+
+    add = parser.add_argument_group("what the detector computes").add_argument
+    add("--protocol", default="reference", choices=PROTOCOLS, help="as published, or with the README's corrections")
+    add("--point_norm", default="cloud", choices=POINT_NORMS, help="batch norm of the group encoder: whose statistics")
+    add("--img_size", type=int, default=224, help="side that pictures and scans are resized to, pixels")
+    add("--group_size", type=int, default=128, help="points per group of the point transformer")
+    add("--num_group", type=int, default=1024, help="groups per scan of the point transformer")
+    add("--f_coreset", type=float, default=0.1, help="share of the patches that the coreset keeps")
+    add("--coreset_eps", type=float, default=0.9, help="distortion allowed to the random projection")
+    add("--random_state", type=int, help="seed of the random projection; None draws another each run")
+    add("--asy_memory_bank", type=int, help="xyz and fusion banks from the first N samples only")
+    add("--rm_zero_for_project", action="store_true", help="leave background patches out of the bank of Point_MAE")
+    add("--ocsvm_nu", type=float, default=0.5, help="nu of the one-class SVMs")
+    add("--ocsvm_maxiter", type=int, default=1000, help="epochs of the one-class SVMs at most")
+    for name, weight in zip(BANKS, (1.0, 0.1, 1.0), strict=True):
+        add(f"--{name}_s_lambda", type=float, default=weight, help=f"factor of the {name} score in decision fusion")
+        add(f"--{name}_smap_lambda", type=float, default=weight, help=f"factor of the {name} map in decision fusion")
+
+    add = parser.add_argument_group("how it is computed").add_argument
+    add("--device", default="auto", help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
+    add("--precision", default="fp32", choices=PRECISIONS, help="of the networks; all else is fp32 or better")
+    add("--point_ops", default="auto", choices=BACKENDS, help="extension: pointnet2_ops and knn_cuda, if installed")
+    add("--num_workers", type=int, default=2, help="threads that read files ahead")
+    return parser.parse_args(argv)
+
+
+def detector_config(args: argparse.Namespace) -> DetectorConfig:
+    return DetectorConfig(
+        method_name=args.method_name,
+        memory_bank=args.memory_bank,
+        rgb_backbone_name=args.rgb_backbone_name,
+        xyz_backbone_name=args.xyz_backbone_name,
+        use_uff=args.use_uff,
+        protocol=PROTOCOLS[args.protocol],
+        point_norm=args.point_norm,
+        point_ops=args.point_ops,
+        precision=args.precision,
+        img_size=args.img_size,
+        group_size=args.group_size,
+        num_group=args.num_group,
+        f_coreset=args.f_coreset,
+        coreset_eps=args.coreset_eps,
+        random_state=args.random_state,
+        asy_memory_bank=args.asy_memory_bank,
+        rm_zero_for_project=args.rm_zero_for_project,
+        ocsvm_nu=args.ocsvm_nu,
+        ocsvm_maxiter=args.ocsvm_maxiter,
+        score_lambdas=(args.xyz_s_lambda, args.rgb_s_lambda, args.fusion_s_lambda),
+        map_lambdas=(args.xyz_smap_lambda, args.rgb_smap_lambda, args.fusion_smap_lambda),
+    )
+
+
+def run_settings(args: argparse.Namespace, config: DetectorConfig) -> RunSettings:
+    if args.save_feature and len(config.method.modalities) < 2:
+        raise InputError(
+            f"--save_feature writes rgb and xyz patches, but {args.method_name} extracts only "
+            f"{', '.join(config.method.modalities)}: use DINO+Point_MAE"
+        )
+    device = choose_device(args.device)
+    if config.point_ops == "extension" and device.type != "cuda":
+        raise InputError(f"--point_ops extension needs a GPU, but the device is {device}: use --point_ops auto")
+    if config.point_ops == "extension":
+        check_extensions()
+    if not args.use_uff and "fusion" in config.method.banks and args.fusion_module_path.exists():
+        logger.warning("%s is not used: --use_uff is not given", args.fusion_module_path)
+    return RunSettings(
+        dataset_type=args.dataset_type,
+        dataset_path=args.dataset_path,
+        classes=tuple(args.classes) if args.classes else None,
+        checkpoint_dir=args.checkpoint_dir,
+        fusion_module_path=args.fusion_module_path,
+        output_dir=args.output_dir,
+        save_feature_path=args.save_feature_path if args.save_feature else None,
+        uff_pairing=args.uff_pairing,
+        save_preds=args.save_preds,
+        max_sample=args.max_sample,
+        num_workers=args.num_workers,
+        device=device,
+    )
+
+
+def index_classes(settings: RunSettings, config: DetectorConfig) -> dict[str, SplitFiles]:
+    """Training and test files of each class, checked as far as headers tell, before any work starts."""
+    modalities = config.method.modalities
+    indexed = {}
+    for name in find_classes(settings.dataset_path, settings.dataset_type, settings.classes):
+        folder = settings.dataset_path / name
+        train = index_split(folder, "train", modalities)[: settings.max_sample]
+        indexed[name] = SplitFiles(train, index_split(folder, "test", modalities))
+    shown = modalities | ({"rgb"} if settings.save_preds else frozenset())
+    for train, test in indexed.values():
+        check_files(train, modalities)
+        check_files(test, shown)
+    return indexed
+
+
+def run_class(
+    name: str,
+    files: SplitFiles,
+    settings: RunSettings,
+    config: DetectorConfig,
+    extractor: PatchExtractor,
+) -> dict[str, Any]:
+    """Fit and evaluate one class; returns its entry of results.json."""
+    stopwatch = Stopwatch()
+    train, test = (AnomalyDataset(each, config.method.modalities, config.img_size) for each in files)
+    saver = feature_saver(name, settings, config)
+    features = collect_features(extractor, load_samples(train, settings.num_workers), len(train), stopwatch, saver)
+    detector = fit_detector(config, extractor, features, stopwatch)
+    results, metrics = evaluate(detector, load_samples(test, settings.num_workers), len(test), stopwatch)
+    if settings.save_preds:
+        save_predictions(name, files.test, results, settings.output_dir)
+    samples = [{"path": each.path, "label": each.label, "score": each.prediction.score} for each in results]
+    return {
+        **metrics,
+        "samples": samples,
+        "seconds": stopwatch.seconds,
+        "peak_memory_mb": peak_memory_mb(settings.device),
+    }
+
+
+def feature_saver(
+    class_name: str, settings: RunSettings, config: DetectorConfig
+) -> Callable[[Sample, PatchFeatures], None] | None:
+    """What writes a training sample's patch file, or None where --save_feature is not given."""
+    if settings.save_feature_path is None:
+        return None
+    folder = settings.save_feature_path
+
+    def save(sample: Sample, features: PatchFeatures) -> None:
+        write_features(
+            folder,
+            class_name,
+            Path(sample.path).name,
+            features,
+            xyz_backbone=config.xyz_backbone_name,
+            rgb_backbone=config.rgb_backbone_name,
+            pairing=settings.uff_pairing,
+        )
+
+    return save
+
+
+def save_predictions(class_name: str, files: list[SampleFiles], results: list[SampleResult], output_dir: Path) -> None:
+    """Write the anomaly map of each test sample at the size of its ground truth, and its picture."""
+    predictions = [result.prediction for result in results]
+    scale = {FUSED: color_scale([prediction.anomaly_map.numpy() for prediction in predictions])}
+    for bank in predictions[0].bank_maps:
+        scale[bank] = color_scale([prediction.bank_maps[bank].numpy() for prediction in predictions])
+    pairs = tqdm(zip(files, results, strict=True), total=len(files), desc="pictures", unit="sample", leave=False)
+    for file, result in pairs:
+        prediction, plane = result.prediction, result.prediction.anomaly_map.numpy()
+        save_anomaly_map(output_dir / "anomaly_maps" / class_name / f"{file.path}.tiff", plane, original_size(file))
+        save_prediction_figure(
+            output_dir / "pred_maps" / class_name / f"{file.path.removeprefix('test/')}.png",
+            read_photo(file),
+            result.mask.numpy(),
+            {bank: bank_map.numpy() for bank, bank_map in prediction.bank_maps.items()},
+            plane,
+            scale,
+            f"{class_name}/{file.path}  score {prediction.score:.4g}",
+        )
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak since the start of the run: allocated on the GPU where it is one, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB
+
+
+def table_note(config: DetectorConfig, protocol: str) -> str:
+    """What every table says beside the method's name: backbones, protocol, and whether features are fused."""
+    names = {"rgb": config.rgb_backbone_name, "xyz": config.xyz_backbone_name}
+    backbones = ", ".join(f"{modality} {names[modality]}" for modality in sorted(config.method.modalities))
+    note = f"Backbones: {backbones}. Protocol: {protocol}."
+    if "fusion" in config.method.banks and not config.use_uff:
+        note += " Without --use_uff the fusion bank holds the concatenated features, unfused (the paper's ablation)."
+    return note
+
+
+def run(args: argparse.Namespace) -> None:
+    config = detector_config(args)
+    settings = run_settings(args, config)
+    indexed = index_classes(settings, config)
+    make_folder(settings.output_dir, "--output_dir")
+    if settings.save_feature_path is not None:
+        make_folder(settings.save_feature_path, "--save_feature_path")
+    extractor = build_extractor(config, settings.checkpoint_dir, settings.fusion_module_path, settings.device)
+    note = table_note(config, args.protocol)
+    logger.info(note)
+    exact = config.protocol.exact_au_pro
+    classes: dict[str, dict[str, Any]] = {}
+    for name, files in indexed.items():
+        logger.info("%s: %d training and %d test samples", name, len(files.train), len(files.test))
+        try:
+            classes[name] = run_class(name, files, settings, config, extractor)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None  # a sample's path begins below its class
+        print(result_line(name, classes[name], exact), flush=True)
+        write_results(settings.output_dir, results_record(sys.argv, vars(args), classes))
+    append_tables(settings.output_dir, classes, config.method_name, sys.argv, exact, note)
+    print(f"\n{format_tables(classes, config.method_name, exact, note)}\n\nwritten to {settings.output_dir}/")
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    with exit_on_input_error():
+        run(parse_args())
+
+
+if __name__ == "__main__":
+    main()

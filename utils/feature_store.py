@@ -1,0 +1,255 @@
+"""The patch files that Unsupervised Feature Fusion (UFF) is trained on: the one owner of their format.
+
+One safetensors file per good training sample, <save_feature_path>/<class>/<stem>.safetensors:
+
+    xyz  (xyz_grid**2, C_xyz)   row-major over its grid, float16 or float32
+    rgb  (rgb_grid**2, C_rgb)   on the grid of its own backbone; it is brought to the xyz grid when it is read
+
+and the fields of `PatchFile` but the path as metadata, beside a schema version.
+
+Zeros carry meaning: training leaves out every patch whose xyz features hold an exact zero. Half precision would turn
+tiny values into further zeros, so the writer keeps such a value at the smallest number that half precision has (6e-8).
+The zeros of a file are therefore exactly the zeros of the features, at either precision.
+"""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from utils.errors import InputError
+from utils.files import atomic_path
+from utils.records import PatchFeatures
+
+SCHEMA = "m3dm-patches/1"
+SUFFIX = ".safetensors"
+PAIRINGS = ("aligned", "reference")
+STORAGE_DTYPES = (torch.float16, torch.float32)
+MEND = "write the patch files anew with main.py --save_feature"
+
+
+class PatchFile(NamedTuple):
+    """What the header of one patch file says."""
+
+    path: Path
+    class_name: str
+    stem: str  # of the scan, "000"
+    xyz_dim: int  # C_xyz
+    rgb_dim: int  # C_rgb
+    xyz_grid: int  # patches along a side
+    rgb_grid: int
+    xyz_backbone: str
+    rgb_backbone: str
+    pairing: str  # that the writer asks training for, see `pair_rgb`
+
+    @property
+    def layout(self) -> tuple[int | str, ...]:
+        """What the files of one training run have in common."""
+        return self[3:]
+
+
+def grid_side(patches: Tensor) -> int:
+    """Side of the square grid that (n, C) patches lie on; ValueError when n is no square."""
+    side = math.isqrt(len(patches))
+    if side**2 != len(patches):
+        raise ValueError(f"{len(patches)} patches do not fill a square grid")
+    return side
+
+
+def resize_patches(patches: Tensor, grid: int) -> Tensor:
+    """Bring patches to another grid by adaptive average pooling; a multiple of the grid (28 -> 56) replicates them.
+
+    Args:
+        patches: (n, C), row-major over a square grid, float.
+        grid: patches along a side of the new grid.
+
+    Returns:
+        (grid**2, C), row-major, dtype and device of the input.
+    """
+    side = grid_side(patches)
+    plane = patches.T.reshape(1, -1, side, side)
+    return F.adaptive_avg_pool2d(plane, grid)[0].flatten(1).T.contiguous()  # (1, C, grid, grid) -> (grid**2, C)
+
+
+def pair_rgb(rgb: Tensor, rows: int, pairing: str = "aligned") -> Tensor:
+    """The rgb partner of every xyz patch.
+
+    Args:
+        rgb: (n, C_rgb), row-major over the rgb grid.
+        rows: number of xyz patches, a square.
+        pairing: "aligned" gives the patch of the same place. "reference" keeps an oddity of the original training
+            data, whose resize scrambled the order: with r = rows / n, row n * j + i holds patch (r * i + j) mod n.
+
+    Returns:
+        (rows, C_rgb).
+    """
+    if pairing == "aligned":
+        return resize_patches(rgb, math.isqrt(rows))
+    if pairing != "reference":
+        raise InputError(f"unknown pairing {pairing!r}: expected one of {', '.join(PAIRINGS)}")
+    n = len(rgb)
+    if rows % n:
+        raise InputError(f"the reference pairing needs a whole number of xyz patches per rgb patch, not {rows} / {n}")
+    i, j = torch.arange(rows) % n, torch.arange(rows) // n
+    return rgb[(rows // n * i + j) % n]
+
+
+def write_features(
+    folder: Path | str,
+    class_name: str,
+    stem: str,
+    features: PatchFeatures,
+    *,
+    xyz_backbone: str,
+    rgb_backbone: str,
+    pairing: str = "aligned",
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Write the patches of one training sample, whole or not at all.
+
+    Args:
+        folder: what --save_feature_path names; the class folder is made in it.
+        features: xyz (xyz_grid**2, C_xyz) and rgb (rgb_grid**2, C_rgb); fusion is not stored.
+        pairing: what a reader uses that does not choose itself, see `pair_rgb`; both modalities are stored as they are.
+        dtype: torch.float16 or torch.float32.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        InputError: a modality is absent, or holds values that are not finite in this dtype.
+    """
+    if dtype not in STORAGE_DTYPES:
+        raise ValueError(f"patch files hold float16 or float32, not {dtype}")
+    if features.xyz is None or features.rgb is None:
+        raise InputError(f"{class_name}/{stem}: training features need both rgb and xyz: save them with DINO+Point_MAE")
+    path = Path(folder) / class_name / f"{stem}{SUFFIX}"
+    tensors = {"xyz": _to_storage(features.xyz, dtype), "rgb": _to_storage(features.rgb, dtype)}
+    for name, tensor in tensors.items():
+        _check_finite(path, name, tensor)
+    header = PatchFile(
+        path,
+        class_name,
+        stem,
+        features.xyz.shape[1],
+        features.rgb.shape[1],
+        grid_side(features.xyz),
+        grid_side(features.rgb),
+        xyz_backbone,
+        rgb_backbone,
+        pairing,
+    )
+    metadata = {key: str(value) for key, value in header._asdict().items() if key != "path"}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata | {"schema": SCHEMA})
+    return path
+
+
+def read_header(path: Path) -> PatchFile:
+    """Read and check the header of a patch file without reading its patches.
+
+    Raises:
+        InputError: the file is cut off, is of another schema, or contradicts its own metadata.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read ({error}): it is cut off or no patch file; {MEND}") from None
+    if metadata.get("schema") != SCHEMA:
+        raise InputError(f"{path} has schema {metadata.get('schema')!r}, expected {SCHEMA!r}; {MEND}")
+    try:
+        numbers = {key: int(metadata[key]) for key in ("xyz_dim", "rgb_dim", "xyz_grid", "rgb_grid")}
+        names = {key: metadata[key] for key in ("class_name", "stem", "xyz_backbone", "rgb_backbone", "pairing")}
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path} has incomplete metadata ({error}); {MEND}") from None
+    header = PatchFile(path=path, **names, **numbers)  # type: ignore[arg-type]  # the two dicts differ in value type
+    expected = {
+        "xyz": (header.xyz_grid**2, header.xyz_dim),
+        "rgb": (header.rgb_grid**2, header.rgb_dim),
+    }
+    if shapes != expected:
+        raise InputError(f"{path} holds {shapes}, but its metadata say {expected}; {MEND}")
+    return header
+
+
+class PatchFileDataset(Dataset[tuple[Tensor, Tensor]]):
+    """The patch files of a folder, sorted by class and stem, as pairs of patches of one sample.
+
+    An item is (xyz (xyz_grid**2, C_xyz), rgb (xyz_grid**2, C_rgb)): row by row the xyz patch and its rgb partner.
+
+    Args:
+        folder: what --save_feature_path named; holds one folder per class.
+        pairing: "aligned" or "reference", see `pair_rgb`; None: what the files ask for.
+        dtype: dtype of the items.
+
+    Raises:
+        InputError: no files, a damaged one, or files of different widths, grids or backbones; when an item is read:
+            patches that are not finite.
+    """
+
+    def __init__(self, folder: Path | str, pairing: str | None = None, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self.files = [read_header(path) for path in _list_files(Path(folder))]
+        first = self.files[0]
+        for file in self.files:
+            if file.layout != first.layout:
+                named = ", ".join(PatchFile._fields[3:])
+                raise InputError(
+                    f"the patch files differ in ({named}): {first.path} has {first.layout}, "
+                    f"{file.path} has {file.layout}; keep the files of one run of --save_feature in a folder"
+                )
+        self.xyz_dim, self.rgb_dim = first.xyz_dim, first.rgb_dim
+        self.pairing = pairing or first.pairing
+        if self.pairing not in PAIRINGS:
+            raise InputError(f"unknown pairing {self.pairing!r}: expected one of {', '.join(PAIRINGS)}")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        path = self.files[index].path
+        try:
+            with safe_open(path, framework="pt") as file:
+                xyz, rgb = (file.get_tensor(name).to(self.dtype) for name in ("xyz", "rgb"))
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} can no longer be read: {error}; {MEND}") from None
+        _check_finite(path, "xyz", xyz)
+        _check_finite(path, "rgb", rgb)
+        return xyz, pair_rgb(rgb, len(xyz), self.pairing)
+
+
+def _list_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: give the folder that main.py --save_feature_path wrote")
+    # A leading dot marks a file that is being written.
+    paths = sorted(path for path in folder.glob(f"*/*{SUFFIX}") if not path.name.startswith("."))
+    if not paths:
+        old = " (the .pt files in it are of the original code and cannot be used)" if any(folder.rglob("*.pt")) else ""
+        raise InputError(f"{folder} holds no <class>/<stem>{SUFFIX}{old}; {MEND} --save_feature_path {folder}")
+    return paths
+
+
+def _to_storage(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, C) on the CPU in `dtype`, with zeros where the features are exactly zero and nowhere else."""
+    features = features.detach().cpu()
+    stored = features.to(dtype)
+    smallest = torch.tensor(torch.finfo(dtype).tiny * torch.finfo(dtype).eps)
+    underflow = (stored == 0) & (features != 0)
+    return torch.where(underflow, smallest.copysign(features.float()).to(dtype), stored).contiguous()
+
+
+def _check_finite(path: Path, name: str, patches: Tensor) -> None:
+    bad = int((~torch.isfinite(patches)).any(dim=1).sum())
+    if bad:
+        raise InputError(
+            f"{path}: {bad} of {len(patches)} {name} patches hold NaN or infinite values in {patches.dtype}; "
+            "check the scan and the backbone's weights"
+        )
