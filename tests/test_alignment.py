@@ -1,0 +1,219 @@
+"""Alignment of point features to patches against its steps spelled out: interpolation, feature plane, poolings."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from feature_extractors.alignment import align_to_patches, pooling_weights, valid_pixels
+from models.point_ops import three_nn_interpolate, three_nn_weights_expanded
+from models.point_transformer import PointFeatures
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+# (size, grid): bins of equal size, bins that overlap where grid does not divide, one bin, one window a bin, the paper's
+SIZES = [(34, 8), (32, 8), (33, 7), (30, 11), (40, 1), (16, 14), (224, 56)]
+
+POOLINGS = [pytest.param(False, id="plain"), pytest.param(True, id="masked")]
+
+
+def made_up_scan(size: int, share: float = 0.6, seed: int = 0) -> Tensor:
+    """(3, S, S): a bumpy surface half a metre away, 2 mm between pixels, without border and with holes."""
+    generator = torch.Generator().manual_seed(seed)
+    row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    depth = 0.5 + 0.01 * torch.sin(row / 5) + 0.003 * torch.rand(size, size, generator=generator)
+    xyz = torch.stack([0.002 * (column + 1), 0.002 * (row + 1), depth])
+    border = (row < size // 6) | (column >= size - size // 5)
+    holes = torch.rand(size, size, generator=generator) >= share
+    return xyz.masked_fill(border | holes, 0.0)
+
+
+def random_features(xyz: Tensor, groups: int, channels: int = 5, seed: int = 1) -> PointFeatures:
+    """Features at `groups` points of the scan, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    points = xyz[:, valid_pixels(xyz)].T
+    centers = points[torch.randperm(len(points), generator=generator)[:groups]]
+    return PointFeatures(torch.randn(groups, channels, generator=generator), centers)
+
+
+def interpolated_exactly(points: Tensor, centers: Tensor, features: Tensor) -> Tensor:
+    return three_nn_interpolate(points[None], centers[None], features[None])[0]
+
+
+def interpolated_as_the_reference(points: Tensor, centers: Tensor, features: Tensor) -> Tensor:
+    weight, index = three_nn_weights_expanded(points[None], centers[None])
+    return (features[index[0]] * weight[0, :, :, None]).sum(dim=1)
+
+
+def pooled_twin(at_points: Tensor, valid: Tensor, grid: int, masked: bool) -> Tensor:
+    """Features (N, C) of the valid points on their pixels, pooled twice in fp64 -> (grid**2, C)."""
+    planes = torch.zeros(at_points.shape[1] + 1, *valid.shape, dtype=torch.float64, device=valid.device)
+    planes[:-1, valid] = at_points.T.double()
+    planes[-1, valid] = 1.0  # the share of a patch that its valid pixels make up
+    first = F.avg_pool2d(planes[None], 3, stride=1, padding=1 if masked else 0)
+    pooled = F.adaptive_avg_pool2d(first, grid)[0].flatten(1).T  # (grid**2, C + 1)
+    sums, share = pooled[:, :-1], pooled[:, -1:]
+    return torch.where(share > 0, sums / share, 0.0) if masked else sums
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("masked", POOLINGS)
+@pytest.mark.parametrize(
+    ("exact_distances", "interpolate"),
+    [
+        pytest.param(True, interpolated_exactly, id="direct"),
+        pytest.param(False, interpolated_as_the_reference, id="expanded"),
+    ],
+)
+@pytest.mark.parametrize(("size", "grid"), SIZES)
+def test_equals_its_steps_spelled_out(
+    size: int,
+    grid: int,
+    exact_distances: bool,
+    interpolate: Callable[[Tensor, Tensor, Tensor], Tensor],
+    masked: bool,
+    device: str,
+) -> None:
+    xyz = made_up_scan(size).to(device)
+    features, centers = random_features(xyz.cpu(), groups=20)
+    features, centers = features.to(device), centers.to(device)
+    valid = valid_pixels(xyz)
+    patches = align_to_patches(
+        PointFeatures(features, centers), xyz, grid, exact_distances=exact_distances, masked=masked
+    )
+    expected = pooled_twin(interpolate(xyz[:, valid].T, centers, features), valid, grid, masked)
+    assert patches.shape == (grid**2, 5)
+    assert patches.dtype == torch.float32
+    torch.testing.assert_close(patches, expected.float(), rtol=1e-4, atol=1e-5)
+    background = (expected == 0).all(dim=1)
+    assert (patches[background] == 0).all()  # exactly
+    assert grid < 8 or 0 < background.sum() < grid**2
+
+
+@pytest.mark.parametrize("masked", POOLINGS)
+@pytest.mark.parametrize(("size", "grid"), SIZES)
+def test_features_of_every_point_equal_the_plane(size: int, grid: int, masked: bool) -> None:
+    xyz = made_up_scan(size)
+    valid = valid_pixels(xyz)
+    features = torch.randn(int(valid.sum()), 5, generator=torch.Generator().manual_seed(2))
+    patches = align_to_patches(PointFeatures(features, None), xyz, grid, masked=masked)
+    torch.testing.assert_close(patches, pooled_twin(features, valid, grid, masked).float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "grid"), [(34, 8), (33, 7), (224, 56)])
+def test_a_patch_comes_out_at_its_place(size: int, grid: int) -> None:
+    """Points that carry their own pixel coordinates: a patch is the middle of the pixels that it covers."""
+    xyz = torch.ones(3, size, size)
+    coordinates = valid_pixels(xyz).nonzero().float()  # (N, 2) row, column
+    patches = align_to_patches(PointFeatures(coordinates, None), xyz, grid).view(grid, grid, 2)
+    windows = size - 2  # window k of the first pooling lies around pixel k + 1
+    middle = []
+    for i in range(grid):
+        start, stop = i * windows // grid, -(-(i + 1) * windows // grid)
+        middle.append((start + stop - 1) / 2 + 1)
+    expected = torch.tensor(middle)
+    torch.testing.assert_close(patches[:, :, 0], expected[:, None].expand(grid, grid), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(patches[:, :, 1], expected[None, :].expand(grid, grid), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("masked", POOLINGS)
+def test_interpolated_coordinates_come_out_at_their_place(masked: bool) -> None:
+    """Every point is a centre that carries its own pixel coordinates, on a scan with a border and holes."""
+    size, grid = 64, 16
+    xyz = made_up_scan(size)
+    coordinates = valid_pixels(xyz).nonzero().float()
+    centers = xyz[:, valid_pixels(xyz)].T
+    patches = align_to_patches(PointFeatures(coordinates, centers), xyz, grid, exact_distances=True, masked=masked)
+    ones = align_to_patches(
+        PointFeatures(torch.ones_like(coordinates), centers), xyz, grid, exact_distances=True, masked=masked
+    )
+    seen = ones[:, 0] > 0
+    place = torch.stack(torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij"), dim=-1).view(-1, 2)
+    expected = place * (size / grid) + (size / grid - 1) / 2
+    found = patches[seen] / ones[seen]
+    assert seen.float().mean() > 0.5
+    assert (found - expected[seen]).abs().max() <= size / grid  # holes draw the mean of a patch to its other pixels
+
+
+def test_one_point_by_hand() -> None:
+    """Pixel (5, 9) of 16 x 16, in bins of 2 x 2 windows.
+
+    Plain: windows 3..5 by 7..9 of 14 see it. Masked: windows 4..6 by 8..10 of 16.
+    """
+    xyz = torch.zeros(3, 16, 16)
+    xyz[:, 5, 9] = 0.5
+    at_point = PointFeatures(torch.tensor([[6.0, -12.0]]), None)
+
+    plain = align_to_patches(at_point, xyz, 7).view(7, 7, 2)
+    share = torch.zeros(7, 7)
+    share[1:3, 3:5] = torch.tensor([[1.0, 2.0], [2.0, 4.0]]) / 36  # bins 1 and 2 hold one and two windows that see it
+    torch.testing.assert_close(plain, share[:, :, None] * torch.tensor([6.0, -12.0]))
+    assert ((plain != 0).any(dim=2) == (share > 0)).all()
+
+    masked = align_to_patches(at_point, xyz, 8, masked=True).view(8, 8, 2)
+    seen = torch.zeros(8, 8, dtype=torch.bool)
+    seen[2:4, 4:6] = True
+    torch.testing.assert_close(masked, seen[:, :, None] * torch.tensor([6.0, -12.0]))  # the mean of one pixel
+    assert (masked[~seen] == 0).all()
+
+
+def test_border_pixels_weigh_less_in_plain_pooling_only() -> None:
+    """A constant feature on a full scan stays constant in both; a scan's outermost ring is seen by fewer windows."""
+    xyz = torch.ones(3, 18, 18)
+    ones = torch.ones(18 * 18, 1)
+    for masked in (False, True):
+        patches = align_to_patches(PointFeatures(ones, None), xyz, 4, masked=masked)
+        torch.testing.assert_close(patches, torch.ones(16, 1))
+    ring = torch.zeros(18, 18)
+    ring[0], ring[-1], ring[:, 0], ring[:, -1] = 1, 1, 1, 1
+    on_ring = PointFeatures(ring.view(-1, 1), None)
+    corner = {masked: float(align_to_patches(on_ring, xyz, 4, masked=masked)[0]) for masked in (False, True)}
+    # plain, 4 windows a bin: the share inside along an axis is 11 of 12. Masked, bins of 4.5 -> 5 windows: pixel 0 is
+    # in two windows of three, of 14 places that are no padding
+    assert corner[False] == pytest.approx(1 - (11 / 12) ** 2)
+    assert corner[True] == pytest.approx(1 - (12 / 14) ** 2)
+
+
+def test_weights_of_a_patch_sum_to_one_or_to_its_valid_share() -> None:
+    valid = valid_pixels(made_up_scan(33))
+    for masked in (False, True):
+        patch, weight = pooling_weights(valid, 7, masked)
+        assert patch.shape == weight.shape
+        assert len(patch) == valid.sum()
+        total = torch.zeros(49).index_add_(0, patch.flatten(), weight.flatten())
+        expected = pooled_twin(torch.ones(len(patch), 1), valid, 7, masked)[:, 0]
+        torch.testing.assert_close(total, expected.float())
+        assert set(total[total > 0].round(decimals=5).tolist()) == {1.0} or not masked
+
+
+def test_exact_distances_change_little_but_something() -> None:
+    xyz = made_up_scan(64)
+    point_features = random_features(xyz, groups=40)
+    exact = align_to_patches(point_features, xyz, 16, exact_distances=True)
+    expanded = align_to_patches(point_features, xyz, 16)
+    difference = float((exact - expanded).abs().max() / exact.abs().max())
+    assert 1e-6 < difference < 1e-2
+
+
+def test_a_pixel_is_valid_where_all_three_coordinates_are_nonzero_and_finite() -> None:
+    xyz = torch.ones(3, 2, 3)
+    xyz[2, 0, 1] = 0.0  # one zero is enough
+    xyz[0, 1, 0] = float("nan")
+    xyz[1, 1, 2] = float("inf")
+    assert valid_pixels(xyz).tolist() == [[True, False, True], [False, True, False]]
+
+
+def test_dtype_follows_the_features() -> None:
+    xyz = made_up_scan(32)
+    features, centers = random_features(xyz, groups=10)
+    patches = align_to_patches(PointFeatures(features.double(), centers), xyz, 8)
+    assert patches.dtype == torch.float64
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the extension may be installed")
+def test_the_chosen_point_search_is_the_one_used() -> None:
+    xyz = made_up_scan(32)
+    with pytest.raises(ValueError, match="CUDA"):
+        align_to_patches(random_features(xyz, 10), xyz, 8, exact_distances=True, point_ops="extension")

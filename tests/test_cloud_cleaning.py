@@ -1,0 +1,274 @@
+"""utils/cloud_cleaning.py: clusters against the textbook and open3d, the plane, the padding, whole scans."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.cloud_cleaning import (
+    CleaningRule,
+    clean_scan,
+    cluster_labels,
+    fit_border_plane,
+    largest_cluster,
+    pad_to_square,
+    remove_plane,
+)
+from utils.errors import InputError
+from utils.organized_pc import read_organized_pc, valid_mask
+
+RULE = CleaningRule()
+
+
+def scan_of_box(height: int = 80, width: int = 90, part: tuple[slice, slice] | None = None) -> np.ndarray:
+    """A tilted table with a box 20 mm high on it and a few missing pixels; 1 mm from pixel to pixel."""
+    rng = np.random.default_rng(3)
+    y, x = np.mgrid[:height, :width] * 1e-3
+    z = 0.5 + 0.05 * x - 0.1 * y + rng.normal(0, 2e-4, x.shape)
+    z[part or (slice(25, 60), slice(30, 60))] -= 0.02
+    xyz = np.stack([x - 0.0407, y - 0.0353, z], axis=2).astype(np.float32)
+    xyz[rng.random((height, width)) < 0.02] = 0
+    return xyz
+
+
+def dbscan_by_the_book(points: np.ndarray, eps: float, min_points: int) -> list[int]:
+    """Visit the points in order; grow a cluster from each core point that has none yet."""
+    near = np.linalg.norm(points[:, None] - points[None], axis=2) <= eps
+    labels: list[int | None] = [None] * len(points)
+    cluster = 0
+    for i in range(len(points)):
+        if labels[i] is not None:
+            continue
+        if near[i].sum() < min_points:
+            labels[i] = -1
+            continue
+        queue = [i]
+        while queue:
+            j = queue.pop()
+            if labels[j] is not None and labels[j] != -1:
+                continue
+            labels[j] = cluster
+            if near[j].sum() >= min_points:
+                queue.extend(np.flatnonzero(near[j]).tolist())
+        cluster += 1
+    return [-1 if label is None else label for label in labels]
+
+
+# From all noise to one cluster, with many clusters that share border points in between.
+DENSITIES = [(300, 0.01, 3), (400, 0.1, 6), (400, 0.1, 7), (400, 0.1, 8), (400, 0.1, 9), (400, 0.1, 12), (300, 0.5, 30)]
+
+
+@pytest.mark.parametrize("n, eps, min_points", DENSITIES)
+@pytest.mark.parametrize("thickness", [0.0, 0.05, 0.5])
+def test_cluster_labels_are_those_of_the_textbook(n: int, eps: float, min_points: int, thickness: float) -> None:
+    for seed in range(4):
+        points = np.random.default_rng(seed).random((n, 3)) * [1, 1, thickness] - 0.3
+        assert cluster_labels(points, eps, min_points).tolist() == dbscan_by_the_book(points, eps, min_points)
+
+
+def test_cluster_labels_of_chains_need_every_point_of_a_cell() -> None:
+    """Clusters joined by one point each, far from the first point of its cell."""
+    rng = np.random.default_rng(1)
+    for gap in (0.9, 1.1):
+        blob = rng.normal(0, 3e-3, (40, 3)).clip(-5e-3, 5e-3)
+        tips = np.diag([1e-2 * (0.5 + gap)] * 3)[:2]
+        points = np.concatenate([np.concatenate([blob, tips]) + np.array([0.02 * i, 0, 0]) for i in range(5)])
+        points = points[rng.permutation(len(points))]
+        for min_points in (1, 2, 5, 20):
+            expected = dbscan_by_the_book(points, 1e-2, min_points)
+            assert cluster_labels(points, 1e-2, min_points).tolist() == expected
+
+
+@pytest.mark.parametrize("n", [0, 1, 29, 30, 31])
+def test_cluster_labels_of_few_or_equal_points(n: int) -> None:
+    expected = 0 if n >= 30 else -1
+    assert cluster_labels(np.ones((n, 3)), 0.006, 30).tolist() == [expected] * n
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("eps, min_points", [(0.006, 30), (0.003, 30), (0.0012, 7), (0.0015, 9)])
+def test_cluster_labels_are_those_of_open3d_on_a_scan(goldens: Path, eps: float, min_points: int) -> None:
+    open3d = pytest.importorskip("open3d")
+    xyz = read_organized_pc(goldens / "raw/bagel/test/hole/xyz/000.tiff")[::3, ::3]
+    points = xyz[valid_mask(xyz)].astype(np.float64)
+    cloud = open3d.geometry.PointCloud(open3d.utility.Vector3dVector(points))
+    expected = np.asarray(cloud.cluster_dbscan(eps, min_points))
+    assert np.array_equal(cluster_labels(points, eps, min_points), expected)
+
+
+def test_largest_cluster_is_never_the_noise() -> None:
+    xyz = np.zeros((100, 100, 3))
+    grid = np.stack(np.meshgrid(*[np.arange(1.0, 7) * 1e-3] * 2, [0.5]), axis=3).reshape(6, 6, 3)
+    xyz[10:16, 20:26] = grid
+    xyz[50:] = np.random.default_rng(0).uniform(1, 5, (50, 100, 3))  # 5000 points, each alone
+    expected = np.zeros((100, 100), dtype=bool)
+    expected[10:16, 20:26] = True
+    assert np.array_equal(largest_cluster(xyz, RULE), expected)
+
+
+@pytest.mark.golden
+def test_pad_to_square_places_the_image_like_the_original(goldens: Path) -> None:
+    cases = json.loads((goldens / "unit_meta.json").read_text())["pad_cropped_pc"]
+    assert len(cases) == 5
+    for name, recorded in cases.items():
+        height, width = map(int, name.split("x"))
+        image = np.arange(1, height * width * 3 + 1, dtype=np.int64).reshape(height, width, 3)
+        padded = pad_to_square(image, 100)
+        top, left = recorded["pad"]
+        assert list(padded.shape) == recorded["out"]
+        assert np.array_equal(padded[top : top + height, left : left + width], image)
+        assert padded.sum() == image.sum()
+        assert padded.dtype == image.dtype
+
+
+def test_pad_to_square_gives_the_odd_pixel_to_the_bottom_and_the_right() -> None:
+    padded = pad_to_square(np.ones((3, 8), dtype=np.uint8), 4)
+    assert padded.any(axis=1).tolist() == [False, False, True, True, True, False, False, False]
+    padded = pad_to_square(np.ones((8, 3), dtype=np.uint8), 4)
+    assert padded.any(axis=0).tolist() == [False, False, True, True, True, False, False, False]
+
+
+def test_plane_of_an_unobstructed_border_is_the_least_squares_plane() -> None:
+    xyz = scan_of_box()
+    frame = np.ones(xyz.shape[:2], dtype=bool)
+    frame[10:-10, 10:-10] = False
+    points = xyz[frame & valid_mask(xyz)].astype(np.float64)
+    normal = np.linalg.svd(points - points.mean(axis=0))[2][2]
+    plane = fit_border_plane(xyz, np.random.default_rng(0), RULE)
+    assert np.allclose(plane * np.sign(plane[2]), np.append(normal, -normal @ points.mean(axis=0)) * np.sign(normal[2]))
+
+
+def test_plane_does_not_depend_on_the_seed_of_a_rough_table_with_a_tenth_of_its_border_covered() -> None:
+    xyz = scan_of_box(part=(slice(25, 60), slice(40, 90)))
+    roughness = np.random.default_rng(9).normal(0, 2e-3, xyz.shape[:2]).astype(np.float32)
+    xyz[..., 2] += np.where(valid_mask(xyz), roughness, 0)
+    masks = [
+        valid_mask(remove_plane(xyz, fit_border_plane(xyz, np.random.default_rng(seed), RULE), RULE.plane_distance))
+        for seed in range(5)
+    ]
+    assert masks[0][25:60, 40:].mean() > 0.95
+    assert masks[0].sum() < 1.05 * 35 * 50
+    assert all(np.array_equal(mask, masks[0]) for mask in masks[1:])
+
+
+def test_smaller_samples_find_the_table_where_a_third_of_its_border_is_covered() -> None:
+    part = (slice(25, 80), slice(40, 90))
+    xyz = scan_of_box(part=part)
+    plane = fit_border_plane(xyz, np.random.default_rng(0), CleaningRule(fit_sample=3))
+    left = valid_mask(remove_plane(xyz, plane, RULE.plane_distance))
+    assert np.array_equal(left[part], valid_mask(xyz)[part])
+    assert left.sum() == left[part].sum()
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("left, top, tolerance", [(0, 0, 0), (110, 0, 1e-4), (90, 90, 1e-4)])
+def test_plane_agrees_with_open3d(goldens: Path, left: int, top: int, tolerance: float) -> None:
+    """Cropped so that the part covers up to a sixth of the border, where the reference's own result varies."""
+    open3d = pytest.importorskip("open3d")
+    xyz = read_organized_pc(goldens / "raw/bagel/test/hole/xyz/000.tiff")[top:, left:]
+    frame = np.ones(xyz.shape[:2], dtype=bool)
+    frame[10:-10, 10:-10] = False
+    cloud = open3d.geometry.PointCloud(open3d.utility.Vector3dVector(xyz[frame & valid_mask(xyz)].astype(np.float64)))
+    open3d.utility.random.seed(0)
+    reference, support = cloud.segment_plane(0.004, 50, 1000)
+    assert (len(support) < len(cloud.points)) == (tolerance > 0)
+    plane = fit_border_plane(xyz, np.random.default_rng(0), RULE)
+    ours, theirs = (valid_mask(remove_plane(xyz, p, 0.005)) for p in (plane, np.asarray(reference)))
+    assert (ours != theirs).mean() <= tolerance
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    "scan", ["train/good/000", "train/good/001", "test/good/000", "test/hole/000", "test/contamination/000"]
+)
+def test_clean_scan_is_bit_equal_to_the_original(goldens: Path, scan: str) -> None:
+    folder, stem = scan.rsplit("/", 1)
+
+    def load(kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        root = goldens / kind / "bagel" / folder
+        gt = root / "gt" / f"{stem}.png"
+        return (
+            read_organized_pc(root / "xyz" / f"{stem}.tiff"),
+            np.asarray(Image.open(root / "rgb" / f"{stem}.png")),
+            np.asarray(Image.open(gt)) if gt.is_file() else None,
+        )
+
+    for ours, original in zip(clean_scan(*load("raw"), RULE), load("data"), strict=True):
+        assert (ours is None) == (original is None)
+        if ours is not None:
+            assert ours.dtype == original.dtype
+            assert np.array_equal(ours, original)
+
+
+def test_clean_scan_keeps_the_part_alone_and_the_photograph_where_nothing_was_measured() -> None:
+    part = (slice(25, 60), slice(30, 60))
+    xyz = scan_of_box(part=part)
+    xyz[70:74, 70:74, 2] -= np.float32(0.03)  # a crumb off the part: too small to be the largest cluster
+    rgb = np.random.default_rng(0).integers(1, 256, (80, 90, 3), dtype=np.uint8)
+    gt = np.random.default_rng(1).integers(0, 2, (80, 90)).astype(np.uint8) * 255
+    measured = valid_mask(xyz)
+    on_part = np.zeros_like(measured)
+    on_part[part] = measured[part]
+    before = [array.copy() for array in (xyz, rgb, gt)]
+    clean_xyz, clean_rgb, padded_gt = clean_scan(xyz, rgb, gt, RULE)
+    window = (slice(10, 90), slice(5, 95))
+    assert clean_xyz.shape == clean_rgb.shape == (100, 100, 3)
+    assert np.array_equal(clean_xyz[window], np.where(on_part[..., None], xyz, 0))
+    assert np.array_equal(clean_rgb[window], np.where((on_part | ~measured)[..., None], rgb, 0))
+    assert padded_gt is not None
+    assert np.array_equal(padded_gt[window], gt)
+    assert clean_rgb.sum() == clean_rgb[window].sum()
+    assert padded_gt.sum(dtype=int) == gt.sum(dtype=int)
+    assert all(np.array_equal(old, new) for old, new in zip(before, (xyz, rgb, gt), strict=True))
+    assert clean_scan(xyz, rgb, None, RULE)[2] is None
+
+
+def faulty(fault: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    xyz, rgb, gt = scan_of_box(), np.ones((80, 90, 3), np.uint8), np.ones((80, 90), np.uint8)
+    if fault == "empty":
+        xyz[:] = 0
+    elif fault == "nan":
+        xyz[:] = np.nan
+    elif fault == "millimetres":
+        xyz *= 1000
+    elif fault == "no border":
+        xyz[:10], xyz[-10:], xyz[:, :10], xyz[:, -9:], xyz[50:, -10:] = 0, 0, 0, 0, 0  # 40 pixels left of one column
+    elif fault == "all plane":
+        xyz = scan_of_box(part=(slice(0), slice(0)))
+    elif fault == "dust":
+        xyz[:] = 0
+        xyz[0, :60] = np.random.default_rng(0).uniform(0.5, 90, (60, 3))
+    elif fault == "rgb size":
+        rgb = rgb[:79]
+    elif fault == "gt size":
+        gt = gt[:, :50]
+    return xyz, rgb, gt
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("empty", "none of the 7200 pixels has a measurement"),
+        ("nan", "none of the 7200 pixels has a measurement"),
+        ("millimetres", r"reach 5\d\d.*, expected metres and at most 100"),
+        ("no border", r"^\d\d of the 3000 pixels within 10 of the image border .* expected at least 50"),
+        ("all plane", "nothing is left of the scan: 0 pixels lie off the plane"),
+        ("dust", "lie on no plane"),
+        ("rgb size", "the photograph is 79 x 90 and the point cloud 80 x 90"),
+        ("gt size", "the ground truth is 80 x 50 and the point cloud 80 x 90"),
+    ],
+)
+def test_clean_scan_names_the_fault(fault: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        clean_scan(*faulty(fault), RULE)
+
+
+def test_a_part_of_scattered_points_is_not_kept() -> None:
+    xyz = scan_of_box()
+    part = np.zeros(xyz.shape[:2], dtype=bool)
+    part[20:70, 20:70] = True
+    xyz[part & (np.random.default_rng(0).random(part.shape) < 0.9)] = 0
+    with pytest.raises(InputError, match=r"nothing is left of the scan: \d+ pixels lie off the plane and none has 30"):
+        clean_scan(xyz, np.ones((80, 90, 3), np.uint8), None, RULE)

@@ -1,0 +1,231 @@
+"""Greedy k-centre against the loop that reads every row once a pick, and the random projection against scikit-learn."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.random_projection import SparseRandomProjection, johnson_lindenstrauss_min_dim
+from tiny_networks import one_thread  # noqa: F401 (a fixture)
+from torch import Tensor
+
+from feature_extractors import coreset, memory_bank
+from feature_extractors.coreset import greedy_coreset, random_projection
+from feature_extractors.memory_bank import BankStatistics, select_coreset
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def greedy_twin(rows: Tensor, n: int, start: int = 0) -> list[int]:
+    """The rule, one pick at a time, by direct differences in fp64; NumPy's argmax takes the lowest index of a tie."""
+    points = rows.double().cpu().numpy()
+    nearest = np.full(len(points), np.inf)
+    picks = [start]
+    while len(picks) < n:
+        nearest = np.minimum(nearest, ((points - points[picks[-1]]) ** 2).sum(axis=1))
+        nearest[picks] = -np.inf
+        picks.append(int(nearest.argmax()))
+    return picks
+
+
+def random_rows(count: int, dim: int, seed: int) -> Tensor:
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def clustered_rows(count: int, dim: int, seed: int) -> Tensor:
+    """Seven clusters, a hundred times as far from each other as they are wide, and all of them off the origin."""
+    generator = torch.Generator().manual_seed(seed)
+    of_row = torch.randint(0, 7, (count,), generator=generator)
+    return 5.0 + random_rows(7, dim, seed)[of_row] + 0.01 * random_rows(count, dim, seed + 1)
+
+
+def copied_rows(count: int, dim: int, seed: int) -> Tensor:
+    """Every row about five times, in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    distinct = max(count // 5, 1)
+    return random_rows(distinct, dim, seed)[torch.randint(0, distinct, (count,), generator=generator)]
+
+
+def grid_rows(count: int, dim: int, seed: int) -> Tensor:
+    """Small whole numbers: distances are exact, and most of them tie."""
+    return torch.randint(0, 4, (count, dim), generator=torch.Generator().manual_seed(seed)).float()
+
+
+KINDS = {"random": random_rows, "clustered": clustered_rows, "copies": copied_rows, "grid": grid_rows}
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of new picks at each pass over all rows."""
+    counts: list[int] = []
+    update = coreset._update_nearest
+
+    def counting(nearest: Tensor, rows: Tensor, centered: Tensor, picks: Tensor) -> None:
+        counts.append(len(picks))
+        update(nearest, rows, centered, picks)
+
+    monkeypatch.setattr(coreset, "_update_nearest", counting)
+    return counts
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("candidates", [1, 3, 20, coreset.CANDIDATES])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("count", "dim"), [(2, 3), (9, 1), (60, 2), (150, 8), (90, 40)])
+def test_picks_are_those_of_the_loop(
+    kind: str, count: int, dim: int, candidates: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same picks in the same order, up to all rows, however few candidates a pass has."""
+    monkeypatch.setattr(coreset, "CANDIDATES", candidates)
+    for seed in range(2):
+        rows = KINDS[kind](count, dim, seed)
+        picks = greedy_coreset(rows.to(device), count)
+        assert picks.dtype == torch.int64
+        assert picks.device.type == device
+        assert picks.tolist() == greedy_twin(rows, count)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_picks_and_other_starts(kind: str) -> None:
+    rows = KINDS[kind](150, 6, 3)
+    for start in (0, 1, 77, 149):
+        for n in (1, 2, 3, 40, 149, 150):
+            assert greedy_coreset(rows, n, start).tolist() == greedy_twin(rows, n, start)
+
+
+def test_the_loop_is_cut_into_few_passes(passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """3000 rows, 400 picks: many picks a pass, fewer where candidates are few; no product above its bound."""
+    products: list[int] = []
+    addmm = torch.addmm
+
+    def measured(*args: Tensor, **factors: float) -> Tensor:
+        products.append(addmm(*args, **factors).numel())
+        return addmm(*args, **factors)
+
+    monkeypatch.setattr(torch, "addmm", measured)
+    rows = clustered_rows(3000, 24, 5) + 0.3 * random_rows(3000, 24, 6)
+    expected = greedy_twin(rows, 400)
+    assert greedy_coreset(rows, 400).tolist() == expected
+    few = len(passes)
+    monkeypatch.setattr(coreset, "CANDIDATES", 20)
+    monkeypatch.setattr(coreset, "MAX_BLOCK_ENTRIES", 1000)
+    passes.clear()
+    products.clear()
+    assert greedy_coreset(rows, 400).tolist() == expected
+    assert few < 10
+    assert 400 / 21 <= len(passes) < 100
+    assert max(passes) <= 20 + 1
+    assert max(products) <= 1000
+
+
+def test_one_row() -> None:
+    assert greedy_coreset(torch.ones(1, 4), 1).tolist() == [0]
+
+
+def test_equal_rows_are_taken_in_order() -> None:
+    rows = torch.full((30, 3), 0.1)
+    assert greedy_coreset(rows, 30).tolist() == list(range(30))
+    assert greedy_coreset(rows, 4, start=2).tolist() == [2, 0, 1, 3]
+
+
+def test_ties_go_to_the_lowest_index() -> None:
+    """The corners of a square: from (0, 0) first the far corner, then the two that tie."""
+    corners = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    assert greedy_coreset(corners, 5).tolist() == [0, 3, 1, 2, 4]
+    assert greedy_coreset(corners.flip(0), 5).tolist() == [0, 4, 2, 3, 1]
+
+
+def test_ties_survive_a_mean_that_rounds() -> None:
+    """Many little grids whose mean is no binary fraction: every distance is exact all the same."""
+    for seed in range(60):
+        rows = grid_rows(14, 5, seed)
+        assert greedy_coreset(rows, 14).tolist() == greedy_twin(rows, 14), f"seed {seed}"
+
+
+def test_rows_a_hair_apart_are_no_copies() -> None:
+    """Differences of the last digit of fp32 still count."""
+    base = torch.full((6, 3), 1.0)
+    for i, steps in enumerate((0, 1, 5, 2, 9, 3)):
+        base[i, 0] += steps * torch.finfo(torch.float32).eps
+    assert greedy_coreset(base, 6).tolist() == greedy_twin(base, 6)
+    far = torch.cat([base, torch.tensor([[1e3, -1e3, 0.0], [-1e3, 2e3, 1.0], [0.0, 3e3, 1.0]])])
+    assert greedy_coreset(far, 9).tolist() == greedy_twin(far, 9)
+
+
+def test_precision_of_the_rows() -> None:
+    """Rows of fp16 and fp64 are taken as fp32; the input stays as it was."""
+    rows = random_rows(80, 5, 0)
+    before = rows.clone()
+    expected = greedy_twin(rows.half(), 30)
+    assert greedy_coreset(rows.half(), 30).tolist() == expected
+    assert greedy_coreset(rows.double(), 30).tolist() == greedy_coreset(rows, 30).tolist()
+    assert torch.equal(rows, before)
+
+
+@pytest.mark.parametrize("n", [-1, 0, 6])
+def test_wrong_numbers_of_picks(n: int) -> None:
+    with pytest.raises(ValueError, match=f"cannot pick {n} of 5 rows"):
+        greedy_coreset(torch.ones(5, 2), n)
+
+
+@pytest.mark.parametrize("start", [-1, 5])
+def test_wrong_start(start: int) -> None:
+    with pytest.raises(ValueError, match=f"start is {start}, expected an index below 5"):
+        greedy_coreset(torch.ones(5, 2), 2, start)
+
+
+@pytest.mark.parametrize(("count", "dim", "eps", "seed"), [(400, 300, 0.9, 0), (50, 200, 0.7, 3), (3000, 1152, 0.9, 7)])
+def test_projection_is_scikit_learns(count: int, dim: int, eps: float, seed: int) -> None:
+    rows = random_rows(count, dim, seed)
+    projection = random_projection(count, dim, eps, seed)
+    assert projection is not None
+    assert projection.dtype == torch.float32
+    expected = SparseRandomProjection(eps=eps, random_state=seed).fit_transform(rows.double().numpy())
+    np.testing.assert_allclose((rows @ projection).numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_projection_depends_on_its_seed() -> None:
+    assert torch.equal(random_projection(400, 300, 0.9, 1), random_projection(400, 300, 0.9, 1))
+    assert not torch.equal(random_projection(400, 300, 0.9, 1), random_projection(400, 300, 0.9, 2))
+    np.random.seed(0)  # noqa: NPY002 (without a seed scikit-learn draws from NumPy's global state)
+    assert not torch.equal(random_projection(400, 300, 0.9, None), random_projection(400, 300, 0.9, None))
+
+
+def test_no_projection_where_it_would_be_wider() -> None:
+    width = int(johnson_lindenstrauss_min_dim(400, eps=0.9))
+    assert random_projection(400, width - 1, 0.9, 0) is None
+    # as in scikit-learn, which refuses only a wider one
+    assert random_projection(400, width, 0.9, 0).shape == (width, width)
+    assert random_projection(400, width + 1, 0.9, 0).shape == (width + 1, width)
+
+
+def test_coreset_of_raw_rows_is_that_of_normalised_and_projected_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, statistics = 2.0 + 3.0 * random_rows(350, 250, 1), BankStatistics(1.5, 2.5)
+    projected = SparseRandomProjection(eps=0.9, random_state=4).fit_transform(((rows - 1.5) / 2.5).double().numpy())
+    assert projected.shape[1] < 250
+    expected = greedy_twin(torch.from_numpy(projected), 60)
+    assert select_coreset(rows, statistics, 60, 0.9, 4).tolist() == expected
+    monkeypatch.setattr(memory_bank, "random_projection", lambda *_: None)
+    assert select_coreset(rows, statistics, 60, 0.9, 4).tolist() == greedy_twin((rows - 1.5) / 2.5, 60) != expected
+
+
+@pytest.mark.golden
+def test_recorded_selection(goldens: Path) -> None:
+    """3000 rows in 30 clusters, projected to 197 columns, 300 picks: all the same, in the same order."""
+    recorded, meta = np.load(goldens / "unit.npz"), json.loads((goldens / "unit_meta.json").read_text())["coreset"]
+    generator = np.random.RandomState(0)
+    rows = generator.randn(3000, 1152).astype("f4")
+    rows += np.repeat(generator.randn(30, 1152).astype("f4") * 2, 100, axis=0)
+    np.testing.assert_array_equal(rows[:4, :16], recorded["coreset_input_rows0_4"])
+
+    projection = random_projection(*rows.shape, meta["eps"], meta["random_state"])
+    assert projection is not None
+    projected = torch.from_numpy(rows) @ projection
+    assert list(projected.shape) == meta["Z_shape"]
+    assert int((projection != 0).sum()) == meta["nnz"]
+    np.testing.assert_allclose(projected[:8], recorded["coreset_Z_rows0_8"], rtol=1e-5, atol=1e-4)
+
+    picks = select_coreset(torch.from_numpy(rows), BankStatistics(), meta["n"], meta["eps"], meta["random_state"])
+    np.testing.assert_array_equal(picks, recorded["coreset_idx_nohalf_float64"])
+    assert (picks.numpy() != recorded["coreset_idx_half"]).any()  # the half-precision selection is another

@@ -1,0 +1,604 @@
+"""The class lists, the index by stem, the header checks, the decoded samples and the loader."""
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from dataset import (
+    EYECANDIES_CLASSES,
+    MVTEC3D_CLASSES,
+    AnomalyDataset,
+    SampleFiles,
+    check_files,
+    find_classes,
+    index_split,
+    load_samples,
+    original_size,
+    read_photo,
+)
+from utils.errors import InputError
+
+RGB, XYZ, BOTH = frozenset({"rgb"}), frozenset({"xyz"}), frozenset({"rgb", "xyz"})
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+
+def save_picture(path: Path, array: np.ndarray, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def save_cloud(path: Path, xyz: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tifffile.imwrite(path, xyz, photometric="rgb" if xyz.ndim == 3 else "minisblack")
+    return path
+
+
+def noise_picture(size: tuple[int, int] = (12, 12), seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def cloud(size: tuple[int, int] = (12, 12), seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(0.1, 0.5, (*size, 3)).astype(np.float32)
+
+
+def make_scan(folder: Path, stem: str, gt: bool = False) -> None:
+    save_picture(folder / "rgb" / f"{stem}.png", noise_picture())
+    save_cloud(folder / "xyz" / f"{stem}.tiff", cloud())
+    if gt:
+        save_picture(folder / "gt" / f"{stem}.png", np.eye(12, dtype=np.uint8) * 255)
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Path:
+    """A class folder whose numbers have gaps: 3 training, 1 validation, 2 good and 2 + 1 defective test scans."""
+    root = tmp_path / "data" / "part"
+    for stem in ("000", "002", "017"):
+        make_scan(root / "train" / "good", stem)
+    make_scan(root / "validation" / "good", "001")
+    for stem in ("003", "010"):
+        make_scan(root / "test" / "good", stem)
+    make_scan(root / "test" / "hole", "005", gt=True)
+    make_scan(root / "test" / "hole", "001", gt=True)
+    make_scan(root / "test" / "cut", "004", gt=True)
+    return root
+
+
+def one_scan(tmp_path: Path, name: str, array: np.ndarray, **options: object) -> SampleFiles:
+    """A scan of nothing but a photo."""
+    return SampleFiles("train/good/000", rgb=save_picture(tmp_path / name, array, **options))
+
+
+def load_mask(path: Path, img_size: int = 4) -> np.ndarray:
+    sample = AnomalyDataset([SampleFiles("test/hole/000", mask=path, label=1)], RGB, img_size)[0]
+    assert sample.mask is not None and sample.mask.dtype == torch.uint8 and sample.mask.shape == (1, img_size, img_size)
+    return sample.mask[0].numpy()
+
+
+# Classes
+
+
+def test_published_classes_are_found_in_the_order_of_the_list(tmp_path: Path) -> None:
+    for name in ("tire", "bagel", "extra", "foam", "Confetto", "CandyCane"):
+        (tmp_path / name).mkdir()
+    assert find_classes(tmp_path, "mvtec3d", None) == ["bagel", "foam", "tire"]
+    assert find_classes(tmp_path, "eyecandies", None) == ["CandyCane", "Confetto"]
+    assert len(set(MVTEC3D_CLASSES)) == len(set(EYECANDIES_CLASSES)) == 10
+
+
+def test_chosen_classes_may_be_any_folder_and_keep_their_order(tmp_path: Path) -> None:
+    for name in ("bagel", "screw", "my part"):
+        (tmp_path / name).mkdir()
+    assert find_classes(str(tmp_path), "mvtec3d", ["screw", "bagel", "my part", "screw"]) == [
+        "screw",
+        "bagel",
+        "my part",
+    ]
+
+
+def test_unknown_class_names_those_found(tmp_path: Path) -> None:
+    (tmp_path / "screw").mkdir()
+    (tmp_path / "bracket").mkdir()
+    (tmp_path / ".cache").mkdir()
+    with pytest.raises(InputError, match=r"'bagle' is not in .* holds bracket, screw: .*--classes"):
+        find_classes(tmp_path, "mvtec3d", ["screw", "bagle"])
+    with pytest.raises(InputError) as error:
+        find_classes(tmp_path, "mvtec3d", None)
+    for part in (str(tmp_path), "bracket, screw", "--classes"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/tmp", "a\\b", "../other"])
+def test_class_must_be_a_plain_folder_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="plain folder name"):
+        find_classes(tmp_path, "mvtec3d", [name])
+
+
+@pytest.mark.parametrize(("dataset_type", "place"), [("mvtec3d", "mvtec.com"), ("eyecandies", "eyecandies")])
+def test_missing_dataset_tells_where_it_is_published(tmp_path: Path, dataset_type: str, place: str) -> None:
+    with pytest.raises(InputError, match=rf"absent is not a folder: .*{place}.*--dataset_path"):
+        find_classes(tmp_path / "absent", dataset_type, None)
+
+
+# Index
+
+
+def test_scans_are_paired_by_stem_in_sorted_order(part: Path) -> None:
+    train = index_split(part, "train", BOTH)
+    assert [scan.path for scan in train] == ["train/good/000", "train/good/002", "train/good/017"]
+    test = index_split(part, "test", BOTH)
+    assert [(scan.path, scan.label) for scan in test] == [
+        ("test/cut/004", 1),
+        ("test/good/003", 0),
+        ("test/good/010", 0),
+        ("test/hole/001", 1),
+        ("test/hole/005", 1),
+    ]
+    for scan in train + test:
+        assert scan.rgb is not None and scan.xyz is not None
+        assert scan.rgb.stem == scan.xyz.stem == Path(scan.path).name
+        assert scan.mask == (scan.rgb.parent.parent / "gt" / scan.rgb.name if scan.label else None)
+    assert [scan.label for scan in train + index_split(part, "validation", BOTH)] == [None] * 4
+
+
+def test_order_does_not_depend_on_the_directory(part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {split: index_split(part, split, BOTH) for split in ("train", "test")}
+    real = Path.iterdir
+
+    def reversed_listing(self: Path) -> Iterator[Path]:
+        return iter(sorted(real(self), reverse=True))
+
+    monkeypatch.setattr(Path, "iterdir", reversed_listing)
+    assert {split: index_split(part, split, BOTH) for split in ("train", "test")} == expected
+
+
+def test_an_unneeded_modality_may_be_absent_or_incomplete(part: Path) -> None:
+    (part / "train/good/xyz/002.tiff").unlink()
+    assert [scan.xyz is None for scan in index_split(part, "train", RGB)] == [False, True, False]
+    for file in (part / "test/hole/rgb").iterdir():
+        file.unlink()
+    (part / "test/hole/rgb").rmdir()
+    hole = index_split(part, "test", XYZ)[3:]
+    assert [scan.path for scan in hole] == ["test/hole/001", "test/hole/005"]
+    assert all(scan.rgb is None and scan.xyz is not None and scan.mask is not None for scan in hole)
+
+
+def test_file_types_are_told_by_suffix_in_either_case(part: Path) -> None:
+    folder = part / "train/good"
+    (folder / "rgb/000.png").rename(folder / "rgb/000.PNG")
+    save_picture(folder / "rgb/020.JPG", noise_picture())
+    save_picture(folder / "rgb/021.jpeg", noise_picture())
+    save_cloud(folder / "xyz/020.tif", cloud())
+    save_cloud(folder / "xyz/021.TIFF", cloud())
+    (folder / "rgb/Thumbs.db").touch()
+    (folder / "rgb/._000.png").touch()
+    (part / "test/.cache").mkdir()
+    stems = [scan.path.rpartition("/")[2] for scan in index_split(part, "train", BOTH)]
+    assert stems == ["000", "002", "017", "020", "021"]
+    assert len(index_split(part, "test", BOTH)) == 5
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ("xyz/017.tiff", "2 xyz files for 3 rgb files in .*train/good: 017.tiff is missing; restore"),
+        ("rgb/000.png", "2 rgb files for 3 xyz files in .*train/good: 000.png is missing; restore"),
+    ],
+)
+def test_missing_partner_is_named(part: Path, removed: str, message: str) -> None:
+    (part / "train/good" / removed).unlink()
+    with pytest.raises(InputError, match=message):
+        index_split(part, "train", BOTH)
+
+
+def test_equal_counts_do_not_hide_a_missing_partner(part: Path) -> None:
+    (part / "train/good/xyz/017.tiff").rename(part / "train/good/xyz/018.tiff")
+    with pytest.raises(InputError, match=r"3 xyz files for 3 rgb files in .*: 017.tiff is missing"):
+        index_split(part, "train", BOTH)
+
+
+def test_a_wholly_missing_partner_folder_is_told_with_a_short_list(part: Path) -> None:
+    folder = part / "train/good"
+    for stem in range(100, 110):
+        save_picture(folder / f"rgb/{stem}.png", noise_picture())
+    (folder / "xyz").rename(folder / "points")
+    with pytest.raises(InputError, match=r"0 xyz files for 13 rgb files.*000.tiff.*, \.\.\. are missing"):
+        index_split(part, "train", BOTH)
+
+
+def test_defective_scan_needs_ground_truth(part: Path) -> None:
+    (part / "test/hole/gt/005.png").unlink()
+    with pytest.raises(InputError, match=r"1 gt files for 2 defective scans in .*test/hole: 005.png is missing"):
+        index_split(part, "test", RGB)
+
+
+def test_two_files_of_one_stem(part: Path) -> None:
+    save_picture(part / "train/good/rgb/002.jpg", noise_picture())
+    with pytest.raises(InputError, match=r"002.jpg and 002.png are two files of one scan: keep one"):
+        index_split(part, "train", BOTH)
+
+
+def test_splits_without_files(part: Path) -> None:
+    with pytest.raises(InputError, match=r"no training files in .*other/train/good: .*rgb and xyz"):
+        index_split(part.parent / "other", "train", BOTH)
+    with pytest.raises(InputError, match=r"no validation files in .*folder xyz"):
+        index_split(part.parent / "other", "validation", XYZ)
+    (part.parent / "other/test").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"no test scans in .*other/test"):
+        index_split(part.parent / "other", "test", RGB)
+    (part / "test/combined").mkdir()
+    with pytest.raises(InputError, match=r"no test files in .*test/combined"):
+        index_split(part, "test", BOTH)
+    with pytest.raises(ValueError, match="unknown split or modality"):
+        index_split(part, "tests", BOTH)
+
+
+# Header checks
+
+
+def test_sound_files_pass(part: Path) -> None:
+    for split in ("train", "validation", "test"):
+        check_files(index_split(part, split, BOTH), BOTH)
+
+
+def test_checks_read_only_what_is_needed(part: Path) -> None:
+    (part / "train/good/rgb/002.png").write_bytes(b"no picture")
+    scans = index_split(part, "train", XYZ)
+    check_files(scans, XYZ)
+    with pytest.raises(InputError, match=r"002.png is no complete PNG or JPEG picture .*restore"):
+        check_files(scans, BOTH)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("xyz/001.tiff", (12, 10)), ("gt/001.png", (10, 12)), ("rgb/001.png", (6, 6))],
+)
+def test_sizes_of_one_scan_must_agree(part: Path, name: str, size: tuple[int, int]) -> None:
+    path = part / "test/hole" / name
+    if path.suffix == ".tiff":
+        save_cloud(path, cloud(size))
+    else:
+        save_picture(path, np.zeros((*size, 3), np.uint8))
+    with pytest.raises(InputError, match="restore") as error:
+        check_files(index_split(part, "test", BOTH), BOTH)
+    for found in (str(path), "12 x 12", f"{size[0]} x {size[1]}"):
+        assert found in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["rgb/001.png", "xyz/001.tiff", "gt/001.png"])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.9])
+def test_truncated_file_is_found_by_header_and_by_reading(part: Path, name: str, kept: float) -> None:
+    path = part / "test/hole" / name
+    if path.suffix == ".png":  # many bytes, so that half a file still has a sound header
+        save_picture(path, noise_picture((64, 64)))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    scans = [scan for scan in index_split(part, "test", BOTH) if scan.path == "test/hole/001"]
+    with pytest.raises(InputError, match="001"):
+        check_files(scans, BOTH)
+    with pytest.raises(InputError, match="001"):
+        AnomalyDataset(scans, BOTH, 8)[0]
+
+
+def test_truncated_jpeg(tmp_path: Path) -> None:
+    scan = one_scan(tmp_path, "000.jpg", noise_picture((64, 64)))
+    check_files([scan], RGB)
+    assert scan.rgb is not None
+    content = scan.rgb.read_bytes()
+    scan.rgb.write_bytes(content + b"\0" * 100)  # bytes behind the end do no harm
+    check_files([scan], RGB)
+    scan.rgb.write_bytes(content[: len(content) // 2])
+    for read in (lambda: check_files([scan], RGB), lambda: AnomalyDataset([scan], RGB, 8)[0], lambda: read_photo(scan)):
+        with pytest.raises(InputError, match=r"000.jpg is no complete"):
+            read()
+
+
+@pytest.mark.parametrize("array", [np.ones((12, 12, 3), np.uint16), np.ones((12, 12), np.float32)])
+def test_tiff_that_is_no_organised_cloud(part: Path, array: np.ndarray) -> None:
+    path = save_cloud(part / "train/good/xyz/002.tiff", array)
+    scans = index_split(part, "train", BOTH)
+    with pytest.raises(InputError, match=str(path)):
+        check_files(scans, BOTH)
+    with pytest.raises(InputError, match=str(path)):
+        AnomalyDataset(scans, BOTH, 8)[1]
+
+
+def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = one_scan(tmp_path, "000.png", noise_picture())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(InputError, match=r"000.png has more pixels .*scale"):
+        check_files([scan], RGB)
+
+
+# Samples
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", ["train_good_000", "test_hole_000"])
+def test_sample_equals_the_recorded_one(goldens: Path, name: str) -> None:
+    split = name.split("_")[0]
+    scans = index_split(goldens / "data/bagel", split, BOTH)
+    scan = next(scan for scan in scans if scan.path == name.replace("_", "/"))
+    sample = AnomalyDataset([scan], BOTH, 224)[0]
+    with np.load(goldens / f"stages_bagel_{name}.npz") as golden:
+        assert sample.rgb is not None and sample.xyz is not None
+        np.testing.assert_array_equal(sample.rgb.numpy(), golden["img"])
+        np.testing.assert_array_equal(sample.xyz.numpy(), golden["resized_pc"])
+        valid = np.flatnonzero((sample.xyz.numpy() != 0).all(axis=0))
+        np.testing.assert_array_equal(valid, golden["nonzero_indices"])
+        if split == "train":
+            assert sample.mask is None and sample.label is None
+        else:
+            assert sample.mask is not None and sample.label == 1
+            np.testing.assert_array_equal(sample.mask.numpy(), golden["gt"])
+
+
+@pytest.mark.golden
+def test_recorded_dataset_is_indexed_whole(goldens: Path) -> None:
+    root = goldens / "data"
+    assert find_classes(root, "mvtec3d", None) == ["bagel"]
+    counts = {}
+    for split in ("train", "validation", "test"):
+        scans = index_split(root / "bagel", split, BOTH)
+        check_files(scans, BOTH)
+        counts[split] = len(scans)
+        assert all(original_size(scan) == (400, 400) for scan in scans)
+    assert counts == {"train": 6, "validation": 2, "test": 10}
+
+
+def test_real_pictures_without_clouds(shared: Path) -> None:
+    root = shared / "mvtec3d_tire_rgb"
+    assert find_classes(root, "mvtec3d", None) == ["tire"]
+    splits = {split: index_split(root / "tire", split, RGB) for split in ("train", "validation", "test")}
+    assert [len(scans) for scans in splits.values()] == [42, 6, 39]
+    for scans in splits.values():
+        check_files(scans, RGB)
+    with pytest.raises(InputError, match="0 xyz files for 42 rgb files"):
+        index_split(root / "tire", "train", BOTH)
+
+    values: set[int] = set()
+    for scan, sample in zip(splits["test"], load_samples(AnomalyDataset(splits["test"], RGB, 64), 2), strict=True):
+        assert scan.mask is not None and sample.mask is not None and sample.rgb is not None
+        ids = np.asarray(Image.open(scan.mask))
+        values |= set(np.unique(ids).tolist())
+        assert original_size(scan) == ids.shape == (300, 400)
+        picture = Image.fromarray(np.where(ids, 255, 0).astype(np.uint8)).resize((64, 64), Image.Resampling.NEAREST)
+        np.testing.assert_array_equal(sample.mask[0].numpy(), np.asarray(picture) > 127)
+        assert sample.path == scan.path and sample.xyz is None and sample.rgb.shape == (3, 64, 64)
+        assert sample.label == int("/good/" not in sample.path) == int(ids.any())
+    assert values == {0, 253, 254, 255}
+
+
+def test_rgb_is_resized_and_normalised_as_by_torchvision(part: Path) -> None:
+    transforms = pytest.importorskip("torchvision.transforms")
+    reference = transforms.Compose(
+        [
+            transforms.Resize((20, 20), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN.flatten().tolist(), STD.flatten().tolist()),
+        ]
+    )
+    scan = index_split(part, "train", RGB)[1]
+    for size in ((50, 70), (9, 20), (20, 20)):
+        save_picture(scan.rgb, noise_picture(size))
+        sample = AnomalyDataset([scan], RGB, 20)[0]
+        torch.testing.assert_close(sample.rgb, reference(Image.open(scan.rgb).convert("RGB")), rtol=0, atol=1e-6)
+        assert sample.xyz is None
+
+
+def photo_and_sample(scan: SampleFiles) -> np.ndarray:
+    """The photo, after a check that the sample is made of the same pixels."""
+    photo = read_photo(scan)
+    sample = AnomalyDataset([scan], RGB, photo.shape[0])[0]
+    np.testing.assert_array_equal(((sample.rgb * STD + MEAN) * 255).round().byte().permute(1, 2, 0).numpy(), photo)
+    return photo
+
+
+def test_grey_picture_of_16_bits_is_scaled_not_clipped(tmp_path: Path) -> None:
+    grey = np.array([[0, 256, 257], [5140, 32896, 40000], [65278, 65534, 65535]], dtype=np.uint16)
+    photo = photo_and_sample(one_scan(tmp_path, "000.png", grey))
+    assert photo.dtype == np.uint8 and photo.shape == (3, 3, 3)
+    expected = np.rint(grey / 257.0).astype(np.uint8)
+    np.testing.assert_array_equal(photo, np.repeat(expected[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "1"])
+def test_other_pictures_become_rgb_without_their_transparency(tmp_path: Path, mode: str) -> None:
+    picture = Image.fromarray(noise_picture((8, 8))).convert(mode.rstrip("A"))
+    expected = np.asarray(picture.convert("RGB"))
+    if mode.endswith("A"):
+        picture.putalpha(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)))
+    picture.save(tmp_path / "000.png")
+    np.testing.assert_array_equal(photo_and_sample(SampleFiles("x", rgb=tmp_path / "000.png")), expected)
+
+
+def test_palette_picture_with_transparency(tmp_path: Path) -> None:
+    picture = Image.fromarray(noise_picture((8, 8))).quantize(16)
+    expected = np.asarray(picture.convert("RGB"))
+    picture.save(tmp_path / "000.png", transparency=bytes(range(0, 160, 10)))
+    np.testing.assert_array_equal(photo_and_sample(SampleFiles("x", rgb=tmp_path / "000.png")), expected)
+
+
+def test_missing_points_are_exactly_zero(tmp_path: Path) -> None:
+    xyz = cloud((6, 6))
+    xyz[0, 0] = np.nan
+    xyz[1, 1, 2] = np.inf
+    xyz[2, 2, 0] = -np.inf
+    xyz[3, 3, 1] = 0
+    xyz[4, 4] = 0
+    scan = SampleFiles("train/good/000", xyz=save_cloud(tmp_path / "000.tiff", xyz))
+    sample = AnomalyDataset([scan], XYZ, 6)[0]
+    expected = cloud((6, 6)).transpose(2, 0, 1).copy()
+    expected[:, range(5), range(5)] = 0
+    assert sample.rgb is None and sample.xyz is not None and sample.xyz.dtype == torch.float32
+    np.testing.assert_array_equal(sample.xyz.numpy(), expected)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_scan_without_a_valid_point(tmp_path: Path, value: float) -> None:
+    xyz = np.full((6, 6, 3), value, np.float32)
+    xyz[..., 0] = 0.3
+    scan = SampleFiles("train/good/000", xyz=save_cloud(tmp_path / "000.tiff", xyz))
+    with pytest.raises(InputError, match=r"000.tiff has no valid point .*restore"):
+        AnomalyDataset([scan], XYZ, 4)[0]
+
+
+IDS = np.array([[0, 1, 0, 2], [0, 0, 3, 0], [255, 0, 0, 0], [0, 254, 253, 0]], dtype=np.uint8)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, bool])
+def test_any_value_but_zero_is_a_defect(tmp_path: Path, dtype: type) -> None:
+    path = save_picture(tmp_path / "000.png", IDS.astype(dtype))
+    with Image.open(path) as picture:
+        assert picture.mode == {np.uint8: "L", np.uint16: "I;16", bool: "1"}[dtype]
+    np.testing.assert_array_equal(load_mask(path), IDS != 0)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_mask_in_colours(tmp_path: Path, channels: int) -> None:
+    colours = np.zeros((4, 4, channels), np.uint8)
+    colours[..., 2] = IDS  # one channel is enough, and opaque is no defect
+    colours[..., 3:] = 255
+    np.testing.assert_array_equal(load_mask(save_picture(tmp_path / "000.png", colours)), IDS != 0)
+
+
+@pytest.mark.parametrize(
+    ("palette", "background"),
+    [
+        ([(0, 0, 0), (255, 0, 0), (0, 255, 0)], 0),  # class ids in colours
+        ([(0, 0, 0), (0, 0, 0), (0, 0, 0)], 0),  # class ids without colours
+        ([(255, 255, 255), (0, 0, 0), (9, 9, 9)], 1),  # a black-and-white picture as some writers reduce it
+        ([(0, 0, 128), (255, 0, 0), (0, 255, 0)], 0),  # class ids, background in a colour of its own
+    ],
+)
+def test_palette_mask(tmp_path: Path, palette: list[tuple[int, int, int]], background: int) -> None:
+    ids = IDS % 3
+    picture = Image.fromarray(ids)
+    picture.putpalette(list(itertools.chain.from_iterable(palette)))
+    picture.save(tmp_path / "000.png")
+    with Image.open(tmp_path / "000.png") as saved:
+        assert saved.mode == "P"
+    np.testing.assert_array_equal(load_mask(tmp_path / "000.png"), ids != background)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (7, 11), (30, 40), (3, 3)])
+def test_mask_is_resized_as_the_reference_does(tmp_path: Path, size: tuple[int, int]) -> None:
+    truth = (np.random.default_rng(3).random(size) > 0.6).astype(np.uint8) * 255
+    reference = np.asarray(Image.fromarray(truth).resize((8, 8), Image.Resampling.NEAREST)) / 255 > 0.5
+    np.testing.assert_array_equal(load_mask(save_picture(tmp_path / "000.png", truth), 8), reference)
+
+
+def test_good_scan_without_ground_truth_has_an_empty_mask(part: Path) -> None:
+    scans = index_split(part, "test", BOTH)
+    sample = AnomalyDataset(scans, BOTH, 16)[1]
+    assert sample.path == "test/good/003" and sample.label == 0
+    assert sample.mask is not None and sample.mask.dtype == torch.uint8 and sample.mask.shape == (1, 16, 16)
+    assert not sample.mask.any()
+
+
+def test_original_size_and_photo(tmp_path: Path) -> None:
+    mask = save_picture(tmp_path / "gt.png", np.zeros((5, 7), np.uint8))
+    rgb = save_picture(tmp_path / "rgb.png", noise_picture((6, 8)))
+    xyz = save_cloud(tmp_path / "xyz.tiff", cloud((3, 9)))
+    assert original_size(SampleFiles("x", rgb, xyz, mask)) == (5, 7)
+    assert original_size(SampleFiles("x", rgb, xyz)) == (6, 8)
+    assert original_size(SampleFiles("x", xyz=xyz)) == (3, 9)
+    assert read_photo(SampleFiles("x", xyz=xyz)) is None
+    np.testing.assert_array_equal(read_photo(SampleFiles("x", rgb)), noise_picture((6, 8)))
+
+
+def test_a_damaged_header_names_the_file(tmp_path: Path) -> None:
+    """PIL answers damage with many kinds of exception: none but an InputError may leave."""
+    scan = one_scan(tmp_path, "000.png", noise_picture())
+    assert scan.rgb is not None
+    content = scan.rgb.read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = 0
+    for _ in range(300):
+        broken = bytearray(content)
+        for place in rng.integers(0, 60, 4):
+            broken[place] = rng.integers(256)
+        scan.rgb.write_bytes(broken)
+        try:
+            read_photo(scan)
+        except InputError as error:
+            assert "000.png" in str(error)
+            damaged += 1
+    assert damaged > 200
+
+
+# Loader
+
+
+class CountingDataset:
+    """Stands in for a dataset: items are their index, later ones are ready earlier; one may fail."""
+
+    def __init__(self, length: int, broken: int = -1) -> None:
+        self.length, self.broken = length, broken
+        self.started: set[int] = set()
+        self.threads: set[str] = set()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> int:
+        self.started.add(index)
+        self.threads.add(threading.current_thread().name)
+        time.sleep(0.004 * (3 - index % 4))
+        if index == self.broken:
+            raise InputError(f"{index}.png is broken")
+        return index
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("load_samples")]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3, 50])
+@pytest.mark.parametrize("length", [0, 1, 23])
+def test_samples_come_in_order(num_workers: int, length: int) -> None:
+    dataset = CountingDataset(length)
+    assert list(load_samples(dataset, num_workers)) == list(range(length))
+    assert (dataset.threads <= {threading.main_thread().name}) == (num_workers == 0 or length == 0)
+    assert not loader_threads()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_error_arrives_in_its_place_and_as_it_is(num_workers: int) -> None:
+    samples = load_samples(CountingDataset(50, broken=5), num_workers)
+    assert list(itertools.islice(samples, 5)) == [0, 1, 2, 3, 4]
+    with pytest.raises(InputError, match=r"^5.png is broken$"):
+        next(samples)
+    assert not loader_threads()
+
+
+def test_reading_ahead_is_bounded_and_ends_with_the_iterator() -> None:
+    dataset = CountingDataset(100)
+    samples = load_samples(dataset, 2)
+    for taken in range(1, 6):
+        next(samples)
+        deadline = time.monotonic() + 10
+        while len(dataset.started) < taken + 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.03)
+        assert len(dataset.started) == taken + 4
+    samples.close()
+    assert not loader_threads()
+    assert len(dataset.started) <= 5 + 4
+
+
+def test_threads_change_no_sample(part: Path) -> None:
+    dataset = AnomalyDataset(index_split(part, "test", BOTH), BOTH, 16)
+    for plain, threaded in zip(load_samples(dataset, 0), load_samples(dataset, 3), strict=True):
+        assert plain.path == threaded.path and plain.label == threaded.label
+        for name in ("rgb", "xyz", "mask"):
+            assert torch.equal(getattr(plain, name), getattr(threaded, name))

@@ -1,0 +1,168 @@
+"""From a sample to its patch features: which networks are built, what they are given, what is refused."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_networks import (
+    GRID,
+    RGB_DIM,
+    RGB_GRID,
+    SINGLE,
+    SIZE,
+    TRIPLE,
+    XYZ_DIM,
+    build,
+    fit,
+    made_up_samples,
+    one_thread,  # noqa: F401 (a fixture)
+    settings,
+    stub_fusion,
+    stub_rgb,
+    stub_xyz,
+)
+from torch import Tensor, nn
+
+from feature_extractors import extractor as extractor_module
+from feature_extractors.alignment import align_to_patches, valid_pixels
+from feature_extractors.config import METHODS, Protocol
+from feature_extractors.extractor import PatchExtractor, build_extractor
+from models.point_transformer import PointBackbone, PointFeatures
+from utils.errors import InputError
+from utils.records import Sample
+
+
+@pytest.mark.parametrize(
+    ("method_name", "use_uff"), [*((name, False) for name in METHODS), ("Fusion", True), (TRIPLE, True)]
+)
+def test_only_the_needed_networks_are_built(method_name: str, use_uff: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: dict[str, tuple[object, ...]] = {}
+
+    def building(kind: str, stub: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        def build_one(*args: object, **numbers: object) -> nn.Module:
+            built[kind] = (*args, numbers)
+            return stub(*args, **numbers)
+
+        return build_one
+
+    stubs = {"rgb_backbone": stub_rgb, "xyz_backbone": stub_xyz, "feature_fusion": stub_fusion}
+    for kind, stub in stubs.items():
+        monkeypatch.setattr(extractor_module, f"build_{kind}", building(kind, stub))
+    config = settings(method_name, use_uff=use_uff, point_norm="running")
+    extractor = build_extractor(config, Path("weights"), Path("folder/uff.pth"))
+
+    numbers = {"num_group": 24, "group_size": 12, "point_norm": "running", "point_ops": "auto"}
+    expected: dict[str, tuple[object, ...]] = {}
+    if method_name != "Point_MAE":
+        expected["rgb_backbone"] = ("vit_base_patch8_224_dino", Path("weights"), SIZE, {})
+    if method_name != "DINO":
+        expected["xyz_backbone"] = ("Point_MAE", Path("weights"), numbers)
+    if use_uff:
+        expected["feature_fusion"] = (Path("folder/uff.pth"), {"xyz_dim": XYZ_DIM, "rgb_dim": RGB_DIM})
+    assert built == expected
+    for kind in stubs:
+        network = getattr(extractor, kind)
+        assert (network is not None) == (kind in expected)
+        assert network is None or not network.training
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_features_have_the_banks_of_the_method(method_name: str) -> None:
+    """Files of a modality that is not needed are not looked at."""
+    rgb, xyz = (kind in METHODS[method_name].modalities for kind in ("rgb", "xyz"))
+    sample = made_up_samples("train")[0]
+    sample = sample._replace(rgb=sample.rgb if rgb else None, xyz=sample.xyz if xyz else None)
+    features = build(settings(method_name))(sample)
+    assert (features.rgb.shape == (RGB_GRID**2, RGB_DIM)) if rgb else features.rgb is None
+    assert (features.xyz.shape == (GRID**2, XYZ_DIM)) if xyz else features.xyz is None
+    fused = "fusion" in METHODS[method_name].banks
+    assert (features.fusion.shape == (GRID**2, XYZ_DIM + RGB_DIM)) if fused else features.fusion is None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+def test_points_are_aligned_as_the_protocol_says(exact: bool, masked: bool) -> None:
+    sample = made_up_samples("train")[0]
+    extractor = build(settings(SINGLE, protocol=Protocol(exact_distances=exact, masked_pooling=masked)))
+    with torch.inference_mode():
+        point_features = extractor.xyz_backbone(sample.xyz[:, valid_pixels(sample.xyz)].T.contiguous())
+    expected = align_to_patches(point_features, sample.xyz, GRID, exact_distances=exact, masked=masked)
+    other = align_to_patches(point_features, sample.xyz, GRID, exact_distances=not exact, masked=masked)
+    features = extractor(sample).xyz
+    assert torch.equal(features, expected)
+    assert not torch.equal(features, other)
+
+
+def test_without_uff_fusion_patches_are_xyz_and_the_rgb_of_the_same_place() -> None:
+    features = build(settings("Fusion"))(made_up_samples("train")[0])
+    for i in range(GRID):
+        for j in range(GRID):
+            patch = features.fusion[i * GRID + j]
+            assert torch.equal(patch[:XYZ_DIM], features.xyz[i * GRID + j])
+            torch.testing.assert_close(patch[XYZ_DIM:], features.rgb[i // 2 * RGB_GRID + j // 2])
+
+
+def test_with_uff_fusion_patches_are_what_the_module_makes_of_those() -> None:
+    sample = made_up_samples("train")[0]
+    plain = build(settings("Fusion"))(sample)
+    extractor = build(settings("Fusion", use_uff=True))
+    features = extractor(sample)
+    assert torch.equal(features.xyz, plain.xyz)
+    with torch.inference_mode():
+        expected = extractor.feature_fusion.fuse(plain.fusion[:, :XYZ_DIM], plain.fusion[:, XYZ_DIM:])
+    torch.testing.assert_close(features.fusion, expected)
+
+
+def with_points(count: int) -> Sample:
+    """A training sample with its first `count` valid points only."""
+    sample = made_up_samples("train")[1]
+    valid = (sample.xyz != 0).all(dim=0).flatten()
+    kept = (valid & (valid.cumsum(dim=0) <= count)).view(SIZE, SIZE)
+    return sample._replace(xyz=sample.xyz * kept)
+
+
+@pytest.mark.parametrize("count", [0, 1, 23])
+def test_a_scan_with_too_few_points_is_named(count: int) -> None:
+    with pytest.raises(InputError) as error:
+        build(settings(SINGLE))(with_points(count))
+    message = str(error.value)
+    assert f"train/good/001 has {count} valid points at 32x32, but Point_MAE needs at least 24" in message
+    assert "--num_group" in message
+    assert "\n" not in message
+
+
+def test_a_scan_with_just_enough_points_will_do() -> None:
+    assert torch.isfinite(build(settings(SINGLE))(with_points(24)).xyz).all()
+
+
+def test_the_larger_of_groups_and_group_size_is_needed() -> None:
+    with pytest.raises(InputError, match="needs at least 40"):
+        build(settings(SINGLE, group_size=40))(with_points(39))
+
+
+@pytest.mark.parametrize(("kind", "method_name"), [("rgb", "DINO"), ("xyz", "Point_MAE"), ("rgb", TRIPLE)])
+def test_a_missing_modality_is_named(kind: str, method_name: str) -> None:
+    sample = made_up_samples("train")[2]._replace(**{kind: None})
+    with pytest.raises(InputError, match=rf"train/good/002 has no {kind} .*{method_name.replace('+', '.')} needs"):
+        build(settings(method_name))(sample)
+
+
+class PointwiseStub(PointBackbone):
+    """A 3D backbone with a row of features for each point, as FPFH gives them."""
+
+    embed_dim = 3
+    min_points = 4
+
+    def forward(self, points: Tensor) -> PointFeatures:
+        return PointFeatures(1 + points.sin(), None)
+
+
+def test_a_backbone_with_features_of_every_point() -> None:
+    config = settings(SINGLE)
+    detector, _ = fit(config, PatchExtractor(config, None, PointwiseStub()))
+    predictions = [detector.predict(sample) for sample in made_up_samples("test")]
+    assert all(math.isfinite(prediction.score) for prediction in predictions)
+    with pytest.raises(InputError, match=r"needs at least 4: mend the scan$"):  # it has no groups to lower
+        detector.predict(with_points(3))

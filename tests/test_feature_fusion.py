@@ -1,0 +1,190 @@
+"""UFF module and loss against plain twins, hand-calculated numbers and the recorded initialisation and outputs."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models import build_feature_fusion
+from models.feature_fusion import FeatureFusion, contrastive_loss
+from utils.errors import InputError
+from utils.feature_store import pair_rgb
+from utils.records import PatchFeatures
+
+PARAMETERS = [
+    *("xyz_norm.weight", "xyz_norm.bias", "xyz_mlp.fc1.weight", "xyz_mlp.fc1.bias"),
+    *("xyz_mlp.fc2.weight", "xyz_mlp.fc2.bias", "rgb_norm.weight", "rgb_norm.bias"),
+    *("rgb_mlp.fc1.weight", "rgb_mlp.fc1.bias", "rgb_mlp.fc2.weight", "rgb_mlp.fc2.bias"),
+    *("rgb_head.weight", "rgb_head.bias", "xyz_head.weight", "xyz_head.bias"),
+]
+
+
+@pytest.fixture
+def module() -> FeatureFusion:
+    torch.manual_seed(1)
+    module = FeatureFusion(xyz_dim=5, rgb_dim=3, head_dim=4)
+    for parameter in module.parameters():  # LayerNorm starts as the identity: make every parameter count
+        torch.nn.init.normal_(parameter)
+    return module
+
+
+def slow_chi(module: FeatureFusion, name: str, row: Tensor) -> Tensor:
+    """chi of one patch, spelled out."""
+    p = {key.removeprefix(f"{name}_"): value for key, value in module.state_dict().items() if key.startswith(name)}
+    row = (row - row.mean()) / (row.var(correction=0) + 1e-5).sqrt() * p["norm.weight"] + p["norm.bias"]
+    row = p["mlp.fc1.weight"] @ row + p["mlp.fc1.bias"]
+    row = row * 0.5 * (1 + torch.erf(row / math.sqrt(2)))
+    return p["mlp.fc2.weight"] @ row + p["mlp.fc2.bias"]
+
+
+def slow_loss(xyz: Tensor, rgb: Tensor) -> float:
+    total = 0.0
+    for i in range(len(rgb)):
+        similarity = [float(rgb[i] @ k / (rgb[i].norm() * k.norm())) for k in xyz]
+        total -= math.log(math.exp(similarity[i]) / sum(math.exp(s) for s in similarity))
+    return 2 * total / len(rgb)
+
+
+def test_parameters_carry_the_published_names(module: FeatureFusion) -> None:
+    assert list(module.state_dict()) == PARAMETERS
+    assert module.xyz_mlp.fc1.weight.shape == (20, 5)  # mlp_ratio 4
+    assert module.embed_dim == 8
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (6,), (2, 3)])
+def test_fuse_equals_its_twin(module: FeatureFusion, leading: tuple[int, ...]) -> None:
+    xyz, rgb = torch.randn(*leading, 5), torch.randn(*leading, 3)
+    fused = module.fuse(xyz, rgb)
+    assert fused.shape == (*leading, 8)
+    rows = zip(xyz.reshape(-1, 5), rgb.reshape(-1, 3), strict=True)
+    expected = [torch.cat([slow_chi(module, "xyz", x), slow_chi(module, "rgb", r)]) for x, r in rows]
+    torch.testing.assert_close(fused.reshape(-1, 8), torch.stack(expected))
+
+
+def test_forward_is_the_heads_of_the_patches_without_an_exact_zero(module: FeatureFusion) -> None:
+    xyz, rgb = torch.randn(2, 3, 5), torch.randn(2, 3, 3)
+    xyz[0, 1] = 0.0  # background
+    xyz[1, 2, 4] = 0.0  # a single zero is enough
+    xyz[1, 0, 0] = 1e-30  # tiny is not zero
+    rgb[0, 0] = 0.0  # zeros of rgb do not count
+    kept = [(0, 0), (0, 2), (1, 0), (1, 1)]
+    xyz_out, rgb_out = module(xyz, rgb)
+    state = module.state_dict()
+    for row, place in enumerate(kept):
+        expected = state["xyz_head.weight"] @ slow_chi(module, "xyz", xyz[place]) + state["xyz_head.bias"]
+        torch.testing.assert_close(xyz_out[row], expected)
+        expected = state["rgb_head.weight"] @ slow_chi(module, "rgb", rgb[place]) + state["rgb_head.bias"]
+        torch.testing.assert_close(rgb_out[row], expected)
+    assert len(xyz_out) == len(rgb_out) == len(kept)
+
+
+def test_loss_of_hand_calculated_pairs() -> None:
+    xyz, rgb = torch.tensor([[3.0, 0.0], [0.6, 0.8]]), torch.tensor([[0.5, 0.0], [0.0, 2.0]])
+    # q k^T = [[1, 0.6], [0, 0.8]]: each row is one rgb patch that looks for its xyz patch
+    expected = math.log(1 + math.exp(-0.4)) + math.log(1 + math.exp(-0.8))
+    assert contrastive_loss(xyz, rgb).item() == pytest.approx(expected, rel=1e-6)
+    swapped = math.log(1 + math.exp(-1.0)) + math.log(1 + math.exp(-0.2))
+    assert contrastive_loss(rgb, xyz).item() == pytest.approx(swapped, rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_loss_equals_its_twin(rows: int) -> None:
+    xyz, rgb = torch.randn(rows, 4, dtype=torch.float64), torch.randn(rows, 4, dtype=torch.float64)
+    assert contrastive_loss(xyz, rgb).item() == pytest.approx(slow_loss(xyz, rgb), abs=1e-12)
+
+
+def test_loss_of_equal_rows_is_two_log_n() -> None:
+    assert contrastive_loss(torch.ones(50, 8), torch.ones(50, 8)).item() == pytest.approx(2 * math.log(50))
+
+
+def test_loss_of_half_precision_is_computed_in_single_precision() -> None:
+    xyz, rgb = torch.randn(300, 16).bfloat16(), torch.randn(300, 16).bfloat16()
+    loss = contrastive_loss(xyz, rgb)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(slow_loss(xyz.double(), rgb.double()), rel=1e-6)
+
+
+def test_a_batch_without_valid_points_is_an_error(module: FeatureFusion) -> None:
+    with pytest.raises(InputError, match="no valid point"):
+        contrastive_loss(*module(torch.zeros(2, 3, 5), torch.randn(2, 3, 3)))
+
+
+@pytest.mark.parametrize(("xyz_dim", "rgb_dim", "ratio", "head"), [(5, 3, 4.0, 4), (7, 7, 1.0, 2), (6, 10, 2.5, 9)])
+def test_from_state_dict_finds_every_width(xyz_dim: int, rgb_dim: int, ratio: float, head: int) -> None:
+    original = FeatureFusion(xyz_dim, rgb_dim, ratio, head)
+    loaded = FeatureFusion.from_state_dict(original.state_dict())
+    assert not loaded.training
+    assert (loaded.xyz_dim, loaded.rgb_dim, loaded.head_dim) == (xyz_dim, rgb_dim, head)
+    xyz, rgb = torch.randn(4, xyz_dim), torch.randn(4, rgb_dim)
+    assert torch.equal(loaded.fuse(xyz, rgb), original.fuse(xyz, rgb))
+    for ours, theirs in zip(loaded(xyz, rgb), original(xyz, rgb), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_from_state_dict_names_what_does_not_fit(module: FeatureFusion) -> None:
+    state = module.state_dict()
+    lacking = {key: value for key, value in state.items() if key not in ("rgb_head.bias", "xyz_norm.weight")}
+    with pytest.raises(InputError, match=r"here\.pth is no UFF checkpoint: 'xyz_norm.weight' is missing"):
+        FeatureFusion.from_state_dict(lacking, Path("here.pth"))
+    del lacking["rgb_norm.bias"]
+    with pytest.raises(
+        InputError, match=r"here\.pth does not fit FeatureFusion: missing: rgb_head.bias, rgb_norm.bias"
+    ):
+        FeatureFusion.from_state_dict(lacking | {"xyz_norm.weight": state["xyz_norm.weight"]}, Path("here.pth"))
+    with pytest.raises(InputError, match=r"left over: decoder.weight"):
+        FeatureFusion.from_state_dict(state | {"decoder.weight": torch.ones(1)})
+    with pytest.raises(InputError, match=r"rgb_mlp.fc2.weight \(2, 12\) for \(3, 12\)"):
+        FeatureFusion.from_state_dict(state | {"rgb_mlp.fc2.weight": torch.ones(2, 12)})
+
+
+@pytest.mark.golden
+def test_initial_parameters_are_those_of_the_original(goldens: Path) -> None:
+    recorded = json.loads((goldens / "uff_train.json").read_text())["bagel"]["init"]["norms"]
+    torch.manual_seed(0)
+    module = FeatureFusion(xyz_dim=1152, rgb_dim=768)
+    norms = {name: float(parameter.detach().double().norm()) for name, parameter in module.named_parameters()}
+    assert norms == pytest.approx(recorded, rel=1e-6)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("sample", ["train_good_000", "test_hole_000"])
+def test_fused_patches_are_those_of_the_original(goldens: Path, golden_weights: Path, sample: str) -> None:
+    module = build_feature_fusion(golden_weights / "uff.pth", xyz_dim=1152, rgb_dim=768)
+    stages = {key: torch.from_numpy(value) for key, value in np.load(goldens / f"stages_bagel_{sample}.npz").items()}
+    # Recorded are every 49th fused row and its rgb patch, every 25th xyz patch, every 12th rgb patch on the rgb grid,
+    # and the norms of all rows: a background row is known throughout, any other row where the strides meet.
+    fused_rows = stages["uff_patch_s"]
+    background = stages["xyz_patch_norms"][::49] == 0
+    place = torch.arange(0, 3136, 25)
+    rgb_place = place // 56 // 2 * 28 + place % 56 // 2
+    meeting = rgb_place % 12 == 0
+    xyz, rgb = stages["xyz_patch_s"][meeting], stages["vit_s"][rgb_place[meeting] // 12]
+    with torch.inference_mode():
+        ours = module.fuse(torch.zeros(len(fused_rows), module.xyz_dim), stages["rgb_patch2_s"])
+        norms = module.fuse(xyz, rgb).norm(dim=1)
+    torch.testing.assert_close(ours[:, module.xyz_dim :], fused_rows[:, module.xyz_dim :], rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours[background], fused_rows[background], rtol=0, atol=1e-4)
+    assert (xyz.norm(dim=1) > 0).sum() >= 2
+    torch.testing.assert_close(norms, stages["uff_patch_norms"][place[meeting]], rtol=1e-5, atol=0)
+
+
+@pytest.mark.golden
+@pytest.mark.slow
+@pytest.mark.parametrize("sample", ["train/good/000", "test/hole/000"])
+def test_loss_is_that_of_the_original(
+    goldens: Path, golden_weights: Path, golden_features: Callable[[str], dict[str, PatchFeatures]], sample: str
+) -> None:
+    recorded = json.loads((goldens / "stages_meta.json").read_text())[f"bagel_{sample.replace('/', '_')}"]
+    module = build_feature_fusion(golden_weights / "uff.pth", xyz_dim=1152, rgb_dim=768)
+    features = golden_features("running")[sample]
+    for pairing, name in [("reference", "saved"), ("aligned", "aligned")]:
+        with torch.inference_mode():
+            heads = module(features.xyz, pair_rgb(features.rgb, len(features.xyz), pairing))
+        assert len(heads[0]) == recorded["uff_nonzero_rows"]
+        expected = recorded[f"uff_contrastive_loss_on_{name}_patch"]
+        assert contrastive_loss(*heads).item() == pytest.approx(expected, rel=1e-6)

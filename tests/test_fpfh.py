@@ -1,0 +1,90 @@
+"""FPFH against open3d called directly, on a wavy sheet half a metre from the camera."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models import build_xyz_backbone
+from models.fpfh import FpfhBackbone
+
+
+def sheet(side: int = 30, step: float = 0.002) -> Tensor:
+    """(side**2, 3) float32, metres: points `step` apart, so that every neighbourhood is filled."""
+    x, y = torch.meshgrid(torch.arange(side) * step, torch.arange(side) * step, indexing="ij")
+    z = 0.5 + 0.005 * torch.sin(x * 120) * torch.cos(y * 90)
+    return torch.stack([x, y, z], dim=2).reshape(-1, 3)
+
+
+def direct_fpfh(points: Tensor) -> NDArray:
+    """(N, 33) as open3d gives it: each of three histograms sums to 200."""
+    import open3d as o3d
+
+    cloud = o3d.geometry.PointCloud()
+    cloud.points = o3d.utility.Vector3dVector(points.double().numpy())
+    cloud.estimate_normals(o3d.geometry.KDTreeSearchParamHybrid(radius=0.01, max_nn=30))
+    cloud.orient_normals_towards_camera_location(np.zeros(3))
+    return np.asarray(
+        o3d.pipelines.registration.compute_fpfh_feature(
+            cloud, o3d.geometry.KDTreeSearchParamHybrid(radius=0.02, max_nn=100)
+        ).data
+    ).T
+
+
+@pytest.fixture(scope="module")
+def features() -> Tensor:
+    return FpfhBackbone()(sheet()).features
+
+
+def test_one_finite_row_of_thirty_three_for_each_point(features: Tensor) -> None:
+    backbone = FpfhBackbone()
+    assert backbone.embed_dim == 33
+    assert features.shape == (900, 33)
+    assert features.dtype == torch.float32
+    assert torch.isfinite(features).all()
+    assert backbone(sheet()).centers is None
+    assert features.std(dim=0).max() > 0.01  # it tells places apart
+
+
+def test_distances_between_points_are_those_of_open3d(features: Tensor) -> None:
+    """The histograms as shares; a constant may be added to all, which no distance notices."""
+    theirs = direct_fpfh(sheet()) / 200
+    np.testing.assert_allclose(theirs.reshape(900, 3, 11).sum(axis=2), 1.0, atol=1e-6)
+    shift = features.double().numpy() - theirs
+    np.testing.assert_allclose(shift, np.full_like(shift, shift[0, 0]), atol=1e-6)
+
+
+def test_shares_are_centred_and_never_exactly_zero(features: Tensor) -> None:
+    """An exact zero marks a patch without a point."""
+    torch.testing.assert_close(features.reshape(900, 3, 11).mean(dim=2), torch.zeros(900, 3), rtol=0, atol=1e-6)
+    assert (direct_fpfh(sheet()) == 0).any()  # empty bins there are
+    assert (features != 0).all()
+
+
+def test_rows_are_in_the_order_of_the_points(features: Tensor) -> None:
+    order = torch.randperm(900, generator=torch.Generator().manual_seed(0))
+    shuffled = FpfhBackbone()(sheet()[order]).features
+    close = torch.isclose(shuffled, features[order], atol=1e-3).all(dim=1)
+    assert close.float().mean() > 0.9  # where a neighbourhood is cut off at 100 points, ties decide which
+
+
+def test_it_repeats_to_the_bit(features: Tensor) -> None:
+    assert torch.equal(FpfhBackbone()(sheet()).features, features)
+
+
+def test_a_cloud_of_as_few_points_as_allowed_is_described() -> None:
+    backbone = FpfhBackbone()
+    described = backbone(sheet()[: backbone.min_points]).features
+    assert described.shape == (backbone.min_points, 33)
+    assert torch.isfinite(described).all()
+
+
+def test_the_factory_needs_no_weights(tmp_path: Path) -> None:
+    backbone = build_xyz_backbone(
+        "FPFH", tmp_path, num_group=1024, group_size=128, point_norm="cloud", point_ops="auto"
+    )
+    assert isinstance(backbone, FpfhBackbone)
+    assert not list(backbone.parameters())

@@ -1,0 +1,197 @@
+"""Every method, from features to metrics, against the recorded runs of the original computation."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from dataset import AnomalyDataset, index_split
+from feature_extractors import pipeline
+from feature_extractors.config import DetectorConfig
+from feature_extractors.detector import Detector
+from feature_extractors.memory_bank import select_coreset
+from feature_extractors.pipeline import TrainingFeatures, fit_detector
+from utils.metrics import evaluate
+from utils.records import PatchFeatures, Prediction
+
+RUNS = {
+    "bn_DINO": {"method_name": "DINO"},
+    "bn_Point_MAE": {"method_name": "Point_MAE"},
+    "bn_Point_MAE_rmzero": {"method_name": "Point_MAE", "rm_zero_for_project": True},
+    "bn_Fusion": {"method_name": "Fusion", "use_uff": True},
+    "bn_DINO+Point_MAE": {"method_name": "DINO+Point_MAE"},
+    "bn_DINO+Point_MAE+add": {"method_name": "DINO+Point_MAE+add"},
+    "bn_DINO+Point_MAE+Fusion": {"method_name": "DINO+Point_MAE+Fusion", "use_uff": True},
+    "bn_Triple_asy3": {"method_name": "DINO+Point_MAE+Fusion", "use_uff": True, "asy_memory_bank": 3},
+    "eval_DINO+Point_MAE+Fusion": {
+        "method_name": "DINO+Point_MAE+Fusion",
+        "use_uff": True,
+        "point_norm": "running",
+    },
+}
+
+
+class Run(NamedTuple):
+    """One run of ours, with the recorded one beside it."""
+
+    recorded: dict[str, NDArray]
+    meta: dict
+    detector: Detector
+    selections: list[NDArray]  # indices of each coreset, in the order of the banks
+    samples: dict[str, list[PatchFeatures]]  # by phase: "late" = training, "test"
+    predictions: list[Prediction]  # of the test samples
+    masks: NDArray
+
+    def bank(self, phase: str) -> list[str]:
+        """The banks that the recording has arrays of in this phase."""
+        return [name for name in self.detector.banks if f"minval_{phase}_{name}" in self.recorded]
+
+
+def relative(ours: object, theirs: object) -> float:
+    """Largest difference over the largest recorded magnitude."""
+    ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def run(
+    request: pytest.FixtureRequest,
+    goldens: Path,
+    golden_features: Callable[[str], dict[str, PatchFeatures]],
+) -> Run:
+    mode, tag = request.param.split("_", 1)
+    meta = json.loads((goldens / "runs_meta.json").read_text())[f"{mode}/{tag}/bagel"]
+    recorded = dict(np.load(goldens / f"run_{mode}_{tag}_bagel.npz"))
+    config = DetectorConfig(random_state=0, **RUNS[request.param])
+    features = golden_features(config.point_norm)
+    training = [value for path, value in features.items() if path.startswith("train/")]
+    stems = [path.removeprefix("bagel/").removesuffix(".png").replace("/rgb/", "/") for path in meta["test_paths"]]
+
+    selections: list[NDArray] = []
+
+    def recording(*args: object) -> torch.Tensor:
+        selections.append(select_coreset(*args).numpy())
+        return torch.from_numpy(selections[-1])
+
+    collected = TrainingFeatures(len(training))
+    for each in training:
+        collected.append(each)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "select_coreset", recording)
+        detector = fit_detector(config, None, collected)
+    files = {file.path: file for file in index_split(goldens / "data" / "bagel", "test", frozenset({"rgb"}))}
+    dataset = AnomalyDataset([files[stem] for stem in stems], frozenset({"rgb"}), config.img_size)
+    test = [features[stem] for stem in stems]
+    return Run(
+        recorded,
+        meta,
+        detector,
+        selections,
+        {"late": training, "test": test},
+        [detector.predict_features(each) for each in test],
+        np.stack([sample.mask[0].numpy() for sample in dataset]),
+    )
+
+
+pytestmark = [pytest.mark.golden, pytest.mark.slow]
+
+
+def test_ground_truth_is_the_recorded_one(run: Run) -> None:
+    packed = np.unpackbits(run.recorded["gts_packed"])[: run.masks.size].reshape(run.masks.shape)
+    np.testing.assert_array_equal(run.masks, packed)
+
+
+def test_statistics(run: Run) -> None:
+    stats = run.meta["stats"]
+    for name, bank in run.detector.banks.items():
+        mean, std = (stats.get(f"{name}_{which}", 0.0) for which in ("mean", "std"))
+        if run.detector.config.method_name == "DINO":
+            mean, std = stats["mean"], stats["std"]
+        if std == 0.0:  # this bank is not normalised
+            mean, std = 0.0, 1.0
+        assert bank.statistics == pytest.approx((mean, std), rel=1e-3)
+
+
+def test_coresets(run: Run) -> None:
+    """Same sets; the order of distant ties is rounding's."""
+    assert run.selections
+    for k, ours in enumerate(run.selections):
+        theirs = run.recorded[f"coreset_idx_{k}"]
+        np.testing.assert_array_equal(ours[:50], theirs[:50])
+        assert len(ours) == len(theirs)
+        assert len(np.intersect1d(ours, theirs)) >= 0.999 * len(theirs), f"coreset {k}"
+
+
+def test_bank_sizes(run: Run) -> None:
+    shapes = [list(bank.rows.shape) for bank in run.detector.banks.values()]
+    assert shapes == list(run.meta["bank_shapes"].values())
+
+
+@pytest.mark.parametrize(("phase", "tolerance"), [("test", 5e-3), ("late", 0.03)])
+def test_nearest_distances(run: Run, phase: str, tolerance: float) -> None:
+    """Training samples against their own bank differ more: there the original's distances cancel."""
+    for name in run.bank(phase):
+        bank = run.detector.banks[name]
+        ours = [
+            bank.nearest(bank.statistics.normalize(getattr(each, name)), exact=False)[0] for each in run.samples[phase]
+        ]
+        theirs = run.recorded[f"minval_{phase}_{name}"]
+        np.testing.assert_allclose(torch.stack(ours).view(theirs.shape), theirs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("phase", "levels"), [("test", 1), ("late", 5)])
+def test_bank_maps_and_scores(run: Run, phase: str, levels: int) -> None:
+    """Maps within a level of the recorded 8-bit image (training samples: five), scores within 1e-3.
+
+    A training sample is so close to its own bank that the original's distances have lost digits, and how its matrix
+    product rounds depends on the processor: four ulps of the squared norms are allowed there.
+    """
+    divisor = run.detector.config.method.score_divisor
+    for name in run.bank(phase):
+        ulp = float(np.spacing(run.detector.banks[name].rows.square().sum(dim=1).max().numpy()))
+        for i, each in enumerate(run.samples[phase]):
+            scores, maps = run.detector.bank_results(each)
+            scale = float(run.recorded[f"blurscale_{phase}_{name}"][i])
+            theirs = run.recorded[f"blurq_{phase}_{name}"][i].astype(np.float64)
+            ours = maps[name].numpy().astype(np.float64) / scale * 255
+            assert np.abs(ours - theirs).max() <= levels + 0.1, f"{name} map of sample {i}"
+            if f"s_{phase}_{name}" in run.recorded:
+                score = run.recorded[f"s_{phase}_{name}"][i]
+                rounding = 4 * ulp / (2 * scale) / divisor if phase == "late" else 0.0  # dd = d(d^2) / 2d
+                assert scores[name] == pytest.approx(score, rel=1e-3, abs=rounding)
+
+
+def test_image_scores(run: Run) -> None:
+    ours = [prediction.score for prediction in run.predictions]
+    np.testing.assert_allclose(ours, run.recorded["image_preds"], rtol=1e-3)
+
+
+def test_fused_maps(run: Run) -> None:
+    """Fused maps within what a level of each 8-bit map amounts to."""
+    maps = np.stack([prediction.anomaly_map.numpy() for prediction in run.predictions])
+    assert relative(maps[:, ::8, ::8], run.recorded["pred_sub8"]) < 0.01
+    assert relative(maps[run.recorded["pred_full_index"]], run.recorded["pred_full"]) < 0.01
+    np.testing.assert_allclose(np.linalg.norm(maps, axis=(1, 2)), run.recorded["pred_norm"], rtol=1e-3)
+
+
+def test_metrics(run: Run) -> None:
+    maps = np.stack([prediction.anomaly_map.numpy() for prediction in run.predictions])
+    metrics = evaluate(
+        run.recorded["image_labels"], [prediction.score for prediction in run.predictions], run.masks, maps
+    )
+    for key in ("image_rocauc", "pixel_rocauc", "au_pro"):
+        assert metrics[key] == pytest.approx(run.meta["metrics"][key], abs=1e-3), key
+
+
+def test_support_vector_machines(run: Run) -> None:
+    if run.detector.decision_fusion is None:
+        assert run.detector.config.method.fusion != "svm"
+        return
+    fusion = run.detector.decision_fusion
+    np.testing.assert_allclose(fusion.score_coef, run.meta["svm"]["detect_fuser"]["coef"], rtol=1e-3)
+    np.testing.assert_allclose(fusion.map_coef, run.meta["svm"]["seg_fuser"]["coef"], rtol=1e-2)

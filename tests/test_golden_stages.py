@@ -1,0 +1,309 @@
+"""Each stage from file to patch against the recorded stages of the original computation, on two scans."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from dataset import AnomalyDataset, index_split
+from feature_extractors.alignment import align_to_patches, valid_pixels
+from models import build_feature_fusion, build_rgb_backbone, build_xyz_backbone
+from models.point_ops import three_nn_interpolate, three_nn_weights_expanded
+from models.point_transformer import PointFeatures, PointTransformer
+from models.rgb_backbone import VisionTransformerBackbone
+from utils.feature_store import resize_patches
+from utils.records import Sample
+
+pytestmark = [pytest.mark.golden, pytest.mark.slow]
+
+SCANS = ("train/good/000", "test/hole/000")
+POINT_BACKBONES = ("Point_MAE", "Point_Bert")
+RECORDED_AS = {"running": "eval", "cloud": "bntrain"}  # by --point_norm
+XYZ_GRID = 56
+TOLERANCE = 1e-3
+
+Outputs = dict[str, Tensor]  # of submodules, by a name of their own, without the batch axis
+
+
+class PointRun(NamedTuple):
+    """One cloud through one point transformer."""
+
+    features: PointFeatures
+    outputs: Outputs
+
+
+class RgbRun(NamedTuple):
+    """One picture through the vision transformer."""
+
+    tokens: Tensor  # (784, 768)
+    outputs: Outputs
+
+
+def assert_close(ours: ArrayLike, theirs: NDArray, tolerance: float = TOLERANCE) -> None:
+    """Every entry within `tolerance` of the largest, and every row within `tolerance` of its own norm."""
+    ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    assert ours.shape == theirs.shape
+    assert np.abs(theirs).max() > 0
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+    rows = np.linalg.norm((ours - theirs).reshape(len(ours), -1), axis=1)
+    assert (rows <= tolerance * np.linalg.norm(theirs.reshape(len(theirs), -1), axis=1)).all()
+
+
+def run_recording(module: nn.Module, taps: dict[str, nn.Module], *inputs: Tensor) -> tuple[object, Outputs]:
+    """Run `module` and keep the outputs of the submodules `taps`."""
+    outputs: Outputs = {}
+
+    def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            outputs[name] = output[0] if output.ndim == 3 else output
+
+        return hook
+
+    handles = [tapped.register_forward_hook(keep(name)) for name, tapped in taps.items()]
+    try:
+        with torch.inference_mode():
+            return module(*inputs), outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.fixture(scope="module", params=SCANS)
+def scan(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def recorded(scan: str, goldens: Path) -> dict[str, NDArray]:
+    return dict(np.load(goldens / f"stages_bagel_{scan.replace('/', '_')}.npz"))
+
+
+@pytest.fixture(scope="module")
+def load_sample(goldens: Path) -> Callable[[str], Sample]:
+    @cache
+    def load(scan: str) -> Sample:
+        modalities = frozenset({"rgb", "xyz"})
+        files = index_split(goldens / "data" / "bagel", scan.split("/")[0], modalities)
+        return AnomalyDataset([file for file in files if file.path == scan], modalities, 224)[0]
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def sample(scan: str, load_sample: Callable[[str], Sample]) -> Sample:
+    return load_sample(scan)
+
+
+@pytest.fixture(scope="module")
+def run_points(golden_weights: Path, load_sample: Callable[[str], Sample]) -> Callable[[str, str, str], PointRun]:
+    """(scan, --xyz_backbone_name, --point_norm) -> PointRun; each computed once."""
+
+    @cache
+    def build(name: str, point_norm: str) -> PointTransformer:
+        module = build_xyz_backbone(
+            name, golden_weights, num_group=1024, group_size=128, point_norm=point_norm, point_ops="auto"
+        )
+        assert isinstance(module, PointTransformer)
+        return module
+
+    @cache
+    def run(scan: str, name: str, point_norm: str) -> PointRun:
+        module = build(name, point_norm)
+        taps: dict[str, nn.Module] = {
+            "tokens": module.encoder,
+            "pos": module.pos_embed,
+            "reduce_dim": module.reduce_dim,
+        }
+        taps |= {f"block{i}": block for i, block in enumerate(module.blocks.blocks)}
+        return PointRun(*run_recording(module, taps, valid_points(load_sample(scan))))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def running(scan: str, run_points: Callable[[str, str, str], PointRun]) -> PointRun:
+    """Point-MAE on running statistics: what the recorded stages behind the point transformer were computed from."""
+    return run_points(scan, "Point_MAE", "running")
+
+
+@pytest.fixture(scope="module")
+def xyz_patches(running: PointRun, sample: Sample) -> Tensor:
+    return align_to_patches(running.features, xyz_of(sample), XYZ_GRID)
+
+
+@pytest.fixture(scope="module")
+def rgb_backbone(golden_weights: Path) -> VisionTransformerBackbone:
+    module = build_rgb_backbone("vit_base_patch8_224_dino", golden_weights, 224)
+    assert isinstance(module, VisionTransformerBackbone)
+    return module
+
+
+@pytest.fixture(scope="module")
+def rgb_run(rgb_backbone: VisionTransformerBackbone, sample: Sample) -> RgbRun:
+    taps = {"patch_embed": rgb_backbone.model.patch_embed}
+    taps |= {f"block{i}": block for i, block in enumerate(rgb_backbone.model.blocks)}
+    assert sample.rgb is not None
+    tokens, outputs = run_recording(rgb_backbone, taps, sample.rgb[None])
+    assert isinstance(tokens, Tensor)
+    return RgbRun(tokens[0], outputs)
+
+
+def xyz_of(sample: Sample) -> Tensor:
+    assert sample.xyz is not None
+    return sample.xyz
+
+
+def valid_points(sample: Sample) -> Tensor:
+    """(N, 3) in row-major order of the pixels."""
+    return xyz_of(sample)[:, valid_pixels(xyz_of(sample))].T.contiguous()
+
+
+# Files to tensors
+
+
+def test_picture(sample: Sample, recorded: dict[str, NDArray]) -> None:
+    assert sample.rgb is not None
+    assert_close(sample.rgb, recorded["img"], 1e-6)
+
+
+def test_scan(sample: Sample, recorded: dict[str, NDArray]) -> None:
+    np.testing.assert_array_equal(xyz_of(sample), recorded["resized_pc"])
+    pixels = valid_pixels(xyz_of(sample)).flatten().nonzero()[:, 0]
+    np.testing.assert_array_equal(pixels, recorded["nonzero_indices"])
+
+
+def test_ground_truth(load_sample: Callable[[str], Sample], goldens: Path) -> None:
+    sample = load_sample("test/hole/000")
+    theirs = np.load(goldens / "stages_bagel_test_hole_000.npz")["gt"]
+    assert theirs.any()
+    assert sample.mask is not None
+    np.testing.assert_array_equal(sample.mask, theirs)
+
+
+# Point transformers
+
+
+@pytest.mark.parametrize("point_norm", RECORDED_AS)
+@pytest.mark.parametrize("name", POINT_BACKBONES)
+def test_point_features(
+    scan: str,
+    name: str,
+    point_norm: str,
+    run_points: Callable[[str, str, str], PointRun],
+    recorded: dict[str, NDArray],
+) -> None:
+    features = run_points(scan, name, point_norm).features.features.T  # (1152, 1024), as recorded
+    kind = RECORDED_AS[point_norm]
+    assert_close(features[:, :: {"eval": 16, "bntrain": 64}[kind]], recorded[f"{name}_{kind}_feat_s"])
+    np.testing.assert_allclose(features.norm(dim=0), recorded[f"{name}_{kind}_feat_norms"], rtol=TOLERANCE)
+
+
+def test_point_norms_differ(scan: str, run_points: Callable[[str, str, str], PointRun]) -> None:
+    """The recordings can tell one --point_norm from the other."""
+    for name in POINT_BACKBONES:
+        ours = run_points(scan, name, "running").features.features
+        assert (ours - run_points(scan, name, "cloud").features.features).norm() > 10 * TOLERANCE * ours.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "stride"),
+    [
+        *((name, "tokens", 16) for name in POINT_BACKBONES),
+        *((name, "pos", 64) for name in POINT_BACKBONES),
+        ("Point_Bert", "reduce_dim", 64),
+        *((name, f"block{block}", 128) for name in POINT_BACKBONES for block in (0, 3, 7, 11)),
+    ],
+)
+def test_point_stages(
+    scan: str,
+    name: str,
+    stage: str,
+    stride: int,
+    run_points: Callable[[str, str, str], PointRun],
+    recorded: dict[str, NDArray],
+) -> None:
+    output = run_points(scan, name, "running").outputs[stage]
+    assert_close(output[::stride], recorded[f"{name}_eval_{stage}_s"])
+
+
+def test_centers_are_the_recorded_points(running: PointRun, sample: Sample, recorded: dict[str, NDArray]) -> None:
+    assert running.features.centers is not None
+    assert torch.equal(running.features.centers, valid_points(sample)[torch.from_numpy(recorded["fps_idx"]).long()])
+
+
+# Interpolation and pooling
+
+
+def test_exact_interpolation(running: PointRun, sample: Sample, recorded: dict[str, NDArray]) -> None:
+    features, centers = running.features
+    assert centers is not None
+    points = valid_points(sample)[torch.from_numpy(recorded["interp_cols"]).long()]
+    carried = three_nn_interpolate(points[None], centers[None], features[None])[0]  # (79, 1152)
+    assert_close(carried.T, recorded["Point_MAE_eval_interp_exact64_s"])
+
+
+@pytest.mark.parametrize("name", POINT_BACKBONES)
+def test_interpolation_by_expanded_squares(
+    scan: str,
+    name: str,
+    run_points: Callable[[str, str, str], PointRun],
+    sample: Sample,
+    recorded: dict[str, NDArray],
+) -> None:
+    features, centers = run_points(scan, name, "running").features
+    assert centers is not None
+    weight, index = three_nn_weights_expanded(valid_points(sample)[None], centers[None])
+    carried = (features[index[0]] * weight[0, :, :, None]).sum(dim=1)  # (N, 1152)
+    columns = torch.from_numpy(recorded["interp_cols"]).long()
+    assert_close(carried[columns].T, recorded[f"{name}_eval_interp_s"])
+    np.testing.assert_allclose(carried.norm(dim=1), recorded[f"{name}_eval_interp_norms"], rtol=TOLERANCE)
+
+
+def test_xyz_patches(xyz_patches: Tensor, recorded: dict[str, NDArray]) -> None:
+    assert xyz_patches.shape == (XYZ_GRID**2, 1152)
+    assert_close(xyz_patches[::25], recorded["xyz_patch_s"])
+    assert_close(xyz_patches.norm(dim=1), recorded["xyz_patch_norms"])
+
+
+def test_patches_without_a_point_are_exactly_zero(xyz_patches: Tensor, recorded: dict[str, NDArray]) -> None:
+    background = recorded["xyz_patch_norms"] == 0
+    assert background.any()
+    np.testing.assert_array_equal((xyz_patches == 0).all(dim=1), background)
+
+
+# Vision transformer
+
+
+@pytest.mark.parametrize("stage", ["patch_embed", "block0", "block5", "block11"])
+def test_rgb_stages(rgb_run: RgbRun, recorded: dict[str, NDArray], stage: str) -> None:
+    assert_close(rgb_run.outputs[stage][::40], recorded[f"vit_{stage}_s"])
+
+
+def test_rgb_patches(rgb_run: RgbRun, recorded: dict[str, NDArray]) -> None:
+    assert rgb_run.tokens.shape == (784, 768)
+    assert_close(rgb_run.tokens[::12], recorded["vit_s"])
+    np.testing.assert_allclose(rgb_run.tokens.norm(dim=1), recorded["vit_norms"], rtol=TOLERANCE)
+
+
+def test_rgb_patches_on_the_xyz_grid(rgb_run: RgbRun, recorded: dict[str, NDArray]) -> None:
+    assert_close(resize_patches(rgb_run.tokens, XYZ_GRID)[::49], recorded["rgb_patch2_s"])
+
+
+# Fusion
+
+
+def test_fusion_patches(
+    golden_weights: Path, xyz_patches: Tensor, rgb_run: RgbRun, recorded: dict[str, NDArray]
+) -> None:
+    module = build_feature_fusion(golden_weights / "uff.pth", xyz_dim=1152, rgb_dim=768)
+    with torch.inference_mode():
+        fused = module.fuse(xyz_patches, resize_patches(rgb_run.tokens, XYZ_GRID))
+    assert fused.shape == (XYZ_GRID**2, 1920)
+    assert_close(fused[::49], recorded["uff_patch_s"])
+    np.testing.assert_allclose(fused.norm(dim=1), recorded["uff_patch_norms"], rtol=TOLERANCE)

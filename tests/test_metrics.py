@@ -1,0 +1,156 @@
+"""ROC areas, the record of one class and the mean over classes."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from utils.au_pro import UndefinedMetricError, au_pro
+from utils.metrics import EXACT_LIMITS, evaluate, image_rocauc, mean_over_classes, pixel_rocauc
+
+
+def rocauc_twin(positive: np.ndarray, scores: np.ndarray) -> float:
+    """The share of (positive, negative) pairs in the right order, a tie counting half."""
+    wins = [(p > n) + 0.5 * (p == n) for p in scores[positive] for n in scores[~positive]]
+    return float(np.mean(wins))
+
+
+def made_up_class(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((6, 16, 16), dtype=np.uint8)
+    masks[:3, 4:7, 5:9] = 1
+    masks[1, 12:14, 1:4] = 1
+    maps = rng.random((6, 16, 16), dtype=np.float32) + 0.5 * masks
+    return np.array([1, 1, 1, 0, 0, 0]), maps.max(axis=(1, 2)), masks, maps
+
+
+def test_image_rocauc_by_hand() -> None:
+    # of the four pairs two are right, one ties, one is wrong
+    assert image_rocauc([1, 1, 0, 0], [0.9, 0.4, 0.4, 0.5]) == pytest.approx(2.5 / 4)
+
+
+@pytest.mark.parametrize("decimals", [8, 1])
+def test_rocauc_equals_its_slow_twin(decimals: int) -> None:
+    labels, _, masks, maps = made_up_class()
+    maps = maps.round(decimals)
+    assert pixel_rocauc(masks, maps) == pytest.approx(rocauc_twin(masks.ravel() == 1, maps.ravel()))
+    scores = maps[:, 0, 0]
+    assert image_rocauc(labels, scores) == pytest.approx(rocauc_twin(labels == 1, scores))
+
+
+def test_evaluate_has_the_keys_of_the_results_file() -> None:
+    labels, scores, masks, maps = made_up_class()
+    metrics = evaluate(labels, scores, masks, maps)
+    assert list(metrics) == ["image_rocauc", "pixel_rocauc", "au_pro", "au_pro_exact"]
+    assert list(metrics["au_pro_exact"]) == ["0.3", "0.1", "0.05", "0.01"]
+    assert metrics["image_rocauc"] == image_rocauc(labels, scores)
+    assert metrics["pixel_rocauc"] == pixel_rocauc(masks, maps)
+    assert metrics["au_pro"] == au_pro(masks, maps, 0.3, 100)
+    for limit, area in metrics["au_pro_exact"].items():
+        assert area == au_pro(masks, maps, float(limit))
+    assert all(type(value) is float for value in (*list(metrics.values())[:3], *metrics["au_pro_exact"].values()))
+
+
+def test_evaluate_takes_tensors() -> None:
+    arrays = made_up_class()
+    assert evaluate(*map(torch.from_numpy, arrays)) == evaluate(*arrays)
+
+
+def test_each_input_of_evaluate_matters() -> None:
+    labels, scores, masks, maps = made_up_class()
+    metrics = evaluate(labels, scores, masks, maps)
+    other_scores = evaluate(labels, scores[::-1], masks, maps)
+    assert other_scores["image_rocauc"] != metrics["image_rocauc"]
+    assert other_scores["pixel_rocauc"] == metrics["pixel_rocauc"]
+    other_maps = evaluate(labels, scores, masks, maps[::-1])
+    assert other_maps["image_rocauc"] == metrics["image_rocauc"]
+    assert all(other_maps[key] != metrics[key] for key in ("pixel_rocauc", "au_pro", "au_pro_exact"))
+
+
+def test_undefined_metrics_are_none_and_say_why(caplog: pytest.LogCaptureFixture) -> None:
+    labels, scores, masks, maps = made_up_class()
+    with caplog.at_level(logging.WARNING, "utils.metrics"):
+        metrics = evaluate(np.zeros_like(labels), scores, masks, maps)
+    assert metrics["image_rocauc"] is None
+    assert metrics["au_pro"] is not None
+    assert [record.getMessage() for record in caplog.records] == [
+        "I-AUROC is undefined: all 6 parts are good, and a ROC curve needs both kinds"
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "utils.metrics"):
+        metrics = evaluate(labels, scores, np.zeros_like(masks), maps)
+    assert metrics["image_rocauc"] is not None
+    assert metrics["pixel_rocauc"] is None
+    assert metrics["au_pro"] is None
+    assert metrics["au_pro_exact"] == dict.fromkeys(EXACT_LIMITS)
+    assert len(caplog.records) == 3
+    assert all("defective" in record.getMessage() or "good" in record.getMessage() for record in caplog.records)
+
+
+def test_single_metrics_raise_where_undefined() -> None:
+    with pytest.raises(UndefinedMetricError, match="all 2 parts are defective"):
+        image_rocauc([1, 1], [0.1, 0.2])
+    with pytest.raises(UndefinedMetricError, match="no sample"):
+        pixel_rocauc([], [])
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "message"),
+    [
+        ([0, 1], [0.1], "differ in shape"),
+        ([[0, 1]], [[0.1, 0.2]], r"\(N,\)"),
+        ([0, 1], [0.1, np.nan], "sample 1 is NaN"),
+    ],
+)
+def test_bad_image_scores(labels: list, scores: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        image_rocauc(labels, scores)
+
+
+def test_bad_maps_are_no_undefined_metric() -> None:
+    labels, scores, masks, maps = made_up_class()
+    maps[2, 3, 4] = np.nan
+    with pytest.raises(ValueError, match="sample 2 holds NaN"):
+        evaluate(labels, scores, masks, maps)
+
+
+def test_mean_is_of_unrounded_values_and_leaves_none_out() -> None:
+    def record(value: float | None, image: float | None) -> dict:
+        exact = dict.fromkeys(EXACT_LIMITS, value)
+        return {"image_rocauc": image, "pixel_rocauc": value, "au_pro": value, "au_pro_exact": exact, "samples": []}
+
+    mean = mean_over_classes({"bagel": record(0.1234, 0.8), "rope": record(0.4321, None), "tire": record(0.0, 0.6)})
+    assert mean["image_rocauc"] == pytest.approx(0.7)
+    assert mean["au_pro"] == pytest.approx((0.1234 + 0.4321 + 0.0) / 3, abs=1e-15)
+    assert mean["au_pro_exact"] == dict.fromkeys(EXACT_LIMITS, mean["au_pro"])
+    assert list(mean) == ["image_rocauc", "pixel_rocauc", "au_pro", "au_pro_exact"]
+    assert mean_over_classes({"bagel": record(None, None)})["au_pro_exact"]["0.1"] is None
+
+
+@pytest.mark.golden
+def test_recorded_pixel_rocauc(goldens: Path) -> None:
+    recorded = json.loads((goldens / "unit_meta.json").read_text())["aupro"]["pixel_rocauc"]
+    with np.load(goldens / "unit.npz") as arrays:
+        assert pixel_rocauc(arrays["aupro_gts"], arrays["aupro_preds"]) == pytest.approx(recorded, abs=1e-12)
+
+
+@pytest.mark.golden
+def test_recorded_image_rocauc(goldens: Path) -> None:
+    for key, run in json.loads((goldens / "runs_meta.json").read_text()).items():
+        mode, method, name = key.split("/")
+        with np.load(goldens / f"run_{mode}_{method}_{name}.npz") as arrays:
+            value = image_rocauc(arrays["image_labels"], arrays["image_preds"])
+        assert value == pytest.approx(run["metrics"]["image_rocauc"], abs=1e-12), key
+
+
+@pytest.mark.golden
+def test_recorded_run_as_a_whole(goldens: Path) -> None:
+    recorded = json.loads((goldens / "runs_meta.json").read_text())["bn/DINO/bagel"]["metrics"]
+    with np.load(goldens / "run_bn_DINO_bagel.npz") as run:
+        maps = run["blurq_test_rgb"] / np.float32(255) * run["blurscale_test_rgb"][:, None, None]
+        masks = np.unpackbits(run["gts_packed"]).reshape(maps.shape)
+        metrics = evaluate(run["image_labels"], run["image_preds"], masks, maps)
+    assert {key: metrics[key] for key in recorded} == pytest.approx(recorded, abs=1e-12)

@@ -1,0 +1,165 @@
+"""utils/organized_pc.py: tiff files of any flavour and fault, the valid mask, the nearest resize."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from utils.errors import InputError
+from utils.organized_pc import (
+    organized_pc_header,
+    read_organized_pc,
+    resize_nearest,
+    valid_mask,
+    write_organized_pc,
+    zero_invalid,
+)
+
+
+@pytest.fixture
+def xyz() -> np.ndarray:
+    return np.random.default_rng(0).uniform(0.1, 1, (20, 30, 3)).astype(np.float32)
+
+
+SPECIAL = [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, -0.3, 0.7]
+
+
+def test_valid_mask_follows_the_rule_point_by_point() -> None:
+    points = np.array(np.meshgrid(SPECIAL, SPECIAL, SPECIAL), dtype=np.float32).reshape(3, -1).T
+    expected = [all(value != 0 and np.isfinite(value) for value in point) for point in points]
+    assert 0 < sum(expected) < len(expected)
+    assert valid_mask(points).tolist() == expected
+    cleaned = zero_invalid(points)
+    assert np.array_equal(cleaned[expected], points[expected])
+    assert cleaned[~np.array(expected)].tobytes() == bytes(12 * (len(points) - sum(expected)))
+
+
+@pytest.mark.parametrize(
+    "height, width, size", [(400, 400, 224), (373, 401, 224), (10, 7, 24), (5, 9, 1), (64, 64, 64)]
+)
+def test_resize_nearest_picks_the_pixels_of_an_obvious_loop(height: int, width: int, size: int) -> None:
+    rows, columns = np.mgrid[:height, :width]
+    positions = np.stack([rows, columns, rows * width + columns], axis=2).astype(np.float32)
+    resized = resize_nearest(positions, size)
+    assert resized.shape == (3, size, size)
+    assert str(resized.dtype) == "torch.float32"
+    for i in range(size):
+        for j in range(0, size, 5):
+            row = min(int(i * np.float32(height / size)), height - 1)
+            column = min(int(j * np.float32(width / size)), width - 1)
+            assert resized[:, i, j].tolist() == positions[row, column].tolist()
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("sample", ["train_good_000", "test_hole_000"])
+def test_read_and_resize_are_bit_equal_to_the_original(goldens: Path, sample: str) -> None:
+    recorded = np.load(goldens / f"stages_bagel_{sample}.npz")
+    split, defect, stem = sample.split("_")
+    cloud = read_organized_pc(goldens / "data" / "bagel" / split / defect / "xyz" / f"{stem}.tiff")
+    assert np.array_equal(resize_nearest(cloud, 224).numpy(), recorded["resized_pc"])
+    mask = np.unpackbits(recorded["prep_mask_packed"], count=cloud.shape[0] * cloud.shape[1])
+    assert np.array_equal(valid_mask(cloud), mask.reshape(cloud.shape[:2]).astype(bool))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"photometric": "minisblack"},  # one page per row
+        {"photometric": "minisblack", "planarconfig": "contig", "metadata": None},
+        {"compression": "zlib", "rowsperstrip": 4},
+        {"byteorder": ">"},
+        {"bigtiff": True},
+    ],
+)
+def test_reads_every_flavour_of_tiff(tmp_path: Path, xyz: np.ndarray, options: dict) -> None:
+    path = tmp_path / "000.tiff"
+    tifffile.imwrite(path, xyz, **options)
+    assert organized_pc_header(path) == (20, 30)
+    assert np.array_equal(read_organized_pc(path), xyz)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_reads_every_float_as_float32(tmp_path: Path, xyz: np.ndarray, dtype: type) -> None:
+    tifffile.imwrite(tmp_path / "000.tiff", xyz.astype(dtype))
+    result = read_organized_pc(tmp_path / "000.tiff")
+    assert result.dtype == np.float32
+    assert np.array_equal(result, xyz.astype(dtype).astype(np.float32))
+
+
+def test_reads_missing_pixels_as_zero(tmp_path: Path, xyz: np.ndarray) -> None:
+    stored = xyz.astype(np.float64)
+    stored[0, 0, 1], stored[1, 1, 2], stored[2, 2, 0], stored[3, 3] = np.nan, np.inf, 0, 1e300
+    tifffile.imwrite(tmp_path / "000.tiff", stored)
+    expected = xyz.copy()
+    expected[range(4), range(4)] = 0
+    assert np.array_equal(read_organized_pc(tmp_path / "000.tiff"), expected)
+
+
+def test_writes_what_it_reads_and_leaves_nothing_else(tmp_path: Path, xyz: np.ndarray) -> None:
+    path = tmp_path / "new" / "000.tiff"
+    write_organized_pc(path, xyz.astype(np.float64))
+    assert np.array_equal(read_organized_pc(path), xyz)
+    assert [p.name for p in path.parent.iterdir()] == ["000.tiff"]
+    with tifffile.TiffFile(path) as tif:  # the layout that other readers of the dataset expect
+        assert (len(tif.pages), tif.pages[0].shape, tif.pages[0].dtype) == (1, (20, 30, 3), np.float32)
+    with pytest.raises(ValueError, match=r"\(H, W, 3\)"):
+        write_organized_pc(path, xyz[..., :2])
+
+
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.zeros((20, 30), np.float32), r"20 x 30, expected H x W x 3"),
+        (np.zeros((20, 30, 4), np.float32), r"20 x 30 x 4, expected H x W x 3"),
+        (np.zeros((3, 20, 30), np.float32), r"3 x 20 x 30, expected H x W x 3"),
+        (np.zeros((20, 30, 3), np.uint16), "uint16 numbers, expected floating-point coordinates"),
+    ],
+)
+def test_refuses_other_content(tmp_path: Path, array: np.ndarray, message: str) -> None:
+    tifffile.imwrite(tmp_path / "000.tiff", array)
+    for read in (organized_pc_header, read_organized_pc):
+        with pytest.raises(InputError, match=f"000.tiff holds .*{message}"):
+            read(tmp_path / "000.tiff")
+
+
+@pytest.mark.parametrize("options", [{}, {"photometric": "minisblack"}, {"compression": "zlib", "rowsperstrip": 4}])
+def test_refuses_a_truncated_file_at_any_length(tmp_path: Path, xyz: np.ndarray, options: dict) -> None:
+    whole, part = tmp_path / "whole.tiff", tmp_path / "part.tiff"
+    tifffile.imwrite(whole, xyz, **options)
+    with tifffile.TiffFile(whole) as tif:
+        series, page = tif.series[0], tif.pages[0]
+        end = page.dataoffsets[-1] + page.databytecounts[-1]
+        if series.dataoffset is not None:
+            end = series.dataoffset + series.nbytes
+    for length in [0, 1, 4, 8, 9, 60, 150, 250, 300, 1000, 2000, end - 1]:
+        part.write_bytes(whole.read_bytes()[:length])
+        for read in (organized_pc_header, read_organized_pc):
+            with pytest.raises(InputError) as caught:
+                read(part)
+            assert str(part) in str(caught.value)
+            assert "\n" not in str(caught.value)
+
+
+def test_refuses_a_missing_file_and_another_format(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not there"):
+        read_organized_pc(tmp_path / "000.tiff")
+    (tmp_path / "000.tiff").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(200))
+    with pytest.raises(InputError, match="cannot be read as a tiff file"):
+        organized_pc_header(tmp_path / "000.tiff")
+
+
+def test_damage_inside_the_pixels_shows_when_they_are_read_and_the_header_stays_cheap(
+    tmp_path: Path, xyz: np.ndarray
+) -> None:
+    path = tmp_path / "000.tiff"
+    tifffile.imwrite(path, xyz, compression="zlib")
+    with tifffile.TiffFile(path) as tif:
+        start, count = tif.pages[0].dataoffsets[0], tif.pages[0].databytecounts[0]
+    content = bytearray(path.read_bytes())
+    content[start : start + count] = bytes(count)
+    path.write_bytes(content)
+    assert organized_pc_header(path) == (20, 30)
+    with pytest.raises(InputError, match="cannot be read as a tiff file"):
+        read_organized_pc(path)

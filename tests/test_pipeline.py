@@ -1,0 +1,340 @@
+"""Fitting and evaluating with tiny networks: what the banks hold, what is fused, what is measured."""
+
+import pytest
+import torch
+from tiny_networks import (
+    DOUBLE,
+    GRID,
+    RGB_GRID,
+    SINGLE,
+    SIZE,
+    TEST,
+    TRAIN,
+    TRIPLE,
+    Outcome,
+    build,
+    fit,
+    made_up_samples,
+    one_thread,  # noqa: F401 (a fixture)
+    run,
+    settings,
+)
+from torch import Tensor
+
+from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
+from feature_extractors.decision_fusion import fit_decision_fusion
+from feature_extractors.extractor import PatchExtractor
+from feature_extractors.memory_bank import select_coreset
+from feature_extractors.pipeline import (
+    SampleResult,
+    Stopwatch,
+    TrainingFeatures,
+    build_banks,
+    collect_features,
+    evaluate,
+    fit_detector,
+)
+from feature_extractors.scoring import anomaly_map, image_score
+from utils.errors import InputError
+from utils.records import PatchFeatures, Sample
+
+# --- what the banks hold ---
+
+ROWS = {"xyz": TRAIN * GRID**2, "rgb": TRAIN * RGB_GRID**2, "fusion": TRAIN * GRID**2}
+
+
+def background_rows(outcome: Outcome) -> int:
+    """xyz patches of the training samples without a valid point."""
+    return int((outcome.features.rows("xyz") == 0).all(dim=1).sum())
+
+
+def sizes(outcome: Outcome) -> dict[str, int]:
+    return {name: len(bank.rows) for name, bank in outcome.detector.banks.items()}
+
+
+@pytest.mark.parametrize(
+    ("method_name", "expected"),
+    [
+        ("DINO", {"rgb": 19}),  # int(0.3 * 64)
+        ("Point_MAE", {"xyz": 76}),  # int(0.3 * 256)
+        ("Fusion", {"fusion": 76}),
+        ("DINO+Point_MAE", {"xyz": 76, "rgb": 22}),  # int(0.3 * 76)
+        ("DINO+Point_MAE+add", {"xyz": 76, "rgb": 22}),
+        ("DINO+Point_MAE+Fusion", {"xyz": 76 + 1, "rgb": 22, "fusion": 22}),  # the zero row counts for nothing
+    ],
+)
+def test_sizes_under_the_reference_protocol(method_name: str, expected: dict[str, int]) -> None:
+    assert sizes(run(settings(method_name))) == expected
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_sizes_under_the_corrected_protocol(method_name: str) -> None:
+    outcome = run(settings(method_name, protocol=PROTOCOLS["corrected"]))
+    expected = {name: int(0.3 * ROWS[name]) for name in METHODS[method_name].banks}
+    if "xyz" in expected:
+        background = background_rows(outcome)
+        assert 0 < background < ROWS["xyz"]
+        expected["xyz"] = int(0.3 * (ROWS["xyz"] - background)) + 1
+    assert sizes(outcome) == expected
+
+
+def test_sizes_at_the_ends() -> None:
+    assert sizes(run(settings(f_coreset=1.0))) == {"xyz": ROWS["xyz"], "rgb": ROWS["rgb"]}
+    assert sizes(run(settings(f_coreset=0.9))) == {"xyz": 230, "rgb": ROWS["rgb"]}  # int(0.9 * 230) is more than all
+    assert sizes(run(settings(f_coreset=1e-4))) == {"xyz": 1, "rgb": 1}
+
+
+def test_asymmetric_banks_take_xyz_and_fusion_from_the_first_samples() -> None:
+    outcome = run(settings(TRIPLE, asy_memory_bank=2, f_coreset=1.0))
+    rows = outcome.features.rows
+    banks = outcome.detector.banks
+    assert sizes(outcome) == {"xyz": ROWS["xyz"] // 2 + 1, "rgb": ROWS["rgb"], "fusion": ROWS["fusion"] // 2}
+    for name, samples in (("xyz", 2), ("rgb", TRAIN), ("fusion", 2)):
+        raw = rows(name)[: samples * len(rows(name)) // TRAIN]
+        assert torch.equal(banks[name].rows[: len(raw)], banks[name].statistics.normalize(raw))
+    shared = (float(rows("xyz", 2).double().mean()), float(rows("rgb").double().std()))
+    assert banks["rgb"].statistics == pytest.approx(shared, rel=1e-9)
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_statistics(method_name: str) -> None:
+    """Reference: mean of xyz and standard deviation of rgb, or one's own, or none; corrected: each bank its own."""
+
+    def own(rows: Tensor) -> tuple[float, float]:
+        return float(rows.double().mean()), float(rows.double().std(correction=1))
+
+    reference = run(settings(method_name))
+    rows = reference.features.rows
+    for name, bank in reference.detector.banks.items():
+        expected = (0.0, 1.0)
+        if method_name == "DINO":
+            expected = own(rows("rgb"))
+        elif len(reference.detector.banks) > 1:
+            expected = (own(rows("xyz"))[0], own(rows("rgb"))[1])
+        assert bank.statistics == pytest.approx(expected, rel=1e-9), name
+
+    corrected = run(settings(method_name, protocol=PROTOCOLS["corrected"]))
+    for name, bank in corrected.detector.banks.items():
+        raw = corrected.features.rows(name)
+        expected = own(raw[(raw != 0).any(dim=1)] if name == "xyz" else raw)
+        assert bank.statistics == pytest.approx(expected, rel=1e-9), name
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_banks_are_the_normalised_coresets(protocol: str) -> None:
+    config = settings(TRIPLE, protocol=PROTOCOLS[protocol])
+    outcome = run(config)
+    for name, bank in outcome.detector.banks.items():
+        raw = outcome.features.rows(name)
+        if name == "xyz" and protocol == "corrected":
+            raw = raw[(raw != 0).any(dim=1)]
+        count = len(bank.rows) - (name == "xyz")  # without the row that is added last
+        picks = select_coreset(raw, bank.statistics, count, config.coreset_eps, config.random_state)
+        assert torch.equal(bank.rows[:count], bank.statistics.normalize(raw[picks]))
+
+
+def test_the_reference_triple_appends_a_zero_row() -> None:
+    """Zero after normalisation; the background rows stay, with other values."""
+    outcome = run(settings(TRIPLE, f_coreset=1.0))
+    bank = outcome.detector.banks["xyz"]
+    assert (bank.rows[-1] == 0).all()
+    background = bank.statistics.normalize(torch.zeros(bank.rows.shape[1]))
+    assert (bank.rows == background).all(dim=1).sum() == background_rows(outcome) > 0
+    for name in ("Point_MAE", "DINO+Point_MAE"):
+        assert not (run(settings(name)).detector.banks["xyz"].rows[-1] == 0).all()
+
+
+def test_the_reference_triple_drops_rows_that_hold_a_zero_once_normalised() -> None:
+    """By hand: the mean of xyz is 0, so that one row of three keeps its zero, and the zero row takes its place."""
+    features = TrainingFeatures(1)
+    xyz = torch.tensor([[1.0, -1.0], [2.0, 0.0], [-1.0, -1.0]])
+    features.append(PatchFeatures(xyz=xyz, rgb=torch.tensor([[1.0, 3.0]]), fusion=torch.ones(3, 4)))
+    bank = build_banks(settings(TRIPLE, f_coreset=1.0), features)["xyz"]
+    root = 2**0.5  # the standard deviation of rgb
+    expected = torch.tensor([[1.0, -1.0], [-1.0, -1.0], [0.0, 0.0]]) / root
+    torch.testing.assert_close(bank.rows, expected)
+
+
+@pytest.mark.parametrize("method_name", ["Point_MAE", DOUBLE, TRIPLE])
+def test_the_corrected_protocol_keeps_one_background_row(method_name: str) -> None:
+    outcome = run(settings(method_name, f_coreset=1.0, protocol=PROTOCOLS["corrected"]))
+    bank = outcome.detector.banks["xyz"]
+    background = bank.statistics.normalize(torch.zeros(bank.rows.shape[1]))
+    assert len(bank.rows) == ROWS["xyz"] - background_rows(outcome) + 1
+    assert (bank.rows == background).all(dim=1).nonzero().flatten().tolist() == [len(bank.rows) - 1]
+
+
+def test_rm_zero_keeps_one_zero_row_under_the_reference_protocol() -> None:
+    outcome = run(settings(SINGLE, f_coreset=1.0, rm_zero_for_project=True))
+    bank = outcome.detector.banks["xyz"]
+    assert len(bank.rows) == ROWS["xyz"] - background_rows(outcome) + 1
+    assert (bank.rows == 0).all(dim=1).nonzero().flatten().tolist() == [len(bank.rows) - 1]
+
+
+def test_rows_with_a_single_zero_are_background_to_rm_zero_alone() -> None:
+    """Histograms have empty bins: a column that is zero everywhere leaves --rm_zero_for_project no row at all."""
+    features = TrainingFeatures(1)
+    xyz = torch.rand(50, 5) + 1
+    xyz[:10, 3] = 0.0  # single zeros
+    xyz[10:15] = 0.0  # background
+    features.append(PatchFeatures(xyz=xyz))
+    corrected = build_banks(settings(SINGLE, f_coreset=1.0, protocol=PROTOCOLS["corrected"]), features)
+    assert len(corrected["xyz"].rows) == 45 + 1
+    removed = settings(SINGLE, f_coreset=1.0, rm_zero_for_project=True)
+    assert len(build_banks(removed, features)["xyz"].rows) == 35 + 1
+    xyz[:, 3] = 0.0
+    features = TrainingFeatures(1)
+    features.append(PatchFeatures(xyz=xyz))
+    with pytest.raises(InputError, match=r"none of the 50 xyz patches .* --rm_zero_for_project"):
+        build_banks(removed, features)
+
+
+# --- scoring and decision fusion ---
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("method_name", METHODS)
+def test_banks_score_by_the_rule_of_the_method(method_name: str, protocol: str) -> None:
+    """Only the reference's double method divides by 1000; only the single RGB and xyz methods add 1e-5."""
+    corrected = protocol == "corrected"
+    divisor = 1000.0 if method_name == DOUBLE and not corrected else 1.0
+    epsilon = 1e-5 if method_name in ("DINO", "Point_MAE") else 0.0
+    detector, features, _ = run(settings(method_name, protocol=PROTOCOLS[protocol]))[2:]
+    features = features.sample(1)
+    scores, maps = detector.bank_results(features)
+    for name, bank in detector.banks.items():
+        patches = (getattr(features, name) - bank.statistics.mean) / bank.statistics.std
+        distances, index = bank.nearest(patches, exact=corrected)
+        assert scores[name] == image_score(patches, distances, index, bank, divisor, epsilon)
+        assert torch.equal(maps[name], anomaly_map(distances, SIZE, float_blur=corrected))
+
+
+@pytest.mark.parametrize(("method_name", "banks"), [(DOUBLE, (0, 1)), (TRIPLE, (0, 1, 2))])
+def test_decision_fusion_is_fitted_on_the_training_samples(method_name: str, banks: tuple[int, ...]) -> None:
+    """In the order xyz, rgb, fusion, each bank with its own lambda."""
+    config = settings(method_name, score_lambdas=(1.0, 0.2, 3.0), map_lambdas=(2.0, 0.3, 0.5))
+    detector, features, predictions = run(config)[2:]
+    results = [detector.bank_results(features.sample(i)) for i in range(TRAIN)]
+    expected = fit_decision_fusion(
+        [list(scores.values()) for scores, _ in results],
+        [list(maps.values()) for _, maps in results],
+        tuple(config.score_lambdas[k] for k in banks),
+        tuple(config.map_lambdas[k] for k in banks),
+        config.ocsvm_nu,
+        config.ocsvm_maxiter,
+    )
+    for prediction in predictions:
+        score, plane = expected.fuse(list(prediction.bank_scores.values()), list(prediction.bank_maps.values()))
+        assert prediction.score == pytest.approx(score, rel=1e-9)
+        torch.testing.assert_close(prediction.anomaly_map, plane)
+
+
+@pytest.mark.parametrize("method_name", ["DINO", "Point_MAE", "Fusion", "DINO+Point_MAE+add"])
+def test_methods_without_svm_add_scores_and_maps(method_name: str) -> None:
+    outcome = run(settings(method_name))
+    assert outcome.detector.decision_fusion is None
+    for prediction in outcome.predictions:
+        assert prediction.score == pytest.approx(sum(prediction.bank_scores.values()))
+        torch.testing.assert_close(prediction.anomaly_map, torch.stack(list(prediction.bank_maps.values())).sum(dim=0))
+
+
+# --- extraction ---
+
+
+class CountingExtractor(PatchExtractor):
+    """Keeps the paths of the samples that it is called with."""
+
+    seen: list[str]
+
+    def __call__(self, sample: Sample) -> PatchFeatures:
+        self.seen.append(sample.path)
+        return super().__call__(sample)
+
+
+def counting(config: DetectorConfig) -> CountingExtractor:
+    plain = build(config)
+    extractor = CountingExtractor(config, plain.rgb_backbone, plain.xyz_backbone, plain.feature_fusion)
+    extractor.seen = []
+    return extractor
+
+
+def test_training_samples_are_extracted_once() -> None:
+    config = settings(TRIPLE)
+    extractor = counting(config)
+    detector, _ = fit(config, extractor)
+    paths = [sample.path for sample in made_up_samples("train")]
+    assert extractor.seen == paths
+    test = made_up_samples("test")
+    evaluate(detector, test, len(test))
+    assert extractor.seen == paths + [sample.path for sample in test]
+
+
+def test_features_are_handed_on_as_they_are_collected() -> None:
+    config = settings()
+    seen: list[tuple[str, PatchFeatures]] = []
+    collected = collect_features(
+        build(config),
+        iter(made_up_samples("train")),
+        TRAIN,
+        on_features=lambda sample, each: seen.append((sample.path, each)),
+    )
+    assert [path for path, _ in seen] == [sample.path for sample in made_up_samples("train")]
+    assert len(collected) == TRAIN
+    for i, (_, each) in enumerate(seen):
+        kept = collected.sample(i)
+        assert kept.fusion is None
+        assert torch.equal(kept.xyz, each.xyz)
+        assert torch.equal(kept.rgb, each.rgb)
+    assert torch.equal(collected.rows("rgb"), torch.cat([each.rgb for _, each in seen]))
+    assert torch.equal(collected.rows("xyz", 2), torch.cat([each.xyz for _, each in seen[:2]]))
+
+
+# --- evaluation ---
+
+
+def test_evaluate_says_what_predict_says() -> None:
+    outcome = run(settings())
+    test = made_up_samples("test")
+    results, metrics = evaluate(outcome.detector, iter(test), len(test))
+    assert len(results) == len(test)
+    for result, sample, prediction in zip(results, test, outcome.predictions, strict=True):
+        assert isinstance(result, SampleResult)
+        assert (result.path, result.label) == (sample.path, sample.label)
+        assert torch.equal(result.mask, sample.mask[0])
+        assert result.prediction.score == prediction.score
+        assert torch.equal(result.prediction.anomaly_map, prediction.anomaly_map)
+        assert result.prediction.bank_scores == prediction.bank_scores
+        for name, plane in prediction.bank_maps.items():
+            assert torch.equal(result.prediction.bank_maps[name], plane)
+    assert metrics["image_rocauc"] == 1.0
+    assert metrics["pixel_rocauc"] > 0.8
+    assert metrics["au_pro_exact"]["0.3"] > 0.5
+
+
+def test_evaluate_takes_test_samples_only() -> None:
+    with pytest.raises(ValueError, match="train/good/000 has no label or no mask"):
+        evaluate(run(settings()).detector, made_up_samples("train"), TRAIN)
+
+
+@pytest.mark.parametrize("method_name", [DOUBLE, "DINO"])
+def test_seconds_of_every_stage(method_name: str) -> None:
+    config = settings(method_name)
+    stopwatch = Stopwatch()
+    assert list(stopwatch.seconds) == ["extract", "coreset", "fuse", "score", "metrics"]
+    extractor = build(config)
+    features = collect_features(extractor, made_up_samples("train"), TRAIN, stopwatch)
+    training = stopwatch.seconds["extract"]
+    assert training > 0
+    detector = fit_detector(config, extractor, features, stopwatch)
+    assert stopwatch.seconds["score"] == stopwatch.seconds["metrics"] == 0
+    evaluate(detector, made_up_samples("test"), TEST, stopwatch)
+    assert stopwatch.seconds["extract"] > training
+    without = set() if method_name == DOUBLE else {"fuse"}
+    assert {stage for stage, seconds in stopwatch.seconds.items() if seconds == 0} == without
+
+
+def test_a_stage_that_fails_is_measured_too() -> None:
+    stopwatch = Stopwatch()
+    with pytest.raises(KeyError), stopwatch.measure("fuse"):
+        raise KeyError
+    assert stopwatch.seconds["fuse"] > 0

@@ -1,0 +1,433 @@
+"""Point searches against slow, obvious twins, and against what the original's rules gave on recorded clouds."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models import point_ops
+from models.point_ops import (
+    farthest_point_sample,
+    knn,
+    three_nn_interpolate,
+    three_nn_weights,
+    three_nn_weights_expanded,
+)
+
+SEARCHES = {"k-d tree": point_ops._knn_kd_tree, "direct": point_ops._knn_direct}
+STAGES = ("train_good_000", "test_hole_000")
+
+
+def cloud(points: int, seed: int = 0, batch: int = 1) -> Tensor:
+    """(batch, points, 3): a box 0.2 m wide, half a metre in front of the camera, so that no point is ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, points, 3, generator=generator) * 0.2 + torch.tensor([0.0, 0.0, 0.5])
+
+
+def slow_farthest_points(points: Tensor, n: int) -> list[int]:
+    """The CUDA op's rule in plain loops: (N, 3) -> n indices; the lowest index wins a tie."""
+    rows = points.tolist()
+    nearest = [1e10] * len(rows)
+    picks = [0]
+    while len(picks) < n:
+        best, best_distance = 0, -1.0
+        for i, row in enumerate(rows):
+            if sum(value**2 for value in row) <= 1e-3:
+                continue
+            squared = sum((a - b) ** 2 for a, b in zip(row, rows[picks[-1]], strict=True))
+            nearest[i] = min(nearest[i], squared)
+            if nearest[i] > best_distance:
+                best, best_distance = i, nearest[i]
+        picks.append(best)
+    return picks
+
+
+def slow_neighbors(queries: Tensor, points: Tensor) -> NDArray:
+    """(M, N) Euclidean distances of all pairs, in double precision."""
+    difference = queries.double().numpy()[:, None] - points.double().numpy()[None]
+    return np.sqrt((difference**2).sum(axis=2))
+
+
+def slow_three_weights(point: Tensor, centers: Tensor) -> tuple[list[int], list[float]]:
+    """The three nearest centres of one point, nearest first, and their normalised 1 / (d^2 + 1e-8)."""
+    squared = [math.dist(point.tolist(), center) ** 2 for center in centers.tolist()]
+    three = sorted(range(len(squared)), key=squared.__getitem__)[:3]
+    weights = [1 / (squared[i] + 1e-8) for i in three]
+    return three, [weight / sum(weights) for weight in weights]
+
+
+# Farthest point sampling
+
+
+@pytest.mark.parametrize(("points", "n"), [(1, 1), (2, 1), (2, 2), (7, 3), (40, 40), (150, 20), (200, 199)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_farthest_points_equal_their_twin(points: int, n: int, seed: int) -> None:
+    scan = cloud(points, seed)
+    picks = farthest_point_sample(scan, n)
+    assert picks.shape == (1, n)
+    assert picks.dtype == torch.int64
+    assert picks[0].tolist() == slow_farthest_points(scan[0], n)
+
+
+def test_farthest_points_of_a_batch_are_those_of_each_cloud() -> None:
+    scans = cloud(60, batch=3)
+    picks = farthest_point_sample(scans, 10)
+    assert picks.tolist() == [slow_farthest_points(scan, 10) for scan in scans]
+    assert len({tuple(row) for row in picks.tolist()}) == 3
+
+
+def test_farthest_points_on_a_line() -> None:
+    """0, then the end, then the middle: what one can see."""
+    line = torch.tensor([[[0.0, 0, 1], [1, 0, 1], [2, 0, 1], [3, 0, 1], [4, 0, 1]]])
+    assert farthest_point_sample(line, 3)[0].tolist() == [0, 4, 2]
+
+
+def test_of_equally_far_points_the_lowest_index_is_picked() -> None:
+    corners = torch.tensor([[[0.0, 0, 1], [1, 1, 1], [-1, 1, 1], [-1, -1, 1], [1, -1, 1]]])
+    assert farthest_point_sample(corners, 5)[0].tolist() == [0, 1, 2, 3, 4]
+    grid = torch.cartesian_prod(*[torch.arange(4.0)] * 2, torch.ones(1))[None]  # exact: every distance ties
+    assert farthest_point_sample(grid, 16)[0].tolist() == slow_farthest_points(grid[0], 16)
+
+
+def test_points_near_the_origin_are_never_picked() -> None:
+    scan = cloud(50)
+    scan[0, 10:40] *= 0.03 / scan[0, 10:40].norm(dim=1, keepdim=True)  # |p|^2 = 9e-4
+    picks = farthest_point_sample(scan, 20)[0].tolist()
+    assert sorted(picks) == sorted([*range(10), *range(40, 50)])
+    assert picks == slow_farthest_points(scan[0], 20)
+
+
+def test_the_ignored_radius_is_a_squared_norm_of_a_thousandth() -> None:
+    inside, outside = math.sqrt(0.9e-3), math.sqrt(1.1e-3)
+    points = torch.tensor([[[0.0, 0, 1], [0, 0, inside], [0, 0, outside], [0, 0, -inside]]])
+    assert farthest_point_sample(points, 2)[0].tolist() == [0, 2]  # although index 3 is farther
+
+
+def test_an_ignored_first_point_is_still_the_start() -> None:
+    scan = cloud(30)
+    scan[0, 0] = 0.0
+    picks = farthest_point_sample(scan, 8)[0].tolist()
+    assert picks[0] == 0
+    assert 0 not in picks[1:]
+    assert picks == slow_farthest_points(scan[0], 8)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_picks_repeat_once_all_points_are_picked(kept: int) -> None:
+    """All but `kept` points are padding at the origin, the first of them index 0."""
+    scan = torch.zeros(1, 9, 3)
+    scan[0, 4 : 4 + kept] = cloud(kept)[0]
+    picks = farthest_point_sample(scan, 9)[0].tolist()
+    assert picks == slow_farthest_points(scan[0], 9)
+    assert set(picks) == {0, *range(4, 4 + kept)}
+
+
+def test_identical_points_repeat_the_first() -> None:
+    assert farthest_point_sample(torch.ones(1, 5, 3), 5)[0].tolist() == [0] * 5
+
+
+def test_farthest_points_leave_the_input_alone() -> None:
+    scan = cloud(20)
+    before = scan.clone()
+    farthest_point_sample(scan, 5)
+    assert torch.equal(scan, before)
+
+
+@pytest.mark.golden
+def test_farthest_points_with_ignored_ones_are_the_recorded_ones(goldens: Path) -> None:
+    unit = np.load(goldens / "unit.npz")
+    points, recorded = torch.from_numpy(unit["fps_skip_pts"]), unit["fps_skip_idx"]
+    ignored = points.square().sum(dim=1) <= 1e-3
+    assert int(ignored.sum()) == 42  # the recording has what it is meant to test
+    np.testing.assert_array_equal(farthest_point_sample(points[None], len(recorded))[0], recorded)
+
+
+# Nearest neighbours
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES.keys())
+@pytest.mark.parametrize(
+    ("queries", "points", "k"), [(1, 1, 1), (5, 1, 1), (1, 9, 9), (20, 64, 64), (33, 200, 1), (50, 300, 17)]
+)
+def test_neighbors_equal_their_twin(
+    search: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]], queries: int, points: int, k: int
+) -> None:
+    centers, scan = cloud(queries, seed=1)[0], cloud(points)[0]
+    all_distances = slow_neighbors(centers, scan)
+    distance, index = search(centers, scan, k)
+    assert distance.shape == index.shape == (queries, k)
+    assert distance.dtype == torch.float32
+    assert index.dtype == torch.int64
+    np.testing.assert_array_equal(index, np.argsort(all_distances, axis=1, kind="stable")[:, :k])
+    np.testing.assert_allclose(distance, np.sort(all_distances, axis=1)[:, :k], rtol=1e-6, atol=1e-8)
+    assert (distance.diff(dim=1) >= 0).all()
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES.keys())
+def test_distances_are_euclidean_and_of_the_points(
+    search: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+) -> None:
+    distance, index = search(torch.tensor([[0.0, 0, 1]]), torch.tensor([[3.0, 4, 1], [0, 0, 3], [0, 0, 1]]), 3)
+    assert index.tolist() == [[2, 1, 0]]
+    assert distance.tolist() == [[0.0, 2.0, 5.0]]  # not squared: 0, 4, 25
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES.keys())
+def test_neighbors_among_ties_are_neighbors(
+    search: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+) -> None:
+    """Which of equally near points comes first is open; that each appears once is not."""
+    grid = torch.cartesian_prod(*[torch.arange(5.0)] * 3)
+    distance, index = search(grid, grid, 10)
+    all_distances = slow_neighbors(grid, grid)
+    np.testing.assert_allclose(distance, np.sort(all_distances, axis=1)[:, :10], rtol=1e-6)
+    np.testing.assert_allclose(distance, np.take_along_axis(all_distances, index.numpy(), axis=1), rtol=1e-6)
+    assert all(len(set(row)) == 10 for row in index.tolist())
+
+
+def test_direct_search_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, scan = cloud(23, seed=1)[0], cloud(50)[0]
+    whole = point_ops._knn_direct(queries, scan, 6)
+    monkeypatch.setattr(point_ops, "MAX_BLOCK_ENTRIES", 4 * 50 + 1)  # four queries at a time, three at last
+    chunked = point_ops._knn_direct(queries, scan, 6)
+    monkeypatch.setattr(point_ops, "MAX_BLOCK_ENTRIES", 1)  # less than a row: one query at a time
+    single = point_ops._knn_direct(queries, scan, 6)
+    for values in (chunked, single):
+        assert torch.equal(values[0], whole[0])
+        assert torch.equal(values[1], whole[1])
+
+
+def test_neighbors_of_a_batch_are_those_of_each_cloud() -> None:
+    queries, scans = cloud(6, seed=1, batch=3), cloud(40, batch=3)
+    distance, index = knn(queries, scans, 5)
+    assert distance.shape == index.shape == (3, 6, 5)
+    for i in range(3):
+        np.testing.assert_array_equal(index[i], np.argsort(slow_neighbors(queries[i], scans[i]), axis=1)[:, :5])
+        np.testing.assert_allclose(distance[i], np.sort(slow_neighbors(queries[i], scans[i]), axis=1)[:, :5], rtol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_finds_the_same_points() -> None:
+    scan, queries, features = cloud(4000), cloud(300, seed=1), torch.rand(1, 300, 8)
+    picks = farthest_point_sample(scan.cuda(), 300)
+    assert picks.is_cuda
+    assert torch.equal(picks.cpu(), farthest_point_sample(scan, 300))
+    distance, index = knn(queries.cuda(), scan.cuda(), 32)
+    assert distance.is_cuda
+    all_distances = slow_neighbors(queries[0], scan[0])
+    near = np.sort(all_distances, axis=1)[:, :32]  # neighbours nearer to each other than rounding may swap
+    np.testing.assert_allclose(distance[0].cpu(), near, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(np.take_along_axis(all_distances, index[0].cpu().numpy(), 1), near, rtol=1e-5, atol=1e-7)
+    there = three_nn_interpolate(scan.cuda(), queries.cuda(), features.cuda())
+    torch.testing.assert_close(there.cpu(), three_nn_interpolate(scan, queries, features), rtol=1e-4, atol=1e-5)
+
+
+# Interpolation
+
+
+@pytest.mark.parametrize(("points", "centers"), [(1, 3), (10, 3), (10, 4), (60, 25)])
+def test_weights_equal_their_twin(points: int, centers: int) -> None:
+    scan, middle = cloud(points), cloud(centers, seed=1)
+    weight, index = three_nn_weights(scan, middle)
+    assert weight.shape == index.shape == (1, points, 3)
+    for i in range(points):
+        expected_index, expected_weight = slow_three_weights(scan[0, i], middle[0])
+        assert index[0, i].tolist() == expected_index
+        np.testing.assert_allclose(weight[0, i], expected_weight, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("points", "centers"), [(1, 3), (10, 4), (60, 25)])
+def test_expanded_weights_equal_the_twin_where_squares_do_not_cancel(points: int, centers: int) -> None:
+    """Distances of the order of the coordinates: the difference of squares is as good as the square."""
+    generator = torch.Generator().manual_seed(0)
+    scan, middle = (torch.randn(2, size, 3, generator=generator) for size in (points, centers))
+    weight, index = three_nn_weights_expanded(scan, middle)
+    assert weight.shape == index.shape == (2, points, 3)
+    for b in range(2):
+        for i in range(points):
+            expected_index, expected_weight = slow_three_weights(scan[b, i], middle[b])
+            assert index[b, i].tolist() == expected_index
+            np.testing.assert_allclose(weight[b, i], expected_weight, rtol=1e-3)
+
+
+def test_expanded_weights_are_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    scan, middle = cloud(50), cloud(20, seed=1)
+    whole = three_nn_weights_expanded(scan, middle)
+    monkeypatch.setattr(point_ops, "MAX_BLOCK_ENTRIES", 7 * 20)
+    chunked = three_nn_weights_expanded(scan, middle)
+    assert torch.equal(chunked[1], whole[1])
+    # Chunks of other sizes may round the matrix product otherwise: by 6e-8 of squares beside the 1e-8 in a weight.
+    torch.testing.assert_close(chunked[0], whole[0], rtol=0.05, atol=1e-3)
+
+
+def test_a_negative_square_that_cancels_the_epsilon_does_not_divide_by_zero() -> None:
+    squared = torch.tensor([[-1e-8, 1e-8, 1.0]])
+    assert float(squared[0, 0] + point_ops.INTERPOLATION_EPSILON) == 0.0
+    weight = point_ops._inverse_distance_weights(squared)
+    assert torch.isfinite(weight).all()
+    np.testing.assert_allclose(weight, [[2 / 3, 1 / 3, 0.0]], atol=1e-6)
+
+
+@pytest.mark.parametrize(("points", "centers", "width"), [(1, 3, 1), (30, 3, 2), (30, 12, 5)])
+def test_interpolation_equals_its_twin(points: int, centers: int, width: int) -> None:
+    scan, middle = cloud(points, batch=2), cloud(centers, seed=1, batch=2)
+    features = torch.randn(2, centers, width, generator=torch.Generator().manual_seed(2))
+    carried = three_nn_interpolate(scan, middle, features)
+    assert carried.shape == (2, points, width)
+    for b in range(2):
+        for i in range(points):
+            index, weight = slow_three_weights(scan[b, i], middle[b])
+            expected = sum(features[b, j] * w for j, w in zip(index, weight, strict=True))
+            torch.testing.assert_close(carried[b, i], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_interpolation_at_a_center_is_that_center_feature() -> None:
+    middle = cloud(20)
+    features = torch.arange(20.0)[None, :, None]
+    torch.testing.assert_close(three_nn_interpolate(middle, middle, features), features, rtol=0, atol=1e-2)
+
+
+def test_interpolation_by_hand() -> None:
+    """Squared distances 1, 4 and 4 of the three nearest; the fourth centre has no part."""
+    middle = torch.tensor([[[9.0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 2]]])
+    features = torch.tensor([[[1000.0], [6.0], [12.0], [24.0]]])
+    carried = three_nn_interpolate(torch.zeros(1, 1, 3), middle, features)
+    assert float(carried) == pytest.approx((6 * 1 + 12 * 0.25 + 24 * 0.25) / 1.5, rel=1e-6)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        torch.rand(10, 3),
+        torch.rand(1, 3, 10),
+        torch.rand(1, 1, 10, 3),
+        torch.rand(1, 10, 2),
+        torch.zeros(1, 10, 3, dtype=torch.int64),
+    ],
+    ids=["no batch", "channels first", "four axes", "two coordinates", "integers"],
+)
+def test_only_float_clouds_are_accepted(points: Tensor) -> None:
+    good = cloud(5)
+    with pytest.raises(ValueError, match=r"points must be a \(B, N, 3\) float tensor, got"):
+        farthest_point_sample(points, 1)
+    with pytest.raises(ValueError, match="points must be"):
+        knn(good, points, 1)
+    with pytest.raises(ValueError, match="queries must be"):
+        knn(points, good, 1)
+    for weights in (three_nn_weights, three_nn_weights_expanded):
+        with pytest.raises(ValueError, match=r"must be a \(B, N, 3\) float tensor"):
+            weights(points, good)
+        with pytest.raises(ValueError, match=r"must be a \(B, N, 3\) float tensor"):
+            weights(good, points)
+
+
+@pytest.mark.parametrize("n", [0, -1, 6])
+def test_more_picks_than_points_are_refused(n: int) -> None:
+    with pytest.raises(ValueError, match=f"cannot pick {n} of 5 points"):
+        farthest_point_sample(cloud(5), n)
+
+
+@pytest.mark.parametrize("k", [0, -1, 6])
+def test_more_neighbors_than_points_are_refused(k: int) -> None:
+    with pytest.raises(ValueError, match=f"cannot find {k} neighbours among 5 points"):
+        knn(cloud(2), cloud(5), k)
+
+
+@pytest.mark.parametrize("weights", [three_nn_weights, three_nn_weights_expanded])
+def test_fewer_than_three_centers_are_refused(weights: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+    with pytest.raises(ValueError, match="cannot find 3 neighbours among 2 points"):
+        weights(cloud(5), cloud(2))
+
+
+@pytest.mark.parametrize("weights", [three_nn_weights, three_nn_weights_expanded])
+def test_batches_of_different_sizes_are_refused(weights: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+    with pytest.raises(ValueError, match="differ in batch size: 2 and 1"):
+        weights(cloud(5, batch=2), cloud(5))
+
+
+def test_the_extensions_need_a_gpu() -> None:
+    with pytest.raises(ValueError, match=r"pointnet2_ops\.pointnet2_utils works on CUDA tensors, got one on cpu: use"):
+        farthest_point_sample(cloud(5), 2, backend="extension")
+    with pytest.raises(ValueError, match="knn_cuda works on CUDA tensors"):
+        knn(cloud(2), cloud(5), 2, backend="extension")
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="backend is 'cuda', expected one of"):
+        farthest_point_sample(cloud(5), 2, backend="cuda")
+    with pytest.raises(ValueError, match="backend is 'cuda', expected one of"):
+        knn(cloud(2), cloud(5), 2, backend="cuda")
+
+
+# Recorded clouds
+
+
+@pytest.fixture(params=STAGES)
+def stages(request: pytest.FixtureRequest, goldens: Path) -> dict[str, NDArray]:
+    return dict(np.load(goldens / f"stages_bagel_{request.param}.npz"))
+
+
+@pytest.fixture
+def scan(stages: dict[str, NDArray]) -> Tensor:
+    """(1, N, 3) the valid points of the recorded scan, in row-major order."""
+    return torch.from_numpy(stages["resized_pc"].reshape(3, -1)[:, stages["nonzero_indices"]].T.copy())[None]
+
+
+@pytest.fixture
+def centers(stages: dict[str, NDArray], scan: Tensor) -> Tensor:
+    """(1, 1024, 3) the recorded picks."""
+    return scan[:, torch.from_numpy(stages["fps_idx"]).long()]
+
+
+@pytest.mark.golden
+def test_farthest_points_are_the_recorded_ones(stages: dict[str, NDArray], scan: Tensor) -> None:
+    np.testing.assert_array_equal(farthest_point_sample(scan, 1024)[0], stages["fps_idx"])
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES.keys())
+def test_neighbors_are_the_recorded_ones(
+    stages: dict[str, NDArray],
+    scan: Tensor,
+    centers: Tensor,
+    search: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+) -> None:
+    distance, index = search(centers[0], scan[0], 128)
+    np.testing.assert_array_equal(np.sort(index, axis=1), np.sort(stages["knn_idx"], axis=1))
+    np.testing.assert_allclose(distance[:16], stages["knn_dist_rows0_16"], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.golden
+def test_three_neighbors_are_those_of_double_precision(
+    stages: dict[str, NDArray], scan: Tensor, centers: Tensor
+) -> None:
+    weight, index = three_nn_weights(scan, centers)
+    np.testing.assert_array_equal(index[0], stages["interp_idx3_exact64"])
+    inverse = 1 / (stages["interp_sqdist3_exact64_s"] + 1e-8)
+    expected = inverse / inverse.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(weight[0, torch.from_numpy(stages["interp_cols"]).long()], expected, rtol=1e-4)
+
+
+@pytest.mark.golden
+def test_expanded_weights_are_the_recorded_ones_to_the_bit(
+    stages: dict[str, NDArray], scan: Tensor, centers: Tensor
+) -> None:
+    weight, index = three_nn_weights_expanded(scan, centers)
+    squared = torch.from_numpy(stages["interp_sqdist3"])
+    assert (squared < 0).any()  # the recording has the oddity that the expanded form exists for
+    inverse = 1.0 / (squared + 1e-8)
+    assert torch.equal(weight[0], inverse / inverse.sum(dim=1, keepdim=True))
+    differs = (index[0].numpy() != stages["interp_idx3"]).any(axis=1)
+    assert differs.mean() < 0.005
+    for row in differs.nonzero()[0]:  # the same centres with the same weights, in another order among equal ones
+        ours = sorted(zip(weight[0, row].tolist(), index[0, row].tolist(), strict=True))
+        theirs = sorted(zip(weight[0, row].tolist(), stages["interp_idx3"][row].tolist(), strict=True))
+        assert ours == theirs

@@ -1,0 +1,225 @@
+"""The group encoder against an obvious twin, and the point transformer on small numbers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.point_ops import farthest_point_sample
+from models.point_transformer import POINT_NORMS, GroupEncoder, PointTransformer
+
+SMALL = {"num_group": 16, "group_size": 8, "width": 24, "depth": 3, "num_heads": 2, "encoder_dim": 24}
+
+
+def randomize(module: nn.Module, seed: int = 0) -> None:
+    """Give every parameter and running statistic a value of its own: fresh norms are the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in module.state_dict().items():
+            if name.endswith("running_var"):
+                value.uniform_(0.5, 1.5, generator=generator)
+            elif value.is_floating_point():
+                scale = value[0].numel() ** -0.5 if value.ndim > 1 else 0.3
+                value.normal_(1.0 if value.ndim == 1 and name.endswith("weight") else 0.0, scale, generator=generator)
+
+
+def cloud(points: int, seed: int = 0) -> Tensor:
+    """(points, 3) half a metre from the camera: outside the radius that the sampling ignores."""
+    return torch.rand(points, 3, generator=torch.Generator().manual_seed(seed)) + torch.tensor([0.0, 0.0, 0.5])
+
+
+def slow_encoder(encoder: GroupEncoder, groups: Tensor) -> Tensor:
+    """As the papers' code writes it: Conv1d and BatchNorm1d on (G, C, K), the maximum expanded to every point."""
+    first, second = encoder.first_conv, encoder.second_conv
+    for norm in (first[1], second[1]):
+        norm.train(encoder.point_norm == "cloud")
+    local = first(groups.transpose(1, 2))  # (G, 256, K)
+    maximum = local.max(dim=2, keepdim=True).values.expand_as(local)
+    mixed = second(torch.cat([maximum, local], dim=1))  # (G, 512, K) -> (G, C, K)
+    return mixed.max(dim=2).values
+
+
+@pytest.fixture(params=POINT_NORMS)
+def encoder(request: pytest.FixtureRequest) -> GroupEncoder:
+    encoder = GroupEncoder(20, request.param)
+    randomize(encoder)
+    return encoder.eval()
+
+
+@pytest.fixture(params=[False, True], ids=["without class token", "with class token"])
+def transformer(request: pytest.FixtureRequest) -> PointTransformer:
+    module = PointTransformer(**SMALL, class_token=request.param)
+    randomize(module)
+    return module.eval()
+
+
+# Group encoder
+
+
+@pytest.mark.parametrize(("groups", "points"), [(1, 2), (1, 32), (2, 1), (5, 8), (16, 3)])
+def test_group_encoder_equals_its_twin(encoder: GroupEncoder, groups: int, points: int) -> None:
+    neighborhoods = torch.randn(groups, points, 3, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        tokens = encoder(neighborhoods)
+        assert tokens.shape == (groups, 20)
+        torch.testing.assert_close(tokens, slow_encoder(encoder, neighborhoods), rtol=1e-4, atol=1e-5)
+
+
+def test_group_encoder_does_not_depend_on_the_order_of_points(encoder: GroupEncoder) -> None:
+    groups = torch.randn(6, 9, 3, generator=torch.Generator().manual_seed(1))
+    order = torch.rand(6, 9, generator=torch.Generator().manual_seed(2)).argsort(dim=1)
+    shuffled = groups.gather(1, order[:, :, None].expand_as(groups))
+    assert not torch.equal(shuffled, groups)
+    torch.testing.assert_close(encoder(shuffled), encoder(groups), rtol=1e-5, atol=1e-5)
+
+
+def test_running_statistics_leave_a_group_independent_of_the_others() -> None:
+    """Those of the cloud do not: each group changes the statistics of all."""
+    groups = torch.randn(6, 9, 3, generator=torch.Generator().manual_seed(1))
+    for point_norm, independent in (("running", True), ("cloud", False)):
+        encoder = GroupEncoder(20, point_norm)
+        randomize(encoder)
+        alone, together = encoder(groups[:3]), encoder(groups)[:3]
+        assert torch.allclose(alone, together, rtol=1e-4, atol=1e-5) == independent, point_norm
+
+
+def test_statistics_of_the_cloud_leave_the_running_ones_alone(encoder: GroupEncoder) -> None:
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    encoder(torch.randn(4, 5, 3))
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_point_norm_decides_whatever_the_mode(encoder: GroupEncoder, training: bool) -> None:
+    groups = torch.randn(4, 5, 3)
+    expected = encoder(groups)
+    torch.testing.assert_close(encoder.train(training)(groups), expected)
+
+
+def test_unknown_point_norm_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"point_norm is 'eval', expected one of \('cloud', 'running'\)"):
+        GroupEncoder(20, "eval")
+
+
+# Groups
+
+
+def test_groups_are_neighborhoods_relative_to_their_centers(transformer: PointTransformer) -> None:
+    points = cloud(50)
+    groups, centers = transformer.group(points)
+    assert groups.shape == (16, 8, 3)
+    assert torch.equal(centers, points[farthest_point_sample(points[None], 16)[0]])
+    for group, center in zip(groups, centers, strict=True):
+        nearest = points[(points - center).norm(dim=1).argsort()[:8]]
+        torch.testing.assert_close(group, nearest - center)
+        assert torch.equal(group[0], torch.zeros(3))  # the centre is its own nearest point
+
+
+@pytest.mark.parametrize(("num_group", "group_size", "needed"), [(16, 8, 16), (4, 30, 30), (12, 12, 12)])
+def test_too_few_points_are_refused(num_group: int, group_size: int, needed: int) -> None:
+    module = PointTransformer(**SMALL | {"num_group": num_group, "group_size": group_size}).eval()
+    assert module.min_points == needed
+    with torch.no_grad():
+        assert module(cloud(needed)).features.shape[0] == num_group
+    expected = f"{needed - 1} valid points, but {num_group} groups of {group_size} points need at least {needed}"
+    with pytest.raises(ValueError, match=expected):
+        module(cloud(needed - 1))
+
+
+# Transformer
+
+
+@torch.no_grad()
+def test_forward_is_the_written_out_sequence(transformer: PointTransformer) -> None:
+    """Blocks 1, 2 and 3 of three, each through the final norm, side by side; the position enters every block."""
+    points = cloud(60)
+    groups, centers = transformer.group(points)
+    tokens, position = transformer.encoder(groups), transformer.pos_embed(centers)
+    if transformer.cls_token is not None:
+        tokens = torch.cat([transformer.cls_token[0], tokens])
+        position = torch.cat([transformer.cls_pos[0], position])
+    taken = []
+    for block in transformer.blocks.blocks:
+        tokens = slow_block(block, tokens + position)
+        normed = F.layer_norm(tokens, (24,), transformer.norm.weight, transformer.norm.bias, 1e-5)
+        taken.append(normed[1:] if transformer.cls_token is not None else normed)
+    features = transformer(points)
+    torch.testing.assert_close(features.features, torch.cat(taken, dim=1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(features.centers, centers)
+
+
+def slow_block(block: nn.Module, x: Tensor, num_heads: int = 2) -> Tensor:
+    """One pre-norm block on (T, C), head by head, from its parameters."""
+    p = block.state_dict()
+    y = F.layer_norm(x, x.shape[1:], p["norm1.weight"], p["norm1.bias"], 1e-5)
+    q, k, v = (y @ p["attn.qkv.weight"].T).chunk(3, dim=1)
+    heads = []
+    for q_h, k_h, v_h in zip(*(part.chunk(num_heads, dim=1) for part in (q, k, v)), strict=True):
+        heads.append((q_h @ k_h.T / q_h.shape[1] ** 0.5).softmax(dim=1) @ v_h)
+    x = x + torch.cat(heads, dim=1) @ p["attn.proj.weight"].T + p["attn.proj.bias"]
+    y = F.layer_norm(x, x.shape[1:], p["norm2.weight"], p["norm2.bias"], 1e-5)
+    y = y @ p["mlp.fc1.weight"].T + p["mlp.fc1.bias"]
+    y = y * 0.5 * (1 + torch.erf(y / 2**0.5))
+    return x + y @ p["mlp.fc2.weight"].T + p["mlp.fc2.bias"]
+
+
+@torch.no_grad()
+def test_class_token_takes_part_and_is_dropped() -> None:
+    module = PointTransformer(**SMALL, class_token=True)
+    randomize(module)
+    module.eval()
+    before = module(cloud(60)).features
+    assert before.shape == (16, 72)  # one row a group, none for the class token
+    module.cls_token += 1.0
+    assert not torch.allclose(module(cloud(60)).features, before, rtol=1e-3)
+    module.cls_token -= 1.0
+    torch.testing.assert_close(module(cloud(60)).features, before, rtol=1e-4, atol=1e-4)
+    module.cls_pos += 1.0
+    assert not torch.allclose(module(cloud(60)).features, before, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("depth", "taken"), [(12, (3, 7, 11)), (3, (0, 1, 2)), (6, (1, 3, 5))])
+def test_taken_blocks(depth: int, taken: tuple[int, ...]) -> None:
+    module = PointTransformer(**SMALL | {"depth": depth})
+    assert module.taken == taken
+    assert len(module.blocks.blocks) == depth
+
+
+@pytest.mark.parametrize("width", [24, 36])
+def test_embed_dim_is_what_comes_out(width: int) -> None:
+    module = PointTransformer(**SMALL | {"width": width, "encoder_dim": 10}).eval()  # 10 -> width by reduce_dim
+    assert isinstance(module.reduce_dim, nn.Linear)
+    assert module.embed_dim == 3 * width
+    with torch.no_grad():
+        assert module(cloud(60)).features.shape == (16, module.embed_dim)
+
+
+def test_reference_numbers_are_the_defaults() -> None:
+    with torch.device("meta"):
+        module = PointTransformer()
+    assert (module.num_group, module.group_size, module.embed_dim) == (1024, 128, 1152)
+    assert module.encoder.point_norm == "cloud"
+    assert isinstance(module.reduce_dim, nn.Identity)
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.LayerNorm)]
+    assert len(norms) == 2 * 12 + 1
+    assert {norm.eps for norm in norms} == {1e-5}  # 1e-6, as in the ViT, would pass the recorded numbers
+    assert not any(block.attn.qkv.bias is not None for block in module.blocks.blocks)
+
+
+@torch.no_grad()
+def test_point_norm_changes_the_features() -> None:
+    features = []
+    for point_norm in POINT_NORMS:
+        module = PointTransformer(**SMALL, point_norm=point_norm)
+        randomize(module)
+        features.append(module.eval()(cloud(60)).features)
+    assert not torch.allclose(*features, rtol=1e-2)
+
+
+@torch.no_grad()
+def test_extraction_repeats_to_the_bit(transformer: PointTransformer) -> None:
+    """No stochastic depth, no dropout, no state."""
+    first, second = transformer(cloud(60)), transformer(cloud(60))
+    assert torch.equal(first.features, second.features)
+    assert torch.equal(transformer.train()(cloud(60)).features, first.features)

@@ -1,0 +1,233 @@
+"""Tables and results.json: what is written can be read back, and nothing older is lost."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from utils.metrics import EXACT_LIMITS, mean_over_classes
+from utils.report import (
+    append_tables,
+    format_tables,
+    package_versions,
+    result_line,
+    results_record,
+    write_results,
+)
+
+FILES = ("image_rocauc_results.md", "pixel_rocauc_results.md", "aupro_results.md")
+COMMAND = ["main.py", "--method_name", "DINO+Point_MAE"]
+NOTE = "stand-in networks: the figures say nothing about M3DM"
+BAGEL = {
+    "image_rocauc": 0.99449,
+    "pixel_rocauc": 0.9951,
+    "au_pro": 0.97049,
+    "au_pro_exact": {"0.3": 0.981, "0.1": 0.952, "0.05": 0.903, "0.01": 0.404},
+}
+CABLE_GLAND = {
+    "image_rocauc": 0.90949,
+    "pixel_rocauc": 0.9931,
+    "au_pro": 0.97149,
+    "au_pro_exact": {"0.3": 0.982, "0.1": 0.953, "0.05": 0.904, "0.01": 0.405},
+}
+CLASSES = {"bagel": BAGEL, "cable_gland": CABLE_GLAND}
+NOTHING = {**dict.fromkeys(("image_rocauc", "pixel_rocauc", "au_pro")), "au_pro_exact": dict.fromkeys(EXACT_LIMITS)}
+
+
+def read_tables(path: Path) -> list[list[list[str]]]:
+    """The tables of a Markdown file as rows of cells; every row must be as wide as its header."""
+    tables: list[list[list[str]]] = []
+    previous = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("|"):
+            cells = [re.sub(r"\\(.)", r"\1", cell.strip()) for cell in re.split(r"(?<!\\)(?:\\\\)*\|", line)[1:-1]]
+            if not previous.startswith("|"):
+                assert previous == "", "a table must follow an empty line"
+                tables.append([])
+            elif len(tables[-1]) == 1 and set(line) <= set("|-:"):
+                previous = line
+                continue
+            tables[-1].append(cells)
+            assert len(cells) == len(tables[-1][0])
+        previous = line
+    return tables
+
+
+def append(folder: Path, classes: dict = CLASSES, exact_headline: bool = False, note: str | None = None) -> None:
+    append_tables(folder, classes, "DINO+Point_MAE", COMMAND, exact_headline, note)
+
+
+def test_one_row_per_method_with_three_decimals(tmp_path: Path) -> None:
+    append(tmp_path)
+    (table,) = read_tables(tmp_path / "image_rocauc_results.md")
+    # the mean is of unrounded values: 0.95197, where that of the rounded ones would be 0.9515
+    assert table == [["Method", "bagel", "cable_gland", "Mean"], ["DINO+Point_MAE", "0.994", "0.909", "0.952"]]
+    (table,) = read_tables(tmp_path / "pixel_rocauc_results.md")
+    assert table[1][1:] == ["0.995", "0.993", "0.994"]
+
+
+@pytest.mark.parametrize("exact_headline", [False, True])
+def test_every_au_pro_row_says_which_it_is(tmp_path: Path, exact_headline: bool) -> None:
+    append(tmp_path, exact_headline=exact_headline)
+    (table,) = read_tables(tmp_path / "aupro_results.md")
+    rows = {row[0].removeprefix("DINO+Point_MAE, "): row[1:] for row in table[1:]}
+    assert rows == {
+        "limit 0.3, 100 thresholds": ["0.970", "0.971", "0.971"],
+        "limit 0.3, exact curve": ["0.981", "0.982", "0.982"],
+        "limit 0.1, exact curve": ["0.952", "0.953", "0.952"],
+        "limit 0.05, exact curve": ["0.903", "0.904", "0.903"],
+        "limit 0.01, exact curve": ["0.404", "0.405", "0.405"],
+    }
+    assert next(iter(rows)) == ("limit 0.3, exact curve" if exact_headline else "limit 0.3, 100 thresholds")
+
+
+def test_tables_of_two_runs_accumulate(tmp_path: Path) -> None:
+    append(tmp_path)
+    first = {name: (tmp_path / name).read_text() for name in FILES}
+    append(tmp_path, {"rope": BAGEL})
+    for name in FILES:
+        text = (tmp_path / name).read_text()
+        assert text.startswith(first[name].rstrip("\n"))
+        assert "\n\n\n" not in text
+        assert [table[0] for table in read_tables(tmp_path / name)] == [
+            ["Method", "bagel", "cable_gland", "Mean"],
+            ["Method", "rope", "Mean"],
+        ]
+        headings = re.findall(r"^## \d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d · DINO\+Point_MAE$", text, re.MULTILINE)
+        assert len(headings) == 2
+        assert text.count(f"\n{shlex.join(COMMAND)}\n") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)  # no temporary file is left
+
+
+def test_older_text_without_a_final_newline_is_kept(tmp_path: Path) -> None:
+    (tmp_path / FILES[0]).write_text("my own remark")
+    append(tmp_path)
+    assert (tmp_path / FILES[0]).read_text().startswith("my own remark\n\n## ")
+
+
+def test_a_write_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append(tmp_path)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+
+    def disk_full(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", disk_full)
+    with pytest.raises(OSError, match="no space"):
+        append(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_names_and_commands_cannot_break_a_table(tmp_path: Path) -> None:
+    odd = "a|b`c\\d\n<i>*"
+    command = ["main.py", "--note", "one | two ``` three\n| four |", os.fsdecode(b"caf\xe9")]
+    append_tables(tmp_path, {odd: BAGEL, "rope": BAGEL}, "x|y", command, False, "a |\n# b")
+    for name in FILES:
+        fenced, after = re.search(
+            r"^(`{4,})text\n(.*?)\n\1$(.*)", (tmp_path / name).read_text(), re.DOTALL | re.MULTILINE
+        ).group(2, 3)
+        assert shlex.split(fenced)[:3] == command[:3]
+        path = tmp_path / f"after_{name}"
+        path.write_text(after)
+        (table,) = read_tables(path)
+        assert table[0] == ["Method", "a|b`c\\d <i>*", "rope", "Mean"]
+        assert table[1][0].startswith("x|y")
+        assert "\na \\| # b\n" in after
+
+
+def test_every_table_carries_the_note(tmp_path: Path) -> None:
+    append(tmp_path, note=NOTE)
+    assert all((tmp_path / name).read_text().count(NOTE) == 1 for name in FILES)
+    assert format_tables(CLASSES, "DINO", False, NOTE).count(NOTE) == 3
+    assert NOTE not in format_tables(CLASSES, "DINO", False)
+
+
+def test_undefined_metrics_are_shown_and_explained(tmp_path: Path) -> None:
+    append(tmp_path, {"bagel": BAGEL, "foam": {**NOTHING, "image_rocauc": 0.5}, "rope": NOTHING})
+    (table,) = read_tables(tmp_path / "image_rocauc_results.md")
+    assert table[1][1:] == ["0.994", "0.500", "n/a", "0.747"]
+    assert "left out of the mean" in (tmp_path / "aupro_results.md").read_text()
+    append(tmp_path / "whole")
+    assert "n/a" not in (tmp_path / "whole" / "aupro_results.md").read_text()
+
+
+def test_text_tables_hold_what_the_files_hold(tmp_path: Path) -> None:
+    append(tmp_path, exact_headline=True)
+    blocks = format_tables(CLASSES, "DINO+Point_MAE", exact_headline=True).split("\n\n")
+    assert [block.splitlines()[0] for block in blocks] == ["I-AUROC", "P-AUROC", "AU-PRO"]
+    for block, name in zip(blocks, FILES, strict=True):
+        lines = block.splitlines()[1:]
+        assert [re.split(r" {2,}", line) for line in lines] == read_tables(tmp_path / name)[0]
+        assert len({len(line) for line in lines}) == 1  # aligned
+
+
+def test_no_class_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no class"):
+        append(tmp_path, {})
+
+
+def test_result_line() -> None:
+    assert result_line("bagel", BAGEL, exact_headline=False) == (
+        "bagel: I-AUROC 0.994, P-AUROC 0.995, AU-PRO 0.970 (limit 0.3, 100 thresholds)"
+    )
+    assert result_line("bagel", BAGEL, exact_headline=True).endswith("AU-PRO 0.981 (limit 0.3, exact curve)")
+    assert "I-AUROC n/a" in result_line("rope", NOTHING, exact_headline=False)
+
+
+def test_results_file_reads_back_unrounded(tmp_path: Path) -> None:
+    samples = [{"path": "test/hole/000", "label": np.int64(1), "score": np.float32(0.1)}]
+    classes = {"bagel": {**BAGEL, "image_rocauc": np.float64(1 / 3), "samples": samples}, "rope": NOTHING}
+    args = {"dataset_path": Path("datasets"), "seed": 0, "class_name": ("bagel", "rope"), "blr": np.ones(2)}
+    write_results(tmp_path, results_record(COMMAND, args, classes))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == ["schema", "command", "args", "versions", "classes", "mean"]
+    assert results["schema"] == 1
+    assert results["command"] == COMMAND
+    assert results["args"] == {"dataset_path": "datasets", "seed": 0, "class_name": ["bagel", "rope"], "blr": [1, 1]}
+    assert results["versions"] == package_versions()
+    assert results["classes"]["bagel"]["image_rocauc"] == 1 / 3
+    assert results["classes"]["bagel"]["samples"] == [
+        {"path": "test/hole/000", "label": 1, "score": float(np.float32(0.1))}
+    ]
+    assert results["classes"]["rope"] == NOTHING
+    assert results["mean"] == mean_over_classes(classes)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), np.float32("inf")])
+def test_results_file_never_holds_nan(tmp_path: Path, bad: float) -> None:
+    write_results(tmp_path, results_record(COMMAND, {}, CLASSES))
+    before = (tmp_path / "results.json").read_text()
+    with pytest.raises(ValueError, match="JSON"):
+        write_results(tmp_path, results_record(COMMAND, {}, {"bagel": {**BAGEL, "peak_memory_mb": bad}}))
+    assert (tmp_path / "results.json").read_text() == before
+
+
+def test_results_file_refuses_what_is_no_data(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="cannot hold a set"):
+        write_results(tmp_path, {"args": {"x": {1}}})
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_versions_are_those_of_the_packages() -> None:
+    versions = package_versions()
+    assert versions["numpy"] == np.__version__
+    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert {"torch", "torchvision", "timm", "scipy", "scikit-learn", "open3d", "pillow"} < set(versions)
+
+
+def test_versions_without_importing_the_packages() -> None:
+    code = "import sys, utils.report as r; r.package_versions(); print(*{'torch', 'timm', 'open3d'} & set(sys.modules))"
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []
+
+
+def test_a_missing_package_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.report.DISTRIBUTIONS", ("no-such-distribution",))
+    assert package_versions()["no-such-distribution"] is None

@@ -1,0 +1,180 @@
+"""Image scores by hand and spelled out, blur and map against the recorded ones, places of the anomaly map."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from feature_extractors.memory_bank import MemoryBank
+from feature_extractors.scoring import BLUR_SIGMA, anomaly_map, gaussian_blur, image_score
+
+
+def score_of(patches: Tensor, rows: Tensor, divisor: float = 1.0, epsilon: float = 0.0) -> float:
+    bank = MemoryBank(rows)
+    return image_score(patches, *bank.nearest(patches), bank, divisor, epsilon)
+
+
+def score_twin(patches: Tensor, rows: Tensor, divisor: float = 1.0, epsilon: float = 0.0) -> float:
+    """The formula as it is written, patch by patch and row by row."""
+    distances = [[math.dist(patch, row) / divisor for row in rows.tolist()] for patch in patches.tolist()]
+    m_test = max(range(len(patches)), key=lambda i: min(distances[i]))
+    s_star = min(distances[m_test])
+    m_star = distances[m_test].index(s_star)
+    order = sorted(range(len(rows)), key=lambda j: math.dist(rows[m_star].tolist(), rows[j].tolist()))
+    root = math.sqrt(patches.shape[1])
+    total = sum(math.exp(distances[m_test][j] / root) for j in order[1:3]) + epsilon
+    return (1 - math.exp(s_star / root) / total) * s_star
+
+
+# Points on a line, in four columns so that the root of the width is 2. Of the rows, 0 is nearest to the patch at -1,
+# and 2 and 5 are nearest to 0.
+LINE = torch.zeros(4, 4).index_put((torch.arange(4), torch.tensor(0)), torch.tensor([0.0, 2.0, 5.0, 100.0]))
+PATCHES = torch.zeros(3, 4).index_put((torch.arange(3), torch.tensor(0)), torch.tensor([2.5, -1.0, 100.2]))
+
+
+@pytest.mark.parametrize(
+    ("divisor", "epsilon", "expected"),
+    [
+        # s* = 1, neighbours at 3 and 6: 1 - e^0.5 / (e^1.5 + e^3) = 1 - 1.6487213 / 24.5672260
+        (1.0, 0.0, 0.9328894),
+        # all distances a tenth: 0.1 (1 - e^0.05 / (e^0.15 + e^0.3)) = 0.1 (1 - 1.0512711 / 2.5116930)
+        (10.0, 0.0, 0.05814492),
+        # one is added to the sum: 1 - 1.6487213 / 25.5672260
+        (1.0, 1.0, 0.9355142),
+    ],
+)
+def test_image_score_by_hand(divisor: float, epsilon: float, expected: float) -> None:
+    assert score_of(PATCHES, LINE, divisor, epsilon) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("divisor", "epsilon"), [(1.0, 0.0), (1000.0, 0.0), (1.0, 1e-5), (7.0, 0.3)])
+@pytest.mark.parametrize(("patches", "rows", "dim"), [(1, 3, 1), (6, 4, 2), (40, 90, 16)])
+def test_image_score_equals_the_formula(patches: int, rows: int, dim: int, divisor: float, epsilon: float) -> None:
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        asked, bank = (3 * torch.randn(count, dim, generator=generator) for count in (patches, rows))
+        expected = score_twin(asked, bank, divisor, epsilon)
+        assert score_of(asked, bank, divisor, epsilon) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_a_bank_of_one_row_gives_the_distance_itself() -> None:
+    assert score_of(PATCHES, LINE[:1]) == pytest.approx(100.2)
+    assert score_of(PATCHES, LINE[:1], divisor=10.0) == pytest.approx(10.02)
+
+
+def test_a_bank_of_two_rows_has_one_neighbour() -> None:
+    """The patch at 100.2 is nearest to 2, at 98.2; the neighbour 0 is at 100.2: 98.2 (1 - e^((98.2 - 100.2) / 2))."""
+    assert score_of(PATCHES, LINE[:2]) == pytest.approx(98.2 * (1 - math.exp(-1.0)), rel=1e-5)
+
+
+def test_nearest_of_all_is_no_anomaly() -> None:
+    assert score_of(LINE[:2], LINE) == 0.0
+
+
+def test_huge_distances_do_not_overflow() -> None:
+    """exp(1e5) has no float; the fraction of two of them has: at s* = 1e5 + 1, neighbours 1 and 4 farther."""
+    rows = torch.tensor([[0.0], [-1.0], [-4.0], [-100.0]])
+    patch = torch.tensor([[1e5]])
+    expected = (1 - 1 / (math.exp(1) + math.exp(4))) * 1e5
+    assert score_of(patch, rows) == pytest.approx(expected, rel=1e-6)
+    assert score_of(patch, rows, epsilon=1e-5) == pytest.approx(expected, rel=1e-6)
+    apart = torch.tensor([[0.0], [1e6], [2e6]])  # the neighbours are far beyond what exp can take
+    assert score_of(torch.tensor([[-1e3]]), apart) == pytest.approx(1e3)
+
+
+@pytest.mark.golden
+def test_recorded_image_scores(goldens: Path) -> None:
+    recorded = np.load(goldens / "unit.npz")
+    expected = json.loads((goldens / "unit_meta.json").read_text())["score_s"]
+    patches, distances = (torch.from_numpy(recorded[f"score_{name}"]) for name in ("patch", "minval"))
+    index = torch.from_numpy(recorded["score_minidx"]).long()
+    bank = MemoryBank(torch.from_numpy(recorded["score_bank"]))
+    found, found_index = bank.nearest(patches)
+    torch.testing.assert_close(found, distances, rtol=1e-5, atol=0)
+    assert torch.equal(found_index, index)
+    divisors = {"Double(/1000)": 1000.0, "add": 1.0, "Triple": 1.0}
+    scores = {name: image_score(patches, distances, index, bank, divisor) for name, divisor in divisors.items()}
+    assert scores == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.golden
+def test_recorded_blur(goldens: Path) -> None:
+    recorded = np.load(goldens / "unit.npz")
+    for plane, levels, scale in zip(recorded["blur_in"], recorded["blur_out_q"], recorded["blur_scale"], strict=True):
+        blurred = gaussian_blur(torch.from_numpy(plane)).numpy() / scale * 255
+        assert np.abs(blurred - levels.astype(np.float64)).max() <= 1.001
+
+
+def test_blur_through_8_bits_truncates() -> None:
+    """0.9999 of the maximum is level 254.97: 254. The one brightest pixel is in the far corner."""
+    plane = torch.full((80, 80), 0.9999 * 3.0)
+    plane[-1, -1] = 3.0
+    assert float(gaussian_blur(plane)[0, 0]) == pytest.approx(3.0 * 254 / 255, rel=1e-6)
+    assert float(gaussian_blur(plane, float_blur=True)[0, 0]) == pytest.approx(0.9999 * 3.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("float_blur", [False, True])
+def test_blur_of_a_map_without_any_distance_is_zero(float_blur: bool) -> None:
+    blurred = gaussian_blur(torch.zeros(20, 30), float_blur)
+    assert blurred.shape == (20, 30)
+    assert blurred.dtype == torch.float32
+    assert (blurred == 0).all()
+
+
+def test_float_blur_is_the_gaussian() -> None:
+    """Weights exp(-x^2 / 2 sigma^2) over 4 sigma along each axis, borders repeated; and SciPy's in fp64."""
+    plane = torch.rand(60, 47, generator=torch.Generator().manual_seed(0))
+    blurred = gaussian_blur(plane, float_blur=True)
+    offset = np.arange(-16, 17)
+    weight = np.exp(-(offset**2) / (2 * 4.0**2))
+    expected = np.pad(plane.double().numpy(), 16, mode="edge")
+    for axis in (0, 1):
+        expected = np.apply_along_axis(np.convolve, axis, expected, weight / weight.sum(), mode="valid")
+    assert BLUR_SIGMA == 4.0
+    assert blurred.dtype == torch.float32
+    np.testing.assert_allclose(blurred, expected, rtol=1e-5)
+    np.testing.assert_allclose(blurred, gaussian_filter(plane.double().numpy(), 4.0, mode="nearest"), rtol=1e-5)
+
+
+def test_both_blurs_agree_to_a_few_levels() -> None:
+    plane = torch.zeros(100, 100)
+    plane[30:60, 20:80] = 2.0
+    difference = (gaussian_blur(plane) - gaussian_blur(plane, float_blur=True)).abs().max()
+    assert 0 < difference < 2.0 * 5 / 255
+
+
+@pytest.mark.parametrize("float_blur", [False, True])
+@pytest.mark.parametrize(("grid", "size"), [(28, 224), (56, 224), (8, 60), (7, 50)])
+def test_a_hot_patch_appears_at_its_place(grid: int, size: int, float_blur: bool) -> None:
+    for row, column in [(1, grid - 3), (grid - 1, 0), (grid // 2, 2)]:
+        distances = torch.zeros(grid, grid)
+        distances[row, column] = 5.0
+        heat = anomaly_map(distances.flatten(), size, float_blur)
+        assert heat.shape == (size, size)
+        assert heat.dtype == torch.float32
+        places = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij"), dim=-1)
+        hottest = places[heat > 0.9 * heat.max()].float()
+        middle = torch.tensor([row + 0.5, column + 0.5]) * size / grid - 0.5
+        at_border = {row, column} & {0, grid - 1}
+        assert (hottest.mean(dim=0) - middle).abs().max() <= (size / grid if at_border else 1.5)
+
+
+def test_map_is_the_bilinear_resize_then_the_blur() -> None:
+    """Patch centres lie at pixels 7.5, 23.5, ...: a ramp over the patches is a ramp over the pixels."""
+    ramp = torch.arange(4.0).expand(4, 4)  # (row, column): grows along the columns
+    heat = anomaly_map(ramp.flatten(), 64, float_blur=True)
+    inner = slice(24, 40)  # the blur reaches 16 pixels, and the ramp ends at the outer patches' centres
+    expected = (torch.arange(64.0) - 7.5) / 16
+    torch.testing.assert_close(heat[inner, inner], expected[inner].expand(16, 16), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("float_blur", "levels"), [(False, 1), (True, 0)])
+def test_map_of_equal_distances_is_flat(float_blur: bool, levels: int) -> None:
+    """Through 8 bits but for one level, where the resize rounds below the maximum."""
+    heat = anomaly_map(torch.full((49,), 3.0), 40, float_blur)
+    torch.testing.assert_close(heat, torch.full((40, 40), 3.0), rtol=1e-6, atol=3.0 * levels / 255)

@@ -1,0 +1,195 @@
+"""What the layout promises: imports go down only, importing a module does nothing, files are read safely."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Which parts of the project each part may import, itself included. Tests and benchmarks may import all.
+MAY_IMPORT = {
+    "utils": {"utils"},
+    "dataset": {"utils"},
+    "models": {"models", "utils"},
+    "feature_extractors": {"feature_extractors", "models", "dataset", "utils"},
+    "main": {"feature_extractors", "models", "dataset", "utils"},
+    "fusion_pretrain": {"feature_extractors", "models", "dataset", "utils"},
+}
+READERS_OF_CHECKPOINTS = {"utils/checkpoint_files.py"}
+
+
+def part_of(path: str) -> str:
+    """utils/files.py -> utils; main.py -> main."""
+    return Path(path).parts[0].removesuffix(".py")
+
+
+def find_sources() -> dict[str, str]:
+    """Text of every Python file of the project by its path; what is hidden, or laid beside it by a run, is left out."""
+    folders = ("utils", "models", "feature_extractors", "tests", "benchmarks")
+    paths = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    return {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(paths)}
+
+
+SOURCES = find_sources()
+LAYERED = [path for path in SOURCES if part_of(path) not in ("tests", "benchmarks")]
+MODULES = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in LAYERED]
+
+
+def imported(path: str, source: str) -> Iterator[str]:
+    """Dotted names of all imports, wherever in the file; relative ones resolved."""
+    package = Path(path).parent.parts
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            yield ".".join((*above, *([node.module] if node.module else ())))
+
+
+def upward_imports(path: str, source: str) -> list[str]:
+    """Imports of parts of the project that this file may not know of."""
+    parts = {name.split(".")[0]: name for name in imported(path, source)}
+    forbidden = (set(MAY_IMPORT) | {"tests", "benchmarks"}) - MAY_IMPORT[part_of(path)]
+    return sorted(name for part, name in parts.items() if part in forbidden)
+
+
+def calls(source: str, function: str) -> list[ast.Call]:
+    """Calls of a dotted function such as torch.load, also under other names of its module or of its own."""
+    module, name = function.rsplit(".", 1)
+    tree = ast.parse(source)
+    aliases = {function}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            aliases |= {f"{a.asname}.{name}" for a in node.names if a.name == module and a.asname}
+        elif isinstance(node, ast.ImportFrom) and node.module == module:
+            aliases |= {a.asname or a.name for a in node.names if a.name == name}
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in aliases]
+
+
+def has_true(call: ast.Call, keyword: str) -> bool:
+    return any(k.arg == keyword and isinstance(k.value, ast.Constant) and k.value.value is True for k in call.keywords)
+
+
+# The project
+
+
+def test_the_sources_are_found() -> None:
+    assert {"main.py", "dataset.py", "fusion_pretrain.py", "utils/errors.py", "tests/conftest.py"} <= SOURCES.keys()
+    assert {"models", "feature_extractors.detector"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("path", LAYERED)
+def test_imports_go_down_only(path: str) -> None:
+    assert part_of(path) in MAY_IMPORT, f"{path} has no place in the layout"
+    assert upward_imports(path, SOURCES[path]) == []
+
+
+def test_no_star_imports() -> None:
+    stars = [
+        path
+        for path, source in SOURCES.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
+    ]
+    assert stars == []
+
+
+def test_no_file_bears_the_name_of_a_standard_library_module() -> None:
+    """A script that is run by path has its own folder searched first: utils/logging.py would stand for logging."""
+    names = {path for path in LAYERED if Path(path).stem in sys.stdlib_module_names}
+    assert names == set()
+
+
+def test_scripts_in_utils_do_not_search_their_own_folder() -> None:
+    """Run by path they put the repository root in its place, before they import the project."""
+    scripts = [path for path in LAYERED if part_of(path) == "utils" and "__main__" in SOURCES[path]]
+    assert scripts
+    for path in scripts:
+        head = SOURCES[path].split("\nfrom utils.")[0]
+        assert "sys.path[0] = " in head, path
+
+
+def test_importing_does_nothing() -> None:
+    """No argument is parsed, nothing printed, no checkpoint loaded, no GPU touched, no random number drawn."""
+    program = f"""
+import argparse, sys
+import numpy as np, torch
+
+def refuse(*args, **kwargs):
+    raise AssertionError("called while importing")
+
+argparse.ArgumentParser.parse_known_args = torch.load = refuse
+states = torch.get_rng_state(), np.random.get_state()[1].copy()
+threads = torch.get_num_threads()
+for module in {MODULES}:
+    __import__(module)
+    assert torch.equal(torch.get_rng_state(), states[0]), module
+    assert (np.random.get_state()[1] == states[1]).all(), module
+    assert torch.get_num_threads() == threads, module
+    assert not torch.cuda.is_initialized(), module
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program, "--no-such-flag"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_pickles_are_read_safely_or_not_at_all(path: str) -> None:
+    source = SOURCES[path]
+    loads = [*calls(source, "torch.load"), *calls(source, "torch.serialization.load")]
+    assert all(has_true(call, "weights_only") for call in loads), (
+        "torch.load without weights_only=True runs what it reads"
+    )
+    if path in LAYERED:
+        assert not loads or path in READERS_OF_CHECKPOINTS
+        for function in ("pickle.load", "pickle.loads", "pickle.dump", "pickle.dumps", "joblib.load", "joblib.dump"):
+            assert calls(source, function) == [], f"{function}: tensors and JSON on disk, never pickled objects"
+        assert not any(has_true(call, "allow_pickle") for call in calls(source, "numpy.load"))
+
+
+def test_the_readers_of_checkpoints_are_the_named_ones() -> None:
+    assert {path for path in LAYERED if calls(SOURCES[path], "torch.load")} == READERS_OF_CHECKPOINTS
+
+
+# The checks themselves
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "found"),
+    [
+        ("utils/a.py", "import models.point_ops", ["models.point_ops"]),
+        ("utils/a.py", "def f():\n    from dataset import AnomalyDataset", ["dataset"]),
+        ("utils/a.py", "from utils.errors import InputError\nimport torch", []),
+        ("models/a.py", "from feature_extractors import config", ["feature_extractors"]),
+        ("models/a.py", "from dataset import MVTEC", ["dataset"]),
+        ("models/a/b.py", "from ..transformer import Block", []),
+        ("models/a.py", "from . import transformer", []),
+        ("dataset.py", "from models import build_rgb_backbone", ["models"]),
+        ("feature_extractors/a.py", "import main", ["main"]),
+        ("fusion_pretrain.py", "from main import parse_arguments", ["main"]),
+        ("main.py", "from tests.conftest import ROOT", ["tests.conftest"]),
+        ("main.py", "from dataset import a\nfrom models import b\nfrom utils.c import d", []),
+    ],
+)
+def test_upward_imports_are_noticed(path: str, source: str, found: list[str]) -> None:
+    assert upward_imports(path, source) == found
+
+
+@pytest.mark.parametrize(
+    ("source", "count", "safe"),
+    [
+        ("import torch\ntorch.load(path, weights_only=True)", 1, True),
+        ("import torch\ntorch.load(path)", 1, False),
+        ("import torch\ntorch.load(path, weights_only=False)", 1, False),
+        ("import torch as t\nt.load(path)", 1, False),
+        ("from torch import load as read\nread(path)", 1, False),
+        ("import torch\nmodel.load(path)\ntorch.save(x, path)", 0, True),
+    ],
+)
+def test_calls_are_noticed(source: str, count: int, safe: bool) -> None:
+    found = calls(source, "torch.load")
+    assert len(found) == count
+    assert all(has_true(call, "weights_only") for call in found) == safe

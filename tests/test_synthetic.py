@@ -1,0 +1,318 @@
+"""Made-up scans: the layout on disk, what a seed fixes, where defects show, and that the geometry is a scanner's."""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from conftest import ROOT
+from PIL import Image
+from scipy import ndimage
+
+from utils.cloud_cleaning import CleaningRule, clean_scan
+from utils.synthetic import Plan, main, make_dataset
+from utils.synthetic_parts import CELL, DEFECTS, GRID, HOLE_FLOOR, PARTS, TOP, Part, smooth_noise
+from utils.synthetic_scanner import (
+    DEPTH_CHANGE,
+    FIELD_OF_VIEW,
+    View,
+    lay_down,
+    look,
+    make_scan,
+    pixel_rays,
+    random_stream,
+)
+
+SIZE = 96
+IN_3D, IN_COLOUR = ("dent", "bump", "hole"), ("stain", "contamination")
+
+
+def noise_free(part_class: str, path: str, size: int, damaged: bool = True) -> tuple[Part, View]:
+    """The part of a scan of seed 0 and what every pixel sees of it."""
+    stream = partial(random_stream, 0, part_class, path)
+    part = PARTS[part_class](stream("part"))
+    if damaged:
+        part = DEFECTS[path.split("/")[1]](part, stream("defect"))
+    return part, look(part.height, lay_down(stream("pose")), pixel_rays(size))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_layout_and_formats(tmp_path: Path) -> None:
+    counts = ["--train", "2", "--validation", "1", "--test_good", "3", "--test_defective", "1"]
+    main([str(tmp_path), "--classes", "cookie", "gasket", *counts, "--size", str(SIZE), "--num_workers", "1"])
+    groups = {"train/good": 2, "validation/good": 1, "test/good": 3} | {f"test/{defect}": 1 for defect in DEFECTS}
+    expected = {"preview.png"}
+    for group, n in groups.items():
+        kinds = {"rgb": "png", "xyz": "tiff"} | ({"gt": "png"} if group.startswith("test") else {})
+        for kind, suffix in kinds.items():
+            expected |= {f"{c}/{group}/{kind}/{i:03d}.{suffix}" for c in ("cookie", "gasket") for i in range(n)}
+    assert set(files_of(tmp_path)) == expected
+    for path in tmp_path.glob("*/*/*/xyz/*.tiff"):
+        xyz = tifffile.imread(path)
+        assert xyz.shape == (SIZE, SIZE, 3)
+        assert xyz.dtype == np.float32
+    for path in tmp_path.glob("*/*/*/rgb/*.png"):
+        with Image.open(path) as picture:
+            assert (picture.mode, picture.size) == ("RGB", (SIZE, SIZE))
+    for path in tmp_path.glob("*/test/*/gt/*.png"):
+        with Image.open(path) as picture:
+            assert (picture.mode, picture.size) == ("L", (SIZE, SIZE))
+            levels = set(np.unique(np.asarray(picture)).tolist())
+        assert levels == ({0} if "good" in path.parts else {0, 255})
+    with Image.open(tmp_path / "preview.png") as picture:
+        assert min(picture.size) > 500
+        assert np.asarray(picture.convert("L")).std() > 20
+
+
+def test_the_seed_fixes_every_file_whatever_the_counts_and_workers(tmp_path: Path) -> None:
+    few = Plan(tmp_path / "few", ("bracket",), train=1, validation=0, test_good=0, test_defective=1, size=64)
+    more = Plan(tmp_path / "more", ("cookie", "bracket"), train=2, validation=0, test_good=0, test_defective=2, size=64)
+    make_dataset(few)
+    make_dataset(more, num_workers=2)
+    few_files, more_files = files_of(few.output_dir / "bracket"), files_of(more.output_dir / "bracket")
+    assert len(few_files) == 2 + 3 * len(DEFECTS)
+    assert few_files == {name: more_files[name] for name in few_files}
+    clouds = [content for name, content in more_files.items() if name.endswith(".tiff")]
+    assert len(set(clouds)) == len(clouds)
+
+
+def test_another_seed_gives_another_scan() -> None:
+    first, second = (make_scan("gasket", "train/good/000", 64, seed) for seed in (0, 1))
+    assert (first.rgb != second.rgb).mean() > 0.5
+    assert (first.xyz != second.xyz).mean() > 0.5
+
+
+@pytest.mark.parametrize("part_class", PARTS)
+@pytest.mark.parametrize("defect", IN_COLOUR)
+def test_colour_defects_leave_the_cloud_alone(part_class: str, defect: str) -> None:
+    scan = make_scan(part_class, f"test/{defect}/000", SIZE, 0)
+    twin = make_scan(part_class, f"test/{defect}/000", SIZE, 0, damaged=False)
+    inside = scan.gt > 0
+    np.testing.assert_array_equal(scan.xyz, twin.xyz)
+    difference = np.abs(scan.rgb.astype(int) - twin.rgb).max(2)
+    assert difference[inside].mean() > 15
+    blurred = ndimage.binary_dilation(inside, iterations=3)
+    assert difference[~blurred].max() <= 11  # colour changes below the threshold of the ground truth
+    assert not twin.gt.any()
+
+
+@pytest.mark.parametrize("part_class", PARTS)
+@pytest.mark.parametrize("defect", IN_3D)
+def test_3d_defects_keep_the_colour(part_class: str, defect: str) -> None:
+    path = f"test/{defect}/000"
+    scan, twin = make_scan(part_class, path, 224, 0), make_scan(part_class, path, 224, 0, damaged=False)
+    inside = ndimage.binary_dilation(scan.gt > 0, iterations=3)
+    difference = np.abs(scan.rgb.astype(int) - twin.rgb).max(2)
+    assert difference[~inside].max() <= 6
+    assert difference[inside].mean() < 12  # shading, and the grain of the colour that moves with the surface
+    np.testing.assert_array_equal(
+        noise_free(part_class, path, 8)[0].albedo, noise_free(part_class, path, 8, damaged=False)[0].albedo
+    )
+    both = (scan.xyz != 0).all(2) & (twin.xyz != 0).all(2)
+    assert np.abs(scan.xyz - twin.xyz)[both & ~inside].max() <= DEPTH_CHANGE * 1.001
+    moved = np.abs(scan.xyz - twin.xyz)[..., 2][both & (scan.gt > 0)]
+    assert moved.size == 0 or moved.max() > 0.001  # nothing is measured at the bottom of a narrow hole
+
+
+@pytest.mark.parametrize("part_class", PARTS)
+@pytest.mark.parametrize("defect", [*IN_3D, "combined"])
+def test_the_mask_is_where_the_surface_moved(part_class: str, defect: str) -> None:
+    path = f"test/{defect}/001"
+    mask = make_scan(part_class, path, 160, 0).gt > 0
+    moved = np.abs(noise_free(part_class, path, 160)[1].depth - noise_free(part_class, path, 160, False)[1].depth)
+    assert (mask | (moved <= DEPTH_CHANGE)).all()
+    if defect in IN_3D:
+        assert (moved[mask] > DEPTH_CHANGE).all()
+    extent = np.ptp(np.argwhere(mask), axis=0) * 1000 * FIELD_OF_VIEW * 0.5 / 160
+    assert 2 <= extent.max() <= 20  # millimetres
+    assert ndimage.label(mask, np.ones((3, 3)))[1] == 1
+
+
+@pytest.mark.parametrize("part_class", PARTS)
+def test_every_defect_shows_in_its_mask(part_class: str) -> None:
+    for defect in DEFECTS:
+        for i in range(2):
+            assert make_scan(part_class, f"test/{defect}/{i:03d}", 64, 3).gt.any(), (defect, i)
+
+
+def test_defects_change_the_part_as_they_say() -> None:
+    for part_class, make in PARTS.items():
+        for seed in range(3):
+            part = make(np.random.default_rng(seed))
+            changed = {name: defect(part, np.random.default_rng(seed)) for name, defect in DEFECTS.items()}
+            rise = {name: damaged.height - part.height for name, damaged in changed.items()}
+            assert 0.0014 < -rise["dent"].min() < 0.0041
+            assert rise["dent"].max() <= 0
+            assert 0.0014 < rise["bump"].max() < 0.0041
+            assert rise["bump"].min() >= 0
+            hole = changed["hole"].height[rise["hole"] < 0]
+            assert hole.min() == pytest.approx(HOLE_FLOOR)
+            assert 0.001 < np.abs(rise["combined"]).max() < 0.004
+            assert not any(rise[name].any() for name in IN_COLOUR)
+            for name, damaged in changed.items():
+                assert (damaged.albedo is part.albedo) == (name in IN_3D), name
+                assert ((damaged.height > 0) == (part.height > 0)).all(), (part_class, name)
+                assert damaged.height.max() < TOP
+                assert damaged.height.dtype == damaged.albedo.dtype == np.float32
+                on_part = damaged.albedo[:, part.height > 0]
+                assert 0 <= on_part.min() <= on_part.max() <= 1
+
+
+def test_parts_are_of_the_size_they_should_be_and_vary() -> None:
+    for make in PARTS.values():
+        first, second = (make(np.random.default_rng(seed)) for seed in (0, 1))
+        width = np.ptp(np.argwhere(first.height), axis=0) * CELL
+        assert (width > 0.08).all()
+        assert (width < 0.12).all()
+        assert 0.015 < first.height.max() < 0.028
+        assert first.height[:, [0, -1]].max() == first.height[[0, -1]].max() == 0
+        on_both = (first.height > 0) & (second.height > 0)
+        assert 1e-4 < np.abs(first.height - second.height)[on_both].mean() < 0.001
+        assert first.albedo.shape == (3, GRID, GRID)
+
+
+@pytest.mark.parametrize("part_class", PARTS)
+def test_missing_pixels_are_zero_and_the_rest_lies_on_the_pixel_grid(part_class: str) -> None:
+    xyz = make_scan(part_class, "test/hole/000", SIZE, 0).xyz
+    assert np.isfinite(xyz).all()
+    zeros = (xyz == 0).sum(2)
+    assert set(np.unique(zeros).tolist()) == {0, 3}  # never a coordinate alone
+    assert 0.003 < (zeros == 3).mean() < 0.15
+    valid = zeros == 0
+    assert 0.3 < xyz[valid][:, 2].min() < xyz[valid][:, 2].max() < 0.8
+    row, column = np.nonzero(valid)
+    x, y, z = xyz[valid].astype(float).T
+    pitch = FIELD_OF_VIEW / SIZE
+    for slope, pixel in ((x / z, column), (y / z, row)):
+        fit = np.polyfit(pixel, slope, 1)
+        assert fit[0] == pytest.approx(pitch, rel=1e-5)
+        np.testing.assert_allclose(np.polyval(fit, pixel), slope, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [64, 65, 100, 127, 400, 900])
+def test_no_ray_lies_in_a_coordinate_plane(size: int) -> None:
+    assert (pixel_rays(size) != 0).all()
+
+
+def test_the_table_is_a_slightly_tilted_plane_along_the_border() -> None:
+    planes = []
+    for i in range(3):
+        xyz = make_scan("bracket", f"train/good/00{i}", 224, 0).xyz.astype(float)
+        border = (xyz != 0).all(2)
+        border[10:-10, 10:-10] = False
+        a = np.c_[xyz[border][:, :2], np.ones(border.sum())]
+        plane, *_ = np.linalg.lstsq(a, xyz[border][:, 2], rcond=None)
+        residual = a @ plane - xyz[border][:, 2]
+        assert 0.0001 < residual.std() < 0.0003
+        assert np.abs(residual).max() < 0.0015
+        planes.append(np.degrees(np.arctan(np.hypot(*plane[:2]))))
+    assert 2 < min(planes) < max(planes) < 7
+    assert np.ptp(planes) > 0.01
+
+
+@pytest.mark.parametrize("part_class", PARTS)
+def test_the_shadow_lies_behind_the_part(part_class: str) -> None:
+    """The projector is to the left of the camera, so more is missing beside the right edge of a part."""
+    xyz = make_scan(part_class, "train/good/000", 224, 0).xyz
+    _, view = noise_free(part_class, "train/good/000", 224, damaged=False)
+    part = ndimage.binary_fill_holes(view.point[2] > 0)
+    missing = (xyz == 0).all(2)
+    right, left = (
+        np.any([np.roll(part, side * step, axis=1) for step in (2, 3, 4)], axis=0) & ~part for side in (1, -1)
+    )
+    assert missing[right].mean() > 1.5 * missing[left].mean()
+
+
+@pytest.mark.parametrize("part_class", PARTS)
+def test_ray_casting_agrees_with_fine_steps_along_each_ray(part_class: str) -> None:
+    stream = partial(random_stream, 0, part_class, "train/good/000")
+    height, pose, rays = PARTS[part_class](stream("part")).height, lay_down(stream("pose")), pixel_rays(64)
+    view = look(height, pose, rays)
+    pick = np.random.default_rng(0).choice(np.flatnonzero(view.point[2].ravel() > 0.004), 60)
+    eye = -pose.rotation.T @ pose.origin
+    for row, column in zip(*divmod(pick, 64), strict=True):
+        direction = pose.rotation.T @ rays[:, row, column]
+        levels = np.arange(TOP, 0, -2e-5)
+        u, v, _ = eye[:, None] + (levels - eye[2]) / direction[2] * direction[:, None]
+        surface = ndimage.map_coordinates(height, np.array([v, u]) / CELL + (GRID - 1) / 2, order=1)
+        first = levels[np.argmax(surface >= levels)]
+        assert view.point[2, row, column] == pytest.approx(first, abs=5e-5)
+
+
+@pytest.mark.parametrize("part_class", PARTS)
+@pytest.mark.parametrize("group", ["train/good", "test/hole", "test/bump"])
+def test_cleaning_keeps_the_whole_part_and_nothing_else(part_class: str, group: str) -> None:
+    scan = make_scan(part_class, f"{group}/000", 224, 0)
+    _, view = noise_free(part_class, f"{group}/000", 224, damaged=not group.endswith("good"))
+    xyz = clean_scan(scan.xyz, scan.rgb, scan.gt, CleaningRule(side_multiple=1))[0]
+    kept = (xyz != 0).all(2)
+    measured = (scan.xyz != 0).all(2)
+    assert kept[measured & (view.point[2] > 0.006)].all()
+    assert not kept[view.point[2] < 0.004].any()
+
+
+def test_smooth_noise_is_smooth_and_of_unit_deviation() -> None:
+    for wavelength in (0.001, 0.01):
+        field = smooth_noise(np.random.default_rng(0), wavelength)
+        assert field.shape == (GRID, GRID)
+        assert field.dtype == np.float32
+        assert field.std() == pytest.approx(1, abs=0.15)
+        assert np.abs(np.diff(field)).max() < 6 * CELL / wavelength
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--classes", "bagel"], "there is no class 'bagel'"),
+        (["--classes", "cookie", "cookie"], "names a class twice"),
+        (["--size", "32"], "--size is 32"),
+        (["--size", "100000"], "--size is 100000"),
+        (["--train", "-1"], "--train is -1"),
+        (["--test_defective", "5000"], "--test_defective is 5000"),
+        (["--train", "0", "--validation", "0", "--test_good", "0", "--test_defective", "0"], "nothing to make"),
+        (["--seed", "-3"], "--seed is -3"),
+        (["--num_workers", "0"], "--num_workers is 0"),
+    ],
+)
+def test_absurd_flags_end_with_exit_2(
+    flags: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / "out"), *flags])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert complaint in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("in_the_way", ["out/cookie/train/good/rgb/000.png", "out/cookie", "out"])
+def test_what_is_there_is_not_overwritten(in_the_way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    obstacle = tmp_path / in_the_way
+    obstacle.parent.mkdir(parents=True, exist_ok=True)
+    obstacle.write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / "out"), "--size", "64", "--num_workers", "1"])
+    assert stop.value.code == 2
+    assert "give another OUTPUT_DIR" in capsys.readouterr().err
+    assert files_of(tmp_path) == {in_the_way: b"mine"}
+
+
+def test_it_runs_by_path_and_as_a_module(tmp_path: Path) -> None:
+    counts = ["--train", "1", "--validation", "0", "--test_good", "0", "--test_defective", "0", "--size", "64"]
+    command = [sys.executable, str(ROOT / "utils" / "synthetic.py"), "made", *counts, "--classes", "cookie"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 scans in made" in done.stdout
+    assert (tmp_path / "made" / "cookie" / "train" / "good" / "xyz" / "000.tiff").is_file()
+    command = [sys.executable, "-m", "utils.synthetic", str(tmp_path / "made"), "--classes", "cookie"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("synthetic.py: error: ")
+    assert "is not empty" in done.stderr

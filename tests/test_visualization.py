@@ -1,0 +1,198 @@
+"""Anomaly maps and figures: right pixels, right places, and different pictures for different inputs."""
+
+import gc
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from matplotlib.figure import Figure
+from PIL import Image
+
+from utils.visualization import FUSED, color_scale, save_anomaly_map, save_prediction_figure
+
+SIDE = 32
+SCALE = {"rgb": (0.0, 1.0), "xyz": (0.0, 2.0), FUSED: (0.0, 1.0)}
+
+
+def inputs() -> dict:
+    rng = np.random.default_rng(0)
+    mask = np.zeros((SIDE, SIDE), dtype=np.uint8)
+    mask[4:12, 16:24] = 1
+    return {
+        "photo": rng.integers(0, 255, (48, 48, 3), dtype=np.uint8),
+        "mask": mask,
+        "bank_maps": {name: rng.random((SIDE, SIDE)) for name in ("xyz", "rgb")},
+        "anomaly_map": rng.random((SIDE, SIDE)),
+        "scale": SCALE,
+        "title": "bagel test/hole/000",
+    }
+
+
+def drawn(folder: Path, **changes: object) -> np.ndarray:
+    path = folder / "figure.png"
+    save_prediction_figure(path, **{**inputs(), **changes})
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    """The figure of `inputs` as they are."""
+    return drawn(tmp_path_factory.mktemp("plain"))
+
+
+def test_anomaly_map_keeps_its_size_bit_by_bit(tmp_path: Path) -> None:
+    anomaly_map = np.random.default_rng(0).random((SIDE, SIDE), dtype=np.float32)
+    path = tmp_path / "anomaly_maps" / "bagel" / "test" / "hole" / "000.tiff"
+    save_anomaly_map(path, anomaly_map, (SIDE, SIDE))
+    read = tifffile.imread(path)
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, anomaly_map)
+    assert [each.name for each in path.parent.iterdir()] == ["000.tiff"]
+
+
+def test_anomaly_map_is_resized_bilinearly_by_pixel_areas(tmp_path: Path) -> None:
+    # align_corners False: the centres of four pixels over two lie at -0.25, 0.25, 0.75 and 1.25
+    save_anomaly_map(tmp_path / "a.tiff", np.array([[0.0, 4.0], [8.0, 12.0]]), (2, 4))
+    np.testing.assert_allclose(tifffile.imread(tmp_path / "a.tiff"), [[0, 1, 3, 4], [8, 9, 11, 12]])
+
+
+@pytest.mark.parametrize("size", [(40, 30), (3, 4), (5, 3)])
+def test_anomaly_map_of_any_size_has_its_axes_in_order(tmp_path: Path, size: tuple[int, int]) -> None:
+    rows = np.repeat(np.arange(SIDE, dtype=np.float32)[:, None], SIDE, axis=1)
+    save_anomaly_map(tmp_path / "a.tiff", rows, size)
+    read = tifffile.imread(tmp_path / "a.tiff")
+    assert read.shape == size
+    assert (np.diff(read, axis=0) > 0).all()
+    np.testing.assert_allclose(read, np.repeat(read[:, :1], size[1], axis=1), rtol=1e-6)
+
+
+def test_color_scale_spans_the_class_and_ignores_a_hot_pixel() -> None:
+    maps = [np.linspace(2, 3, 5000).reshape(50, 100), np.linspace(3, 4, 5000).reshape(50, 100)]
+    maps[1][0, 0] = 1000
+    lo, hi = color_scale(maps)
+    assert lo == 2
+    assert 3.99 < hi <= 4
+
+
+def test_color_scale_of_flat_maps_is_usable() -> None:
+    assert color_scale([np.full((4, 4), 7.0)]) == (7.0, 8.0)
+    almost_flat = np.zeros((100, 100))
+    almost_flat[0, 0] = 3
+    assert color_scale([almost_flat]) == (0.0, 3.0)
+
+
+def test_figure_has_content_and_the_width_of_its_panels(tmp_path: Path, plain: np.ndarray) -> None:
+    assert plain.shape[0] > 200
+    assert len(np.unique(plain.reshape(-1, 3), axis=0)) > 1000
+    per_panel = plain.shape[1] / 6  # photo, ground truth, xyz, rgb, fused, overlay
+    assert drawn(tmp_path, mask=None).shape[1] == pytest.approx(5 * per_panel, rel=0.02)
+    assert drawn(tmp_path, photo=None).shape[1] == pytest.approx(4 * per_panel, rel=0.02)
+
+
+def test_the_map_of_a_single_bank_is_not_drawn_twice(tmp_path: Path) -> None:
+    anomaly_map = inputs()["anomaly_map"]
+    single = drawn(tmp_path, bank_maps={"rgb": anomaly_map.copy()}, scale={FUSED: (0.0, 1.0)})
+    none = drawn(tmp_path, bank_maps={}, scale={FUSED: (0.0, 1.0)})
+    np.testing.assert_array_equal(single, none)
+    assert drawn(tmp_path, bank_maps={"rgb": anomaly_map + 1}).shape[1] > single.shape[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"photo": inputs()["photo"][::-1]},
+        {"mask": inputs()["mask"].T},
+        {"mask": np.zeros((SIDE, SIDE))},
+        {"bank_maps": {name: bank[::-1] for name, bank in inputs()["bank_maps"].items()}},
+        {"anomaly_map": inputs()["anomaly_map"][::-1]},
+        {"scale": {**SCALE, "rgb": (0.0, 3.0)}},
+        {"scale": {**SCALE, FUSED: (0.0, 3.0)}},
+        {"title": "another"},
+    ],
+)
+def test_each_input_changes_the_figure(tmp_path: Path, plain: np.ndarray, changes: dict) -> None:
+    changed = drawn(tmp_path, **changes)
+    assert plain.shape != changed.shape or (plain != changed).any()
+
+
+def test_the_same_inputs_give_the_same_figure(tmp_path: Path, plain: np.ndarray) -> None:
+    np.testing.assert_array_equal(drawn(tmp_path), plain)
+
+
+def panels_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **changes: object) -> dict:
+    """The axes of a figure by their titles, as they were when it was saved."""
+    saved: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *args: object, **kwargs: object) -> None:
+        saved.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    drawn(tmp_path, **changes)
+    return {axes.get_title(): axes for axes in saved[0].axes if axes.get_title()}
+
+
+@pytest.mark.parametrize("photo_size", [(48, 48), (30, 60)])
+def test_outline_lies_where_the_defect_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, photo_size: tuple[int, int]
+) -> None:
+    height, width = photo_size
+    panels = panels_of(monkeypatch, tmp_path, photo=np.zeros((height, width, 3), np.uint8))
+    for name in ("ground truth", "overlay"):
+        (path,) = panels[name].collections[0].get_paths()
+        box = path.get_extents()  # rows 4..12 and columns 16..24 of 32, on the extent of the photo
+        half_a_pixel = 0.51 * max(photo_size) / SIDE
+        assert box.y0 == pytest.approx(4 / SIDE * height, abs=half_a_pixel)
+        assert box.y1 == pytest.approx(12 / SIDE * height, abs=half_a_pixel)
+        assert box.x0 == pytest.approx(16 / SIDE * width, abs=half_a_pixel)
+        assert box.x1 == pytest.approx(24 / SIDE * width, abs=half_a_pixel)
+    assert not panels["photo"].collections
+
+
+def test_heat_and_scale_of_each_panel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given = inputs()
+    panels = panels_of(monkeypatch, tmp_path)
+    assert list(panels) == ["photo", "ground truth", "xyz", "rgb", "fused map", "overlay"]
+    for name, key, wanted in (
+        ("xyz", "xyz", given["bank_maps"]["xyz"]),
+        ("rgb", "rgb", given["bank_maps"]["rgb"]),
+        ("fused map", FUSED, given["anomaly_map"]),
+        ("overlay", FUSED, given["anomaly_map"]),
+    ):
+        heat = panels[name].images[-1]
+        np.testing.assert_array_equal(heat.get_array(), wanted)
+        assert heat.get_clim() == SCALE[key]
+    np.testing.assert_array_equal(panels["photo"].images[0].get_array(), given["photo"])
+
+
+def test_a_defect_that_fills_the_picture_is_outlined(tmp_path: Path) -> None:
+    everything = drawn(tmp_path, mask=np.ones((SIDE, SIDE), dtype=bool))
+    nothing = drawn(tmp_path, mask=np.zeros((SIDE, SIDE), dtype=bool), photo=inputs()["photo"])
+    assert (everything != nothing).any()
+
+
+def test_title_is_plain_text(tmp_path: Path) -> None:
+    drawn(tmp_path, title="a $\\broken{$ _title^")
+
+
+@pytest.mark.parametrize("scale", [{"rgb": (0.0, 1.0), "xyz": (0.0, 1.0)}, {**SCALE, FUSED: (1.0, 1.0)}])
+def test_a_missing_or_empty_scale_is_refused(tmp_path: Path, scale: dict) -> None:
+    with pytest.raises(ValueError, match="colour scale of fused"):
+        drawn(tmp_path, scale=scale)
+    assert not (tmp_path / "figure.png").exists()
+
+
+def test_figures_leave_no_global_state(tmp_path: Path) -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(each, Figure) for each in gc.get_objects())
+
+    before = alive()
+    drawn(tmp_path)
+    assert alive() <= before
+    pyplot = sys.modules.get("matplotlib.pyplot")  # another library may have imported it
+    assert pyplot is None or not pyplot.get_fignums()
