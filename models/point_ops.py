@@ -44,7 +44,8 @@ def farthest_point_sample(points: Tensor, n: int, backend: str = "auto") -> Tens
         raise ValueError(f"cannot pick {n} of {points.shape[1]} points")
     if backend == "extension":
         return _extension("pointnet2_ops.pointnet2_utils", points).furthest_point_sample(points.contiguous(), n).long()
-    return torch.stack([_farthest_point_sample_one(cloud, n) for cloud in points])
+    sample_one = _farthest_point_sample_numpy if points.device.type == "cpu" else _farthest_point_sample_torch
+    return torch.stack([sample_one(cloud, n) for cloud in points])
 
 
 def knn(queries: Tensor, points: Tensor, k: int, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -157,7 +158,21 @@ def _inverse_distance_weights(squared: Tensor) -> Tensor:
     return weight / weight.sum(dim=-1, keepdim=True)
 
 
-def _farthest_point_sample_one(points: Tensor, n: int) -> Tensor:
+def _farthest_point_sample_numpy(points: Tensor, n: int) -> Tensor:
+    """The loop of `_farthest_point_sample_torch` in NumPy: its thousand small steps wait for no pool of threads."""
+    coordinates = np.ascontiguousarray(points.numpy().T)  # (3, N): each coordinate is one contiguous run
+    nearest = np.full(len(points), FPS_INITIAL_SQUARED_DISTANCE, coordinates.dtype)
+    nearest[np.square(coordinates).sum(axis=0) <= FPS_IGNORED_SQUARED_NORM] = -1.0
+    picks = np.zeros(n, dtype=np.int64)
+    difference = np.empty_like(coordinates)
+    for i in range(1, n):
+        np.subtract(coordinates, coordinates[:, picks[i - 1], None], out=difference)
+        np.minimum(nearest, np.square(difference, out=difference).sum(axis=0), out=nearest)
+        picks[i] = nearest.argmax()
+    return torch.from_numpy(picks)
+
+
+def _farthest_point_sample_torch(points: Tensor, n: int) -> Tensor:
     coordinates = points.T.contiguous()  # (3, N): each coordinate is one contiguous run
     ignored = coordinates.square().sum(dim=0) <= FPS_IGNORED_SQUARED_NORM
     nearest = coordinates.new_full((coordinates.shape[1],), FPS_INITIAL_SQUARED_DISTANCE)

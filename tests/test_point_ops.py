@@ -211,6 +211,13 @@ def test_neighbors_of_a_batch_are_those_of_each_cloud() -> None:
         np.testing.assert_allclose(distance[i], np.sort(slow_neighbors(queries[i], scans[i]), axis=1)[:, :5], rtol=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_both_sampling_loops_pick_the_same_points(seed: int) -> None:
+    scan = cloud(3000, seed=seed)[0]
+    picks = point_ops._farthest_point_sample_torch(scan, 500)
+    assert torch.equal(point_ops._farthest_point_sample_numpy(scan, 500), picks)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_finds_the_same_points() -> None:
     scan, queries, features = cloud(4000), cloud(300, seed=1), torch.rand(1, 300, 8)
