@@ -9,9 +9,6 @@ BIN := $(VENV)/bin
 DEMO := demo
 APT_PACKAGES := libusb-1.0-0 libgl1 libegl1 libx11-6 libudev1 libidn2-0 libgomp1
 
-# Threads that wait for work sleep instead of spinning: on few or busy cores the networks are several times faster.
-export OMP_WAIT_POLICY ?= passive
-
 .PHONY: demo test lint setup clean
 
 setup: $(VENV)/.installed
