@@ -11,11 +11,9 @@ no files of the other:
 """
 
 import os
-import struct
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -27,9 +25,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from utils.cloud_cleaning import CleaningRule, shows_table
 from utils.errors import InputError
-from utils.images import defect_mask, to_rgb
-from utils.organized_pc import organized_pc_header, read_organized_pc, resize_nearest
+from utils.images import defect_mask, open_image, to_rgb
+from utils.organized_pc import organized_pc_header, read_organized_pc, resize_nearest, valid_mask
 from utils.records import Sample
 
 MVTEC3D_CLASSES = ("bagel", "cable_gland", "carrot", "cookie", "dowel", "foam", "peach", "potato", "rope", "tire")
@@ -164,19 +163,94 @@ def check_files(files: Iterable[SampleFiles], modalities: frozenset[str]) -> Non
     Nothing is decoded, so thousands of files take seconds. Raises InputError at the first scan that fails.
     """
     for scan in tqdm(files, desc="Checking files", delay=2, leave=False):
-        sizes: dict[Path, tuple[int, int]] = {}
-        if "rgb" in modalities and scan.rgb is not None:
-            sizes[scan.rgb] = _image_size(scan.rgb)
-        if "xyz" in modalities and scan.xyz is not None:
-            sizes[scan.xyz] = organized_pc_header(scan.xyz)
-        if scan.label is not None and scan.mask is not None:
-            sizes[scan.mask] = _image_size(scan.mask)
-        for (first, expected), (path, size) in pairwise(sizes.items()):
-            if size != expected:
-                raise InputError(
-                    f"{first} has {expected[0]} x {expected[1]} pixels (height x width), {path} {size[0]} x {size[1]}: "
-                    "a scan's files show one view pixel by pixel, so restore them and preprocess them together"
-                )
+        _check_scan(scan, modalities)
+
+
+def _check_scan(scan: SampleFiles, modalities: frozenset[str]) -> None:
+    sizes: dict[Path, tuple[int, int]] = {}
+    if "rgb" in modalities and scan.rgb is not None:
+        sizes[scan.rgb] = _image_size(scan.rgb)
+    if "xyz" in modalities and scan.xyz is not None:
+        sizes[scan.xyz] = organized_pc_header(scan.xyz)
+    if scan.label is not None and scan.mask is not None:
+        sizes[scan.mask] = _image_size(scan.mask)
+    for (first, expected), (path, size) in pairwise(sizes.items()):
+        if size != expected:
+            raise InputError(
+                f"{first} has {expected[0]} x {expected[1]} pixels (height x width), {path} {size[0]} x {size[1]}: "
+                "a scan's files show one view pixel by pixel, so restore them and preprocess them together"
+            )
+
+
+class SplitReport(NamedTuple):
+    """What `inspect_split` found in the files of one split of a class."""
+
+    class_name: str
+    split: str
+    scans: int = 0
+    defective: int = 0
+    sizes: tuple[tuple[int, int], ...] = ()  # (H, W) that occur
+    valid: tuple[float, float] = (0.0, 0.0)  # least and largest share of pixels with a measurement
+    depth: tuple[float, float] = (0.0, 0.0)  # least and largest z of a measurement, metres
+    raw: int = 0  # scans that still show a table plane along their border
+    problems: tuple[str, ...] = ()
+
+
+def inspect_split(class_folder: Path | str, split: str, modalities: frozenset[str], num_workers: int) -> SplitReport:
+    """Decode every file of a split and report what is in it; faults are collected, not raised.
+
+    A validation split that is not there is no fault. Files are read by `num_workers` threads, or none for 0.
+    """
+    folder = Path(class_folder)
+    empty = SplitReport(folder.name, split)
+    if split == "validation" and not (folder / split).is_dir():
+        return empty
+    try:
+        files = index_split(folder, split, modalities)
+    except InputError as error:
+        return empty._replace(problems=(str(error),))
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        found = pool.map(lambda scan: _inspect_scan(scan, modalities), files)
+        described = list(tqdm(found, total=len(files), desc=f"{folder.name} {split}", leave=False))
+    clouds = [each for each in described if isinstance(each, _CloudReport)]
+    return empty._replace(
+        scans=len(files),
+        defective=sum(bool(scan.label) for scan in files),
+        sizes=tuple(sorted({each.size for each in clouds})),
+        valid=(min(each.valid for each in clouds), max(each.valid for each in clouds)) if clouds else (0.0, 0.0),
+        depth=(min(each.nearest for each in clouds), max(each.farthest for each in clouds)) if clouds else (0.0, 0.0),
+        raw=sum(each.raw for each in clouds),
+        problems=tuple(each for each in described if isinstance(each, str)),
+    )
+
+
+class _CloudReport(NamedTuple):
+    size: tuple[int, int]
+    valid: float
+    nearest: float
+    farthest: float
+    raw: bool
+
+
+def _inspect_scan(scan: SampleFiles, modalities: frozenset[str]) -> _CloudReport | str | None:
+    """What the cloud of a scan holds (None where there is none), or what is wrong with one of its files."""
+    try:
+        _check_scan(scan, modalities)
+        if "rgb" in modalities:
+            read_photo(scan)
+        if scan.label is not None:
+            _load_mask(scan.mask, 8)
+        if "xyz" not in modalities or scan.xyz is None:
+            return None
+        xyz = read_organized_pc(scan.xyz)
+    except InputError as error:
+        return str(error)
+    valid = valid_mask(xyz)
+    if not valid.any():
+        return f"{scan.xyz} has no valid point: restore the scan from its source"
+    depth = xyz[..., 2][valid]
+    raw = shows_table(xyz, CleaningRule())
+    return _CloudReport(xyz.shape[:2], float(valid.mean()), float(depth.min()), float(depth.max()), raw)
 
 
 def original_size(files: SampleFiles) -> tuple[int, int]:
@@ -190,7 +264,7 @@ def original_size(files: SampleFiles) -> tuple[int, int]:
 
 def _image_size(path: Path) -> tuple[int, int]:
     """(H, W) from the header of a PNG or JPEG; InputError when the file is none or lacks its end."""
-    with _opened(path) as image:
+    with open_image(path) as image:
         width, height = image.size
         marker = _END_MARKERS[image.format or ""]
         with path.open("rb") as file:
@@ -200,28 +274,16 @@ def _image_size(path: Path) -> tuple[int, int]:
     return height, width
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open a PNG or JPEG; what PIL raises here or in the block becomes an InputError that names the file."""
-    try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
-            yield image
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path} has more pixels than a scan can have ({error}): scale its files down") from error
-    except (OSError, SyntaxError, ValueError, IndexError, struct.error) as error:
-        raise InputError(f"{path} is no complete PNG or JPEG picture ({error}): restore it from its source") from error
-
-
 def read_photo(files: SampleFiles) -> np.ndarray | None:
     """The scan's photo, (H, W, 3) uint8, or None where it has none; InputError when it cannot be decoded."""
     if files.rgb is None:
         return None
-    with _opened(files.rgb) as image:
+    with open_image(files.rgb) as image:
         return np.array(to_rgb(image))
 
 
 def _load_rgb(path: Path, img_size: int) -> Tensor:
-    with _opened(path) as image:
+    with open_image(path) as image:
         image = to_rgb(image).resize((img_size, img_size), Image.Resampling.BICUBIC)
     # NumPy, not torch: in a loader thread each torch operation would start a pool of threads of its own.
     pixels = (np.asarray(image, dtype=np.float32) / 255 - _IMAGENET_MEAN) / _IMAGENET_STD
@@ -242,7 +304,7 @@ def _load_mask(path: Path | None, img_size: int) -> Tensor:
     """Ground truth as (1, S, S) uint8: whatever is neither zero nor black is a defect."""
     if path is None:
         return torch.zeros(1, img_size, img_size, dtype=torch.uint8)
-    with _opened(path) as image:
+    with open_image(path) as image:
         defect = defect_mask(image)
     resized = Image.fromarray(defect.astype(np.uint8)).resize((img_size, img_size), Image.Resampling.NEAREST)
     return torch.from_numpy(np.array(resized)[None])

@@ -113,7 +113,7 @@ def test_keep_rgb_only_pads_the_photograph(dataset: Path) -> None:
 def test_changed_parameters_are_refused(dataset: Path) -> None:
     preprocess(job_for(dataset), workers=1)
     before = contents(dataset)
-    with pytest.raises(InputError, match=r"keep_rgb False \(now True\): keep to that, give another --output_dir"):
+    with pytest.raises(InputError, match=r"keep_rgb False \(now True\): keep to that, give another output folder"):
         preprocess(job_for(dataset, keep_rgb=True), workers=1)
     other = job_for(dataset)._replace(rule=CleaningRule(cluster_eps=0.005))
     with pytest.raises(InputError, match=r"cluster_eps 0.006 \(now 0.005\)"):
@@ -150,7 +150,7 @@ def test_faulty_scans_are_named_and_left_as_they_are_and_the_others_done(
     assert "done 3, skipped 0 (done before), failed 4" in output
     reasons = {
         "002": "002.png missing",
-        "003": "cannot be read as an image",
+        "003": "is no complete PNG or JPEG picture",
         "004": "cut short",
         "005": "none of the 1760 pixels",
     }
@@ -313,3 +313,12 @@ def test_processes_survive_a_faulty_scan(dataset: Path, tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "done 2, skipped 0 (done before), failed 1" in result.stdout
     assert not list((tmp_path / "out").rglob("*.preprocessing"))
+
+
+def test_what_was_cleaned_in_place_is_not_cleaned_again_elsewhere(dataset: Path, tmp_path: Path) -> None:
+    preprocess(job_for(dataset), workers=1)
+    before = contents(dataset)
+    with pytest.raises(InputError, match=r"preprocessed already .*cleaning them twice ruins them"):
+        preprocess(job_for(dataset, tmp_path / "again"), workers=1)
+    assert contents(dataset) == before
+    assert not (tmp_path / "again").exists()

@@ -98,8 +98,7 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
     Raises:
         InputError: fewer measurements along the border than one sample takes, or no plane among them.
     """
-    frame = np.ones(xyz.shape[:2], dtype=bool)
-    frame[rule.border : -rule.border, rule.border : -rule.border] = False
+    frame = _frame(xyz, rule)
     points = xyz[frame & valid_mask(xyz)].astype(np.float64)
     if len(points) < rule.fit_sample:
         raise InputError(
@@ -119,6 +118,24 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
         if np.array_equal(support, previous):
             break
     return plane
+
+
+def shows_table(xyz: np.ndarray, rule: CleaningRule) -> bool:
+    """Tell a raw scan from a cleaned one: a quarter of its border is measured, and most of that lies on one plane.
+
+    Args:
+        xyz: (H, W, 3) float32, metres; missing pixels exactly 0.
+        rule: the numbers of the cleaning.
+    """
+    border = xyz[_frame(xyz, rule)]
+    points = border[valid_mask(border)].astype(np.float64)
+    if len(points) < max(rule.fit_sample, len(border) // 4):
+        return False
+    try:
+        plane = fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
+    except InputError:  # no plane among them
+        return False
+    return bool((_distance(points, plane) < rule.fit_distance).mean() > 0.5)
 
 
 def remove_plane(xyz: np.ndarray, plane: np.ndarray, distance: float) -> np.ndarray:
@@ -218,6 +235,13 @@ def _core_labels(points: np.ndarray, cell: np.ndarray, cell_id: np.ndarray, eps:
     component = _components(joined, len(first))[inverse]
     _, first_point, renumbered = np.unique(component, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first_point))[renumbered]
+
+
+def _frame(xyz: np.ndarray, rule: CleaningRule) -> np.ndarray:
+    """(H, W) bool, True for the pixels within `rule.border` of the image border."""
+    frame = np.ones(xyz.shape[:2], dtype=bool)
+    frame[rule.border : -rule.border, rule.border : -rule.border] = False
+    return frame
 
 
 def _components(edges: np.ndarray, n: int) -> np.ndarray:

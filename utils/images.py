@@ -1,7 +1,14 @@
 """Pictures as stored: whatever PNG or JPEG holds becomes a photograph or a ground truth, the same way everywhere."""
 
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
+
+from utils.errors import InputError
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -23,3 +30,15 @@ def defect_mask(image: Image.Image) -> np.ndarray:
     if image.mode in ("1", "L") or image.mode.startswith("I"):
         return np.asarray(image) != 0  # class ids as stored: scaling 16 bits to 8 would lose the small ones
     return np.asarray(np.asarray(to_rgb(image)).any(axis=2))
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open a PNG or JPEG; what PIL raises here or in the block becomes an InputError that names the file."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            yield image
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path} has more pixels than a scan can have ({error}): scale its files down") from error
+    except (OSError, SyntaxError, ValueError, IndexError, struct.error) as error:
+        raise InputError(f"{path} is no complete PNG or JPEG picture ({error}): restore it from its source") from error

@@ -4,6 +4,7 @@ Every <class>/<split>/<defect>/{rgb,xyz,gt} triple of the same stem loses the pl
 largest cluster, and is padded to a square (utils/cloud_cleaning.py).
 
     python utils/preprocessing.py datasets/mvtec3d/ --dry_run        # check and count, write nothing
+    python utils/preprocessing.py datasets/mvtec3d/ --dry_run --preview before_after.png   # and show what it would do
     python utils/preprocessing.py datasets/mvtec3d/                  # in place, on all cores
     python utils/preprocessing.py datasets/mvtec3d/ --output_dir datasets/mvtec3d_clean/ --workers 4
 
@@ -13,15 +14,10 @@ Exit code: 0 all done, 1 some scans failed (listed at the end, the others are do
 """
 
 import argparse
-import multiprocessing
 import os
-import signal
 import sys
-from collections.abc import Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,26 +25,25 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from utils.cloud_cleaning import CleaningRule, clean_scan, pad_to_square
 from utils.errors import InputError, exit_on_input_error
-from utils.images import defect_mask, to_rgb
-from utils.organized_pc import organized_pc_header, read_organized_pc, write_organized_pc
+from utils.images import defect_mask, open_image, to_rgb
+from utils.organized_pc import organized_pc_header, read_organized_pc
+from utils.preprocessing_preview import Pair, write_preview
 from utils.preprocessing_progress import (
+    MANIFEST,
     SUFFIXES,
     TEMPORARY,
     FileRecord,
     Progress,
     Record,
     Scan,
-    locked,
-    remove_stale,
     sha256,
-    sync,
     temporary_path,
 )
+from utils.scan_processing import Summary, process_scans, report, split_scans, write_verified
 
 VERSION = 1  # of the cleaning: raise it when the same scan and rule give another result
 
@@ -61,14 +56,6 @@ class Job(NamedTuple):
     rule: CleaningRule
     keep_rgb: bool
     suffix: str  # of this run's temporary files: the leftover workers of a killed run write to other names
-
-
-class Summary(NamedTuple):
-    """How a run ended: names of scans, and the reason for each that failed."""
-
-    done: list[str]
-    skipped: list[str]
-    failed: dict[str, str]
 
 
 def find_scans(root: Path) -> tuple[list[Scan], dict[str, str]]:
@@ -114,10 +101,40 @@ def clean_files(scan: Scan, job: Job) -> Record:
     for modality, array in (("xyz", clean_xyz), ("rgb", clean_rgb), ("gt", padded_gt)):
         if array is not None:
             temporary = temporary_path(scan.file(job.output, modality), job.suffix)
-            _write_verified(temporary, array)
+            write_verified(temporary, array)
             source = sha256(scan.file(job.source, modality))
             record[modality] = FileRecord(source, sha256(temporary), temporary.stat().st_size)
     return record
+
+
+def preview(job: Job, path: Path) -> None:
+    """Draw one scan of each class, not cleaned yet, before and after as a PNG.
+
+    Raises:
+        InputError: every class is done, or its first scan cannot be cleaned.
+    """
+    scans, _ = find_scans(job.source)
+    done = _progress(job).done
+    first: dict[str, Scan] = {}
+    for scan in scans:
+        if job.source != job.output or scan.name not in done:
+            first.setdefault(scan.name.partition("/")[0], scan)
+    if not first:
+        raise InputError(f"every scan of {job.source} is cleaned already: --preview shows scans that are not")
+    pairs = {}
+    for scan in first.values():
+        xyz = read_organized_pc(scan.file(job.source, "xyz"))
+        rgb = _read_photo(scan.file(job.source, "rgb"))
+        clean_xyz, clean_rgb, _ = clean_scan(xyz, rgb, None, job.rule)
+        if job.keep_rgb:
+            clean_rgb = pad_to_square(rgb, job.rule.side_multiple)
+        pairs[scan.name] = Pair(rgb, xyz, clean_rgb, clean_xyz)
+    write_preview(path, pairs)
+
+
+def _progress(job: Job) -> Progress:
+    settings = {"version": VERSION, **asdict(job.rule), "keep_rgb": job.keep_rgb}
+    return Progress(lambda scan, modality: scan.file(job.source, modality), job.output, settings)
 
 
 def preprocess(job: Job, workers: int, dry_run: bool = False) -> Summary:
@@ -133,77 +150,18 @@ def preprocess(job: Job, workers: int, dry_run: bool = False) -> Summary:
             half written that cannot be mended.
     """
     scans, failed = find_scans(job.source)
-    settings = {"version": VERSION, **asdict(job.rule), "keep_rgb": job.keep_rgb}
-    results: list[tuple[Scan, Record | str]] = []
-    if dry_run:
-        pending, skipped = _split(scans, Progress(job.source, job.output, settings), failed)
-        results = _check_all(pending, job)
-    else:
-        _make_folder(job.output)
-        with locked(job.output):
-            progress = Progress(job.source, job.output, settings)
-            progress.recover()
-            remove_stale(scans, job.output)
-            pending, skipped = _split(scans, progress, failed)
-            with closing(_clean_all(pending, job, workers)) as outcomes:
-                for scan, result in tqdm(outcomes, total=len(pending), unit="scan", disable=None):
-                    if not isinstance(result, str):
-                        progress.commit(scan, result, job.suffix)
-                    results.append((scan, result))
-            progress.save()
-            remove_stale(scans, job.output)
+    if job.output != job.source and (job.source / MANIFEST).is_file():
+        raise InputError(
+            f"{job.source} holds scans that are preprocessed already ({MANIFEST} is there), and cleaning them twice "
+            "ruins them: give the folder of the original scans"
+        )
+    if not dry_run:
+        return process_scans(scans, partial(_progress, job), partial(clean_files, job=job), job.suffix, workers, failed)
+    pending, skipped = split_scans(scans, _progress(job), failed)
+    results = _check_all(pending, job)
     failed |= {scan.name: result for scan, result in results if isinstance(result, str)}
     done = sorted(scan.name for scan, result in results if not isinstance(result, str))
     return Summary(done, skipped, dict(sorted(failed.items())))
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made ({error.strerror}): give another --output_dir") from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{folder} is not writable: give an --output_dir that is")
-
-
-def _split(scans: list[Scan], progress: Progress, failed: dict[str, str]) -> tuple[list[Scan], list[str]]:
-    """Tell the scans still to clean from the names of those done; recorded ones that changed since go to `failed`."""
-    pending, skipped = [], []
-    for scan in scans:
-        if progress.is_done(scan):
-            skipped.append(scan.name)
-        elif scan.name not in progress.done or progress.is_original(scan):
-            pending.append(scan)
-        else:
-            failed[scan.name] = "its files changed after preprocessing: restore the originals or the results"
-    return pending, skipped
-
-
-def _clean_all(scans: list[Scan], job: Job, workers: int) -> Generator[tuple[Scan, Record | str], None, None]:
-    """Yield each scan with its record, or with the reason why it failed, in order of completion."""
-    if workers == 1 or len(scans) < 2:
-        for scan in scans:
-            try:
-                yield scan, clean_files(scan, job)
-            except (InputError, OSError) as error:
-                yield scan, str(error)
-        return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited: the processes occupy the cores already
-    pool = ProcessPoolExecutor(
-        min(workers, len(scans)),
-        multiprocessing.get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is for the main process to handle
-    )
-    try:
-        futures = {pool.submit(clean_files, scan, job): scan for scan in scans}
-        for future in as_completed(futures):
-            try:
-                yield futures[future], future.result()
-            except (InputError, OSError, BrokenProcessPool) as error:
-                yield futures[future], str(error)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _check_all(scans: list[Scan], job: Job) -> list[tuple[Scan, Record | str]]:
@@ -213,7 +171,7 @@ def _check_all(scans: list[Scan], job: Job) -> list[tuple[Scan, Record | str]]:
         try:
             height, width = organized_pc_header(scan.file(job.source, "xyz"))
             for modality in scan.modalities[1:]:
-                with _open_image(path := scan.file(job.source, modality)) as image:
+                with open_image(path := scan.file(job.source, modality)) as image:
                     if image.size != (width, height):
                         raise InputError(f"{path} is {image.height} x {image.width}, its xyz file {height} x {width}")
             results.append((scan, {}))
@@ -222,44 +180,15 @@ def _check_all(scans: list[Scan], job: Job) -> list[tuple[Scan, Record | str]]:
     return results
 
 
-def _write_verified(path: Path, array: np.ndarray) -> None:
-    """Write a cloud (H, W, 3) float32 as tiff or an image of uint8 as PNG, read it back and flush it to the disk."""
-    if array.dtype == np.float32:
-        write_organized_pc(path, array)
-        back = read_organized_pc(path)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(array).save(path, format="PNG")
-        with Image.open(path) as image:
-            back = np.asarray(image)
-    if not np.array_equal(back, array):
-        raise InputError(f"{path} reads back different from what was written: check the disk")
-    sync(path)
-
-
-@contextmanager
-def _open_image(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except InputError:
-        raise
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three on damaged files
-        raise InputError(
-            f"{path} cannot be read as an image ({error}): it is damaged or of another format, "
-            "copy it again from the dataset"
-        ) from error
-
-
 def _read_photo(path: Path) -> np.ndarray:
     """A photograph as (H, W, 3) uint8."""
-    with _open_image(path) as image:
+    with open_image(path) as image:
         return np.asarray(to_rgb(image))
 
 
 def _read_ground_truth(path: Path) -> np.ndarray:
     """Ground truth as (H, W) uint8: 8-bit ids as stored, any other form as 0 and 255."""
-    with _open_image(path) as image:
+    with open_image(path) as image:
         return np.asarray(image) if image.mode == "L" else defect_mask(image).astype(np.uint8) * 255
 
 
@@ -272,7 +201,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, help="write there instead of in place; the dataset stays as it is")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     parser.add_argument("--keep_rgb", action="store_true", help="only pad the photographs, do not black out background")
-    parser.add_argument("--dry_run", action="store_true", help="check pairs, headers and sizes; write nothing")
+    parser.add_argument("--dry_run", action="store_true", help="check pairs, headers and sizes; change nothing")
+    parser.add_argument("--preview", type=Path, metavar="PNG", help="first draw a scan of each class before and after")
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: expected at least 1")
@@ -284,16 +214,10 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     suffix = f".{os.getpid()}{TEMPORARY}"
     job = Job(args.dataset, args.output_dir or args.dataset, CleaningRule(), args.keep_rgb, suffix)
-    try:
-        summary = preprocess(job, args.workers, args.dry_run)
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues where this run ended", file=sys.stderr)
-        return 130
-    done = "to do" if args.dry_run else "done"
-    print(f"{done} {len(summary.done)}, skipped {len(summary.skipped)} (done before), failed {len(summary.failed)}")
-    for name, reason in summary.failed.items():
-        print(f"  {name}: {reason}")
-    return 1 if summary.failed else 0
+    if args.preview:
+        preview(job, args.preview)
+        print(f"before and after: {args.preview}")
+    return report(lambda: preprocess(job, args.workers, args.dry_run), "to do" if args.dry_run else "done")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What utils/preprocessing.py has done, kept on disk so that a run may be killed at any moment and continued.
+"""What a preprocessing script has done, kept on disk so that a run may be killed at any moment and continued.
 
 A scan is three files, and three files cannot be renamed at once. So the results of a scan are first written under
 temporary names, then their checksums go into a journal, then the files get their names. A scan whose journal line is
@@ -9,7 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from utils.errors import InputError
 from utils.files import atomic_path
 
 SCHEMA = 1  # of the manifest and the journal
+MANIFEST = "preprocessing.json"
 SUFFIXES = {"xyz": ".tiff", "rgb": ".png", "gt": ".png"}
 TEMPORARY = ".preprocessing"  # last suffix of a file not yet in place, so that no reader takes it for a scan
 
@@ -42,6 +43,7 @@ class FileRecord(NamedTuple):
 
 
 Record = dict[str, FileRecord]  # by modality
+SourceOf = Callable[[Scan, str], Path]
 
 
 class Progress:
@@ -52,19 +54,19 @@ class Progress:
     that one is finished at the next start.
     """
 
-    def __init__(self, source: Path, output: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, source_of: SourceOf, output: Path, settings: dict[str, Any]) -> None:
         """Read what is on disk, write nothing.
 
         Args:
-            source: root of the original scans.
-            output: root of the results; may be `source`.
+            source_of: the original file of a scan's modality; may be where the result goes.
+            output: root of the results.
             settings: what the results depend on, of JSON types; other settings than the recorded ones are refused.
 
         Raises:
             InputError: the files on disk are damaged or were made with other settings.
         """
-        self.source, self.output, self.settings = source, output, settings
-        self.manifest, self.journal = output / "preprocessing.json", output / "preprocessing.journal"
+        self.source_of, self.output, self.settings = source_of, output, settings
+        self.manifest, self.journal = output / MANIFEST, output / "preprocessing.journal"
         self.done: dict[str, Record] = {}
         self._last: dict[str, Any] | None = None
         try:
@@ -99,7 +101,7 @@ class Progress:
                 if not self.is_original(scan):
                     raise InputError(
                         f"{name} was left half written and its temporary files are gone: restore "
-                        f"{', '.join(str(scan.file(self.source, m)) for m in scan.modalities)} from the dataset"
+                        f"{', '.join(str(self.source_of(scan, m)) for m in scan.modalities)} from the dataset"
                     )
                 del self.done[name]
             self._last = None
@@ -138,7 +140,7 @@ class Progress:
     def is_original(self, scan: Scan) -> bool:
         """Tell whether the source files of a recorded scan are, by checksum, those it was made from."""
         record = self.done[scan.name]
-        files = {modality: scan.file(self.source, modality) for modality in record}
+        files = {modality: self.source_of(scan, modality) for modality in record}
         return all(files[m].is_file() and sha256(files[m]) == record[m].source for m in record)
 
     def _finish(self, scan: Scan, suffix: str) -> bool:
@@ -156,8 +158,8 @@ class Progress:
         if changed:
             differences = ", ".join(f"{key} {found.get(key)} (now {self.settings.get(key)})" for key in changed)
             raise InputError(
-                f"{self.output} was preprocessed with {differences}: keep to that, give another --output_dir, "
-                f"or restore the original dataset and delete {self.manifest.name}"
+                f"{self.output} was preprocessed with {differences}: keep to that, give another output folder, "
+                f"or delete {self.manifest.name} once the originals are back where they were written over"
             )
 
 

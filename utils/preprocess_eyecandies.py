@@ -1,0 +1,295 @@
+"""Convert Eyecandies, as published, to organised point clouds in the layout of MVTec 3D-AD, background removed.
+
+    python utils/preprocess_eyecandies.py --dataset_path Eyecandies --target_dir datasets/eyecandies
+    python utils/preprocess_eyecandies.py --dataset_path Eyecandies --target_dir datasets/eyecandies \
+        --classes Confetto --light 2
+
+Read are <Class>/{train,val,test_public}/data/<number>_{depth.png,info_depth.yaml,pose.txt,image_<light>.png,mask.png};
+written are <Class>/{train/good,validation/good,test/good,test/bad}/{rgb,xyz,gt}/<number>.*, gt for the test split only.
+It may be killed at any moment; the same command continues where it ended, and does nothing once all is done.
+`preprocessing.json` in the target folder records parameters and, per file, the checksums of source and result.
+Exit code: 0 all done, 1 some samples failed (listed at the end, the others are done), 2 bad arguments or folder.
+"""
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+import yaml
+
+from utils.errors import InputError, exit_on_input_error
+from utils.images import defect_mask, open_image, to_rgb
+from utils.preprocessing_progress import TEMPORARY, FileRecord, Progress, Record, Scan, sha256, temporary_path
+from utils.scan_processing import Summary, process_scans, report, write_verified
+
+VERSION = 1  # of the conversion: raise it when the same sample gives another result
+
+# Numbers of Bonfiglioli et al., ACCV 2022, and of the background rule that M3DM's published results were made with.
+FOCAL_LENGTH = 711.11  # pixels
+LIGHTS = range(6)
+BOX_TOP, BOX_DEPTH, BOX_HALF_WIDTH = -0.02, 1.8, 1.0  # metres, in the frame of the table, see `background`
+SCALE = (0.1, -0.1, 0.1)  # of the reordered axes
+SPLITS = {"train": "train", "val": "validation", "test_public": "test"}  # folder there: folder here
+
+
+class Job(NamedTuple):
+    """Where a run reads and writes, and how it converts."""
+
+    sources: dict[str, Path]  # by the name of a scan: the path of its files up to "_depth.png"
+    target: Path
+    light: int
+    suffix: str  # of this run's temporary files
+
+    def source_file(self, scan: Scan, modality: str) -> Path:
+        ending = {"xyz": "depth.png", "rgb": f"image_{self.light}.png", "gt": "mask.png"}[modality]
+        return _beside(self.sources[scan.name], ending)
+
+
+def metres_of(stored: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Depth (H, W) float64 in metres of 16-bit numbers; 0 stays 0, which is missing."""
+    return np.where(stored == 0, 0.0, stored / 65535 * (high - low) + low)
+
+
+def unproject(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    """The point that each pixel sees.
+
+    depth * inv(K pose) (u, v, 1, 1 / depth), with K the pinhole camera of FOCAL_LENGTH whose principal point is the
+    image centre (w / 2, h / 2); u counts columns and v rows.
+
+    Args:
+        depth: (H, W) float64, metres; 0 = missing.
+        pose: (4, 4) of the camera.
+
+    Returns:
+        (H, W, 3) float64, metres, in the frame of the pose; NaN where missing.
+    """
+    height, width = depth.shape
+    camera = np.array([[FOCAL_LENGTH, 0, width / 2, 0], [0, FOCAL_LENGTH, height / 2, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    inverse = np.linalg.inv(camera @ pose)[:3]
+    v, u = np.mgrid[:height, :width]
+    points = np.stack([u * depth, v * depth, depth, np.ones_like(depth)], axis=-1) @ inverse.T
+    return np.where((depth > 0)[..., None], points, np.nan)
+
+
+def background(points: np.ndarray) -> np.ndarray:
+    """The pixels that do not show the candy: outside a box that stands on the table.
+
+    The middle of the first and of the last row of the image see the table. The box is turned about x until the line
+    between them is the z axis, and starts at the last row: a point belongs to the background where y > -0.02,
+    z > 1.8 or |x| > 1 there.
+
+    Args:
+        points: (H, W, 3) float64, metres, as `unproject` gives them.
+
+    Returns:
+        (H, W) bool, True also where the measurement is missing.
+
+    Raises:
+        InputError: one of the two points is missing, or they are the same.
+    """
+    middle = points.shape[1] // 2
+    first, last = points[0, middle], points[-1, -middle]
+    _, along_y, along_z = first - last
+    length = float(np.hypot(along_y, along_z))
+    if not length > 0:
+        raise InputError(
+            "the table cannot be found: the depth in the middle of the first or last row is missing or both are equal; "
+            "leave the sample out"
+        )
+    cos, sin = along_z / length, along_y / length
+    x = points[..., 0]
+    y, z = points[..., 1] - last[1], points[..., 2] - last[2]
+    inside = (cos * y - sin * z <= BOX_TOP) & (sin * y + cos * z <= BOX_DEPTH) & (np.abs(x) <= BOX_HALF_WIDTH)
+    return ~inside  # comparisons with NaN are False: what is missing is not inside
+
+
+def organized_cloud(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    """The cloud (H, W, 3) float32 of the published results: axes (x, z, y) times SCALE, background exactly 0.
+
+    Args and errors as for `unproject` and `background`.
+    """
+    points = unproject(depth, pose)
+    kept = ~background(points)
+    return np.where(kept[..., None], points[..., [0, 2, 1]] * SCALE, 0).astype(np.float32)
+
+
+def find_samples(root: Path, classes: Sequence[str] | None) -> tuple[dict[str, Path], dict[str, str]]:
+    """Find the samples of the published layout.
+
+    Returns:
+        the path of each sample's files up to "_depth.png", by class, split and three-digit number; and the reason for
+        each that cannot be used.
+
+    Raises:
+        InputError: no folder, a class that is not there, or no samples at all.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder: give the folder that holds the classes of Eyecandies")
+    found = [path.parts[-4] for path in root.glob("*/*/data/*_depth.png")]
+    for name in classes or ():
+        if name not in found:
+            raise InputError(
+                f"{root} has no samples {name}/<split>/data/*_depth.png: --classes takes "
+                f"{', '.join(sorted(set(found))) or 'nothing here'}"
+            )
+    sources: dict[str, Path] = {}
+    failed: dict[str, str] = {}
+    for split, ours in SPLITS.items():
+        for path in sorted(root.glob(f"*/{split}/data/*_depth.png")):
+            class_name = path.parts[-4]
+            number = re.fullmatch(r"(\d+)_depth", path.stem)
+            if number is None or (classes and class_name not in classes):
+                continue
+            prefix = path.with_name(number[1])
+            name = f"{class_name}/{ours}/{int(number[1]):03d}"
+            if name in sources:
+                failed[name] = f"{prefix} and {sources[name]} bear the same number: remove one"
+            sources[name] = prefix
+    if not sources:
+        raise InputError(
+            f"{root} holds no <Class>/train/data/<number>_depth.png: give the folder that holds the classes"
+        )
+    return {name: prefix for name, prefix in sources.items() if name not in failed}, failed
+
+
+def name_scans(samples: dict[str, Path], failed: dict[str, str]) -> list[Scan]:
+    """The scans as they will be written: the mask decides whether a test sample is good or bad.
+
+    What cannot be read goes to `failed`.
+    """
+    scans = []
+    for name, prefix in samples.items():
+        class_name, split, number = name.split("/")
+        try:
+            defective = split == "test" and bool(_read_mask(prefix).any())
+        except InputError as error:
+            failed[name] = str(error)
+            continue
+        scan = Scan(
+            f"{class_name}/{split}/{'bad' if defective else 'good'}/{number}",
+            ("xyz", "rgb", "gt") if split == "test" else ("xyz", "rgb"),
+        )
+        scans.append(scan)
+    return scans
+
+
+def convert_files(scan: Scan, job: Job) -> Record:
+    """Convert one sample and leave the results beside their final places under temporary names, read back and on disk.
+
+    Raises:
+        InputError: a file is missing or cannot be read, sizes differ, or the table cannot be found.
+    """
+    prefix = job.sources[scan.name]
+    arrays = {"xyz": organized_cloud(_read_depth(prefix), _read_pose(prefix))}
+    if not arrays["xyz"].any():
+        raise InputError(f"nothing of {prefix} lies inside the box on the table: leave the sample out")
+    with open_image(job.source_file(scan, "rgb")) as image:
+        arrays["rgb"] = np.asarray(to_rgb(image))
+    if "gt" in scan.modalities:
+        arrays["gt"] = _read_mask(prefix).astype(np.uint8) * 255
+    record = {}
+    for modality, array in arrays.items():
+        source = job.source_file(scan, modality)
+        if array.shape[:2] != arrays["xyz"].shape[:2]:
+            height, width = arrays["xyz"].shape[:2]
+            raise InputError(f"{source} is {array.shape[0]} x {array.shape[1]}, its depth {height} x {width} (H x W)")
+        temporary = temporary_path(scan.file(job.target, modality), job.suffix)
+        write_verified(temporary, array)
+        record[modality] = FileRecord(sha256(source), sha256(temporary), temporary.stat().st_size)
+    return record
+
+
+def preprocess(root: Path, target: Path, classes: Sequence[str] | None, light: int, workers: int) -> Summary:
+    """Convert every sample that is not done yet; errors as of `find_samples` and `process_scans`."""
+    if target.resolve() == root.resolve():
+        raise InputError(f"--target_dir {target} is the dataset itself: give another folder")
+    samples, failed = find_samples(root, classes)
+    scans = name_scans(samples, failed)
+    # Of every class: what an earlier run left half written may be of one that this run leaves out.
+    sources: dict[str, Path] = {}
+    for name, prefix in find_samples(root, None)[0].items():
+        class_name, split, number = name.split("/")
+        sources |= {f"{class_name}/{split}/{kind}/{number}": prefix for kind in ("good", "bad")}
+    job = Job(sources, target, light, f".{os.getpid()}{TEMPORARY}")
+    settings = {"converter": "eyecandies", "version": VERSION, "light": light}
+    return process_scans(
+        scans,
+        lambda: Progress(job.source_file, target, settings),
+        partial(convert_files, job=job),
+        job.suffix,
+        workers,
+        failed,
+    )
+
+
+def _beside(prefix: Path, ending: str) -> Path:
+    return prefix.with_name(f"{prefix.name}_{ending}")
+
+
+def _read_depth(prefix: Path) -> np.ndarray:
+    path = _beside(prefix, "info_depth.yaml")
+    try:
+        limits = yaml.safe_load(path.read_text(encoding="utf-8"))["normalization"]
+        low, high = float(limits["min"]), float(limits["max"])
+    except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"{path} cannot be read ({type(error).__name__}), expected normalization: min, max: copy it again"
+        ) from None
+    if not 0 < low < high < np.inf:
+        raise InputError(f"{path} has the depths {low} to {high}, expected 0 < min < max in metres: copy it again")
+    path = _beside(prefix, "depth.png")
+    with open_image(path) as image:
+        stored, mode = np.asarray(image), image.mode
+    if not mode.startswith("I"):
+        raise InputError(f"{path} holds an image of mode {mode}, expected 16-bit grey: copy it again from the dataset")
+    return metres_of(stored.astype(np.float64), low, high)
+
+
+def _read_pose(prefix: Path) -> np.ndarray:
+    path = _beside(prefix, "pose.txt")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of an empty file, which is refused below
+            pose = np.loadtxt(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): copy it again from the dataset") from None
+    if pose.shape != (4, 4) or not np.isfinite(pose).all() or np.linalg.matrix_rank(pose) < 4:
+        raise InputError(f"{path} holds no invertible 4 x 4 matrix: copy it again from the dataset")
+    return pose
+
+
+def _read_mask(prefix: Path) -> np.ndarray:
+    with open_image(_beside(prefix, "mask.png")) as image:
+        return defect_mask(image)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script and return its exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--dataset_path", type=Path, required=True, help="folder that holds the classes as published")
+    parser.add_argument(
+        "--target_dir", type=Path, required=True, help="receives the classes in the layout of MVTec 3D-AD"
+    )
+    parser.add_argument("--classes", nargs="+", help="classes to convert (default: all that are there)")
+    parser.add_argument(
+        "--light", type=int, default=4, choices=LIGHTS, help="which of the six light images becomes rgb"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: expected at least 1")
+    return report(lambda: preprocess(args.dataset_path, args.target_dir, args.classes, args.light, args.workers))
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        sys.exit(main())

@@ -1,0 +1,149 @@
+"""How the preprocessing scripts work through the scans of a dataset: several processes, safe to kill, a summary."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Generator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from utils.errors import InputError
+from utils.organized_pc import read_organized_pc, write_organized_pc
+from utils.preprocessing_progress import Progress, Record, Scan, locked, remove_stale, sync
+
+
+class Summary(NamedTuple):
+    """How a run ended: names of scans, and the reason for each that failed."""
+
+    done: list[str]
+    skipped: list[str]
+    failed: dict[str, str]
+
+
+def process_scans(
+    scans: list[Scan],
+    progress_of: Callable[[], Progress],
+    process: Callable[[Scan], Record],
+    suffix: str,
+    workers: int,
+    failed: dict[str, str],
+) -> Summary:
+    """Process every scan that is not done yet.
+
+    Args:
+        scans: all scans.
+        progress_of: reads what is on disk; called while no other run can be at work on the folder.
+        process: leaves the results of a scan under temporary names ending in `suffix`; sent to other processes.
+        suffix: of this run's temporary files.
+        workers: processes; 1 works in this one.
+        failed: reasons of scans that failed before.
+
+    Raises:
+        InputError: other settings than before, another run at work on the same folder, or a scan left half written
+            that cannot be mended.
+    """
+    results: list[tuple[Scan, Record | str]] = []
+    output = progress_of().output
+    _make_folder(output)
+    with locked(output):
+        progress = progress_of()
+        progress.recover()
+        remove_stale(scans, output)
+        pending, skipped = split_scans(scans, progress, failed)
+        with closing(_process_all(pending, process, workers)) as outcomes:
+            for scan, result in tqdm(outcomes, total=len(pending), unit="scan", disable=None):
+                if not isinstance(result, str):
+                    progress.commit(scan, result, suffix)
+                results.append((scan, result))
+        progress.save()
+        remove_stale(scans, output)
+    failed |= {scan.name: result for scan, result in results if isinstance(result, str)}
+    done = sorted(scan.name for scan, result in results if not isinstance(result, str))
+    return Summary(done, skipped, dict(sorted(failed.items())))
+
+
+def report(run: Callable[[], Summary], done: str = "done") -> int:
+    """Run, print the summary and return the exit code: 0 all done, 1 some scans failed, 130 interrupted."""
+    try:
+        summary = run()
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues where this run ended", file=sys.stderr)
+        return 130
+    print(f"{done} {len(summary.done)}, skipped {len(summary.skipped)} (done before), failed {len(summary.failed)}")
+    for name, reason in summary.failed.items():
+        print(f"  {name}: {reason}")
+    return 1 if summary.failed else 0
+
+
+def write_verified(path: Path, array: np.ndarray) -> None:
+    """Write a cloud (H, W, 3) float32 as tiff or an image of uint8 as PNG, read it back and flush it to the disk."""
+    if array.dtype == np.float32:
+        write_organized_pc(path, array)
+        back = read_organized_pc(path)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path, format="PNG")
+        with Image.open(path) as image:
+            back = np.asarray(image)
+    if not np.array_equal(back, array):
+        raise InputError(f"{path} reads back different from what was written: check the disk")
+    sync(path)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error.strerror}): give another output folder") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder} is not writable: give an output folder that is")
+
+
+def split_scans(scans: list[Scan], progress: Progress, failed: dict[str, str]) -> tuple[list[Scan], list[str]]:
+    """Tell the scans still to clean from the names of those done; recorded ones that changed since go to `failed`."""
+    pending, skipped = [], []
+    for scan in scans:
+        if progress.is_done(scan):
+            skipped.append(scan.name)
+        elif scan.name not in progress.done or progress.is_original(scan):
+            pending.append(scan)
+        else:
+            failed[scan.name] = "its files changed after preprocessing: restore the originals or the results"
+    return pending, skipped
+
+
+def _process_all(
+    scans: list[Scan], process: Callable[[Scan], Record], workers: int
+) -> Generator[tuple[Scan, Record | str], None, None]:
+    """Yield each scan with its record, or with the reason why it failed, in order of completion."""
+    if workers == 1 or len(scans) < 2:
+        for scan in scans:
+            try:
+                yield scan, process(scan)
+            except (InputError, OSError) as error:
+                yield scan, str(error)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited: the processes occupy the cores already
+    pool = ProcessPoolExecutor(
+        min(workers, len(scans)),
+        multiprocessing.get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is for the main process to handle
+    )
+    try:
+        futures = {pool.submit(process, scan): scan for scan in scans}
+        for future in as_completed(futures):
+            try:
+                yield futures[future], future.result()
+            except (InputError, OSError, BrokenProcessPool) as error:
+                yield futures[future], str(error)
+    finally:
+        pool.shutdown(cancel_futures=True)
