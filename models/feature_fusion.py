@@ -1,14 +1,13 @@
 """Unsupervised Feature Fusion (UFF): one MLP per modality, trained so that patches of the same place agree.
 
 Per modality, chi is an MLP after a LayerNorm and sigma a linear head on chi's output. The detector keeps the
-concatenation of the two chi (`FeatureFusion.fuse`); the heads serve the training loss alone (`contrastive_loss`).
+concatenation of the two chi (`FeatureFusion.fuse`); the heads serve the training loss alone (models/contrastive.py).
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.checkpoints import load_strict
@@ -89,7 +88,7 @@ class FeatureFusion(nn.Module):
         return torch.cat([self.xyz_mlp(self.xyz_norm(xyz)), self.rgb_mlp(self.rgb_norm(rgb))], dim=-1)
 
     def forward(self, xyz: Tensor, rgb: Tensor) -> tuple[Tensor, Tensor]:
-        """The outputs of the heads sigma, which `contrastive_loss` compares.
+        """The outputs of the heads sigma, which the contrastive loss compares.
 
         A patch whose xyz features hold an exact zero (no valid point, as a rule) is left out in both modalities.
 
@@ -103,29 +102,3 @@ class FeatureFusion(nn.Module):
         valid = (xyz != 0).all(dim=-1)
         xyz, rgb = xyz[valid], rgb[valid]  # (N, C_xyz), (N, C_rgb)
         return self.xyz_head(self.xyz_mlp(self.xyz_norm(xyz))), self.rgb_head(self.rgb_mlp(self.rgb_norm(rgb)))
-
-
-def contrastive_loss(xyz_head_out: Tensor, rgb_head_out: Tensor) -> Tensor:
-    """The patch-wise contrastive loss L_con: each rgb patch has to find its xyz patch among all of the batch.
-
-    With q = rgb and k = xyz, both L2-normalised: 2 * mean_i(-log(exp(q_i . k_i) / sum_t exp(q_i . k_t))), so about
-    2 ln N while nothing is learned. The temperature is 1. Computed in float32 or better whatever the input's dtype.
-    Peak memory: about three (N, N) matrices.
-
-    Args:
-        xyz_head_out: (N, head_dim) outputs of the xyz head.
-        rgb_head_out: (N, head_dim) outputs of the rgb head; the partner of row i is row i.
-
-    Returns:
-        () loss.
-
-    Raises:
-        InputError: N is 0.
-    """
-    if len(xyz_head_out) == 0:
-        raise InputError("no patch of this batch is free of exact zeros in xyz: its scans hold no valid point")
-    dtype = torch.promote_types(xyz_head_out.dtype, torch.float32)
-    q = F.normalize(rgb_head_out.to(dtype), dim=-1)
-    k = F.normalize(xyz_head_out.to(dtype), dim=-1)
-    logits = q @ k.T  # (N, N)
-    return 2 * F.cross_entropy(logits, torch.arange(len(q), device=q.device))

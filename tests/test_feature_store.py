@@ -1,6 +1,7 @@
 """Patch files: positions after resize and pairing, round trips at both precisions, every kind of damaged folder."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
+from uff_runs import BACKBONES, write_original
 
 from utils.errors import InputError
 from utils.feature_store import PatchFileDataset, pair_rgb, read_header, resize_patches, write_features
 from utils.records import PatchFeatures
-
-BACKBONES = {"xyz_backbone": "Point_MAE", "rgb_backbone": "vit_base_patch8_224_dino"}
 
 
 def coordinates(side: int) -> Tensor:
@@ -101,7 +101,8 @@ def test_single_precision_round_trip_is_exact(tmp_path: Path) -> None:
     path = write_features(tmp_path, "bagel", "007", features, **BACKBONES, dtype=torch.float32)
     assert path == tmp_path / "bagel" / "007.safetensors"
     dataset = PatchFileDataset(tmp_path)
-    xyz, rgb = dataset[0]
+    xyz, rgb, index = dataset[0]
+    assert index == 0
     assert torch.equal(xyz, features.xyz)
     assert torch.equal(rgb, resize_patches(features.rgb, 4))
     assert (dataset.xyz_dim, dataset.rgb_dim, len(dataset)) == (5, 3, 1)
@@ -110,10 +111,21 @@ def test_single_precision_round_trip_is_exact(tmp_path: Path) -> None:
 def test_half_precision_is_the_default_and_halves_the_file(tmp_path: Path) -> None:
     features = random_features()
     assert load_file(write_features(tmp_path, "bagel", "007", features, **BACKBONES))["xyz"].dtype == torch.float16
-    xyz, _ = PatchFileDataset(tmp_path)[0]
+    xyz, _, _ = PatchFileDataset(tmp_path)[0]
     assert xyz.dtype == torch.float32
     torch.testing.assert_close(xyz, features.xyz, rtol=1e-3, atol=1e-6)
     assert PatchFileDataset(tmp_path, dtype=torch.float64)[0][1].dtype == torch.float64
+
+
+def test_half_precision_of_real_widths_takes_two_fifths_of_the_original(tmp_path: Path) -> None:
+    """The original stores every rgb patch four times, and in single precision: 3136 x 1920 x 4 bytes."""
+    features = PatchFeatures(rgb=torch.zeros(784, 768), xyz=torch.zeros(3136, 1152))
+    sizes = [
+        write_features(tmp_path, "bagel", stem, features, **BACKBONES, dtype=dtype).stat().st_size
+        for stem, dtype in (("000", torch.float16), ("001", torch.float32))
+    ]
+    assert sizes[0] <= 0.4 * 3136 * 1920 * 4
+    assert sizes[1] == pytest.approx(2 * sizes[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -121,7 +133,7 @@ def test_a_file_has_the_zeros_of_the_features_and_no_others(tmp_path: Path, dtyp
     features = random_features()
     features.xyz[0, :4] = torch.tensor([1e-12, -1e-12, 0.0, -0.0])
     write_features(tmp_path, "bagel", "000", features, **BACKBONES, dtype=dtype)
-    xyz, _ = PatchFileDataset(tmp_path)[0]
+    xyz, _, _ = PatchFileDataset(tmp_path)[0]
     assert torch.equal(xyz == 0, features.xyz == 0)
     assert torch.equal(xyz.sign(), features.xyz.sign())
     assert xyz[0, :2].abs().max() < 1e-7
@@ -168,7 +180,8 @@ def test_files_ask_for_the_pairing_they_were_written_with(tmp_path: Path) -> Non
 
 
 def test_batches_have_equal_shapes(folder: Path) -> None:
-    xyz, rgb = next(iter(DataLoader(PatchFileDataset(folder), batch_size=4)))
+    xyz, rgb, indices = next(iter(DataLoader(PatchFileDataset(folder), batch_size=4)))
+    assert indices.tolist() == [0, 1, 2, 3]
     assert xyz.shape == (4, 16, 5)
     assert rgb.shape == (4, 16, 3)
 
@@ -180,12 +193,6 @@ def test_no_files(tmp_path: Path, made: bool, message: str) -> None:
         folder.mkdir()
     with pytest.raises(InputError, match=message):
         PatchFileDataset(folder)
-
-
-def test_files_of_the_original_code_are_named_as_such(tmp_path: Path) -> None:
-    (tmp_path / "bagel0.pt").touch()
-    with pytest.raises(InputError, match=r"the \.pt files.*original.*--save_feature"):
-        PatchFileDataset(tmp_path)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])
@@ -266,3 +273,149 @@ def test_one_modality_is_not_enough(tmp_path: Path) -> None:
         write_features(tmp_path, "bagel", "000", random_features()._replace(rgb=None), **BACKBONES)
     with pytest.raises(ValueError, match="float64"):
         write_features(tmp_path, "bagel", "000", random_features(), **BACKBONES, dtype=torch.float64)
+
+
+# The .pt files of the original code
+
+
+def grid_features(seed: int = 0) -> PatchFeatures:
+    """Of 8 x 8 and 4 x 4 patches, with the background of a scan."""
+    generator = torch.Generator().manual_seed(seed)
+    xyz = torch.randn(64, 12, generator=generator)
+    xyz[:8] = 0.0
+    return PatchFeatures(rgb=torch.randn(16, 10, generator=generator), xyz=xyz)
+
+
+def original_folder(folder: Path, names: Sequence[str] = ("bagel0", "bagel1", "cable_gland10")) -> Path:
+    folder.mkdir(exist_ok=True)
+    for seed, name in enumerate(names):
+        write_original(folder, name, grid_features(seed))
+    return folder
+
+
+@pytest.mark.parametrize("xyz_dim", [None, 12])
+@pytest.mark.parametrize("pairing", [None, "aligned", "reference"])
+def test_files_of_the_original_give_the_rows_of_ours(tmp_path: Path, pairing: str | None, xyz_dim: int | None) -> None:
+    theirs = PatchFileDataset(original_folder(tmp_path / "theirs"), pairing, xyz_dim=xyz_dim)
+    for seed in range(3):
+        write_features(tmp_path / "ours", "a", str(seed), grid_features(seed), **BACKBONES, dtype=torch.float32)
+    ours = PatchFileDataset(tmp_path / "ours", pairing)
+    assert (theirs.xyz_dim, theirs.rgb_dim, len(theirs)) == (12, 10, 3)
+    assert [(file.class_name, file.stem, file.xyz_grid, file.rgb_grid) for file in theirs.files] == [
+        *(("bagel", "0", 8, 4), ("bagel", "1", 8, 4), ("cable_gland", "10", 8, 4)),
+    ]
+    for index in range(3):
+        for found, expected in zip(theirs[index][:2], ours[index][:2], strict=True):
+            assert torch.equal(found, expected)
+        assert theirs[index][2] == index
+    assert PatchFileDataset(tmp_path / "theirs", dtype=torch.float64)[0][0].dtype == torch.float64
+
+
+def test_rgb_patches_of_the_original_are_put_back_to_their_places(tmp_path: Path) -> None:
+    """At its real grids, with the coordinates of each patch as its features."""
+    xyz = coordinates(56) + 1
+    xyz[:56] = 0.0
+    write_original(tmp_path, "bagel0", PatchFeatures(rgb=coordinates(28) + 1, xyz=xyz))
+    found, rgb, _ = PatchFileDataset(tmp_path)[0]
+    assert torch.equal(found, xyz)
+    assert torch.equal(rgb - 1, coordinates(56) // 2)
+
+
+def test_width_is_asked_for_where_no_background_shows_it(tmp_path: Path) -> None:
+    features = grid_features()
+    features.xyz[:8] = 1.0
+    write_original(tmp_path, "bagel0", features)
+    with pytest.raises(InputError, match=r"^\S*bagel0\.pt does not show where its xyz part ends: .*--xyz_dim$"):
+        PatchFileDataset(tmp_path)
+    found, rgb, _ = PatchFileDataset(tmp_path, xyz_dim=12)[0]
+    assert torch.equal(found, features.xyz)
+    assert torch.equal(rgb, resize_patches(features.rgb, 8))
+
+
+def test_width_is_not_guessed_where_background_rows_disagree(tmp_path: Path) -> None:
+    features = grid_features()
+    features.xyz[20, :3] = 0.0  # a patch with points, by chance zero in front
+    write_original(tmp_path, "bagel0", features)
+    with pytest.raises(InputError, match="give its width as --xyz_dim"):
+        PatchFileDataset(tmp_path)
+    assert PatchFileDataset(tmp_path, xyz_dim=12).xyz_dim == 12
+
+
+@pytest.mark.parametrize("xyz_dim", [22, 23, 11, 13])
+def test_a_wrong_width_is_refused(tmp_path: Path, xyz_dim: int) -> None:
+    """One too small takes an xyz column for rgb, one too large an rgb column for xyz: background rows tell."""
+    with pytest.raises(InputError, match=rf"^\S*bagel0\.pt [^\n]*--xyz_dim {xyz_dim}[^\n]*$"):
+        PatchFileDataset(original_folder(tmp_path), xyz_dim=xyz_dim)
+
+
+class Attack:
+    """What unpickling would run."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('unpickled')",)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (torch.ones(63, 22), r"holds \(63, 22\), expected a tensor \(patches of a square grid"),
+        (torch.ones(2, 4, 22), r"holds \(2, 4, 22\), expected"),
+        ({"patch": torch.ones(64, 22)}, r"holds dict, expected"),
+        ([1, 2], r"holds list, expected"),
+        (Attack(), r"is refused: it holds a (builtins\.)?exec"),
+        (b"", "cannot be read"),
+        (b"half", "cannot be read|is refused"),
+        (torch.zeros(0, 22), r"\(0, 22\)"),
+    ],
+    ids=["no square", "3 axes", "dict", "list", "pickle", "empty file", "no pickle", "no patch"],
+)
+def test_what_is_no_file_of_the_original_is_refused(tmp_path: Path, content: object, message: str, place: int) -> None:
+    """As the first file, whose widths count for all, and as a later one."""
+    path = original_folder(tmp_path) / f"bagel{place}.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(InputError, match=rf"^{path} [^\n]*({message})[^\n]*$"):
+        PatchFileDataset(tmp_path, xyz_dim=12)[place]
+
+
+@pytest.mark.parametrize("kept", [5, 1000, -1, -500])
+def test_a_truncated_file_of_the_original_is_named(tmp_path: Path, kept: int) -> None:
+    path = original_folder(tmp_path) / "bagel1.pt"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(InputError, match=rf"^{path} [^\n]*$"):
+        PatchFileDataset(tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (PatchFeatures(rgb=torch.randn(16, 11), xyz=torch.randn(64, 12)), "the first file 64 patches 22 wide"),
+        (PatchFeatures(rgb=torch.randn(4, 10), xyz=torch.randn(16, 12)), "the first file 64 patches 22 wide"),
+        (PatchFeatures(rgb=torch.randn(4, 10), xyz=torch.randn(64, 12)), "has another rgb grid than the first file"),
+    ],
+)
+def test_files_of_the_original_of_different_shapes_are_refused(
+    tmp_path: Path, features: PatchFeatures, message: str
+) -> None:
+    write_original(original_folder(tmp_path), "bagel1", features)
+    with pytest.raises(InputError, match=rf"^\S*bagel1\.pt [^\n]*{message}[^\n]*$"):
+        PatchFileDataset(tmp_path)[1]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("modality", ["xyz", "rgb"])
+def test_rows_of_the_original_that_are_not_finite_are_told(tmp_path: Path, modality: str, place: int) -> None:
+    features = grid_features(place)
+    getattr(features, modality)[9, 2] = torch.nan
+    write_original(original_folder(tmp_path), f"bagel{place}", features)
+    with pytest.raises(InputError, match=rf"bagel{place}\.pt: \d+ of \d+ {modality} patches hold NaN or infinite"):
+        PatchFileDataset(tmp_path)[place]
+
+
+def test_both_formats_in_one_folder_are_refused(folder: Path) -> None:
+    original_folder(folder)
+    with pytest.raises(InputError, match=r"holds 4 patch files and 3 \.pt files of the original code: keep them"):
+        PatchFileDataset(folder)

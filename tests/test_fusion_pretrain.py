@@ -1,67 +1,32 @@
-"""UFF training: the recorded run, what it learns, and the script under every launcher and flag."""
+"""The script that trains UFF, in one process: what it leaves, every flag, validation and bad input."""
 
-import argparse
-import json
-import math
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from uff_runs import (
+    BACKBONES,
+    RGB_DIM,
+    SMALL,
+    XYZ_DIM,
+    log_of,
+    model_of,
+    read,
+    related_features,
+    run_main,
+    write_original,
+    write_parts,
+)
 
 import fusion_pretrain
 from models import build_feature_fusion
-from models.feature_fusion import FeatureFusion, contrastive_loss
-from utils.distributed import Ranks, choose_device, find_ranks, is_main
+from models.contrastive import contrastive_loss
 from utils.errors import InputError
-from utils.feature_store import PatchFileDataset, resize_patches, write_features
+from utils.feature_store import PatchFileDataset, write_features
 from utils.records import PatchFeatures
-from utils.training import Batches, Schedule, Step, load_checkpoint, make_loader, make_optimizer, train_epoch
-
-ROOT = Path(fusion_pretrain.__file__).resolve().parent
-CPU = torch.device("cpu")
-BACKBONES = {"xyz_backbone": "Point_MAE", "rgb_backbone": "vit_base_patch8_224_dino"}
-XYZ_GRID, RGB_GRID, XYZ_DIM, RGB_DIM = 8, 4, 12, 10
-SMALL = ["--batch_size", "2", "--accum_iter", "2", "--epochs", "2", "--lr", "0.01", "--num_workers", "0"]
-
-
-def related_features(seed: int) -> PatchFeatures:
-    """A part whose rgb patches are one fixed linear map of what its xyz patches have in common at the same place."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(RGB_DIM, XYZ_DIM, generator=torch.Generator().manual_seed(12345))
-    cause = torch.randn(RGB_GRID**2, XYZ_DIM, generator=generator)
-    xyz = resize_patches(cause, XYZ_GRID) + 0.1 * torch.randn(XYZ_GRID**2, XYZ_DIM, generator=generator)
-    xyz[:XYZ_GRID] = 0.0  # background along the upper border
-    return PatchFeatures(rgb=cause @ mixing.T + 0.1 * torch.randn(RGB_GRID**2, RGB_DIM, generator=generator), xyz=xyz)
-
-
-def write_parts(folder: Path, count: int, first_seed: int = 0) -> Path:
-    for index in range(count):
-        features = related_features(first_seed + index)
-        write_features(folder, ("bagel", "dowel")[index % 2], f"{index:03d}", features, **BACKBONES)
-    return folder
-
-
-def loader_of(dataset: PatchFileDataset, batch_size: int, accum_iter: int, ranks: Ranks = Ranks()) -> Batches:  # noqa: B008
-    fixed = {"seed": 0, "num_workers": 0, "pin_memory": False}
-    return make_loader(dataset, batch_size=batch_size, accum_iter=accum_iter, ranks=ranks, **fixed)
-
-
-def model_of(checkpoint: Path) -> dict[str, Tensor]:
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(checkpoint, weights_only=True)["model"]
-
-
-def run_main(lib: Path, out: Path, *flags: str, base: Sequence[str] = SMALL) -> Path:
-    fusion_pretrain.main([*base, "--device", "cpu", "--data_path", str(lib), "--output_dir", str(out), *flags])
-    return out
+from utils.training import Batches
 
 
 @pytest.fixture(scope="module")
@@ -71,233 +36,62 @@ def lib(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def baseline(lib: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output of the script with the flags SMALL."""
+    """Output of the script with the flags SMALL: 2 epochs of 4 batches, 2 to an update."""
     return run_main(lib, tmp_path_factory.mktemp("baseline"))
 
 
-# ---------------------------------------------------------------------------------------------- schedule and loop
+def differ(ours: Path, others: Path) -> bool:
+    weights = model_of(others)
+    return any(not torch.equal(value, weights[name]) for name, value in model_of(ours).items())
 
 
-def test_schedule_by_hand() -> None:
-    schedule = Schedule(peak_lr=0.8, min_lr=0.2, warmup_epochs=2, epochs=6)
-    rates = [schedule.learning_rate(epoch) for epoch in (0, 0.5, 1, 2, 3, 4, 5, 6)]
-    cosine = [0.2 + 0.3 * (1 + math.cos(math.pi * t)) for t in (0, 0.25, 0.5, 0.75, 1)]
-    assert rates == pytest.approx([0, 0.2, 0.4, *cosine])
-    assert cosine[0] == 0.8
-    assert cosine[-1] == pytest.approx(0.2)
-    assert Schedule(0.8, 0.2, warmup_epochs=0, epochs=4).learning_rate(0) == 0.8
-    assert Schedule(0.8, 0.2, warmup_epochs=4, epochs=2).learning_rate(1.5) == pytest.approx(0.3)
-
-
-class Slope(nn.Module):
-    """A model of one parameter, whose gradient one knows: the loss is w * mean(rgb)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(()))
-
-    def forward(self, xyz: Tensor, rgb: Tensor) -> tuple[Tensor, Tensor]:
-        return xyz.flatten(0, 1), self.w * rgb.mean()
-
-
-def constant_parts(folder: Path, count: int) -> PatchFileDataset:
-    """Part number n holds n + 1 everywhere."""
-    for index in range(count):
-        features = PatchFeatures(rgb=torch.full((4, 1), index + 1.0), xyz=torch.full((16, 1), index + 1.0))
-        write_features(folder, "bagel", f"{index:03d}", features, **BACKBONES)
-    return PatchFileDataset(folder)
-
-
-def test_gradients_are_averaged_over_the_group_and_a_rest_is_dropped(tmp_path: Path) -> None:
-    loader = loader_of(constant_parts(tmp_path, 5), batch_size=1, accum_iter=2)
-    model = Slope()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    schedule = Schedule(0.5, 0.5, warmup_epochs=0, epochs=2)
-    expected = 0.0
-    for epoch in range(2):
-        steps = list(
-            train_epoch(model, lambda _, y: y, loader, optimizer, schedule, epoch, accum_iter=2, device=CPU),
-        )
-        values = [float(xyz[0, 0, 0]) for xyz, _ in loader]  # the sampler still stands at this epoch
-        assert [step.grad_norm is None for step in steps] == [True, False, True, False, True]
-        means = [(values[0] + values[1]) / 2, (values[2] + values[3]) / 2]
-        assert [steps[1].grad_norm, steps[3].grad_norm] == pytest.approx(means)
-        expected -= 0.5 * sum(means)
-        assert model.w.item() == pytest.approx(expected)
-        assert [step.epoch for step in steps] == pytest.approx([epoch + i / 5 for i in range(5)])
-        assert {step.rows for step in steps} == {16}
-
-
-def test_every_epoch_and_seed_has_its_own_order(tmp_path: Path) -> None:
-    dataset = constant_parts(tmp_path, 6)
-    orders = set()
-    for seed in (0, 10):
-        loader = make_loader(
-            dataset, batch_size=2, accum_iter=1, ranks=Ranks(), seed=seed, num_workers=0, pin_memory=False
-        )
-        for epoch in (0, 1):
-            loader.sampler.set_epoch(epoch)
-            order = tuple(torch.cat([xyz[:, 0, 0] for xyz, _ in loader]).int().tolist())
-            assert sorted(order) == [1, 2, 3, 4, 5, 6]
-            orders.add(order)
-    assert len(orders) == 4
-
-
-def test_ranks_share_the_files(tmp_path: Path) -> None:
-    dataset = constant_parts(tmp_path, 6)
-    shares = [
-        [int(value) for xyz, _ in loader_of(dataset, 1, 1, Ranks(rank, 2)) for value in xyz[:, 0, 0]] for rank in (0, 1)
-    ]
-    assert sorted(shares[0] + shares[1]) == [1, 2, 3, 4, 5, 6]
-
-
-def test_too_few_files_are_told_with_the_mend(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    dataset = constant_parts(tmp_path, 5)
-    with pytest.raises(InputError, match=r"found 5 patch files.*batch of 6.*--batch_size 5 or less"):
-        loader_of(dataset, 6, 1)
-    with pytest.raises(InputError, match=r"found 5 patch files for 3 process.*--batch_size 2 or less"):
-        loader_of(dataset, 4, 1, Ranks(1, 3))
-    with pytest.raises(InputError, match=r"2 batches.*--accum_iter 2 or less"):
-        loader_of(dataset, 2, 3)
-    assert not caplog.records
-    assert len(loader_of(dataset, 1, 2)) == 5
-    assert "last 1 of 5 batches" in caplog.text
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, num_workers: int) -> None:
-    dataset = constant_parts(tmp_path, 2)
-    (tmp_path / "bagel" / "001.safetensors").unlink()
-    loader = make_loader(
-        dataset, batch_size=2, accum_iter=1, ranks=Ranks(), seed=0, num_workers=num_workers, pin_memory=False
-    )
-    model = Slope()
-    steps = train_epoch(
-        model,
-        lambda _, y: y,
-        loader,
-        make_optimizer(model, 0.0),
-        Schedule(1, 0, 0, 1),
-        0,
-        accum_iter=1,
-        device=CPU,
-    )
-    with pytest.raises(InputError, match=r"^\S*bagel/001\.safetensors can no longer be read: [^\n]*$"):
-        next(steps)
-
-
-# ------------------------------------------------------------------------------------------------ the recorded run
-
-
-@pytest.mark.golden
-def test_order_rates_and_updates_are_those_of_the_original(goldens: Path, tmp_path: Path) -> None:
-    recorded = json.loads((goldens / "uff_train.json").read_text())["bagel"]
-    dataset = constant_parts(tmp_path, 6)  # file number n stands for the n-th of the recorded listing
-    loader, model, schedule = loader_of(dataset, 2, 2), Slope(), Schedule(0.002 * 2 * 2 / 256, 0.0, 1, 2)
-    optimizer = make_optimizer(model, 0.01)
-    steps, order = [], []
-    for epoch in range(2):
-        steps += train_epoch(model, lambda _, y: y, loader, optimizer, schedule, epoch, accum_iter=2, device=CPU)
-        order += [recorded["listdir_order"][int(value) - 1] for xyz, _ in loader for value in xyz[:, 0, 0]]
-    assert order == recorded["sample_order"]
-    assert [step.lr for step in steps] == pytest.approx([step["lr"] for step in recorded["steps"]], rel=1e-12, abs=0)
-    assert [step.grad_norm is not None for step in steps] == [step["update"] for step in recorded["steps"]]
-
-
-@pytest.mark.golden
-@pytest.mark.slow
-def test_training_is_that_of_the_original(
-    goldens: Path, tmp_path: Path, golden_double_features: list[PatchFeatures]
-) -> None:
-    recorded = json.loads((goldens / "uff_train.json").read_text())["bagel"]
-    parameters = np.load(goldens / "uff_train_params.npz")
-    for place, name in enumerate(recorded["listdir_order"]):  # ours sorts: names that sort as the original listed
-        features = golden_double_features[int(name.removeprefix("bagel").removesuffix(".pt"))]
-        write_features(tmp_path, "bagel", f"{place:03d}", features, **BACKBONES, dtype=torch.float32)
-    dataset = PatchFileDataset(tmp_path, "reference")
-    loader, schedule = loader_of(dataset, 2, 2), Schedule(0.002 * 2 * 2 / 256, 0.0, 1, 2)
-    torch.manual_seed(0)
-    model = FeatureFusion(dataset.xyz_dim, dataset.rgb_dim)
-    optimizer = make_optimizer(model, 0.01)
-    steps: list[Step] = []
-    for epoch in range(2):
-        steps += train_epoch(model, contrastive_loss, loader, optimizer, schedule, epoch, accum_iter=2, device=CPU)
-        for name, value in model.state_dict().items():
-            ours = value[:16, :16] if value.ndim == 2 else value[:64]
-            np.testing.assert_allclose(ours, parameters[f"bagel|epoch{epoch}|{name}"], rtol=0, atol=2e-6)
-            norm = recorded[f"final_epoch{epoch}"][name]["norm"]
-            assert float(value.double().norm()) == pytest.approx(norm, rel=1e-5, abs=1e-5)
-    for step, original in zip(steps, recorded["steps"], strict=True):
-        assert step.rows == original["n_rows"]
-        assert step.lr == pytest.approx(original["lr"], rel=1e-12)
-        assert step.loss == pytest.approx(original["loss"], rel=1e-5)
-        assert step.grad_norm == (original["grad_norm"] and pytest.approx(original["grad_norm"], rel=1e-3))
-
-
-# -------------------------------------------------------------------------------------------------- does it learn
-
-
-def retrieval_accuracy(model: FeatureFusion, held_out: list[PatchFeatures]) -> float:
-    """How often the xyz patch nearest to an rgb patch, among those of its part, lies inside that rgb patch."""
-    cell = resize_patches(torch.arange(RGB_GRID**2).float()[:, None], XYZ_GRID)[:, 0]
-    hits = []
-    for features in held_out:
-        valid = (features.xyz != 0).all(dim=1)
-        with torch.inference_mode():
-            k, q = (F.normalize(x, dim=1) for x in model(features.xyz, resize_patches(features.rgb, XYZ_GRID)))
-        hits.append(cell[valid][(q @ k.T).argmax(dim=1)] == cell[valid])
-    return torch.cat(hits).float().mean().item()
-
-
-@pytest.mark.parametrize("pairing", ["aligned", "reference"])
-def test_aligned_pairs_are_learnt_and_scrambled_ones_are_not(tmp_path: Path, pairing: str) -> None:
-    dataset = PatchFileDataset(write_parts(tmp_path, 32), pairing)
-    held_out = [related_features(seed) for seed in range(1000, 1008)]
-    loader, schedule = loader_of(dataset, 8, 1), Schedule(3e-3, 0.0, 1, 12)
-    torch.manual_seed(0)
-    model = FeatureFusion(XYZ_DIM, RGB_DIM)
-    before = retrieval_accuracy(model, held_out)
-    optimizer = make_optimizer(model, 1.5e-6)
-    losses = [
-        step.loss
-        for epoch in range(schedule.epochs)
-        for step in train_epoch(model, contrastive_loss, loader, optimizer, schedule, epoch, accum_iter=1, device=CPU)
-    ]
-    after = retrieval_accuracy(model, held_out)
-    chance = 1 / RGB_GRID**2
-    assert before < 2.5 * chance
-    if pairing == "aligned":
-        assert after > 8 * chance
-        assert losses[-1] < losses[0] - 0.5
-    else:
-        assert after < 2.5 * chance
-
-
-# ------------------------------------------------------------------------------------------------------ the script
+# What a run leaves
 
 
 def test_every_epoch_leaves_a_checkpoint_in_the_published_layout(baseline: Path) -> None:
-    assert sorted(path.name for path in baseline.iterdir()) == ["checkpoint-0.pth", "checkpoint-1.pth", "log.txt"]
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = torch.load(baseline / "checkpoint-1.pth", weights_only=True)
-    assert set(checkpoint) == {"model", "optimizer", "epoch", "scaler", "args"}
+    names = [f"checkpoint-{name}.pth" for name in ("0", "1", "best", "last")]
+    assert sorted(path.name for path in baseline.iterdir()) == [*names, "log.txt"]
+    checkpoint = read(baseline / "checkpoint-1.pth")
+    assert set(checkpoint) == {"model", "optimizer", "epoch", "scaler", "args", "progress", "rng"}
     assert checkpoint["epoch"] == 1
     assert (checkpoint["args"].lr, checkpoint["args"].batch_size) == (0.01, 2)
     model = build_feature_fusion(baseline / "checkpoint-1.pth", xyz_dim=XYZ_DIM, rgb_dim=RGB_DIM)
     assert (model.xyz_dim, model.rgb_dim, model.head_dim) == (XYZ_DIM, RGB_DIM, 256)
+    assert not differ(baseline / "checkpoint-1.pth", baseline / "checkpoint-last.pth")
+    assert differ(baseline / "checkpoint-0.pth", baseline / "checkpoint-last.pth")
 
 
 def test_log_holds_one_line_per_epoch(baseline: Path) -> None:
-    entries = [json.loads(line) for line in (baseline / "log.txt").read_text().splitlines()]
+    entries = log_of(baseline)
     assert [entry["epoch"] for entry in entries] == [0, 1]
+    assert [entry["updates"] for entry in entries] == [2, 4]
     assert [entry["train_lr"] for entry in entries] == pytest.approx([0.01 * (0 + 0.5) / 2, 0.01 * (1 + 0.5) / 2])
     assert entries[1]["train_loss"] < entries[0]["train_loss"]
+    assert all(entry["train_grad_norm"] > 0 for entry in entries)
+    assert not any(name.startswith("val_") for entry in entries for name in entry)
 
 
 def test_the_same_flags_give_the_same_weights(lib: Path, baseline: Path, tmp_path: Path) -> None:
-    again = model_of(run_main(lib, tmp_path) / "checkpoint-1.pth")
-    for name, value in model_of(baseline / "checkpoint-1.pth").items():
-        assert torch.equal(value, again[name])
+    again = run_main(lib, tmp_path)
+    assert not differ(again / "checkpoint-1.pth", baseline / "checkpoint-1.pth")
+    assert log_of(again) == log_of(baseline)
+
+
+def test_log_dir_receives_tensorboard_events(lib: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_main(lib, tmp_path / "out", "--log_dir", tmp_path / "log", "--val_fraction", "0.5", "--batch_size", "1")
+    events = EventAccumulator(str(tmp_path / "log"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == [250, 750, 1250, 1750]
+    assert [event.value for event in events.Scalars("train_lr")] == pytest.approx([0, 0.005, 0.01, 0.005])
+    assert all(event.value > 0 for event in events.Scalars("train_grad_norm"))
+    assert [event.step for event in events.Scalars("val_retrieval")] == [1000, 2000]
+    logged = [entry["val_loss"] for entry in log_of(tmp_path / "out")]
+    assert [event.value for event in events.Scalars("val_loss")] == pytest.approx(logged)
+
+
+# The flags
 
 
 @pytest.mark.parametrize(
@@ -314,13 +108,14 @@ def test_the_same_flags_give_the_same_weights(lib: Path, baseline: Path, tmp_pat
         ["--start_epoch", "1"],
         ["--uff_pairing", "reference"],
         ["--precision", "bf16"],
+        ["--max_steps", "4"],
+        ["--val_fraction", "0.25"],
     ],
     ids=lambda flags: flags[0],
 )
 def test_the_flag_changes_the_weights(lib: Path, baseline: Path, tmp_path: Path, flags: list[str]) -> None:
-    changed = model_of(run_main(lib, tmp_path, *flags) / "checkpoint-1.pth")
-    original = model_of(baseline / "checkpoint-1.pth")
-    assert any(not torch.equal(value, changed[name]) for name, value in original.items())
+    changed = run_main(lib, tmp_path, *flags)
+    assert differ(changed / "checkpoint-1.pth", baseline / "checkpoint-1.pth")
 
 
 def test_blr_scales_with_the_effective_batch(lib: Path, baseline: Path, tmp_path: Path) -> None:
@@ -338,31 +133,28 @@ def test_defaults_are_those_of_the_original() -> None:
     assert (args.batch_size, args.epochs, args.accum_iter, args.weight_decay) == (16, 3, 16, 1.5e-6)
     assert (args.lr, args.blr, args.min_lr, args.warmup_epochs, args.seed) == (None, 0.002, 0.0, 1, 0)
     assert (args.data_path, args.output_dir) == ("datasets/patch_lib", "./output_dir")
+    assert (args.negatives, args.val_fraction, args.max_steps, args.warmup_steps) == ("local", 0.0, None, None)
     assert fusion_pretrain.parse_args(["--local_rank", "2"]).local_rank == 2
     assert fusion_pretrain.parse_args(["--local-rank=2"]).local_rank == 2
 
 
-def test_resuming_continues_exactly(lib: Path, baseline: Path, tmp_path: Path) -> None:
-    run_main(lib, tmp_path, "--resume", str(baseline / "checkpoint-0.pth"))
-    assert not (tmp_path / "checkpoint-0.pth").exists()
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        resumed, straight = (torch.load(d / "checkpoint-1.pth", weights_only=True) for d in (tmp_path, baseline))
-    for name, value in straight["model"].items():
-        assert torch.equal(value, resumed["model"][name])
-    for index, state in straight["optimizer"]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(value, resumed["optimizer"]["state"][index][name])
+def test_precision_auto_is_full_precision_on_a_cpu(lib: Path, baseline: Path, tmp_path: Path) -> None:
+    run_main(lib, tmp_path, "--precision", "fp32")
+    assert not differ(tmp_path / "checkpoint-1.pth", baseline / "checkpoint-1.pth")
+    assert read(baseline / "checkpoint-1.pth")["args"].precision == "fp32"
 
 
-def test_log_dir_receives_tensorboard_events(lib: Path, tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run_main(lib, tmp_path / "out", "--log_dir", str(tmp_path / "log"))
-    events = EventAccumulator(str(tmp_path / "log"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("train_loss")] == [250, 750, 1250, 1750]
-    assert [event.value for event in events.Scalars("train_lr")] == pytest.approx([0, 0.005, 0.01, 0.005])
-    assert all(event.value > 0 for event in events.Scalars("train_grad_norm"))
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "fp32"), ("cuda", "bf16")])
+def test_precision_auto_follows_the_device(
+    lib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, precision: str
+) -> None:
+    seen = []
+    monkeypatch.setattr(fusion_pretrain, "pretrain", lambda settings, *_: seen.append(settings.precision))
+    monkeypatch.setattr(fusion_pretrain, "choose_device", lambda *_: torch.device(device, 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    run_main(lib, tmp_path)
+    run_main(lib, tmp_path, "--precision", "fp32")
+    assert seen == [precision, "fp32"]
 
 
 @pytest.mark.parametrize(
@@ -387,15 +179,201 @@ def test_reading_flags_reach_the_loader(
         assert (seen["num_workers"], seen["pin_memory"]) == (workers, pinned and device == "cuda")
 
 
+def test_files_of_the_original_train_as_the_ones_of_main(lib: Path, tmp_path: Path) -> None:
+    """In their own, scrambled, order and put back; the width is found, or given where no background shows it."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    theirs.mkdir()
+    for index in range(4):
+        features = related_features(index)
+        write_features(ours, "bagel", f"{index:03d}", features, **BACKBONES, dtype=torch.float32)
+        write_original(theirs, f"bagel{index}", features)
+    for pairing in ("aligned", "reference"):
+        flags = ["--uff_pairing", pairing, "--epochs", "1"]
+        expected = run_main(ours, tmp_path / f"ours_{pairing}", *flags)
+        for width in ([], ["--xyz_dim", XYZ_DIM]):
+            found = run_main(theirs, tmp_path / f"theirs_{pairing}_{len(width)}", *flags, *width)
+            assert not differ(found / "checkpoint-0.pth", expected / "checkpoint-0.pth")
+            assert log_of(found) == log_of(expected)
+
+
+# The length of a training
+
+
+@pytest.mark.parametrize(("steps", "epoch", "batch"), [(1, 0, 3), (3, 0, 7), (4, 1, 3), (7, 2, 3)])
+def test_max_steps_ends_after_that_many_updates(tmp_path: Path, lib: Path, steps: int, epoch: int, batch: int) -> None:
+    """Seven batches make three updates an epoch, so these numbers end within one, at an end, and in later ones."""
+    seven = write_parts(tmp_path / "seven", 7)
+    flags = ["--batch_size", "1", "--accum_iter", "3", "--max_steps", steps, "--warmup_steps", "0"]
+    out = run_main(seven, tmp_path / "out", *flags)
+    last = read(out / "checkpoint-last.pth")
+    assert last["progress"]["updates"] == steps
+    assert {int(state["step"]) for state in last["optimizer"]["state"].values()} == {steps}
+    whole_epochs = [entry["updates"] for entry in log_of(out)]
+    assert whole_epochs == [*range(3, steps, 3), steps]
+    assert (out / f"checkpoint-{epoch}.pth").exists()  # the last one, and none for the epochs before it
+    assert len(list(out.glob("checkpoint-[0-9]*.pth"))) == 1
+    assert not differ(out / f"checkpoint-{epoch}.pth", out / "checkpoint-last.pth")
+
+
+@pytest.mark.parametrize(
+    ("flags", "warmup"),
+    [([], 4), (["--warmup_steps", "2"], 2), (["--warmup_steps", "0"], 0)],
+    ids=["default", "2", "0"],
+)
+def test_max_steps_are_the_schedule(lib: Path, tmp_path: Path, flags: list[str], warmup: int) -> None:
+    """With one update an epoch the log tells the rate of each; --epochs no longer counts."""
+    length = ["--max_steps", "12", "--warmup_epochs", "7", "--accum_iter", "4", "--min_lr", "0.001"]
+    rates = [entry["train_lr"] for entry in log_of(run_main(lib, tmp_path, *length, *flags))]
+    expected = fusion_pretrain.Schedule(0.01, 0.001, warmup, 12)
+    assert rates == pytest.approx([expected.learning_rate(update) for update in range(12)])
+
+
+def test_a_third_of_max_steps_is_warm_up() -> None:
+    settings = fusion_pretrain.PretrainSettings(**vars(fusion_pretrain.parse_args(["--max_steps", "750"])))
+    assert settings.schedule(0.003) == fusion_pretrain.Schedule(0.003, 0.0, 250, 750, in_updates=True)
+    in_epochs = fusion_pretrain.PretrainSettings(**vars(fusion_pretrain.parse_args([])))
+    assert in_epochs.schedule(0.003) == fusion_pretrain.Schedule(0.003, 0.0, 1, 3)
+
+
+def test_drop_last_group_leaves_out_the_batches_that_fill_none(tmp_path: Path) -> None:
+    seven = write_parts(tmp_path / "seven", 7)
+    flags = ["--batch_size", "1", "--accum_iter", "3"]
+    kept = run_main(seven, tmp_path / "kept", *flags)
+    dropped = run_main(seven, tmp_path / "dropped", *flags, "--drop_last_group")
+    assert [entry["updates"] for entry in log_of(kept)] == [3, 6]
+    assert [entry["updates"] for entry in log_of(dropped)] == [2, 4]
+    assert differ(kept / "checkpoint-0.pth", dropped / "checkpoint-0.pth")
+
+
+def test_save_steps_writes_within_an_epoch(lib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[str, int]] = []
+    save = fusion_pretrain.save_checkpoint
+
+    def note(path: Path, model: object, optimizer: object, progress: fusion_pretrain.Progress, args: object) -> None:
+        written.append((path.name, progress.updates))
+        save(path, model, optimizer, progress, args)
+
+    monkeypatch.setattr(fusion_pretrain, "save_checkpoint", note)
+    flags = ["--batch_size", "1", "--accum_iter", "1", "--epochs", "1"]
+    run_main(lib, tmp_path, *flags, "--save_steps", "3")
+    assert [updates for name, updates in written if name == "checkpoint-last.pth"] == [3, 6, 8]
+
+
+# Validation
+
+
+@pytest.mark.parametrize("pairing", ["aligned", "reference"])
+def test_validation_tells_aligned_pairs_from_scrambled_ones(tmp_path: Path, pairing: str) -> None:
+    lib = write_parts(tmp_path / "lib", 40)
+    flags = ["--batch_size", "8", "--accum_iter", "1", "--epochs", "12", "--lr", "0.003", "--val_fraction", "0.2"]
+    out = run_main(lib, tmp_path / "out", *flags, "--uff_pairing", pairing)
+    entries = log_of(out)
+    chance = {entry["val_chance"] for entry in entries}
+    assert len(chance) == 1
+    # 56 valid patches; 16 distinct rgb patches in aligned order, of which each lies somewhere in the scrambled one.
+    assert chance.pop() == pytest.approx(1 / 16)
+    if pairing == "aligned":
+        assert entries[-1]["val_retrieval"] > 8 / 16
+        assert entries[-1]["val_loss"] < entries[0]["val_loss"] - 0.3
+    else:
+        assert entries[-1]["val_retrieval"] < 2.5 / 16
+    # The best checkpoint is the first of those that are farthest above chance.
+    figures = [entry["val_retrieval"] - entry["val_chance"] for entry in entries]
+    best = figures.index(max(figures))
+    progress = read(out / "checkpoint-best.pth")["progress"]
+    assert (progress["epoch"], progress["best"]) == (best + 1, max(figures))
+    assert not differ(out / "checkpoint-best.pth", out / f"checkpoint-{best}.pth")
+
+
+def test_validation_is_that_of_the_files_left_out(lib: Path, tmp_path: Path) -> None:
+    """Its figures are the means over the rows of those files, by the model of that epoch, which never saw them."""
+    out = run_main(lib, tmp_path / "out", "--val_fraction", "0.25", "--batch_size", "1", "--accum_iter", "3")
+    train, validation = fusion_pretrain.split_files(8, 0.25, 0)
+    assert len(validation) == 2
+    model = build_feature_fusion(out / "checkpoint-1.pth", xyz_dim=XYZ_DIM, rgb_dim=RGB_DIM)
+    dataset = PatchFileDataset(lib)
+    with torch.no_grad():
+        heads = [model(*dataset[index][:2]) for index in validation]
+        rows = sum(len(xyz) for xyz, _ in heads)
+        loss = sum(len(pair[0]) * contrastive_loss(*pair).item() for pair in heads) / rows
+        hits = sum(fusion_pretrain.retrieval(*pair)[0] for pair in heads) / rows
+    entry = log_of(out)[1]
+    assert (entry["val_loss"], entry["val_retrieval"]) == (pytest.approx(loss), pytest.approx(hits))
+    assert [entry["updates"] for entry in log_of(out)] == [2, 4]  # of 6 files
+    # Without the files held out, training is the same: it never looks at them.
+    for index in validation:
+        changed = dataset.files[index]
+        features = related_features(777 + index)
+        write_features(tmp_path / "lib", changed.class_name, changed.stem, features, **BACKBONES)
+    for index in train:
+        kept = dataset.files[index].path
+        target = tmp_path / "lib" / kept.relative_to(lib)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(kept.read_bytes())
+    flags = ["--val_fraction", "0.25", "--batch_size", "1", "--accum_iter", "3"]
+    other = run_main(tmp_path / "lib", tmp_path / "other", *flags)
+    assert not differ(other / "checkpoint-1.pth", out / "checkpoint-1.pth")
+    assert log_of(other)[1]["val_loss"] != entry["val_loss"]
+
+
+def test_without_validation_the_lowest_loss_is_the_best(
+    lib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shifts = iter([0.0] * 4 + [-5.0] * 4 + [-3.0] * 4)  # 4 batches an epoch
+
+    def shifted(xyz: torch.Tensor, rgb: torch.Tensor, negatives: str) -> torch.Tensor:
+        return contrastive_loss(xyz, rgb, negatives) + next(shifts)
+
+    monkeypatch.setattr(fusion_pretrain, "contrastive_loss", shifted)
+    losses = [entry["train_loss"] for entry in log_of(run_main(lib, tmp_path, "--epochs", "3"))]
+    assert min(losses) == losses[1]
+    progress = read(tmp_path / "checkpoint-best.pth")["progress"]
+    assert (progress["epoch"], progress["best"]) == (2, -losses[1])
+
+
+def test_validation_without_a_valid_patch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lib = write_parts(tmp_path / "lib", 4)
+    _, (held_out,) = fusion_pretrain.split_files(4, 0.25, 0)
+    file = PatchFileDataset(lib).files[held_out]
+    empty = PatchFeatures(rgb=related_features(0).rgb, xyz=torch.zeros(64, XYZ_DIM))
+    write_features(lib, file.class_name, file.stem, empty, **BACKBONES)
+    assert_refused(capsys, lib, tmp_path / "out", ["--val_fraction", "0.25", "--batch_size", "1"], "validation split")
+
+
+# Bad input
+
+
+def assert_refused(capsys: pytest.CaptureFixture[str], lib: Path, out: Path, flags: list[str], message: str) -> None:
+    """One sentence on stderr and exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        run_main(lib, out, *flags)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    line = said.splitlines()[-1]
+    assert ": error: " in line
+    assert message in line
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--data_path", "nowhere"], "nowhere is no folder"),
         (["--batch_size", "9"], "found 8 patch files"),
-        (["--accum_iter", "5"], "--accum_iter 4 or less"),
+        (["--drop_last_group", "--accum_iter", "5"], "--accum_iter 4 or less"),
         (["--batch_size", "0"], "--batch_size 0: expected a number above 0"),
+        (["--max_steps", "0"], "--max_steps 0: expected a number above 0"),
+        (["--save_steps", "0"], "--save_steps 0: expected a number above 0"),
+        (["--xyz_dim", "0"], "--xyz_dim 0: expected a number above 0"),
         (["--lr", "nan"], "--lr nan"),
         (["--warmup_epochs", "-1"], "--warmup_epochs -1: expected 0 or more"),
+        (["--max_steps", "9", "--warmup_steps", "-1"], "--warmup_steps -1: expected 0 or more"),
+        (["--warmup_steps", "3"], "--warmup_steps counts updates of a run of --max_steps: give both"),
+        (["--val_fraction", "1.5"], "--val_fraction 1.5: expected 0 or more and below 1"),
+        (["--val_fraction", "-0.1"], "--val_fraction -0.1: expected 0 or more and below 1"),
+        (["--val_fraction", "nan"], "--val_fraction nan: expected 0 or more and below 1"),
+        (["--val_fraction", "0.01"], "--val_fraction 0.01 of 8 patch files is 0"),
+        (["--val_fraction", "0.99"], "--val_fraction 0.99 of 8 patch files is 8"),
         (["--min_lr", "0.5"], "--min_lr 0.5 lies above the peak learning rate 0.01"),
         (["--device", "quantum"], "unknown device 'quantum'"),
         (["--device", "cuda:77"], "cuda:77 was asked for"),
@@ -405,117 +383,102 @@ def test_reading_flags_reach_the_loader(
         (["--world_size", "2"], "needs --local_rank 0 ... 1"),
         (["--lr", "1e30", "--warmup_epochs", "0"], "the loss is nan at epoch 0, batch 2"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_ends_with_one_line_and_exit_code_2(
     lib: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        run_main(lib, tmp_path, *flags)
-    assert stop.value.code == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert ": error: " in line
-    assert message in line
+    assert_refused(capsys, lib, tmp_path, flags, message)
 
 
-def test_files_that_cannot_be_resumed_from(baseline: Path, tmp_path: Path) -> None:
-    model = FeatureFusion(XYZ_DIM, RGB_DIM)
-    wrong, cut = tmp_path / "wrong.pth", tmp_path / "cut.pth"
-    torch.save({"model": model.state_dict()}, wrong)
-    cut.write_bytes((baseline / "checkpoint-1.pth").read_bytes()[:1000])
-    for path, widths in [
-        (wrong, (XYZ_DIM, RGB_DIM)),
-        (cut, (XYZ_DIM, RGB_DIM)),
-        (baseline / "checkpoint-1.pth", (3, 4)),
-    ]:
-        model = FeatureFusion(*widths)
-        with pytest.raises(InputError, match=rf"^{path} [^\n]*$"):
-            load_checkpoint(path, model, make_optimizer(model, 0.0))
+@pytest.mark.parametrize("num_workers", ["0", "1"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("empty folder", "holds no <class>/<stem>.safetensors"),
+        ("truncated", "dowel/001.safetensors cannot be read"),
+        ("widths", "the patch files differ in"),
+        ("nan rows", "dowel/001.safetensors: 2 of 64 xyz patches hold NaN or infinite values"),
+        ("no valid point", "hold no valid point"),
+        ("truncated .pt", "dowel1.pt cannot be read"),
+        ("nan in rgb of .pt", "rgb patches hold NaN or infinite values"),
+        ("both formats", "holds 4 patch files and 1 .pt files"),
+    ],
+)
+def test_bad_files_end_with_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, message: str, num_workers: str
+) -> None:
+    lib = tmp_path / "lib"
+    lib.mkdir()
+    if damage.endswith(".pt"):
+        for index, name in enumerate(("bagel0", "dowel1")):
+            write_original(lib, name, related_features(index))
+        bad = lib / "dowel1.pt"
+        if damage == "truncated .pt":
+            bad.write_bytes(bad.read_bytes()[:-500])
+        else:
+            features = related_features(1)
+            features.rgb[3, 2] = torch.nan
+            write_original(lib, "dowel1", features)
+    elif damage != "empty folder":
+        bad = write_parts(lib, 4) / "dowel" / "001.safetensors"
+        if damage == "truncated":
+            bad.write_bytes(bad.read_bytes()[:-1])
+        elif damage == "widths":
+            wide = PatchFeatures(rgb=related_features(1).rgb, xyz=torch.ones(64, XYZ_DIM + 1))
+            write_features(lib, "dowel", "001", wide, **BACKBONES)
+        elif damage == "nan rows":
+            with safe_open(bad, framework="pt") as file:
+                metadata = file.metadata()
+            tensors = load_file(bad)
+            tensors["xyz"][20:22, 1] = torch.nan
+            save_file(tensors, bad, metadata)
+        elif damage == "no valid point":
+            empty = related_features(1)._replace(xyz=torch.zeros(64, XYZ_DIM))
+            write_features(lib, "dowel", "001", empty, **BACKBONES)
+        else:
+            write_original(lib, "bagel7", related_features(7))
+    flags = ["--batch_size", "1", "--num_workers", num_workers]
+    assert_refused(capsys, lib, tmp_path / "out", flags, message)
 
 
-# --------------------------------------------------------------------------------------------------- the launchers
+def test_files_of_huge_values_are_named_and_the_last_checkpoint_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lib = write_parts(tmp_path / "lib", 8)
+    dataset = PatchFileDataset(lib)
+    # In the order of the first epoch, so that the third update meets the bad file.
+    sampler = torch.utils.data.DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=0)
+    order = list(sampler)
+    bad, partner = dataset.files[order[4]], dataset.files[order[5]]
+    features = related_features(0)._replace(rgb=torch.full((16, RGB_DIM), 3e38))
+    write_features(lib, bad.class_name, bad.stem, features, **BACKBONES, dtype=torch.float32)
+    written: list[bytes] = []
+    save = fusion_pretrain.save_checkpoint
+
+    def keep(path: Path, *parts: object) -> None:
+        save(path, *parts)
+        written.append(path.read_bytes())
+
+    monkeypatch.setattr(fusion_pretrain, "save_checkpoint", keep)
+    flags = ["--accum_iter", "1", "--save_steps", "1"]
+    assert_refused(capsys, lib, tmp_path / "out", flags, f"{bad.path}, {partner.path}")
+    last = tmp_path / "out" / "checkpoint-last.pth"
+    assert last.read_bytes() == written[-1]
+    assert len(written) == 2
+    checkpoint = read(last)
+    assert checkpoint["progress"]["updates"] == 2
+    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+    assert [path.name for path in last.parent.iterdir()] == [last.name]
+    # With the file mended, training goes on from there.
+    write_features(lib, bad.class_name, bad.stem, related_features(0), **BACKBONES)
+    run_main(lib, tmp_path / "out", *flags, "--resume", last)
+    assert [entry["updates"] for entry in log_of(tmp_path / "out")] == [4, 8]
 
 
-def test_ranks_come_from_the_environment_or_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
-    assert is_main()
-    assert find_ranks() == find_ranks(local_rank=-1) == find_ranks(world_size=1) == Ranks(0, 1, 0)
-    assert find_ranks(local_rank=1) == Ranks(0, 1, 1)  # alone, on the second GPU
-    assert find_ranks(1, 2, "tcp://localhost:29500") == Ranks(1, 2, 1)
-    for flags in [(None, 2, "tcp://localhost:1"), (2, 2, "tcp://localhost:1"), (1, 2, "env://")]:
-        with pytest.raises(InputError, match="without torchrun"):
-            find_ranks(*flags)
-    monkeypatch.setenv("RANK", "5")
-    with pytest.raises(InputError, match="has RANK but not both"):
-        find_ranks()
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert find_ranks(local_rank=1) == Ranks(5, 8, 1)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert find_ranks(local_rank=1, world_size=8) == Ranks(5, 8, 3)
-    with pytest.raises(InputError, match="--world_size 2, but the launcher started 8"):
-        find_ranks(world_size=2)
-
-
-def test_device_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto", 1) == CPU
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_device("auto", 1) == choose_device("cuda", 1) == choose_device("cuda:1", 0) == torch.device("cuda", 1)
-    assert choose_device("cpu", 1) == CPU
-    with pytest.raises(InputError, match="cuda:2 was asked for"):
-        choose_device("cuda", 2)
-
-
-def launch(*command: str | Path) -> "subprocess.Popen[str]":
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(*processes: "subprocess.Popen[str]") -> None:
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def assert_same_run(ours: Path, expected: Path) -> None:
-    weights = model_of(ours / "checkpoint-1.pth")
-    for name, value in model_of(expected / "checkpoint-1.pth").items():
-        torch.testing.assert_close(weights[name], value, rtol=0, atol=2e-5)
-    losses = [json.loads(line)["train_loss"] for line in (ours / "log.txt").read_text().splitlines()]
-    known = [json.loads(line)["train_loss"] for line in (expected / "log.txt").read_text().splitlines()]
-    assert losses == pytest.approx(known, rel=1e-4)
-
-
-def test_the_readme_commands_train_in_one_process(lib: Path, baseline: Path, tmp_path: Path) -> None:
-    flags = [*SMALL, "--device", "cpu", "--data_path", str(lib)]
-    plain = launch("fusion_pretrain.py", *flags, "--output_dir", str(tmp_path / "plain"))
-    launcher = ["-m", "torch.distributed.launch", "--nproc_per_node=1", f"--master_port={free_port()}"]
-    launched = launch(*launcher, "fusion_pretrain.py", *flags, "--output_dir", str(tmp_path / "launched"))
-    finish(plain, launched)
-    assert_same_run(tmp_path / "plain", baseline)
-    assert_same_run(tmp_path / "launched", baseline)
-
-
-def test_two_processes_average_the_gradients_of_their_own_batches(lib: Path, tmp_path: Path) -> None:
-    """Two processes that see every other file take the steps of one process that accumulates two files."""
-    expected = run_main(lib, tmp_path / "expected", "--batch_size", "1", "--accum_iter", "4")
-    flags = [*SMALL, "--batch_size", "1", "--accum_iter", "2", "--device", "cpu", "--data_path", str(lib)]
-    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    finish(launch(*runner, "fusion_pretrain.py", *flags, "--output_dir", str(tmp_path / "torchrun")))
-    assert_same_run(tmp_path / "torchrun", expected)
-    by_hand = ["--dist_url", f"file://{tmp_path / 'meet'}", "--world_size", "2", "--output_dir", str(tmp_path / "hand")]
-    finish(*(launch("fusion_pretrain.py", *flags, *by_hand, "--local_rank", rank) for rank in ("0", "1")))
-    assert_same_run(tmp_path / "hand", expected)
+def test_divergence_names_its_batch_and_leaves_the_last_checkpoint(
+    lib: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--lr", "1e30", "--min_lr", "1e30", "--warmup_epochs", "0", "--accum_iter", "1", "--save_steps", "1"]
+    assert_refused(capsys, lib, tmp_path, flags, "at epoch 0, batch 1, learning rate 1e+30: training has diverged")
+    assert read(tmp_path / "checkpoint-last.pth")["progress"]["updates"] == 1

@@ -1,9 +1,10 @@
 """One process or several: the torchrun environment, and collectives that are no-ops in a single process."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,6 +94,75 @@ def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") 
 def is_main() -> bool:
     """Whether this process is the one that reports and writes."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def world_size() -> int:
+    """Number of processes of the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """The rows of all processes, in the order of the ranks; gradients flow back to where each row came from.
+
+    Args:
+        rows: (n, D), n may differ between the processes and be 0.
+
+    Returns:
+        (sum of all n, D), the same everywhere, and the position of this process's first row in it.
+    """
+    if world_size() == 1:
+        return rows, 0
+    own = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(own) for _ in range(world_size())]
+    dist.all_gather(counts, own)
+    sizes = [int(count) for count in counts]
+    gathered: Tensor = _GatherRows.apply(rows, sizes)
+    return gathered, sum(sizes[: dist.get_rank()])
+
+
+class _GatherRows(torch.autograd.Function):
+    """all_gather of (n, D) rows, n as in `sizes`; the gradient of a row is summed over the processes."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        padded = rows.new_zeros(max(sizes), rows.shape[1])
+        padded[: len(rows)] = rows
+        received = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(received, padded)
+        return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.split(ctx.sizes)[dist.get_rank()], None
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any of the processes; the same answer in all of them."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]:
+    """Sums of numbers over the processes, in float64, the same in all of them."""
+    summed = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(summed)
+    return [float(value) for value in summed]
+
+
+def gather_names(names: Sequence[str]) -> list[str]:
+    """The names of all processes, in the order of the ranks."""
+    if world_size() == 1:
+        return list(names)
+    gathered: list[list[str]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(gathered, list(names))
+    return [name for part in gathered for name in part]
 
 
 def all_reduce_mean(value: Tensor) -> float:

@@ -12,9 +12,12 @@ class InputError(ValueError):
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Turn an InputError into one line on stderr and exit code 2; any other exception passes as it is."""
+    """End on an InputError with one line on stderr and exit code 2, on Ctrl-C with 130; other exceptions pass."""
     try:
         yield
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

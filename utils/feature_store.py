@@ -10,27 +10,32 @@ and the fields of `PatchFile` but the path as metadata, beside a schema version.
 Zeros carry meaning: training leaves out every patch whose xyz features hold an exact zero. Half precision would turn
 tiny values into further zeros, so the writer keeps such a value at the smallest number that half precision has (6e-8).
 The zeros of a file are therefore exactly the zeros of the features, at either precision.
+
+The patch files of the original code can be read too: <class><number>.pt, one float32 tensor (n, C_xyz + C_rgb) each, in
+which the rgb patches were brought to the xyz grid in the scrambled order of the "reference" pairing.
 """
 
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from utils.checkpoint_files import read_checkpoint
 from utils.errors import InputError
 from utils.files import atomic_path
 from utils.records import PatchFeatures
 
 SCHEMA = "m3dm-patches/1"
-SUFFIX = ".safetensors"
+SUFFIX, ORIGINAL_SUFFIX = ".safetensors", ".pt"
 PAIRINGS = ("aligned", "reference")
-STORAGE_DTYPES = (torch.float16, torch.float32)
+STORAGE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 MEND = "write the patch files anew with main.py --save_feature"
 
 
@@ -125,7 +130,7 @@ def write_features(
     Raises:
         InputError: a modality is absent, or holds values that are not finite in this dtype.
     """
-    if dtype not in STORAGE_DTYPES:
+    if dtype not in STORAGE_DTYPES.values():
         raise ValueError(f"patch files hold float16 or float32, not {dtype}")
     if features.xyz is None or features.rgb is None:
         raise InputError(f"{class_name}/{stem}: training features need both rgb and xyz: save them with DINO+Point_MAE")
@@ -147,7 +152,8 @@ def write_features(
     )
     metadata = {key: str(value) for key, value in header._asdict().items() if key != "path"}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata | {"schema": SCHEMA})
+        # By way of bytes: save_file makes files that nobody but their owner may read.
+        temporary.write_bytes(save(tensors, metadata | {"schema": SCHEMA}))
     return path
 
 
@@ -180,24 +186,36 @@ def read_header(path: Path) -> PatchFile:
     return header
 
 
-class PatchFileDataset(Dataset[tuple[Tensor, Tensor]]):
+class PatchFileDataset(Dataset[tuple[Tensor, Tensor, int]]):
     """The patch files of a folder, sorted by class and stem, as pairs of patches of one sample.
 
-    An item is (xyz (xyz_grid**2, C_xyz), rgb (xyz_grid**2, C_rgb)): row by row the xyz patch and its rgb partner.
+    An item is (xyz (xyz_grid**2, C_xyz), rgb (xyz_grid**2, C_rgb), index): row by row the xyz patch and its rgb
+    partner, and the index of the item, by which `files` tells where it comes from.
 
     Args:
-        folder: what --save_feature_path named; holds one folder per class.
-        pairing: "aligned" or "reference", see `pair_rgb`; None: what the files ask for.
+        folder: what --save_feature_path named; holds one folder per class, or the .pt files of the original code.
+        pairing: "aligned" or "reference", see `pair_rgb`; None: what the files ask for ("aligned" for .pt files).
         dtype: dtype of the items.
+        xyz_dim: C_xyz of .pt files, which do not say it; None: found from patches without a point, all zero in xyz.
 
     Raises:
         InputError: no files, a damaged one, or files of different widths, grids or backbones; when an item is read:
             patches that are not finite.
     """
 
-    def __init__(self, folder: Path | str, pairing: str | None = None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        pairing: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        xyz_dim: int | None = None,
+    ) -> None:
         self.dtype = dtype
-        self.files = [read_header(path) for path in _list_files(Path(folder))]
+        paths = _list_files(Path(folder))
+        if paths[0].suffix == ORIGINAL_SUFFIX:
+            self.files = _original_headers(paths, xyz_dim)
+        else:
+            self.files = [read_header(path) for path in paths]
         first = self.files[0]
         for file in self.files:
             if file.layout != first.layout:
@@ -214,27 +232,103 @@ class PatchFileDataset(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        path = self.files[index].path
-        try:
-            with safe_open(path, framework="pt") as file:
-                xyz, rgb = (file.get_tensor(name).to(self.dtype) for name in ("xyz", "rgb"))
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} can no longer be read: {error}; {MEND}") from None
-        _check_finite(path, "xyz", xyz)
-        _check_finite(path, "rgb", rgb)
-        return xyz, pair_rgb(rgb, len(xyz), self.pairing)
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        file = self.files[index]
+        if file.path.suffix == ORIGINAL_SUFFIX:
+            xyz, rgb = (part.to(self.dtype) for part in _read_original(file))
+        else:
+            xyz, rgb = (part.to(self.dtype) for part in _read_patches(file.path))
+        _check_finite(file.path, "xyz", xyz)
+        _check_finite(file.path, "rgb", rgb)
+        return xyz, pair_rgb(rgb, len(xyz), self.pairing), index
+
+
+def _read_patches(path: Path) -> tuple[Tensor, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("xyz"), file.get_tensor("rgb")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} can no longer be read: {error}; {MEND}") from None
 
 
 def _list_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: give the folder that main.py --save_feature_path wrote")
     # A leading dot marks a file that is being written.
-    paths = sorted(path for path in folder.glob(f"*/*{SUFFIX}") if not path.name.startswith("."))
-    if not paths:
-        old = " (the .pt files in it are of the original code and cannot be used)" if any(folder.rglob("*.pt")) else ""
-        raise InputError(f"{folder} holds no <class>/<stem>{SUFFIX}{old}; {MEND} --save_feature_path {folder}")
-    return paths
+    ours = sorted(path for path in folder.glob(f"*/*{SUFFIX}") if not path.name.startswith("."))
+    originals = sorted(folder.glob(f"*{ORIGINAL_SUFFIX}"))
+    if ours and originals:
+        raise InputError(
+            f"{folder} holds {len(ours)} patch files and {len(originals)} {ORIGINAL_SUFFIX} files of the original "
+            "code: keep them in two folders"
+        )
+    if not ours and not originals:
+        raise InputError(f"{folder} holds no <class>/<stem>{SUFFIX}; {MEND} --save_feature_path {folder}")
+    return ours or originals
+
+
+def _original_headers(paths: list[Path], xyz_dim: int | None) -> list[PatchFile]:
+    """Headers for the original's .pt files, all like the first one, whose widths and grids are worked out."""
+    first = _load_original(paths[0])
+    background = first[first[:, 0] == 0]
+    leading = (background != 0).int().argmax(dim=1)  # zeros in front
+    if xyz_dim is None:
+        if len(background) == 0 or leading.min() != leading.max():
+            raise InputError(f"{paths[0]} does not show where its xyz part ends: give its width as --xyz_dim")
+        xyz_dim = int(leading[0])
+    elif len(background) and leading.max() != xyz_dim:
+        # One row may begin with zeros by chance, and then with fewer than the xyz part is wide.
+        shown = int(leading.max())
+        if shown > xyz_dim or (leading == shown).sum() > 1:
+            raise InputError(f"{paths[0]} shows by its background that xyz is {shown} wide, not --xyz_dim {xyz_dim}")
+    if not 0 < xyz_dim < first.shape[1]:
+        raise InputError(f"{paths[0]} is {first.shape[1]} wide, which leaves no rgb part beside --xyz_dim {xyz_dim}")
+    xyz_grid = grid_side(first)
+    _check_finite(paths[0], "rgb", first[:, xyz_dim:])
+    rgb_grid = math.isqrt(len(_unscramble(first[:, xyz_dim:])))
+    layout = (xyz_dim, first.shape[1] - xyz_dim, xyz_grid, rgb_grid, "unknown", "unknown", "aligned")
+    names = [re.fullmatch(r"(.*?)(\d*)", path.stem) for path in paths]
+    return [PatchFile(path, name[1], name[2], *layout) for path, name in zip(paths, names, strict=True) if name]
+
+
+def _load_original(path: Path) -> Tensor:
+    patches = read_checkpoint(path)
+    if (
+        not isinstance(patches, Tensor)
+        or patches.ndim != 2
+        or not len(patches)
+        or math.isqrt(len(patches)) ** 2 != len(patches)
+    ):
+        found = tuple(patches.shape) if isinstance(patches, Tensor) else type(patches).__name__
+        raise InputError(f"{path} holds {found}, expected a tensor (patches of a square grid, C_xyz + C_rgb); {MEND}")
+    return patches
+
+
+def _read_original(file: PatchFile) -> tuple[Tensor, Tensor]:
+    """The xyz (n, C_xyz) and rgb (rgb_grid**2, C_rgb) patches of a .pt file, each row-major over its grid."""
+    patches = _load_original(file.path)
+    if patches.shape != (file.xyz_grid**2, file.xyz_dim + file.rgb_dim):
+        raise InputError(
+            f"{file.path} holds {tuple(patches.shape)}, but the first file {file.xyz_grid**2} patches "
+            f"{file.xyz_dim + file.rgb_dim} wide: keep the files of one run in a folder"
+        )
+    _check_finite(file.path, "rgb", patches[:, file.xyz_dim :])
+    rgb = _unscramble(patches[:, file.xyz_dim :])
+    if len(rgb) != file.rgb_grid**2:
+        raise InputError(f"{file.path} has another rgb grid than the first file: keep the files of one run in a folder")
+    return patches[:, : file.xyz_dim].contiguous(), rgb
+
+
+def _unscramble(paired: Tensor) -> Tensor:
+    """The rgb patches (n, C) of which the "reference" pairing made (rows, C): n is the least that explains them all."""
+    rows = len(paired)
+    for n in (side**2 for side in range(1, math.isqrt(rows) + 1) if rows % side**2 == 0):
+        source = pair_rgb(torch.arange(n)[:, None], rows, "reference")[:, 0]
+        rgb = paired.new_zeros(n, paired.shape[1])
+        rgb[source] = paired
+        if torch.equal(rgb[source], paired):
+            return rgb
+    raise AssertionError("n = rows explains every order")
 
 
 def _to_storage(features: Tensor, dtype: torch.dtype) -> Tensor:

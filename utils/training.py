@@ -3,44 +3,66 @@
 import argparse
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
 from utils.checkpoint_files import read_checkpoint
-from utils.distributed import Ranks, all_reduce_mean, is_main
+from utils.distributed import Ranks, all_reduce_mean, gather_names
 from utils.errors import InputError
 from utils.files import atomic_path
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 BETAS = (0.9, 0.95)  # of AdamW, as in masked autoencoders, from which the recipe comes
 
-Batches = DataLoader[tuple[Tensor, Tensor]]
+Batches = DataLoader[tuple[Tensor, Tensor, int]]  # collated: (B, P, C) patches, and the indices (B,) of their files
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear from 0 to `peak_lr` over the warm-up, then half a cosine down to `min_lr` at the last epoch's end."""
+    """Linear from 0 to `peak_lr` over the warm-up, then half a cosine down to `min_lr` at the end.
+
+    Warm-up and total are counted in epochs, or in updates where `in_updates` is set.
+    """
 
     peak_lr: float
     min_lr: float
-    warmup_epochs: int
-    epochs: int
+    warmup: float
+    total: float
+    in_updates: bool = False
 
-    def learning_rate(self, epoch: float) -> float:
-        """Learning rate at a fractional epoch in [0, epochs)."""
-        if epoch < self.warmup_epochs:
-            return self.peak_lr * epoch / self.warmup_epochs
-        progress = (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
-        return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    def learning_rate(self, progress: float) -> float:
+        """Learning rate at a fractional epoch, or number of updates made, in [0, total)."""
+        if progress < self.warmup:
+            return self.peak_lr * progress / self.warmup
+        rest = (progress - self.warmup) / (self.total - self.warmup)
+        return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * rest))
+
+
+@dataclass
+class Progress:
+    """How far training has come; a checkpoint holds it, and `train_epoch` goes on from it."""
+
+    epoch: int = 0
+    batch: int = 0  # micro-batches of this epoch that an update has made use of
+    updates: int = 0
+    loss_sum: float = 0.0  # over the micro-batches of this epoch, for the mean in the log
+    lr_sum: float = 0.0
+    grad_norm: float | None = None  # of the last update
+    best: float = -math.inf  # the highest figure of merit at the end of an epoch
+    processes: int = 1
+    files: int = 0  # patch files of the run, those to validate on included
 
 
 class Step(NamedTuple):
@@ -48,13 +70,38 @@ class Step(NamedTuple):
 
     epoch: float  # fractional, at the begin of the micro-batch
     lr: float
-    loss: float  # mean over the processes, not divided by accum_iter
+    loss: float  # mean over the processes, not divided by the size of the accumulation group
     rows: int  # patches contrasted in this process
     grad_norm: float | None  # L2, of the accumulated gradient; None where the accumulation group goes on
 
 
+class _BatchesOfEpoch(BatchSampler):
+    """Whole batches of a sampler, from batch number `first` on: an epoch that was interrupted reads nothing twice."""
+
+    first = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return islice(super().__iter__(), self.first, None)
+
+
+def split_files(count: int, val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of the files to train on and to validate on, each ascending; the choice depends on `seed` alone.
+
+    Raises:
+        InputError: one of the two would be empty.
+    """
+    held_out = round(count * val_fraction)
+    if val_fraction > 0 and not 0 < held_out < count:
+        raise InputError(
+            f"--val_fraction {val_fraction} of {count} patch files is {held_out}: choose a fraction that leaves files "
+            "on both sides, or 0 for no validation"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[held_out:]), sorted(order[:held_out])
+
+
 def make_loader(
-    dataset: Dataset[tuple[Tensor, Tensor]],
+    dataset: Dataset[tuple[Tensor, Tensor, int]],
     *,
     batch_size: int,
     accum_iter: int,
@@ -62,11 +109,12 @@ def make_loader(
     seed: int,
     num_workers: int,
     pin_memory: bool,
+    drop_last_group: bool = False,
 ) -> Batches:
     """Shuffled whole batches of this process's share of the dataset; the order depends on `seed` and epoch alone.
 
     Raises:
-        InputError: an epoch would hold no batch, or too few of them for a single update.
+        InputError: an epoch would hold no batch, or with `drop_last_group` too few of them for a single update.
     """
     files = len(dataset)  # type: ignore[arg-type]
     share = math.ceil(files / ranks.world_size)
@@ -76,24 +124,17 @@ def make_loader(
             f"found {files} patch files for {ranks.world_size} process(es), fewer than one batch of {batch_size} each: "
             f"give --batch_size {share} or less"
         )
-    if steps < accum_iter:
+    if drop_last_group and steps < accum_iter:
         raise InputError(
             f"an epoch has {steps} batches ({files} files, batch size {batch_size}, {ranks.world_size} process(es)), "
             f"fewer than the {accum_iter} that make one update: give --accum_iter {steps} or less"
         )
-    if steps % accum_iter and is_main():
-        logger.warning(
-            "the last %d of %d batches of an epoch make no whole accumulation group of %d and lead to no update",
-            *(steps % accum_iter, steps, accum_iter),
-        )
-    sampler: DistributedSampler[tuple[Tensor, Tensor]] = DistributedSampler(
+    sampler: DistributedSampler[tuple[Tensor, Tensor, int]] = DistributedSampler(
         dataset, num_replicas=ranks.world_size, rank=ranks.rank, shuffle=True, seed=seed
     )
     return DataLoader(
         dataset,
-        batch_size,
-        sampler=sampler,
-        drop_last=True,
+        batch_sampler=_BatchesOfEpoch(sampler, batch_size, drop_last=True),  # type: ignore[arg-type]
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
@@ -111,97 +152,177 @@ def train_epoch(
     loader: Batches,
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
-    epoch: int,
+    progress: Progress,
     *,
     accum_iter: int,
     device: torch.device,
     precision: str = "fp32",
+    drop_last_group: bool = False,
+    name_of: Callable[[int], str] = str,
 ) -> Iterator[Step]:
-    """Train for one epoch, one `Step` per micro-batch; nothing happens but what is iterated over.
+    """Train for one epoch, or for what is left of it, one `Step` per micro-batch.
 
-    Gradients of `accum_iter` micro-batches are averaged into one update. Batches at the epoch's end that make no
-    whole group lead to no update: their gradient is dropped when the next epoch begins, as in the reference.
+    Gradients of `accum_iter` micro-batches are averaged into one update, before which the learning rate of the
+    group's begin is set. Nothing happens but what is iterated over: after a `Step` with a gradient norm, model,
+    optimizer and `progress` fit together and can be saved.
 
     Args:
-        model: (xyz (B, P, C_xyz), rgb (B, P, C_rgb)) -> the two arguments of `loss_of`; may be wrapped for DDP, then
-            each process contrasts its own rows and the gradients are averaged.
+        model: (xyz (B, P, C_xyz), rgb (B, P, C_rgb)) -> the two arguments of `loss_of`; may be wrapped for DDP, which
+            averages the gradients of the processes.
         loss_of: gives the () loss, called outside of autocast.
+        loader: see `make_loader`.
+        schedule: of the learning rate.
+        progress: where to begin; kept up to date.
         precision: "fp32" or "bf16" (autocast of the model).
+        drop_last_group: batches at the epoch's end that make no whole group lead to no update, as in the reference;
+            otherwise they are a smaller group.
+        name_of: name of the file of an index, for messages.
 
     Raises:
         InputError: the loss is not finite; in all processes alike.
     """
     model.train()
     optimizer.zero_grad()
-    if isinstance(loader.sampler, DistributedSampler):
-        loader.sampler.set_epoch(epoch)
-    for index, (xyz, rgb) in enumerate(_batches(loader)):
-        progress = index / len(loader) + epoch
-        if index % accum_iter == 0:
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.learning_rate(progress)
+    batches = loader.batch_sampler
+    assert isinstance(batches, _BatchesOfEpoch)
+    assert isinstance(batches.sampler, DistributedSampler)
+    count = len(batches)
+    batches.sampler.set_epoch(progress.epoch)
+    batches.first = progress.batch
+    named: list[str] = []  # files of the accumulation group
+    for index, (xyz, rgb, files) in enumerate(_batches(loader), start=progress.batch):
+        epoch = index / count + progress.epoch
+        group = index - index % accum_iter  # where this accumulation group began
+        size = accum_iter if drop_last_group else min(accum_iter, count - group)
+        if index == group:
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = schedule.learning_rate(progress.updates if schedule.in_updates else epoch)
         lr = optimizer.param_groups[0]["lr"]
-        update = (index + 1) % accum_iter == 0
+        update = index == group + size - 1
         with _gradient_sync(model, update):
             with torch.autocast(device.type, AUTOCAST[precision], enabled=AUTOCAST[precision] is not None):
                 heads = model(xyz.to(device, non_blocking=True), rgb.to(device, non_blocking=True))
             loss = loss_of(*heads)
             mean_loss = all_reduce_mean(loss)
             if not math.isfinite(mean_loss):
+                bad = [] if torch.isfinite(loss) else [name_of(int(file)) for file in files]
                 raise InputError(
-                    f"the loss is {mean_loss} at epoch {epoch}, batch {index}, learning rate {lr:g}: "
-                    "training has diverged; lower --lr or --blr"
+                    f"the loss is {mean_loss} at epoch {progress.epoch}, batch {index}, learning rate {lr:g}: training "
+                    f"has diverged, or one of these files is bad: {', '.join(gather_names(bad))}; lower --lr or "
+                    "--blr, and go on from the last checkpoint with --resume"
                 )
-            (loss / accum_iter).backward()
+            (loss / size).backward()
+        progress.loss_sum += mean_loss
+        progress.lr_sum += lr
         grad_norm = None
+        named += [name_of(int(file)) for file in files]
         if update:
             grad_norm = _gradient_norm(model)
+            if not math.isfinite(grad_norm):
+                raise InputError(
+                    f"the gradient is not finite at epoch {progress.epoch}, batch {index}, though the loss is: look at "
+                    f"the values of these files, or lower --lr or --blr: {', '.join(gather_names(named))}"
+                )
+            named = []
             optimizer.step()
             optimizer.zero_grad()
-        yield Step(progress, lr, mean_loss, len(heads[0]), grad_norm)
+            progress.grad_norm = grad_norm
+            progress.batch = index + 1
+            progress.updates += 1
+        yield Step(epoch, lr, mean_loss, len(heads[0]), grad_norm)
+    progress.epoch, progress.batch, progress.loss_sum, progress.lr_sum = progress.epoch + 1, 0, 0.0, 0.0
 
 
 def save_checkpoint(
     path: Path | str,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    epoch: int,
+    progress: Progress,
     args: argparse.Namespace,
 ) -> None:
-    """Write {'model', 'optimizer', 'epoch', 'scaler', 'args'}, the original's layout; epoch is the last one run."""
-    # Nothing here scales a loss: the entry is there for readers of the original's files.
+    """Write {'model', 'optimizer', 'epoch', 'scaler', 'args'}, the original's layout, and 'progress' and 'rng' beside.
+
+    'epoch' is the last one finished, -1 within the first.
+    """
+    # Nothing here scales a loss: that entry is there for readers of the original's files.
     checkpoint = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "epoch": epoch,
+        "epoch": progress.epoch - 1,
         "scaler": {},
         "args": args,
+        "progress": asdict(progress),
+        "rng": torch.get_rng_state(),
     }
     with atomic_path(path) as temporary:
         torch.save(checkpoint, temporary)
 
 
-def load_checkpoint(path: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put model and optimizer back to where `save_checkpoint` met them.
+def load_checkpoint(
+    path: Path | str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    args: argparse.Namespace,
+    binding: Sequence[str] = (),
+) -> Progress:
+    """Put model, optimizer and random numbers back to where `save_checkpoint` met them.
+
+    A checkpoint of the original code, which knows no progress, goes on after its epoch.
+
+    Args:
+        args: the settings of this run.
+        binding: names of settings that have to be those of the checkpoint, or the rest of an epoch would be another.
 
     Returns:
-        The epoch to go on with.
+        where to go on.
 
     Raises:
-        InputError: no such file, a damaged one, or one of another model.
+        InputError: no such file, a damaged one, one of another model, or one written with other settings.
     """
     checkpoint = read_checkpoint(Path(path))
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        return int(checkpoint["epoch"]) + 1
+        if "progress" not in checkpoint:
+            return Progress(epoch=int(checkpoint["epoch"]) + 1)
+        progress = Progress(**checkpoint["progress"])
+        torch.set_rng_state(checkpoint["rng"])
+        written = vars(checkpoint["args"])
     except RuntimeError as error:
         raise InputError(f"{path} cannot be resumed from: {' '.join(str(error).split())}") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is no checkpoint of this training: {error!r}") from None
+    for name in binding:
+        if written.get(name) != getattr(args, name):
+            raise InputError(
+                f"{path} was written with --{name} {written.get(name)}, not {getattr(args, name)}: "
+                "resume with the flags that it was written with"
+            )
+    return progress
 
 
-def _batches(loader: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """While the block runs, Ctrl-C and SIGTERM only set a flag, so that training ends after a whole update.
+
+    Yields:
+        whether one of them came. The second Ctrl-C ends the process at once.
+    """
+    requested: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        requested.append(number)
+        signal.signal(number, former[number])
+
+    former: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(requested)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _batches(loader: Batches) -> Iterator[Any]:
     """The batches of `loader`, on whose way an error of a worker process loses the traceback inside its message."""
     try:
         yield from loader

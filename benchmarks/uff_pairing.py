@@ -1,0 +1,82 @@
+"""Does UFF learn? Validation retrieval over training, with the aligned pairing and with the original's scrambled one.
+
+    python benchmarks/uff_pairing.py --figure docs/uff_pairing.png
+
+Trains fusion_pretrain.py on made-up features in which the rgb patch is a fixed map of what the xyz patches of the same
+place have in common, plus noise; held-out parts show how often the rgb patch of the same place is found.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import fusion_pretrain
+from utils.feature_store import PAIRINGS, resize_patches, write_features
+from utils.files import atomic_path
+from utils.records import PatchFeatures
+
+XYZ_GRID, RGB_GRID, XYZ_DIM, RGB_DIM = 28, 14, 48, 32
+PARTS, NOISE = 40, 0.5
+FLAGS = {"batch_size": 4, "accum_iter": 1, "epochs": 12, "lr": 0.003, "num_workers": 0, "val_fraction": 0.2}
+
+
+def related_features(seed: int) -> PatchFeatures:
+    """A part of made-up features; its upper quarter is background."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(RGB_DIM, XYZ_DIM, generator=torch.Generator().manual_seed(12345)) / XYZ_DIM**0.5
+    cause = torch.randn(RGB_GRID**2, XYZ_DIM, generator=generator)
+    xyz = resize_patches(cause, XYZ_GRID) + NOISE * torch.randn(XYZ_GRID**2, XYZ_DIM, generator=generator)
+    xyz[: XYZ_GRID**2 // 4] = 0.0
+    return PatchFeatures(rgb=cause @ mixing.T + NOISE * torch.randn(RGB_GRID**2, RGB_DIM, generator=generator), xyz=xyz)
+
+
+def train(pairing: str) -> list[dict[str, float]]:
+    """The lines of log.txt of a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        lib, out = Path(folder, "lib"), Path(folder, "out")
+        for index in range(PARTS):
+            write_features(lib, "part", f"{index:03d}", related_features(index), xyz_backbone="", rgb_backbone="")
+        flags = [each for name, value in FLAGS.items() for each in (f"--{name}", str(value))]
+        fusion_pretrain.main(
+            [*flags, "--device", "cpu", "--data_path", str(lib), "--output_dir", str(out), "--uff_pairing", pairing]
+        )
+        return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+def draw(path: Path, logs: dict[str, list[dict[str, float]]]) -> None:
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for pairing, lines in logs.items():
+        axes.plot([each["updates"] for each in lines], [each["val_retrieval"] for each in lines], "o-", label=pairing)
+    chance = next(iter(logs.values()))[0]["val_chance"]
+    axes.axhline(chance, color="0.5", linestyle="--", label=f"chance ({chance:.3f})")
+    axes.set(xlabel="updates", ylabel="retrieval accuracy on held-out parts", ylim=(0, None))
+    axes.legend(title="--uff_pairing", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--figure", type=Path, default=Path("results/uff_pairing.png"))
+    args = parser.parse_args()
+    logs = {pairing: train(pairing) for pairing in PAIRINGS}
+    for pairing, lines in logs.items():
+        last = lines[-1]
+        print(f"{pairing}: retrieval {last['val_retrieval']:.3f} after {last['updates']} updates")
+    print(f"chance: {lines[-1]['val_chance']:.3f}")
+    draw(args.figure, logs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""UFF training in several processes: collectives, negatives of all of them, launchers, and stops."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from uff_runs import (
+    CPU,
+    SMALL,
+    assert_equal_training,
+    finish,
+    free_port,
+    launch,
+    log_of,
+    model_of,
+    read,
+    run_main,
+    write_parts,
+)
+
+from models.contrastive import contrastive_loss
+from models.feature_fusion import FeatureFusion
+from utils.distributed import (
+    Ranks,
+    all_reduce_mean,
+    all_reduce_sum,
+    any_process,
+    choose_device,
+    find_ranks,
+    gather_names,
+    gather_rows,
+    is_main,
+    process_group,
+    world_size,
+)
+from utils.errors import InputError
+
+# Valid patches of each process: unequal, and one process with none.
+COUNTS = {2: [[5, 2], [0, 4]], 3: [[5, 1, 7], [3, 0, 4]]}
+
+
+# What holds in a single process
+
+
+def test_ranks_come_from_the_environment_or_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    assert is_main()
+    assert find_ranks() == find_ranks(local_rank=-1) == find_ranks(world_size=1) == Ranks(0, 1, 0)
+    assert find_ranks(local_rank=1) == Ranks(0, 1, 1)  # alone, on the second GPU
+    assert find_ranks(1, 2, "tcp://localhost:29500") == Ranks(1, 2, 1)
+    for flags in [(None, 2, "tcp://localhost:1"), (2, 2, "tcp://localhost:1"), (1, 2, "env://")]:
+        with pytest.raises(InputError, match="without torchrun"):
+            find_ranks(*flags)
+    monkeypatch.setenv("RANK", "5")
+    with pytest.raises(InputError, match="has RANK but not both"):
+        find_ranks()
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert find_ranks(local_rank=1) == Ranks(5, 8, 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert find_ranks(local_rank=1, world_size=8) == Ranks(5, 8, 3)
+    with pytest.raises(InputError, match="--world_size 2, but the launcher started 8"):
+        find_ranks(world_size=2)
+
+
+def test_device_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto", 1) == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", 1) == choose_device("cuda", 1) == choose_device("cuda:1", 0) == torch.device("cuda", 1)
+    assert choose_device("cpu", 1) == CPU
+    with pytest.raises(InputError, match="cuda:2 was asked for"):
+        choose_device("cuda", 2)
+
+
+def test_collectives_of_one_process_change_nothing() -> None:
+    rows = torch.randn(3, 2)
+    assert world_size() == 1
+    assert gather_rows(rows) == (rows, 0)
+    assert any_process(True, CPU)
+    assert not any_process(False, CPU)
+    assert all_reduce_sum((0.1, 2), CPU) == [0.1, 2.0]
+    assert gather_names(("a", "b")) == ["a", "b"]
+    assert all_reduce_mean(torch.tensor(0.5)) == 0.5
+
+
+# Two and three processes
+
+
+def patches(counts: list[int], rank: int) -> tuple[Tensor, Tensor]:
+    """Input of one process, as many valid patches among two invalid ones as `counts` says."""
+    generator = torch.Generator().manual_seed(rank)
+    xyz = torch.randn(counts[rank] + 2, 5, generator=generator, dtype=torch.float64)
+    xyz[[0, -1]] = 0.0
+    return xyz, torch.randn(counts[rank] + 2, 3, generator=generator, dtype=torch.float64)
+
+
+def small_model() -> FeatureFusion:
+    torch.manual_seed(0)
+    return FeatureFusion(5, 3, head_dim=4).double()
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def work(rank: int, count: int, folder: str) -> None:
+    """What one process finds, saved as <rank>.pth."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    with process_group(Ranks(rank, count, rank), CPU, f"file://{folder}/meet"):
+        found["place"] = (is_main(), world_size())
+        own = torch.arange(2.0 * rank).reshape(rank, 2) + 10 * rank  # process 0 has no row
+        own.requires_grad_()
+        gathered, first = gather_rows(own)
+        (gathered * torch.arange(len(gathered))[:, None] * (rank + 1)).sum().backward()
+        found["rows"] = (gathered.detach(), first, own.detach(), own.grad)
+        found["any"] = [any_process(rank == place, CPU) for place in range(count + 1)]
+        found["sum"] = all_reduce_sum((0.1 * rank, 1, 2.0**60 * (rank == 0) + 2.0**8), CPU)
+        found["names"] = gather_names([f"{rank}.{number}" for number in range(rank)])
+        found["mean"] = all_reduce_mean(torch.tensor(float(rank)))
+        for negatives in ("local", "global"):
+            for number, counts in enumerate(COUNTS[count]):
+                if negatives == "local" and 0 in counts:
+                    continue
+                model = DistributedDataParallel(small_model())
+                loss = contrastive_loss(*model(*patches(counts, rank)), negatives)
+                loss.backward()
+                found[f"{negatives} {number}"] = (loss.detach(), gradients(model.module))
+        try:
+            contrastive_loss(*small_model()(*patches([0] * count, rank)), "global")
+        except InputError as error:
+            found["nothing"] = str(error)
+    torch.save(found, f"{folder}/{rank}.pth")
+
+
+class Found(NamedTuple):
+    count: int
+    by_rank: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    folder = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torch.multiprocessing.spawn(work, (request.param, str(folder)), nprocs=request.param)
+    return Found(request.param, [torch.load(folder / f"{rank}.pth") for rank in range(request.param)])
+
+
+def test_rows_are_gathered_in_order_and_gradients_flow_back(found: Found) -> None:
+    count, by_rank = found
+    assert [each["place"] for each in by_rank] == [(rank == 0, count) for rank in range(count)]
+    union = torch.cat([each["rows"][2] for each in by_rank])
+    assert len(union) == count * (count - 1) // 2
+    for rank, each in enumerate(by_rank):
+        gathered, first, own, grad = each["rows"]
+        assert torch.equal(gathered, union)
+        assert torch.equal(gathered[first : first + rank], own)
+        # Row t is weighted by t times 1 + 2 + ... in the processes: all of them count.
+        expected = torch.arange(first, first + rank) * sum(range(1, count + 1))
+        assert torch.equal(grad, expected[:, None].expand(-1, 2).float())
+
+
+def test_all_processes_hear_the_same(found: Found) -> None:
+    count, by_rank = found
+    ranks = range(count)
+    for each in by_rank:
+        assert each["any"] == [True] * count + [False]
+        assert each["sum"] == pytest.approx([0.1 * sum(ranks), count, 2.0**60 + 2.0**8 * count], rel=1e-15)
+        assert each["names"] == [f"{rank}.{number}" for rank in ranks for number in range(rank)]
+        assert each["mean"] == pytest.approx(sum(ranks) / count)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_global_negatives_are_one_process_with_all_patches(found: Found, number: int) -> None:
+    count, by_rank = found
+    parts = [patches(COUNTS[count][number], rank) for rank in range(count)]
+    model = small_model()
+    loss = contrastive_loss(*model(torch.cat([xyz for xyz, _ in parts]), torch.cat([rgb for _, rgb in parts])))
+    loss.backward()
+    losses = [each[f"global {number}"][0] for each in by_rank]
+    torch.testing.assert_close(torch.stack(losses).mean(), loss.detach(), rtol=1e-10, atol=0)
+    for each in by_rank:
+        for name, grad in gradients(model).items():
+            torch.testing.assert_close(each[f"global {number}"][1][name], grad, rtol=1e-8, atol=1e-12)
+
+
+def test_local_negatives_are_the_mean_of_each_process_alone(found: Found) -> None:
+    count, by_rank = found
+    losses, alone = [], []
+    for rank in range(count):
+        model = small_model()
+        loss = contrastive_loss(*model(*patches(COUNTS[count][0], rank)))
+        loss.backward()
+        losses.append(loss.detach())
+        alone.append(gradients(model))
+    torch.testing.assert_close(torch.stack([each["local 0"][0] for each in by_rank]), torch.stack(losses))
+    for name in alone[0]:
+        mean = torch.stack([grads[name] for grads in alone]).mean(dim=0)
+        for each in by_rank:
+            torch.testing.assert_close(each["local 0"][1][name], mean, rtol=1e-8, atol=1e-12)
+    differences = [by_rank[0]["local 0"][1][name] - by_rank[0]["global 0"][1][name] for name in alone[0]]
+    assert max(float(difference.abs().max()) for difference in differences) > 1e-3
+
+
+def test_no_patch_in_any_process_is_an_error_in_all(found: Found) -> None:
+    assert all("no valid point" in each["nothing"] for each in found.by_rank)
+
+
+# The script under its launchers
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.fixture(scope="module")
+def lib(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parts(tmp_path_factory.mktemp("patch_lib"), 8)
+
+
+def assert_same_run(ours: Path, expected: Path) -> None:
+    weights = model_of(ours / "checkpoint-1.pth")
+    for name, value in model_of(expected / "checkpoint-1.pth").items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=2e-5)
+    entries, known = log_of(ours), log_of(expected)
+    assert len(entries) == len(known)
+    for entry, other in zip(entries, known, strict=True):
+        assert entry == pytest.approx(other, rel=1e-4)
+
+
+def test_the_readme_commands_train_in_one_process(lib: Path, tmp_path: Path) -> None:
+    expected = run_main(lib, tmp_path / "expected")
+    flags = [*SMALL, "--device", "cpu", "--data_path", lib]
+    plain = launch("fusion_pretrain.py", *flags, "--output_dir", tmp_path / "plain")
+    launcher = ["-m", "torch.distributed.launch", "--nproc_per_node=1", f"--master_port={free_port()}"]
+    launched = launch(*launcher, "fusion_pretrain.py", *flags, "--output_dir", tmp_path / "launched")
+    finish(plain, launched)
+    assert_same_run(tmp_path / "plain", expected)
+    assert_same_run(tmp_path / "launched", expected)
+
+
+def test_two_processes_average_the_gradients_of_their_own_batches(lib: Path, tmp_path: Path) -> None:
+    """Two processes that see every other file take the steps of one process that accumulates two files."""
+    expected = run_main(lib, tmp_path / "expected", "--batch_size", "1", "--accum_iter", "4")
+    flags = [*SMALL, "--batch_size", "1", "--accum_iter", "2", "--device", "cpu", "--data_path", lib]
+    finish(launch(*TORCHRUN, "fusion_pretrain.py", *flags, "--output_dir", tmp_path / "torchrun"))
+    assert_same_run(tmp_path / "torchrun", expected)
+    by_hand = ["--dist_url", f"file://{tmp_path / 'meet'}", "--world_size", "2", "--output_dir", tmp_path / "hand"]
+    finish(*(launch("fusion_pretrain.py", *flags, *by_hand, "--local_rank", rank) for rank in (0, 1)))
+    assert_same_run(tmp_path / "hand", expected)
+
+
+def test_global_negatives_of_two_processes_are_a_batch_of_twice_the_size(tmp_path: Path) -> None:
+    """With a smaller last group (5 batches of accum 2), and validation shared by the processes."""
+    lib = write_parts(tmp_path / "lib", 13)
+    both = ["--accum_iter", "2", "--val_fraction", "0.2"]
+    expected = run_main(lib, tmp_path / "expected", *both, "--batch_size", "2")
+    local = run_main(lib, tmp_path / "local", *both, "--batch_size", "1", "--accum_iter", "4")
+    flags = [*SMALL, "--device", "cpu", "--data_path", lib, *both, "--batch_size", "1", "--negatives", "global"]
+    finish(launch(*TORCHRUN, "fusion_pretrain.py", *flags, "--output_dir", tmp_path / "torchrun"))
+    assert_same_run(tmp_path / "torchrun", expected)
+    assert log_of(local)[0]["train_loss"] != pytest.approx(log_of(expected)[0]["train_loss"], rel=1e-2)
+    assert {"val_loss", "val_retrieval", "val_chance"} < log_of(expected)[0].keys()
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_and_costs_nothing(tmp_path: Path) -> None:
+    lib = write_parts(tmp_path / "lib", 40)
+    flags = [*SMALL, "--batch_size", "1", "--accum_iter", "1", "--save_steps", "1", "--device", "cpu"]
+    flags += ["--data_path", str(lib), "--world_size", "2"]
+
+    def start(name: str, *more: object) -> list[Any]:
+        meet = ["--dist_url", f"file://{tmp_path / name}.meet", "--output_dir", tmp_path / name.split("+")[0]]
+        return [launch("fusion_pretrain.py", *flags, *meet, *more, "--local_rank", rank) for rank in (0, 1)]
+
+    whole = start("whole")
+    processes = start("stopped")
+    last = tmp_path / "stopped" / "checkpoint-last.pth"
+    deadline = time.monotonic() + 60
+    while not last.exists():
+        assert processes[1].poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    finish(*processes, code=130)
+    assert read(last)["progress"]["batch"] not in (0, 20)
+    finish(*whole)
+    # In mid-epoch as many processes have to go on.
+    (said,) = finish(launch("fusion_pretrain.py", *flags[:-2], "--output_dir", last.parent, "--resume", last), code=2)
+    assert "was written in mid-epoch by 2 processes, not 1" in said.splitlines()[-1]
+    finish(*start("stopped+again", "--resume", last))
+    assert_equal_training(last, tmp_path / "whole" / "checkpoint-last.pth")
+    assert log_of(last.parent) == log_of(tmp_path / "whole")
+
+
+def test_a_bad_loss_in_one_process_ends_both_and_names_its_file(tmp_path: Path) -> None:
+    """The rate makes the second batch diverge in both; each process names its own file."""
+    lib = write_parts(tmp_path / "lib", 8)
+    flags = [*SMALL, "--batch_size", "1", "--accum_iter", "1", "--lr", "1e30", "--warmup_epochs", "0"]
+    meet = ["--dist_url", f"file://{tmp_path / 'meet'}", "--world_size", "2", "--output_dir", tmp_path / "out"]
+    command = ["fusion_pretrain.py", *flags, "--device", "cpu", "--data_path", lib, *meet, "--local_rank"]
+    said = finish(*(launch(*command, rank) for rank in (0, 1)), code=2)
+    for each in said:
+        line = each.splitlines()[-1]
+        assert "the loss is nan at epoch 0, batch " in line
+        assert line.count(".safetensors") == 2
