@@ -46,20 +46,21 @@ lint: setup
 # Backbones that need no download: EfficientNet-Lite0 (weights in a pip package) and FPFH (needs none).
 DEMO_FLAGS := --dataset_path $(DEMO)/parts --classes gasket bracket cookie --random_state 0 \
 	--rgb_backbone_name efficientnet_lite0 --xyz_backbone_name FPFH
+FULL := DINO+Point_MAE+Fusion
 
 demo: setup
-	test -d $(DEMO)/parts || { $(BIN)/python utils/synthetic.py $(DEMO)/making && mv $(DEMO)/making $(DEMO)/parts; }
+	test -d $(DEMO)/parts || { $(BIN)/python utils/synthetic.py --size 320 $(DEMO)/making && mv $(DEMO)/making $(DEMO)/parts; }
 	$(BIN)/python utils/preprocessing.py $(DEMO)/parts
 	$(BIN)/python main.py $(DEMO_FLAGS) --method_name DINO+Point_MAE --memory_bank multiple \
 		--save_feature --save_feature_path $(DEMO)/patch_lib --output_dir $(DEMO)/double
 	$(BIN)/python fusion_pretrain.py --data_path $(DEMO)/patch_lib --output_dir $(DEMO)/uff \
-		--batch_size 4 --accum_iter 1 --epochs 3 --lr 0.003
-	$(BIN)/python main.py $(DEMO_FLAGS) --method_name DINO+Point_MAE+Fusion --memory_bank multiple \
-		--use_uff --fusion_module_path $(DEMO)/uff/checkpoint-2.pth --save_preds --output_dir $(DEMO)/full
+		--batch_size 4 --accum_iter 1 --epochs 3 --lr 0.003 --val_fraction 0.1
+	$(BIN)/python main.py $(DEMO_FLAGS) --method_name DINO Point_MAE Fusion DINO+Point_MAE DINO+Point_MAE+add $(FULL) \
+		--use_uff --fusion_module_path $(DEMO)/uff/checkpoint-2.pth --save_preds $(FULL) --output_dir $(DEMO)/compared
 	@echo
 	@echo "the parts:            $(DEMO)/parts/preview.png"
-	@echo "pictures of results:  $(DEMO)/full/pred_maps/<class>/<defect>/<stem>.png"
-	@echo "tables, all figures:  $(DEMO)/full/*.md, $(DEMO)/full/results.json"
+	@echo "pictures of results:  $(DEMO)/compared/$(FULL)/pred_maps/<class>/<defect>/<stem>.png"
+	@echo "tables, all figures:  $(DEMO)/compared/*.md, $(DEMO)/compared/<method>/results.json"
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -4,17 +4,20 @@
     python main.py --method_name DINO+Point_MAE+Fusion --use_uff --memory_bank multiple \\
         --fusion_module_path checkpoints/checkpoint-2.pth
     python main.py --method_name DINO --dataset_path my_parts --classes bracket --output_dir results/bracket
+    python main.py --method_name DINO Point_MAE DINO+Point_MAE --output_dir results/compared
+    python main.py --list_backbones
 
 Writes image_rocauc_results.md, pixel_rocauc_results.md, aupro_results.md and results.json to --output_dir, with
---save_preds also anomaly_maps/ and pred_maps/.
+--save_preds also anomaly_maps/ and pred_maps/. Several methods share the features, which are extracted once; each then
+has a row in the tables and a folder of its own, <output_dir>/<method>, for the rest.
 """
 
 import argparse
 import logging
 import resource
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,24 +31,37 @@ from dataset import (
     check_files,
     find_classes,
     index_split,
+    inspect_split,
     load_samples,
     original_size,
     read_photo,
 )
-from feature_extractors.config import BANKS, MEMORY_BANKS, METHODS, PRECISIONS, PROTOCOLS, DetectorConfig
+from feature_extractors.config import (
+    BANKS,
+    MEMORY_BANKS,
+    METHODS,
+    PRECISIONS,
+    PROTOCOLS,
+    DetectorConfig,
+    Method,
+    covering_method,
+)
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.pipeline import SampleResult, Stopwatch, collect_features, evaluate, fit_detector
-from models import RGB_BACKBONES, XYZ_BACKBONES
+from models import XYZ_BACKBONES, BackboneRow, list_backbones, rgb_spec
 from models.point_ops import BACKENDS, check_extensions
 from models.point_transformer import POINT_NORMS
+from utils.cloud_cleaning import CleaningRule, shows_table
 from utils.distributed import choose_device
 from utils.errors import InputError, exit_on_input_error
-from utils.feature_store import PAIRINGS, write_features
+from utils.feature_store import PAIRINGS, STORAGE_DTYPES, write_features
 from utils.files import make_folder
+from utils.organized_pc import read_organized_pc
 from utils.records import PatchFeatures, Sample
 from utils.report import append_tables, format_tables, result_line, results_record, write_results
 from utils.visualization import FUSED, color_scale, save_anomaly_map, save_prediction_figure
 
+CLEANING_COMMAND = "python utils/preprocessing.py"
 logger = logging.getLogger("main")
 
 
@@ -64,11 +80,14 @@ class RunSettings:
     dataset_path: Path
     classes: tuple[str, ...] | None
     checkpoint_dir: Path
+    rgb_checkpoint: Path | None
+    xyz_checkpoint: Path | None
     fusion_module_path: Path
     output_dir: Path
     save_feature_path: Path | None  # None: features are not saved
+    feature_dtype: torch.dtype
     uff_pairing: str
-    save_preds: bool
+    save_preds: tuple[str, ...]  # the methods whose predictions are saved
     max_sample: int
     num_workers: int
     device: torch.device
@@ -87,7 +106,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("which method, on which data").add_argument
-    add("--method_name", default="DINO+Point_MAE+Fusion", choices=METHODS, help="which banks, and how they are fused")
+    add(
+        "--method_name",
+        nargs="+",
+        default=["DINO+Point_MAE+Fusion"],
+        choices=METHODS,
+        help="which banks, and how they are fused; several share the features and are put side by side",
+    )
     add(
         "--memory_bank",
         choices=MEMORY_BANKS,
@@ -96,13 +121,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--rgb_backbone_name",
         default="vit_base_patch8_224_dino",
-        choices=RGB_BACKBONES,
-        help="network of the RGB branch",
+        metavar="NAME",
+        help="network of the RGB branch: see --list_backbones, or any vision transformer of timm by its name there",
     )
     add("--xyz_backbone_name", default="Point_MAE", choices=XYZ_BACKBONES, help="network of the 3D branch")
     add("--use_uff", action="store_true", help="fuse patches with the trained UFF; without it they are concatenated")
     add("--fusion_module_path", type=Path, default=Path("checkpoints/checkpoint-0.pth"), help="checkpoint of the UFF")
     add("--checkpoint_dir", type=Path, default=Path("checkpoints"), help="folder of the backbones' checkpoints")
+    add("--rgb_checkpoint", type=Path, help="checkpoint of the RGB backbone, wherever it lies and whatever its name")
+    add("--xyz_checkpoint", type=Path, help="checkpoint of the 3D backbone, likewise")
+    add("--inspect_dataset", action="store_true", help="read every file, print what is in them in one table, and end")
+    add("--list_backbones", action="store_true", help="print the backbones with their weights, and end")
     add("--dataset_type", default="mvtec3d", choices=DATASET_CLASSES, help="whose classes are looked for")
     add("--dataset_path", type=Path, default=Path("datasets/mvtec3d"), help="folder that holds the class folders")
     add("--classes", nargs="+", help="class folders to run; by default all of the dataset type that are there")
@@ -110,9 +139,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("what a run leaves").add_argument
     add("--output_dir", type=Path, default=Path("results"), help="folder of the tables and results.json")
-    add("--save_preds", action="store_true", help="also write the anomaly maps and a picture of each prediction")
+    add(
+        "--save_preds",
+        nargs="*",
+        choices=METHODS,
+        metavar="METHOD",
+        help="also write the anomaly maps and a picture of each prediction; of these methods, or of all that run",
+    )
     add("--save_feature", action="store_true", help="write the training samples' patches for fusion_pretrain.py")
     add("--save_feature_path", type=Path, default=Path("datasets/patch_lib"), help="folder of these patch files")
+    add("--feature_dtype", default="fp16", choices=STORAGE_DTYPES, help="numbers of these patch files")
     add("--uff_pairing", default="aligned", choices=PAIRINGS, help="pairing that the patch files ask training for")
 
     add = parser.add_argument_group("what the detector computes").add_argument
@@ -140,38 +176,81 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def detector_config(args: argparse.Namespace) -> DetectorConfig:
-    return DetectorConfig(
-        method_name=args.method_name,
-        memory_bank=args.memory_bank,
-        rgb_backbone_name=args.rgb_backbone_name,
-        xyz_backbone_name=args.xyz_backbone_name,
-        use_uff=args.use_uff,
-        protocol=PROTOCOLS[args.protocol],
-        point_norm=args.point_norm,
-        point_ops=args.point_ops,
-        precision=args.precision,
-        img_size=args.img_size,
-        group_size=args.group_size,
-        num_group=args.num_group,
-        f_coreset=args.f_coreset,
-        coreset_eps=args.coreset_eps,
-        random_state=args.random_state,
-        asy_memory_bank=args.asy_memory_bank,
-        rm_zero_for_project=args.rm_zero_for_project,
-        ocsvm_nu=args.ocsvm_nu,
-        ocsvm_maxiter=args.ocsvm_maxiter,
-        score_lambdas=(args.xyz_s_lambda, args.rgb_s_lambda, args.fusion_s_lambda),
-        map_lambdas=(args.xyz_smap_lambda, args.rgb_smap_lambda, args.fusion_smap_lambda),
+def detector_configs(args: argparse.Namespace) -> dict[str, DetectorConfig]:
+    """The configuration of each method, by its name, in the order of the command line.
+
+    Where several methods are compared, a flag that is for some of them leaves the others as they are.
+    """
+    methods = {name: METHODS[name] for name in args.method_name}
+
+    def meant_for(value: Any, suits: Callable[[Method], bool], method: Method, without: Any) -> Any:
+        return value if suits(method) or not any(map(suits, methods.values())) else without
+
+    return {
+        name: DetectorConfig(
+            method_name=name,
+            memory_bank=meant_for(args.memory_bank, lambda m: m.memory_bank == args.memory_bank, method, None),
+            rgb_backbone_name=args.rgb_backbone_name,
+            xyz_backbone_name=args.xyz_backbone_name,
+            use_uff=meant_for(args.use_uff, lambda m: "fusion" in m.banks, method, False),
+            protocol=PROTOCOLS[args.protocol],
+            point_norm=args.point_norm,
+            point_ops=args.point_ops,
+            precision=args.precision,
+            img_size=args.img_size,
+            group_size=args.group_size,
+            num_group=args.num_group,
+            f_coreset=args.f_coreset,
+            coreset_eps=args.coreset_eps,
+            random_state=args.random_state,
+            asy_memory_bank=meant_for(args.asy_memory_bank, lambda m: len(m.banks) > 1, method, None),
+            rm_zero_for_project=meant_for(args.rm_zero_for_project, lambda m: m.banks == ("xyz",), method, False),
+            ocsvm_nu=args.ocsvm_nu,
+            ocsvm_maxiter=args.ocsvm_maxiter,
+            score_lambdas=(args.xyz_s_lambda, args.rgb_s_lambda, args.fusion_s_lambda),
+            map_lambdas=(args.xyz_smap_lambda, args.rgb_smap_lambda, args.fusion_smap_lambda),
+        )
+        for name, method in methods.items()
+    }
+
+
+def applied_flags(config: DetectorConfig) -> dict[str, Any]:
+    """The flags whose value is a method's own where several methods run."""
+    names = ("method_name", "memory_bank", "use_uff", "asy_memory_bank", "rm_zero_for_project")
+    return {name: getattr(config, name) for name in names}
+
+
+def extraction_config(configs: Mapping[str, DetectorConfig]) -> DetectorConfig:
+    """The configuration whose features serve every method."""
+    covering = covering_method(configs)
+    use_uff = any(config.use_uff for config in configs.values())
+    return replace(
+        next(iter(configs.values())),
+        method_name=covering,
+        memory_bank=None,
+        use_uff=use_uff,
+        asy_memory_bank=None,
+        rm_zero_for_project=False,
     )
 
 
 def run_settings(args: argparse.Namespace, config: DetectorConfig) -> RunSettings:
-    if args.save_feature and len(config.method.modalities) < 2:
+    """`config` is that of the extraction."""
+    modalities = config.method.modalities
+    if args.save_feature and len(modalities) < 2:
         raise InputError(
-            f"--save_feature writes rgb and xyz patches, but {args.method_name} extracts only "
-            f"{', '.join(config.method.modalities)}: use DINO+Point_MAE"
+            f"--save_feature writes rgb and xyz patches, but {config.method_name} extracts only "
+            f"{', '.join(modalities)}: use DINO+Point_MAE"
         )
+    for method in args.save_preds or ():
+        if method not in args.method_name:
+            raise InputError(f"--save_preds {method}: this method does not run; give it to --method_name as well")
+    for modality in BANKS[:2]:
+        given = getattr(args, f"{modality}_checkpoint")
+        if given is not None and modality not in modalities:
+            raise InputError(f"--{modality}_checkpoint is not used: {config.method_name} has no {modality} branch")
+    if "rgb" in modalities:
+        rgb_spec(config.rgb_backbone_name)  # an unknown name is refused here
     device = choose_device(args.device)
     if config.point_ops == "extension" and device.type != "cuda":
         raise InputError(f"--point_ops extension needs a GPU, but the device is {device}: use --point_ops auto")
@@ -184,11 +263,14 @@ def run_settings(args: argparse.Namespace, config: DetectorConfig) -> RunSetting
         dataset_path=args.dataset_path,
         classes=tuple(args.classes) if args.classes else None,
         checkpoint_dir=args.checkpoint_dir,
+        rgb_checkpoint=args.rgb_checkpoint,
+        xyz_checkpoint=args.xyz_checkpoint,
         fusion_module_path=args.fusion_module_path,
         output_dir=args.output_dir,
         save_feature_path=args.save_feature_path if args.save_feature else None,
+        feature_dtype=STORAGE_DTYPES[args.feature_dtype],
         uff_pairing=args.uff_pairing,
-        save_preds=args.save_preds,
+        save_preds=() if args.save_preds is None else tuple(args.save_preds or args.method_name),
         max_sample=args.max_sample,
         num_workers=args.num_workers,
         device=device,
@@ -214,25 +296,36 @@ def run_class(
     name: str,
     files: SplitFiles,
     settings: RunSettings,
-    config: DetectorConfig,
+    configs: Mapping[str, DetectorConfig],
     extractor: PatchExtractor,
-) -> dict[str, Any]:
-    """Fit and evaluate one class; returns its entry of results.json."""
-    stopwatch = Stopwatch()
+) -> dict[str, dict[str, Any]]:
+    """Fit and evaluate one class; returns its entry of results.json for each method."""
+    config, extraction = extractor.config, Stopwatch()
     train, test = (AnomalyDataset(each, config.method.modalities, config.img_size) for each in files)
     saver = feature_saver(name, settings, config)
-    features = collect_features(extractor, load_samples(train, settings.num_workers), len(train), stopwatch, saver)
-    detector = fit_detector(config, extractor, features, stopwatch)
-    results, metrics = evaluate(detector, load_samples(test, settings.num_workers), len(test), stopwatch)
-    if settings.save_preds:
-        save_predictions(name, files.test, results, settings.output_dir)
-    samples = [{"path": each.path, "label": each.label, "score": each.prediction.score} for each in results]
-    return {
-        **metrics,
-        "samples": samples,
-        "seconds": stopwatch.seconds,
-        "peak_memory_mb": peak_memory_mb(settings.device),
-    }
+    features = collect_features(extractor, load_samples(train, settings.num_workers), len(train), extraction, saver)
+    stopwatches, detectors = {}, {}
+    for method, each in configs.items():
+        stopwatches[method] = Stopwatch(extraction.seconds)
+        detectors[method] = fit_detector(each, extractor, features, stopwatches[method])
+    del features  # the banks have copied what they keep
+    evaluations = evaluate(detectors, load_samples(test, settings.num_workers), len(test), stopwatches)
+    entries = {}
+    for method, (results, metrics) in evaluations.items():
+        if method in settings.save_preds:
+            save_predictions(name, files.test, results, method_folder(settings, configs, method))
+        entries[method] = {
+            **metrics,
+            "samples": [{"path": each.path, "label": each.label, "score": each.prediction.score} for each in results],
+            "seconds": stopwatches[method].seconds,
+            "peak_memory_mb": peak_memory_mb(settings.device),
+        }
+    return entries
+
+
+def method_folder(settings: RunSettings, configs: Mapping[str, DetectorConfig], method: str) -> Path:
+    """Where the results of a method go: --output_dir, or a folder in it where several methods are compared."""
+    return settings.output_dir / method if len(configs) > 1 else settings.output_dir
 
 
 def feature_saver(
@@ -252,6 +345,7 @@ def feature_saver(
             xyz_backbone=config.xyz_backbone_name,
             rgb_backbone=config.rgb_backbone_name,
             pairing=settings.uff_pairing,
+            dtype=settings.feature_dtype,
         )
 
     return save
@@ -295,28 +389,98 @@ def table_note(config: DetectorConfig, protocol: str) -> str:
     return note
 
 
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+def print_backbones(rows: Sequence[BackboneRow]) -> None:
+    print_columns([("name", "branch", "width", "grid", "weights"), *[tuple(map(str, row[:5])) for row in rows]])
+    print("\nPublished as:")
+    for row in rows:
+        if row.published:
+            print(f"  {row.name}: {row.published}")
+    print("\nAny other vision transformer of timm works by its name there, such as vit_small_patch14_dinov2.lvd142m.")
+
+
+def inspect_dataset(args: argparse.Namespace, modalities: frozenset[str]) -> None:
+    """Print a table of what every split holds; exit code 1 where a file is at fault."""
+    reports = [
+        inspect_split(args.dataset_path / name, split, modalities, args.num_workers)
+        for name in find_classes(args.dataset_path, args.dataset_type, args.classes)
+        for split in ("train", "validation", "test")
+    ]
+    rows = [("class", "split", "scans", "defective", "size", "valid pixels", "depth, m", "cleaned", "faults")]
+    for each in reports:
+        sizes, (least, most), (near, far) = each.sizes, each.valid, each.depth
+        cloud = (" ".join(f"{h}x{w}" for h, w in sizes), f"{least:.0%} to {most:.0%}", f"{near:.3f} to {far:.3f}")
+        cleaned = "yes" if each.raw == 0 else f"not {each.raw}"
+        row = (each.class_name, each.split, str(each.scans), str(each.defective))
+        rows.append((*row, *(cloud if sizes else ("", "", "")), cleaned if sizes else "", str(len(each.problems))))
+    print_columns(rows)
+    if any(each.raw for each in reports):
+        print(f"\nScans with a table plane along their border are not cleaned: {CLEANING_COMMAND} {args.dataset_path}")
+    problems = [f"  {each.class_name}: {problem}" for each in reports for problem in each.problems]
+    if problems:
+        print("\nFaults:", *problems, sep="\n")
+        raise SystemExit(1)
+
+
+def warn_of_raw_scans(indexed: Mapping[str, SplitFiles]) -> None:
+    """Look at the first training scan of each class: one that shows its table was not cleaned, which ruins results."""
+    for files in indexed.values():
+        path = files.train[0].xyz
+        if path is not None and shows_table(read_organized_pc(path), CleaningRule()):
+            logger.warning(
+                "%s shows the table that the part lies on, which is learnt too: clean the scans first (%s %s)",
+                *(path, CLEANING_COMMAND, path.parents[4]),
+            )
+
+
 def run(args: argparse.Namespace) -> None:
-    config = detector_config(args)
+    if args.list_backbones:
+        print_backbones(list_backbones(args.checkpoint_dir, args.img_size))
+        return
+    configs = detector_configs(args)
+    config = extraction_config(configs)
+    if args.inspect_dataset:
+        inspect_dataset(args, config.method.modalities)
+        return
     settings = run_settings(args, config)
     indexed = index_classes(settings, config)
-    make_folder(settings.output_dir, "--output_dir")
+    if "xyz" in config.method.modalities:
+        warn_of_raw_scans(indexed)
+    for method in configs:
+        make_folder(method_folder(settings, configs, method), "--output_dir")
     if settings.save_feature_path is not None:
         make_folder(settings.save_feature_path, "--save_feature_path")
-    extractor = build_extractor(config, settings.checkpoint_dir, settings.fusion_module_path, settings.device)
+    extractor = build_extractor(
+        config,
+        settings.checkpoint_dir,
+        settings.fusion_module_path,
+        settings.device,
+        rgb_checkpoint=settings.rgb_checkpoint,
+        xyz_checkpoint=settings.xyz_checkpoint,
+    )
     note = table_note(config, args.protocol)
     logger.info(note)
     exact = config.protocol.exact_au_pro
-    classes: dict[str, dict[str, Any]] = {}
+    methods: dict[str, dict[str, dict[str, Any]]] = {method: {} for method in configs}
     for name, files in indexed.items():
         logger.info("%s: %d training and %d test samples", name, len(files.train), len(files.test))
         try:
-            classes[name] = run_class(name, files, settings, config, extractor)
+            entries = run_class(name, files, settings, configs, extractor)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None  # a sample's path begins below its class
-        print(result_line(name, classes[name], exact), flush=True)
-        write_results(settings.output_dir, results_record(sys.argv, vars(args), classes))
-    append_tables(settings.output_dir, classes, config.method_name, sys.argv, exact, note)
-    print(f"\n{format_tables(classes, config.method_name, exact, note)}\n\nwritten to {settings.output_dir}/")
+        for method, entry in entries.items():
+            methods[method][name] = entry
+            label = name if len(configs) == 1 else f"{name}, {method}"
+            print(result_line(label, entry, exact), flush=True)
+            record = results_record(sys.argv, vars(args) | applied_flags(configs[method]), methods[method])
+            write_results(method_folder(settings, configs, method), record)
+    append_tables(settings.output_dir, methods, sys.argv, exact, note)
+    print(f"\n{format_tables(methods, exact, note)}\n\nwritten to {settings.output_dir}/")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """What can be configured: the methods (a row each), the protocols (a row each), and the detector's settings."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -42,6 +43,14 @@ METHODS = {
     "DINO+Point_MAE+add": Method(("xyz", "rgb"), "sum", "shared"),
     "DINO+Point_MAE+Fusion": Method(("xyz", "rgb", "fusion"), "svm", "shared", zero_row=True),
 }
+
+
+def covering_method(names: Iterable[str]) -> str:
+    """The method with the fewest banks whose features serve all of the named methods; one of these where possible."""
+    named = list(names)
+    wanted = {bank for name in named for bank in METHODS[name].banks}
+    covering = [name for name, method in METHODS.items() if wanted <= set(method.banks)]
+    return min(covering, key=lambda name: (len(METHODS[name].banks), name not in named))
 
 
 class Protocol(NamedTuple):

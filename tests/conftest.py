@@ -7,6 +7,9 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+# huggingface_hub reads it when it is first imported: no test may reach the network, or wait for one that is not there.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 
 from dataset import AnomalyDataset, index_split

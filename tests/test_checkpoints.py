@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models import XYZ_BACKBONES, build_feature_fusion, build_rgb_backbone, build_xyz_backbone
 from models.checkpoints import (
+    CheckpointFiles,
     State,
     feature_fusion_state,
-    find_checkpoint,
     load_from,
     load_strict,
     point_bert_state,
@@ -413,12 +414,26 @@ def test_a_fusion_of_missing_or_crossed_widths_is_named(tmp_path: Path) -> None:
 
 
 def test_the_first_of_the_names_that_is_there_is_taken(tmp_path: Path) -> None:
+    files = CheckpointFiles(("a.pth", "b.pth"), "https://example.org")
+    assert files.find(tmp_path) is None
     (tmp_path / "b.pth").touch()
-    assert find_checkpoint(tmp_path, ("a.pth", "b.pth"), "") == tmp_path / "b.pth"
+    assert files.find(tmp_path) == tmp_path / "b.pth"
     (tmp_path / "a.pth").touch()
-    assert find_checkpoint(tmp_path, ("a.pth", "b.pth"), "") == tmp_path / "a.pth"
+    assert files.find(tmp_path) == tmp_path / "a.pth"
     (tmp_path / "c.pth").mkdir()
-    message_of(lambda: find_checkpoint(tmp_path, ("c.pth",), ""), tmp_path)  # a folder is no file
+    assert CheckpointFiles(("c.pth",), "").find(tmp_path) is None  # a folder is no file
+
+
+def test_an_error_that_a_file_is_missing_is_one_sentence(tmp_path: Path) -> None:
+    files = CheckpointFiles(("a.pth", "b.pth"), "https://example.org/weights")
+    assert str(files) == "a.pth or b.pth, from https://example.org/weights"
+    assert str(files.missing(tmp_path)) == (
+        f"no checkpoint a.pth or b.pth in {tmp_path}: download it from https://example.org/weights and put it there"
+    )
+    assert str(files.missing(tmp_path, ", and it is Sunday")) == (
+        f"no checkpoint a.pth or b.pth in {tmp_path}, and it is Sunday: "
+        "download it from https://example.org/weights and put it there"
+    )
 
 
 @pytest.mark.parametrize("name", [name for name, spec in XYZ_BACKBONES.items() if spec])
@@ -443,3 +458,68 @@ def test_unknown_xyz_backbone_lists_the_known_ones(tmp_path: Path) -> None:
         InputError, match="xyz_backbone_name 'PointNet' is unknown: choose one of Point_MAE, Point_Bert"
     ):
         build_xyz_backbone("PointNet", tmp_path, **GROUPING)
+
+
+# Files that are named themselves
+
+
+def point_mae_file(path: Path) -> State:
+    """A Point-MAE checkpoint of random weights."""
+    torch.manual_seed(3)
+    spec = XYZ_BACKBONES["Point_MAE"]
+    assert spec is not None
+    state = PointTransformer(8, 4, **spec.numbers).state_dict()
+    torch.save({"base_model": {f"MAE_encoder.{key}": value for key, value in state.items()}}, path)
+    return state
+
+
+def test_a_given_xyz_checkpoint_is_taken_whatever_its_name(tmp_path: Path) -> None:
+    """And before what the folder holds, which is not even looked at."""
+    (tmp_path / "pointmae_pretrain.pth").write_text("not to be read")
+    given = tmp_path / "elsewhere" / "mine.bin"
+    given.parent.mkdir()
+    written = point_mae_file(given)
+    module = build_xyz_backbone("Point_MAE", tmp_path, **GROUPING, checkpoint=given)
+    assert module.state_dict().keys() == written.keys()
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, written[key]), key
+    assert not module.training
+
+
+@pytest.mark.parametrize("name", XYZ_BACKBONES)
+def test_a_given_xyz_checkpoint_that_is_missing_or_of_no_use_is_named(tmp_path: Path, name: str) -> None:
+    given = tmp_path / "absent.pth"
+    message = message_of(lambda: build_xyz_backbone(name, tmp_path, **GROUPING, checkpoint=given), given)
+    if XYZ_BACKBONES[name] is None:
+        assert message == f"{given} is not used: {name} needs no weights; leave it out"
+    else:
+        assert "does not exist" in message
+
+
+# .safetensors
+
+
+def test_safetensors_are_read_onto_the_cpu(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(weights(), path)
+    read = read_checkpoint(path)
+    assert read.keys() == weights().keys()
+    for key, value in read.items():
+        assert torch.equal(value, weights()[key]), key
+        assert value.device.type == "cpu"
+
+
+def test_safetensors_cut_off_anywhere_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(weights(), path)
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        assert "cannot be read as a checkpoint" in message_of(lambda: read_checkpoint(path), path)
+
+
+@pytest.mark.parametrize("content", [b"<html>\n404\n</html>\n", bytes(range(256))], ids=["html", "bytes"])
+def test_something_else_by_the_name_of_safetensors_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    assert "download it again" in message_of(lambda: read_checkpoint(path), path)

@@ -1,10 +1,20 @@
 """The tables of methods and protocols, the defaults, and what a configuration refuses."""
 
 from dataclasses import FrozenInstanceError, replace
+from itertools import combinations
 
 import pytest
 
-from feature_extractors.config import BANKS, METHODS, PRECISIONS, PROTOCOLS, DetectorConfig, Method, Protocol
+from feature_extractors.config import (
+    BANKS,
+    METHODS,
+    PRECISIONS,
+    PROTOCOLS,
+    DetectorConfig,
+    Method,
+    Protocol,
+    covering_method,
+)
 from models.point_ops import BACKENDS
 from models.point_transformer import POINT_NORMS
 from utils.errors import InputError
@@ -33,6 +43,39 @@ def test_modalities_are_those_that_the_banks_are_made_of() -> None:
     both = {"rgb", "xyz"}
     expected = {"DINO": {"rgb"}, "Point_MAE": {"xyz"}, "Fusion": both} | dict.fromkeys(MULTIPLE, both)
     assert {name: set(method.modalities) for name, method in METHODS.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["DINO"], "DINO"),
+        (["Point_MAE"], "Point_MAE"),
+        (["Fusion"], "Fusion"),
+        (["DINO+Point_MAE"], "DINO+Point_MAE"),
+        (["DINO+Point_MAE+Fusion"], "DINO+Point_MAE+Fusion"),
+        (["Point_MAE", "Point_MAE"], "Point_MAE"),
+        (["DINO", "Point_MAE"], "DINO+Point_MAE"),
+        (["Point_MAE", "DINO+Point_MAE+add"], "DINO+Point_MAE+add"),  # one of those named
+        (["DINO+Point_MAE", "DINO+Point_MAE+add"], "DINO+Point_MAE"),
+        (["Fusion", "DINO"], "DINO+Point_MAE+Fusion"),
+        (["Fusion", "Point_MAE"], "DINO+Point_MAE+Fusion"),
+        (["DINO+Point_MAE+Fusion", "DINO"], "DINO+Point_MAE+Fusion"),
+        (list(METHODS), "DINO+Point_MAE+Fusion"),
+    ],
+)
+def test_the_method_that_covers_others(names: list[str], expected: str) -> None:
+    assert covering_method(names) == expected
+    assert covering_method(iter(names)) == expected
+
+
+def test_of_any_methods_the_covering_one_has_their_banks_and_none_to_spare() -> None:
+    for count in range(1, len(METHODS) + 1):
+        for names in combinations(METHODS, count):
+            wanted = {bank for name in names for bank in METHODS[name].banks}
+            found = set(METHODS[covering_method(names)].banks)
+            assert found >= wanted
+            # only the triple method has a fusion bank beside another one
+            assert found == wanted or (found == set(BANKS) and {"fusion"} < wanted)
 
 
 def test_protocols() -> None:

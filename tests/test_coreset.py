@@ -103,7 +103,15 @@ def test_the_loop_is_cut_into_few_passes(passes: list[int], monkeypatch: pytest.
         products.append(addmm(*args, **factors).numel())
         return addmm(*args, **factors)
 
+    lowered: list[int] = []
+    minimum = torch.minimum
+
+    def counted(*args: Tensor, **out: Tensor) -> Tensor:
+        lowered.append(len(args[0]))
+        return minimum(*args, **out)
+
     monkeypatch.setattr(torch, "addmm", measured)
+    monkeypatch.setattr(torch, "minimum", counted)
     rows = clustered_rows(3000, 24, 5) + 0.3 * random_rows(3000, 24, 6)
     expected = greedy_twin(rows, 400)
     assert greedy_coreset(rows, 400).tolist() == expected
@@ -112,11 +120,13 @@ def test_the_loop_is_cut_into_few_passes(passes: list[int], monkeypatch: pytest.
     monkeypatch.setattr(coreset, "MAX_BLOCK_ENTRIES", 1000)
     passes.clear()
     products.clear()
+    lowered.clear()
     assert greedy_coreset(rows, 400).tolist() == expected
     assert few < 10
     assert 400 / 21 <= len(passes) < 100
     assert max(passes) <= 20 + 1
     assert max(products) <= 1000
+    assert max(lowered) * 24 <= 1000  # the direct differences of as many rows
 
 
 def test_one_row() -> None:

@@ -34,10 +34,13 @@ from utils.errors import InputError
 from utils.records import Sample
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["searched", "given files"])
 @pytest.mark.parametrize(
     ("method_name", "use_uff"), [*((name, False) for name in METHODS), ("Fusion", True), (TRIPLE, True)]
 )
-def test_only_the_needed_networks_are_built(method_name: str, use_uff: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_needed_networks_are_built(
+    method_name: str, use_uff: bool, given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built: dict[str, tuple[object, ...]] = {}
 
     def building(kind: str, stub: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -51,12 +54,15 @@ def test_only_the_needed_networks_are_built(method_name: str, use_uff: bool, mon
     for kind, stub in stubs.items():
         monkeypatch.setattr(extractor_module, f"build_{kind}", building(kind, stub))
     config = settings(method_name, use_uff=use_uff, point_norm="running")
-    extractor = build_extractor(config, Path("weights"), Path("folder/uff.pth"))
+    files = {"rgb_checkpoint": Path("mine/rgb.pth"), "xyz_checkpoint": Path("mine/xyz.pth")} if given else {}
+    extractor = build_extractor(config, Path("weights"), Path("folder/uff.pth"), **files)
 
     numbers = {"num_group": 24, "group_size": 12, "point_norm": "running", "point_ops": "auto"}
+    numbers["checkpoint"] = files.get("xyz_checkpoint")
     expected: dict[str, tuple[object, ...]] = {}
     if method_name != "Point_MAE":
-        expected["rgb_backbone"] = ("vit_base_patch8_224_dino", Path("weights"), SIZE, {})
+        rgb_checkpoint = files.get("rgb_checkpoint")
+        expected["rgb_backbone"] = ("vit_base_patch8_224_dino", Path("weights"), SIZE, rgb_checkpoint, {})
     if method_name != "DINO":
         expected["xyz_backbone"] = ("Point_MAE", Path("weights"), numbers)
     if use_uff:

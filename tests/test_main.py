@@ -1,23 +1,33 @@
-"""The command line: what a run leaves, what each flag does, and how bad input ends."""
+"""The command line: what a run leaves and what each flag does."""
 
-import io
 import json
-import os
-import pickle
-import shutil
 import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import tifffile
 import torch
 from conftest import ROOT
+from main_runs import (
+    METRICS,
+    PIP_BACKBONES,
+    RGB_DIM,
+    TABLES,
+    XYZ_DIM,
+    Run,
+    call,
+    files_below,
+    folder_of_its_own,  # noqa: F401 (a fixture)
+    link_files,
+    no_download,  # noqa: F401 (a fixture)
+    one_thread,  # noqa: F401 (a fixture)
+    process,
+    refusal,
+    run_into,
+    table_rows,
+)
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
@@ -25,22 +35,16 @@ import main
 from dataset import AnomalyDataset, index_split
 from feature_extractors import extractor as extractor_module
 from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
-from feature_extractors.extractor import PatchExtractor, build_extractor
-from models import RGB_BACKBONES, XYZ_BACKBONES
+from feature_extractors.extractor import build_extractor
 from models.feature_fusion import FeatureFusion
-from models.point_transformer import PointTransformer
 from utils.cloud_cleaning import CleaningRule
-from utils.feature_store import PAIRINGS, PatchFileDataset, pair_rgb
+from utils.feature_store import PatchFileDataset, pair_rgb
 from utils.preprocessing import Job, preprocess
 from utils.synthetic import Plan, make_dataset
 from utils.synthetic_parts import DEFECTS
 
-Runner = Callable[..., "Run"]
+Runner = Callable[..., Run]
 
-PIP_BACKBONES = ["--rgb_backbone_name", "efficientnet_lite0", "--xyz_backbone_name", "FPFH"]
-RGB_DIM, XYZ_DIM = 152, 33  # of these two
-TABLES = ("image_rocauc_results.md", "pixel_rocauc_results.md", "aupro_results.md")
-METRICS = ("image_rocauc", "pixel_rocauc", "au_pro")
 LIMITS = ["0.3", "0.1", "0.05", "0.01"]
 TRAIN, TEST_GOOD = 3, 2  # scans of a made-up class, beside one of each defect
 TEST_PATHS = sorted([f"test/good/{i:03d}" for i in range(TEST_GOOD)] + [f"test/{defect}/000" for defect in DEFECTS])
@@ -51,63 +55,6 @@ DOUBLE = ("--method_name", "DINO+Point_MAE", "--img_size", 112)
 TRIPLE = ("--method_name", "DINO+Point_MAE+Fusion", "--img_size", 112)
 POINTS = ("--method_name", "Point_MAE", "--img_size", 112)
 PROJECTED = ("--method_name", "DINO", "--img_size", 112, "--max_sample", 1)  # so few rows that the coreset projects
-
-
-class Run(NamedTuple):
-    """What a run of main.py left."""
-
-    folder: Path
-    stdout: str
-    results: dict[str, Any]
-
-    @property
-    def entry(self) -> dict[str, Any]:
-        """Of the only class."""
-        (entry,) = self.results["classes"].values()
-        return entry
-
-    @property
-    def scores(self) -> list[float]:
-        return [sample["score"] for sample in self.entry["samples"]]
-
-    @property
-    def pixel_figures(self) -> list[float]:
-        """What depends on the maps alone."""
-        return [self.entry["pixel_rocauc"], self.entry["au_pro"], *self.entry["au_pro_exact"].values()]
-
-
-def call(*flags: object) -> None:
-    """The script, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["main.py", *map(str, flags)])
-        main.main()
-
-
-def run_into(folder: Path, *flags: object) -> Run:
-    stdout = io.StringIO()
-    with redirect_stdout(stdout):
-        call(*flags, "--output_dir", folder)
-    return Run(folder, stdout.getvalue(), json.loads((folder / "results.json").read_text()))
-
-
-def table_rows(folder: Path, name: str) -> list[list[str]]:
-    """The cells of all tables of a file, without the ruler lines."""
-    lines = [line for line in (folder / name).read_text().splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
-def files_below(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def link_files(source: Path, target: Path, without: Sequence[str] = ()) -> Path:
-    """The files of a folder as links in another, but those in folders named in `without`."""
-    for path in sorted(source.rglob("*.*")):
-        if path.is_file() and path.parent.name not in without:
-            link = target / path.relative_to(source)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path)
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -146,21 +93,6 @@ def uff(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     torch.save({"model": FeatureFusion(XYZ_DIM, RGB_DIM).state_dict()}, path)
     return path
-
-
-@pytest.fixture(autouse=True)
-def folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that default paths lie there, and nothing is written into the checkout."""
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Small networks only lose by being shared out, on a busy machine most of all; those of full size gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads if "golden_weights" in request.fixturenames else 1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # What a run leaves
@@ -293,13 +225,15 @@ def test_saved_predictions_have_the_size_of_the_ground_truth(parts: Path, runs: 
             assert np.asarray(image.convert("L")).std() > 10
 
 
-@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize(("pairing", "dtype"), [("aligned", "fp16"), ("reference", "fp16"), ("aligned", "fp32")])
 def test_saved_features_are_those_of_the_training_samples(
-    parts: Path, runs: Runner, tmp_path: Path, pairing: str
+    parts: Path, runs: Runner, tmp_path: Path, pairing: str, dtype: str
 ) -> None:
     folder = tmp_path / "patch_lib"
     flags = [*DOUBLE, "--max_sample", 2, "--save_feature", "--save_feature_path", folder]
-    runs(*flags, *([] if pairing == "aligned" else ["--uff_pairing", pairing]))
+    if (pairing, dtype) != ("aligned", "fp16"):  # the defaults
+        flags += ["--uff_pairing", pairing, "--feature_dtype", dtype]
+    runs(*flags)
     assert files_below(folder) == ["gasket/000.safetensors", "gasket/001.safetensors"]
     saved = PatchFileDataset(folder)
     assert saved.pairing == pairing
@@ -312,11 +246,13 @@ def test_saved_features_are_those_of_the_training_samples(
     modalities = config.method.modalities
     dataset = AnomalyDataset(index_split(parts / "gasket", "train", modalities), modalities, config.img_size)
     for i in range(2):
-        features, (xyz, rgb) = extract(dataset[i]), saved[i]
+        features, (xyz, rgb, _) = extract(dataset[i]), saved[i]
         assert features.rgb is not None
         assert features.xyz is not None
+        paired = pair_rgb(features.rgb, len(xyz), pairing)
         torch.testing.assert_close(xyz, features.xyz, rtol=1e-3, atol=1e-6)
-        torch.testing.assert_close(rgb, pair_rgb(features.rgb, len(xyz), pairing), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(rgb, paired, rtol=1e-3, atol=1e-6)
+        assert torch.equal(xyz, features.xyz) == torch.equal(rgb, paired) == (dtype == "fp32")
         assert torch.equal(xyz == 0, features.xyz == 0)
 
 
@@ -387,7 +323,7 @@ def test_only_good_test_scans_leave_the_metrics_undefined(parts: Path, runs: Run
 def test_defaults_are_those_of_the_original() -> None:
     args = vars(main.parse_args([]))
     original = {
-        "method_name": "DINO+Point_MAE+Fusion",
+        "method_name": ["DINO+Point_MAE+Fusion"],  # a single name there
         "max_sample": 400,
         "rgb_backbone_name": "vit_base_patch8_224_dino",
         "xyz_backbone_name": "Point_MAE",
@@ -395,7 +331,7 @@ def test_defaults_are_those_of_the_original() -> None:
         "save_feature": False,
         "use_uff": False,
         "save_feature_path": Path("datasets/patch_lib"),
-        "save_preds": False,
+        "save_preds": None,  # False there; here also the names of methods
         "group_size": 128,
         "num_group": 1024,
         "random_state": None,
@@ -415,17 +351,21 @@ def test_defaults_are_those_of_the_original() -> None:
         "memory_bank": None,  # "multiple" there, which its default method needs; so each method runs by its name alone
         "classes": None,
         "checkpoint_dir": Path("checkpoints"),
+        "rgb_checkpoint": None,
+        "xyz_checkpoint": None,
+        "list_backbones": False,
         "output_dir": Path("results"),
         "protocol": "reference",
         "point_norm": "cloud",
         "uff_pairing": "aligned",
+        "feature_dtype": "fp16",
         "device": "auto",
         "precision": "fp32",
         "point_ops": "auto",
         "num_workers": 2,
     }
     assert args == original | added
-    assert main.detector_config(main.parse_args([])) == DetectorConfig()
+    assert main.detector_configs(main.parse_args([])) == {"DINO+Point_MAE+Fusion": DetectorConfig()}
 
 
 @pytest.mark.parametrize(
@@ -433,6 +373,7 @@ def test_defaults_are_those_of_the_original() -> None:
     [
         ("--memory_bank multiple", "memory_bank", "multiple"),
         ("--rgb_backbone_name vit_small_patch8_224_dino", "rgb_backbone_name", "vit_small_patch8_224_dino"),
+        ("--rgb_backbone_name test_vit.r160_in1k", "rgb_backbone_name", "test_vit.r160_in1k"),
         ("--xyz_backbone_name Point_Bert", "xyz_backbone_name", "Point_Bert"),
         ("--protocol corrected", "protocol", PROTOCOLS["corrected"]),
         ("--point_norm running", "point_norm", "running"),
@@ -455,7 +396,7 @@ def test_defaults_are_those_of_the_original() -> None:
     ],
 )
 def test_flags_reach_the_detector(flags: str, field: str, value: object) -> None:
-    config = main.detector_config(main.parse_args(flags.split()))
+    (config,) = main.detector_configs(main.parse_args(flags.split())).values()
     assert getattr(config, field) == value
     assert getattr(DetectorConfig(), field) != value
 
@@ -502,7 +443,7 @@ def test_the_same_random_state_gives_the_same_scores(
 def test_bf16_changes_scores_slightly(runs: Runner) -> None:
     full, half = (np.array(runs(*PROJECTED, *flags).scores) for flags in ([], ["--precision", "bf16"]))
     assert (full != half).all()
-    assert float(np.median(np.abs(half / full - 1))) < 0.02
+    assert float(np.median(np.abs(half / full - 1))) < 0.03  # 0.023 with torch 2.8
 
 
 def test_corrected_protocol_changes_scores_and_puts_the_exact_au_pro_first(runs: Runner) -> None:
@@ -535,495 +476,7 @@ def test_a_fusion_bank_without_uff_says_so(runs: Runner, uff: Path) -> None:
     assert fused.scores != plain.scores
 
 
-# Bad input: one clear sentence, exit code 2, before the work starts where it can be known
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
-    """The sentence that a run ends with."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call(*flags)
-    assert stop.value.code == 2
-    return sentence(capsys.readouterr().err)
-
-
-def sentence(stderr: str) -> str:
-    """The one line of an error, which is the last of stderr."""
-    lines = stderr.splitlines()
-    assert [line for line in lines if "error:" in line] == lines[-1:], stderr
-    assert "Traceback" not in stderr
-    assert lines[-1].startswith("main.py: error: "), stderr
-    assert len(lines[-1]) < 600
-    return lines[-1].removeprefix("main.py: error: ")
-
-
-SIDE = 64  # pixels of the smallest scans
-SMALL = [*PIP_BACKBONES, "--img_size", SIDE]
-
-
-def surface(seed: int) -> np.ndarray:
-    """A bumpy surface (SIDE, SIDE, 3) float32, metres, a point per millimetre, seen from half a metre."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:SIDE, :SIDE] * 0.001 + 0.001
-    z = 0.5 + 0.002 * np.sin(x * 300 + seed) * np.cos(y * 200) + rng.normal(0, 1e-4, x.shape)
-    return np.stack([x, y, z], axis=-1).astype(np.float32)
-
-
-def write_cloud(path: Path, xyz: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tifffile.imwrite(path, xyz, photometric="rgb" if xyz.ndim == 3 and xyz.shape[2] == 3 else "minisblack")
-
-
-def write_picture(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-def write_bagels(root: Path) -> Path:
-    """The smallest dataset: two training scans, a good and a defective test scan, SIDE pixels a side."""
-    for seed, scan in enumerate(["train/good/000", "train/good/001", "test/good/000", "test/hole/000"]):
-        folder, stem = (root / "bagel" / scan).parent, Path(scan).name
-        write_cloud(folder / "xyz" / f"{stem}.tiff", surface(seed))
-        noise = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-        write_picture(folder / "rgb" / f"{stem}.png", noise)
-    write_picture(root / "bagel/test/hole/gt/000.png", np.pad(np.full((16, 16), 255, np.uint8), 24))
-    return root
-
-
-@pytest.fixture
-def bagels(tmp_path: Path) -> Path:
-    return write_bagels(tmp_path / "data")
-
-
-@pytest.fixture
-def no_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "build_extractor", lambda *_: pytest.fail("networks built before the input was checked"))
-
-
-@pytest.fixture
-def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "run_class", lambda *_: pytest.fail("work begun before the networks were there"))
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def test_the_smallest_dataset_is_sound(bagels: Path, tmp_path: Path) -> None:
-    """So that the refusals below are for what each test breaks."""
-    run = run_into(tmp_path / "out", "--method_name", "DINO+Point_MAE", "--dataset_path", bagels, *SMALL)
-    assert [sample["path"] for sample in run.entry["samples"]] == ["test/good/000", "test/hole/000"]
-
-
-def refusal_of_files(capsys: pytest.CaptureFixture[str], root: Path, *flags: object) -> str:
-    """The sentence on damaged bagels; no folder has been made for results."""
-    message = refusal(capsys, "--dataset_path", root, *SMALL, "--output_dir", root.parent / "out", *flags)
-    assert not (root.parent / "out").exists()
-    return message
-
-
-@pytest.mark.usefixtures("no_networks")
-@pytest.mark.parametrize(
-    ("class_folder", "flags", "told"),
-    [
-        ("data/bagel", ["--classes", "bagle"], ["'bagle'", "holds bagel", "--classes"]),
-        ("elsewhere/bagel", [], ["data is not a folder", "download MVTec 3D-AD", "--dataset_path"]),
-        ("data/bracket", [], ["none of the mvtec3d classes but bracket", "--classes"]),
-        ("data/bagel", ["--dataset_type", "eyecandies"], ["none of the eyecandies classes but bagel", "--classes"]),
-    ],
-)
-def test_classes_and_folders_that_are_not_there(
-    bagels: Path, capsys: pytest.CaptureFixture[str], class_folder: str, flags: list[str], told: list[str]
-) -> None:
-    shutil.move(bagels / "bagel", bagels.parent / "kept")
-    bagels.rmdir()
-    shutil.move(bagels.parent / "kept", bagels.parent / class_folder)
-    message = refusal_of_files(capsys, bagels, *flags)
-    for words in told:
-        assert words in message
-
-
-@pytest.mark.usefixtures("no_networks")
-@pytest.mark.parametrize(
-    ("pattern", "told"),
-    [
-        ("train/good/*/*", ["no training files in", "bagel/train/good", "fill its folder rgb and xyz"]),
-        ("test/*/*/*", ["no test files in", "bagel/test/good", "fill its folder rgb and xyz"]),
-        ("train/good/xyz/001.tiff", ["1 xyz files for 2 rgb files in", "bagel/train/good", "001.tiff is missing"]),
-        ("test/hole/rgb/000.png", ["0 rgb files for 1 xyz files in", "bagel/test/hole", "000.png is missing"]),
-        ("test/hole/gt/000.png", ["0 gt files for 1 defective scans in", "bagel/test/hole", "000.png is missing"]),
-    ],
-)
-def test_missing_files_are_found_before_the_work_starts(
-    bagels: Path, capsys: pytest.CaptureFixture[str], pattern: str, told: list[str]
-) -> None:
-    for path in sorted((bagels / "bagel").glob(pattern)):
-        path.unlink()
-    message = refusal_of_files(capsys, bagels)
-    for words in told:
-        assert words in message
-    assert "restore what" in message or "fill its folder" in message
-
-
-@pytest.mark.usefixtures("no_networks")
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_missing_split_is_found_before_the_work_starts(
-    bagels: Path, capsys: pytest.CaptureFixture[str], split: str
-) -> None:
-    shutil.rmtree(bagels / "bagel" / split)
-    message = refusal_of_files(capsys, bagels)
-    assert message.startswith("no training files in" if split == "train" else "no test scans in")
-    assert f"bagel/{split}" in message
-
-
-@pytest.mark.usefixtures("no_networks")
-@pytest.mark.parametrize(
-    ("file", "damage", "told"),
-    [
-        ("train/good/rgb/000.png", cut, "is no complete PNG"),
-        ("test/good/rgb/000.png", lambda path: path.write_bytes(b""), "is no complete PNG"),
-        ("test/hole/gt/000.png", cut, "is no complete PNG"),
-        ("test/good/xyz/000.tiff", cut, "cut short"),
-        ("test/good/xyz/000.tiff", lambda path: path.write_text("none"), "cannot be read as a tiff file"),
-        ("train/good/xyz/001.tiff", lambda path: write_cloud(path, surface(0)[..., 2]), "array of 64 x 64, expected"),
-        (
-            "train/good/xyz/001.tiff",
-            lambda path: write_cloud(path, np.ones((64, 64, 4), "f4")),
-            "array of 64 x 64 x 4,",
-        ),
-        ("train/good/xyz/001.tiff", lambda path: write_cloud(path, np.ones((64, 64, 3), "u2")), "holds uint16 numbers"),
-        ("train/good/rgb/001.png", lambda path: write_picture(path, np.ones((64, 32, 3), "u1")), "64 x 32 pixels"),
-        ("test/hole/rgb/000.png", lambda path: write_picture(path, np.ones((80, 80, 3), "u1")), "80 x 80 pixels"),
-        ("test/hole/gt/000.png", lambda path: write_picture(path, np.eye(48, dtype="u1")), "000.png 48 x 48"),
-    ],
-)
-def test_bad_files_are_found_before_the_work_starts(
-    bagels: Path, capsys: pytest.CaptureFixture[str], file: str, damage: Callable[[Path], object], told: str
-) -> None:
-    damage(bagels / "bagel" / file)
-    message = refusal_of_files(capsys, bagels)
-    assert str(bagels / "bagel" / file) in message
-    assert told in message
-    assert any(mend in message for mend in ("restore", "copy it again", "store"))
-
-
-def test_files_of_a_modality_that_is_not_needed_may_be_bad(bagels: Path, tmp_path: Path) -> None:
-    for path in bagels.rglob("*.tiff"):
-        cut(path)
-    run_into(tmp_path / "out", "--method_name", "DINO", "--dataset_path", bagels, *SMALL)
-
-
-def test_pictures_to_be_shown_are_checked_as_well(
-    bagels: Path, no_networks: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cut(bagels / "bagel/test/good/rgb/000.png")
-    flags = ["--method_name", "Point_MAE", "--dataset_path", bagels, *SMALL]
-    assert "bagel/test/good/rgb/000.png" in refusal(capsys, *flags, "--save_preds")
-
-
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [
-        ("--method_name DINO+Point_MAE+Fusion --memory_bank single", "--memory_bank multiple"),
-        ("--method_name DINO+Point_MAE --memory_bank single", "--memory_bank multiple"),
-        ("--method_name DINO --memory_bank multiple", "--memory_bank single"),
-        ("--method_name Fusion --memory_bank multiple", "--memory_bank single"),
-        ("--method_name DINO+Point_MAE --use_uff", "--use_uff has no effect on DINO+Point_MAE"),
-        ("--method_name DINO --use_uff", "--use_uff has no effect on DINO"),
-        ("--method_name DINO --rm_zero_for_project", "--rm_zero_for_project is for the single xyz bank"),
-        ("--method_name DINO+Point_MAE --rm_zero_for_project", "--rm_zero_for_project is for the single xyz bank"),
-        ("--method_name Point_MAE --asy_memory_bank 3", "but Point_MAE has one bank: use --max_sample"),
-        ("--method_name DINO --save_feature", "DINO extracts only rgb: use DINO+Point_MAE"),
-        ("--method_name Point_MAE --save_feature", "Point_MAE extracts only xyz: use DINO+Point_MAE"),
-        ("--point_ops extension --device cpu", "--point_ops extension needs a GPU"),
-        ("--f_coreset 0", "f_coreset is 0.0, expected above 0 and at most 1"),
-        ("--f_coreset 2", "f_coreset is 2.0, expected above 0 and at most 1"),
-        ("--f_coreset nan", "f_coreset is nan, expected above 0 and at most 1"),
-        ("--coreset_eps 0", "coreset_eps is 0.0, expected between 0 and 1"),
-        ("--coreset_eps 1", "coreset_eps is 1.0, expected between 0 and 1"),
-        ("--ocsvm_nu 0", "ocsvm_nu is 0.0, expected above 0 and at most 1"),
-        ("--ocsvm_nu 1.5", "ocsvm_nu is 1.5, expected above 0 and at most 1"),
-        ("--ocsvm_maxiter 0", "ocsvm_maxiter is 0, expected at least 1"),
-        ("--max_sample 0", "max_sample is 0, expected at least 1"),
-        ("--asy_memory_bank 0", "asy_memory_bank is 0, expected at least 1"),
-        ("--num_workers -1", "num_workers is -1, expected 0 or more"),
-        ("--num_group 2", "num_group is 2, expected at least 3"),
-        ("--group_size 0", "group_size is 0, expected at least 1"),
-        ("--random_state -1", "random_state is -1, expected between 0 and"),
-        ("--img_size 16", "img_size is 16, expected at least 58"),
-        ("--rgb_s_lambda nan", "rgb is nan, expected a finite number"),
-        ("--device meta", "give auto, cpu, cuda"),
-        ("--device quantum", "unknown device 'quantum': give auto, cpu, cuda"),
-        ("--device cuda:99", "cuda:99 was asked for"),
-        ("--method_name PatchCore", "argument --method_name: invalid choice: 'PatchCore'"),
-        ("--rgb_backbone_name resnet", "argument --rgb_backbone_name: invalid choice: 'resnet'"),
-        ("--xyz_backbone_name PointNet", "argument --xyz_backbone_name: invalid choice: 'PointNet'"),
-        ("--memory_bank many", "argument --memory_bank: invalid choice: 'many'"),
-        ("--protocol mine", "argument --protocol: invalid choice: 'mine'"),
-        ("--precision fp8", "argument --precision: invalid choice: 'fp8'"),
-        ("--img_size large", "argument --img_size: invalid int value: 'large'"),
-        ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
-    ],
-)
-def test_impossible_flags_are_refused_before_any_file_is_read(
-    tmp_path: Path, no_networks: None, capsys: pytest.CaptureFixture[str], flags: str, told: str
-) -> None:
-    assert told in refusal(capsys, "--dataset_path", tmp_path / "nowhere", *flags.split())
-
-
-@pytest.mark.parametrize("flag", ["--output_dir", "--save_feature_path"])
-def test_a_folder_that_cannot_be_made_is_found_before_the_work_starts(
-    bagels: Path, tmp_path: Path, no_networks: None, capsys: pytest.CaptureFixture[str], flag: str
-) -> None:
-    in_the_way = tmp_path / "file"
-    in_the_way.write_text("kept")
-    flags = ["--method_name", "DINO+Point_MAE", "--save_feature", "--dataset_path", bagels, *SMALL]
-    folders = {"--output_dir": tmp_path / "out", "--save_feature_path": tmp_path / "lib"} | {flag: in_the_way / "new"}
-    message = refusal(capsys, *flags, *(each for pair in folders.items() for each in pair))
-    assert str(in_the_way / "new") in message
-    assert f"choose another {flag}" in message
-    assert in_the_way.read_text() == "kept"
-
-
-# Checkpoints
-
-
-def backbone_flags(name: str) -> list[str]:
-    """Flags of a run whose only network is this one."""
-    if name in RGB_BACKBONES:
-        return ["--method_name", "DINO", "--rgb_backbone_name", name]
-    return ["--method_name", "Point_MAE", "--xyz_backbone_name", name]
-
-
-VIT, SMALL_VIT = "vit_base_patch8_224_dino", "vit_small_patch8_224_dino"
-FILES = {name: spec.files.names[0] for name, spec in (RGB_BACKBONES | XYZ_BACKBONES).items() if spec is not None}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_missing_checkpoint_names_file_folder_and_source(
-    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    flags = ["--dataset_path", bagels, "--output_dir", tmp_path / "out", "--checkpoint_dir", tmp_path / "weights"]
-    message = refusal(capsys, *backbone_flags(name), *flags)
-    assert FILES[name] in message
-    assert f"in {tmp_path / 'weights'}" in message
-    assert "download it from https://" in message
-
-
-def other_models_state(name: str) -> dict[str, Any]:
-    """Some keys of a file that is not the backbone's."""
-    if name in RGB_BACKBONES:
-        return {
-            "cls_token": torch.zeros(1, 1, 192),
-            "pos_embed": torch.zeros(1, 785, 192),
-            "norm.weight": torch.ones(192),
-        }
-    return {"base_model": {"module.decoder.blocks.0.norm1.weight": torch.ones(384)}}
-
-
-class Malicious:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, (f"touch {self.path}",)
-
-
-def write_wrong_file(kind: str, path: Path, name: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "text":
-        path.write_text("<html>404</html>")
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "truncated":
-        torch.save({"weight": torch.zeros(1000)}, path)
-        cut(path)
-    elif kind == "other model":
-        torch.save(other_models_state(name), path)
-    elif kind == "other dict":
-        torch.save({"epoch": 3, "model": [torch.zeros(2)]}, path)
-    elif kind == "malicious":
-        torch.save({"base_model": {}, "model": Malicious(path.with_name("executed"))}, path)
-    elif kind == "malicious pickle":
-        path.write_bytes(pickle.dumps(Malicious(path.with_name("executed")), protocol=2))
-
-
-@pytest.mark.parametrize(
-    "kind", ["text", "empty", "truncated", "other model", "other dict", "malicious", "malicious pickle"]
-)
-@pytest.mark.parametrize("name", [SMALL_VIT, "Point_MAE", "Point_Bert", "UFF"])
-def test_a_wrong_checkpoint_is_named(
-    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str], name: str, kind: str
-) -> None:
-    weights = tmp_path / "weights"
-    path = weights / FILES.get(name, "checkpoint-0.pth")
-    write_wrong_file(kind, path, name)
-    uff = ["--method_name", "Fusion", "--use_uff", "--fusion_module_path", path, *PIP_BACKBONES]
-    flags = uff if name == "UFF" else backbone_flags(name)
-    message = refusal(
-        capsys, *flags, "--dataset_path", bagels, "--checkpoint_dir", weights, "--output_dir", tmp_path / "out"
-    )
-    assert str(path) in message
-    assert any(
-        mend in message for mend in ("download it again", "check that", "another model's file", "fusion_pretrain")
-    )
-    assert not (weights / "executed").exists()
-    if kind.startswith("malicious"):
-        assert "is refused: it holds a posix.system" in message
-
-
-def test_the_weights_of_a_smaller_network_are_told_by_their_shapes(
-    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A ViT-S file under the name of ViT-B: the same keys."""
-    small = {"cls_token": torch.zeros(1, 1, 384), "pos_embed": torch.zeros(1, 785, 384), "norm.weight": torch.ones(384)}
-    torch.save(small, tmp_path / FILES[VIT])
-    message = refusal(capsys, *backbone_flags(VIT), "--dataset_path", bagels, "--checkpoint_dir", tmp_path)
-    assert "cls_token (1, 1, 384) for (1, 1, 768)" in message
-    assert "check that the file belongs to the chosen backbone" in message
-
-
-def test_img_size_must_be_a_multiple_of_the_patch(
-    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    torch.save({}, tmp_path / FILES[SMALL_VIT])
-    flags = [*backbone_flags(SMALL_VIT), "--dataset_path", bagels, "--checkpoint_dir", tmp_path]
-    message = refusal(capsys, *flags, "--img_size", 100)
-    assert "img_size 100 is no multiple" in message
-    assert "patch size 8" in message
-
-
-def test_a_missing_uff_is_named(
-    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "checkpoint-7.pth"
-    flags = ["--use_uff", "--fusion_module_path", path, "--dataset_path", bagels, *SMALL]
-    message = refusal(capsys, *flags, "--output_dir", tmp_path / "out")
-    assert f"checkpoint {path} does not exist" in message
-    assert "train it" in message
-
-
-def test_a_uff_of_other_widths_is_told_by_both(
-    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "checkpoint-0.pth"
-    torch.save({"model": FeatureFusion(48, RGB_DIM).state_dict()}, path)
-    flags = ["--use_uff", "--fusion_module_path", path, "--dataset_path", bagels, *SMALL]
-    message = refusal(capsys, *flags)
-    assert f"{path} was trained on features 48 (xyz) and {RGB_DIM} (rgb) wide" in message
-    assert f"give {XYZ_DIM} and {RGB_DIM}" in message
-    assert "train it on features of the same backbones" in message
-
-
-# Bad scans that only show when they are read
-
-
-def sparse(points: int) -> np.ndarray:
-    """A cloud with so many valid points."""
-    xyz = surface(0)
-    xyz.reshape(-1, 3)[points:] = 0
-    return xyz
-
-
-@pytest.mark.parametrize("scan", ["train/good/xyz/001.tiff", "test/hole/xyz/000.tiff"])
-@pytest.mark.parametrize(
-    ("xyz", "told"),
-    [
-        (sparse(0), ["has no valid point", "restore"]),
-        (np.full((SIDE, SIDE, 3), np.nan, np.float32), ["has no valid point", "restore"]),
-        (sparse(3), ["has 3 valid points", "FPFH needs at least 4", "mend the scan"]),
-    ],
-)
-def test_a_scan_with_too_few_points_is_named(
-    bagels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], scan: str, xyz: np.ndarray, told: list[str]
-) -> None:
-    write_cloud(bagels / "bagel" / scan, xyz)
-    flags = ["--method_name", "Point_MAE", "--dataset_path", bagels, *SMALL, "--output_dir", tmp_path / "out"]
-    message = refusal(capsys, *flags)
-    assert message.startswith("bagel: ")
-    assert scan in message or scan.replace("xyz/", "").removesuffix(".tiff") in message
-    for words in told:
-        assert words in message
-
-
-def test_fewer_points_than_groups(
-    bagels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With a point transformer of three narrow layers in place of Point-MAE."""
-
-    def tiny(config: DetectorConfig, *_: object) -> PatchExtractor:
-        numbers = {"width": 12, "depth": 3, "num_heads": 2, "encoder_dim": 12}
-        return PatchExtractor(config, None, PointTransformer(config.num_group, config.group_size, **numbers))
-
-    monkeypatch.setattr(main, "build_extractor", tiny)
-    write_cloud(bagels / "bagel/train/good/xyz/001.tiff", sparse(99))
-    flags = ["--method_name", "Point_MAE", "--dataset_path", bagels, "--img_size", SIDE, "--output_dir", tmp_path / "o"]
-    message = refusal(capsys, *flags, "--num_group", 100, "--group_size", 8)
-    assert message.startswith("bagel: ")
-    assert "train/good/001 has 99 valid points" in message
-    assert "Point_MAE needs at least 100" in message
-    assert "--num_group" in message
-    run_into(tmp_path / "out", *flags, "--num_group", 99, "--group_size", 8)
-
-
-def test_damage_inside_a_picture_is_named(bagels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Header and end are sound, so that only decoding finds it."""
-    path = bagels / "bagel/test/hole/rgb/000.png"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
-    path.write_bytes(data)
-    flags = ["--method_name", "DINO", "--dataset_path", bagels, *SMALL, "--output_dir", tmp_path / "out"]
-    assert f"{path} is no complete PNG" in refusal(capsys, *flags)
-
-
-def test_nan_and_infinity_count_as_missing(tmp_path: Path) -> None:
-    """A run with them equals the run with zeros there, and not the run on whole scans."""
-    hole = np.zeros((SIDE, SIDE), bool)
-    hole[10:30, 20:50] = True
-    scores = []
-    for fill in ((0.0, 0.0, 0.0), (np.nan, np.nan, np.nan), (0.01, np.inf, 0.5), (0.01, 0.02, -np.inf), None):
-        root = write_bagels(tmp_path / str(fill))
-        for path in root.rglob("*.tiff"):
-            xyz = tifffile.imread(path)
-            if fill is not None:
-                xyz[hole] = fill
-            write_cloud(path, xyz)
-        flags = ["--method_name", "Point_MAE", "--dataset_path", root, *SMALL, "--random_state", 0]
-        scores.append(run_into(root / "out", *flags).scores)
-    zeros, *missing, whole = scores
-    assert missing == [zeros] * 3
-    assert whole != zeros
-
-
 # Real processes
-
-
-def process(cwd: Path, *command: object) -> "subprocess.CompletedProcess[str]":
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment["OMP_NUM_THREADS"] = "1"
-    command = (sys.executable, *map(str, command))
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)  # type: ignore[arg-type]
-
-
-def test_a_first_call_without_data_says_what_to_do(tmp_path: Path) -> None:
-    done = process(tmp_path, ROOT / "main.py")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    message = sentence(done.stderr)
-    assert "datasets/mvtec3d is not a folder: download MVTec 3D-AD from https://www.mvtec.com" in message
-    assert "--dataset_path" in message
-    assert done.stdout == ""
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_error_in_mid_run_is_the_last_line(bagels: Path, tmp_path: Path) -> None:
-    write_cloud(bagels / "bagel/train/good/xyz/001.tiff", sparse(0))
-    done = process(tmp_path, ROOT / "main.py", "--method_name", "Point_MAE", "--dataset_path", bagels, *SMALL)
-    assert done.returncode == 2
-    assert "bagel/train/good/xyz/001.tiff has no valid point" in sentence(done.stderr)
-    assert "main: bagel: 2 training and 2 test samples" in done.stderr
 
 
 @pytest.mark.slow

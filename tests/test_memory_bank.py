@@ -92,7 +92,19 @@ def test_expanded_squares_cancel() -> None:
 
 
 @pytest.mark.parametrize(("exact", "product"), [(True, "addmm"), (False, "cdist")])
-def test_no_block_of_distances_is_above_its_bound(exact: bool, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("most", "least", "per_column", "block"),
+    [
+        (310, 1 << 21, 1 << 14, 300),  # the upper bound is above all
+        (1 << 24, 310, 10, 300),  # 80 entries for 8 columns are below the lower bound
+        (1 << 24, 310, 70, 540),  # 560 entries for 8 columns
+        (490, 310, 70, 480),  # likewise, but for the upper bound
+        (5, 1, 0, 30),  # a query is never cut
+    ],
+)
+def test_no_block_of_distances_is_above_its_bound(
+    exact: bool, product: str, most: int, least: int, per_column: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bank, queries = MemoryBank(random_rows(30, 8, 0)), random_rows(95, 8, 1)
     blocks: list[int] = []
     compute = getattr(torch, product)
@@ -102,9 +114,12 @@ def test_no_block_of_distances_is_above_its_bound(exact: bool, product: str, mon
         return compute(*args, **factors)
 
     monkeypatch.setattr(torch, product, measured)
-    monkeypatch.setattr(memory_bank, "MAX_BLOCK_ENTRIES", 310)
+    monkeypatch.setattr(memory_bank, "MAX_BLOCK_ENTRIES", most)
+    monkeypatch.setattr(memory_bank, "LEAST_BLOCK_ENTRIES", least)
+    monkeypatch.setattr(memory_bank, "BLOCK_ENTRIES_PER_COLUMN", per_column)
     bank.nearest(queries, exact)
-    assert blocks == [300] * 9 + [150]
+    whole, rest = divmod(95 * 30, block)
+    assert blocks == [block] * whole + [rest] * (rest > 0)
 
 
 def test_neighbors_by_hand() -> None:

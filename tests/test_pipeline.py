@@ -1,5 +1,8 @@
 """Fitting and evaluating with tiny networks: what the banks hold, what is fused, what is measured."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_networks import (
@@ -21,11 +24,14 @@ from tiny_networks import (
 )
 from torch import Tensor
 
+from feature_extractors import pipeline
 from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
 from feature_extractors.decision_fusion import fit_decision_fusion
+from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.memory_bank import select_coreset
 from feature_extractors.pipeline import (
+    Evaluation,
     SampleResult,
     Stopwatch,
     TrainingFeatures,
@@ -189,6 +195,92 @@ def test_rows_with_a_single_zero_are_background_to_rm_zero_alone() -> None:
         build_banks(removed, features)
 
 
+# --- methods that share features ---
+
+
+@pytest.fixture
+def selections(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Grows by (rows, picks) at each selection of a coreset."""
+    counts: list[tuple[int, int]] = []
+
+    def counting(raw: Tensor, statistics: object, n: int, *rest: object) -> Tensor:
+        counts.append((len(raw), n))
+        return select_coreset(raw, statistics, n, *rest)
+
+    monkeypatch.setattr(pipeline, "select_coreset", counting)
+    return counts
+
+
+def assert_same_detector(one: Detector, other: Detector) -> None:
+    assert list(one.banks) == list(other.banks)
+    for name, bank in one.banks.items():
+        assert bank.statistics == other.banks[name].statistics
+        assert torch.equal(bank.rows, other.banks[name].rows), name
+    for sample in made_up_samples("test"):
+        mine, theirs = one.predict(sample), other.predict(sample)
+        assert mine.score == theirs.score
+        assert torch.equal(mine.anomaly_map, theirs.anomaly_map)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_coreset_is_selected_once_for_all_methods(protocol: str, selections: list[tuple[int, int]]) -> None:
+    """Two, then three banks of the same statistics and sizes; each detector is that of a run of its own."""
+    configs = {name: settings(name, protocol=PROTOCOLS[protocol]) for name in (DOUBLE, "DINO+Point_MAE+add", TRIPLE)}
+    extractor = build(configs[TRIPLE])
+    features = collect_features(extractor, made_up_samples("train"), TRAIN)
+    detectors, counts = {}, []
+    for name, config in configs.items():
+        detectors[name] = fit_detector(config, extractor, features)
+        counts.append(len(selections))
+    assert counts == [2, 2, 3]
+    assert len(set(selections)) == len(selections)
+    for name, config in configs.items():
+        assert_same_detector(detectors[name], run(config).detector)
+
+
+def test_without_a_random_state_each_method_selects_its_own_coresets(selections: list[tuple[int, int]]) -> None:
+    configs = [settings(name, random_state=None) for name in (DOUBLE, "DINO+Point_MAE+add", TRIPLE)]
+    extractor = build(configs[-1])
+    features = collect_features(extractor, made_up_samples("train"), TRAIN)
+    banks = [fit_detector(config, extractor, features).banks for config in configs]
+    assert len(selections) == 2 + 2 + 3
+    assert not torch.equal(banks[0]["xyz"].rows, banks[1]["xyz"].rows)
+    assert features.coresets == {}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"random_state": 1},
+        {"coreset_eps": 0.8},
+        {"f_coreset": 0.2},
+        {"asy_memory_bank": 2},
+        {"method_name": "DINO"},  # its own statistics
+        {"method_name": "Point_MAE"},  # none
+        {"protocol": PROTOCOLS["corrected"]},
+    ],
+    ids=str,
+)
+def test_coresets_of_other_settings_are_not_shared(
+    changed: dict[str, object], selections: list[tuple[int, int]]
+) -> None:
+    """Fitted after another one on the same features, a detector is what it is by itself."""
+    first = settings()
+    extractor = build(first)
+    features = collect_features(extractor, made_up_samples("train"), TRAIN)
+    fit_detector(first, extractor, features)
+    selections.clear()
+    other = replace(first, **changed)
+    after = build_banks(other, features)
+    fresh = TrainingFeatures(TRAIN)
+    for i in range(TRAIN):
+        fresh.append(features.sample(i))
+    alone = build_banks(other, fresh)
+    for name in alone:
+        assert torch.equal(after[name].rows, alone[name].rows), name
+    assert len(selections) == 2 * len(alone)
+
+
 # --- scoring and decision fusion ---
 
 
@@ -265,7 +357,7 @@ def test_training_samples_are_extracted_once() -> None:
     paths = [sample.path for sample in made_up_samples("train")]
     assert extractor.seen == paths
     test = made_up_samples("test")
-    evaluate(detector, test, len(test))
+    evaluate({TRIPLE: detector}, test, len(test))
     assert extractor.seen == paths + [sample.path for sample in test]
 
 
@@ -295,7 +387,10 @@ def test_features_are_handed_on_as_they_are_collected() -> None:
 def test_evaluate_says_what_predict_says() -> None:
     outcome = run(settings())
     test = made_up_samples("test")
-    results, metrics = evaluate(outcome.detector, iter(test), len(test))
+    evaluations = evaluate({"mine": outcome.detector}, iter(test), len(test))
+    assert list(evaluations) == ["mine"]
+    assert isinstance(evaluations["mine"], Evaluation)
+    results, metrics = evaluations["mine"]
     assert len(results) == len(test)
     for result, sample, prediction in zip(results, test, outcome.predictions, strict=True):
         assert isinstance(result, SampleResult)
@@ -313,7 +408,74 @@ def test_evaluate_says_what_predict_says() -> None:
 
 def test_evaluate_takes_test_samples_only() -> None:
     with pytest.raises(ValueError, match="train/good/000 has no label or no mask"):
-        evaluate(run(settings()).detector, made_up_samples("train"), TRAIN)
+        evaluate({DOUBLE: run(settings()).detector}, made_up_samples("train"), TRAIN)
+
+
+def detectors_of_one_extractor() -> tuple[CountingExtractor, dict[str, Detector]]:
+    """Three methods fitted on the same features."""
+    configs = {name: settings(name) for name in ("DINO", DOUBLE, TRIPLE)}
+    extractor = counting(configs[TRIPLE])
+    features = collect_features(extractor, made_up_samples("train"), TRAIN)
+    extractor.seen.clear()
+    return extractor, {name: fit_detector(config, extractor, features) for name, config in configs.items()}
+
+
+def test_detectors_are_judged_side_by_side_as_each_by_itself() -> None:
+    extractor, detectors = detectors_of_one_extractor()
+    test = made_up_samples("test")
+    together = evaluate(detectors, iter(test), len(test))
+    assert extractor.seen == [sample.path for sample in test]  # once each
+    assert list(together) == list(detectors)
+    for name, detector in detectors.items():
+        results, metrics = evaluate({name: detector}, iter(test), len(test))[name]
+        assert together[name].metrics == metrics
+        assert len(together[name].results) == len(results) == len(test)
+        for mine, theirs in zip(together[name].results, results, strict=True):
+            assert (mine.path, mine.label) == (theirs.path, theirs.label)
+            assert torch.equal(mine.mask, theirs.mask)
+            assert mine.prediction.score == theirs.prediction.score
+            assert mine.prediction.bank_scores == theirs.prediction.bank_scores
+            assert torch.equal(mine.prediction.anomaly_map, theirs.prediction.anomaly_map)
+    scores = {name: [each.prediction.score for each in of.results] for name, of in together.items()}
+    assert scores["DINO"] != scores[DOUBLE] != scores[TRIPLE]
+
+
+def test_every_stopwatch_counts_the_shared_extraction_and_its_own_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only the extractor, the detectors and the metrics move on, each by its own step."""
+    _, detectors = detectors_of_one_extractor()
+    clock = [0.0]
+
+    def taking(seconds: float, function: Callable[..., object]) -> Callable[..., object]:
+        def slow(*args: object) -> object:
+            clock[0] += seconds
+            return function(*args)
+
+        return slow
+
+    monkeypatch.setattr(pipeline.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(CountingExtractor, "__call__", taking(100.0, CountingExtractor.__call__))
+    monkeypatch.setattr(pipeline, "compute_metrics", taking(7.0, pipeline.compute_metrics))
+    steps = dict(zip(detectors, (1.0, 2.0, 3.0), strict=True))
+    for name, detector in detectors.items():
+        monkeypatch.setattr(detector, "predict_features", taking(steps[name], detector.predict_features))
+    before = {"extract": 5.0, "coreset": 4.0, "fuse": 0.0, "score": 0.5, "metrics": 0.0}
+    stopwatches = {name: Stopwatch(before) for name in detectors}
+    evaluate(detectors, made_up_samples("test"), TEST, stopwatches)
+    for name, stopwatch in stopwatches.items():
+        expected = {"extract": 5.0 + 100 * TEST, "score": 0.5 + steps[name] * TEST, "metrics": 7.0}
+        assert stopwatch.seconds == before | expected
+    assert before["extract"] == 5.0  # copied
+
+
+def test_a_stopwatch_begins_at_nothing_or_where_another_stands() -> None:
+    assert Stopwatch().seconds == dict.fromkeys(("extract", "coreset", "fuse", "score", "metrics"), 0.0)
+    first = Stopwatch()
+    first.seconds["extract"] = 3.0
+    second = Stopwatch(first.seconds)
+    with second.measure("extract"):
+        pass
+    assert second.seconds["extract"] > 3.0
+    assert first.seconds["extract"] == 3.0
 
 
 @pytest.mark.parametrize("method_name", [DOUBLE, "DINO"])
@@ -327,7 +489,7 @@ def test_seconds_of_every_stage(method_name: str) -> None:
     assert training > 0
     detector = fit_detector(config, extractor, features, stopwatch)
     assert stopwatch.seconds["score"] == stopwatch.seconds["metrics"] == 0
-    evaluate(detector, made_up_samples("test"), TEST, stopwatch)
+    evaluate({method_name: detector}, made_up_samples("test"), TEST, {method_name: stopwatch})
     assert stopwatch.seconds["extract"] > training
     without = set() if method_name == DOUBLE else {"fuse"}
     assert {stage for stage, seconds in stopwatch.seconds.items() if seconds == 0} == without

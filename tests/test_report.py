@@ -60,7 +60,7 @@ def read_tables(path: Path) -> list[list[list[str]]]:
 
 
 def append(folder: Path, classes: dict = CLASSES, exact_headline: bool = False, note: str | None = None) -> None:
-    append_tables(folder, classes, "DINO+Point_MAE", COMMAND, exact_headline, note)
+    append_tables(folder, {"DINO+Point_MAE": classes}, COMMAND, exact_headline, note)
 
 
 def test_one_row_per_method_with_three_decimals(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_write_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 def test_names_and_commands_cannot_break_a_table(tmp_path: Path) -> None:
     odd = "a|b`c\\d\n<i>*"
     command = ["main.py", "--note", "one | two ``` three\n| four |", os.fsdecode(b"caf\xe9")]
-    append_tables(tmp_path, {odd: BAGEL, "rope": BAGEL}, "x|y", command, False, "a |\n# b")
+    append_tables(tmp_path, {"x|y": {odd: BAGEL, "rope": BAGEL}}, command, False, "a |\n# b")
     for name in FILES:
         fenced, after = re.search(
             r"^(`{4,})text\n(.*?)\n\1$(.*)", (tmp_path / name).read_text(), re.DOTALL | re.MULTILINE
@@ -144,8 +144,8 @@ def test_names_and_commands_cannot_break_a_table(tmp_path: Path) -> None:
 def test_every_table_carries_the_note(tmp_path: Path) -> None:
     append(tmp_path, note=NOTE)
     assert all((tmp_path / name).read_text().count(NOTE) == 1 for name in FILES)
-    assert format_tables(CLASSES, "DINO", False, NOTE).count(NOTE) == 3
-    assert NOTE not in format_tables(CLASSES, "DINO", False)
+    assert format_tables({"DINO": CLASSES}, False, NOTE).count(NOTE) == 3
+    assert NOTE not in format_tables({"DINO": CLASSES}, False)
 
 
 def test_undefined_metrics_are_shown_and_explained(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_undefined_metrics_are_shown_and_explained(tmp_path: Path) -> None:
 
 def test_text_tables_hold_what_the_files_hold(tmp_path: Path) -> None:
     append(tmp_path, exact_headline=True)
-    blocks = format_tables(CLASSES, "DINO+Point_MAE", exact_headline=True).split("\n\n")
+    blocks = format_tables({"DINO+Point_MAE": CLASSES}, exact_headline=True).split("\n\n")
     assert [block.splitlines()[0] for block in blocks] == ["I-AUROC", "P-AUROC", "AU-PRO"]
     for block, name in zip(blocks, FILES, strict=True):
         lines = block.splitlines()[1:]
@@ -170,6 +170,59 @@ def test_text_tables_hold_what_the_files_hold(tmp_path: Path) -> None:
 def test_no_class_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no class"):
         append(tmp_path, {})
+    with pytest.raises(ValueError, match="no class"):
+        append_tables(tmp_path, {}, COMMAND, False)
+    assert not list(tmp_path.iterdir())
+
+
+# several methods
+
+METHODS = {"DINO": {"bagel": BAGEL, "rope": NOTHING}, "Point|MAE": {"bagel": CABLE_GLAND, "rope": BAGEL}}
+
+
+def test_methods_stand_side_by_side(tmp_path: Path) -> None:
+    """A row each, in their order, each with the mean of its own classes."""
+    append_tables(tmp_path, METHODS, COMMAND, False)
+    for name, rows in {
+        FILES[0]: [["DINO", "0.994", "n/a", "0.994"], ["Point|MAE", "0.909", "0.994", "0.952"]],
+        FILES[1]: [["DINO", "0.995", "n/a", "0.995"], ["Point|MAE", "0.993", "0.995", "0.994"]],
+    }.items():
+        (table,) = read_tables(tmp_path / name)
+        assert table == [["Method", "bagel", "rope", "Mean"], *rows]
+
+
+@pytest.mark.parametrize("exact_headline", [False, True])
+def test_au_pro_of_all_methods_is_grouped_by_the_kind_of_curve(tmp_path: Path, exact_headline: bool) -> None:
+    append_tables(tmp_path, METHODS, COMMAND, exact_headline)
+    (table,) = read_tables(tmp_path / FILES[2])
+    published, exact = "limit 0.3, 100 thresholds", "limit 0.3, exact curve"
+    kinds = [exact, published] if exact_headline else [published, exact]
+    kinds += [f"limit {limit}, exact curve" for limit in ("0.1", "0.05", "0.01")]
+    assert [row[0] for row in table[1:]] == [f"{method}, {kind}" for kind in kinds for method in METHODS]
+    rows = {row[0]: row[1:] for row in table[1:]}
+    assert rows[f"DINO, {published}"] == ["0.970", "n/a", "0.970"]
+    assert rows[f"Point|MAE, {published}"] == ["0.971", "0.970", "0.971"]
+    assert rows["DINO, limit 0.01, exact curve"] == ["0.404", "n/a", "0.404"]
+    assert rows["Point|MAE, limit 0.01, exact curve"] == ["0.405", "0.404", "0.405"]
+
+
+def test_the_heading_names_all_methods_once(tmp_path: Path) -> None:
+    append_tables(tmp_path, METHODS, COMMAND, False)
+    for name in FILES:
+        text = (tmp_path / name).read_text()
+        assert len(re.findall("^## ", text, re.MULTILINE)) == 1
+        assert re.search(r"^## \d{4}-\S+ \S+ · DINO, Point\\\|MAE$", text, re.MULTILINE)
+        assert text.count("left out of the mean") == 1
+
+
+def test_text_tables_of_several_methods_hold_what_the_files_hold(tmp_path: Path) -> None:
+    append_tables(tmp_path, METHODS, COMMAND, True)
+    for block, name in zip(format_tables(METHODS, exact_headline=True).split("\n\n"), FILES, strict=True):
+        lines = block.splitlines()[1:-1]  # between title and remark
+        assert [re.split(r" {2,}", line) for line in lines] == read_tables(tmp_path / name)[0]
+
+
+# one line, and results.json
 
 
 def test_result_line() -> None:

@@ -2,15 +2,19 @@
 
 import math
 from pathlib import Path
+from typing import NoReturn
 
+import huggingface_hub
 import numpy as np
 import pytest
 import skimage.data
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import LocalEntryNotFoundError
 from numpy.typing import NDArray
 from PIL import Image
+from tiny_networks import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 
 from models import RGB_BACKBONES, build_rgb_backbone
@@ -268,8 +272,12 @@ def test_damaged_jax_files_are_named_in_one_line(tmp_path: Path, damage: str, na
     assert "\n" not in message
 
 
-def test_missing_weights_say_what_was_looked_for_and_where(tmp_path: Path) -> None:
-    with pytest.raises(InputError) as caught:
+def test_missing_weights_say_what_was_looked_for_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with torch.device("meta"), pytest.raises(InputError) as caught:
         build_rgb_backbone("vit_base_patch8_224_dino", tmp_path, 224)
     for part in ("dino_vitbase8_pretrain.pth", str(tmp_path), "https://dl.fbaipublicfiles.com/dino"):
         assert part in str(caught.value)

@@ -57,11 +57,11 @@ def seeded(name: str, make: Callable[[], nn.Module]) -> nn.Module:
         return make().eval()
 
 
-def stub_rgb(name: str, checkpoint_dir: Path, img_size: int) -> nn.Module:
+def stub_rgb(name: str, checkpoint_dir: Path, img_size: int, checkpoint: Path | None) -> nn.Module:
     return seeded(name, lambda: StubRgb(img_size))
 
 
-def stub_xyz(name: str, checkpoint_dir: Path, **numbers: object) -> nn.Module:
+def stub_xyz(name: str, checkpoint_dir: Path, checkpoint: Path | None, **numbers: object) -> nn.Module:
     """The point transformer itself, narrow and shallow."""
     return seeded(name, lambda: PointTransformer(width=XYZ_DIM // 3, depth=3, num_heads=2, encoder_dim=64, **numbers))
 

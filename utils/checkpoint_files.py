@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from utils.errors import InputError
 
@@ -24,7 +25,7 @@ _SAFE_GLOBALS: list[Any] = [
 
 
 def read_checkpoint(path: Path) -> Any:
-    """Read a file written by torch.save onto the CPU, with weights_only=True.
+    """Read a file written by torch.save, with weights_only=True, or a .safetensors file onto the CPU.
 
     Raises:
         InputError: the file is absent, truncated, no checkpoint, or holds objects that are not allowed.
@@ -32,6 +33,8 @@ def read_checkpoint(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist: check the path or train it first")
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -21,6 +21,7 @@ UNDEFINED = "n/a"
 UNDEFINED_NOTE = f"{UNDEFINED}: undefined for want of defective or of good data; left out of the mean."
 
 Classes = Mapping[str, Mapping[str, Any]]  # {class: metrics of utils.metrics.evaluate}
+Methods = Mapping[str, Classes]  # {name of the method: its classes}, all of the same classes
 
 
 class _Table(NamedTuple):
@@ -32,23 +33,22 @@ class _Table(NamedTuple):
 
 def append_tables(
     output_dir: Path | str,
-    classes: Classes,
-    method_name: str,
+    methods: Methods,
     command: Sequence[str],
     exact_headline: bool,
     note: str | None = None,
 ) -> None:
     """Append one table of this run to each of image_rocauc_, pixel_rocauc_ and aupro_results.md in `output_dir`.
 
-    Each stands under a heading with date and command. exact_headline puts the exact AU-PRO in the first row instead
-    of the 100-threshold one; every row says which it is. `note` is a sentence that every table carries. Older tables
-    are kept, and a reader never meets a file half written.
+    Each has a row of every method and stands under a heading with date and command. exact_headline puts the exact
+    AU-PRO first instead of the 100-threshold one; every row says which it is. `note` is a sentence that every table
+    carries. Older tables are kept, and a reader never meets a file half written.
     """
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    for table in _tables(classes, method_name, exact_headline, note):
+    for table in _tables(methods, exact_headline, note):
         path = Path(output_dir) / table.file_name
         older = path.read_text(encoding="utf-8").rstrip("\n") if path.exists() else f"# {table.title}"
-        lines = [f"## {now} · {_escape(method_name)}", "", *_fenced(shlex.join(command)), ""]
+        lines = [f"## {now} · {_escape(', '.join(methods))}", "", *_fenced(shlex.join(command)), ""]
         lines += [_markdown_row(table.rows[0]), "|---|" + "---:|" * (len(table.rows[0]) - 1)]
         lines += [_markdown_row(row) for row in table.rows[1:]]
         for remark in table.remarks:
@@ -57,11 +57,11 @@ def append_tables(
             temporary.write_text(older + "\n\n" + "\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
-def format_tables(classes: Classes, method_name: str, exact_headline: bool, note: str | None = None) -> str:
+def format_tables(methods: Methods, exact_headline: bool, note: str | None = None) -> str:
     """The tables of `append_tables` as aligned text for the terminal: I-AUROC, P-AUROC, AU-PRO."""
     return "\n\n".join(
         "\n".join([table.title, *_aligned(table.rows), *table.remarks])
-        for table in _tables(classes, method_name, exact_headline, note)
+        for table in _tables(methods, exact_headline, note)
     )
 
 
@@ -107,21 +107,25 @@ def package_versions() -> dict[str, str | None]:
     return versions
 
 
-def _tables(classes: Classes, method_name: str, exact_headline: bool, note: str | None) -> list[_Table]:
-    if not classes:
+def _tables(methods: Methods, exact_headline: bool, note: str | None) -> list[_Table]:
+    names = next(iter(methods.values()), {})
+    if not names:
         raise ValueError("there is no class to tabulate; expected the metrics of at least one")
-    header = ["Method", *classes, "Mean"]
-    means = mean_over_classes(classes)
+    header = ["Method", *names, "Mean"]
+    columns = {method: [*classes.values(), mean_over_classes(classes)] for method, classes in methods.items()}
 
     def cells(label: str, values: Sequence[float | None]) -> list[str]:
         return [_one_line(label), *map(_number, values)]
 
     def plain_rows(key: str) -> list[list[str]]:
-        return [cells(method_name, [*(metrics[key] for metrics in classes.values()), means[key]])]
+        return [cells(method, [metrics[key] for metrics in of_method]) for method, of_method in columns.items()]
 
+    # The methods side by side, one way of computing AU-PRO after the other.
+    areas = {method: _au_pro_rows(of_method, exact_headline) for method, of_method in columns.items()}
     area_rows = [
-        cells(f"{method_name}, {label}", values)
-        for label, values in _au_pro_rows([*classes.values(), means], exact_headline)
+        cells(f"{method}, {label}", values)
+        for kind in zip(*areas.values(), strict=True)
+        for method, (label, values) in zip(areas, kind, strict=True)
     ]
     tables = []
     for file_name, title, rows in (

@@ -1,6 +1,6 @@
 """Make a dataset of made-up parts in the layout of MVTec 3D-AD: a photo and an organised point cloud of each.
 
-    python utils/synthetic.py datasets/synthetic                        # three classes, 40 scans each, 400 x 400
+    python utils/synthetic.py datasets/synthetic                        # three classes, 44 scans each, 400 x 400
     python utils/synthetic.py datasets/tiny --size 224 --train 4 --validation 1 --test_good 2 --test_defective 1
     python utils/synthetic.py datasets/gaskets --classes gasket --size 800 --train 200 --seed 7
 
@@ -53,9 +53,9 @@ class Plan:
 
     output_dir: Path
     classes: tuple[str, ...] = tuple(PARTS)
-    train: int = 12
-    validation: int = 4
-    test_good: int = 6
+    train: int = 16
+    validation: int = 2
+    test_good: int = 8
     test_defective: int = 3  # of each type of defect
     size: int = 400
     seed: int = 0

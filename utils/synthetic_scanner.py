@@ -15,13 +15,13 @@ from scipy.spatial.transform import Rotation
 
 from utils.synthetic_parts import CELL, DEFECTS, GRID, PARTS, TOP, smooth_noise
 
-FIELD_OF_VIEW = 0.40  # image width over distance: 20 cm at half a metre
+FIELD_OF_VIEW = 0.32  # image width over distance: 16 cm at half a metre, around parts of 9 to 10 cm
 DISTANCE = 0.5  # metres from the camera to the table
 PROJECTOR = (-0.09, 0.01, 0.0)  # metres, camera frame; the baseline is why a scanner has shadows
 LIGHT = (-0.12, -0.22, -1.0)  # towards the light, camera frame
 TILT = (4.0, -1.5)  # degrees about x and y; the rig is fixed, so scans differ by a fraction of a degree
 DEPTH_NOISE = 0.00012  # metres, of one pixel; neighbours share about as much again
-SPECKLE = 0.004  # share of pixels without a value for no reason
+SPECKLE = 0.0004  # share of pixels without a value for no reason: of the order seen in real scans
 DEPTH_CHANGE = 0.0002  # metres; ground truth is where the surface moved by more than the noise ...
 COLOUR_CHANGE = 0.04  # ... or where the photo changed colour by more than ten grey levels of 255
 

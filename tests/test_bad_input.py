@@ -1,0 +1,539 @@
+"""How bad input ends: one clear sentence, exit code 2, before the work starts where it can be known."""
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from conftest import ROOT
+from main_runs import (
+    PIP_BACKBONES,
+    RGB_DIM,
+    SIDE,
+    SMALL,
+    XYZ_DIM,
+    bagels_fixture,  # noqa: F401 (a fixture)
+    folder_of_its_own,  # noqa: F401 (a fixture)
+    no_download,  # noqa: F401 (a fixture)
+    one_thread,  # noqa: F401 (a fixture)
+    process,
+    refusal,
+    run_into,
+    sentence,
+    surface,
+    write_bagels,
+    write_cloud,
+    write_picture,
+)
+
+import main
+from feature_extractors.config import DetectorConfig
+from feature_extractors.extractor import PatchExtractor
+from models import RGB_BACKBONES, XYZ_BACKBONES
+from models.feature_fusion import FeatureFusion
+from models.point_transformer import PointTransformer
+
+
+@pytest.fixture
+def no_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        main, "build_extractor", lambda *_, **__: pytest.fail("networks built before the input was checked")
+    )
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "run_class", lambda *_, **__: pytest.fail("work begun before the networks were there"))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_the_smallest_dataset_is_sound(bagels: Path, tmp_path: Path) -> None:
+    """So that the refusals below are for what each test breaks."""
+    run = run_into(tmp_path / "out", "--method_name", "DINO+Point_MAE", "--dataset_path", bagels, *SMALL)
+    assert [sample["path"] for sample in run.entry["samples"]] == ["test/good/000", "test/hole/000"]
+
+
+def refusal_of_files(capsys: pytest.CaptureFixture[str], root: Path, *flags: object) -> str:
+    """The sentence on damaged bagels; no folder has been made for results."""
+    message = refusal(capsys, "--dataset_path", root, *SMALL, "--output_dir", root.parent / "out", *flags)
+    assert not (root.parent / "out").exists()
+    return message
+
+
+@pytest.mark.usefixtures("no_networks")
+@pytest.mark.parametrize(
+    ("class_folder", "flags", "told"),
+    [
+        ("data/bagel", ["--classes", "bagle"], ["'bagle'", "holds bagel", "--classes"]),
+        ("elsewhere/bagel", [], ["data is not a folder", "download MVTec 3D-AD", "--dataset_path"]),
+        ("data/bracket", [], ["none of the mvtec3d classes but bracket", "--classes"]),
+        ("data/bagel", ["--dataset_type", "eyecandies"], ["none of the eyecandies classes but bagel", "--classes"]),
+    ],
+)
+def test_classes_and_folders_that_are_not_there(
+    bagels: Path, capsys: pytest.CaptureFixture[str], class_folder: str, flags: list[str], told: list[str]
+) -> None:
+    shutil.move(bagels / "bagel", bagels.parent / "kept")
+    bagels.rmdir()
+    shutil.move(bagels.parent / "kept", bagels.parent / class_folder)
+    message = refusal_of_files(capsys, bagels, *flags)
+    for words in told:
+        assert words in message
+
+
+@pytest.mark.usefixtures("no_networks")
+@pytest.mark.parametrize(
+    ("pattern", "told"),
+    [
+        ("train/good/*/*", ["no training files in", "bagel/train/good", "fill its folder rgb and xyz"]),
+        ("test/*/*/*", ["no test files in", "bagel/test/good", "fill its folder rgb and xyz"]),
+        ("train/good/xyz/001.tiff", ["1 xyz files for 2 rgb files in", "bagel/train/good", "001.tiff is missing"]),
+        ("test/hole/rgb/000.png", ["0 rgb files for 1 xyz files in", "bagel/test/hole", "000.png is missing"]),
+        ("test/hole/gt/000.png", ["0 gt files for 1 defective scans in", "bagel/test/hole", "000.png is missing"]),
+    ],
+)
+def test_missing_files_are_found_before_the_work_starts(
+    bagels: Path, capsys: pytest.CaptureFixture[str], pattern: str, told: list[str]
+) -> None:
+    for path in sorted((bagels / "bagel").glob(pattern)):
+        path.unlink()
+    message = refusal_of_files(capsys, bagels)
+    for words in told:
+        assert words in message
+    assert "restore what" in message or "fill its folder" in message
+
+
+@pytest.mark.usefixtures("no_networks")
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_missing_split_is_found_before_the_work_starts(
+    bagels: Path, capsys: pytest.CaptureFixture[str], split: str
+) -> None:
+    shutil.rmtree(bagels / "bagel" / split)
+    message = refusal_of_files(capsys, bagels)
+    assert message.startswith("no training files in" if split == "train" else "no test scans in")
+    assert f"bagel/{split}" in message
+
+
+@pytest.mark.usefixtures("no_networks")
+@pytest.mark.parametrize(
+    ("file", "damage", "told"),
+    [
+        ("train/good/rgb/000.png", cut, "is no complete PNG"),
+        ("test/good/rgb/000.png", lambda path: path.write_bytes(b""), "is no complete PNG"),
+        ("test/hole/gt/000.png", cut, "is no complete PNG"),
+        ("test/good/xyz/000.tiff", cut, "cut short"),
+        ("test/good/xyz/000.tiff", lambda path: path.write_text("none"), "cannot be read as a tiff file"),
+        ("train/good/xyz/001.tiff", lambda path: write_cloud(path, surface(0)[..., 2]), "array of 64 x 64, expected"),
+        (
+            "train/good/xyz/001.tiff",
+            lambda path: write_cloud(path, np.ones((64, 64, 4), "f4")),
+            "array of 64 x 64 x 4,",
+        ),
+        ("train/good/xyz/001.tiff", lambda path: write_cloud(path, np.ones((64, 64, 3), "u2")), "holds uint16 numbers"),
+        ("train/good/rgb/001.png", lambda path: write_picture(path, np.ones((64, 32, 3), "u1")), "64 x 32 pixels"),
+        ("test/hole/rgb/000.png", lambda path: write_picture(path, np.ones((80, 80, 3), "u1")), "80 x 80 pixels"),
+        ("test/hole/gt/000.png", lambda path: write_picture(path, np.eye(48, dtype="u1")), "000.png 48 x 48"),
+    ],
+)
+def test_bad_files_are_found_before_the_work_starts(
+    bagels: Path, capsys: pytest.CaptureFixture[str], file: str, damage: Callable[[Path], object], told: str
+) -> None:
+    damage(bagels / "bagel" / file)
+    message = refusal_of_files(capsys, bagels)
+    assert str(bagels / "bagel" / file) in message
+    assert told in message
+    assert any(mend in message for mend in ("restore", "copy it again", "store"))
+
+
+def test_files_of_a_modality_that_is_not_needed_may_be_bad(bagels: Path, tmp_path: Path) -> None:
+    for path in bagels.rglob("*.tiff"):
+        cut(path)
+    run_into(tmp_path / "out", "--method_name", "DINO", "--dataset_path", bagels, *SMALL)
+
+
+def test_pictures_to_be_shown_are_checked_as_well(
+    bagels: Path, no_networks: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut(bagels / "bagel/test/good/rgb/000.png")
+    flags = ["--method_name", "Point_MAE", "--dataset_path", bagels, *SMALL]
+    assert "bagel/test/good/rgb/000.png" in refusal(capsys, *flags, "--save_preds")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--method_name DINO+Point_MAE+Fusion --memory_bank single", "--memory_bank multiple"),
+        ("--method_name DINO+Point_MAE --memory_bank single", "--memory_bank multiple"),
+        ("--method_name DINO --memory_bank multiple", "--memory_bank single"),
+        ("--method_name Fusion --memory_bank multiple", "--memory_bank single"),
+        ("--method_name DINO+Point_MAE --use_uff", "--use_uff has no effect on DINO+Point_MAE"),
+        ("--method_name DINO --use_uff", "--use_uff has no effect on DINO"),
+        ("--method_name DINO --rm_zero_for_project", "--rm_zero_for_project is for the single xyz bank"),
+        ("--method_name DINO+Point_MAE --rm_zero_for_project", "--rm_zero_for_project is for the single xyz bank"),
+        ("--method_name Point_MAE --asy_memory_bank 3", "but Point_MAE has one bank: use --max_sample"),
+        ("--method_name DINO --save_feature", "DINO extracts only rgb: use DINO+Point_MAE"),
+        ("--method_name Point_MAE --save_feature", "Point_MAE extracts only xyz: use DINO+Point_MAE"),
+        ("--point_ops extension --device cpu", "--point_ops extension needs a GPU"),
+        ("--f_coreset 0", "f_coreset is 0.0, expected above 0 and at most 1"),
+        ("--f_coreset 2", "f_coreset is 2.0, expected above 0 and at most 1"),
+        ("--f_coreset nan", "f_coreset is nan, expected above 0 and at most 1"),
+        ("--coreset_eps 0", "coreset_eps is 0.0, expected between 0 and 1"),
+        ("--coreset_eps 1", "coreset_eps is 1.0, expected between 0 and 1"),
+        ("--ocsvm_nu 0", "ocsvm_nu is 0.0, expected above 0 and at most 1"),
+        ("--ocsvm_nu 1.5", "ocsvm_nu is 1.5, expected above 0 and at most 1"),
+        ("--ocsvm_maxiter 0", "ocsvm_maxiter is 0, expected at least 1"),
+        ("--max_sample 0", "max_sample is 0, expected at least 1"),
+        ("--asy_memory_bank 0", "asy_memory_bank is 0, expected at least 1"),
+        ("--num_workers -1", "num_workers is -1, expected 0 or more"),
+        ("--num_group 2", "num_group is 2, expected at least 3"),
+        ("--group_size 0", "group_size is 0, expected at least 1"),
+        ("--random_state -1", "random_state is -1, expected between 0 and"),
+        ("--img_size 16", "img_size is 16, expected at least 58"),
+        ("--rgb_s_lambda nan", "rgb is nan, expected a finite number"),
+        ("--device meta", "give auto, cpu, cuda"),
+        ("--device quantum", "unknown device 'quantum': give auto, cpu, cuda"),
+        ("--device cuda:99", "cuda:99 was asked for"),
+        ("--method_name PatchCore", "argument --method_name: invalid choice: 'PatchCore'"),
+        ("--rgb_backbone_name resnet", "rgb_backbone_name 'resnet' is unknown: choose one of vit_base_patch8_224_dino"),
+        ("--rgb_backbone_name vit_small_patch8_224.none", "or a vision transformer of timm by its name there"),
+        ("--method_name DINO Point_MAE --memory_bank single --use_uff", "--use_uff has no effect on DINO"),
+        ("--method_name DINO Point_MAE --asy_memory_bank 3", "but DINO has one bank: use --max_sample"),
+        ("--method_name DINO Fusion --rm_zero_for_project", "--rm_zero_for_project is for the single xyz bank"),
+        ("--method_name Point_MAE DINO+Point_MAE --memory_bank single", "use --memory_bank multiple"),
+        ("--method_name DINO PatchCore", "argument --method_name: invalid choice: 'PatchCore'"),
+        ("--method_name", "argument --method_name: expected at least one argument"),
+        ("--save_preds PatchCore", "argument --save_preds: invalid choice: 'PatchCore'"),
+        ("--method_name DINO --xyz_checkpoint w.pth", "--xyz_checkpoint is not used: DINO has no xyz branch"),
+        ("--method_name Point_MAE --rgb_checkpoint w.pth", "--rgb_checkpoint is not used: Point_MAE has no rgb branch"),
+        ("--xyz_backbone_name PointNet", "argument --xyz_backbone_name: invalid choice: 'PointNet'"),
+        ("--memory_bank many", "argument --memory_bank: invalid choice: 'many'"),
+        ("--protocol mine", "argument --protocol: invalid choice: 'mine'"),
+        ("--precision fp8", "argument --precision: invalid choice: 'fp8'"),
+        ("--img_size large", "argument --img_size: invalid int value: 'large'"),
+        ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
+    ],
+)
+def test_impossible_flags_are_refused_before_any_file_is_read(
+    tmp_path: Path, no_networks: None, capsys: pytest.CaptureFixture[str], flags: str, told: str
+) -> None:
+    assert told in refusal(capsys, "--dataset_path", tmp_path / "nowhere", *flags.split())
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--save_feature_path"])
+def test_a_folder_that_cannot_be_made_is_found_before_the_work_starts(
+    bagels: Path, tmp_path: Path, no_networks: None, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("kept")
+    flags = ["--method_name", "DINO+Point_MAE", "--save_feature", "--dataset_path", bagels, *SMALL]
+    folders = {"--output_dir": tmp_path / "out", "--save_feature_path": tmp_path / "lib"} | {flag: in_the_way / "new"}
+    message = refusal(capsys, *flags, *(each for pair in folders.items() for each in pair))
+    assert str(in_the_way / "new") in message
+    assert f"choose another {flag}" in message
+    assert in_the_way.read_text() == "kept"
+
+
+# Checkpoints
+
+
+def backbone_flags(name: str) -> list[str]:
+    """Flags of a run whose only network is this one."""
+    if name in XYZ_BACKBONES:
+        return ["--method_name", "Point_MAE", "--xyz_backbone_name", name]
+    return ["--method_name", "DINO", "--rgb_backbone_name", name]
+
+
+VIT, SMALL_VIT = "vit_base_patch8_224_dino", "vit_small_patch8_224_dino"
+TINY_VIT = "test_vit.r160_in1k"  # timm's smallest, which has no row of its own
+FILES = {name: spec.files.names[0] for name, spec in (RGB_BACKBONES | XYZ_BACKBONES).items() if spec is not None}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_checkpoint_names_file_folder_and_source(
+    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    flags = ["--dataset_path", bagels, "--output_dir", tmp_path / "out", "--checkpoint_dir", tmp_path / "weights"]
+    message = refusal(capsys, *backbone_flags(name), *flags)
+    for file_name in (RGB_BACKBONES | XYZ_BACKBONES)[name].files.names:
+        assert file_name in message
+    assert f"in {tmp_path / 'weights'}" in message
+    assert "download it from https://" in message
+    tried = "and timm's download failed (OSError)"  # of point transformers timm has none
+    assert (tried in message) == (name in RGB_BACKBONES)
+
+
+def test_a_missing_checkpoint_of_another_vision_transformer(
+    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--method_name", "DINO", "--rgb_backbone_name", TINY_VIT, "--checkpoint_dir", tmp_path / "weights"]
+    message = refusal(capsys, *flags, "--dataset_path", bagels)
+    assert f"no checkpoint {TINY_VIT}.safetensors or {TINY_VIT}.pth or {TINY_VIT}.npz in {tmp_path}/weights" in message
+    assert "timm's download failed (OSError)" in message
+    assert f"download it from https://huggingface.co/timm/{TINY_VIT}" in message
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mixer_b16_224"])
+def test_a_network_of_timm_that_is_no_vision_transformer(
+    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Known to timm, with weights for it lying there."""
+    (tmp_path / f"{name}.pth").write_bytes(b"")
+    flags = ["--method_name", "DINO", "--rgb_backbone_name", name, "--checkpoint_dir", tmp_path]
+    message = refusal(capsys, *flags, "--dataset_path", bagels)
+    assert message.startswith(f"{name} cannot be the RGB backbone (")
+    assert message.endswith("): choose a vision transformer of timm")
+
+
+@pytest.mark.parametrize(
+    ("method", "flag", "told"),
+    [
+        ("DINO", "--rgb_checkpoint", "is not used: the weights of efficientnet_lite0 come with pip; leave it out"),
+        ("Point_MAE", "--xyz_checkpoint", "is not used: FPFH needs no weights; leave it out"),
+    ],
+)
+def test_a_checkpoint_for_a_backbone_that_needs_none(
+    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str], method: str, flag: str, told: str
+) -> None:
+    path = tmp_path / "mine.pth"
+    torch.save({}, path)
+    message = refusal(capsys, "--method_name", method, "--dataset_path", bagels, *SMALL, flag, path)
+    assert message == f"{path} {told}"
+
+
+@pytest.mark.parametrize(("flag", "name"), [("--rgb_checkpoint", TINY_VIT), ("--xyz_checkpoint", "Point_MAE")])
+@pytest.mark.parametrize("kind", [None, "other dict"])
+def test_a_named_checkpoint_that_does_not_serve(
+    bagels: Path,
+    tmp_path: Path,
+    no_work: None,
+    capsys: pytest.CaptureFixture[str],
+    flag: str,
+    name: str,
+    kind: str | None,
+) -> None:
+    """It is refused, absent or wrong: nothing else is taken in its place."""
+    path = tmp_path / "mine.pth"
+    if kind:
+        write_wrong_file(kind, path, name)
+    flags = [*backbone_flags(name), "--dataset_path", bagels, "--img_size", SIDE]
+    message = refusal(capsys, *flags, flag, path)
+    assert str(path) in message
+    assert ("does not exist" in message) == (kind is None)
+
+
+def other_models_state(name: str) -> dict[str, Any]:
+    """Some keys of a file that is not the backbone's."""
+    if name in RGB_BACKBONES:
+        return {
+            "cls_token": torch.zeros(1, 1, 192),
+            "pos_embed": torch.zeros(1, 785, 192),
+            "norm.weight": torch.ones(192),
+        }
+    return {"base_model": {"module.decoder.blocks.0.norm1.weight": torch.ones(384)}}
+
+
+class Malicious:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+def write_wrong_file(kind: str, path: Path, name: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "text":
+        path.write_text("<html>404</html>")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "truncated":
+        torch.save({"weight": torch.zeros(1000)}, path)
+        cut(path)
+    elif kind == "other model":
+        torch.save(other_models_state(name), path)
+    elif kind == "other dict":
+        torch.save({"epoch": 3, "model": [torch.zeros(2)]}, path)
+    elif kind == "malicious":
+        torch.save({"base_model": {}, "model": Malicious(path.with_name("executed"))}, path)
+    elif kind == "malicious pickle":
+        path.write_bytes(pickle.dumps(Malicious(path.with_name("executed")), protocol=2))
+
+
+@pytest.mark.parametrize(
+    "kind", ["text", "empty", "truncated", "other model", "other dict", "malicious", "malicious pickle"]
+)
+@pytest.mark.parametrize("name", [SMALL_VIT, "Point_MAE", "Point_Bert", "UFF"])
+def test_a_wrong_checkpoint_is_named(
+    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str], name: str, kind: str
+) -> None:
+    weights = tmp_path / "weights"
+    path = weights / FILES.get(name, "checkpoint-0.pth")
+    write_wrong_file(kind, path, name)
+    uff = ["--method_name", "Fusion", "--use_uff", "--fusion_module_path", path, *PIP_BACKBONES]
+    flags = uff if name == "UFF" else backbone_flags(name)
+    message = refusal(
+        capsys, *flags, "--dataset_path", bagels, "--checkpoint_dir", weights, "--output_dir", tmp_path / "out"
+    )
+    assert str(path) in message
+    assert any(
+        mend in message for mend in ("download it again", "check that", "another model's file", "fusion_pretrain")
+    )
+    assert not (weights / "executed").exists()
+    if kind.startswith("malicious"):
+        assert "is refused: it holds a posix.system" in message
+
+
+def test_the_weights_of_a_smaller_network_are_told_by_their_shapes(
+    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A ViT-S file under the name of ViT-B: the same keys."""
+    small = {"cls_token": torch.zeros(1, 1, 384), "pos_embed": torch.zeros(1, 785, 384), "norm.weight": torch.ones(384)}
+    torch.save(small, tmp_path / FILES[VIT])
+    message = refusal(capsys, *backbone_flags(VIT), "--dataset_path", bagels, "--checkpoint_dir", tmp_path)
+    assert "cls_token (1, 1, 384) for (1, 1, 768)" in message
+    assert "check that the file belongs to the chosen backbone" in message
+
+
+def test_img_size_must_be_a_multiple_of_the_patch(
+    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({}, tmp_path / FILES[SMALL_VIT])
+    flags = [*backbone_flags(SMALL_VIT), "--dataset_path", bagels, "--checkpoint_dir", tmp_path]
+    message = refusal(capsys, *flags, "--img_size", 100)
+    assert "img_size 100 is no multiple" in message
+    assert "patch size 8" in message
+
+
+def test_a_missing_uff_is_named(
+    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "checkpoint-7.pth"
+    flags = ["--use_uff", "--fusion_module_path", path, "--dataset_path", bagels, *SMALL]
+    message = refusal(capsys, *flags, "--output_dir", tmp_path / "out")
+    assert f"checkpoint {path} does not exist" in message
+    assert "train it" in message
+
+
+def test_a_uff_of_other_widths_is_told_by_both(
+    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "checkpoint-0.pth"
+    torch.save({"model": FeatureFusion(48, RGB_DIM).state_dict()}, path)
+    flags = ["--use_uff", "--fusion_module_path", path, "--dataset_path", bagels, *SMALL]
+    message = refusal(capsys, *flags)
+    assert f"{path} was trained on features 48 (xyz) and {RGB_DIM} (rgb) wide" in message
+    assert f"give {XYZ_DIM} and {RGB_DIM}" in message
+    assert "train it on features of the same backbones" in message
+
+
+# Bad scans that only show when they are read
+
+
+def sparse(points: int) -> np.ndarray:
+    """A cloud with so many valid points."""
+    xyz = surface(0)
+    xyz.reshape(-1, 3)[points:] = 0
+    return xyz
+
+
+@pytest.mark.parametrize("scan", ["train/good/xyz/001.tiff", "test/hole/xyz/000.tiff"])
+@pytest.mark.parametrize(
+    ("xyz", "told"),
+    [
+        (sparse(0), ["has no valid point", "restore"]),
+        (np.full((SIDE, SIDE, 3), np.nan, np.float32), ["has no valid point", "restore"]),
+        (sparse(3), ["has 3 valid points", "FPFH needs at least 4", "mend the scan"]),
+    ],
+)
+def test_a_scan_with_too_few_points_is_named(
+    bagels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], scan: str, xyz: np.ndarray, told: list[str]
+) -> None:
+    write_cloud(bagels / "bagel" / scan, xyz)
+    flags = ["--method_name", "Point_MAE", "--dataset_path", bagels, *SMALL, "--output_dir", tmp_path / "out"]
+    message = refusal(capsys, *flags)
+    assert message.startswith("bagel: ")
+    assert scan in message or scan.replace("xyz/", "").removesuffix(".tiff") in message
+    for words in told:
+        assert words in message
+
+
+def test_fewer_points_than_groups(
+    bagels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a point transformer of three narrow layers in place of Point-MAE."""
+
+    def tiny(config: DetectorConfig, *_: object, **__: object) -> PatchExtractor:
+        numbers = {"width": 12, "depth": 3, "num_heads": 2, "encoder_dim": 12}
+        return PatchExtractor(config, None, PointTransformer(config.num_group, config.group_size, **numbers))
+
+    monkeypatch.setattr(main, "build_extractor", tiny)
+    write_cloud(bagels / "bagel/train/good/xyz/001.tiff", sparse(99))
+    flags = ["--method_name", "Point_MAE", "--dataset_path", bagels, "--img_size", SIDE, "--output_dir", tmp_path / "o"]
+    message = refusal(capsys, *flags, "--num_group", 100, "--group_size", 8)
+    assert message.startswith("bagel: ")
+    assert "train/good/001 has 99 valid points" in message
+    assert "Point_MAE needs at least 100" in message
+    assert "--num_group" in message
+    run_into(tmp_path / "out", *flags, "--num_group", 99, "--group_size", 8)
+
+
+def test_damage_inside_a_picture_is_named(bagels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Header and end are sound, so that only decoding finds it."""
+    path = bagels / "bagel/test/hole/rgb/000.png"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
+    path.write_bytes(data)
+    flags = ["--method_name", "DINO", "--dataset_path", bagels, *SMALL, "--output_dir", tmp_path / "out"]
+    assert f"{path} is no complete PNG" in refusal(capsys, *flags)
+
+
+def test_nan_and_infinity_count_as_missing(tmp_path: Path) -> None:
+    """A run with them equals the run with zeros there, and not the run on whole scans."""
+    hole = np.zeros((SIDE, SIDE), bool)
+    hole[10:30, 20:50] = True
+    scores = []
+    for fill in ((0.0, 0.0, 0.0), (np.nan, np.nan, np.nan), (0.01, np.inf, 0.5), (0.01, 0.02, -np.inf), None):
+        root = write_bagels(tmp_path / str(fill))
+        for path in root.rglob("*.tiff"):
+            xyz = tifffile.imread(path)
+            if fill is not None:
+                xyz[hole] = fill
+            write_cloud(path, xyz)
+        flags = ["--method_name", "Point_MAE", "--dataset_path", root, *SMALL, "--random_state", 0]
+        scores.append(run_into(root / "out", *flags).scores)
+    zeros, *missing, whole = scores
+    assert missing == [zeros] * 3
+    assert whole != zeros
+
+
+# Real processes
+
+
+def test_a_first_call_without_data_says_what_to_do(tmp_path: Path) -> None:
+    done = process(tmp_path, ROOT / "main.py")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    message = sentence(done.stderr)
+    assert "datasets/mvtec3d is not a folder: download MVTec 3D-AD from https://www.mvtec.com" in message
+    assert "--dataset_path" in message
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_mid_run_is_the_last_line(bagels: Path, tmp_path: Path) -> None:
+    write_cloud(bagels / "bagel/train/good/xyz/001.tiff", sparse(0))
+    done = process(tmp_path, ROOT / "main.py", "--method_name", "Point_MAE", "--dataset_path", bagels, *SMALL)
+    assert done.returncode == 2
+    assert "bagel/train/good/xyz/001.tiff has no valid point" in sentence(done.stderr)
+    assert "main: bagel: 2 training and 2 test samples" in done.stderr

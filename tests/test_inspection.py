@@ -1,0 +1,147 @@
+"""What a look at a dataset tells: --inspect_dataset, the warning of raw scans, the contact sheet before and after."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from main_runs import printed, refusal
+from PIL import Image
+
+import main
+from dataset import inspect_split
+from main import SplitFiles, warn_of_raw_scans
+from utils import preprocessing
+from utils.cloud_cleaning import CleaningRule, clean_scan, shows_table
+from utils.errors import InputError
+from utils.organized_pc import read_organized_pc, write_organized_pc
+from utils.preprocessing_preview import Pair, write_preview
+from utils.synthetic import Plan, make_dataset
+from utils.synthetic_scanner import make_scan
+
+BOTH = frozenset({"rgb", "xyz"})
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Raw scans of two classes, 224 pixels a side."""
+    root = tmp_path_factory.mktemp("raw") / "parts"
+    make_dataset(Plan(root, ("cookie", "gasket"), train=2, validation=0, test_good=1, test_defective=1, size=224))
+    return root
+
+
+@pytest.fixture(scope="module")
+def cleaned(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cleaned") / "parts"
+    assert preprocessing.main([str(raw), "--output_dir", str(root), "--workers", "1"]) == 0
+    return root
+
+
+def test_a_table_is_told_by_its_border() -> None:
+    scan = make_scan("bracket", "train/good/000", 224, seed=3)
+    rule = CleaningRule()
+    assert shows_table(scan.xyz, rule)
+    assert not shows_table(clean_scan(scan.xyz, scan.rgb, None, rule)[0], rule)
+    assert not shows_table(np.zeros_like(scan.xyz), rule)
+    rough = np.random.default_rng(0).uniform(0.3, 0.9, scan.xyz.shape).astype(np.float32)
+    assert not shows_table(rough, rule)
+    sparse = scan.xyz * (np.random.default_rng(0).random(scan.xyz.shape[:2]) < 0.2)[..., None]
+    assert not shows_table(sparse.astype(np.float32), rule)
+
+
+def test_a_split_is_described(raw: Path, cleaned: Path) -> None:
+    for root, raws in ((raw, 7), (cleaned, 0)):
+        report = inspect_split(root / "cookie", "test", BOTH, num_workers=2)
+        assert (report.class_name, report.split, report.scans, report.defective) == ("cookie", "test", 7, 6)
+        assert (report.raw, report.problems) == (raws, ())
+        clouds = [read_organized_pc(path) for path in (root / "cookie" / "test").rglob("*.tiff")]
+        assert report.sizes == (clouds[0].shape[:2],)
+        shares = [float((cloud != 0).all(axis=2).mean()) for cloud in clouds]
+        assert report.valid == pytest.approx((min(shares), max(shares)))
+        depths = [cloud[..., 2][cloud[..., 2] != 0] for cloud in clouds]
+        assert report.depth == pytest.approx((min(map(np.min, depths)), max(map(np.max, depths))))
+    absent = inspect_split(raw / "cookie", "validation", BOTH, num_workers=0)
+    assert (absent.scans, absent.problems) == (0, ())
+    without_clouds = inspect_split(raw / "cookie", "train", frozenset({"rgb"}), num_workers=0)
+    assert (without_clouds.scans, without_clouds.sizes, without_clouds.problems) == (2, (), ())
+
+
+def test_every_fault_is_collected(cleaned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "parts" / "cookie" / "train" / "good"
+    for name in ("000", "001", "002", "003"):
+        write_organized_pc(folder / "xyz" / f"{name}.tiff", np.full((8, 8, 3), 0.4, np.float32))
+        (folder / "rgb").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / "rgb" / f"{name}.png")
+    write_organized_pc(folder / "xyz" / "001.tiff", np.zeros((8, 8, 3), np.float32))
+    (folder / "rgb" / "002.png").write_bytes((folder / "rgb" / "002.png").read_bytes()[:60])
+    Image.new("RGB", (9, 8)).save(folder / "rgb" / "003.png")
+    report = inspect_split(tmp_path / "parts" / "cookie", "train", BOTH, num_workers=2)
+    assert report.scans == 4
+    assert len(report.problems) == 3
+    for problem, part in zip(report.problems, ("001.tiff has no valid point", "002.png", "003.png"), strict=True):
+        assert part in problem
+    flags = ["--inspect_dataset", "--dataset_path", str(tmp_path / "parts"), "--classes", "cookie"]
+    with pytest.raises(SystemExit) as stop:
+        printed(*flags)
+    assert stop.value.code == 1
+    assert "no test scans" in inspect_split(tmp_path / "parts" / "cookie", "test", BOTH, 0).problems[0]
+
+
+def test_the_table_of_a_dataset(raw: Path, cleaned: Path) -> None:
+    text = printed("--inspect_dataset", "--dataset_path", cleaned, "--classes", "cookie", "gasket")
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[1][:5] == ["cookie", "train", "2", "0", "300x300"]
+    assert [line[:2] for line in lines[1:]] == [
+        [name, split] for name in ("cookie", "gasket") for split in ("train", "validation", "test")
+    ]
+    assert "not cleaned" not in text
+    text = printed("--inspect_dataset", "--dataset_path", raw, "--classes", "gasket")
+    assert "not 7" in text
+    assert f"python utils/preprocessing.py {raw}" in text
+
+
+def test_a_missing_dataset_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere is not a folder" in refusal(capsys, "--inspect_dataset", "--dataset_path", tmp_path / "nowhere")
+
+
+def test_a_run_on_raw_scans_is_warned_of(raw: Path, cleaned: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def indexed(root: Path) -> dict[str, SplitFiles]:
+        return {"cookie": SplitFiles(main.index_split(root / "cookie", "train", BOTH), [])}
+
+    with caplog.at_level(logging.WARNING):
+        warn_of_raw_scans(indexed(cleaned))
+        assert not caplog.records
+        warn_of_raw_scans(indexed(raw))
+    assert "shows the table that the part lies on" in caplog.text
+
+
+def test_the_preview_shows_each_class_before_and_after(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: dict[str, Pair] = {}
+    monkeypatch.setattr(
+        preprocessing, "write_preview", lambda path, pairs: (shown.update(pairs), write_preview(path, pairs))
+    )
+    before = {path: path.read_bytes() for path in raw.rglob("*.*")}
+    assert preprocessing.main([str(raw), "--dry_run", "--preview", str(tmp_path / "sheet.png")]) == 0
+    assert {path: path.read_bytes() for path in raw.rglob("*.*")} == before
+    assert list(shown) == ["cookie/test/bump/000", "gasket/test/bump/000"]
+    for name, pair in shown.items():
+        folder, _, stem = name.rpartition("/")
+        np.testing.assert_array_equal(pair.xyz, read_organized_pc(raw / folder / "xyz" / f"{stem}.tiff"))
+        assert 0 < (pair.clean_xyz != 0).sum() < (pair.xyz != 0).sum()
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert np.asarray(sheet.convert("L")).std() > 20
+    assert "before and after" in capsys.readouterr().out
+
+
+def test_the_preview_needs_a_scan_that_is_not_cleaned(cleaned: Path, raw: Path, tmp_path: Path) -> None:
+    root = tmp_path / "parts"
+    assert preprocessing.main([str(raw), "--output_dir", str(root), "--workers", "1"]) == 0
+    job = preprocessing.Job(root, root, CleaningRule(), False, ".x")
+    (root / "preprocessing.json").rename(root / "kept.json")
+    with pytest.raises(InputError, match="pixels within 10 of the image border"):  # cleaned, and nothing says so
+        preprocessing.preview(job, tmp_path / "sheet.png")
+    (root / "kept.json").rename(root / "preprocessing.json")
+    with pytest.raises(InputError, match="is cleaned already"):
+        preprocessing.preview(job, tmp_path / "sheet.png")

@@ -1,0 +1,510 @@
+"""Any vision transformer of timm as RGB backbone: its shapes, the files its weights come in, and where they are got."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
+from tiny_networks import one_thread  # noqa: F401 (a fixture)
+from torch import Tensor, nn
+
+import models
+from models import (
+    RGB_BACKBONES,
+    XYZ_BACKBONES,
+    BackboneRow,
+    build_rgb_backbone,
+    build_xyz_backbone,
+    list_backbones,
+    rgb_spec,
+)
+from models.fpfh import FpfhBackbone
+from models.rgb_backbone import VisionTransformerBackbone, cached_weights, load_vision_transformer
+from utils.errors import InputError
+
+SMALLEST = "test_vit.r160_in1k"  # timm's own for tests: width 64, 6 blocks, patches of 16, trained with mean 0.5
+SMALLEST_HUB = "timm/test_vit.r160_in1k"
+DINO, DINOV3 = "vit_small_patch16_224.dino", "vit_small_patch16_dinov3.lvd1689m"
+DINOV2, REGISTERS = "vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2.lvd142m"
+IMAGENET_MEAN, IMAGENET_STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+TRANSFORMERS = [name for name, spec in RGB_BACKBONES.items() if spec]
+State = dict[str, Tensor]
+
+
+def picture(size: int) -> Tensor:
+    """(1, 3, size, size) of noise."""
+    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter has values of its own, norms and biases too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0.0, 0.1, generator=generator)
+    return module.eval()
+
+
+def random_backbone(name: str, img_size: int, seed: int = 0) -> VisionTransformerBackbone:
+    backbone = randomised(VisionTransformerBackbone(name, img_size), seed)
+    assert isinstance(backbone, VisionTransformerBackbone)
+    return backbone
+
+
+def hub_file(path: Path, name: str = SMALLEST) -> State:
+    """What timm publishes on the hub: the whole model with its classifier, at its own size."""
+    state = randomised(timm.create_model(name)).state_dict()
+    save_file(state, path)
+    return state
+
+
+@torch.no_grad()
+def assert_equal_features(one: nn.Module, other: nn.Module, size: int) -> None:
+    features = one(picture(size))
+    assert features.std() > 1e-3
+    assert torch.equal(features, other(picture(size)))
+
+
+def message_of(build: Callable[[], object]) -> str:
+    """The one sentence that the error says."""
+    with pytest.raises(InputError) as caught:
+        build()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def refuse(*_: object, **__: object) -> NoReturn:
+    pytest.fail("nothing is to be downloaded or looked for")
+
+
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "download_weights", refuse)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The hub cannot be reached; grows by what it is asked for."""
+    asked: list[tuple[str, str]] = []
+
+    def fail(repository: str, file: str) -> NoReturn:
+        asked.append((repository, file))
+        raise LocalEntryNotFoundError("an error occurred\nwhile trying to reach the hub")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    return asked
+
+
+# Shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "img_size", "grid", "prefix_tokens", "network"),
+    [
+        (DINOV2, 224, 16, 1, "VisionTransformer"),
+        (DINOV2, 518, 37, 1, "VisionTransformer"),
+        (REGISTERS, 224, 16, 5, "VisionTransformer"),
+        (DINO, 224, 14, 1, "VisionTransformer"),
+        (DINO, 448, 28, 1, "VisionTransformer"),
+        (DINOV3, 224, 14, 5, "Eva"),
+        (DINOV3, 96, 6, 5, "Eva"),
+    ],
+)
+def test_grid_and_width(name: str, img_size: int, grid: int, prefix_tokens: int, network: str) -> None:
+    with torch.device("meta"), torch.no_grad():
+        backbone = VisionTransformerBackbone(name, img_size).eval()
+        features = backbone(torch.empty(2, 3, img_size, img_size))
+    assert type(backbone.model).__name__ == network
+    assert (backbone.grid_size, backbone.embed_dim) == (grid, 384)
+    assert backbone.prefix_tokens == prefix_tokens
+    assert features.shape == (2, grid**2, 384)
+
+
+def test_img_size_that_its_patches_do_not_divide_is_refused() -> None:
+    message = message_of(lambda: VisionTransformerBackbone(DINOV2, 240))
+    assert f"img_size 240 is no multiple of {DINOV2}'s patch size 14" in message
+
+
+# Files of weights
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(("name", "img_size"), [(SMALLEST, 48), (DINOV2, 28), (DINO, 32), (DINOV3, 32)])
+def test_weights_are_read_back(tmp_path: Path, name: str, img_size: int, suffix: str) -> None:
+    """timm's own state dict, as it is on the hub."""
+    written, path = random_backbone(name, img_size), tmp_path / f"{name}{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(written.model.state_dict(), path)
+    read = build_rgb_backbone(name, tmp_path, img_size)
+    assert not read.training
+    # the same network but for the normalisation, which the factory adds
+    again = VisionTransformerBackbone(name, img_size, own_normalization=True).eval()
+    again.model.load_state_dict(written.model.state_dict())
+    assert_equal_features(read, again, img_size)
+
+
+def test_dinov2_as_its_authors_publish_it(tmp_path: Path) -> None:
+    """With a mask token, and positions of a 37 x 37 grid."""
+    written = random_backbone(DINOV2, 518)
+    published = written.model.state_dict() | {"mask_token": torch.ones(1, 384)}
+    torch.save(published, tmp_path / "dinov2_vits14_pretrain.pth")
+    read = load_vision_transformer(VisionTransformerBackbone(DINOV2, 28), tmp_path / "dinov2_vits14_pretrain.pth")
+    state = read.model.state_dict()
+    theirs = published["pos_embed"]
+    plane = theirs[:, 1:].transpose(1, 2).reshape(1, 384, 37, 37)
+    resized = F.interpolate(plane, (2, 2), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    assert torch.equal(state["pos_embed"][:, 0], theirs[:, 0])
+    torch.testing.assert_close(state.pop("pos_embed")[:, 1:], resized, rtol=1e-4, atol=1e-5)
+    for key, value in state.items():
+        assert torch.equal(value, published[key]), key
+
+
+def test_dinov2_with_registers_as_its_authors_publish_it(tmp_path: Path) -> None:
+    """The registers by another name, and a position of the class token, which timm adds to the token itself."""
+    written = random_backbone(REGISTERS, 28)
+    published = written.model.state_dict()
+    position = torch.randn(1, 1, 384, generator=torch.Generator().manual_seed(1))
+    published["register_tokens"] = published.pop("reg_token")
+    published["cls_token"] = published["cls_token"] - position
+    published["pos_embed"] = torch.cat([position, published["pos_embed"]], dim=1)
+    published["mask_token"] = torch.ones(1, 384)
+    torch.save(published, tmp_path / "dinov2_vits14_reg4_pretrain.pth")
+    backbone = VisionTransformerBackbone(REGISTERS, 28).eval()
+    load_vision_transformer(backbone, tmp_path / "dinov2_vits14_reg4_pretrain.pth")
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(picture(28)), written(picture(28)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_hub_file_fits_another_img_size(tmp_path: Path) -> None:
+    """Its classifier is left out, its 10 x 10 positions become 3 x 3."""
+    state = hub_file(tmp_path / f"{SMALLEST}.safetensors")
+    assert {"head.weight", "head.bias"} < state.keys()
+    read = build_rgb_backbone(SMALLEST, tmp_path, 48).model.state_dict()
+    plane = state["pos_embed"][:, 1:].transpose(1, 2).reshape(1, 64, 10, 10)
+    resized = F.interpolate(plane, (3, 3), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(read.pop("pos_embed")[:, 1:], resized, rtol=1e-4, atol=1e-5)
+    assert read.keys() == state.keys() - {"head.weight", "head.bias", "pos_embed"}
+    for key, value in read.items():
+        assert torch.equal(value, state[key]), key
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        ({"pos_embed": torch.ones(1, 1, 64)}, "("),
+        ({"pos_embed": torch.ones(64)}, "("),
+        ({"patch_embed.proj.weight": torch.ones(1)}, "("),
+        ({"blocks.6.norm1.weight": torch.ones(64)}, "left over: blocks.6.norm1.weight"),
+        ({"norm.weight": torch.ones(32)}, "norm.weight (32,) for (64,)"),
+    ],
+    ids=["no positions", "flat positions", "flat patches", "another block", "another width"],
+)
+def test_a_state_that_does_not_fit_is_named(tmp_path: Path, damage: State, part: str, suffix: str) -> None:
+    """Whatever timm's conversion stumbles over, nothing but an InputError comes out."""
+    path = tmp_path / f"weights{suffix}"
+    state = random_backbone(SMALLEST, 48).model.state_dict() | damage
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    message = message_of(lambda: build_rgb_backbone(SMALLEST, tmp_path, 48, path))
+    assert message.startswith(f"{path} does not fit ")
+    assert part in message
+    assert message.endswith(": check that the file belongs to the chosen backbone")
+
+
+def test_a_safetensors_file_of_another_model_is_named(tmp_path: Path) -> None:
+    for name in ("test_resnet.r160_in1k", "test_vit2.r160_in1k"):
+        path = tmp_path / f"{name}.safetensors"
+        hub_file(path, name)
+        message = message_of(partial(build_rgb_backbone, SMALLEST, tmp_path, 48, path))
+        assert message.startswith(f"{path} does not fit VisionTransformer: ")
+        assert "left over: " in message
+
+
+def test_a_truncated_safetensors_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / f"{SMALLEST}.safetensors"
+    hub_file(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    message = message_of(lambda: build_rgb_backbone(SMALLEST, tmp_path, 48))
+    assert message.startswith(f"{path} cannot be read as a checkpoint (")
+    assert message.endswith("download it again")
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", ["nothing_of_the_kind", "vit_tiny_patch16_224.nonsense", "", "vit_tiny_patch16_224."])
+def test_names_that_timm_does_not_know_are_refused(tmp_path: Path, name: str) -> None:
+    message = message_of(lambda: build_rgb_backbone(name, tmp_path, 224))
+    assert message.startswith(f"rgb_backbone_name {name!r} is unknown: choose one of vit_base_patch8_224_dino, ")
+    assert all(known in message for known in RGB_BACKBONES)
+    assert "or a vision transformer of timm" in message
+    with pytest.raises(InputError):
+        rgb_spec(name)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet18.a1_in1k", "swin_tiny_patch4_window7_224", "convnext_tiny"])
+def test_networks_of_another_kind_are_refused(tmp_path: Path, name: str) -> None:
+    message = message_of(lambda: build_rgb_backbone(name, tmp_path, 224))
+    assert message.startswith(f"{name} cannot be the RGB backbone (")
+    assert message.endswith("choose a vision transformer of timm")
+
+
+def test_the_row_of_a_timm_model() -> None:
+    spec = rgb_spec(DINOV3)
+    assert spec is not None
+    assert spec.timm_name == DINOV3
+    assert spec.files.names == (f"{DINOV3}.safetensors", f"{DINOV3}.pth", f"{DINOV3}.npz")
+    assert spec.files.source == "https://huggingface.co/timm/vit_small_patch16_dinov3.lvd1689m"
+    assert spec.own_normalization
+    assert all(rgb_spec(name) is row for name, row in RGB_BACKBONES.items())
+
+
+# Where the file is found
+
+
+@pytest.mark.usefixtures("no_download")
+def test_the_file_of_the_folder_is_taken_before_any_download(tmp_path: Path) -> None:
+    for seed, suffix in enumerate((".pth", ".safetensors")):  # the later one goes first
+        written = random_backbone(SMALLEST, 48, seed)
+        (save_file if seed else torch.save)(written.model.state_dict(), tmp_path / f"{SMALLEST}{suffix}")
+        read = build_rgb_backbone(SMALLEST, tmp_path, 48).model.state_dict()
+        assert all(torch.equal(value, read[key]) for key, value in written.model.state_dict().items())
+
+
+@pytest.mark.usefixtures("no_download")
+@pytest.mark.parametrize("file", ["mine.bin", "mine.safetensors"])
+def test_a_given_checkpoint_is_taken_whatever_its_name(tmp_path: Path, file: str) -> None:
+    """And before what the folder holds, which is not even looked at."""
+    (tmp_path / f"{SMALLEST}.safetensors").write_text("not to be read")
+    (tmp_path / f"{SMALLEST}.pth").write_text("not to be read")
+    given = tmp_path / "elsewhere" / file
+    given.parent.mkdir()
+    written = random_backbone(SMALLEST, 48).model.state_dict()
+    (save_file if file.endswith(".safetensors") else torch.save)(written, given)
+    read = build_rgb_backbone(SMALLEST, tmp_path, 48, given)
+    assert not read.training
+    assert all(torch.equal(value, written[key]) for key, value in read.model.state_dict().items())
+
+
+@pytest.mark.usefixtures("no_download")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
+@pytest.mark.parametrize("name", [SMALLEST, "vit_small_patch8_224_dino"])
+def test_a_given_checkpoint_that_is_missing_is_named(tmp_path: Path, name: str, suffix: str) -> None:
+    hub_file(tmp_path / f"{SMALLEST}.safetensors")  # is no substitute
+    given = tmp_path / f"absent{suffix}"
+    with torch.device("meta"):
+        assert str(given) in message_of(lambda: build_rgb_backbone(name, tmp_path, 48, given))
+
+
+def test_a_given_checkpoint_is_refused_where_none_is_needed(tmp_path: Path) -> None:
+    message = message_of(lambda: build_rgb_backbone("efficientnet_lite0", tmp_path, 64, tmp_path / "file.pth"))
+    assert message == f"{tmp_path}/file.pth is not used: the weights of efficientnet_lite0 come with pip; leave it out"
+
+
+def test_weights_that_are_not_there_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched, asked = tmp_path / "cache" / "model.safetensors", []
+    fetched.parent.mkdir()
+    written = hub_file(fetched)
+
+    def download(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        return str(fetched)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    read = build_rgb_backbone(SMALLEST, tmp_path, 160)
+    assert asked == [(SMALLEST_HUB, "model.safetensors")]
+    assert not read.training
+    assert all(torch.equal(value, written[key]) for key, value in read.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("vit_base_patch8_224_dino", "timm/vit_base_patch8_224.dino"),
+        ("vit_base_patch8_224", "timm/vit_base_patch8_224.augreg_in21k_ft_in1k"),
+        ("vit_base_patch8_224_in21k", "timm/vit_base_patch8_224.augreg_in21k"),
+        ("vit_small_patch8_224_dino", "timm/vit_small_patch8_224.dino"),
+        (SMALLEST, SMALLEST_HUB),
+        (DINO, "timm/vit_small_patch16_224.dino"),
+        (DINOV3, "timm/vit_small_patch16_dinov3.lvd1689m"),
+    ],
+)
+def test_a_download_that_fails_says_all_that_was_tried(
+    tmp_path: Path, name: str, repository: str, offline: list[tuple[str, str]]
+) -> None:
+    with torch.device("meta"):
+        message = message_of(lambda: build_rgb_backbone(name, tmp_path, 224))
+    assert offline == [(repository, "model.safetensors")]
+    spec = rgb_spec(name)
+    assert spec is not None
+    for part in (*spec.files.names, f" in {tmp_path}, ", spec.files.source, "https://"):
+        assert part in message
+    assert f"timm's download failed (LocalEntryNotFoundError at {repository})" in message
+
+
+def test_a_model_whose_weights_nobody_publishes_is_named(tmp_path: Path, offline: list[tuple[str, str]]) -> None:
+    name = next(
+        each for each in timm.list_models("vit_*") if not getattr(timm.get_pretrained_cfg(each), "hf_hub_id", 0)
+    )
+    with torch.device("meta"):
+        message = message_of(lambda: build_rgb_backbone(name, tmp_path, 224))
+    assert offline == []
+    assert f"{name}.safetensors" in message
+    assert "timm knows no address" in message
+
+
+def fake_cache(folder: Path, repository: str) -> Path:
+    """A cache of the hub that holds the weights of one repository."""
+    home = folder / f"models--{repository.replace('/', '--')}"
+    snapshot = home / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0123abc")
+    (snapshot / "model.safetensors").touch()
+    return snapshot / "model.safetensors"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in place of the user's cache."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    look = partial(huggingface_hub.try_to_load_from_cache, cache_dir=folder)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", look)
+    return folder
+
+
+def test_weights_in_the_cache_are_found(cache: Path) -> None:
+    assert cached_weights(SMALLEST) is None
+    kept = fake_cache(cache, SMALLEST_HUB)
+    assert cached_weights(SMALLEST) == kept
+    assert cached_weights(DINO) is None
+    assert cached_weights("vit_tiny_patch14_no_such") is None
+
+
+def test_a_cache_that_knows_of_no_such_file_holds_none(cache: Path) -> None:
+    """The hub's library leaves a mark where the repository was asked and had no such file."""
+    kept = fake_cache(cache, SMALLEST_HUB)
+    kept.unlink()
+    mark = cache / "models--timm--test_vit.r160_in1k" / ".no_exist" / "0123abc" / "model.safetensors"
+    mark.parent.mkdir(parents=True)
+    mark.touch()
+    assert huggingface_hub.try_to_load_from_cache(SMALLEST_HUB, "model.safetensors") is not None
+    assert cached_weights(SMALLEST) is None
+
+
+# What reaches the network
+
+
+def received(name: str, given: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """The picture that the network of a backbone is handed."""
+    seen: list[Tensor] = []
+    monkeypatch.setattr(models, "load_vision_transformer", lambda backbone, path: backbone)
+    backbone = build_rgb_backbone(name, Path(), given.shape[-1], Path("not read"))
+    assert isinstance(backbone, VisionTransformerBackbone)
+
+    def keep(rgb: Tensor) -> Tensor:
+        seen.append(rgb)
+        return torch.zeros(len(rgb), 2, 1)
+
+    monkeypatch.setattr(backbone.model, "forward_features", keep)
+    backbone(given)
+    return seen[0]
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    return (pixels - IMAGENET_MEAN[:, None, None]) / IMAGENET_STD[:, None, None]
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k", SMALLEST])
+def test_a_network_is_given_pictures_as_it_was_trained_with(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert timm.get_pretrained_cfg(name).mean == timm.get_pretrained_cfg(name).std == (0.5, 0.5, 0.5)
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = received(name, normalised(pixels), monkeypatch)
+    torch.testing.assert_close(found, (pixels - 0.5) / 0.5, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*TRANSFORMERS, DINO, DINOV3])
+def test_pictures_for_the_named_transformers_are_unchanged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the reference, though two of them were trained with 0.5; those of DINO were trained so."""
+    given = normalised(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(received(name, given, monkeypatch), given)
+
+
+def test_normalisation_is_no_part_of_the_weights() -> None:
+    with torch.device("meta"):
+        backbone = VisionTransformerBackbone(SMALLEST, 48, own_normalization=True)
+    assert all(key.startswith("model.") for key in backbone.state_dict())
+
+
+# The list
+
+
+def test_every_backbone_is_listed_once(tmp_path: Path, cache: Path) -> None:
+    rows = list_backbones(tmp_path, 224)
+    assert [(row.name, row.modality) for row in rows] == [
+        *((name, "rgb") for name in RGB_BACKBONES),
+        *((name, "xyz") for name in XYZ_BACKBONES),
+    ]
+    weights = {row.name: row.weights for row in rows}
+    assert weights.pop("efficientnet_lite0") == "with pip"
+    assert weights.pop("FPFH") == "needs none"
+    assert set(weights.values()) == {"absent"}
+    for row in rows:
+        spec = (RGB_BACKBONES | XYZ_BACKBONES)[row.name]
+        assert row.published == (str(spec.files) if spec else "")
+
+
+def test_where_weights_lie_is_listed(tmp_path: Path, cache: Path) -> None:
+    files = {"vit_base_patch8_224_dino": "dino_vitbase8_pretrain.pth", "Point_MAE": "pretrain.pth"}
+    for file in files.values():
+        (tmp_path / file).touch()
+    kept = fake_cache(cache, "timm/vit_small_patch8_224.dino")
+    fake_cache(cache, "timm/vit_base_patch8_224.dino")  # the folder goes first
+    weights = {row.name: row.weights for row in list_backbones(tmp_path, 224)}
+    for name, file in files.items():
+        assert weights[name] == str(tmp_path / file)
+    assert weights["vit_small_patch8_224_dino"] == str(kept)
+    assert weights["vit_base_patch8_224"] == weights["Point_Bert"] == "absent"
+
+
+@pytest.fixture(scope="module")
+def listed() -> dict[str, BackboneRow]:
+    return {row.name: row for row in list_backbones(Path("absent"), 112)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RGB_BACKBONES)
+def test_listed_grids_and_widths_are_those_of_the_rgb_features(
+    name: str, listed: dict[str, BackboneRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_vision_transformer", lambda backbone, path: backbone)
+    device = "cpu" if RGB_BACKBONES[name] is None else "meta"
+    with torch.device(device):
+        backbone = build_rgb_backbone(name, Path(), 112, Path("not read") if device == "meta" else None)
+        patches, width = backbone(torch.zeros(1, 3, 112, 112)).shape[1:]
+    side = int(patches**0.5)
+    assert (listed[name].width, listed[name].grid) == (width, f"{side} x {side}")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", XYZ_BACKBONES)
+def test_listed_widths_are_those_of_the_xyz_features(
+    name: str, listed: dict[str, BackboneRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_from", lambda *_: None)
+    given = None if XYZ_BACKBONES[name] is None else Path("not read")
+    grouping = {"num_group": 8, "group_size": 4, "point_norm": "cloud", "point_ops": "auto"}
+    backbone = build_xyz_backbone(name, Path(), **grouping, checkpoint=given)
+    points = 0.01 * torch.rand(40, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 0.0, 0.5])
+    features = backbone(points).features
+    of_points = isinstance(backbone, FpfhBackbone)
+    assert features.shape == (40 if of_points else 8, listed[name].width)
+    assert listed[name].grid == ("every point" if of_points else "every group")
