@@ -354,6 +354,7 @@ def test_defaults_are_those_of_the_original() -> None:
         "rgb_checkpoint": None,
         "xyz_checkpoint": None,
         "list_backbones": False,
+        "inspect_dataset": False,
         "output_dir": Path("results"),
         "protocol": "reference",
         "point_norm": "cloud",

@@ -153,7 +153,9 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         torch.multiprocessing.spawn(work, (request.param, str(folder)), nprocs=request.param)
-    return Found(request.param, [torch.load(folder / f"{rank}.pth") for rank in range(request.param)])
+    return Found(
+        request.param, [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(request.param)]
+    )
 
 
 def test_rows_are_gathered_in_order_and_gradients_flow_back(found: Found) -> None:
