@@ -57,6 +57,7 @@ from utils.training import (
     AUTOCAST,
     Progress,
     Schedule,
+    autocast,
     load_checkpoint,
     make_loader,
     make_optimizer,
@@ -368,7 +369,7 @@ def validate(
     rows = hits = chance = loss = 0.0
     for index in files[ranks.rank :: ranks.world_size]:
         xyz, rgb, _ = dataset[index]
-        with torch.autocast(device.type, AUTOCAST[precision], enabled=AUTOCAST[precision] is not None):
+        with autocast(device, precision):
             heads = model(xyz[None].to(device), rgb[None].to(device))
         if len(heads[0]) == 0:
             continue

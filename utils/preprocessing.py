@@ -91,20 +91,26 @@ def clean_files(scan: Scan, job: Job) -> Record:
     Raises:
         InputError: a file cannot be read, or the scan cannot be cleaned (see `clean_scan`).
     """
-    xyz = read_organized_pc(scan.file(job.source, "xyz"))
-    rgb = _read_photo(scan.file(job.source, "rgb"))
-    gt = _read_ground_truth(scan.file(job.source, "gt")) if "gt" in scan.modalities else None
-    clean_xyz, clean_rgb, padded_gt = clean_scan(xyz, rgb, gt, job.rule)
-    if job.keep_rgb:
-        clean_rgb = pad_to_square(rgb, job.rule.side_multiple)
+    pair, padded_gt = _read_and_clean(scan, job)
     record = {}
-    for modality, array in (("xyz", clean_xyz), ("rgb", clean_rgb), ("gt", padded_gt)):
+    for modality, array in (("xyz", pair.clean_xyz), ("rgb", pair.clean_rgb), ("gt", padded_gt)):
         if array is not None:
             temporary = temporary_path(scan.file(job.output, modality), job.suffix)
             write_verified(temporary, array)
             source = sha256(scan.file(job.source, modality))
             record[modality] = FileRecord(source, sha256(temporary), temporary.stat().st_size)
     return record
+
+
+def _read_and_clean(scan: Scan, job: Job) -> tuple[Pair, np.ndarray | None]:
+    """The scan before and after, and its padded ground truth where it has one; errors as of `clean_files`."""
+    xyz = read_organized_pc(scan.file(job.source, "xyz"))
+    rgb = _read_photo(scan.file(job.source, "rgb"))
+    gt = _read_ground_truth(scan.file(job.source, "gt")) if "gt" in scan.modalities else None
+    clean_xyz, clean_rgb, padded_gt = clean_scan(xyz, rgb, gt, job.rule)
+    if job.keep_rgb:
+        clean_rgb = pad_to_square(rgb, job.rule.side_multiple)
+    return Pair(rgb, xyz, clean_rgb, clean_xyz), padded_gt
 
 
 def preview(job: Job, path: Path) -> None:
@@ -123,12 +129,7 @@ def preview(job: Job, path: Path) -> None:
         raise InputError(f"every scan of {job.source} is cleaned already: --preview shows scans that are not")
     pairs = {}
     for scan in first.values():
-        xyz = read_organized_pc(scan.file(job.source, "xyz"))
-        rgb = _read_photo(scan.file(job.source, "rgb"))
-        clean_xyz, clean_rgb, _ = clean_scan(xyz, rgb, None, job.rule)
-        if job.keep_rgb:
-            clean_rgb = pad_to_square(rgb, job.rule.side_multiple)
-        pairs[scan.name] = Pair(rgb, xyz, clean_rgb, clean_xyz)
+        pairs[scan.name], _ = _read_and_clean(scan, job)
     write_preview(path, pairs)
 
 

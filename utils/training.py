@@ -200,7 +200,7 @@ def train_epoch(
         lr = optimizer.param_groups[0]["lr"]
         update = index == group + size - 1
         with _gradient_sync(model, update):
-            with torch.autocast(device.type, AUTOCAST[precision], enabled=AUTOCAST[precision] is not None):
+            with autocast(device, precision):
                 heads = model(xyz.to(device, non_blocking=True), rgb.to(device, non_blocking=True))
             loss = loss_of(*heads)
             mean_loss = all_reduce_mean(loss)
@@ -231,6 +231,11 @@ def train_epoch(
             progress.updates += 1
         yield Step(epoch, lr, mean_loss, len(heads[0]), grad_norm)
     progress.epoch, progress.batch, progress.loss_sum, progress.lr_sum = progress.epoch + 1, 0, 0.0, 0.0
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """What the forward pass runs in; `precision` is a key of AUTOCAST."""
+    return torch.autocast(device.type, AUTOCAST[precision], enabled=AUTOCAST[precision] is not None)
 
 
 def save_checkpoint(
