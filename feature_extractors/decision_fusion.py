@@ -23,11 +23,14 @@ class DecisionFusion(NamedTuple):
     score_lambdas: tuple[float, ...]  # the banks' scores are multiplied by these first
     map_lambdas: tuple[float, ...]
 
-    def fuse(self, scores: Sequence[float], maps: Sequence[Tensor]) -> tuple[float, Tensor]:
-        """Fuse the K scores and K maps (H, W) of one sample, in the banks' order; the map is computed in float64."""
-        score = float(np.dot(_weighted(scores, self.score_lambdas), self.score_coef))
-        pixels = _weighted([plane.numpy() for plane in maps], self.map_lambdas)
-        return score, torch.from_numpy(pixels @ self.map_coef).float()
+    def fuse(self, scores: Sequence[Tensor | float], maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Fuse the K scores and K maps (H, W) of one sample, in the banks' order, on their device.
+
+        Returns:
+            score () float64; map (H, W) float32, computed in float64.
+        """
+        score = _weighted_sum(scores, self.score_lambdas, self.score_coef)
+        return score, _weighted_sum(maps, self.map_lambdas, self.map_coef).float()
 
 
 def fit_decision_fusion(
@@ -61,6 +64,15 @@ def _weighted(values: Sequence[float] | Sequence[np.ndarray], lambdas: tuple[flo
     """K scalars or (H, W) planes times their factors -> (..., K) float64."""
     planes = [np.asarray(value, dtype=np.float64) * factor for value, factor in zip(values, lambdas, strict=True)]
     return np.stack(planes, axis=-1)
+
+
+def _weighted_sum(values: Sequence[Tensor | float], lambdas: tuple[float, ...], coef: np.ndarray) -> Tensor:
+    """In float64; factors are Python numbers, which reach a device without a transfer."""
+    terms = [
+        torch.as_tensor(value, dtype=torch.float64) * factor * c
+        for value, factor, c in zip(values, lambdas, coef.tolist(), strict=True)
+    ]
+    return torch.stack(terms).sum(dim=0)
 
 
 def _fit_one_class(rows: np.ndarray, nu: float, max_iter: int) -> np.ndarray:

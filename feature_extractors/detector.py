@@ -9,7 +9,7 @@ from feature_extractors.config import DetectorConfig
 from feature_extractors.decision_fusion import DecisionFusion
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.memory_bank import MemoryBank
-from feature_extractors.scoring import anomaly_map, image_score
+from feature_extractors.scoring import anomaly_maps, image_score
 from utils.records import PatchFeatures, Prediction, Sample
 
 
@@ -42,24 +42,32 @@ class Detector:
 
     @torch.inference_mode()
     def predict_features(self, features: PatchFeatures) -> Prediction:
-        """Judge one sample by its patch features."""
-        scores, maps = self.bank_results(features)
-        values, planes = list(scores.values()), list(maps.values())
+        """Judge one sample by its patch features; the device is waited for once, at the end."""
+        scores, maps = self._judge_banks(features)
         if self.decision_fusion is not None:
-            score, fused = self.decision_fusion.fuse(values, planes)
+            score, fused = self.decision_fusion.fuse(list(scores), list(maps))
         else:  # "sum", or a single bank
-            score, fused = sum(values), torch.stack(planes).sum(dim=0)
-        return Prediction(score, fused, scores, maps)
+            score, fused = scores.sum(), maps.sum(dim=0)
+        *bank_scores, score = torch.cat([scores, score[None]]).tolist()
+        *bank_maps, fused = torch.cat([maps, fused[None]]).cpu()
+        return Prediction(
+            score, fused, dict(zip(self.banks, bank_scores, strict=True)), dict(zip(self.banks, bank_maps, strict=True))
+        )
 
     @torch.inference_mode()
     def bank_results(self, features: PatchFeatures) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Image score and anomaly map (img_size, img_size), on the CPU, of each bank, before decision fusion."""
+        scores, maps = self._judge_banks(features)
+        return dict(zip(self.banks, scores.tolist(), strict=True)), dict(zip(self.banks, maps.cpu(), strict=True))
+
+    def _judge_banks(self, features: PatchFeatures) -> tuple[Tensor, Tensor]:
+        """Scores (K,) float64 and maps (K, img_size, img_size) float32 of the K banks, on the features' device."""
         method, protocol = self.config.method, self.config.protocol
         divisor = 1.0 if protocol.unscaled_scores else method.score_divisor
-        scores, maps = {}, {}
+        scores, distances = [], []
         for name, bank in self.banks.items():
             patches = bank.statistics.normalize(getattr(features, name))
-            distances, index = bank.nearest(patches, protocol.exact_distances)
-            scores[name] = image_score(patches, distances, index, bank, divisor, method.weight_epsilon)
-            maps[name] = anomaly_map(distances, self.config.img_size, protocol.float_blur)
-        return scores, maps
+            nearest, index = bank.nearest(patches, protocol.exact_distances)
+            scores.append(image_score(patches, nearest, index, bank, divisor, method.weight_epsilon))
+            distances.append(nearest)
+        return torch.stack(scores), anomaly_maps(distances, self.config.img_size, protocol.float_blur)

@@ -1,12 +1,16 @@
-"""From a sample's patches to its image score and its anomaly map, for one bank."""
+"""From a sample's patches to the image score and the anomaly map of each bank.
+
+Everything stays on the device of the patches, and nothing here waits for it.
+"""
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from feature_extractors.memory_bank import MemoryBank
@@ -14,6 +18,9 @@ from feature_extractors.memory_bank import MemoryBank
 # The paper re-weights with the three bank rows nearest to m*, m* itself left out.
 REWEIGHTING_NEIGHBORS = 3
 BLUR_SIGMA = 4.0
+BLUR_TRUNCATE = 4.0  # the float Gaussian ends at so many sigma: SciPy's default
+BOX_PASSES = 3  # of the 8-bit blur
+FIXED_POINT_BITS = 24  # fractional digits of its box weights
 
 
 def image_score(
@@ -23,7 +30,7 @@ def image_score(
     bank: MemoryBank,
     divisor: float = 1.0,
     epsilon: float = 0.0,
-) -> float:
+) -> Tensor:
     """The image score s of PatchCore (Roth et al., CVPR 2022, Eq. 7), as M3DM uses it.
 
     m_test is the patch farthest from the bank, at distance s*, and m* its nearest bank row. With N_b the bank rows
@@ -38,48 +45,108 @@ def image_score(
         epsilon: added to the sum of exponentials.
 
     Returns:
-        s; 0 <= w < 1. A bank of one row, which has no N_b, gives s = s*.
+        s, a scalar float64 tensor; 0 <= w < 1. A bank of one row, which has no N_b, gives s = s*.
     """
-    m_test = int(distances.argmax())
-    s_star = float(distances[m_test]) / divisor
-    neighborhood = bank.neighbors(int(index[m_test]), REWEIGHTING_NEIGHBORS)[1:]
+    m_test = distances.argmax(dim=0, keepdim=True)  # (1,): indexing with a scalar tensor would wait for its value
+    m_star: Any = index[m_test]
+    s_star = distances[m_test].double() / divisor
+    neighborhood = bank.neighbors(m_star, REWEIGHTING_NEIGHBORS)[1:]
     if len(neighborhood) == 0:
-        return s_star
+        return s_star[0]
     to_neighbors = torch.linalg.vector_norm(bank.rows[neighborhood] - patches[m_test], dim=1).double() / divisor
     root = math.sqrt(patches.shape[1])
     # exp(s*) is taken out of the fraction, so that large distances do not overflow
-    total = float(torch.exp((to_neighbors - s_star) / root).sum()) + epsilon * math.exp(-s_star / root)
-    return (1.0 - 1.0 / total) * s_star
+    total = torch.exp((to_neighbors - s_star) / root).sum() + epsilon * torch.exp(-s_star / root)
+    return ((1.0 - 1.0 / total) * s_star)[0]
 
 
-def anomaly_map(distances: Tensor, size: int, float_blur: bool = False) -> Tensor:
-    """Distances on their grid become a smooth map.
+def anomaly_maps(distances: Sequence[Tensor], size: int, float_blur: bool = False) -> Tensor:
+    """The distances of K banks, each on its own grid, become K smooth maps: bilinear resize, then Gaussian blur.
 
     Args:
-        distances: (grid**2,) float32, row-major.
-        size: side of the map, pixels.
+        distances: K times (grid**2,) float32, row-major.
+        size: side of the maps, pixels.
         float_blur: see gaussian_blur.
 
     Returns:
-        (size, size) float32 on the CPU: bilinear resize, then Gaussian blur of radius 4.
+        (K, size, size) float32.
     """
-    grid = math.isqrt(len(distances))
-    plane = distances.view(1, 1, grid, grid).float()
-    resized = F.interpolate(plane, size=(size, size), mode="bilinear", align_corners=False)[0, 0].cpu()
-    return gaussian_blur(resized, float_blur)
+    planes = []
+    for each in distances:
+        grid = math.isqrt(len(each))
+        plane = each.view(1, 1, grid, grid).float()
+        planes.append(F.interpolate(plane, size=(size, size), mode="bilinear", align_corners=False)[0, 0])
+    return gaussian_blur(torch.stack(planes), float_blur)
 
 
-def gaussian_blur(plane: Tensor, float_blur: bool = False) -> Tensor:
-    """Blur a non-negative (H, W) float32 map with sigma 4.
+def anomaly_map(distances: Tensor, size: int, float_blur: bool = False) -> Tensor:
+    """`anomaly_maps` of one bank: (grid**2,) -> (size, size)."""
+    return anomaly_maps([distances], size, float_blur)[0]
+
+
+def gaussian_blur(planes: Tensor, float_blur: bool = False) -> Tensor:
+    """Blur non-negative (..., H, W) float32 maps, each by itself, with sigma 4.
 
     The reference goes through an 8-bit image: divide by the maximum, times 255, truncate, PIL's GaussianBlur(4), and
-    back. `float_blur` is the Gaussian itself, borders repeated as PIL repeats them.
+    back. `float_blur` is the Gaussian itself, borders repeated as PIL repeats them; it is computed in float64.
     """
     if float_blur:
-        return torch.from_numpy(gaussian_filter(plane.numpy(), BLUR_SIGMA, mode="nearest"))
-    maximum = plane.max()
-    if maximum <= 0:
-        return torch.zeros_like(plane)
-    image = Image.fromarray((plane / maximum).mul(255).byte().numpy())
-    blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(radius=BLUR_SIGMA)), dtype=np.float32)
-    return torch.from_numpy(blurred).div(255) * maximum
+        vertical, horizontal = (_gaussian_matrix(size, planes.device) for size in planes.shape[-2:])
+        return (vertical @ planes.double() @ horizontal.T).float()
+    maximum = planes.amax(dim=(-2, -1), keepdim=True)
+    levels = (planes / torch.where(maximum > 0, maximum, 1.0)).mul(255).byte()
+    return blur_8_bit(levels).float().div(255) * maximum
+
+
+def blur_8_bit(images: Tensor) -> Tensor:
+    """What PIL's ImageFilter.GaussianBlur(4) makes of (..., H, W) uint8 images, to the bit.
+
+    PIL blurs with three extended box filters along each axis: boxes of fractional radius after Gwosdek et al.,
+    "Theoretical foundations of Gaussian convolution by extended box filtering" (SSVM 2011), borders repeated, weights
+    of 24 fractional bits, rounded to 8 bits after every pass.
+    """
+    values = images.int() - 128  # the weights sum up to 2^24: values around zero keep the sums within 32 bits
+    for dim in (-1, -2):
+        for _ in range(BOX_PASSES):
+            values = _box_pass(values, dim)
+    return (values + 128).byte()
+
+
+def _box_pass(values: Tensor, dim: int) -> Tensor:
+    radius, weight, edge_weight = _box_weights()
+    size = values.shape[dim]
+    places = torch.arange(-radius - 1, size + radius + 1, device=values.device).clamp_(0, size - 1)
+    padded = values.index_select(dim, places)
+    total = padded.narrow(dim, 1, size) + padded.narrow(dim, 2, size)
+    for offset in range(3, 2 * radius + 2):
+        total += padded.narrow(dim, offset, size)
+    edges = padded.narrow(dim, 0, size) + padded.narrow(dim, 2 * radius + 2, size)
+    half = 1 << (FIXED_POINT_BITS - 1)
+    return total.mul_(weight).add_(edges, alpha=edge_weight).add_(half).bitwise_right_shift_(FIXED_POINT_BITS)
+
+
+@lru_cache(maxsize=1)
+def _box_weights() -> tuple[int, int, int]:
+    """Whole radius of the box, weight of its 2 * radius + 1 pixels and of the two beside them, in 2^-24.
+
+    PIL computes in single precision, and truncates.
+    """
+    variance = np.float32(BLUR_SIGMA) ** 2 / np.float32(BOX_PASSES)
+    radius = int((np.float32(math.sqrt(12 * variance + 1)) - 1) / 2)
+    share = np.float32((2 * radius + 1) * (radius * (radius + 1) - 3 * variance))
+    share /= np.float32(6 * (variance - (radius + 1) ** 2))
+    weight = int(np.float32(1 << FIXED_POINT_BITS) / (2 * (radius + share) + 1))
+    return radius, weight, ((1 << FIXED_POINT_BITS) - (2 * radius + 1) * weight) // 2
+
+
+@lru_cache(maxsize=8)
+def _gaussian_matrix(size: int, device: torch.device) -> Tensor:
+    """(size, size) float64 that blurs along an axis: row i holds the weights of pixel i, of what lies beyond a border
+    on the border's pixel."""
+    radius = int(BLUR_TRUNCATE * BLUR_SIGMA + 0.5)
+    offset = np.arange(-radius, radius + 1)
+    weight = np.exp(-0.5 * (offset / BLUR_SIGMA) ** 2)
+    pixel = np.arange(size)[:, None]
+    matrix = np.zeros((size, size))
+    np.add.at(matrix, (pixel, (pixel + offset).clip(0, size - 1)), weight / weight.sum())
+    return torch.from_numpy(matrix).to(device)

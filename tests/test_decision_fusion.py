@@ -32,6 +32,13 @@ def fit(samples: int = 8, banks: int = 3, **changed: object) -> DecisionFusion:
     return fit_decision_fusion(scores, maps, **(settings | changed))
 
 
+def fuse(fusion: DecisionFusion, scores: list[float], maps: list[Tensor]) -> tuple[float, Tensor]:
+    """The detector gives scores as float64 tensors, as here; the score as a number."""
+    score, plane = fusion.fuse([torch.tensor(each, dtype=torch.float64) for each in scores], maps)
+    assert (score.shape, score.dtype) == ((), torch.float64)
+    return float(score), plane
+
+
 @pytest.mark.parametrize(("samples", "banks"), [(1, 2), (8, 2), (8, 3)])
 def test_fuse_is_score_samples_of_the_svms(samples: int, banks: int) -> None:
     scores, maps = training_results(samples, banks)
@@ -42,7 +49,7 @@ def test_fuse_is_score_samples_of_the_svms(samples: int, banks: int) -> None:
 
     fusion = fit(samples, banks)
     for test_scores, test_maps in zip(*training_results(4, banks, seed=1), strict=True):
-        score, plane = fusion.fuse(test_scores, test_maps)
+        score, plane = fuse(fusion, test_scores, test_maps)
         row = np.array([test_scores]) * SCORE_LAMBDAS[:banks]
         assert score == pytest.approx(score_svm.score_samples(row)[0], rel=1e-12)
         pixels = torch.stack(test_maps, dim=-1).double().numpy() * MAP_LAMBDAS[:banks]
@@ -53,16 +60,29 @@ def test_fuse_is_score_samples_of_the_svms(samples: int, banks: int) -> None:
 
 def test_fuse_by_hand() -> None:
     fusion = DecisionFusion(np.array([2.0, 3.0]), np.array([1.0, -1.0]), (1.0, 0.1), (0.5, 10.0))
-    score, plane = fusion.fuse([5.0, 20.0], [torch.tensor([[2.0, 4.0, 0.0]]), torch.tensor([[0.1, 0.0, 1.0]])])
+    score, plane = fuse(fusion, [5.0, 20.0], [torch.tensor([[2.0, 4.0, 0.0]]), torch.tensor([[0.1, 0.0, 1.0]])])
     assert score == pytest.approx(2 * 5 + 3 * 0.1 * 20)
     torch.testing.assert_close(plane, torch.tensor([[1.0 - 1.0, 2.0, -10.0]]))
+
+
+def test_scores_may_be_numbers() -> None:
+    scores, maps = training_results(1, 3)
+    assert float(fit().fuse(scores[0], maps[0])[0]) == fuse(fit(), scores[0], maps[0])[0]
+
+
+def test_no_value_is_read_back_from_the_device() -> None:
+    """Tensors of the meta device have no values: what asks for one fails."""
+    scores = [torch.empty((), dtype=torch.float64, device="meta")] * 3
+    score, plane = fit().fuse(scores, [torch.empty(6, 5, device="meta")] * 3)
+    assert score.is_meta
+    assert plane.is_meta
 
 
 def test_larger_is_more_anomalous() -> None:
     fusion = fit()
     scores, maps = training_results(8, 3)
-    score, plane = fusion.fuse(scores[0], maps[0])
-    worse, worse_plane = fusion.fuse([3 * each for each in scores[0]], [3 * each for each in maps[0]])
+    score, plane = fuse(fusion, scores[0], maps[0])
+    worse, worse_plane = fuse(fusion, [3 * each for each in scores[0]], [3 * each for each in maps[0]])
     assert worse > score > 0
     assert (worse_plane >= plane).all()
 
@@ -74,8 +94,8 @@ def test_each_lambda_matters_to_its_own_svm(which: str, bank: int) -> None:
     values[bank] *= 3
     before, after = fit(), fit(**{which: tuple(values)})
     scores, maps = training_results(1, 3, seed=1)
-    score, plane = before.fuse(scores[0], maps[0])
-    other_score, other_plane = after.fuse(scores[0], maps[0])
+    score, plane = fuse(before, scores[0], maps[0])
+    other_score, other_plane = fuse(after, scores[0], maps[0])
     assert (score != pytest.approx(other_score, rel=1e-6)) == (which == "score_lambdas")
     assert torch.equal(plane, other_plane) == (which == "score_lambdas")
 
@@ -83,8 +103,8 @@ def test_each_lambda_matters_to_its_own_svm(which: str, bank: int) -> None:
 def test_the_order_of_banks_matters() -> None:
     fusion = fit()
     scores, maps = training_results(1, 3, seed=1)
-    score, plane = fusion.fuse(scores[0], maps[0])
-    turned_score, turned_plane = fusion.fuse(scores[0][::-1], maps[0][::-1])
+    score, plane = fuse(fusion, scores[0], maps[0])
+    turned_score, turned_plane = fuse(fusion, scores[0][::-1], maps[0][::-1])
     assert score != pytest.approx(turned_score, rel=1e-3)
     assert not torch.allclose(plane, turned_plane, rtol=1e-3)
 
@@ -108,4 +128,4 @@ def test_the_svms_do_not_depend_on_the_global_seed() -> None:
 
 def test_a_bank_too_few_is_an_error() -> None:
     with pytest.raises(ValueError, match="zip"):
-        fit().fuse([1.0, 2.0], [torch.ones(2, 2)] * 2)
+        fuse(fit(), [1.0, 2.0], [torch.ones(2, 2)] * 2)

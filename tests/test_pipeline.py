@@ -317,7 +317,7 @@ def test_decision_fusion_is_fitted_on_the_training_samples(method_name: str, ban
     )
     for prediction in predictions:
         score, plane = expected.fuse(list(prediction.bank_scores.values()), list(prediction.bank_maps.values()))
-        assert prediction.score == pytest.approx(score, rel=1e-9)
+        assert prediction.score == pytest.approx(float(score), rel=1e-9)
         torch.testing.assert_close(prediction.anomaly_map, plane)
 
 

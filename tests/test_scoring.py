@@ -7,16 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from feature_extractors.memory_bank import MemoryBank
-from feature_extractors.scoring import BLUR_SIGMA, anomaly_map, gaussian_blur, image_score
+from feature_extractors.scoring import (
+    BLUR_SIGMA,
+    anomaly_map,
+    anomaly_maps,
+    blur_8_bit,
+    gaussian_blur,
+    image_score,
+)
 
 
 def score_of(patches: Tensor, rows: Tensor, divisor: float = 1.0, epsilon: float = 0.0) -> float:
     bank = MemoryBank(rows)
-    return image_score(patches, *bank.nearest(patches), bank, divisor, epsilon)
+    score = image_score(patches, *bank.nearest(patches), bank, divisor, epsilon)
+    assert (score.shape, score.dtype) == ((), torch.float64)
+    return float(score)
 
 
 def score_twin(patches: Tensor, rows: Tensor, divisor: float = 1.0, epsilon: float = 0.0) -> float:
@@ -98,8 +108,79 @@ def test_recorded_image_scores(goldens: Path) -> None:
     torch.testing.assert_close(found, distances, rtol=1e-5, atol=0)
     assert torch.equal(found_index, index)
     divisors = {"Double(/1000)": 1000.0, "add": 1.0, "Triple": 1.0}
-    scores = {name: image_score(patches, distances, index, bank, divisor) for name, divisor in divisors.items()}
+    scores = {name: float(image_score(patches, distances, index, bank, each)) for name, each in divisors.items()}
     assert scores == pytest.approx(expected, rel=1e-6)
+
+
+def pil_blur(images: Tensor) -> Tensor:
+    """(B, H, W) uint8 -> the same, image by image."""
+    blurred = [Image.fromarray(image).filter(ImageFilter.GaussianBlur(BLUR_SIGMA)) for image in images.numpy()]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in blurred]))
+
+
+IMAGES = {
+    "noise": lambda shape, draw: torch.randint(0, 256, shape, generator=draw),
+    "extremes": lambda shape, draw: torch.randint(0, 2, shape, generator=draw) * 255,
+    "sparse": lambda shape, draw: (torch.rand(shape, generator=draw) < 0.02).int() * 255,
+    "flat": lambda shape, draw: torch.randint(0, 256, (shape[0], 1, 1), generator=draw).expand(shape),
+    "white": lambda shape, draw: torch.full(shape, 255),
+    "ramps": lambda shape, draw: (torch.arange(math.prod(shape)) * 7 // 3 % 256).view(shape),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(1, 1), (1, 2), (1, 60), (60, 1), (2, 3), (4, 4), (7, 8), (9, 9), (33, 50), (101, 37), (224, 224)],
+)
+def test_8_bit_blur_is_that_of_pil_to_the_bit(height: int, width: int, kind: str) -> None:
+    images = IMAGES[kind]((8, height, width), torch.Generator().manual_seed(height + width)).byte()
+    before = images.clone()
+    blurred = blur_8_bit(images)
+    assert blurred.dtype == torch.uint8
+    assert torch.equal(blurred, pil_blur(images))
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 40), (50, 33), (224, 224)])
+def test_maps_are_blurred_as_one_by_one_by_pil_and_by_scipy(height: int, width: int) -> None:
+    """Each map has its own maximum; one is empty."""
+    planes = torch.rand(4, height, width, generator=torch.Generator().manual_seed(0))
+    planes *= torch.tensor([1e-3, 0.0, 7.0, 200.0])[:, None, None]
+    for plane, blurred in zip(planes, gaussian_blur(planes), strict=True):
+        levels = (plane / plane.max().clamp_min(1e-9) * 255).byte()
+        assert torch.equal(blurred, pil_blur(levels[None])[0].float().div(255) * plane.max())
+    for plane, blurred in zip(planes, gaussian_blur(planes, float_blur=True), strict=True):
+        np.testing.assert_allclose(blurred, gaussian_filter(plane.numpy(), BLUR_SIGMA, mode="nearest"), rtol=1e-6)
+
+
+def test_maps_of_several_banks_are_those_of_each() -> None:
+    generator = torch.Generator().manual_seed(0)
+    distances = [torch.rand(grid**2, generator=generator) for grid in (7, 14, 14)]
+    maps = anomaly_maps(distances, 60)
+    assert maps.shape == (3, 60, 60)
+    for each, plane in zip(distances, maps, strict=True):
+        assert torch.equal(anomaly_map(each, 60), plane)
+
+
+@pytest.mark.parametrize("float_blur", [False, True])
+def test_no_value_is_read_back_from_the_device(float_blur: bool) -> None:
+    """Tensors of the meta device have no values: what asks for one fails."""
+    patches, rows = (torch.empty(count, 8, device="meta") for count in (16, 30))
+    distances, index = torch.empty(16, device="meta"), torch.empty(16, dtype=torch.int64, device="meta")
+    assert image_score(patches, distances, index, MemoryBank(rows), 1.0, 1e-5).is_meta
+    assert anomaly_maps([distances] * 3, 32, float_blur).is_meta
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("float_blur", [False, True])
+def test_a_gpu_draws_the_same_maps(float_blur: bool) -> None:
+    distances = [torch.rand(grid**2, generator=torch.Generator().manual_seed(grid)) for grid in (28, 56)]
+    there = anomaly_maps([each.cuda() for each in distances], 224, float_blur)
+    assert there.is_cuda
+    here = anomaly_maps(distances, 224, float_blur)
+    # Where the resize rounds otherwise, a pixel may truncate to the level beside.
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-5, atol=1e-6 if float_blur else 1.01 / 255)
 
 
 @pytest.mark.golden
