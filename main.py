@@ -49,7 +49,7 @@ from feature_extractors.config import (
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.pipeline import SampleResult, Stopwatch, collect_features, evaluate, fit_detector
 from models import XYZ_BACKBONES, BackboneRow, list_backbones, rgb_spec
-from models.point_ops import BACKENDS, check_extensions
+from models.point_ops import BACKENDS, check_backend
 from models.point_transformer import POINT_NORMS
 from utils.cloud_cleaning import CleaningRule, shows_table
 from utils.distributed import choose_device
@@ -171,7 +171,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("how it is computed").add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
     add("--precision", default="fp32", choices=PRECISIONS, help="of the networks; all else is fp32 or better")
-    add("--point_ops", default="auto", choices=BACKENDS, help="extension: pointnet2_ops and knn_cuda, if installed")
+    add(
+        "--point_ops",
+        default="auto",
+        choices=BACKENDS,
+        help="of the point searches; auto: k-d trees on CPU, on GPU triton or else torch; extension: see the README",
+    )
     add("--num_workers", type=int, default=2, help="threads that read files ahead")
     return parser.parse_args(argv)
 
@@ -252,10 +257,7 @@ def run_settings(args: argparse.Namespace, config: DetectorConfig) -> RunSetting
     if "rgb" in modalities:
         rgb_spec(config.rgb_backbone_name)  # an unknown name is refused here
     device = choose_device(args.device)
-    if config.point_ops == "extension" and device.type != "cuda":
-        raise InputError(f"--point_ops extension needs a GPU, but the device is {device}: use --point_ops auto")
-    if config.point_ops == "extension":
-        check_extensions()
+    check_backend(config.point_ops, device)
     if not args.use_uff and "fusion" in config.method.banks and args.fusion_module_path.exists():
         logger.warning("%s is not used: --use_uff is not given", args.fusion_module_path)
     return RunSettings(

@@ -1,11 +1,15 @@
 """Point searches: farthest point sampling, nearest neighbours, inverse-distance interpolation.
 
-Each public function checks its input once and then calls the back-end of the device: k-d trees (SciPy) on CPU,
-chunked direct differences on GPU. `backend="extension"` asks for the CUDA extensions pointnet2_ops and knn_cuda,
-which are never needed.
+Each public function checks its input once and then calls its back-end:
+
+- "auto": k-d trees (SciPy) and NumPy on CPU; on CUDA "triton" where Triton can be imported, else "torch".
+- "torch": chunked direct differences in plain PyTorch, on any device.
+- "triton": the kernels of `models.point_ops_triton`, on CUDA tensors.
+- "extension": the CUDA extensions pointnet2_ops and knn_cuda, which are never needed.
 """
 
 import importlib
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -15,7 +19,9 @@ from torch import Tensor
 
 from utils.errors import InputError
 
-BACKENDS = ("auto", "extension")
+BACKENDS = ("auto", "torch", "triton", "extension")
+# What these back-ends import; they work on CUDA tensors only.
+CUDA_MODULES = {"triton": ("triton",), "extension": ("pointnet2_ops.pointnet2_utils", "knn_cuda")}
 
 # The customary CUDA op passes over points this close to the origin (squared metres): they are padding there.
 FPS_IGNORED_SQUARED_NORM = 1e-3
@@ -39,12 +45,16 @@ def farthest_point_sample(points: Tensor, n: int, backend: str = "auto") -> Tens
         (B, n) int64 indices in order of picking.
     """
     _check_points("points", points)
-    _check_backend(backend)
+    backend = _choose_backend(backend, points)
     if not 1 <= n <= points.shape[1]:
         raise ValueError(f"cannot pick {n} of {points.shape[1]} points")
     if backend == "extension":
-        return _extension("pointnet2_ops.pointnet2_utils", points).furthest_point_sample(points.contiguous(), n).long()
-    sample_one = _farthest_point_sample_numpy if points.device.type == "cpu" else _farthest_point_sample_torch
+        sampling = _cuda_module("pointnet2_ops.pointnet2_utils", points)
+        return sampling.furthest_point_sample(points.contiguous(), n).long()
+    if backend == "triton":
+        coordinates = points.mT.contiguous()
+        return _triton_kernels(points).farthest_point_sample(coordinates, _initial_distances(coordinates), n)
+    sample_one = _farthest_point_sample_numpy if backend == "host" else _farthest_point_sample_torch
     return torch.stack([sample_one(cloud, n) for cloud in points])
 
 
@@ -60,12 +70,14 @@ def knn(queries: Tensor, points: Tensor, k: int, backend: str = "auto") -> tuple
         distance (B, M, k), Euclidean (not squared), ascending, metres; index (B, M, k) int64 into the N points.
     """
     _check_search(queries, points, k)
-    _check_backend(backend)
+    backend = _choose_backend(backend, points)
     if backend == "extension":
-        search = _extension("knn_cuda", points).KNN(k=k, transpose_mode=True)
+        search = _cuda_module("knn_cuda", points).KNN(k=k, transpose_mode=True)
         distance, index = search(points.contiguous(), queries.contiguous())
         return distance, index.long()
-    search_one = _knn_kd_tree if points.device.type == "cpu" else _knn_direct
+    if backend == "triton":
+        return _triton_kernels(points).knn(queries, points, k)
+    search_one = _knn_kd_tree if backend == "host" else _knn_direct
     found = [search_one(q, p, k) for q, p in zip(queries, points, strict=True)]
     return torch.stack([distance for distance, _ in found]), torch.stack([index for _, index in found])
 
@@ -84,15 +96,20 @@ def three_nn_weights(points: Tensor, centers: Tensor, backend: str = "auto") -> 
     return _inverse_distance_weights(distance.square()), index
 
 
-def three_nn_weights_expanded(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+def three_nn_weights_expanded(points: Tensor, centers: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """`three_nn_weights` from |p|^2 + |c|^2 - 2 p c in fp32: the arithmetic of the reference.
 
     For points millimetres apart and half a metre from the camera the difference of squares is wrong by up to 6e-8 m^2,
     more than the 1e-8 added to it, so that it can be negative: weights then lie slightly outside 0 and 1. That moves
     features by up to 0.4 % near the centres, which is enough to change a few coreset picks in a hundred. The squares
     are also so coarse that centres tie for the third place at two points in a thousand.
+
+    No extension has this arithmetic: "extension" is "torch" here.
     """
     _check_search(points, centers, 3)
+    if _choose_backend(backend, points) == "triton":
+        squared, index = _triton_kernels(points).three_nearest(points, centers, expanded=True)
+        return _inverse_distance_weights(squared), index
     weights, indices = [], []
     for cloud, middle in zip(points, centers, strict=True):
         norms = middle.square().sum(dim=1)
@@ -135,15 +152,23 @@ def _check_search(queries: Tensor, points: Tensor, k: int) -> None:
         raise ValueError(f"cannot find {k} neighbours among {points.shape[1]} points")
 
 
-def _check_backend(backend: str) -> None:
+def _choose_backend(backend: str, points: Tensor) -> str:
+    """The back-end itself, or what "auto" stands for with these points: "host" is k-d trees and NumPy."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {BACKENDS}")
+    if backend != "auto":
+        return backend
+    if points.device.type == "cpu":
+        return "host"
+    kernels = points.is_cuda and points.dtype == torch.float32 and importlib.util.find_spec("triton") is not None
+    return "triton" if kernels else "torch"
 
 
 def _smallest_three(values: Tensor) -> tuple[Tensor, Tensor]:
     """What values.sort(dim=1) has in its first three columns, ascending: values (R, 3) and index (R, 3).
 
     Only rows where the third is equal to the fourth are really sorted: torch.sort decides there, as in the reference.
+    To find them a GPU is waited for, once.
     """
     smallest, index = values.topk(min(4, values.shape[1]), largest=False, sorted=True)
     tied = smallest[:, 2] == smallest[:, -1]
@@ -153,8 +178,8 @@ def _smallest_three(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _inverse_distance_weights(squared: Tensor) -> Tensor:
     denominator = squared + INTERPOLATION_EPSILON
-    denominator[denominator == 0] = INTERPOLATION_EPSILON  # only where rounding made a square negative
-    weight = 1.0 / denominator
+    # zero only where rounding made a square negative
+    weight = 1.0 / denominator.masked_fill(denominator == 0, INTERPOLATION_EPSILON)
     return weight / weight.sum(dim=-1, keepdim=True)
 
 
@@ -172,11 +197,15 @@ def _farthest_point_sample_numpy(points: Tensor, n: int) -> Tensor:
     return torch.from_numpy(picks)
 
 
+def _initial_distances(coordinates: Tensor) -> Tensor:
+    """(..., 3, N) -> (..., N), the running minimum at the start: -1 for points that are never picked nor updated."""
+    ignored = coordinates.square().sum(dim=-2) <= FPS_IGNORED_SQUARED_NORM
+    return torch.where(ignored, -1.0, FPS_INITIAL_SQUARED_DISTANCE).to(coordinates.dtype)
+
+
 def _farthest_point_sample_torch(points: Tensor, n: int) -> Tensor:
     coordinates = points.T.contiguous()  # (3, N): each coordinate is one contiguous run
-    ignored = coordinates.square().sum(dim=0) <= FPS_IGNORED_SQUARED_NORM
-    nearest = coordinates.new_full((coordinates.shape[1],), FPS_INITIAL_SQUARED_DISTANCE)
-    nearest[ignored] = -1.0
+    nearest = _initial_distances(coordinates)
     picks = torch.zeros(n, dtype=torch.int64, device=points.device)
     difference = torch.empty_like(coordinates)
     pick = picks[:1]
@@ -203,19 +232,29 @@ def _knn_direct(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor
     return torch.cat([values for values, _ in found]), torch.cat([index for _, index in found])
 
 
-def check_extensions() -> None:
-    """Raise an InputError unless both CUDA extensions can be imported."""
-    for module in ("pointnet2_ops.pointnet2_utils", "knn_cuda"):
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raise an InputError unless the back-end can be imported and works on the device."""
+    modules = CUDA_MODULES.get(backend, ())
+    if modules and device.type != "cuda":
+        raise InputError(f"--point_ops {backend} needs a GPU, but the device is {device}: use --point_ops auto")
+    for module in modules:
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise InputError(f"{module} cannot be imported ({error}): install it or use --point_ops auto") from None
 
 
-def _extension(module: str, points: Tensor) -> Any:
-    if points.device.type != "cuda":
+def _cuda_module(module: str, points: Tensor) -> Any:
+    if not points.is_cuda:
         raise ValueError(f"{module} works on CUDA tensors, got one on {points.device}: use backend='auto'")
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(f"{module} is not installed ({error}): install it or use backend='auto'") from error
+
+
+def _triton_kernels(points: Tensor) -> Any:
+    if points.dtype != torch.float32:
+        raise ValueError(f"the Triton kernels take float32 points, got {points.dtype}: use backend='torch'")
+    _cuda_module("triton", points)
+    return importlib.import_module("models.point_ops_triton")

@@ -183,6 +183,7 @@ def test_pictures_to_be_shown_are_checked_as_well(
         ("--method_name DINO --save_feature", "DINO extracts only rgb: use DINO+Point_MAE"),
         ("--method_name Point_MAE --save_feature", "Point_MAE extracts only xyz: use DINO+Point_MAE"),
         ("--point_ops extension --device cpu", "--point_ops extension needs a GPU"),
+        ("--point_ops triton --device cpu", "--point_ops triton needs a GPU"),
         ("--f_coreset 0", "f_coreset is 0.0, expected above 0 and at most 1"),
         ("--f_coreset 2", "f_coreset is 2.0, expected above 0 and at most 1"),
         ("--f_coreset nan", "f_coreset is nan, expected above 0 and at most 1"),

@@ -1,8 +1,10 @@
 """Point searches against slow, obvious twins, and against what the original's rules gave on recorded clouds."""
 
+import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from models.point_ops import (
     three_nn_weights,
     three_nn_weights_expanded,
 )
+from utils.errors import InputError
 
 SEARCHES = {"k-d tree": point_ops._knn_kd_tree, "direct": point_ops._knn_direct}
 STAGES = ("train_good_000", "test_hole_000")
@@ -219,19 +222,108 @@ def test_both_sampling_loops_pick_the_same_points(seed: int) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_finds_the_same_points() -> None:
-    scan, queries, features = cloud(4000), cloud(300, seed=1), torch.rand(1, 300, 8)
-    picks = farthest_point_sample(scan.cuda(), 300)
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+def test_a_gpu_finds_the_same_points(backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    scan, queries = cloud(4000), cloud(300, seed=1)
+    picks = farthest_point_sample(scan.cuda(), 300, backend)
     assert picks.is_cuda
     assert torch.equal(picks.cpu(), farthest_point_sample(scan, 300))
-    distance, index = knn(queries.cuda(), scan.cuda(), 32)
+    distance, index = knn(queries.cuda(), scan.cuda(), 32, backend)
     assert distance.is_cuda
     all_distances = slow_neighbors(queries[0], scan[0])
     near = np.sort(all_distances, axis=1)[:, :32]  # neighbours nearer to each other than rounding may swap
     np.testing.assert_allclose(distance[0].cpu(), near, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(np.take_along_axis(all_distances, index[0].cpu().numpy(), 1), near, rtol=1e-5, atol=1e-7)
-    there = three_nn_interpolate(scan.cuda(), queries.cuda(), features.cuda())
-    torch.testing.assert_close(there.cpu(), three_nn_interpolate(scan, queries, features), rtol=1e-4, atol=1e-5)
+    weight, three = three_nn_weights(scan.cuda(), queries.cuda(), backend)
+    expected, expected_three = three_nn_weights(scan, queries)
+    assert torch.equal(three.cpu(), expected_three)
+    torch.testing.assert_close(weight.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_interpolates_the_same_features() -> None:
+    scan, centers, features = cloud(4000), cloud(300, seed=1), torch.rand(1, 300, 8)
+    there = three_nn_interpolate(scan.cuda(), centers.cuda(), features.cuda())
+    torch.testing.assert_close(there.cpu(), three_nn_interpolate(scan, centers, features), rtol=1e-4, atol=1e-5)
+
+
+def test_the_torch_searches_read_no_value_back_from_the_device() -> None:
+    """Tensors of the meta device have no values: what asks for one fails."""
+    scan = torch.empty(1, 200, 3, device="meta")
+    assert farthest_point_sample(scan, 20, "torch").is_meta
+    distance, index = knn(scan[:, :30], scan, 16, "torch")
+    assert distance.is_meta
+    assert index.is_meta
+    assert three_nn_weights(scan, scan[:, :30], "torch")[0].is_meta
+
+
+# Back-ends
+
+
+def test_the_torch_backend_works_on_the_cpu() -> None:
+    """It is really another one than the default: fp32 distances, against the k-d tree's rounded fp64."""
+    scan, queries = cloud(3000, batch=2), cloud(500, seed=1, batch=2)
+    assert torch.equal(farthest_point_sample(scan, 50, "torch"), farthest_point_sample(scan, 50))
+    distance, index = knn(queries, scan, 5, "torch")
+    expected, expected_index = knn(queries, scan, 5)
+    assert torch.equal(index, expected_index)
+    torch.testing.assert_close(distance, expected, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(distance, expected)
+    for weights in (three_nn_weights, three_nn_weights_expanded):
+        for ours, theirs in zip(weights(scan, queries, "torch"), weights(scan, queries), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "installed", "chosen"),
+    [
+        ("cpu", torch.float32, True, "host"),
+        ("cuda", torch.float32, True, "triton"),
+        ("cuda", torch.float32, False, "torch"),
+        ("cuda", torch.float64, True, "torch"),
+        ("meta", torch.float32, True, "torch"),
+    ],
+)
+def test_what_auto_stands_for(
+    monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, installed: bool, chosen: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    points = SimpleNamespace(device=torch.device(device), is_cuda=device == "cuda", dtype=dtype)
+    assert point_ops._choose_backend("auto", points) == chosen
+    for backend in point_ops.BACKENDS[1:]:
+        assert point_ops._choose_backend(backend, points) == backend
+
+
+@pytest.mark.parametrize("backend", point_ops.CUDA_MODULES)
+def test_backends_are_checked_before_work_starts(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in ("auto", "torch"):
+        point_ops.check_backend(other, torch.device("cpu"))
+    with pytest.raises(InputError, match=f"--point_ops {backend} needs a GPU, but the device is cpu: use --point_ops"):
+        point_ops.check_backend(backend, torch.device("cpu"))
+    monkeypatch.setitem(point_ops.CUDA_MODULES, backend, ("math", "no_such_module"))
+    with pytest.raises(
+        InputError, match=r"no_such_module cannot be imported \(.*\): install it or use --point_ops auto"
+    ):
+        point_ops.check_backend(backend, torch.device("cuda"))
+    monkeypatch.setitem(point_ops.CUDA_MODULES, backend, ("math",))
+    point_ops.check_backend(backend, torch.device("cuda"))
+
+
+def test_the_kernels_need_a_gpu_and_float32() -> None:
+    scan = cloud(9)
+    searches = [
+        lambda points: farthest_point_sample(points, 2, "triton"),
+        lambda points: knn(points, points, 5, "triton"),
+        lambda points: three_nn_weights(points, points, "triton"),
+        lambda points: three_nn_weights_expanded(points, points, "triton"),
+    ]
+    for search in searches:
+        with pytest.raises(ValueError, match="triton works on CUDA tensors, got one on cpu: use backend='auto'"):
+            search(scan)
+        with pytest.raises(ValueError, match=r"take float32 points, got torch\.float64: use backend='torch'"):
+            search(scan.double())
 
 
 # Interpolation
@@ -372,6 +464,8 @@ def test_an_unknown_backend_is_refused() -> None:
         farthest_point_sample(cloud(5), 2, backend="cuda")
     with pytest.raises(ValueError, match="backend is 'cuda', expected one of"):
         knn(cloud(2), cloud(5), 2, backend="cuda")
+    with pytest.raises(ValueError, match="backend is 'cuda', expected one of"):
+        three_nn_weights_expanded(cloud(5), cloud(5), backend="cuda")
 
 
 # Recorded clouds

@@ -1,0 +1,190 @@
+"""Cases for the Triton kernels, for any device: run as a script, in Triton's interpreter on the CPU.
+
+    TRITON_INTERPRET=1 python tests/triton_cases.py
+
+prints a JSON object: what went wrong by the name of the case, an empty text where nothing did. Triton decides when a
+kernel is defined whether it is interpreted, so that a process that tests on a GPU cannot also do this.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from models import point_ops
+from models import point_ops_triton as kernels
+
+CASES: dict[str, Callable[[str], None]] = {}
+
+
+def case(check: Callable[[str], None]) -> Callable[[str], None]:
+    CASES[check.__name__] = check
+    return check
+
+
+def cloud(points: int, seed: int = 0, batch: int = 2) -> Tensor:
+    """(batch, points, 3): a box 0.2 m wide, half a metre in front of the camera, so that no point is ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, points, 3, generator=generator) * 0.2 + torch.tensor([0.0, 0.0, 0.5])
+
+
+def grid(side: int) -> Tensor:
+    """(1, side**3, 3) whole numbers, exact in every arithmetic: distances tie."""
+    return torch.cartesian_prod(*[torch.arange(1.0, side + 1)] * 3)[None]
+
+
+def check_picks(scans: Tensor, n: int, block: int, device: str) -> None:
+    coordinates = scans.mT.contiguous().to(device)
+    start = point_ops._initial_distances(coordinates)
+    picks = kernels.farthest_point_sample(coordinates, start, n, block).cpu()
+    assert picks.dtype == torch.int64
+    expected = torch.stack([point_ops._farthest_point_sample_torch(scan, n) for scan in scans])
+    assert torch.equal(picks, expected), (scans.shape, n, block, picks, expected)
+
+
+def sorted_distances(queries: Tensor, points: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """All squared distances in float32, summed up as the kernels do: ascending, (B, M, N), and the points' indices."""
+    x, y, z = np.moveaxis(queries.numpy()[:, :, None] - points.numpy()[:, None], -1, 0)
+    squared = x * x + y * y + z * z
+    index = np.argsort(squared, axis=-1, kind="stable")
+    return np.take_along_axis(squared, index, axis=-1), index
+
+
+def check_neighbors(queries: Tensor, points: Tensor, k: int, block: int, device: str) -> None:
+    distance, index = kernels.knn(queries.to(device), points.to(device), k, block)
+    assert (distance.dtype, index.dtype) == (torch.float32, torch.int64)
+    squared, expected = sorted_distances(queries, points)
+    np.testing.assert_array_equal(index.cpu(), expected[..., :k])
+    np.testing.assert_allclose(distance.cpu(), np.sqrt(squared[..., :k]), rtol=2e-7)  # PyTorch's root is an ulp off
+    for q, p, mine in zip(queries, points, distance.cpu(), strict=True):
+        torch.testing.assert_close(mine, point_ops._knn_direct(q, p, k)[0], rtol=1e-6, atol=1e-8)
+
+
+@case
+def picks_equal_the_torch_path(device: str) -> None:
+    for points, n, block in [
+        (1, 1, 16),
+        (2, 2, 16),
+        (7, 7, 16),
+        (16, 5, 16),
+        (33, 33, 16),
+        (150, 40, 64),
+        (90, 20, 128),
+    ]:
+        check_picks(cloud(points, seed=points, batch=3), n, block, device)
+
+
+@case
+def tied_picks_take_the_lowest_index(device: str) -> None:
+    check_picks(grid(3), 27, 8, device)
+    check_picks(torch.ones(1, 21, 3), 21, 8, device)
+    check_picks(torch.cat([cloud(10), cloud(10), cloud(10)], dim=1), 30, 8, device)  # each point three times
+
+
+@case
+def ignored_points_are_never_picked(device: str) -> None:
+    scans = cloud(50)
+    scans[0, 10:40] *= 0.03 / scans[0, 10:40].norm(dim=1, keepdim=True)  # |p|^2 = 9e-4
+    scans[1, 0] = 0.0  # the start all the same
+    check_picks(scans, 20, 16, device)
+    for kept in (0, 1, 3):
+        padded = torch.zeros(1, 21, 3)
+        padded[0, 12 : 12 + kept] = cloud(3)[0, :kept]
+        check_picks(padded, 9, 8, device)
+
+
+@case
+def neighbors_equal_their_twin(device: str) -> None:
+    for queries, points, k in [(1, 1, 1), (5, 2, 2), (3, 3, 3), (2, 4, 4), (9, 64, 64), (5, 200, 17), (6, 130, 128)]:
+        check_neighbors(cloud(queries, seed=1), cloud(points), k, 64, device)
+
+
+@case
+def tied_neighbors_come_in_the_order_of_their_indices(device: str) -> None:
+    points = grid(4)
+    for k in (2, 3, 10, 64):
+        check_neighbors(points[:, ::7], points, k, 16, device)
+    for k in (3, 9):
+        check_neighbors(torch.ones(1, 4, 3), torch.ones(1, 9, 3), k, 16, device)
+
+
+@case
+def neighbors_are_the_same_in_chunks(device: str) -> None:
+    queries, points, bound = cloud(7, seed=1), cloud(40), kernels.MAX_KEYS
+    try:
+        for entries in (3 * 40 + 1, 1):  # three queries at a time, one at last; less than a row: one at a time
+            kernels.MAX_KEYS = entries
+            check_neighbors(queries, points, 6, 16, device)
+    finally:
+        kernels.MAX_KEYS = bound
+
+
+@case
+def strided_input_is_read_in_its_own_order(device: str) -> None:
+    queries, points = cloud(12, seed=1)[:, ::2], cloud(40).mT.contiguous().mT
+    for k in (3, 5):
+        check_neighbors(queries, points, k, 16, device)
+
+
+@case
+def three_nearest_equal_their_twin(device: str) -> None:
+    for queries, points, block in [(1, 3, 16), (16, 4, 16), (17, 3, 16), (40, 30, 16), (20, 65, 32)]:
+        asked, among = cloud(queries, seed=1), cloud(points)
+        squared, index = kernels.three_nearest(asked.to(device), among.to(device), block=block)
+        expected, expected_index = sorted_distances(asked, among)
+        np.testing.assert_array_equal(squared.cpu(), expected[..., :3])
+        np.testing.assert_array_equal(index.cpu(), expected_index[..., :3])
+
+
+@case
+def expanded_squares_are_those_of_the_torch_path(device: str) -> None:
+    """Within the rounding of squares half a metre from the camera, and as exact where nothing cancels."""
+    for queries, points in [(1, 3), (17, 40), (40, 5)]:
+        asked, among = cloud(queries, seed=1), cloud(points)
+        squared, index = kernels.three_nearest(asked.to(device), among.to(device), expanded=True, block=16)
+        exact = (asked[:, :, None] - among[:, None]).double().square().sum(dim=-1).gather(2, index.cpu())
+        torch.testing.assert_close(squared.cpu().double(), exact, rtol=0, atol=3e-7)
+        generator = torch.Generator().manual_seed(points)
+        asked, among = (torch.randn(2, count, 3, generator=generator) for count in (queries, points))
+        squared, index = kernels.three_nearest(asked.to(device), among.to(device), expanded=True, block=16)
+        weight, expected = point_ops.three_nn_weights_expanded(asked, among, "torch")
+        assert torch.equal(index.cpu(), expected)
+        torch.testing.assert_close(point_ops._inverse_distance_weights(squared.cpu()), weight, rtol=1e-3, atol=1e-6)
+
+
+@case
+def expanded_squares_really_cancel(device: str) -> None:
+    points = cloud(60, batch=1).to(device)
+    expanded, direct = (kernels.three_nearest(points, points, each, block=16)[0] for each in (True, False))
+    assert (direct[..., 0] == 0).all()
+    assert (expanded - direct).abs().max() > 1e-8  # what is added to the squares in a weight
+
+
+@case
+def of_expanded_ties_the_lowest_index_comes_first(device: str) -> None:
+    points = grid(3)
+    _, index = kernels.three_nearest(points.to(device), points.to(device), expanded=True, block=16)
+    np.testing.assert_array_equal(index.cpu(), sorted_distances(points, points)[1][..., :3])
+
+
+def main() -> None:
+    outcome = {}
+    for name, check in CASES.items():
+        try:
+            check("cpu")
+            outcome[name] = ""
+        except Exception:
+            outcome[name] = traceback.format_exc()
+    print(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main()
