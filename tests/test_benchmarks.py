@@ -43,9 +43,8 @@ def test_the_pairings_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A few updates: enough for the lines of the figure, not for what they show."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(sys, "path", list(sys.path))  # the script replaces its first entry
-    import uff_pairing
+    from benchmarks import uff_pairing
 
     monkeypatch.setattr(uff_pairing, "PARTS", 10)
     monkeypatch.setitem(uff_pairing.FLAGS, "epochs", 2)
