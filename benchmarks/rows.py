@@ -161,7 +161,7 @@ def _points(sample: Sample) -> Tensor:
 def coreset_row(rows: Tensor, stop: int | None, repeats: int) -> tuple[Row, Tensor]:
     """Projection and selection of a tenth of raw rows (N, D); also the indices selected by the fast form.
 
-    The plain loop ends after `stop` picks and counts as if it had gone on; None: it does go on.
+    The plain loop ends after `stop` picks and counts as if it had gone on; None: it does go on, and is timed once.
     """
     n = max(int(F_CORESET * len(rows)), 1)
     statistics = BankStatistics(float(rows.mean()), float(rows.std()))
@@ -173,7 +173,9 @@ def coreset_row(rows: Tensor, stop: int | None, repeats: int) -> tuple[Row, Tens
         "picks": lambda: plain.greedy_coreset(projected, n, stop),
     }
     flops = coreset_flops(len(rows), projected.shape[1], n)
-    row = measure_row(f"coreset {len(rows)} x {rows.shape[1]} to {n}", works, {"fp32": flops}, repeats, warm_up=False)
+    row = measure_row(
+        f"coreset {len(rows)} x {rows.shape[1]} to {n}", works, {"fp32": flops}, repeats if stop else 1, warm_up=False
+    )
     scale = (n - 1) / max(min(n, stop or n) - 1, 1)
     seconds = {"fp32": row.seconds["fp32"], "plain": row.seconds["projection"] + scale * row.seconds["picks"]}
     return row._replace(seconds=seconds, flops={**row.flops, "plain": flops}), chosen[-1]

@@ -29,14 +29,14 @@ from feature_extractors.extractor import PatchExtractor
 
 STAGES = ("features", "coreset", "scoring", "metrics", "class")
 PRECISIONS = ("fp32", "bf16")
-COLUMNS = f"{'':32}{'plain':>10}" + "".join(f"{name:>10}{'ratio':>8}{'of peak':>9}" for name in PRECISIONS)
+COLUMNS = f"{'':32}{'plain':>10}" + "".join(f"{name:>10}{'ratio':>8}{'of matmul':>11}" for name in PRECISIONS)
 
 
 def print_row(row: Row) -> None:
     line = f"{row.name:32}{row.seconds['plain']:8.3f} s"
     for form in PRECISIONS:
         if form in row.seconds:
-            share = f"{row.share(form):9.0%}" if form in row.flops else " " * 9
+            share = f"{row.share(form):11.0%}" if form in row.flops else " " * 11
             line += f"{row.seconds[form]:8.3f} s{row.ratio(form):7.1f}x{share}"
     print(line)
     for form in row.seconds.keys() - {"plain", *PRECISIONS}:
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     machine = describe_machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    print(f"{args.networks} networks, median of {args.repeats}; of peak: of a product of large matrices\n\n{COLUMNS}")
+    print(f"{args.networks} networks, median of {args.repeats}; of matmul: of a product of large matrices\n\n{COLUMNS}")
     rows = stage_rows(args)
     products = {form: [row.product[form] / 1e9 for row in rows if form in row.product] for form in PRECISIONS}
     record: dict[str, Any] = {

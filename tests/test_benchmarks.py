@@ -46,8 +46,8 @@ TINY = SIZES["tiny"]
 
 def run_benchmark(name: str, *flags: object) -> str:
     command = [sys.executable, f"benchmarks/{name}.py", *map(str, flags)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # tensors this small only lose by being shared out
-    done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # tensors this small only lose by being shared out
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
