@@ -1,13 +1,26 @@
 """Fitting and evaluating a whole class in a process of its own, the fast way or the plain one: seconds and memory."""
 
+import statistics
 import time
 from typing import Any, NamedTuple
 
 import torch
+from sklearn.random_projection import johnson_lindenstrauss_min_dim
 
 from benchmarks import plain, plain_class
-from benchmarks.measuring import peak_mb
-from benchmarks.workload import SIZES, Networks, build_networks, detector_config, made_up_samples
+from benchmarks.measuring import PRODUCT_SIDE, matrix_product, median_seconds, peak_mb
+from benchmarks.workload import (
+    SIZES,
+    Networks,
+    build_networks,
+    coreset_flops,
+    detector_config,
+    group_encoder_flops,
+    made_up_samples,
+    point_transformer_flops,
+    search_flops,
+    vit_flops,
+)
 from feature_extractors.config import DetectorConfig
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.pipeline import Stopwatch, collect_features, evaluate, fit_detector
@@ -22,6 +35,7 @@ class ClassRun(NamedTuple):
     seconds: dict[str, float]  # "fit", "evaluate", "total"; of the plain form also the stages of "fit"
     start_mb: float  # resident with networks and samples, before the work
     peak_mb: float
+    share_of_product: float  # counted operations over the total seconds, of the rate of a large matrix product
     metrics: dict[str, Any]  # as in results.json
 
 
@@ -40,12 +54,31 @@ def run_class(variant: str, size: str, train: int, test: int, stop: int | None) 
         made_up_samples(count, split, numbers.img_size) for count, split in ((train, "train"), (test, "test"))
     )
     config = detector_config(numbers, "fp32" if variant == "plain" else variant)
+    product = matrix_product("bf16" if variant == "bf16" else "fp32")
+    product_seconds = [median_seconds({"product": product}, 3)["product"]]
     start = peak_mb()
     if variant == "plain":
         seconds, metrics = _run_plain(config, plain.make_plain(networks), good, judged, stop)
     else:
         seconds, metrics = _run_fast(config, networks, good, judged)
-    return ClassRun(train, test, seconds, start, peak_mb(), metrics)
+    peak = peak_mb()
+    product_seconds.append(median_seconds({"product": product}, 3)["product"])
+    product_rate = 2 * PRODUCT_SIDE**3 / statistics.mean(product_seconds)
+    rate = count_operations(config, networks, train, test, variant == "plain") / seconds["total"]
+    return ClassRun(train, test, seconds, start, peak, rate / product_rate, metrics)
+
+
+def count_operations(config: DetectorConfig, networks: Networks, train: int, test: int, twice: bool) -> float:
+    """Of features (of the training samples `twice` in the plain form), coresets and searches of both banks."""
+    rgb, xyz = networks
+    of_sample = vit_flops(rgb) + group_encoder_flops(xyz, plain=twice) + point_transformer_flops(xyz)
+    total = ((1 + twice) * train + test) * of_sample
+    picks = train * config.xyz_grid**2
+    for patches, dim in ((config.xyz_grid**2, xyz.embed_dim), (rgb.grid_size**2, rgb.embed_dim)):
+        rows, picks = train * patches, int(config.f_coreset * picks)
+        width = min(johnson_lindenstrauss_min_dim(rows, eps=config.coreset_eps), dim)
+        total += coreset_flops(rows, width, picks) + (train + test) * search_flops(patches, picks, dim)
+    return total
 
 
 def _run_fast(

@@ -82,8 +82,8 @@ def class_runs(args: argparse.Namespace) -> dict[str, list[ClassRun]]:
             run = in_fresh_process(run_class, form, args.networks, train, test, stop)
             found.append(run)
             print(
-                f"{f'{train} + {test} samples, {form}':32}{run.seconds['total']:8.1f} s, of which fitting "
-                f"{run.seconds['fit']:.1f} s; peak {run.peak_mb:.0f} MB, {run.start_mb:.0f} MB before"
+                f"{f'{train} + {test} samples, {form}':32}{run.seconds['total']:8.1f} s ({run.seconds['fit']:.1f} s to "
+                f"fit), {run.share_of_product:.0%} of matmul, peak {run.peak_mb:.0f} MB ({run.start_mb:.0f} MB before)"
             )
     return runs
 

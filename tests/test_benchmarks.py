@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import plain
-from benchmarks.class_run import ClassRun, run_class
+from benchmarks.class_run import ClassRun, count_operations, run_class
 from benchmarks.curve import memory_law, seconds_law
 from benchmarks.measuring import median_seconds
 from benchmarks.rows import CORESET_EPS, Row
@@ -174,6 +174,7 @@ def test_a_plain_class_has_our_figures() -> None:
     for name in ("image_rocauc", "pixel_rocauc", "au_pro"):
         assert twin.metrics[name] == pytest.approx(ours.metrics[name], abs=0.01)
     assert 0 < ours.start_mb <= ours.peak_mb
+    assert ours.share_of_product > 0
     assert twin.seconds["total"] == pytest.approx(twin.seconds["fit"] + twin.seconds["evaluate"])
 
 
@@ -193,6 +194,18 @@ def test_operations_are_those_that_pytorch_counts(sample: Sample, slow: Networks
         with FlopCounterMode(display=False) as counter:
             work()
         assert counter.get_total_flops() == flops
+
+
+def test_operations_of_a_class_are_those_of_its_parts() -> None:
+    networks, config = build_networks(TINY), detector_config(TINY, "fp32")
+    rgb, xyz = networks
+    fast, twice = (count_operations(config, networks, 10, 4, each) for each in (False, True))
+    dim = 192  # of three blocks' tokens; so few rows would be projected to more columns, so they are not
+    selected = 2.0 * 2560 * dim * 256 + 2.0 * 160 * 64 * 25
+    searched = 14 * 2.0 * (256 * 256 * dim + 16 * 25 * 64)
+    of_sample = vit_flops(rgb) + point_transformer_flops(xyz)
+    assert fast == pytest.approx(14 * (of_sample + group_encoder_flops(xyz)) + selected + searched)
+    assert twice == pytest.approx(24 * (of_sample + group_encoder_flops(xyz, plain=True)) + selected + searched)
 
 
 def test_grown_rows_are_repetitions_with_noise() -> None:
@@ -235,7 +248,7 @@ def test_a_row_tells_ratio_and_share() -> None:
 
 def test_the_laws_go_through_what_was_measured() -> None:
     stages = {"fit": 30.0, "extract": 8.0, "project": 2.0, "pick xyz": 15.0, "pick rgb": 1.0, "score": 4.0}
-    runs = [ClassRun(train, 2, stages, 100.0, 1024.0 * gb, {}) for train, gb in ((10, 2.0), (20, 3.0))]
+    runs = [ClassRun(train, 2, stages, 100.0, 1024.0 * gb, 0.5, {}) for train, gb in ((10, 2.0), (20, 3.0))]
     assert seconds_law(runs)(np.array([20, 40])).tolist() == [30.0, 20.0 + 80.0]
     assert memory_law(runs)(np.array([10, 20, 40])).tolist() == [2.0, 3.0, 5.0]
 
