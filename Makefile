@@ -1,6 +1,7 @@
 # make demo    made-up parts from scan to tables, in minutes, nothing to download but pip packages
 # make test    the tests
 # make lint    ruff and mypy
+# make bench   every stage beside a plain twin of it, and the small steps; nothing else should run meanwhile
 # All of them set up .venv first, once; a second call installs nothing.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 APT_PACKAGES := libusb-1.0-0 libgl1 libegl1 libx11-6 libudev1 libidn2-0 libgomp1
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint bench setup clean
 
 setup: $(VENV)/.installed
 
@@ -42,6 +43,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/stages.py $(BENCH_FLAGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,rounds
 
 # Backbones that need no download: EfficientNet-Lite0 (weights in a pip package) and FPFH (needs none).
 DEMO_FLAGS := --dataset_path $(DEMO)/parts --classes gasket bracket cookie --random_state 0 \

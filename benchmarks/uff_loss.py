@@ -7,12 +7,7 @@ Prints a table and writes it as JSON. Memory is the peak of resident memory abov
 """
 
 import argparse
-import json
-import multiprocessing
-import resource
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +18,8 @@ from torch import Tensor
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from benchmarks.measuring import in_fresh_process, median_seconds, peak_mb, write_json
 from models.contrastive import contrastive_loss
-from utils.files import atomic_path
 
 HEAD_DIM = 256
 REPEATS = 3
@@ -46,23 +41,20 @@ def plain_loss(xyz: Tensor, rgb: Tensor) -> Tensor:
 def measure(loss_of: Callable[[Tensor, Tensor], Tensor], rows: int, repeats: int) -> Measured:
     generator = torch.Generator().manual_seed(0)
     xyz, rgb = (torch.randn(rows, HEAD_DIM, generator=generator).requires_grad_() for _ in range(2))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = []
-    for _ in range(repeats):
+
+    losses = []
+
+    def step() -> None:
         xyz.grad = rgb.grad = None
-        begin = time.perf_counter()
         loss = loss_of(xyz, rgb)
         loss.backward()
-        seconds.append(time.perf_counter() - begin)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        losses.append(loss.item())
+
+    before = peak_mb()
+    seconds = median_seconds({"step": step}, repeats, warm_up=False)["step"]
+    peak = peak_mb()
     assert xyz.grad is not None
-    return Measured(statistics.median(seconds), (peak - before) / 1024, loss.item(), float(xyz.grad.norm()))
-
-
-def in_fresh_process(loss_of: Callable[[Tensor, Tensor], Tensor], rows: int, repeats: int) -> Measured:
-    """A process of its own, whose peak no other measurement has raised."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (loss_of, rows, repeats))
+    return Measured(seconds, peak - before, losses[-1], float(xyz.grad.norm()))
 
 
 def main() -> None:
@@ -71,9 +63,9 @@ def main() -> None:
     parser.add_argument("--skip_plain", action="store_true", help="do not run the plain form, which takes 3 N^2 floats")
     parser.add_argument("--output", type=Path, default=Path("results/benchmark_uff_loss.json"))
     args = parser.parse_args()
-    results = {"ours": in_fresh_process(contrastive_loss, args.rows, REPEATS)}
+    results = {"ours": in_fresh_process(measure, contrastive_loss, args.rows, REPEATS)}
     if not args.skip_plain:
-        results["plain"] = in_fresh_process(plain_loss, args.rows, REPEATS)
+        results["plain"] = in_fresh_process(measure, plain_loss, args.rows, REPEATS)
     print(f"{args.rows} rows of {HEAD_DIM}, {torch.get_num_threads()} threads, median of {REPEATS} steps")
     for name, measured in results.items():
         print(f"{name:6} {measured.seconds:7.2f} s {measured.peak_mb:8.0f} MB   loss {measured.loss:.6f}")
@@ -81,8 +73,7 @@ def main() -> None:
         ours, plain = results["ours"], results["plain"]
         print(f"time {ours.seconds / plain.seconds:.2f}, memory {ours.peak_mb / plain.peak_mb:.3f} of the plain form")
     record = {"rows": args.rows, **{name: measured._asdict() for name, measured in results.items()}}
-    with atomic_path(args.output) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(args.output, record)
 
 
 if __name__ == "__main__":

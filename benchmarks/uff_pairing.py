@@ -13,14 +13,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import fusion_pretrain
+from benchmarks.figures import new_axes, save_figure
 from utils.feature_store import PAIRINGS, resize_patches, write_features
-from utils.files import atomic_path
 from utils.records import PatchFeatures
 
 XYZ_GRID, RGB_GRID, XYZ_DIM, RGB_DIM = 28, 14, 48, 32
@@ -52,18 +50,14 @@ def train(pairing: str) -> list[dict[str, float]]:
 
 
 def draw(path: Path, logs: dict[str, list[dict[str, float]]]) -> None:
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    (axes,) = new_axes(6.4, 3.6)
     for pairing, lines in logs.items():
         axes.plot([each["updates"] for each in lines], [each["val_retrieval"] for each in lines], "o-", label=pairing)
     chance = next(iter(logs.values()))[0]["val_chance"]
     axes.axhline(chance, color="0.5", linestyle="--", label=f"chance ({chance:.3f})")
     axes.set(xlabel="updates", ylabel="retrieval accuracy on held-out parts", ylim=(0, None))
     axes.legend(title="--uff_pairing", frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(axes, path)
 
 
 def main() -> None:

@@ -1,19 +1,53 @@
 """The benchmarks run and measure what they say; never how fast."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tiny_networks import one_thread  # noqa: F401 (a fixture)
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import plain
+from benchmarks.class_run import ClassRun, count_operations, run_class
+from benchmarks.curve import memory_law, seconds_law
+from benchmarks.measuring import median_seconds
+from benchmarks.rows import CORESET_EPS, Row
+from benchmarks.workload import (
+    SEED,
+    SIZES,
+    Networks,
+    build_networks,
+    detector_config,
+    group_encoder_flops,
+    grown,
+    made_up_samples,
+    point_transformer_flops,
+    vit_flops,
+)
+from feature_extractors.alignment import align_to_patches
+from feature_extractors.detector import Detector
+from feature_extractors.extractor import PatchExtractor
+from feature_extractors.memory_bank import BankStatistics, MemoryBank, select_coreset
+from utils.metrics import evaluate as compute_metrics
+from utils.records import PatchFeatures, Sample
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY = SIZES["tiny"]
 
 
 def run_benchmark(name: str, *flags: object) -> str:
     command = [sys.executable, f"benchmarks/{name}.py", *map(str, flags)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # tensors this small only lose by being shared out
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -43,9 +77,8 @@ def test_the_pairings_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A few updates: enough for the lines of the figure, not for what they show."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(sys, "path", list(sys.path))  # the script replaces its first entry
-    import uff_pairing
+    from benchmarks import uff_pairing
 
     monkeypatch.setattr(uff_pairing, "PARTS", 10)
     monkeypatch.setitem(uff_pairing.FLAGS, "epochs", 2)
@@ -56,3 +89,195 @@ def test_the_pairings_are_drawn(
     assert "reference: retrieval" in told
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.size == (768, 432)
+
+
+def sample_points(sample: Sample) -> Tensor:
+    assert sample.xyz is not None
+    return sample.xyz[:, (sample.xyz != 0).all(dim=0)].T.contiguous()
+
+
+@pytest.fixture(scope="module")
+def sample() -> Sample:
+    return made_up_samples(1, "train", TINY.img_size)[0]
+
+
+@pytest.fixture(scope="module")
+def slow() -> Networks:
+    return plain.make_plain(build_networks(TINY))
+
+
+def test_the_plain_features_are_ours(sample: Sample, slow: Networks) -> None:
+    ours = PatchExtractor(detector_config(TINY, "fp32"), *build_networks(TINY))(sample)
+    twin = plain.extract(slow, sample, TINY.xyz_grid)
+    torch.testing.assert_close(twin["xyz"], ours.xyz, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(twin["rgb"], ours.rgb, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_plain_parts_are_ours(sample: Sample, slow: Networks) -> None:
+    ours, points = build_networks(TINY).xyz, sample_points(sample)
+    groups, centers = plain.group(points, TINY.num_group, TINY.group_size)
+    for twin, fast in zip((groups, centers), ours.group(points), strict=True):
+        assert torch.equal(twin, fast)
+    encoded = plain.encode_groups(slow.xyz.encoder, groups)
+    torch.testing.assert_close(encoded, ours.encoder(groups), rtol=1e-3, atol=1e-4)
+    tokens, _ = plain.point_tokens(slow.xyz, points)
+    found = ours(points)
+    torch.testing.assert_close(tokens, found.features, rtol=1e-4, atol=1e-4)
+    plane = plain.pooled_plane(found.features, centers, sample.xyz, TINY.xyz_grid)
+    torch.testing.assert_close(plane, align_to_patches(found, sample.xyz, TINY.xyz_grid), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [200, 24])  # 24: fewer columns than the projection would have
+def test_the_plain_coreset_picks_the_same(width: int) -> None:
+    rows = torch.randn(400, width, generator=torch.Generator().manual_seed(1)) + 2
+    statistics = BankStatistics(float(rows.mean()), float(rows.std()))
+    projected = plain.project(statistics.normalize(rows), CORESET_EPS, SEED)
+    picks = plain.greedy_coreset(projected, 60)
+    assert torch.equal(picks, select_coreset(rows, statistics, 60, CORESET_EPS, SEED))
+    stopped = plain.greedy_coreset(projected, 60, stop=20)
+    assert torch.equal(stopped[:20], picks[:20])
+    assert len(stopped.unique()) == 60
+
+
+def test_the_plain_coreset_repeats_no_row() -> None:
+    rows = torch.tensor([[0.0], [0.0], [5.0], [5.0], [9.0]])
+    assert plain.greedy_coreset(rows, 5).tolist() == [0, 4, 2, 1, 3]
+
+
+@pytest.mark.parametrize("method", ["Point_MAE", "DINO+Point_MAE"])
+def test_the_plain_scoring_is_ours(method: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    bank, queries = torch.randn(150, 40, generator=generator), torch.randn(64, 40, generator=generator)
+    config = detector_config(TINY, "fp32", method_name=method)
+    detector = Detector(config, PatchExtractor(config, None, None), {"xyz": MemoryBank(bank)})
+    scores, maps = detector.bank_results(PatchFeatures(xyz=queries))
+    row = config.method
+    score, plane = plain.score_bank(queries, bank, TINY.img_size, row.score_divisor, row.weight_epsilon)
+    assert score == pytest.approx(scores["xyz"], rel=1e-4)
+    torch.testing.assert_close(plane, maps["xyz"], rtol=0, atol=1.5 / 255 * float(plane.max()))  # one grey level
+
+
+def test_the_plain_metrics_are_ours() -> None:
+    rng = np.random.default_rng(3)
+    masks = np.zeros((4, 24, 24), np.uint8)
+    masks[1, 3:8, 4:9] = masks[1, 15:20, 15:18] = masks[3, 10:14, 2:20] = 1
+    maps = (rng.standard_normal(masks.shape) + masks).astype(np.float32)
+    labels, scores = [0, 1, 0, 1], [0.1, 0.4, 0.5, 0.9]
+    ours, twin = compute_metrics(labels, scores, masks, maps), plain.measure_maps(labels, scores, masks, maps)
+    assert twin.pop("au_pro_exact") == pytest.approx(ours.pop("au_pro_exact"))
+    assert twin == pytest.approx(ours)
+
+
+def test_a_plain_class_has_our_figures() -> None:
+    ours, twin = (run_class(form, "tiny", 3, 4, None) for form in ("fp32", "plain"))
+    for name in ("image_rocauc", "pixel_rocauc", "au_pro"):
+        assert twin.metrics[name] == pytest.approx(ours.metrics[name], abs=0.01)
+    assert 0 < ours.start_mb <= ours.peak_mb
+    assert ours.share_of_product > 0
+    assert twin.seconds["total"] == pytest.approx(twin.seconds["fit"] + twin.seconds["evaluate"])
+
+
+@torch.inference_mode()
+def test_operations_are_those_that_pytorch_counts(sample: Sample, slow: Networks) -> None:
+    ours = build_networks(TINY).xyz
+    groups, _ = slow.xyz.group(sample_points(sample))
+    tokens = torch.zeros(1, TINY.num_group, TINY.point_numbers["width"])
+    assert sample.rgb is not None
+    counted: list[tuple[float, Callable[[], object]]] = [
+        (vit_flops(slow.rgb), partial(plain.rgb_patches, slow.rgb, sample.rgb)),
+        (group_encoder_flops(slow.xyz, plain=True), partial(plain.encode_groups, slow.xyz.encoder, groups)),
+        (group_encoder_flops(ours), partial(ours.encoder, groups)),
+        (point_transformer_flops(slow.xyz), partial(slow.xyz.blocks, tokens, tokens, slow.xyz.taken)),
+    ]
+    for flops, work in counted:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        assert counter.get_total_flops() == flops
+
+
+def test_operations_of_a_class_are_those_of_its_parts() -> None:
+    networks, config = build_networks(TINY), detector_config(TINY, "fp32")
+    rgb, xyz = networks
+    fast, twice = (count_operations(config, networks, 10, 4, each) for each in (False, True))
+    dim = 192  # of three blocks' tokens; so few rows would be projected to more columns, so they are not
+    selected = 2.0 * 2560 * dim * 256 + 2.0 * 160 * 64 * 25
+    searched = 14 * 2.0 * (256 * 256 * dim + 16 * 25 * 64)
+    of_sample = vit_flops(rgb) + point_transformer_flops(xyz)
+    assert fast == pytest.approx(14 * (of_sample + group_encoder_flops(xyz)) + selected + searched)
+    assert twice == pytest.approx(24 * (of_sample + group_encoder_flops(xyz, plain=True)) + selected + searched)
+
+
+def test_grown_rows_are_repetitions_with_noise() -> None:
+    patches = torch.randn(50, 6, generator=torch.Generator().manual_seed(4))
+    patches[::3] = 0.0
+    rows = grown(patches, 120)
+    assert rows.shape == (120, 6)
+    assert torch.equal(rows[:50], patches)
+    assert torch.equal(rows[50:100][::3], torch.zeros(17, 6))
+    noise = rows[50:100][1::3] - patches[1::3]
+    assert 0.05 < noise.std() < 0.2
+    assert (noise != 0).all()
+
+
+def test_made_up_samples_are_like_scans() -> None:
+    samples = made_up_samples(4, "test", 64)
+    assert [sample.label for sample in samples] == [0, 1, 0, 1]
+    for sample in samples:
+        assert sample.xyz is not None
+        assert sample.mask is not None
+        assert 0.2 < (sample.xyz != 0).all(dim=0).float().mean() < 0.3
+        assert bool(sample.mask.any()) == (sample.label == 1)
+    good = made_up_samples(1, "train", 64)[0]
+    assert (good.label, good.mask) == (None, None)
+
+
+def test_work_is_timed_in_turns() -> None:
+    done: list[str] = []
+    seconds = median_seconds({name: partial(done.append, name) for name in "ab"}, repeats=2)
+    assert "".join(done) == "ababab"
+    assert seconds.keys() == {"a", "b"}
+    assert all(value > 0 for value in seconds.values())
+
+
+def test_a_row_tells_ratio_and_share() -> None:
+    row = Row("step", {"plain": 8.0, "fp32": 2.0, "bf16": 1.0}, {"fp32": 6e9, "bf16": 6e9}, {"fp32": 4e9, "bf16": 3e10})
+    assert (row.ratio("fp32"), row.ratio("bf16")) == (4.0, 8.0)
+    assert (row.share("fp32"), row.share("bf16")) == (0.75, 0.2)
+
+
+def test_the_laws_go_through_what_was_measured() -> None:
+    stages = {"fit": 30.0, "extract": 8.0, "project": 2.0, "pick xyz": 15.0, "pick rgb": 1.0, "score": 4.0}
+    runs = [ClassRun(train, 2, stages, 100.0, 1024.0 * gb, 0.5, {}) for train, gb in ((10, 2.0), (20, 3.0))]
+    assert seconds_law(runs)(np.array([20, 40])).tolist() == [30.0, 20.0 + 80.0]
+    assert memory_law(runs)(np.array([10, 20, 40])).tolist() == [2.0, 3.0, 5.0]
+
+
+@pytest.mark.slow
+def test_all_stages_are_measured(tmp_path: Path) -> None:
+    told = run_benchmark(
+        "stages", "--networks", "tiny", "--repeats", 1, "--batch", 2, "--distinct", 2, "--rows", 600, "--picks", 20,
+        "--maps", 4, "--train", 3, "--test", 2, "--precisions", "fp32", "--curve", "--curve_fast",
+        "--output", tmp_path / "found.json", "--figure", tmp_path / "figure.png",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["machine"]["threads"] >= 1
+    assert found["machine"]["cpu"] in told
+    stages = ["ViT", "group encoder", "point transformer", "point search", "alignment", "features of a sample"]
+    stages += [
+        "features of 2 samples",
+        "coreset 600 x 192 to 60",
+        "scoring 256 x 60 x 192",
+        "metrics of 4 maps 64 x 64",
+    ]
+    assert list(found["stages"]) == stages
+    for stage in found["stages"].values():
+        assert all(value > 0 for numbers in stage.values() for value in numbers.values())
+    assert found["stages"]["ViT"]["share_of_product"].keys() == {"plain", "fp32"}
+    assert found["class_ratios"]["fp32"].keys() == {"time", "memory"}
+    assert {form: [run["train"] for run in runs] for form, runs in found["classes"].items()} == {
+        "plain": [3],
+        "fp32": [3],
+    }
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert figure.size == (1152, 480)

@@ -1,0 +1,78 @@
+"""The figure: what fitting a class costs, against its number of training samples."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from benchmarks.class_run import ClassRun
+from benchmarks.figures import new_axes, save_figure
+
+SAMPLES = (10, 400)  # the span of the figure: the largest class of MVTec 3D-AD has 361
+# Stages of the plain form whose cost grows with the square of the samples: picks (or queries) times rows.
+QUADRATIC = ("pick xyz", "pick rgb", "score")
+DURATIONS = (0.1, 1, 10, 60, 600, 3600, 36_000, 360_000)  # seconds, where the axis has its ticks
+STYLES = {"plain": ("0.35", "s"), "fp32": ("tab:blue", "o"), "bf16": ("tab:orange", "^")}
+
+
+def seconds_law(runs: Sequence[ClassRun]) -> Callable[[np.ndarray], np.ndarray]:
+    """Seconds of the plain form by number of training samples, from its largest run: a linear and a square part."""
+    last = runs[-1]
+    square = sum(last.seconds[stage] for stage in QUADRATIC)
+    return lambda samples: (last.seconds["fit"] - square) * samples / last.train + square * (samples / last.train) ** 2
+
+
+def memory_law(runs: Sequence[ClassRun]) -> Callable[[np.ndarray], np.ndarray]:
+    """Peak gigabytes of the plain form: the straight line through its first and last run, or from its start."""
+    first, last = runs[0], runs[-1]
+    below = (first.train, first.peak_mb) if len(runs) > 1 else (0, first.start_mb)
+    slope = (last.peak_mb - below[1]) / (last.train - below[0])
+    return lambda samples: (last.peak_mb + slope * (samples - last.train)) / 1024
+
+
+def draw_curve(path: Path, runs: Mapping[str, Sequence[ClassRun]]) -> None:
+    """Draw seconds of fitting and peak memory; points are measured, the dashed line is the law of the plain form."""
+    left, right = new_axes(9.6, 4.0, columns=2)
+    beyond = np.geomspace(min(SAMPLES[0], runs["plain"][0].train), SAMPLES[1], 50)
+    _draw_law(left, beyond, seconds_law(runs["plain"])(beyond), _duration)
+    _draw_law(right, beyond, memory_law(runs["plain"])(beyond), lambda value: f"{value:.2g} GB")
+    for form, found in runs.items():
+        colour, marker = STYLES[form]
+        label = "plain twin" if form == "plain" else f"this repository, {form}"
+        samples = [run.train for run in found]
+        line = "" if form == "plain" else "-"
+        for axes, values in (
+            (left, [run.seconds["fit"] for run in found]),
+            (right, [run.peak_mb / 1024 for run in found]),
+        ):
+            axes.plot(samples, values, line + marker, color=colour, label=label, markersize=6)
+    left.yaxis.set_major_locator(FixedLocator(DURATIONS))
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.set_title("Time to fit a class")
+    right.set_title("Peak resident memory")
+    left.legend(frameon=False)
+    save_figure(left, path)
+
+
+def _draw_law(axes: Axes, samples: np.ndarray, values: np.ndarray, tell: Callable[[float], str]) -> None:
+    colour, _ = STYLES["plain"]
+    axes.plot(samples, values, "--", color=colour, linewidth=1.2, zorder=1, label="scaling law of the plain twin")
+    axes.annotate(
+        tell(values[-1]), (samples[-1], values[-1]), (-4, 4), textcoords="offset points", ha="right", color=colour
+    )
+    axes.set(xscale="log", yscale="log", xlabel="training samples")
+    axes.set_xticks([10, 20, 40, 100, 200, 400])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tell(value)))
+    axes.set_ymargin(0.1)
+    axes.grid(which="major", color="0.92")
+    axes.set_axisbelow(True)
+
+
+def _duration(seconds: float) -> str:
+    unit, name = next(((unit, name) for unit, name in ((3600, "h"), (60, "min")) if seconds >= unit), (1, "s"))
+    return f"{seconds / unit:.2g} {name}"

@@ -1,0 +1,27 @@
+"""The look that the figures of the benchmarks share."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from utils.files import atomic_path
+
+
+def new_axes(width: float, height: float, columns: int = 1) -> list[Axes]:
+    """Axes side by side on a new figure of width x height inches, which needs no display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def save_figure(axes: Axes, path: Path) -> None:
+    """Save the figure that holds the axes."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -1,0 +1,96 @@
+"""What the benchmarks share: alternating timings, the matrix product they are held against, memory, and files."""
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from utils.files import atomic_path
+
+Result = TypeVar("Result")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRODUCT_SIDE = 2048  # large enough for the full rate, a tenth of a second on two cores
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def median_seconds(
+    works: Mapping[str, Callable[[], object]], repeats: int, warm_up: bool = True, label: str = ""
+) -> dict[str, float]:
+    """Time several pieces of work in turns, so that what slows the machine for a while slows all of them.
+
+    Args:
+        works: by name.
+        repeats: turns; the median of each piece counts.
+        warm_up: run each once before, untimed.
+        label: of the progress bar.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    turns = range(-1 if warm_up else 0, repeats)
+    with tqdm(total=len(turns) * len(works), desc=label, leave=False, delay=2) as progress:
+        for turn in turns:
+            for name, work in works.items():
+                taken = seconds_of(work)
+                if turn >= 0:
+                    seconds[name].append(taken)
+                progress.update()
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def matrix_product(precision: str, side: int = PRODUCT_SIDE) -> Callable[[], object]:
+    """A product of two square matrices, 2 * side**3 floating-point operations."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(side, side, generator=generator).to(DTYPES[precision]) for _ in range(2))
+    return lambda: left @ right
+
+
+def peak_mb() -> float:
+    """Peak of the resident memory of this process so far, MB of 2**20 bytes.
+
+    On Linux from /proc: ru_maxrss is handed down to the processes that a large one starts, this figure is not.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if platform.system() == "Darwin" else 1 << 10)
+
+
+def in_fresh_process(work: Callable[..., Result], *arguments: Any) -> Result:
+    """Run `work`, a function of a module, in a process of its own, whose memory no other measurement has raised."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def describe_machine() -> dict[str, str | int]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
