@@ -4,6 +4,7 @@ Point-MAE: Pang et al., ECCV 2022. Point-BERT: Yu et al., CVPR 2022. Module name
 checkpoints. Coordinates are raw metres: nothing is scaled to the unit sphere.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from models.point_ops import farthest_point_sample, knn
 from models.transformer import TransformerEncoder
 
 POINT_NORMS = ("cloud", "running")
+# Groups that go through the wide layers of the group encoder together on the CPU: 4 MB of hidden values.
+BLOCK_GROUPS = 16
 
 
 class PointFeatures(NamedTuple):
@@ -34,8 +37,13 @@ class GroupEncoder(nn.Module):
     """Mini-PointNet: the points of a group become one token.
 
     Conv1d 3-128, BN, ReLU, 128-256; the group's maximum in front of each point's feature (512); Conv1d 512-512, BN,
-    ReLU, 512-C; maximum. The first half of the 512-wide layer acts on the group maximum, which is one vector a
-    group, so it is computed once a group instead of once a point.
+    ReLU, 512-C; maximum. It is computed with fewer products and without a tensor of 512 values a point:
+
+    - The half of the 512-wide layer that acts on the group's maximum is computed once a group. The other half follows
+      the 128-256 layer with nothing in between, so both are one matrix, 128-512.
+    - Both batch norms are folded into the layer before them. Where they use the cloud's own statistics, mean and
+      variance of a linear layer follow from those of its input, in double precision.
+    - Blocks of groups go through the wide layers one after another and stay in the cache.
 
     Args:
         out_dim: C, width of the token.
@@ -60,29 +68,99 @@ class GroupEncoder(nn.Module):
             groups: (G, K, 3) float32, metres, relative to each group's centre.
 
         Returns:
-            (G, C) tokens.
+            (G, C) float32 tokens.
         """
-        per_group = groups.shape[:2]
-        # Channels first, (C, G * K): there batch norm accumulates its statistics in double precision on the CPU.
-        hidden = self._norm_relu(_pointwise(self.first_conv[0], groups.flatten(0, 1).T), self.first_conv[1])
-        local = _pointwise(self.first_conv[3], hidden)  # (256, G * K)
-        mixing = self.second_conv[0]
-        assert isinstance(mixing, nn.Conv1d)
-        assert mixing.bias is not None
-        on_maximum, on_local = mixing.weight.squeeze(-1).chunk(2, dim=1)  # (512, 256) each
-        maximum = local.unflatten(1, per_group).amax(dim=2)  # (256, G)
-        from_maximum = torch.addmm(mixing.bias[:, None], on_maximum, maximum)  # (512, G)
-        hidden = (on_local @ local).unflatten(1, per_group).add_(from_maximum[:, :, None]).flatten(1)  # (512, G * K)
-        hidden = self._norm_relu(hidden, self.second_conv[1])
-        return _pointwise(self.second_conv[3], hidden).unflatten(1, per_group).amax(dim=2).T  # (C, G) -> (G, C)
+        dtype = _product_dtype(groups)
+        blocks = groups.split(BLOCK_GROUPS if groups.device.type == "cpu" else len(groups))
+        with torch.autocast(groups.device.type, enabled=False):
+            weight, bias = (each.to(groups.dtype) for each in self._first_layer(groups))
+            hidden = [F.linear(block, weight, bias).relu_().to(dtype) for block in blocks]  # (B, K, 128) each
+            weight, bias = _linear(self.first_conv[3])
+            maximum = _group_maxima(hidden, weight, bias)  # (G, 256)
+            on_hidden, per_group = (each.to(dtype) for each in self._mixing_layer(hidden, maximum))
+            mixed = (
+                F.linear(block, on_hidden).add_(of_group[:, None]).relu_()  # (B, K, 512)
+                for block, of_group in zip(hidden, per_group.split([len(block) for block in hidden]), strict=True)
+            )
+            weight, bias = _linear(self.second_conv[3])
+            return _group_maxima(mixed, weight, bias).to(groups.dtype)
 
-    def _norm_relu(self, values: Tensor, norm: nn.Module) -> Tensor:
-        assert isinstance(norm, nn.BatchNorm1d)
-        mean, variance = (None, None) if self.point_norm == "cloud" else (norm.running_mean, norm.running_var)
-        normalised = F.batch_norm(
-            values[None], mean, variance, norm.weight, norm.bias, training=mean is None, eps=norm.eps
+    def _first_layer(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (128, 3) and bias (128,) float64 of the first layer with its batch norm."""
+        weight, bias = _linear(self.first_conv[0])
+        points = groups.flatten(0, 1).double()
+        mean = points.mean(dim=0)
+        points -= mean
+        covariance = points.T @ points / len(points)
+        return self._fold(self.first_conv[1], weight, bias, weight @ mean + bias, _variance(weight, covariance))
+
+    def _mixing_layer(self, hidden: Sequence[Tensor], maximum: Tensor) -> tuple[Tensor, Tensor]:
+        """What the 512-wide layer and its batch norm add up: from the hidden points, and once a group.
+
+        Args:
+            hidden: blocks (B, K, 128), output of the first layer.
+            maximum: (G, 256) of each group.
+
+        Returns:
+            weight (512, 128) on the hidden points, and (G, 512); float64.
+        """
+        weight, bias = _linear(self.second_conv[0])
+        on_maximum, on_local = weight.chunk(2, dim=1)  # (512, 256) each
+        inner_weight, inner_bias = _linear(self.first_conv[3])
+        on_hidden = on_local @ inner_weight  # (512, 128)
+        per_group = maximum.double() @ on_maximum.T + (on_local @ inner_bias + bias)  # (G, 512)
+        # Of the sum x W^T + g over all points of all groups: the variances of both and twice their covariance.
+        group_means = torch.cat([block.mean(dim=1, dtype=torch.float32) for block in hidden]).double()  # (G, 128)
+        mean = group_means.mean(dim=0)
+        # Around the mean, rounded to the precision of the products: nothing cancels.
+        around = mean.to(hidden[0].dtype)
+        products = sum((x.T @ x).double() for x in (block.flatten(0, 1) - around for block in hidden))
+        rounding = mean - around
+        covariance = products / (len(maximum) * hidden[0].shape[1]) - rounding.outer(rounding)
+        offset = per_group.mean(dim=0)
+        between = (per_group - offset).T @ (group_means - mean) / len(maximum)  # (512, 128)
+        variance = (
+            _variance(on_hidden, covariance)
+            + 2 * (on_hidden * between).sum(dim=1)
+            + (per_group - offset).square().mean(dim=0)
         )
-        return normalised[0].relu_()
+        return self._fold(self.second_conv[1], on_hidden, per_group, on_hidden @ mean + offset, variance)
+
+    def _fold(
+        self, norm: nn.Module, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Weight (C, D) and bias (..., C) of a linear layer followed by batch norm, whose own statistics are given."""
+        assert isinstance(norm, nn.BatchNorm1d)
+        if self.point_norm == "running":
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            mean, variance = norm.running_mean, norm.running_var
+        scale = norm.weight / torch.sqrt(variance.double() + norm.eps)
+        return scale[:, None] * weight, scale * (bias - mean) + norm.bias
+
+
+def _product_dtype(tensor: Tensor) -> torch.dtype:
+    """What autocast has matrix products computed in, here where it is switched off."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def _linear(conv: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight (C_out, C_in) and bias (C_out,), float64, of a Conv1d of kernel 1."""
+    assert isinstance(conv, nn.Conv1d)
+    assert conv.bias is not None
+    return conv.weight.squeeze(-1).double(), conv.bias.double()
+
+
+def _group_maxima(blocks: Iterable[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    """The maximum over each group's points of a linear layer: blocks (B, K, D) -> (G, C) float64."""
+    maxima = [F.linear(block, weight.to(block.dtype)).amax(dim=1) for block in blocks]
+    return torch.cat(maxima).double() + bias
+
+
+def _variance(weight: Tensor, covariance: Tensor) -> Tensor:
+    """The variances (C,) of x W^T, for W (C, D) and the covariance (D, D) of x."""
+    return ((weight @ covariance) * weight).sum(dim=1)
 
 
 class PointTransformer(PointBackbone):
@@ -153,16 +231,10 @@ class PointTransformer(PointBackbone):
         """
         groups, centers = self.group(points)
         tokens = self.reduce_dim(self.encoder(groups))[None]
-        position = self.pos_embed(centers)[None]
+        with torch.autocast(centers.device.type, enabled=False):  # in bf16 the centres would move by a millimetre
+            position = self.pos_embed(centers)[None]
         if self.cls_token is not None and self.cls_pos is not None:
             tokens = torch.cat([self.cls_token, tokens], dim=1)
             position = torch.cat([self.cls_pos, position], dim=1)
         outputs = [self.norm(output)[0, -self.num_group :] for output in self.blocks(tokens, position, self.taken)]
         return PointFeatures(torch.cat(outputs, dim=1), centers)
-
-
-def _pointwise(conv: nn.Module, columns: Tensor) -> Tensor:
-    """A Conv1d of kernel 1 on columns (C_in, R) -> (C_out, R)."""
-    assert isinstance(conv, nn.Conv1d)
-    assert conv.bias is not None
-    return torch.addmm(conv.bias[:, None], conv.weight.squeeze(-1), columns)
