@@ -55,29 +55,35 @@ def grid_rows(count: int, dim: int, seed: int) -> Tensor:
 KINDS = {"random": random_rows, "clustered": clustered_rows, "copies": copied_rows, "grid": grid_rows}
 
 
+def set_candidates(monkeypatch: pytest.MonkeyPatch, candidates: int) -> None:
+    """So many in every pass."""
+    for bound in ("FIRST_CANDIDATES", "LEAST_CANDIDATES", "MOST_CANDIDATES"):
+        monkeypatch.setattr(coreset, bound, candidates)
+
+
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of new picks at each pass over all rows."""
     counts: list[int] = []
     update = coreset._update_nearest
 
-    def counting(nearest: Tensor, rows: Tensor, centered: Tensor, picks: Tensor) -> None:
+    def counting(nearest: Tensor, rows: Tensor, center: Tensor, picks: Tensor, apart: float) -> None:
         counts.append(len(picks))
-        update(nearest, rows, centered, picks)
+        update(nearest, rows, center, picks, apart)
 
     monkeypatch.setattr(coreset, "_update_nearest", counting)
     return counts
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("candidates", [1, 3, 20, coreset.CANDIDATES])
+@pytest.mark.parametrize("candidates", [1, 3, 20, coreset.FIRST_CANDIDATES])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("count", "dim"), [(2, 3), (9, 1), (60, 2), (150, 8), (90, 40)])
 def test_picks_are_those_of_the_loop(
     kind: str, count: int, dim: int, candidates: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Same picks in the same order, up to all rows, however few candidates a pass has."""
-    monkeypatch.setattr(coreset, "CANDIDATES", candidates)
+    set_candidates(monkeypatch, candidates)
     for seed in range(2):
         rows = KINDS[kind](count, dim, seed)
         picks = greedy_coreset(rows.to(device), count)
@@ -116,7 +122,7 @@ def test_the_loop_is_cut_into_few_passes(passes: list[int], monkeypatch: pytest.
     expected = greedy_twin(rows, 400)
     assert greedy_coreset(rows, 400).tolist() == expected
     few = len(passes)
-    monkeypatch.setattr(coreset, "CANDIDATES", 20)
+    set_candidates(monkeypatch, 20)
     monkeypatch.setattr(coreset, "MAX_BLOCK_ENTRIES", 1000)
     passes.clear()
     products.clear()
@@ -127,6 +133,26 @@ def test_the_loop_is_cut_into_few_passes(passes: list[int], monkeypatch: pytest.
     assert max(passes) <= 20 + 1
     assert max(products) <= 1000
     assert max(lowered) * 24 <= 1000  # the direct differences of as many rows
+
+
+def test_rows_close_to_the_selection_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the rows are alike, as patches of the background are: after the first pass no product has them."""
+    generator = torch.Generator().manual_seed(0)
+    parts, background = random_rows(1000, 16, 1), 1e-3 * random_rows(1000, 16, 2)
+    rows = torch.cat([background, parts])[torch.randperm(2000, generator=generator)]
+    left: list[int] = []
+    addmm = torch.addmm
+
+    def measured(bias: Tensor, first: Tensor, *rest: Tensor, **factors: float) -> Tensor:
+        if first.dtype == torch.float32:  # those among the candidates are in fp64
+            left.append(len(first))
+        return addmm(bias, first, *rest, **factors)
+
+    monkeypatch.setattr(torch, "addmm", measured)
+    set_candidates(monkeypatch, 50)
+    assert greedy_coreset(rows, 300).tolist() == greedy_twin(rows, 300)
+    assert left[0] == 1999
+    assert max(left[1:]) <= 1001
 
 
 def test_one_row() -> None:
