@@ -53,11 +53,10 @@ from utils.distributed import (
 from utils.errors import InputError, exit_on_input_error
 from utils.feature_store import PAIRINGS, PatchFileDataset
 from utils.files import make_folder
+from utils.precision import AUTOCAST, autocast
 from utils.training import (
-    AUTOCAST,
     Progress,
     Schedule,
-    autocast,
     load_checkpoint,
     make_loader,
     make_optimizer,

@@ -14,7 +14,6 @@ has a row in the tables and a folder of its own, <output_dir>/<method>, for the 
 
 import argparse
 import logging
-import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -56,6 +55,7 @@ from utils.distributed import choose_device
 from utils.errors import InputError, exit_on_input_error
 from utils.feature_store import PAIRINGS, STORAGE_DTYPES, write_features
 from utils.files import make_folder
+from utils.memory import default_memory_budget, peak_memory_mb
 from utils.organized_pc import read_organized_pc
 from utils.records import PatchFeatures, Sample
 from utils.report import append_tables, format_tables, result_line, results_record, write_results
@@ -91,8 +91,12 @@ class RunSettings:
     max_sample: int
     num_workers: int
     device: torch.device
+    memory_budget: float  # GB
+    train_feature_dtype: torch.dtype
 
     def __post_init__(self) -> None:
+        if not self.memory_budget > 0:
+            raise InputError(f"memory_budget is {self.memory_budget}, expected a number of GB above 0")
         if self.max_sample < 1:
             raise InputError(f"max_sample is {self.max_sample}, expected at least 1")
         if self.num_workers < 0:
@@ -170,7 +174,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("how it is computed").add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
-    add("--precision", default="fp32", choices=PRECISIONS, help="of the networks; all else is fp32 or better")
+    add(
+        "--precision",
+        default="fp32",
+        choices=PRECISIONS,
+        help="of the networks; all else is fp32 or better. auto: bf16 where the device is faster in it",
+    )
+    add(
+        "--memory_budget",
+        type=float,
+        metavar="GB",
+        help="of the run, by default half of what there is; training features that take more than half of it lie in "
+        "files of the folder that the environment variable TMPDIR names",
+    )
+    add("--train_feature_dtype", default="fp32", choices=STORAGE_DTYPES, help="numbers of these training features")
     add(
         "--point_ops",
         default="auto",
@@ -276,6 +293,8 @@ def run_settings(args: argparse.Namespace, config: DetectorConfig) -> RunSetting
         max_sample=args.max_sample,
         num_workers=args.num_workers,
         device=device,
+        memory_budget=default_memory_budget(device) if args.memory_budget is None else args.memory_budget,
+        train_feature_dtype=STORAGE_DTYPES[args.train_feature_dtype],
     )
 
 
@@ -305,7 +324,15 @@ def run_class(
     config, extraction = extractor.config, Stopwatch()
     train, test = (AnomalyDataset(each, config.method.modalities, config.img_size) for each in files)
     saver = feature_saver(name, settings, config)
-    features = collect_features(extractor, load_samples(train, settings.num_workers), len(train), extraction, saver)
+    features = collect_features(
+        extractor,
+        load_samples(train, settings.num_workers),
+        len(train),
+        extraction,
+        saver,
+        memory_budget=settings.memory_budget,
+        dtype=settings.train_feature_dtype,
+    )
     stopwatches, detectors = {}, {}
     for method, each in configs.items():
         stopwatches[method] = Stopwatch(extraction.seconds)
@@ -372,13 +399,6 @@ def save_predictions(class_name: str, files: list[SampleFiles], results: list[Sa
             scale,
             f"{class_name}/{file.path}  score {prediction.score:.4g}",
         )
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak since the start of the run: allocated on the GPU where it is one, else resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB
 
 
 def table_note(config: DetectorConfig, protocol: str) -> str:

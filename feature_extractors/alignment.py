@@ -53,7 +53,7 @@ def align_to_patches(
     if exact_distances:
         found = three_nn_weights(points[None], centers[None], point_ops)
     else:
-        found = three_nn_weights_expanded(points[None], centers[None])
+        found = three_nn_weights_expanded(points[None], centers[None], point_ops)
     three_weight, three = found[0][0], found[1][0]  # (N, 3) each
     mixing = features.new_zeros(grid**2 * len(centers))
     entries = patch[:, :, None] * len(centers) + three[:, None, :]  # (N, K, 3) flat positions in (grid**2, G)

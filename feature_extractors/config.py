@@ -8,10 +8,10 @@ from typing import NamedTuple
 from models.point_ops import BACKENDS
 from models.point_transformer import POINT_NORMS
 from utils.errors import InputError
+from utils.precision import PRECISIONS
 
 BANKS = ("xyz", "rgb", "fusion")  # also the order of scores and maps in decision fusion
 MEMORY_BANKS = ("single", "multiple")
-PRECISIONS = ("fp32", "bf16")
 
 
 class Method(NamedTuple):

@@ -1,5 +1,6 @@
 """From a sample to its patch features: both backbones, the alignment, the fusion."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,11 @@ from models.point_transformer import PointBackbone, PointTransformer
 from models.rgb_backbone import RgbBackbone
 from utils.errors import InputError
 from utils.feature_store import resize_patches
+from utils.precision import autocast, choose_precision
 from utils.records import PatchFeatures, Sample
+
+# Pictures that go through the RGB backbone together.
+PICTURES_ON_CPU, PICTURES_ON_GPU = 4, 16
 
 
 class PatchExtractor:
@@ -37,31 +42,42 @@ class PatchExtractor:
     ) -> None:
         self.config = config
         self.device = torch.device(device)
+        self.precision = choose_precision(config.precision, self.device)
+        self.batch_size = PICTURES_ON_CPU if self.device.type == "cpu" else PICTURES_ON_GPU
         self.rgb_backbone = rgb_backbone.to(self.device).eval() if rgb_backbone else None
         self.xyz_backbone = xyz_backbone.to(self.device).eval() if xyz_backbone else None
         self.feature_fusion = feature_fusion.to(self.device).eval() if feature_fusion else None
 
     @torch.inference_mode()
     def __call__(self, sample: Sample) -> PatchFeatures:
-        """Extract the features of one sample.
+        """Extract the features of one sample; errors as of `extract`."""
+        return self.extract([sample])[0]
+
+    @torch.inference_mode()
+    def extract(self, samples: Sequence[Sample]) -> list[PatchFeatures]:
+        """Extract the features of some samples, best `batch_size` of them, whose pictures go through together.
 
         Raises:
-            InputError: the scan has no valid point, or fewer than the 3D backbone groups.
+            InputError: a scan has no valid point, or fewer than the 3D backbone groups.
         """
-        rgb = self._extract_rgb(sample) if self.rgb_backbone is not None else None
-        xyz = self._extract_xyz(sample) if self.xyz_backbone is not None else None
-        fusion = self._fuse(xyz, rgb) if "fusion" in self.config.method.banks else None
-        return PatchFeatures(rgb=rgb, xyz=xyz, fusion=fusion)
+        none: list[Tensor | None] = [None] * len(samples)
+        of_rgb = self._extract_rgb(samples) if self.rgb_backbone is not None else none
+        of_xyz = [self._extract_xyz(sample) for sample in samples] if self.xyz_backbone is not None else none
+        fused = "fusion" in self.config.method.banks
+        return [
+            PatchFeatures(rgb=rgb, xyz=xyz, fusion=self._fuse(xyz, rgb) if fused else None)
+            for rgb, xyz in zip(of_rgb, of_xyz, strict=True)
+        ]
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-
-    def _extract_rgb(self, sample: Sample) -> Tensor:
-        if sample.rgb is None:
-            raise InputError(f"{sample.path} has no rgb picture, which {self.config.method_name} needs")
+    def _extract_rgb(self, samples: Sequence[Sample]) -> list[Tensor]:
+        pictures = []
+        for sample in samples:
+            if sample.rgb is None:
+                raise InputError(f"{sample.path} has no rgb picture, which {self.config.method_name} needs")
+            pictures.append(sample.rgb)
         assert self.rgb_backbone is not None
-        with self._autocast():
-            return self.rgb_backbone(sample.rgb[None].to(self.device))[0].float()
+        with autocast(self.device, self.precision):
+            return list(self.rgb_backbone(torch.stack(pictures).to(self.device)).float())
 
     def _extract_xyz(self, sample: Sample) -> Tensor:
         if sample.xyz is None:
@@ -77,7 +93,7 @@ class PatchExtractor:
                 f"{sample.path} has {len(points)} valid points at {self.config.img_size}x{self.config.img_size}, but "
                 f"{self.config.xyz_backbone_name} needs at least {self.xyz_backbone.min_points}: {mend}"
             )
-        with self._autocast():
+        with autocast(self.device, self.precision):
             point_features = self.xyz_backbone(points)
         point_features = point_features._replace(features=point_features.features.float())
         return align_to_patches(
@@ -95,7 +111,7 @@ class PatchExtractor:
         rgb = resize_patches(rgb, self.config.xyz_grid)  # (3136, C_rgb)
         if self.feature_fusion is None:
             return torch.cat([xyz, rgb], dim=1)
-        with self._autocast():
+        with autocast(self.device, self.precision):
             return self.feature_fusion.fuse(xyz, rgb).float()
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from feature_extractors.coreset import greedy_coreset, random_projection
+from feature_extractors.training_features import Rows
 
 # Bound the distance block of one search: 64 MB at most. The product of narrow rows is done so soon that reading its
 # result decides, and that is three times faster from the cache.
@@ -68,21 +69,24 @@ class MemoryBank:
         smallest, position = distance.min(dim=1)
         return smallest, best.gather(1, position[:, None])[:, 0]
 
-    def neighbors(self, row: int, k: int) -> Tensor:
-        """Indices (k,) of the k rows nearest to a row of the bank, the row itself among them; the lowest wins a tie."""
+    def neighbors(self, row: int | Tensor, k: int) -> Tensor:
+        """Indices (k,) of the k rows nearest to a row of the bank, the row itself among them; the lowest wins a tie.
+
+        `row` is its index, or an int64 tensor (1,) of it.
+        """
         distance = torch.linalg.vector_norm(self.rows - self.rows[row], dim=1)
         return distance.sort(stable=True).indices[:k]
 
 
-def mean_and_std(rows: Tensor, step: int = 1 << 14) -> BankStatistics:
+def mean_and_std(rows: Rows, step: int = 1 << 14) -> BankStatistics:
     """Mean and unbiased standard deviation over all entries of (N, D) rows, accumulated in fp64, chunk by chunk."""
-    total = sum(float(chunk.double().sum()) for chunk in rows.split(step))
-    mean = total / rows.numel()
+    count = len(rows) * rows.shape[1]
+    mean = sum(float(chunk.double().sum()) for chunk in rows.split(step)) / count
     squares = sum(float((chunk.double() - mean).square().sum()) for chunk in rows.split(step))
-    return BankStatistics(mean, (squares / (rows.numel() - 1)) ** 0.5)
+    return BankStatistics(mean, (squares / (count - 1)) ** 0.5)
 
 
-def select_coreset(rows: Tensor, statistics: BankStatistics, n: int, eps: float, random_state: int | None) -> Tensor:
+def select_coreset(rows: Rows, statistics: BankStatistics, n: int, eps: float, random_state: int | None) -> Tensor:
     """Choose n of the (N, D) raw rows: normalise, project at random, then greedy k-centre from index 0.
 
     Normalisation and projection work chunk by chunk; besides `rows` only the projected rows exist.
@@ -91,11 +95,11 @@ def select_coreset(rows: Tensor, statistics: BankStatistics, n: int, eps: float,
         (n,) int64 indices in order of selection.
     """
     projection = random_projection(len(rows), rows.shape[1], eps, random_state)
-    if projection is None:
-        return greedy_coreset(statistics.normalize(rows), n)
-    projection = projection.to(rows.device)
-    projected = rows.new_empty(len(rows), projection.shape[1])
-    for begin in range(0, len(rows), 1 << 14):
-        part = slice(begin, begin + (1 << 14))
-        torch.matmul(statistics.normalize(rows[part]), projection, out=projected[part])
+    projected = torch.empty(len(rows), rows.shape[1] if projection is None else projection.shape[1], device=rows.device)
+    begin = 0
+    for chunk in rows.split(1 << 14):
+        normalised = statistics.normalize(chunk)
+        of_chunk = normalised if projection is None else normalised @ projection.to(rows.device)
+        projected[begin : begin + len(chunk)] = of_chunk
+        begin += len(chunk)
     return greedy_coreset(projected, n)

@@ -1,9 +1,11 @@
 """Fitting a detector on good parts and running it over the test split."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from feature_extractors.decision_fusion import DecisionFusion, fit_decision_fusi
 from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.memory_bank import BankStatistics, MemoryBank, mean_and_std, select_coreset
+from feature_extractors.training_features import PatchRows, TrainingFeatures
 from utils.errors import InputError
 from utils.metrics import evaluate as compute_metrics
 from utils.records import PatchFeatures, Prediction, Sample
@@ -41,44 +44,6 @@ class Stopwatch:
             self.seconds[stage] += time.perf_counter() - begin
 
 
-class TrainingFeatures:
-    """The raw features of all training samples, kept once: the banks are built from them and scored with them.
-
-    One array per bank, filled in place, so that nothing is ever concatenated. For M3DM's three banks a sample takes
-    41 MB: (3136 x 1152 + 784 x 768 + 3136 x 1920) float32.
-
-    Args:
-        capacity: number of training samples.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.count = 0
-        self.coresets: dict[tuple[Any, ...], Tensor] = {}  # what methods fitted on the same features share
-        self._arrays: dict[str, Tensor] = {}
-
-    def __len__(self) -> int:
-        return self.count
-
-    def append(self, features: PatchFeatures) -> None:
-        for name in BANKS:
-            patches = getattr(features, name)
-            if patches is None:
-                continue
-            if name not in self._arrays:
-                self._arrays[name] = patches.new_empty(self.capacity, *patches.shape)
-            self._arrays[name][self.count] = patches
-        self.count += 1
-
-    def sample(self, i: int) -> PatchFeatures:
-        """Features of the i-th sample, views into the arrays."""
-        return PatchFeatures(**{name: array[i] for name, array in self._arrays.items()})
-
-    def rows(self, name: str, samples: int | None = None) -> Tensor:
-        """Patches (samples * patches, C) of the first `samples` samples (None: all), a view."""
-        return self._arrays[name][: self.count][:samples].flatten(0, 1)
-
-
 class SampleResult(NamedTuple):
     """A test sample without its pictures, and what the detector said about it."""
 
@@ -101,6 +66,9 @@ def collect_features(
     count: int,
     stopwatch: Stopwatch | None = None,
     on_features: Callable[[Sample, PatchFeatures], None] | None = None,
+    *,
+    memory_budget: float = math.inf,
+    dtype: torch.dtype = torch.float32,
 ) -> TrainingFeatures:
     """Extract every training sample once.
 
@@ -110,14 +78,17 @@ def collect_features(
         count: how many there are.
         stopwatch: where the seconds are added.
         on_features: called with each sample and its features, to save them for instance.
+        memory_budget: see TrainingFeatures.
+        dtype: see TrainingFeatures.
     """
-    collected = TrainingFeatures(count)
+    collected = TrainingFeatures(count, memory_budget, dtype)
     with (stopwatch or Stopwatch()).measure("extract"):
-        for sample in tqdm(samples, total=count, desc="train features", unit="sample", leave=False):
-            features = extractor(sample)
-            if on_features is not None:
-                on_features(sample, features)
-            collected.append(features)
+        progress = tqdm(samples, total=count, desc="train features", unit="sample", leave=False)
+        for batch in _batches(progress, extractor.batch_size):
+            for sample, features in zip(batch, extractor.extract(batch), strict=True):
+                if on_features is not None:
+                    on_features(sample, features)
+                collected.append(features)
     return collected
 
 
@@ -183,17 +154,15 @@ def evaluate(
     stopwatches = stopwatches or {name: Stopwatch() for name in detectors}
     extractor = next(iter(detectors.values())).extractor
     results: dict[str, list[SampleResult]] = {name: [] for name in detectors}
-    for sample in tqdm(samples, total=count, desc="test", unit="sample", leave=False):
-        if sample.label is None or sample.mask is None:
-            raise ValueError(f"{sample.path} has no label or no mask: evaluate takes samples of the test split")
+    progress = tqdm(samples, total=count, desc="test", unit="sample", leave=False)
+    for batch in _batches(progress, extractor.batch_size):
         with ExitStack() as stack:
             for stopwatch in stopwatches.values():
                 stack.enter_context(stopwatch.measure("extract"))
-            features = extractor(sample)
+            extracted = extractor.extract(batch)
         for name, detector in detectors.items():
             with stopwatches[name].measure("score"):
-                prediction = detector.predict_features(features)
-            results[name].append(SampleResult(sample.path, sample.label, sample.mask[0], prediction))
+                results[name] += [_result(detector, *each) for each in zip(batch, extracted, strict=True)]
     evaluations = {}
     for name, of_detector in results.items():
         with stopwatches[name].measure("metrics"):
@@ -207,7 +176,20 @@ def evaluate(
     return evaluations
 
 
-def _bank_statistics(config: DetectorConfig, rows: dict[str, Tensor]) -> dict[str, BankStatistics]:
+def _batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+    """`size` samples at a time, the last time what is left."""
+    iterator = iter(samples)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _result(detector: Detector, sample: Sample, features: PatchFeatures) -> SampleResult:
+    if sample.label is None or sample.mask is None:
+        raise ValueError(f"{sample.path} has no label or no mask: evaluate takes samples of the test split")
+    return SampleResult(sample.path, sample.label, sample.mask[0], detector.predict_features(features))
+
+
+def _bank_statistics(config: DetectorConfig, rows: dict[str, PatchRows]) -> dict[str, BankStatistics]:
     if config.protocol.own_statistics or config.method.statistics == "own":
         return {name: mean_and_std(raw) for name, raw in rows.items()}
     if config.method.statistics == "shared":
@@ -216,27 +198,31 @@ def _bank_statistics(config: DetectorConfig, rows: dict[str, Tensor]) -> dict[st
     return dict.fromkeys(rows, BankStatistics())
 
 
-def _without_background(xyz: Tensor, config: DetectorConfig) -> Tensor:
+def _without_background(xyz: PatchRows, config: DetectorConfig) -> PatchRows:
     """The rows of patches with a valid point. --rm_zero_for_project keeps only rows without any exact zero."""
-    nonzero = xyz != 0
-    kept = nonzero.all(dim=1) if config.rm_zero_for_project else nonzero.any(dim=1)
-    if not kept.any():
+
+    def wanted(rows: Tensor) -> Tensor:
+        nonzero = rows != 0
+        return nonzero.all(dim=1) if config.rm_zero_for_project else nonzero.any(dim=1)
+
+    kept = xyz.where(wanted)
+    if len(kept) == 0:
         raise InputError(
             f"none of the {len(xyz)} xyz patches of the training samples is left without the background: "
             "check the scans, or use --protocol reference without --rm_zero_for_project"
         )
-    return xyz[kept]
+    return kept
 
 
 def _select(
-    config: DetectorConfig, features: TrainingFeatures, name: str, raw: Tensor, statistics: BankStatistics, base: int
+    config: DetectorConfig, features: TrainingFeatures, name: str, raw: PatchRows, statistics: BankStatistics, base: int
 ) -> Tensor:
     """The normalised coreset of raw rows; its size is f_coreset of `base`, within 1 and all rows.
 
     A coreset is chosen once for all methods that ask for the same one. Without a random_state each chooses its own.
     """
     if config.f_coreset == 1:
-        return statistics.normalize(raw)
+        return statistics.normalize(raw[torch.arange(len(raw))])
     n = min(max(int(config.f_coreset * base), 1), len(raw))
     key = (name, len(raw), statistics, n, config.coreset_eps, config.random_state)
     chosen = features.coresets.get(key)

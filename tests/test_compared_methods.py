@@ -1,6 +1,6 @@
 """Several values of --method_name in one run: each method's results are those of a run of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -135,13 +135,13 @@ def test_a_flag_reaches_the_methods_that_it_is_for(flag: tuple[object, ...]) -> 
 
 
 def test_every_scan_is_extracted_once(base: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, extract = [], PatchExtractor.__call__
+    seen, extract = [], PatchExtractor.extract
 
-    def count(extractor: PatchExtractor, sample: Sample) -> PatchFeatures:
-        seen.append(sample.path)
-        return extract(extractor, sample)
+    def count(extractor: PatchExtractor, samples: Sequence[Sample]) -> list[PatchFeatures]:
+        seen.extend(sample.path for sample in samples)
+        return extract(extractor, samples)
 
-    monkeypatch.setattr(PatchExtractor, "__call__", count)
+    monkeypatch.setattr(PatchExtractor, "extract", count)
     runs = compare_into(tmp_path, base, ("DINO", "Point_MAE", "DINO+Point_MAE+add"))
     assert seen == ["train/good/000", "train/good/001", *SCANS]
     seconds = [run.entry["seconds"] for run in runs.values()]

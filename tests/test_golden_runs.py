@@ -15,7 +15,8 @@ from feature_extractors import pipeline
 from feature_extractors.config import DetectorConfig
 from feature_extractors.detector import Detector
 from feature_extractors.memory_bank import select_coreset
-from feature_extractors.pipeline import TrainingFeatures, fit_detector
+from feature_extractors.pipeline import fit_detector
+from feature_extractors.training_features import TrainingFeatures
 from utils.metrics import evaluate
 from utils.records import PatchFeatures, Prediction
 

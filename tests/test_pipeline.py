@@ -1,7 +1,8 @@
 """Fitting and evaluating with tiny networks: what the banks hold, what is fused, what is measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tiny_networks import (
     fit,
     made_up_samples,
     one_thread,  # noqa: F401 (a fixture)
+    rows_of,
     run,
     settings,
 )
@@ -34,13 +36,13 @@ from feature_extractors.pipeline import (
     Evaluation,
     SampleResult,
     Stopwatch,
-    TrainingFeatures,
     build_banks,
     collect_features,
     evaluate,
     fit_detector,
 )
 from feature_extractors.scoring import anomaly_map, image_score
+from feature_extractors.training_features import TrainingFeatures
 from utils.errors import InputError
 from utils.records import PatchFeatures, Sample
 
@@ -51,7 +53,7 @@ ROWS = {"xyz": TRAIN * GRID**2, "rgb": TRAIN * RGB_GRID**2, "fusion": TRAIN * GR
 
 def background_rows(outcome: Outcome) -> int:
     """xyz patches of the training samples without a valid point."""
-    return int((outcome.features.rows("xyz") == 0).all(dim=1).sum())
+    return int((rows_of(outcome.features, "xyz") == 0).all(dim=1).sum())
 
 
 def sizes(outcome: Outcome) -> dict[str, int]:
@@ -92,7 +94,7 @@ def test_sizes_at_the_ends() -> None:
 
 def test_asymmetric_banks_take_xyz_and_fusion_from_the_first_samples() -> None:
     outcome = run(settings(TRIPLE, asy_memory_bank=2, f_coreset=1.0))
-    rows = outcome.features.rows
+    rows = partial(rows_of, outcome.features)
     banks = outcome.detector.banks
     assert sizes(outcome) == {"xyz": ROWS["xyz"] // 2 + 1, "rgb": ROWS["rgb"], "fusion": ROWS["fusion"] // 2}
     for name, samples in (("xyz", 2), ("rgb", TRAIN), ("fusion", 2)):
@@ -110,7 +112,7 @@ def test_statistics(method_name: str) -> None:
         return float(rows.double().mean()), float(rows.double().std(correction=1))
 
     reference = run(settings(method_name))
-    rows = reference.features.rows
+    rows = partial(rows_of, reference.features)
     for name, bank in reference.detector.banks.items():
         expected = (0.0, 1.0)
         if method_name == "DINO":
@@ -121,7 +123,7 @@ def test_statistics(method_name: str) -> None:
 
     corrected = run(settings(method_name, protocol=PROTOCOLS["corrected"]))
     for name, bank in corrected.detector.banks.items():
-        raw = corrected.features.rows(name)
+        raw = rows_of(corrected.features, name)
         expected = own(raw[(raw != 0).any(dim=1)] if name == "xyz" else raw)
         assert bank.statistics == pytest.approx(expected, rel=1e-9), name
 
@@ -131,7 +133,7 @@ def test_banks_are_the_normalised_coresets(protocol: str) -> None:
     config = settings(TRIPLE, protocol=PROTOCOLS[protocol])
     outcome = run(config)
     for name, bank in outcome.detector.banks.items():
-        raw = outcome.features.rows(name)
+        raw = rows_of(outcome.features, name)
         if name == "xyz" and protocol == "corrected":
             raw = raw[(raw != 0).any(dim=1)]
         count = len(bank.rows) - (name == "xyz")  # without the row that is added last
@@ -338,9 +340,9 @@ class CountingExtractor(PatchExtractor):
 
     seen: list[str]
 
-    def __call__(self, sample: Sample) -> PatchFeatures:
-        self.seen.append(sample.path)
-        return super().__call__(sample)
+    def extract(self, samples: Sequence[Sample]) -> list[PatchFeatures]:
+        self.seen += [sample.path for sample in samples]
+        return super().extract(samples)
 
 
 def counting(config: DetectorConfig) -> CountingExtractor:
@@ -377,8 +379,8 @@ def test_features_are_handed_on_as_they_are_collected() -> None:
         assert kept.fusion is None
         assert torch.equal(kept.xyz, each.xyz)
         assert torch.equal(kept.rgb, each.rgb)
-    assert torch.equal(collected.rows("rgb"), torch.cat([each.rgb for _, each in seen]))
-    assert torch.equal(collected.rows("xyz", 2), torch.cat([each.xyz for _, each in seen[:2]]))
+    assert torch.equal(rows_of(collected, "rgb"), torch.cat([each.rgb for _, each in seen]))
+    assert torch.equal(rows_of(collected, "xyz", 2), torch.cat([each.xyz for _, each in seen[:2]]))
 
 
 # --- evaluation ---
@@ -453,7 +455,7 @@ def test_every_stopwatch_counts_the_shared_extraction_and_its_own_scoring(monkey
         return slow
 
     monkeypatch.setattr(pipeline.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(CountingExtractor, "__call__", taking(100.0, CountingExtractor.__call__))
+    monkeypatch.setattr(CountingExtractor, "extract", taking(100.0 * TEST, CountingExtractor.extract))  # in one batch
     monkeypatch.setattr(pipeline, "compute_metrics", taking(7.0, pipeline.compute_metrics))
     steps = dict(zip(detectors, (1.0, 2.0, 3.0), strict=True))
     for name, detector in detectors.items():

@@ -14,7 +14,8 @@ from feature_extractors import extractor as extractor_module
 from feature_extractors.config import DetectorConfig
 from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor, build_extractor
-from feature_extractors.pipeline import TrainingFeatures, collect_features, fit_detector
+from feature_extractors.pipeline import collect_features, fit_detector
+from feature_extractors.training_features import TrainingFeatures
 from models.feature_fusion import FeatureFusion
 from models.point_transformer import PointTransformer
 from models.rgb_backbone import RgbBackbone
@@ -112,6 +113,11 @@ def fit(config: DetectorConfig, extractor: PatchExtractor | None = None) -> tupl
     extractor = extractor or build(config)
     features = collect_features(extractor, made_up_samples("train", config.img_size), TRAIN)
     return fit_detector(config, extractor, features), features
+
+
+def rows_of(features: TrainingFeatures, name: str, samples: int | None = None) -> Tensor:
+    rows = features.rows(name, samples)
+    return rows[torch.arange(len(rows))]
 
 
 class Outcome(NamedTuple):

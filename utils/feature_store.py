@@ -135,7 +135,10 @@ def write_features(
     if features.xyz is None or features.rgb is None:
         raise InputError(f"{class_name}/{stem}: training features need both rgb and xyz: save them with DINO+Point_MAE")
     path = Path(folder) / class_name / f"{stem}{SUFFIX}"
-    tensors = {"xyz": _to_storage(features.xyz, dtype), "rgb": _to_storage(features.rgb, dtype)}
+    tensors = {
+        name: to_storage(patches.detach(), dtype).cpu().contiguous()
+        for name, patches in (("xyz", features.xyz), ("rgb", features.rgb))
+    }
     for name, tensor in tensors.items():
         _check_finite(path, name, tensor)
     header = PatchFile(
@@ -331,13 +334,14 @@ def _unscramble(paired: Tensor) -> Tensor:
     raise AssertionError("n = rows explains every order")
 
 
-def _to_storage(features: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, C) on the CPU in `dtype`, with zeros where the features are exactly zero and nowhere else."""
-    features = features.detach().cpu()
+def to_storage(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, C) in `dtype`, with zeros where the features are exactly zero and nowhere else."""
+    if features.dtype == dtype:
+        return features
     stored = features.to(dtype)
-    smallest = torch.tensor(torch.finfo(dtype).tiny * torch.finfo(dtype).eps)
+    smallest = torch.tensor(torch.finfo(dtype).tiny * torch.finfo(dtype).eps, device=features.device)
     underflow = (stored == 0) & (features != 0)
-    return torch.where(underflow, smallest.copysign(features.float()).to(dtype), stored).contiguous()
+    return torch.where(underflow, smallest.copysign(features.float()).to(dtype), stored)
 
 
 def _check_finite(path: Path, name: str, patches: Tensor) -> None:

@@ -21,8 +21,8 @@ from utils.checkpoint_files import read_checkpoint
 from utils.distributed import Ranks, all_reduce_mean, gather_names
 from utils.errors import InputError
 from utils.files import atomic_path
+from utils.precision import autocast
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 BETAS = (0.9, 0.95)  # of AdamW, as in masked autoencoders, from which the recipe comes
 
 Batches = DataLoader[tuple[Tensor, Tensor, int]]  # collated: (B, P, C) patches, and the indices (B,) of their files
@@ -231,11 +231,6 @@ def train_epoch(
             progress.updates += 1
         yield Step(epoch, lr, mean_loss, len(heads[0]), grad_norm)
     progress.epoch, progress.batch, progress.loss_sum, progress.lr_sum = progress.epoch + 1, 0, 0.0, 0.0
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """What the forward pass runs in; `precision` is a key of AUTOCAST."""
-    return torch.autocast(device.type, AUTOCAST[precision], enabled=AUTOCAST[precision] is not None)
 
 
 def save_checkpoint(

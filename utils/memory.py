@@ -1,0 +1,25 @@
+"""How much memory a run may take, and has taken."""
+
+import os
+import resource
+from pathlib import Path
+
+import torch
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container: a number of bytes, or "max"
+
+
+def default_memory_budget(device: torch.device) -> float:
+    """Half of the memory of the device, GB: of the GPU, else of the machine or of the container that this runs in."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2 / 1e9
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
+    return (min(total, int(limit)) if limit.isdigit() else total) / 2 / 1e9
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak since the start of the run, MiB: allocated on the GPU where it is one, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB

@@ -1,0 +1,38 @@
+"""Which numbers the networks compute in."""
+
+import time
+
+import torch
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
+PRECISIONS = (*AUTOCAST, "auto")
+# Of the time of a product in fp32: processors without instructions for bf16 take longer, others less than half.
+WORTHWHILE = 0.67
+MEASURED_SIDE = 1024  # of the product: some 20 ms in all
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """A key of AUTOCAST: `name` itself, or for "auto" bf16 where the device computes products faster in it.
+
+    On a CPU that is measured, since no list of processors would be complete.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if _product_seconds(torch.bfloat16) < WORTHWHILE * _product_seconds(torch.float32) else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """What the forward pass runs in; `precision` is a key of AUTOCAST."""
+    return torch.autocast(device.type, AUTOCAST[precision], enabled=AUTOCAST[precision] is not None)
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    matrix = torch.ones(MEASURED_SIDE, MEASURED_SIDE, dtype=dtype)
+    seconds = []
+    for _ in range(4):  # the first prepares the kernel
+        begin = time.perf_counter()
+        _ = matrix @ matrix
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
