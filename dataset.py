@@ -25,10 +25,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from utils.cloud_cleaning import CleaningRule, shows_table
 from utils.errors import InputError
 from utils.images import defect_mask, open_image, to_rgb
-from utils.organized_pc import organized_pc_header, read_organized_pc, resize_nearest, valid_mask
+from utils.organized_pc import organized_pc_header, read_organized_pc, resize_nearest
 from utils.records import Sample
 
 MVTEC3D_CLASSES = ("bagel", "cable_gland", "carrot", "cookie", "dowel", "foam", "peach", "potato", "rope", "tire")
@@ -163,10 +162,11 @@ def check_files(files: Iterable[SampleFiles], modalities: frozenset[str]) -> Non
     Nothing is decoded, so thousands of files take seconds. Raises InputError at the first scan that fails.
     """
     for scan in tqdm(files, desc="Checking files", delay=2, leave=False):
-        _check_scan(scan, modalities)
+        check_scan(scan, modalities)
 
 
-def _check_scan(scan: SampleFiles, modalities: frozenset[str]) -> None:
+def check_scan(scan: SampleFiles, modalities: frozenset[str]) -> None:
+    """`check_files` of one scan."""
     sizes: dict[Path, tuple[int, int]] = {}
     if "rgb" in modalities and scan.rgb is not None:
         sizes[scan.rgb] = _image_size(scan.rgb)
@@ -180,77 +180,6 @@ def _check_scan(scan: SampleFiles, modalities: frozenset[str]) -> None:
                 f"{first} has {expected[0]} x {expected[1]} pixels (height x width), {path} {size[0]} x {size[1]}: "
                 "a scan's files show one view pixel by pixel, so restore them and preprocess them together"
             )
-
-
-class SplitReport(NamedTuple):
-    """What `inspect_split` found in the files of one split of a class."""
-
-    class_name: str
-    split: str
-    scans: int = 0
-    defective: int = 0
-    sizes: tuple[tuple[int, int], ...] = ()  # (H, W) that occur
-    valid: tuple[float, float] = (0.0, 0.0)  # least and largest share of pixels with a measurement
-    depth: tuple[float, float] = (0.0, 0.0)  # least and largest z of a measurement, metres
-    raw: int = 0  # scans that still show a table plane along their border
-    problems: tuple[str, ...] = ()
-
-
-def inspect_split(class_folder: Path | str, split: str, modalities: frozenset[str], num_workers: int) -> SplitReport:
-    """Decode every file of a split and report what is in it; faults are collected, not raised.
-
-    A validation split that is not there is no fault. Files are read by `num_workers` threads, or none for 0.
-    """
-    folder = Path(class_folder)
-    empty = SplitReport(folder.name, split)
-    if split == "validation" and not (folder / split).is_dir():
-        return empty
-    try:
-        files = index_split(folder, split, modalities)
-    except InputError as error:
-        return empty._replace(problems=(str(error),))
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        found = pool.map(lambda scan: _inspect_scan(scan, modalities), files)
-        described = list(tqdm(found, total=len(files), desc=f"{folder.name} {split}", leave=False))
-    clouds = [each for each in described if isinstance(each, _CloudReport)]
-    return empty._replace(
-        scans=len(files),
-        defective=sum(bool(scan.label) for scan in files),
-        sizes=tuple(sorted({each.size for each in clouds})),
-        valid=(min(each.valid for each in clouds), max(each.valid for each in clouds)) if clouds else (0.0, 0.0),
-        depth=(min(each.nearest for each in clouds), max(each.farthest for each in clouds)) if clouds else (0.0, 0.0),
-        raw=sum(each.raw for each in clouds),
-        problems=tuple(each for each in described if isinstance(each, str)),
-    )
-
-
-class _CloudReport(NamedTuple):
-    size: tuple[int, int]
-    valid: float
-    nearest: float
-    farthest: float
-    raw: bool
-
-
-def _inspect_scan(scan: SampleFiles, modalities: frozenset[str]) -> _CloudReport | str | None:
-    """What the cloud of a scan holds (None where there is none), or what is wrong with one of its files."""
-    try:
-        _check_scan(scan, modalities)
-        if "rgb" in modalities:
-            read_photo(scan)
-        if scan.label is not None:
-            _load_mask(scan.mask, 8)
-        if "xyz" not in modalities or scan.xyz is None:
-            return None
-        xyz = read_organized_pc(scan.xyz)
-    except InputError as error:
-        return str(error)
-    valid = valid_mask(xyz)
-    if not valid.any():
-        return f"{scan.xyz} has no valid point: restore the scan from its source"
-    depth = xyz[..., 2][valid]
-    raw = shows_table(xyz, CleaningRule())
-    return _CloudReport(xyz.shape[:2], float(valid.mean()), float(depth.min()), float(depth.max()), raw)
 
 
 def original_size(files: SampleFiles) -> tuple[int, int]:

@@ -8,9 +8,8 @@ import pytest
 from main_runs import printed, refusal
 from PIL import Image
 
-import main
-from dataset import inspect_split
-from main import SplitFiles, warn_of_raw_scans
+from dataset import index_split
+from inspection import inspect_split, warn_of_raw_scans
 from utils import preprocessing
 from utils.cloud_cleaning import CleaningRule, clean_scan, shows_table
 from utils.errors import InputError
@@ -62,8 +61,10 @@ def test_a_split_is_described(raw: Path, cleaned: Path) -> None:
         assert report.depth == pytest.approx((min(map(np.min, depths)), max(map(np.max, depths))))
     absent = inspect_split(raw / "cookie", "validation", BOTH, num_workers=0)
     assert (absent.scans, absent.problems) == (0, ())
-    without_clouds = inspect_split(raw / "cookie", "train", frozenset({"rgb"}), num_workers=0)
-    assert (without_clouds.scans, without_clouds.sizes, without_clouds.problems) == (2, (), ())
+    for split, scans in (("train", 2), ("test", 7)):
+        without_clouds = inspect_split(raw / "cookie", split, frozenset({"rgb"}), num_workers=0)
+        assert (without_clouds.scans, without_clouds.sizes) == (scans, ((224, 224),))
+        assert (without_clouds.valid, without_clouds.depth, without_clouds.problems) == (None, None, ())
 
 
 def test_every_fault_is_collected(cleaned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +88,22 @@ def test_every_fault_is_collected(cleaned: Path, tmp_path: Path, capsys: pytest.
     assert "no test scans" in inspect_split(tmp_path / "parts" / "cookie", "test", BOTH, 0).problems[0]
 
 
+def test_photographs_alone_are_checked_against_the_ground_truth_and_each_other(tmp_path: Path) -> None:
+    good, hole = (tmp_path / "parts" / name for name in ("test/good", "test/hole"))
+    for path, size in [
+        (good / "rgb/000.png", (8, 6)),
+        (good / "rgb/001.jpg", (9, 6)),
+        (hole / "rgb/000.png", (8, 6)),
+        (hole / "gt/000.png", (8, 5)),
+    ]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", size).save(path)
+    report = inspect_split(tmp_path / "parts", "test", frozenset({"rgb"}), num_workers=0)
+    assert report.sizes == ((6, 8), (6, 9))
+    assert len(report.problems) == 1
+    assert "hole/rgb/000.png has 6 x 8 pixels" in report.problems[0]
+
+
 def test_the_table_of_a_dataset(raw: Path, cleaned: Path) -> None:
     text = printed("--inspect_dataset", "--dataset_path", cleaned, "--classes", "cookie", "gasket")
     lines = [line.split() for line in text.splitlines()]
@@ -95,6 +112,8 @@ def test_the_table_of_a_dataset(raw: Path, cleaned: Path) -> None:
         [name, split] for name in ("cookie", "gasket") for split in ("train", "validation", "test")
     ]
     assert "not cleaned" not in text
+    text = printed("--inspect_dataset", "--dataset_path", cleaned, "--classes", "cookie", "--method_name", "DINO")
+    assert text.splitlines()[1].split() == ["cookie", "train", "2", "0", "300x300", "0"]  # of the photographs
     text = printed("--inspect_dataset", "--dataset_path", raw, "--classes", "gasket")
     assert "not 7" in text
     assert f"python utils/preprocessing.py {raw}" in text
@@ -105,13 +124,11 @@ def test_a_missing_dataset_is_one_sentence(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_run_on_raw_scans_is_warned_of(raw: Path, cleaned: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def indexed(root: Path) -> dict[str, SplitFiles]:
-        return {"cookie": SplitFiles(main.index_split(root / "cookie", "train", BOTH), [])}
-
     with caplog.at_level(logging.WARNING):
-        warn_of_raw_scans(indexed(cleaned))
+        warn_of_raw_scans(index_split(cleaned / "cookie", "train", BOTH))
         assert not caplog.records
-        warn_of_raw_scans(indexed(raw))
+        warn_of_raw_scans(index_split(raw / "cookie", "train", BOTH)[:1])
+    assert len(caplog.records) == 1
     assert "shows the table that the part lies on" in caplog.text
 
 
