@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from utils.errors import InputError
+from utils.files import FILE_SUFFIXES, files_by_stem
 from utils.images import defect_mask, open_image, to_rgb
 from utils.organized_pc import organized_pc_header, read_organized_pc, resize_nearest
 from utils.records import Sample
@@ -41,7 +42,6 @@ _PUBLISHED = {
     "mvtec3d": "MVTec 3D-AD from https://www.mvtec.com/company/research/datasets/mvtec-3d-ad",
     "eyecandies": "Eyecandies from https://eyecan-ai.github.io/eyecandies",
 }
-_SUFFIXES = {"rgb": (".png", ".jpg", ".jpeg"), "xyz": (".tiff", ".tif"), "gt": (".png",)}  # the first is the usual one
 _END_MARKERS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
 _TAIL_BYTES = 65536  # some writers put a trailer of their own behind the end marker
 _IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
@@ -106,7 +106,7 @@ def index_split(class_folder: Path | str, split: str, modalities: frozenset[str]
 
 def _index_folder(folder: Path, modalities: frozenset[str]) -> list[SampleFiles]:
     split, defect = folder.parent.name, folder.name
-    found = {name: _files_by_stem(folder / name, suffixes) for name, suffixes in _SUFFIXES.items()}
+    found = {name: _file_by_stem(folder / name, name) for name in FILE_SUFFIXES}
     stems = sorted(set().union(*(found[name] for name in modalities)))
     if not stems:
         needed = " and ".join(sorted(modalities))
@@ -129,7 +129,7 @@ def _require(folder: Path, name: str, found: dict[str, Path], stems: list[str], 
     missing = [stem for stem in stems if stem not in found]
     if not missing:
         return
-    suffix = next(iter(found.values())).suffix if found else _SUFFIXES[name][0]
+    suffix = next(iter(found.values())).suffix if found else FILE_SUFFIXES[name][0]
     listing = ", ".join(stem + suffix for stem in missing[:5]) + (", ..." if len(missing) > 5 else "")
     verb = "is" if len(missing) == 1 else "are"
     raise InputError(
@@ -138,16 +138,15 @@ def _require(folder: Path, name: str, found: dict[str, Path], stems: list[str], 
     )
 
 
-def _files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """A folder's files of these suffixes by stem; none where there is no folder. Hidden files do not count."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.name.startswith(".") or path.suffix.lower() not in suffixes:
-            continue
-        if path.stem in found:
-            raise InputError(f"{found[path.stem]} and {path.name} are two files of one scan: keep one of them")
-        found[path.stem] = path
-    return found
+def _file_by_stem(folder: Path, modality: str) -> dict[str, Path]:
+    found = files_by_stem(folder, modality)
+    for files in found.values():
+        if len(files) > 1:
+            raise InputError(
+                f"{files[0]} and {files[1].name} are two files of one scan: run the preprocessing again if it was "
+                "interrupted, else keep one of them"
+            )
+    return {stem: files[0] for stem, files in found.items()}
 
 
 def _subfolders(folder: Path) -> list[str]:

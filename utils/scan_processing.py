@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -17,7 +17,17 @@ from tqdm import tqdm
 
 from utils.errors import InputError
 from utils.organized_pc import read_organized_pc, write_organized_pc
-from utils.preprocessing_progress import Progress, Record, Scan, locked, remove_stale, sync
+from utils.preprocessing_progress import (
+    FileRecord,
+    Progress,
+    Record,
+    Scan,
+    locked,
+    remove_stale,
+    sha256,
+    sync,
+    temporary_path,
+)
 
 
 class Summary(NamedTuple):
@@ -83,7 +93,17 @@ def report(run: Callable[[], Summary], done: str = "done") -> int:
     return 1 if summary.failed else 0
 
 
-def write_verified(path: Path, array: np.ndarray) -> None:
+def write_results(scan: Scan, arrays: Mapping[str, np.ndarray], output: Path, suffix: str) -> Record:
+    """Leave the results of a scan beside their final places under temporary names, read back and on disk."""
+    record = {}
+    for modality, array in arrays.items():
+        path = temporary_path(scan.file(output, modality), suffix)
+        _write_verified(path, array)
+        record[modality] = FileRecord(sha256(*scan.sources[modality]), sha256(path), path.stat().st_size)
+    return record
+
+
+def _write_verified(path: Path, array: np.ndarray) -> None:
     """Write a cloud (H, W, 3) float32 as tiff or an image of uint8 as PNG, read it back and flush it to the disk."""
     if array.dtype == np.float32:
         write_organized_pc(path, array)
