@@ -5,6 +5,7 @@ temporary names, then their checksums go into a journal, then the files get thei
 there can be finished; one without it has not been touched. An original of another suffix than its result goes last.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -98,7 +99,8 @@ class Progress:
         A dry run writes nothing and lets `is_done` answer as it would afterwards.
 
         Raises:
-            InputError: one of its temporary files is gone and the originals are no longer complete.
+            InputError: one of its temporary files is gone and the originals are no longer complete, or the manifest
+                cannot be written.
         """
         if self._last is not None:
             name, suffix = self._last["scan"], self._last["suffix"]
@@ -120,24 +122,28 @@ class Progress:
             self.save()
 
     def commit(self, scan: Scan, record: Record, suffix: str) -> None:
-        """Give the files of `scan`, complete under their names plus `suffix`, their final names."""
-        line = {"scan": scan.name, "suffix": suffix, "files": _record_to_json(record)}
-        with self.journal.open("a") as journal:
-            journal.write(json.dumps(line) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
+        """Give the files of `scan`, complete under their names plus `suffix`, their final names.
+
+        Raises:
+            OSError: the journal cannot be written; nothing has changed.
+            InputError: a file cannot be renamed; what is half renamed the next run finishes.
+        """
+        line = json.dumps({"scan": scan.name, "suffix": suffix, "files": _record_to_json(record)}) + "\n"
+        _append(self.journal, line.encode())
         self.done[scan.name] = record
         self._put_in_place(scan, suffix)
 
     def save(self) -> None:
-        """Write the manifest and drop the journal."""
+        """Write the manifest and drop the journal; where that fails both are as before, and InputError says why."""
         scans = {name: _record_to_json(self.done[name]) for name in sorted(self.done)}
-        with atomic_path(self.manifest) as temporary:
-            temporary.write_text(
-                json.dumps({"schema": SCHEMA, "settings": self.settings, "scans": scans}, indent=1) + "\n"
-            )
-            sync(temporary)
-        self.journal.unlink(missing_ok=True)
+        content = json.dumps({"schema": SCHEMA, "settings": self.settings, "scans": scans}, indent=1) + "\n"
+        try:
+            with atomic_path(self.manifest) as temporary:
+                temporary.write_text(content)
+                sync(temporary)
+            self.journal.unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(self.manifest, error) from error
 
     def is_done(self, scan: Scan) -> bool:
         """Tell by the presence and size of its files, without reading them, whether `scan` is as it was left."""
@@ -170,14 +176,17 @@ class Progress:
     def _put_in_place(self, scan: Scan, suffix: str) -> None:
         """Rename the temporary files that are there, then delete originals beside them that bear another suffix."""
         targets = {modality: scan.file(self.output, modality) for modality in self.done[scan.name]}
-        for target in targets.values():
-            if (temporary := temporary_path(target, suffix)).is_file():
-                temporary.replace(target)
-        for modality, target in targets.items():
-            for source in scan.sources[modality]:
-                if self._is_replaced(source, target, self.done[scan.name][modality]):
-                    sync(target.parent)  # the new name reaches the disk before the old one goes
-                    source.unlink()
+        try:
+            for target in targets.values():
+                if (temporary := temporary_path(target, suffix)).is_file():
+                    temporary.replace(target)
+            for modality, target in targets.items():
+                for source in scan.sources[modality]:
+                    if self._is_replaced(source, target, self.done[scan.name][modality]):
+                        sync(target.parent)  # the new name reaches the disk before the old one goes
+                        source.unlink()
+        except OSError as error:
+            raise cannot_write(Path(error.filename2 or error.filename or self.output), error) from error
 
     def _is_replaced(self, source: Path, target: Path, file: FileRecord) -> bool:
         if source.parent != target.parent or source.name == target.name or not source.is_file():
@@ -251,3 +260,25 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """Say why `path` is not written, and the mend."""
+    # NumPy's error of a write cut short has no number.
+    full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)
+    mend = "free disk space" if full else "make it and its folder writable"
+    reason = error.strerror or str(error)
+    return InputError(f"{path} cannot be written ({reason}): {mend} and run the same command again")
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Append a whole line and flush it to the disk, or leave the file as it was and raise OSError."""
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
