@@ -3,10 +3,12 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -534,3 +536,51 @@ def test_a_read_only_folder_is_one_sentence(locked: str | None, output: str, mes
             assert contents(root) == before
         else:
             assert (result.returncode, "done 3" in result.stdout) == (0, True), result.stderr
+
+
+# Kill -9 of the main process alone
+
+
+def children(process: int) -> list[int]:
+    """Processes of that parent, those that only wait to be collected left out."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except OSError:  # ended meanwhile
+            continue
+        if int(parent) == process and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def is_running(process: int) -> bool:
+    stat = Path(f"/proc/{process}/stat")
+    return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks for processes in /proc")
+def test_workers_end_with_a_killed_main_process(dataset: Path, tmp_path: Path) -> None:
+    folder = dataset / "bagel" / "train" / "good"
+    for number in range(2, 60):
+        for name in ("xyz/000.tiff", "rgb/000.png"):
+            shutil.copy(folder / name, folder / name.replace("000", f"{number:03d}"))
+    command = [sys.executable, ROOT / "utils" / "preprocessing.py", dataset, "--workers", "2"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = dataset / "preprocessing.journal"
+    while process.poll() is None and not (journal.is_file() and journal.stat().st_size):
+        time.sleep(0.01)
+    workers = children(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "killed at work, not after it"
+    assert len(workers) >= 2
+    deadline = time.monotonic() + 20
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [worker for worker in workers if is_running(worker)]
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
+    summary = preprocess(job_for(dataset), workers=1)
+    assert summary.skipped and not summary.failed
+    assert not list(dataset.rglob("*.preprocessing"))

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -193,8 +194,7 @@ def _process_all(
     pool = ProcessPoolExecutor(
         min(workers, len(scans)),
         multiprocessing.get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is for the main process to handle
+        initializer=_start_worker,
     )
     try:
         futures = {pool.submit(process, scan): scan for scan in scans}
@@ -205,3 +205,16 @@ def _process_all(
                 yield futures[future], str(error)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to handle
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+
+def _end_with_main_process() -> None:
+    """End this worker when the main process is gone, killed too: it would wait for work for ever."""
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None, "runs in a worker"
+    main_process.join()
+    os._exit(1)
