@@ -1,6 +1,7 @@
 """What a look at a dataset tells: --inspect_dataset, the warning of raw scans, the contact sheet before and after."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from utils import preprocessing
 from utils.cloud_cleaning import CleaningRule, clean_scan, shows_table
 from utils.errors import InputError
 from utils.organized_pc import read_organized_pc, write_organized_pc
-from utils.preprocessing_preview import Pair, write_preview
+from utils.preprocessing_preview import Pair, check_format, write_preview
 from utils.synthetic import Plan, make_dataset
 from utils.synthetic_scanner import make_scan
 
@@ -150,6 +151,73 @@ def test_the_preview_shows_each_class_before_and_after(
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert np.asarray(sheet.convert("L")).std() > 20
     assert "before and after" in capsys.readouterr().out
+
+
+def test_the_preview_leaves_out_scans_at_fault_and_says_so(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "parts"
+    shutil.copytree(raw, root)
+    (root / "cookie/test/bump/rgb/000.png").write_bytes(b"no picture")
+    for path in (root / "gasket").rglob("*.tiff"):
+        write_organized_pc(path, np.zeros((224, 224, 3), np.float32))
+    shown: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocessing, "write_preview", lambda _, pairs: shown.extend(pairs))
+        preprocessing.main([str(root), "--dry_run", "--preview", str(tmp_path / "sheet.png")])
+    assert [name.split("/")[0] for name in shown] == ["cookie"]
+    assert shown[0] > "cookie/test/bump/000"
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out of the preview: ")]
+    assert "cookie/test/bump/000: " in said[0] and "000.png is no complete PNG" in said[0]
+    scans = len(list((root / "gasket").rglob("*.tiff")))
+    assert len(said) == 1 + scans
+    assert all("gasket/" in line and "has a measurement" in line for line in said[1:])
+
+    shutil.rmtree(root / "cookie")
+    with pytest.raises(
+        InputError, match=rf"none of {scans} scans can be shown .*gasket/test/bump/000, because none of"
+    ):
+        preprocessing.main([str(root), "--preview", str(tmp_path / "sheet.png")])
+    assert not (root / "preprocessing.json").exists()
+
+
+FIRST_BYTES = {
+    "sheet.png": b"\x89PNG",
+    "sheet.PNG": b"\x89PNG",
+    "new/sheet.jpg": b"\xff\xd8",
+    "sheet.jpeg": b"\xff\xd8",
+    "sheet.pdf": b"%PDF",
+    "sheet.svg": b"<?xml",
+    "sheet.webp": b"RIFF",
+}
+
+
+@pytest.mark.parametrize("name", FIRST_BYTES)
+def test_the_preview_has_the_format_of_its_suffix(tmp_path: Path, name: str) -> None:
+    scan = make_scan("bracket", "train/good/000", 64, seed=3)
+    check_format(tmp_path / name)
+    write_preview(tmp_path / name, {"a": Pair(scan.rgb, scan.xyz, scan.rgb, scan.xyz)})
+    assert (tmp_path / name).read_bytes().startswith(FIRST_BYTES[name])
+    assert [path.name for path in (tmp_path / name).parent.iterdir()] == [Path(name).name]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("sheet.txt", r"--preview .*sheet.txt names no picture format: end it in .png, .jpg, .* or .webp$"),
+        ("sheet", "names no picture format"),
+        ("file/sheet.png", r"file cannot be made \(File exists\): choose another --preview"),
+        ("folder.png", r"folder.png cannot be written \(Is a directory\)"),
+    ],
+)
+def test_a_preview_that_cannot_be_written_is_refused_before_anything_is_cleaned(
+    raw: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InputError, match=message):
+        preprocessing.main([str(raw), "--output_dir", str(tmp_path / "out"), "--preview", str(tmp_path / name)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
 
 
 def test_the_preview_needs_a_scan_that_is_not_cleaned(cleaned: Path, raw: Path, tmp_path: Path) -> None:

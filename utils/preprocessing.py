@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 from utils.cloud_cleaning import CleaningRule, clean_scan, pad_to_square
 from utils.errors import InputError, exit_on_input_error
-from utils.files import FILE_SUFFIXES, files_by_stem
+from utils.files import FILE_SUFFIXES, files_by_stem, make_folder
 from utils.images import defect_mask, open_image, to_rgb
 from utils.organized_pc import organized_pc_header, read_organized_pc
-from utils.preprocessing_preview import Pair, write_preview
-from utils.preprocessing_progress import MANIFEST, TEMPORARY, Progress, Record, Scan
+from utils.preprocessing_preview import FORMATS, Pair, check_format, write_preview
+from utils.preprocessing_progress import MANIFEST, TEMPORARY, Progress, Record, Scan, cannot_write
 from utils.scan_processing import Summary, process_scans, report, split_scans, write_results
 
 VERSION = 1  # of the cleaning: raise it when the same scan and rule give another result
@@ -110,24 +110,50 @@ def _read_and_clean(scan: Scan, job: Job) -> tuple[Pair, np.ndarray | None]:
     return Pair(rgb, xyz, clean_rgb, clean_xyz), padded_gt
 
 
-def preview(job: Job, path: Path) -> None:
-    """Draw one scan of each class, not cleaned yet, before and after as a PNG.
+def preview(job: Job, path: Path) -> dict[str, str]:
+    """Draw one scan of each class, not cleaned yet, before and after: the first that can be cleaned.
+
+    Returns:
+        the reason for each scan that was left out because it cannot be cleaned.
 
     Raises:
-        InputError: every class is done, or its first scan cannot be cleaned.
+        InputError: the suffix of `path` is no picture format, every scan is done, none can be cleaned, or the picture
+            cannot be written.
     """
+    check_format(path)
+    pairs, left_out = _first_usable(job)
+    if not pairs and not left_out:
+        raise InputError(f"every scan of {job.source} is cleaned already: --preview shows scans that are not")
+    if not pairs:
+        name, reason = next(iter(left_out.items()))
+        raise InputError(
+            f"none of {len(left_out)} scans can be shown by --preview, the first, {name}, because {reason}"
+        )
+    make_folder(path.parent, "--preview")
+    try:
+        write_preview(path, pairs)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return left_out
+
+
+def _first_usable(job: Job) -> tuple[dict[str, Pair], dict[str, str]]:
+    """The first scan of each class that is not cleaned yet and can be, and the reasons of those before that cannot."""
     scans, _ = find_scans(job.source)
     done = _progress(scans, job).done
-    first: dict[str, Scan] = {}
+    pairs: dict[str, Pair] = {}
+    left_out: dict[str, str] = {}
+    shown: set[str] = set()
     for scan in scans:
-        if job.source != job.output or scan.name not in done:
-            first.setdefault(scan.name.partition("/")[0], scan)
-    if not first:
-        raise InputError(f"every scan of {job.source} is cleaned already: --preview shows scans that are not")
-    pairs = {}
-    for scan in first.values():
-        pairs[scan.name], _ = _read_and_clean(scan, job)
-    write_preview(path, pairs)
+        class_name = scan.name.partition("/")[0]
+        if class_name in shown or (job.source == job.output and scan.name in done):
+            continue
+        try:
+            pairs[scan.name], _ = _read_and_clean(scan, job)
+            shown.add(class_name)
+        except InputError as error:
+            left_out[scan.name] = str(error)
+    return pairs, left_out
 
 
 def _progress(scans: list[Scan], job: Job) -> Progress:
@@ -203,7 +229,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     parser.add_argument("--keep_rgb", action="store_true", help="only pad the photographs, do not black out background")
     parser.add_argument("--dry_run", action="store_true", help="check pairs, headers and sizes; change nothing")
-    parser.add_argument("--preview", type=Path, metavar="PNG", help="first draw a scan of each class before and after")
+    parser.add_argument(
+        "--preview",
+        type=Path,
+        metavar="PICTURE",
+        help=f"first draw a scan of each class before and after ({', '.join(FORMATS)})",
+    )
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: expected at least 1")
@@ -217,7 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     output = args.dataset if in_place else args.output_dir
     job = Job(args.dataset, output, CleaningRule(), args.keep_rgb, f".{os.getpid()}{TEMPORARY}")
     if args.preview:
-        preview(job, args.preview)
+        for name, reason in preview(job, args.preview).items():
+            print(f"left out of the preview: {name}: {reason}")
         print(f"before and after: {args.preview}")
     return report(lambda: preprocess(job, args.workers, args.dry_run), "to do" if args.dry_run else "done")
 
