@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from utils.cloud_cleaning import CleaningRule, shows_table
 from utils.errors import InputError
+from utils.files import FILE_SUFFIXES, files_by_stem
 from utils.images import defect_mask, open_image, to_rgb
-from utils.organized_pc import organized_pc_header, read_organized_pc, resize_nearest, valid_mask
+from utils.organized_pc import organized_pc_header, read_organized_pc, resize_nearest
 from utils.records import Sample
 
 MVTEC3D_CLASSES = ("bagel", "cable_gland", "carrot", "cookie", "dowel", "foam", "peach", "potato", "rope", "tire")
@@ -42,7 +42,6 @@ _PUBLISHED = {
     "mvtec3d": "MVTec 3D-AD from https://www.mvtec.com/company/research/datasets/mvtec-3d-ad",
     "eyecandies": "Eyecandies from https://eyecan-ai.github.io/eyecandies",
 }
-_SUFFIXES = {"rgb": (".png", ".jpg", ".jpeg"), "xyz": (".tiff", ".tif"), "gt": (".png",)}  # the first is the usual one
 _END_MARKERS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
 _TAIL_BYTES = 65536  # some writers put a trailer of their own behind the end marker
 _IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
@@ -107,7 +106,7 @@ def index_split(class_folder: Path | str, split: str, modalities: frozenset[str]
 
 def _index_folder(folder: Path, modalities: frozenset[str]) -> list[SampleFiles]:
     split, defect = folder.parent.name, folder.name
-    found = {name: _files_by_stem(folder / name, suffixes) for name, suffixes in _SUFFIXES.items()}
+    found = {name: _file_by_stem(folder / name, name) for name in FILE_SUFFIXES}
     stems = sorted(set().union(*(found[name] for name in modalities)))
     if not stems:
         needed = " and ".join(sorted(modalities))
@@ -130,7 +129,7 @@ def _require(folder: Path, name: str, found: dict[str, Path], stems: list[str], 
     missing = [stem for stem in stems if stem not in found]
     if not missing:
         return
-    suffix = next(iter(found.values())).suffix if found else _SUFFIXES[name][0]
+    suffix = next(iter(found.values())).suffix if found else FILE_SUFFIXES[name][0]
     listing = ", ".join(stem + suffix for stem in missing[:5]) + (", ..." if len(missing) > 5 else "")
     verb = "is" if len(missing) == 1 else "are"
     raise InputError(
@@ -139,16 +138,15 @@ def _require(folder: Path, name: str, found: dict[str, Path], stems: list[str], 
     )
 
 
-def _files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """A folder's files of these suffixes by stem; none where there is no folder. Hidden files do not count."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.name.startswith(".") or path.suffix.lower() not in suffixes:
-            continue
-        if path.stem in found:
-            raise InputError(f"{found[path.stem]} and {path.name} are two files of one scan: keep one of them")
-        found[path.stem] = path
-    return found
+def _file_by_stem(folder: Path, modality: str) -> dict[str, Path]:
+    found = files_by_stem(folder, modality)
+    for files in found.values():
+        if len(files) > 1:
+            raise InputError(
+                f"{files[0]} and {files[1].name} are two files of one scan: run the preprocessing again if it was "
+                "interrupted, else keep one of them"
+            )
+    return {stem: files[0] for stem, files in found.items()}
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -163,10 +161,11 @@ def check_files(files: Iterable[SampleFiles], modalities: frozenset[str]) -> Non
     Nothing is decoded, so thousands of files take seconds. Raises InputError at the first scan that fails.
     """
     for scan in tqdm(files, desc="Checking files", delay=2, leave=False):
-        _check_scan(scan, modalities)
+        check_scan(scan, modalities)
 
 
-def _check_scan(scan: SampleFiles, modalities: frozenset[str]) -> None:
+def check_scan(scan: SampleFiles, modalities: frozenset[str]) -> None:
+    """`check_files` of one scan."""
     sizes: dict[Path, tuple[int, int]] = {}
     if "rgb" in modalities and scan.rgb is not None:
         sizes[scan.rgb] = _image_size(scan.rgb)
@@ -180,77 +179,6 @@ def _check_scan(scan: SampleFiles, modalities: frozenset[str]) -> None:
                 f"{first} has {expected[0]} x {expected[1]} pixels (height x width), {path} {size[0]} x {size[1]}: "
                 "a scan's files show one view pixel by pixel, so restore them and preprocess them together"
             )
-
-
-class SplitReport(NamedTuple):
-    """What `inspect_split` found in the files of one split of a class."""
-
-    class_name: str
-    split: str
-    scans: int = 0
-    defective: int = 0
-    sizes: tuple[tuple[int, int], ...] = ()  # (H, W) that occur
-    valid: tuple[float, float] = (0.0, 0.0)  # least and largest share of pixels with a measurement
-    depth: tuple[float, float] = (0.0, 0.0)  # least and largest z of a measurement, metres
-    raw: int = 0  # scans that still show a table plane along their border
-    problems: tuple[str, ...] = ()
-
-
-def inspect_split(class_folder: Path | str, split: str, modalities: frozenset[str], num_workers: int) -> SplitReport:
-    """Decode every file of a split and report what is in it; faults are collected, not raised.
-
-    A validation split that is not there is no fault. Files are read by `num_workers` threads, or none for 0.
-    """
-    folder = Path(class_folder)
-    empty = SplitReport(folder.name, split)
-    if split == "validation" and not (folder / split).is_dir():
-        return empty
-    try:
-        files = index_split(folder, split, modalities)
-    except InputError as error:
-        return empty._replace(problems=(str(error),))
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        found = pool.map(lambda scan: _inspect_scan(scan, modalities), files)
-        described = list(tqdm(found, total=len(files), desc=f"{folder.name} {split}", leave=False))
-    clouds = [each for each in described if isinstance(each, _CloudReport)]
-    return empty._replace(
-        scans=len(files),
-        defective=sum(bool(scan.label) for scan in files),
-        sizes=tuple(sorted({each.size for each in clouds})),
-        valid=(min(each.valid for each in clouds), max(each.valid for each in clouds)) if clouds else (0.0, 0.0),
-        depth=(min(each.nearest for each in clouds), max(each.farthest for each in clouds)) if clouds else (0.0, 0.0),
-        raw=sum(each.raw for each in clouds),
-        problems=tuple(each for each in described if isinstance(each, str)),
-    )
-
-
-class _CloudReport(NamedTuple):
-    size: tuple[int, int]
-    valid: float
-    nearest: float
-    farthest: float
-    raw: bool
-
-
-def _inspect_scan(scan: SampleFiles, modalities: frozenset[str]) -> _CloudReport | str | None:
-    """What the cloud of a scan holds (None where there is none), or what is wrong with one of its files."""
-    try:
-        _check_scan(scan, modalities)
-        if "rgb" in modalities:
-            read_photo(scan)
-        if scan.label is not None:
-            _load_mask(scan.mask, 8)
-        if "xyz" not in modalities or scan.xyz is None:
-            return None
-        xyz = read_organized_pc(scan.xyz)
-    except InputError as error:
-        return str(error)
-    valid = valid_mask(xyz)
-    if not valid.any():
-        return f"{scan.xyz} has no valid point: restore the scan from its source"
-    depth = xyz[..., 2][valid]
-    raw = shows_table(xyz, CleaningRule())
-    return _CloudReport(xyz.shape[:2], float(valid.mean()), float(depth.min()), float(depth.max()), raw)
 
 
 def original_size(files: SampleFiles) -> tuple[int, int]:

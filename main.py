@@ -30,7 +30,6 @@ from dataset import (
     check_files,
     find_classes,
     index_split,
-    inspect_split,
     load_samples,
     original_size,
     read_photo,
@@ -47,21 +46,19 @@ from feature_extractors.config import (
 )
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.pipeline import SampleResult, Stopwatch, collect_features, evaluate, fit_detector
+from inspection import print_inspection, warn_of_raw_scans
 from models import XYZ_BACKBONES, BackboneRow, list_backbones, rgb_spec
 from models.point_ops import BACKENDS, check_backend
 from models.point_transformer import POINT_NORMS
-from utils.cloud_cleaning import CleaningRule, shows_table
 from utils.distributed import choose_device
 from utils.errors import InputError, exit_on_input_error
 from utils.feature_store import PAIRINGS, STORAGE_DTYPES, write_features
 from utils.files import make_folder
 from utils.memory import default_memory_budget, peak_memory_mb
-from utils.organized_pc import read_organized_pc
 from utils.records import PatchFeatures, Sample
-from utils.report import append_tables, format_tables, result_line, results_record, write_results
+from utils.report import append_tables, format_tables, print_columns, result_line, results_record, write_results
 from utils.visualization import FUSED, color_scale, save_anomaly_map, save_prediction_figure
 
-CLEANING_COMMAND = "python utils/preprocessing.py"
 logger = logging.getLogger("main")
 
 
@@ -411,12 +408,6 @@ def table_note(config: DetectorConfig, protocol: str) -> str:
     return note
 
 
-def print_columns(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(map(str.ljust, row, widths)).rstrip())
-
-
 def print_backbones(rows: Sequence[BackboneRow]) -> None:
     print_columns([("name", "branch", "width", "grid", "weights"), *[tuple(map(str, row[:5])) for row in rows]])
     print("\nPublished as:")
@@ -426,40 +417,6 @@ def print_backbones(rows: Sequence[BackboneRow]) -> None:
     print("\nAny other vision transformer of timm works by its name there, such as vit_small_patch14_dinov2.lvd142m.")
 
 
-def inspect_dataset(args: argparse.Namespace, modalities: frozenset[str]) -> None:
-    """Print a table of what every split holds; exit code 1 where a file is at fault."""
-    reports = [
-        inspect_split(args.dataset_path / name, split, modalities, args.num_workers)
-        for name in find_classes(args.dataset_path, args.dataset_type, args.classes)
-        for split in ("train", "validation", "test")
-    ]
-    rows = [("class", "split", "scans", "defective", "size", "valid pixels", "depth, m", "cleaned", "faults")]
-    for each in reports:
-        sizes, (least, most), (near, far) = each.sizes, each.valid, each.depth
-        cloud = (" ".join(f"{h}x{w}" for h, w in sizes), f"{least:.0%} to {most:.0%}", f"{near:.3f} to {far:.3f}")
-        cleaned = "yes" if each.raw == 0 else f"not {each.raw}"
-        row = (each.class_name, each.split, str(each.scans), str(each.defective))
-        rows.append((*row, *(cloud if sizes else ("", "", "")), cleaned if sizes else "", str(len(each.problems))))
-    print_columns(rows)
-    if any(each.raw for each in reports):
-        print(f"\nScans with a table plane along their border are not cleaned: {CLEANING_COMMAND} {args.dataset_path}")
-    problems = [f"  {each.class_name}: {problem}" for each in reports for problem in each.problems]
-    if problems:
-        print("\nFaults:", *problems, sep="\n")
-        raise SystemExit(1)
-
-
-def warn_of_raw_scans(indexed: Mapping[str, SplitFiles]) -> None:
-    """Look at the first training scan of each class: one that shows its table was not cleaned, which ruins results."""
-    for files in indexed.values():
-        path = files.train[0].xyz
-        if path is not None and shows_table(read_organized_pc(path), CleaningRule()):
-            logger.warning(
-                "%s shows the table that the part lies on, which is learnt too: clean the scans first (%s %s)",
-                *(path, CLEANING_COMMAND, path.parents[4]),
-            )
-
-
 def run(args: argparse.Namespace) -> None:
     if args.list_backbones:
         print_backbones(list_backbones(args.checkpoint_dir, args.img_size))
@@ -467,12 +424,14 @@ def run(args: argparse.Namespace) -> None:
     configs = detector_configs(args)
     config = extraction_config(configs)
     if args.inspect_dataset:
-        inspect_dataset(args, config.method.modalities)
+        classes = find_classes(args.dataset_path, args.dataset_type, args.classes)
+        if print_inspection(args.dataset_path, classes, config.method.modalities, args.num_workers):
+            raise SystemExit(1)
         return
     settings = run_settings(args, config)
     indexed = index_classes(settings, config)
     if "xyz" in config.method.modalities:
-        warn_of_raw_scans(indexed)
+        warn_of_raw_scans(files.train[0] for files in indexed.values())
     for method in configs:
         make_folder(method_folder(settings, configs, method), "--output_dir")
     if settings.save_feature_path is not None:

@@ -1,6 +1,7 @@
 """What a look at a dataset tells: --inspect_dataset, the warning of raw scans, the contact sheet before and after."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,13 @@ import pytest
 from main_runs import printed, refusal
 from PIL import Image
 
-import main
-from dataset import inspect_split
-from main import SplitFiles, warn_of_raw_scans
+from dataset import index_split
+from inspection import inspect_split, warn_of_raw_scans
 from utils import preprocessing
 from utils.cloud_cleaning import CleaningRule, clean_scan, shows_table
 from utils.errors import InputError
 from utils.organized_pc import read_organized_pc, write_organized_pc
-from utils.preprocessing_preview import Pair, write_preview
+from utils.preprocessing_preview import Pair, check_format, write_preview
 from utils.synthetic import Plan, make_dataset
 from utils.synthetic_scanner import make_scan
 
@@ -62,8 +62,10 @@ def test_a_split_is_described(raw: Path, cleaned: Path) -> None:
         assert report.depth == pytest.approx((min(map(np.min, depths)), max(map(np.max, depths))))
     absent = inspect_split(raw / "cookie", "validation", BOTH, num_workers=0)
     assert (absent.scans, absent.problems) == (0, ())
-    without_clouds = inspect_split(raw / "cookie", "train", frozenset({"rgb"}), num_workers=0)
-    assert (without_clouds.scans, without_clouds.sizes, without_clouds.problems) == (2, (), ())
+    for split, scans in (("train", 2), ("test", 7)):
+        without_clouds = inspect_split(raw / "cookie", split, frozenset({"rgb"}), num_workers=0)
+        assert (without_clouds.scans, without_clouds.sizes) == (scans, ((224, 224),))
+        assert (without_clouds.valid, without_clouds.depth, without_clouds.problems) == (None, None, ())
 
 
 def test_every_fault_is_collected(cleaned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +89,22 @@ def test_every_fault_is_collected(cleaned: Path, tmp_path: Path, capsys: pytest.
     assert "no test scans" in inspect_split(tmp_path / "parts" / "cookie", "test", BOTH, 0).problems[0]
 
 
+def test_photographs_alone_are_checked_against_the_ground_truth_and_each_other(tmp_path: Path) -> None:
+    good, hole = (tmp_path / "parts" / name for name in ("test/good", "test/hole"))
+    for path, size in [
+        (good / "rgb/000.png", (8, 6)),
+        (good / "rgb/001.jpg", (9, 6)),
+        (hole / "rgb/000.png", (8, 6)),
+        (hole / "gt/000.png", (8, 5)),
+    ]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", size).save(path)
+    report = inspect_split(tmp_path / "parts", "test", frozenset({"rgb"}), num_workers=0)
+    assert report.sizes == ((6, 8), (6, 9))
+    assert len(report.problems) == 1
+    assert "hole/rgb/000.png has 6 x 8 pixels" in report.problems[0]
+
+
 def test_the_table_of_a_dataset(raw: Path, cleaned: Path) -> None:
     text = printed("--inspect_dataset", "--dataset_path", cleaned, "--classes", "cookie", "gasket")
     lines = [line.split() for line in text.splitlines()]
@@ -95,6 +113,8 @@ def test_the_table_of_a_dataset(raw: Path, cleaned: Path) -> None:
         [name, split] for name in ("cookie", "gasket") for split in ("train", "validation", "test")
     ]
     assert "not cleaned" not in text
+    text = printed("--inspect_dataset", "--dataset_path", cleaned, "--classes", "cookie", "--method_name", "DINO")
+    assert text.splitlines()[1].split() == ["cookie", "train", "2", "0", "300x300", "0"]  # of the photographs
     text = printed("--inspect_dataset", "--dataset_path", raw, "--classes", "gasket")
     assert "not 7" in text
     assert f"python utils/preprocessing.py {raw}" in text
@@ -105,13 +125,11 @@ def test_a_missing_dataset_is_one_sentence(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_run_on_raw_scans_is_warned_of(raw: Path, cleaned: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def indexed(root: Path) -> dict[str, SplitFiles]:
-        return {"cookie": SplitFiles(main.index_split(root / "cookie", "train", BOTH), [])}
-
     with caplog.at_level(logging.WARNING):
-        warn_of_raw_scans(indexed(cleaned))
+        warn_of_raw_scans(index_split(cleaned / "cookie", "train", BOTH))
         assert not caplog.records
-        warn_of_raw_scans(indexed(raw))
+        warn_of_raw_scans(index_split(raw / "cookie", "train", BOTH)[:1])
+    assert len(caplog.records) == 1
     assert "shows the table that the part lies on" in caplog.text
 
 
@@ -133,6 +151,73 @@ def test_the_preview_shows_each_class_before_and_after(
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert np.asarray(sheet.convert("L")).std() > 20
     assert "before and after" in capsys.readouterr().out
+
+
+def test_the_preview_leaves_out_scans_at_fault_and_says_so(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "parts"
+    shutil.copytree(raw, root)
+    (root / "cookie/test/bump/rgb/000.png").write_bytes(b"no picture")
+    for path in (root / "gasket").rglob("*.tiff"):
+        write_organized_pc(path, np.zeros((224, 224, 3), np.float32))
+    shown: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocessing, "write_preview", lambda _, pairs: shown.extend(pairs))
+        preprocessing.main([str(root), "--dry_run", "--preview", str(tmp_path / "sheet.png")])
+    assert [name.split("/")[0] for name in shown] == ["cookie"]
+    assert shown[0] > "cookie/test/bump/000"
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out of the preview: ")]
+    assert "cookie/test/bump/000: " in said[0] and "000.png is no complete PNG" in said[0]
+    scans = len(list((root / "gasket").rglob("*.tiff")))
+    assert len(said) == 1 + scans
+    assert all("gasket/" in line and "has a measurement" in line for line in said[1:])
+
+    shutil.rmtree(root / "cookie")
+    with pytest.raises(
+        InputError, match=rf"none of {scans} scans can be shown .*gasket/test/bump/000, because none of"
+    ):
+        preprocessing.main([str(root), "--preview", str(tmp_path / "sheet.png")])
+    assert not (root / "preprocessing.json").exists()
+
+
+FIRST_BYTES = {
+    "sheet.png": b"\x89PNG",
+    "sheet.PNG": b"\x89PNG",
+    "new/sheet.jpg": b"\xff\xd8",
+    "sheet.jpeg": b"\xff\xd8",
+    "sheet.pdf": b"%PDF",
+    "sheet.svg": b"<?xml",
+    "sheet.webp": b"RIFF",
+}
+
+
+@pytest.mark.parametrize("name", FIRST_BYTES)
+def test_the_preview_has_the_format_of_its_suffix(tmp_path: Path, name: str) -> None:
+    scan = make_scan("bracket", "train/good/000", 64, seed=3)
+    check_format(tmp_path / name)
+    write_preview(tmp_path / name, {"a": Pair(scan.rgb, scan.xyz, scan.rgb, scan.xyz)})
+    assert (tmp_path / name).read_bytes().startswith(FIRST_BYTES[name])
+    assert [path.name for path in (tmp_path / name).parent.iterdir()] == [Path(name).name]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("sheet.txt", r"--preview .*sheet.txt names no picture format: end it in .png, .jpg, .* or .webp$"),
+        ("sheet", "names no picture format"),
+        ("file/sheet.png", r"file cannot be made \(File exists\): choose another --preview"),
+        ("folder.png", r"folder.png cannot be written \(Is a directory\)"),
+    ],
+)
+def test_a_preview_that_cannot_be_written_is_refused_before_anything_is_cleaned(
+    raw: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InputError, match=message):
+        preprocessing.main([str(raw), "--output_dir", str(tmp_path / "out"), "--preview", str(tmp_path / name)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
 
 
 def test_the_preview_needs_a_scan_that_is_not_cleaned(cleaned: Path, raw: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import yaml
+from cleaning_runs import ROOT, contents, run_killed_at, run_script
 from PIL import Image
 
 from dataset import AnomalyDataset, index_split
@@ -22,8 +23,6 @@ from utils.errors import InputError
 from utils.organized_pc import read_organized_pc
 from utils.preprocess_eyecandies import background, main, metres_of, organized_cloud, preprocess, unproject
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "utils" / "preprocess_eyecandies.py"
 HEIGHT, WIDTH = 48, 64  # not square, so that rows and columns cannot be mistaken for each other
 TILT = np.deg2rad(-40)  # of the table about x: its far end is higher in the image, and y points down
 BOTH = frozenset({"rgb", "xyz"})
@@ -141,17 +140,9 @@ WRITTEN = [
 ]
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
-
-
 def run(root: Path, target: Path, *flags: object) -> int:
     """The script in this process: exit code 0 or 1, an InputError where the script would exit with 2."""
     return main(["--dataset_path", str(root), "--target_dir", str(target), "--workers", "1", *map(str, flags)])
-
-
-def run_script(*args: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True)
 
 
 # ---- geometry
@@ -342,7 +333,7 @@ def test_geometry_of_the_original(goldens: Path, sample: str) -> None:
 @pytest.mark.golden
 def test_script_converts_what_was_published_to_what_the_dataset_reads(goldens: Path, tmp_path: Path) -> None:
     source, target = goldens / "eyecandies", tmp_path / "deep" / "out"
-    result = run_script("--dataset_path", source, "--target_dir", target, "--workers", 2)
+    result = run_script("preprocess_eyecandies", "--dataset_path", source, "--target_dir", target, "--workers", 2)
     assert result.returncode == 0, result.stderr
     assert "done 3, skipped 0 (done before), failed 0" in result.stdout
     assert sorted(contents(target)) == WRITTEN
@@ -480,7 +471,9 @@ def test_bad_folders_and_classes_are_refused(published: Path, tmp_path: Path) ->
 
 
 def test_bad_arguments_exit_with_2(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    result = run_script("--dataset_path", published, "--target_dir", tmp_path / "out", "--classes", "Gummy")
+    result = run_script(
+        "preprocess_eyecandies", "--dataset_path", published, "--target_dir", tmp_path / "out", "--classes", "Gummy"
+    )
     assert (result.returncode, result.stdout) == (2, "")
     assert "--classes takes Confetto" in result.stderr.splitlines()[-1]
     for flags, message in [
@@ -542,6 +535,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {  # file, what h
     "max inf": ("info_depth.yaml", limits(1, ".inf"), "has the depths 1.0 to inf"),
     "short depth": ("depth.png", lambda path: truncate(path, 900), "depth.png is no complete PNG"),
     "no picture": ("depth.png", lambda path: path.write_bytes(b"depth"), "depth.png is no complete PNG"),
+    "no depth": ("depth.png", Path.unlink, "00_depth.png is missing: restore it"),
     "8-bit depth": ("depth.png", grey, "holds an image of mode L, expected 16-bit grey"),
     "zero depth": ("depth.png", zero_depth, "the table cannot be found"),
     "no image": ("image_4.png", Path.unlink, "_image_4.png"),
@@ -610,7 +604,7 @@ def test_two_samples_of_one_number_are_neither_done(
     summary, line = capsys.readouterr().out.splitlines()
     assert summary == "done 2, skipped 0 (done before), failed 1"
     assert line.startswith("  Confetto/train/000: ")
-    assert "train/data/00 " in line and "train/data/000 bear the same number: remove one" in line
+    assert "train/data/000 and " in line and "train/data/00 bear the same number: remove one" in line
     assert not (tmp_path / "out/Confetto/train").exists()
 
 
@@ -637,6 +631,34 @@ def test_a_second_run_does_nothing(published: Path, tmp_path: Path) -> None:
     assert [path.stat().st_mtime_ns for path in files] == times
 
 
+@pytest.mark.parametrize("ending", ["depth.png", "info_depth.yaml", "pose.txt"])
+def test_the_recorded_source_of_a_cloud_is_every_file_it_is_made_from(
+    published: Path, tmp_path: Path, ending: str
+) -> None:
+    target = tmp_path / "out"
+    preprocess(published, target, None, 4, workers=1)
+    source = published / "Confetto/train/data" / f"000_{ending}"
+    original = source.read_bytes()
+    shutil.copy(published / "Confetto/test_public/data" / f"00_{ending}", source)
+    if ending == "pose.txt":  # the same for all samples
+        np.savetxt(source, camera_pose() + np.eye(4) * 1e-3)
+    (target / "Confetto/train/good/xyz/000.tiff").unlink()
+    failed = preprocess(published, target, None, 4, workers=1).failed
+    assert list(failed) == ["Confetto/train/good/000"]
+    assert "its files changed after preprocessing" in failed["Confetto/train/good/000"]
+    source.write_bytes(original)
+    assert preprocess(published, target, None, 4, workers=1).done == ["Confetto/train/good/000"]
+
+
+def test_a_manifest_of_the_first_version_is_refused(published: Path, tmp_path: Path) -> None:
+    """Its checksums of the clouds' sources are of the depth alone."""
+    assert run(published, tmp_path / "out") == 0
+    manifest = tmp_path / "out" / "preprocessing.json"
+    manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(InputError, match=r"was preprocessed with version 1 \(now 2\)"):
+        run(published, tmp_path / "out")
+
+
 def test_a_result_that_is_gone_is_made_again(published: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     preprocess(published, target, None, 4, workers=1)
@@ -654,28 +676,13 @@ def test_one_process_and_two_write_the_same_bytes(published: Path, tmp_path: Pat
     results = []
     for workers in (1, 2):
         args = ("--dataset_path", published, "--target_dir", tmp_path / f"out{workers}", "--workers", workers)
-        result = run_script(*args)
+        result = run_script("preprocess_eyecandies", *args)
         assert result.returncode == 1
         assert "done 4, skipped 0 (done before), failed 1" in result.stdout
         results.append(contents(tmp_path / f"out{workers}"))
     assert results[0] == results[1]
     assert len(results[0]) == len(WRITTEN) + 2
 
-
-KILL = """
-import os, signal, sys
-from pathlib import Path
-count, replace = int(sys.argv.pop(1)), Path.replace
-def replace_or_die(self, target):
-    global count
-    count -= 1
-    if count == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return replace(self, target)
-Path.replace = replace_or_die
-from utils.preprocess_eyecandies import main
-sys.exit(main([*sys.argv[1:], "--workers", "1"]))
-"""
 
 # 1: the empty manifest; per sample one within the writing of the tiff, then xyz, rgb and for the two of the test split
 # gt; the manifest.
@@ -687,8 +694,8 @@ def test_a_run_killed_at_any_rename_is_continued(published: Path, tmp_path: Path
     target = tmp_path / "out"
     preprocess(published, tmp_path / "expected", None, 4, workers=1)
     expected = contents(tmp_path / "expected")
-    command = [sys.executable, "-c", KILL, str(rename), "--dataset_path", str(published), "--target_dir", str(target)]
-    assert subprocess.run(command, cwd=ROOT).returncode == (-signal.SIGKILL if rename <= RENAMES else 0)
+    command = ("preprocess_eyecandies", "--dataset_path", published, "--target_dir", target)
+    assert run_killed_at(rename, *command) == (-signal.SIGKILL if rename <= RENAMES else 0)
     for name, data in contents(target).items():  # whatever bears the name of a result is whole
         if name in expected and name != "preprocessing.json":
             assert data == expected[name]
@@ -702,9 +709,8 @@ def test_a_killed_run_of_one_class_is_continued_by_a_run_of_another(published: P
     write_sample(published / "Gummy/train/data", "000", 4)
     target = tmp_path / "out"
     preprocess(published, tmp_path / "expected", None, 4, workers=1)
-    command = [sys.executable, "-c", KILL, "4", "--dataset_path", str(published), "--target_dir", str(target)]
-    killed = subprocess.run([*command, "--classes", "Confetto"], cwd=ROOT)  # xyz of the first renamed, rgb not
-    assert killed.returncode == -signal.SIGKILL
+    command = ("preprocess_eyecandies", "--dataset_path", published, "--target_dir", target, "--classes", "Confetto")
+    assert run_killed_at(4, *command) == -signal.SIGKILL  # xyz of the first renamed, rgb not
     assert preprocess(published, target, ["Gummy"], 4, workers=1).done == ["Gummy/train/good/000"]
     assert preprocess(published, target, None, 4, workers=1).done == ALL[:2]
     assert contents(target) == contents(tmp_path / "expected")
@@ -746,8 +752,8 @@ def test_a_half_written_sample_of_another_class_without_temporary_files_is_no_tr
 ) -> None:
     write_sample(published / "Gummy/train/data", "000", 4)
     target = tmp_path / "out"
-    command = [sys.executable, "-c", KILL, "4", "--dataset_path", str(published), "--target_dir", str(target)]
-    assert subprocess.run([*command, "--classes", "Confetto"], cwd=ROOT).returncode == -signal.SIGKILL
+    command = ("preprocess_eyecandies", "--dataset_path", published, "--target_dir", target, "--classes", "Confetto")
+    assert run_killed_at(4, *command) == -signal.SIGKILL
     for path in target.rglob("*.preprocessing"):
         path.unlink()
     assert preprocess(published, target, ["Gummy"], 4, workers=1).done == ["Gummy/train/good/000"]

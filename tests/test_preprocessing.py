@@ -1,64 +1,25 @@
-"""utils/preprocessing.py: whole datasets, faults of single scans, and runs killed at every step."""
+"""utils/preprocessing.py: whole datasets, repeated runs, and runs killed at every step."""
 
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
+from cleaning_runs import ALL, contents, job_for, run_killed_at, run_script, write_dataset, write_scan
 from PIL import Image
 
 from utils.cloud_cleaning import CleaningRule, clean_scan
 from utils.errors import InputError
 from utils.organized_pc import read_organized_pc, valid_mask
-from utils.preprocessing import Job, find_scans, main, preprocess
+from utils.preprocessing import find_scans, preprocess
 from utils.preprocessing_progress import locked
-
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "utils" / "preprocessing.py"
-
-
-def write_scan(folder: Path, stem: str, seed: int, with_gt: bool) -> None:
-    """A tilted table with a box on it, 40 x 44 pixels, 1 mm from pixel to pixel."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:40, :44] * 1e-3
-    z = 0.5 + 0.05 * x + rng.normal(0, 2e-4, x.shape)
-    z[14:28, 14:30] -= 0.02
-    for name in ("xyz", "rgb", "gt")[: 3 if with_gt else 2]:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    tifffile.imwrite(folder / "xyz" / f"{stem}.tiff", np.stack([x + 0.01, y + 0.01, z], 2).astype(np.float32))
-    photo = rng.integers(1, 256, (40, 44, 3), dtype=np.uint8)
-    Image.fromarray(photo).save(folder / "rgb" / f"{stem}.png")
-    if with_gt:
-        Image.fromarray((photo[..., 0] > 128).astype(np.uint8) * 255).save(folder / "gt" / f"{stem}.png")
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    root = tmp_path / "parts"
-    write_scan(root / "bagel" / "test" / "hole", "000", 0, with_gt=True)
-    write_scan(root / "bagel" / "train" / "good", "000", 1, with_gt=False)
-    write_scan(root / "bagel" / "train" / "good", "001", 2, with_gt=False)
-    return root
-
-
-ALL = ["bagel/test/hole/000", "bagel/train/good/000", "bagel/train/good/001"]
-
-
-def job_for(source: Path, output: Path | None = None, keep_rgb: bool = False) -> Job:
-    return Job(source, output or source, CleaningRule(), keep_rgb, ".1.preprocessing")
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
-
-
-def run_script(*args: object, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], cwd=cwd, capture_output=True, text=True)
+    return write_dataset(tmp_path / "parts")
 
 
 def test_writes_what_clean_scan_makes_of_each_scan_and_only_that(dataset: Path, tmp_path: Path) -> None:
@@ -134,37 +95,6 @@ def test_dry_run_writes_nothing_and_finds_what_headers_tell(dataset: Path, tmp_p
     assert contents(tmp_path) == before
 
 
-def test_faulty_scans_are_named_and_left_as_they_are_and_the_others_done(
-    dataset: Path, capsys: pytest.CaptureFixture
-) -> None:
-    good = dataset / "bagel" / "train" / "good"
-    for seed, stem in enumerate(["002", "003", "004", "005"]):
-        write_scan(good, stem, seed, with_gt=False)
-    (good / "rgb" / "002.png").unlink()
-    (good / "rgb" / "003.png").write_bytes(b"not an image")
-    (good / "xyz" / "004.tiff").write_bytes((good / "xyz" / "004.tiff").read_bytes()[:900])
-    tifffile.imwrite(good / "xyz" / "005.tiff", np.zeros((40, 44, 3), np.float32))
-    before = contents(good)
-    assert main([str(dataset), "--workers", "1"]) == 1
-    output = capsys.readouterr().out
-    assert "done 3, skipped 0 (done before), failed 4" in output
-    reasons = {
-        "002": "002.png missing",
-        "003": "is no complete PNG or JPEG picture",
-        "004": "cut short",
-        "005": "none of the 1760 pixels",
-    }
-    for stem, reason in reasons.items():
-        assert any(f"good/{stem}: " in line and reason in line for line in output.splitlines())
-    after = contents(good)
-    assert before.keys() == after.keys()
-    assert {name for name in before if before[name] == after[name]} == {n for n in before if Path(n).stem in reasons}
-
-    write_scan(good, "002", 0, with_gt=False)  # mended: only the mended one is done
-    assert main([str(dataset), "--workers", "1"]) == 1
-    assert "done 1, skipped 3 (done before), failed 3" in capsys.readouterr().out
-
-
 def test_ground_truth_is_needed_where_its_folder_is(dataset: Path) -> None:
     (dataset / "bagel/test/hole/gt/000.png").unlink()
     scans, failed = find_scans(dataset)
@@ -205,7 +135,7 @@ def test_bad_arguments_and_folders_exit_with_2(dataset: Path, tmp_path: Path) ->
         ([dataset, "--workers", "0"], "expected at least 1"),
         ([dataset, "--output_dir", dataset / "bagel/test/hole/rgb/000.png"], "cannot be made"),
     ]:
-        result = run_script(*args, cwd=tmp_path)
+        result = run_script("preprocessing", *args)
         assert (result.returncode, result.stdout) == (2, "")
         assert message in result.stderr.splitlines()[-1]
 
@@ -225,27 +155,6 @@ def test_a_damaged_manifest_is_refused(dataset: Path, content: str) -> None:
     assert contents(dataset) == before
 
 
-KILL = """
-import os, signal, sys
-from pathlib import Path
-count, replace = int(sys.argv.pop(1)), Path.replace
-def replace_or_die(self, target):
-    global count
-    count -= 1
-    if count == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return replace(self, target)
-Path.replace = replace_or_die
-from utils.preprocessing import main
-sys.exit(main([*sys.argv[1:], "--workers", "1"]))
-"""
-
-
-def run_killed_at(rename: int, *args: object) -> int:
-    """Run the script in a process that is killed in place of its n-th rename (kill -9: no clean-up whatever)."""
-    return subprocess.run([sys.executable, "-c", KILL, str(rename), *map(str, args)], cwd=ROOT).returncode
-
-
 # 1: the empty manifest; per scan one within the writing of the tiff, then xyz, rgb (and gt for the first scan).
 RENAMES = 1 + 4 + 3 + 3 + 1
 
@@ -256,11 +165,15 @@ def test_a_run_killed_at_any_rename_is_continued(dataset: Path, tmp_path: Path, 
     original = contents(dataset)
     expected = contents(tmp_path / "expected")
     killed = rename <= RENAMES
-    assert run_killed_at(rename, dataset) == (-signal.SIGKILL if killed else 0)
+    assert run_killed_at(rename, "preprocessing", dataset) == (-signal.SIGKILL if killed else 0)
     for name, data in contents(dataset).items():  # whatever bears the name of a scan is whole: original or cleaned
         if Path(name).suffix in (".png", ".tiff") and not Path(name).name.startswith("."):
             assert data in (original[name], expected[name])
+    half_done = contents(dataset)
+    foreseen = preprocess(job_for(dataset), workers=1, dry_run=True)
+    assert contents(dataset) == half_done
     summary = preprocess(job_for(dataset), workers=1)
+    assert foreseen == summary
     assert sorted(summary.done + summary.skipped) == ALL
     assert not summary.failed
     assert contents(dataset) == expected
@@ -268,7 +181,9 @@ def test_a_run_killed_at_any_rename_is_continued(dataset: Path, tmp_path: Path, 
 
 def test_a_journal_line_cut_short_counts_for_nothing(dataset: Path, tmp_path: Path) -> None:
     preprocess(job_for(dataset, tmp_path / "expected"), workers=1)
-    assert run_killed_at(3, dataset) == -signal.SIGKILL  # the first journal line is written, nothing renamed
+    assert (
+        run_killed_at(3, "preprocessing", dataset) == -signal.SIGKILL
+    )  # the first journal line is written, nothing renamed
     journal = dataset / "preprocessing.journal"
     journal.write_text(journal.read_text()[:-20])
     assert preprocess(job_for(dataset), workers=1).done == ALL
@@ -280,12 +195,12 @@ def test_a_half_written_scan_without_its_temporary_files_is_refused_until_restor
 ) -> None:
     shutil.copytree(dataset, tmp_path / "originals")
     preprocess(job_for(dataset, tmp_path / "expected"), workers=1)
-    assert run_killed_at(4, dataset) == -signal.SIGKILL  # xyz renamed, rgb and gt not
+    assert run_killed_at(4, "preprocessing", dataset) == -signal.SIGKILL  # xyz renamed, rgb and gt not
     for path in dataset.rglob("*.preprocessing"):
         path.unlink()
-    for _ in range(2):
+    for dry_run in (True, False, False):
         with pytest.raises(InputError, match=r"hole/000 was left half written.*hole/xyz/000.tiff.*hole/rgb/000.png"):
-            preprocess(job_for(dataset), workers=1)
+            preprocess(job_for(dataset), workers=1, dry_run=dry_run)
     shutil.copy(tmp_path / "originals/bagel/test/hole/xyz/000.tiff", dataset / "bagel/test/hole/xyz/000.tiff")
     assert preprocess(job_for(dataset), workers=1).done == ALL
     assert contents(dataset) == contents(tmp_path / "expected")
@@ -294,7 +209,7 @@ def test_a_half_written_scan_without_its_temporary_files_is_refused_until_restor
 @pytest.mark.golden
 def test_script_reproduces_the_cleaned_scans_of_the_original_in_two_processes(goldens: Path, tmp_path: Path) -> None:
     shutil.copytree(goldens / "raw", tmp_path / "parts")
-    result = run_script("parts", "--workers", 2, cwd=tmp_path)
+    result = run_script("preprocessing", tmp_path / "parts", "--workers", 2)
     assert result.returncode == 0, result.stderr
     assert "done 5, skipped 0 (done before), failed 0" in result.stdout
     names = [name for name in contents(goldens / "raw") if name.endswith((".png", ".tiff"))]
@@ -309,7 +224,7 @@ def test_script_reproduces_the_cleaned_scans_of_the_original_in_two_processes(go
 
 def test_processes_survive_a_faulty_scan(dataset: Path, tmp_path: Path) -> None:
     (dataset / "bagel/train/good/rgb/000.png").write_bytes(b"not an image")
-    result = run_script(dataset, "--workers", 2, "--output_dir", tmp_path / "out", cwd=tmp_path)
+    result = run_script("preprocessing", dataset, "--workers", 2, "--output_dir", tmp_path / "out")
     assert result.returncode == 1
     assert "done 2, skipped 0 (done before), failed 1" in result.stdout
     assert not list((tmp_path / "out").rglob("*.preprocessing"))
@@ -322,3 +237,10 @@ def test_what_was_cleaned_in_place_is_not_cleaned_again_elsewhere(dataset: Path,
         preprocess(job_for(dataset, tmp_path / "again"), workers=1)
     assert contents(dataset) == before
     assert not (tmp_path / "again").exists()
+
+
+def test_an_output_folder_that_is_the_dataset_by_another_path_is_in_place(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(dataset)
+    for done in ("done 3, skipped 0", "done 0, skipped 3"):
+        result = run_script("preprocessing", dataset, "--output_dir", tmp_path / "link", "--workers", 1)
+        assert (result.returncode, result.stdout.split(" (")[0]) == (0, done)

@@ -15,7 +15,8 @@ MAY_IMPORT = {
     "dataset": {"utils"},
     "models": {"models", "utils"},
     "feature_extractors": {"feature_extractors", "models", "dataset", "utils"},
-    "main": {"feature_extractors", "models", "dataset", "utils"},
+    "inspection": {"dataset", "utils"},
+    "main": {"inspection", "feature_extractors", "models", "dataset", "utils"},
     "fusion_pretrain": {"feature_extractors", "models", "dataset", "utils"},
 }
 READERS_OF_CHECKPOINTS = {"utils/checkpoint_files.py"}
@@ -168,6 +169,8 @@ def test_the_readers_of_checkpoints_are_the_named_ones() -> None:
         ("models/a/b.py", "from ..transformer import Block", []),
         ("models/a.py", "from . import transformer", []),
         ("dataset.py", "from models import build_rgb_backbone", ["models"]),
+        ("dataset.py", "from inspection import inspect_split", ["inspection"]),
+        ("inspection.py", "from main import parse_args", ["main"]),
         ("feature_extractors/a.py", "import main", ["main"]),
         ("fusion_pretrain.py", "from main import parse_arguments", ["main"]),
         ("main.py", "from tests.conftest import ROOT", ["tests.conftest"]),

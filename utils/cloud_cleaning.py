@@ -190,7 +190,8 @@ def cluster_labels(points: np.ndarray, eps: float, min_points: int) -> np.ndarra
     other share a cluster, numbered by its first core point; another point joins the lowest cluster with a core point
     within `eps`. The usual way visits every pair of neighbours, hundreds per point in a dense scan. Here space
     is cut into cells so small that the points of one cell are all neighbours: what a full cell holds is core without
-    a distance, and clusters grow cell by cell.
+    a distance, and clusters grow cell by cell. The pip package `dbscan` is not exact: on some sets of points it misses
+    core points.
 
     Args:
         points: (N, 3) float64, metres; finite, within a million eps of each other.

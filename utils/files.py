@@ -1,4 +1,4 @@
-"""Writing files so that a reader never meets half of one."""
+"""Files of a dataset by their stems, and writing files so that a reader never meets half of one."""
 
 import os
 from collections.abc import Iterator
@@ -6,6 +6,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils.errors import InputError
+
+# What a scan's files may be, in any case; the first is what this project writes.
+FILE_SUFFIXES = {"xyz": (".tiff", ".tif"), "rgb": (".png", ".jpg", ".jpeg"), "gt": (".png",)}
+
+
+def files_by_stem(folder: Path, modality: str) -> dict[str, tuple[Path, ...]]:
+    """A folder's files of a modality by stem, all sorted; none where there is no folder. Hidden ones do not count.
+
+    Several files of one stem are for the caller to refuse.
+    """
+    found: dict[str, tuple[Path, ...]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not path.name.startswith(".") and path.suffix.lower() in FILE_SUFFIXES[modality]:
+            found[path.stem] = (*found.get(path.stem, ()), path)
+    return found
 
 
 def make_folder(path: Path | str, flag: str) -> Path:

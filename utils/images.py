@@ -38,6 +38,8 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             yield image
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing: restore it from its source, or remove the scan's other files") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} has more pixels than a scan can have ({error}): scale its files down") from error
     except (OSError, SyntaxError, ValueError, IndexError, struct.error) as error:

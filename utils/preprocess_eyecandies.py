@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -29,10 +28,10 @@ import yaml
 
 from utils.errors import InputError, exit_on_input_error
 from utils.images import defect_mask, open_image, to_rgb
-from utils.preprocessing_progress import TEMPORARY, FileRecord, Progress, Record, Scan, sha256, temporary_path
-from utils.scan_processing import Summary, process_scans, report, write_verified
+from utils.preprocessing_progress import TEMPORARY, Progress, Record, Scan
+from utils.scan_processing import Summary, process_scans, report, write_results
 
-VERSION = 1  # of the conversion: raise it when the same sample gives another result
+VERSION = 2  # of the conversion: raise it when the same sample gives another result, or another record of its sources
 
 # Numbers of Bonfiglioli et al., ACCV 2022, and of the background rule that M3DM's published results were made with.
 FOCAL_LENGTH = 711.11  # pixels
@@ -40,19 +39,7 @@ LIGHTS = range(6)
 BOX_TOP, BOX_DEPTH, BOX_HALF_WIDTH = -0.02, 1.8, 1.0  # metres, in the frame of the table, see `background`
 SCALE = (0.1, -0.1, 0.1)  # of the reordered axes
 SPLITS = {"train": "train", "val": "validation", "test_public": "test"}  # folder there: folder here
-
-
-class Job(NamedTuple):
-    """Where a run reads and writes, and how it converts."""
-
-    sources: dict[str, Path]  # by the name of a scan: the path of its files up to "_depth.png"
-    target: Path
-    light: int
-    suffix: str  # of this run's temporary files
-
-    def source_file(self, scan: Scan, modality: str) -> Path:
-        ending = {"xyz": "depth.png", "rgb": f"image_{self.light}.png", "gt": "mask.png"}[modality]
-        return _beside(self.sources[scan.name], ending)
+_SAMPLE_FILE = re.compile(r"(\d+)_(?:depth\.png|info_depth\.yaml|pose\.txt|image_\d\.png|mask\.png)")
 
 
 def metres_of(stored: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -124,7 +111,7 @@ def organized_cloud(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
 
 
 def find_samples(root: Path, classes: Sequence[str] | None) -> tuple[dict[str, Path], dict[str, str]]:
-    """Find the samples of the published layout.
+    """Find the samples of the published layout by any of the files that make one up.
 
     Returns:
         the path of each sample's files up to "_depth.png", by class, split and three-digit number; and the reason for
@@ -135,78 +122,79 @@ def find_samples(root: Path, classes: Sequence[str] | None) -> tuple[dict[str, P
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: give the folder that holds the classes of Eyecandies")
-    found = [path.parts[-4] for path in root.glob("*/*/data/*_depth.png")]
+    sources: dict[str, Path] = {}
+    failed: dict[str, str] = {}
+    for split, ours in SPLITS.items():
+        numbers = ((path, _SAMPLE_FILE.fullmatch(path.name)) for path in root.glob(f"*/{split}/data/*_*"))
+        for prefix in sorted({path.with_name(number[1]) for path, number in numbers if number}):
+            name = f"{prefix.parts[-4]}/{ours}/{int(prefix.name):03d}"
+            if name in sources:
+                failed[name] = f"{prefix} and {sources[name]} bear the same number: remove one"
+            sources[name] = prefix
+    found = sorted({name.partition("/")[0] for name in sources})
     for name in classes or ():
         if name not in found:
             raise InputError(
                 f"{root} has no samples {name}/<split>/data/*_depth.png: --classes takes "
-                f"{', '.join(sorted(set(found))) or 'nothing here'}"
+                f"{', '.join(found) or 'nothing here'}"
             )
-    sources: dict[str, Path] = {}
-    failed: dict[str, str] = {}
-    for split, ours in SPLITS.items():
-        for path in sorted(root.glob(f"*/{split}/data/*_depth.png")):
-            class_name = path.parts[-4]
-            number = re.fullmatch(r"(\d+)_depth", path.stem)
-            if number is None or (classes and class_name not in classes):
-                continue
-            prefix = path.with_name(number[1])
-            name = f"{class_name}/{ours}/{int(number[1]):03d}"
-            if name in sources:
-                failed[name] = f"{prefix} and {sources[name]} bear the same number: remove one"
-            sources[name] = prefix
     if not sources:
         raise InputError(
             f"{root} holds no <Class>/train/data/<number>_depth.png: give the folder that holds the classes"
         )
-    return {name: prefix for name, prefix in sources.items() if name not in failed}, failed
+    chosen = {name for name in sources if not classes or name.partition("/")[0] in classes}
+    failed = {name: failed[name] for name in failed if name in chosen}
+    return {name: sources[name] for name in sources if name in chosen - failed.keys()}, failed
 
 
-def name_scans(samples: dict[str, Path], failed: dict[str, str]) -> list[Scan]:
+def sample_scan(name: str, prefix: Path, defective: bool, light: int) -> Scan:
+    """The scan that becomes of a sample: what it is called here, and the files it is made from."""
+    class_name, split, number = name.split("/")
+    endings = {"xyz": ("depth.png", "info_depth.yaml", "pose.txt"), "rgb": (f"image_{light}.png",)}
+    if split == "test":
+        endings["gt"] = ("mask.png",)
+    sources = {modality: tuple(_beside(prefix, ending) for ending in each) for modality, each in endings.items()}
+    return Scan(f"{class_name}/{split}/{'bad' if defective else 'good'}/{number}", sources)
+
+
+def name_scans(samples: dict[str, Path], light: int, failed: dict[str, str]) -> list[Scan]:
     """The scans as they will be written: the mask decides whether a test sample is good or bad.
 
     What cannot be read goes to `failed`.
     """
     scans = []
     for name, prefix in samples.items():
-        class_name, split, number = name.split("/")
         try:
-            defective = split == "test" and bool(_read_mask(prefix).any())
+            defective = name.split("/")[1] == "test" and bool(_read_mask(_beside(prefix, "mask.png")).any())
         except InputError as error:
             failed[name] = str(error)
             continue
-        scan = Scan(
-            f"{class_name}/{split}/{'bad' if defective else 'good'}/{number}",
-            ("xyz", "rgb", "gt") if split == "test" else ("xyz", "rgb"),
-        )
-        scans.append(scan)
+        scans.append(sample_scan(name, prefix, defective, light))
     return scans
 
 
-def convert_files(scan: Scan, job: Job) -> Record:
+def convert_files(scan: Scan, target: Path, suffix: str) -> Record:
     """Convert one sample and leave the results beside their final places under temporary names, read back and on disk.
 
     Raises:
-        InputError: a file is missing or cannot be read, sizes differ, or the table cannot be found.
+        InputError: a file is missing or cannot be read or written, sizes differ, or the table cannot be found.
     """
-    prefix = job.sources[scan.name]
-    arrays = {"xyz": organized_cloud(_read_depth(prefix), _read_pose(prefix))}
+    depth, limits, pose = scan.sources["xyz"]
+    arrays = {"xyz": organized_cloud(_read_depth(depth, limits), _read_pose(pose))}
     if not arrays["xyz"].any():
-        raise InputError(f"nothing of {prefix} lies inside the box on the table: leave the sample out")
-    with open_image(job.source_file(scan, "rgb")) as image:
+        raise InputError(f"nothing of {depth} lies inside the box on the table: leave the sample out")
+    with open_image(scan.sources["rgb"][0]) as image:
         arrays["rgb"] = np.asarray(to_rgb(image))
     if "gt" in scan.modalities:
-        arrays["gt"] = _read_mask(prefix).astype(np.uint8) * 255
-    record = {}
+        arrays["gt"] = _read_mask(scan.sources["gt"][0]).astype(np.uint8) * 255
+    height, width = arrays["xyz"].shape[:2]
     for modality, array in arrays.items():
-        source = job.source_file(scan, modality)
-        if array.shape[:2] != arrays["xyz"].shape[:2]:
-            height, width = arrays["xyz"].shape[:2]
-            raise InputError(f"{source} is {array.shape[0]} x {array.shape[1]}, its depth {height} x {width} (H x W)")
-        temporary = temporary_path(scan.file(job.target, modality), job.suffix)
-        write_verified(temporary, array)
-        record[modality] = FileRecord(sha256(source), sha256(temporary), temporary.stat().st_size)
-    return record
+        if array.shape[:2] != (height, width):
+            raise InputError(
+                f"{scan.sources[modality][0]} is {array.shape[0]} x {array.shape[1]}, "
+                f"its depth {height} x {width} (H x W)"
+            )
+    return write_results(scan, arrays, target, suffix)
 
 
 def preprocess(root: Path, target: Path, classes: Sequence[str] | None, light: int, workers: int) -> Summary:
@@ -214,19 +202,17 @@ def preprocess(root: Path, target: Path, classes: Sequence[str] | None, light: i
     if target.resolve() == root.resolve():
         raise InputError(f"--target_dir {target} is the dataset itself: give another folder")
     samples, failed = find_samples(root, classes)
-    scans = name_scans(samples, failed)
+    scans = name_scans(samples, light, failed)
     # Of every class: what an earlier run left half written may be of one that this run leaves out.
-    sources: dict[str, Path] = {}
-    for name, prefix in find_samples(root, None)[0].items():
-        class_name, split, number = name.split("/")
-        sources |= {f"{class_name}/{split}/{kind}/{number}": prefix for kind in ("good", "bad")}
-    job = Job(sources, target, light, f".{os.getpid()}{TEMPORARY}")
+    everything = (find_samples(root, None)[0] if classes else samples).items()
+    known = [sample_scan(name, prefix, bad, light) for name, prefix in everything for bad in (False, True)]
     settings = {"converter": "eyecandies", "version": VERSION, "light": light}
+    suffix = f".{os.getpid()}{TEMPORARY}"
     return process_scans(
         scans,
-        lambda: Progress(job.source_file, target, settings),
-        partial(convert_files, job=job),
-        job.suffix,
+        lambda: Progress({scan.name: scan for scan in known}, target, settings),
+        partial(convert_files, target=target, suffix=suffix),
+        suffix,
         workers,
         failed,
     )
@@ -236,18 +222,16 @@ def _beside(prefix: Path, ending: str) -> Path:
     return prefix.with_name(f"{prefix.name}_{ending}")
 
 
-def _read_depth(prefix: Path) -> np.ndarray:
-    path = _beside(prefix, "info_depth.yaml")
+def _read_depth(path: Path, limits: Path) -> np.ndarray:
     try:
-        limits = yaml.safe_load(path.read_text(encoding="utf-8"))["normalization"]
-        low, high = float(limits["min"]), float(limits["max"])
+        normalization = yaml.safe_load(limits.read_text(encoding="utf-8"))["normalization"]
+        low, high = float(normalization["min"]), float(normalization["max"])
     except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(
-            f"{path} cannot be read ({type(error).__name__}), expected normalization: min, max: copy it again"
+            f"{limits} cannot be read ({type(error).__name__}), expected normalization: min, max: copy it again"
         ) from None
     if not 0 < low < high < np.inf:
-        raise InputError(f"{path} has the depths {low} to {high}, expected 0 < min < max in metres: copy it again")
-    path = _beside(prefix, "depth.png")
+        raise InputError(f"{limits} has the depths {low} to {high}, expected 0 < min < max in metres: copy it again")
     with open_image(path) as image:
         stored, mode = np.asarray(image), image.mode
     if not mode.startswith("I"):
@@ -255,8 +239,7 @@ def _read_depth(prefix: Path) -> np.ndarray:
     return metres_of(stored.astype(np.float64), low, high)
 
 
-def _read_pose(prefix: Path) -> np.ndarray:
-    path = _beside(prefix, "pose.txt")
+def _read_pose(path: Path) -> np.ndarray:
     try:
         with warnings.catch_warnings(action="ignore"):  # of an empty file, which is refused below
             pose = np.loadtxt(path)
@@ -267,8 +250,8 @@ def _read_pose(prefix: Path) -> np.ndarray:
     return pose
 
 
-def _read_mask(prefix: Path) -> np.ndarray:
-    with open_image(_beside(prefix, "mask.png")) as image:
+def _read_mask(path: Path) -> np.ndarray:
+    with open_image(path) as image:
         return defect_mask(image)
 
 

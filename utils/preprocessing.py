@@ -1,7 +1,8 @@
 """Clean the scans of a dataset in the layout of MVTec 3D-AD, once, before anything is trained on it.
 
 Every <class>/<split>/<defect>/{rgb,xyz,gt} triple of the same stem loses the plane the part lies on and all but its
-largest cluster, and is padded to a square (utils/cloud_cleaning.py).
+largest cluster, and is padded to a square (utils/cloud_cleaning.py). Written are .tiff and .png; in place they take the
+room of .tif and .jpg files.
 
     python utils/preprocessing.py datasets/mvtec3d/ --dry_run        # check and count, write nothing
     python utils/preprocessing.py datasets/mvtec3d/ --dry_run --preview before_after.png   # and show what it would do
@@ -29,21 +30,12 @@ from tqdm import tqdm
 
 from utils.cloud_cleaning import CleaningRule, clean_scan, pad_to_square
 from utils.errors import InputError, exit_on_input_error
+from utils.files import FILE_SUFFIXES, files_by_stem, make_folder
 from utils.images import defect_mask, open_image, to_rgb
 from utils.organized_pc import organized_pc_header, read_organized_pc
-from utils.preprocessing_preview import Pair, write_preview
-from utils.preprocessing_progress import (
-    MANIFEST,
-    SUFFIXES,
-    TEMPORARY,
-    FileRecord,
-    Progress,
-    Record,
-    Scan,
-    sha256,
-    temporary_path,
-)
-from utils.scan_processing import Summary, process_scans, report, split_scans, write_verified
+from utils.preprocessing_preview import FORMATS, Pair, check_format, write_preview
+from utils.preprocessing_progress import MANIFEST, TEMPORARY, Progress, Record, Scan, cannot_write
+from utils.scan_processing import Summary, process_scans, report, split_scans, write_results
 
 VERSION = 1  # of the cleaning: raise it when the same scan and rule give another result
 
@@ -68,14 +60,15 @@ def find_scans(root: Path) -> tuple[list[Scan], dict[str, str]]:
         raise InputError(f"{root} is not a folder: give the folder that holds the classes of the dataset")
     scans, failed = [], {}
     for folder in sorted(p for p in root.glob("*/*/*") if (p / "xyz").is_dir() or (p / "rgb").is_dir()):
-        stems = {
-            modality: {p.stem for p in (folder / modality).glob(f"*{suffix}") if not p.name.startswith(".")}
-            for modality, suffix in SUFFIXES.items()
+        found = {
+            modality: files_by_stem(folder / modality, modality)
+            for modality in FILE_SUFFIXES
             if modality != "gt" or (folder / modality).is_dir()
         }
-        for stem in sorted(set().union(*stems.values())):
-            scan = Scan(f"{folder.relative_to(root).as_posix()}/{stem}", tuple(stems))
-            missing = [str(scan.file(root, modality)) for modality in stems if stem not in stems[modality]]
+        for stem in sorted(set().union(*found.values())):
+            sources = {modality: files.get(stem, ()) for modality, files in found.items()}
+            scan = Scan(f"{folder.relative_to(root).as_posix()}/{stem}", sources)
+            missing = [str(scan.file(root, modality)) for modality in sources if not sources[modality]]
             if missing:
                 failed[scan.name] = f"{' and '.join(missing)} missing: restore from the dataset or remove the scan"
             else:
@@ -89,53 +82,83 @@ def clean_files(scan: Scan, job: Job) -> Record:
     """Clean one scan and leave the results beside their final places under temporary names, read back and on disk.
 
     Raises:
-        InputError: a file cannot be read, or the scan cannot be cleaned (see `clean_scan`).
+        InputError: a file cannot be read or written, or the scan cannot be cleaned (see `clean_scan`).
     """
     pair, padded_gt = _read_and_clean(scan, job)
-    record = {}
-    for modality, array in (("xyz", pair.clean_xyz), ("rgb", pair.clean_rgb), ("gt", padded_gt)):
-        if array is not None:
-            temporary = temporary_path(scan.file(job.output, modality), job.suffix)
-            write_verified(temporary, array)
-            source = sha256(scan.file(job.source, modality))
-            record[modality] = FileRecord(source, sha256(temporary), temporary.stat().st_size)
-    return record
+    arrays = {"xyz": pair.clean_xyz, "rgb": pair.clean_rgb}
+    if padded_gt is not None:
+        arrays["gt"] = padded_gt
+    return write_results(scan, arrays, job.output, job.suffix)
+
+
+def _source(scan: Scan, modality: str) -> Path:
+    """The one file that a modality is made from; InputError where there are several."""
+    files = scan.sources[modality]
+    if len(files) > 1:
+        raise InputError(f"{' and '.join(map(str, files))} are files of one scan: keep one of them")
+    return files[0]
 
 
 def _read_and_clean(scan: Scan, job: Job) -> tuple[Pair, np.ndarray | None]:
     """The scan before and after, and its padded ground truth where it has one; errors as of `clean_files`."""
-    xyz = read_organized_pc(scan.file(job.source, "xyz"))
-    rgb = _read_photo(scan.file(job.source, "rgb"))
-    gt = _read_ground_truth(scan.file(job.source, "gt")) if "gt" in scan.modalities else None
+    xyz = read_organized_pc(_source(scan, "xyz"))
+    rgb = _read_photo(_source(scan, "rgb"))
+    gt = _read_ground_truth(_source(scan, "gt")) if "gt" in scan.modalities else None
     clean_xyz, clean_rgb, padded_gt = clean_scan(xyz, rgb, gt, job.rule)
     if job.keep_rgb:
         clean_rgb = pad_to_square(rgb, job.rule.side_multiple)
     return Pair(rgb, xyz, clean_rgb, clean_xyz), padded_gt
 
 
-def preview(job: Job, path: Path) -> None:
-    """Draw one scan of each class, not cleaned yet, before and after as a PNG.
+def preview(job: Job, path: Path) -> dict[str, str]:
+    """Draw one scan of each class, not cleaned yet, before and after: the first that can be cleaned.
+
+    Returns:
+        the reason for each scan that was left out because it cannot be cleaned.
 
     Raises:
-        InputError: every class is done, or its first scan cannot be cleaned.
+        InputError: the suffix of `path` is no picture format, every scan is done, none can be cleaned, or the picture
+            cannot be written.
     """
-    scans, _ = find_scans(job.source)
-    done = _progress(job).done
-    first: dict[str, Scan] = {}
-    for scan in scans:
-        if job.source != job.output or scan.name not in done:
-            first.setdefault(scan.name.partition("/")[0], scan)
-    if not first:
+    check_format(path)
+    pairs, left_out = _first_usable(job)
+    if not pairs and not left_out:
         raise InputError(f"every scan of {job.source} is cleaned already: --preview shows scans that are not")
-    pairs = {}
-    for scan in first.values():
-        pairs[scan.name], _ = _read_and_clean(scan, job)
-    write_preview(path, pairs)
+    if not pairs:
+        name, reason = next(iter(left_out.items()))
+        raise InputError(
+            f"none of {len(left_out)} scans can be shown by --preview, the first, {name}, because {reason}"
+        )
+    make_folder(path.parent, "--preview")
+    try:
+        write_preview(path, pairs)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return left_out
 
 
-def _progress(job: Job) -> Progress:
+def _first_usable(job: Job) -> tuple[dict[str, Pair], dict[str, str]]:
+    """The first scan of each class that is not cleaned yet and can be, and the reasons of those before that cannot."""
+    scans, _ = find_scans(job.source)
+    done = _progress(scans, job).done
+    pairs: dict[str, Pair] = {}
+    left_out: dict[str, str] = {}
+    shown: set[str] = set()
+    for scan in scans:
+        class_name = scan.name.partition("/")[0]
+        if class_name in shown or (job.source == job.output and scan.name in done):
+            continue
+        try:
+            pairs[scan.name], _ = _read_and_clean(scan, job)
+            shown.add(class_name)
+        except InputError as error:
+            left_out[scan.name] = str(error)
+    return pairs, left_out
+
+
+def _progress(scans: list[Scan], job: Job) -> Progress:
     settings = {"version": VERSION, **asdict(job.rule), "keep_rgb": job.keep_rgb}
-    return Progress(lambda scan, modality: scan.file(job.source, modality), job.output, settings)
+    return Progress({scan.name: scan for scan in scans}, job.output, settings)
 
 
 def preprocess(job: Job, workers: int, dry_run: bool = False) -> Summary:
@@ -156,23 +179,26 @@ def preprocess(job: Job, workers: int, dry_run: bool = False) -> Summary:
             f"{job.source} holds scans that are preprocessed already ({MANIFEST} is there), and cleaning them twice "
             "ruins them: give the folder of the original scans"
         )
+    progress_of = partial(_progress, scans, job)
     if not dry_run:
-        return process_scans(scans, partial(_progress, job), partial(clean_files, job=job), job.suffix, workers, failed)
-    pending, skipped = split_scans(scans, _progress(job), failed)
-    results = _check_all(pending, job)
+        return process_scans(scans, progress_of, partial(clean_files, job=job), job.suffix, workers, failed)
+    progress = progress_of()
+    progress.recover(dry_run=True)
+    pending, skipped = split_scans(scans, progress, failed)
+    results = _check_all(pending)
     failed |= {scan.name: result for scan, result in results if isinstance(result, str)}
     done = sorted(scan.name for scan, result in results if not isinstance(result, str))
     return Summary(done, skipped, dict(sorted(failed.items())))
 
 
-def _check_all(scans: list[Scan], job: Job) -> list[tuple[Scan, Record | str]]:
+def _check_all(scans: list[Scan]) -> list[tuple[Scan, Record | str]]:
     """Check the headers of each scan: an empty record, or the reason why it would fail."""
     results: list[tuple[Scan, Record | str]] = []
     for scan in tqdm(scans, unit="scan", disable=None):
         try:
-            height, width = organized_pc_header(scan.file(job.source, "xyz"))
+            height, width = organized_pc_header(_source(scan, "xyz"))
             for modality in scan.modalities[1:]:
-                with open_image(path := scan.file(job.source, modality)) as image:
+                with open_image(path := _source(scan, modality)) as image:
                     if image.size != (width, height):
                         raise InputError(f"{path} is {image.height} x {image.width}, its xyz file {height} x {width}")
             results.append((scan, {}))
@@ -203,7 +229,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     parser.add_argument("--keep_rgb", action="store_true", help="only pad the photographs, do not black out background")
     parser.add_argument("--dry_run", action="store_true", help="check pairs, headers and sizes; change nothing")
-    parser.add_argument("--preview", type=Path, metavar="PNG", help="first draw a scan of each class before and after")
+    parser.add_argument(
+        "--preview",
+        type=Path,
+        metavar="PICTURE",
+        help=f"first draw a scan of each class before and after ({', '.join(FORMATS)})",
+    )
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: expected at least 1")
@@ -213,10 +244,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the script and return its exit code."""
     args = _parse(argv)
-    suffix = f".{os.getpid()}{TEMPORARY}"
-    job = Job(args.dataset, args.output_dir or args.dataset, CleaningRule(), args.keep_rgb, suffix)
+    in_place = args.output_dir is None or args.output_dir.resolve() == args.dataset.resolve()
+    output = args.dataset if in_place else args.output_dir
+    job = Job(args.dataset, output, CleaningRule(), args.keep_rgb, f".{os.getpid()}{TEMPORARY}")
     if args.preview:
-        preview(job, args.preview)
+        for name, reason in preview(job, args.preview).items():
+            print(f"left out of the preview: {name}: {reason}")
         print(f"before and after: {args.preview}")
     return report(lambda: preprocess(job, args.workers, args.dry_run), "to do" if args.dry_run else "done")
 

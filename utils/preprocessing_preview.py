@@ -9,9 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from utils.errors import InputError
 from utils.files import atomic_path
 from utils.organized_pc import valid_mask
 
+FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
 COLUMNS = ("photo", "depth", "cleaned photo", "cleaned depth")
 
 
@@ -24,8 +26,16 @@ class Pair(NamedTuple):
     clean_xyz: np.ndarray  # (S, S, 3)
 
 
+def check_format(path: Path) -> None:
+    """Refuse a contact sheet whose suffix names no format that can be written; InputError."""
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(
+            f"--preview {path} names no picture format: end it in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        )
+
+
 def write_preview(path: Path, pairs: Mapping[str, Pair]) -> None:
-    """Draw a row for each named scan; both depths of a row share the colours of the cleaned one."""
+    """Draw a row for each named scan, in the format of the suffix; both depths share the colours of the cleaned one."""
     figure = Figure(figsize=(2.6 * len(COLUMNS), 2.6 * len(pairs) + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(pairs), len(COLUMNS), squeeze=False)

@@ -2,24 +2,24 @@
 
 A scan is three files, and three files cannot be renamed at once. So the results of a scan are first written under
 temporary names, then their checksums go into a journal, then the files get their names. A scan whose journal line is
-there can be finished; one without it has not been touched.
+there can be finished; one without it has not been touched. An original of another suffix than its result goes last.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.errors import InputError
-from utils.files import atomic_path
+from utils.files import FILE_SUFFIXES, atomic_path
 
 SCHEMA = 1  # of the manifest and the journal
 MANIFEST = "preprocessing.json"
-SUFFIXES = {"xyz": ".tiff", "rgb": ".png", "gt": ".png"}
 TEMPORARY = ".preprocessing"  # last suffix of a file not yet in place, so that no reader takes it for a scan
 
 
@@ -27,23 +27,27 @@ class Scan(NamedTuple):
     """One view of one part: an xyz and an rgb file, and a gt file where its folder has ground truth."""
 
     name: str  # "bagel/test/hole/000": class, split, defect, stem
-    modalities: tuple[str, ...]
+    sources: Mapping[str, tuple[Path, ...]]  # by modality: the files it is made from
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(self.sources)
 
     def file(self, root: Path, modality: str) -> Path:
+        """Where the result goes."""
         folder, _, stem = self.name.rpartition("/")
-        return root / folder / modality / (stem + SUFFIXES[modality])
+        return root / folder / modality / (stem + FILE_SUFFIXES[modality][0])
 
 
 class FileRecord(NamedTuple):
     """What tells an original file from its preprocessed form."""
 
-    source: str  # sha256
+    source: str  # sha256, of several files that of their listing
     result: str  # sha256
     bytes: int  # of the result
 
 
 Record = dict[str, FileRecord]  # by modality
-SourceOf = Callable[[Scan, str], Path]
 
 
 class Progress:
@@ -54,21 +58,22 @@ class Progress:
     that one is finished at the next start.
     """
 
-    def __init__(self, source_of: SourceOf, output: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, scans: Mapping[str, Scan], output: Path, settings: dict[str, Any]) -> None:
         """Read what is on disk, write nothing.
 
         Args:
-            source_of: the original file of a scan's modality; may be where the result goes.
+            scans: by name, also those of earlier runs; their sources may lie where the results go.
             output: root of the results.
             settings: what the results depend on, of JSON types; other settings than the recorded ones are refused.
 
         Raises:
             InputError: the files on disk are damaged or were made with other settings.
         """
-        self.source_of, self.output, self.settings = source_of, output, settings
+        self._scans, self.output, self.settings = scans, output, settings
         self.manifest, self.journal = output / MANIFEST, output / "preprocessing.journal"
         self.done: dict[str, Record] = {}
         self._last: dict[str, Any] | None = None
+        self._foreseen: str | None = None  # the scan that a dry run takes for finished
         try:
             if self.manifest.is_file():
                 content = json.loads(self.manifest.read_text())
@@ -88,49 +93,62 @@ class Progress:
                 "restore the original dataset and delete both"
             ) from error
 
-    def recover(self) -> None:
+    def recover(self, dry_run: bool = False) -> None:
         """Finish the scan that a killed run left half renamed, and put the journal into the manifest.
 
+        A dry run writes nothing and lets `is_done` answer as it would afterwards.
+
         Raises:
-            InputError: one of its temporary files is gone and the originals are no longer complete.
+            InputError: one of its temporary files is gone and the originals are no longer complete, or the manifest
+                cannot be written.
         """
         if self._last is not None:
-            name = self._last["scan"]
-            scan = Scan(name, tuple(self.done[name]))
-            if not self._finish(scan, self._last["suffix"]):
-                if not self.is_original(scan):
-                    raise InputError(
-                        f"{name} was left half written and its temporary files are gone: restore "
-                        f"{', '.join(str(self.source_of(scan, m)) for m in scan.modalities)} from the dataset"
-                    )
+            name, suffix = self._last["scan"], self._last["suffix"]
+            scan = self._scans.get(name, Scan(name, dict.fromkeys(self.done[name], ())))
+            if self._can_finish(scan, suffix):
+                if dry_run:
+                    self._foreseen = name
+                else:
+                    self._put_in_place(scan, suffix)
+            elif self.is_original(scan):
                 del self.done[name]
+            else:
+                raise InputError(
+                    f"{name} was left half written and its temporary files are gone: restore "
+                    f"{', '.join(str(scan.file(self.output, m)) for m in scan.modalities)} from the dataset"
+                )
+        if not dry_run:
             self._last = None
-        self.save()
+            self.save()
 
     def commit(self, scan: Scan, record: Record, suffix: str) -> None:
-        """Give the files of `scan`, complete under their names plus `suffix`, their final names."""
-        line = {"scan": scan.name, "suffix": suffix, "files": _record_to_json(record)}
-        with self.journal.open("a") as journal:
-            journal.write(json.dumps(line) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
+        """Give the files of `scan`, complete under their names plus `suffix`, their final names.
+
+        Raises:
+            OSError: the journal cannot be written; nothing has changed.
+            InputError: a file cannot be renamed; what is half renamed the next run finishes.
+        """
+        line = json.dumps({"scan": scan.name, "suffix": suffix, "files": _record_to_json(record)}) + "\n"
+        _append(self.journal, line.encode())
         self.done[scan.name] = record
-        for modality in scan.modalities:
-            target = scan.file(self.output, modality)
-            temporary_path(target, suffix).replace(target)
+        self._put_in_place(scan, suffix)
 
     def save(self) -> None:
-        """Write the manifest and drop the journal."""
+        """Write the manifest and drop the journal; where that fails both are as before, and InputError says why."""
         scans = {name: _record_to_json(self.done[name]) for name in sorted(self.done)}
-        with atomic_path(self.manifest) as temporary:
-            temporary.write_text(
-                json.dumps({"schema": SCHEMA, "settings": self.settings, "scans": scans}, indent=1) + "\n"
-            )
-            sync(temporary)
-        self.journal.unlink(missing_ok=True)
+        content = json.dumps({"schema": SCHEMA, "settings": self.settings, "scans": scans}, indent=1) + "\n"
+        try:
+            with atomic_path(self.manifest) as temporary:
+                temporary.write_text(content)
+                sync(temporary)
+            self.journal.unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(self.manifest, error) from error
 
     def is_done(self, scan: Scan) -> bool:
         """Tell by the presence and size of its files, without reading them, whether `scan` is as it was left."""
+        if scan.name == self._foreseen:
+            return True
         record = self.done.get(scan.name)
         if record is None or set(record) != set(scan.modalities):
             return False
@@ -139,19 +157,42 @@ class Progress:
 
     def is_original(self, scan: Scan) -> bool:
         """Tell whether the source files of a recorded scan are, by checksum, those it was made from."""
-        record = self.done[scan.name]
-        files = {modality: self.source_of(scan, modality) for modality in record}
-        return all(files[m].is_file() and sha256(files[m]) == record[m].source for m in record)
+        return all(
+            (files := scan.sources.get(modality))
+            and all(path.is_file() for path in files)
+            and sha256(*files) == file.source
+            for modality, file in self.done[scan.name].items()
+        )
 
-    def _finish(self, scan: Scan, suffix: str) -> bool:
+    def _can_finish(self, scan: Scan, suffix: str) -> bool:
+        """Tell whether the result of every file is there by checksum, under its final or its temporary name."""
         for modality, file in self.done[scan.name].items():
             target = scan.file(self.output, modality)
-            temporary = temporary_path(target, suffix)
-            if temporary.is_file() and sha256(temporary) == file.result:
-                temporary.replace(target)
-            elif not target.is_file() or sha256(target) != file.result:
+            places = (temporary_path(target, suffix), target)
+            if not any(path.is_file() and sha256(path) == file.result for path in places):
                 return False
         return True
+
+    def _put_in_place(self, scan: Scan, suffix: str) -> None:
+        """Rename the temporary files that are there, then delete originals beside them that bear another suffix."""
+        targets = {modality: scan.file(self.output, modality) for modality in self.done[scan.name]}
+        try:
+            for target in targets.values():
+                if (temporary := temporary_path(target, suffix)).is_file():
+                    temporary.replace(target)
+            for modality, target in targets.items():
+                for source in scan.sources[modality]:
+                    if self._is_replaced(source, target, self.done[scan.name][modality]):
+                        sync(target.parent)  # the new name reaches the disk before the old one goes
+                        source.unlink()
+        except OSError as error:
+            raise cannot_write(Path(error.filename2 or error.filename or self.output), error) from error
+
+    def _is_replaced(self, source: Path, target: Path, file: FileRecord) -> bool:
+        if source.parent != target.parent or source.name == target.name or not source.is_file():
+            return False
+        # A file system that ignores case has one file by both names.
+        return not source.samefile(target) and sha256(source) == file.source
 
     def _check_settings(self, found: dict[str, Any]) -> None:
         changed = sorted(k for k in self.settings.keys() | found.keys() if self.settings.get(k) != found.get(k))
@@ -203,13 +244,41 @@ def _record_from_json(files: dict[str, dict[str, Any]]) -> Record:
     return {modality: FileRecord(**file) for modality, file in files.items()}
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(*paths: Path) -> str:
+    """Return the SHA-256 in hexadecimal of a file, or of the lines that these give for several."""
+    digests = []
+    for path in paths:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Flush a written file to the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Flush a written file, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """Say why `path` is not written, and the mend."""
+    # NumPy's error of a write cut short has no number.
+    full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)
+    mend = "free disk space" if full else "make it and its folder writable"
+    reason = error.strerror or str(error)
+    return InputError(f"{path} cannot be written ({reason}): {mend} and run the same command again")
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Append a whole line and flush it to the disk, or leave the file as it was and raise OSError."""
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise

@@ -57,6 +57,13 @@ def append_tables(
             temporary.write_text(older + "\n\n" + "\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of cells, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
 def format_tables(methods: Methods, exact_headline: bool, note: str | None = None) -> str:
     """The tables of `append_tables` as aligned text for the terminal: I-AUROC, P-AUROC, AU-PRO."""
     return "\n\n".join(

@@ -4,7 +4,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator
+import threading
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -17,7 +18,18 @@ from tqdm import tqdm
 
 from utils.errors import InputError
 from utils.organized_pc import read_organized_pc, write_organized_pc
-from utils.preprocessing_progress import Progress, Record, Scan, locked, remove_stale, sync
+from utils.preprocessing_progress import (
+    FileRecord,
+    Progress,
+    Record,
+    Scan,
+    cannot_write,
+    locked,
+    remove_stale,
+    sha256,
+    sync,
+    temporary_path,
+)
 
 
 class Summary(NamedTuple):
@@ -47,12 +59,13 @@ def process_scans(
         failed: reasons of scans that failed before.
 
     Raises:
-        InputError: other settings than before, another run at work on the same folder, or a scan left half written
-            that cannot be mended.
+        InputError: other settings than before, a folder that cannot be written to, another run at work on the same
+            folder, or a scan left half written that cannot be mended.
     """
-    results: list[tuple[Scan, Record | str]] = []
+    done = []
     output = progress_of().output
     _make_folder(output)
+    _require_writable(scans, output)
     with locked(output):
         progress = progress_of()
         progress.recover()
@@ -60,14 +73,17 @@ def process_scans(
         pending, skipped = split_scans(scans, progress, failed)
         with closing(_process_all(pending, process, workers)) as outcomes:
             for scan, result in tqdm(outcomes, total=len(pending), unit="scan", disable=None):
-                if not isinstance(result, str):
-                    progress.commit(scan, result, suffix)
-                results.append((scan, result))
-        progress.save()
-        remove_stale(scans, output)
-    failed |= {scan.name: result for scan, result in results if isinstance(result, str)}
-    done = sorted(scan.name for scan, result in results if not isinstance(result, str))
-    return Summary(done, skipped, dict(sorted(failed.items())))
+                reason = result if isinstance(result, str) else _commit(scan, result, suffix, progress)
+                if reason is None:
+                    done.append(scan.name)
+                else:
+                    failed[scan.name] = reason
+        remove_stale(scans, output)  # before the manifest: on a full disk it needs their space
+        try:
+            progress.save()
+        except InputError as error:
+            failed[progress.manifest.name] = f"{error}; until then {progress.journal.name} keeps what is done"
+    return Summary(sorted(done), skipped, dict(sorted(failed.items())))
 
 
 def report(run: Callable[[], Summary], done: str = "done") -> int:
@@ -83,7 +99,29 @@ def report(run: Callable[[], Summary], done: str = "done") -> int:
     return 1 if summary.failed else 0
 
 
-def write_verified(path: Path, array: np.ndarray) -> None:
+def write_results(scan: Scan, arrays: Mapping[str, np.ndarray], output: Path, suffix: str) -> Record:
+    """Leave the results of a scan beside their final places under temporary names, read back and on disk.
+
+    Raises:
+        InputError: a file cannot be written, or reads back different; none is left behind.
+    """
+    temporaries = {modality: temporary_path(scan.file(output, modality), suffix) for modality in arrays}
+    sources = {modality: sha256(*scan.sources[modality]) for modality in arrays}
+    record = {}
+    try:
+        for modality, path in temporaries.items():
+            try:
+                _write_verified(path, arrays[modality])
+                record[modality] = FileRecord(sources[modality], sha256(path), path.stat().st_size)
+            except OSError as error:
+                raise cannot_write(scan.file(output, modality), error) from error
+    except InputError:
+        _discard(scan, output, suffix)  # its space may do for the next scan
+        raise
+    return record
+
+
+def _write_verified(path: Path, array: np.ndarray) -> None:
     """Write a cloud (H, W, 3) float32 as tiff or an image of uint8 as PNG, read it back and flush it to the disk."""
     if array.dtype == np.float32:
         write_organized_pc(path, array)
@@ -98,13 +136,34 @@ def write_verified(path: Path, array: np.ndarray) -> None:
     sync(path)
 
 
+def _discard(scan: Scan, output: Path, suffix: str) -> None:
+    for modality in scan.modalities:
+        temporary_path(scan.file(output, modality), suffix).unlink(missing_ok=True)
+
+
+def _commit(scan: Scan, record: Record, suffix: str, progress: Progress) -> str | None:
+    """Put the results in place, or return the reason why they were discarded."""
+    try:
+        progress.commit(scan, record, suffix)
+    except OSError as error:
+        _discard(scan, progress.output, suffix)
+        return str(cannot_write(progress.journal, error))
+    return None
+
+
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be made ({error.strerror}): give another output folder") from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{folder} is not writable: give an output folder that is")
+
+
+def _require_writable(scans: list[Scan], output: Path) -> None:
+    """Look at every folder that is there before the first scan is touched."""
+    folders = {scan.file(output, modality).parent for scan in scans for modality in scan.modalities}
+    for folder in (output, *sorted(folders)):
+        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(f"{folder} is not writable: change its permissions or give another output folder")
 
 
 def split_scans(scans: list[Scan], progress: Progress, failed: dict[str, str]) -> tuple[list[Scan], list[str]]:
@@ -135,8 +194,7 @@ def _process_all(
     pool = ProcessPoolExecutor(
         min(workers, len(scans)),
         multiprocessing.get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is for the main process to handle
+        initializer=_start_worker,
     )
     try:
         futures = {pool.submit(process, scan): scan for scan in scans}
@@ -147,3 +205,16 @@ def _process_all(
                 yield futures[future], str(error)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to handle
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+
+def _end_with_main_process() -> None:
+    """End this worker when the main process is gone, killed too: it would wait for work for ever."""
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None, "runs in a worker"
+    main_process.join()
+    os._exit(1)

@@ -1,0 +1,137 @@
+"""A look at a dataset before a long run: what every split holds, what is at fault, and which scans are not cleaned.
+
+python main.py --inspect_dataset --dataset_path datasets/mvtec3d
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from dataset import SampleFiles, check_scan, index_split, read_photo
+from utils.cloud_cleaning import CleaningRule, shows_table
+from utils.errors import InputError
+from utils.images import defect_mask, open_image
+from utils.organized_pc import read_organized_pc, valid_mask
+from utils.report import print_columns
+
+CLEANING_COMMAND = "python utils/preprocessing.py"
+logger = logging.getLogger(__name__)
+
+
+class SplitReport(NamedTuple):
+    """What `inspect_split` found in the files of one split of a class; of scans at fault only their number."""
+
+    class_name: str
+    split: str
+    scans: int = 0
+    defective: int = 0
+    sizes: tuple[tuple[int, int], ...] = ()  # (H, W) that occur, the same for all files of a scan
+    valid: tuple[float, float] | None = None  # least and largest share of pixels with a measurement; None: no clouds
+    depth: tuple[float, float] | None = None  # least and largest z of a measurement, metres
+    raw: int = 0  # scans that still show a table plane along their border
+    problems: tuple[str, ...] = ()
+
+
+class _CloudReport(NamedTuple):
+    valid: float
+    nearest: float
+    farthest: float
+    raw: bool
+
+
+class _ScanReport(NamedTuple):
+    size: tuple[int, int]
+    cloud: _CloudReport | None
+
+
+def inspect_split(class_folder: Path | str, split: str, modalities: frozenset[str], num_workers: int) -> SplitReport:
+    """Decode every file of a split and report what is in it; faults are collected, not raised.
+
+    A validation split that is not there is no fault. Files are read by `num_workers` threads, or none for 0.
+    """
+    folder = Path(class_folder)
+    empty = SplitReport(folder.name, split)
+    if split == "validation" and not (folder / split).is_dir():
+        return empty
+    try:
+        files = index_split(folder, split, modalities)
+    except InputError as error:
+        return empty._replace(problems=(str(error),))
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        found = pool.map(lambda scan: _inspect_scan(scan, modalities), files)
+        described = list(tqdm(found, total=len(files), desc=f"{folder.name} {split}", leave=False))
+    sound = [each for each in described if isinstance(each, _ScanReport)]
+    clouds = [each.cloud for each in sound if each.cloud is not None]
+    return empty._replace(
+        scans=len(files),
+        defective=sum(bool(scan.label) for scan in files),
+        sizes=tuple(sorted({each.size for each in sound})),
+        valid=(min(each.valid for each in clouds), max(each.valid for each in clouds)) if clouds else None,
+        depth=(min(each.nearest for each in clouds), max(each.farthest for each in clouds)) if clouds else None,
+        raw=sum(each.raw for each in clouds),
+        problems=tuple(each for each in described if isinstance(each, str)),
+    )
+
+
+def _inspect_scan(scan: SampleFiles, modalities: frozenset[str]) -> _ScanReport | str:
+    """What a scan holds, or what is wrong with one of its files."""
+    try:
+        check_scan(scan, modalities)
+        photo = read_photo(scan) if "rgb" in modalities else None
+        xyz = read_organized_pc(scan.xyz) if "xyz" in modalities and scan.xyz is not None else None
+        if scan.label is not None and scan.mask is not None:
+            with open_image(scan.mask) as image:
+                defect_mask(image)
+    except InputError as error:
+        return str(error)
+    if xyz is None:
+        assert photo is not None, "an indexed scan has what the method needs"
+        return _ScanReport(photo.shape[:2], None)
+    valid = valid_mask(xyz)
+    if not valid.any():
+        return f"{scan.xyz} has no valid point: restore the scan from its source"
+    depth = xyz[..., 2][valid]
+    raw = shows_table(xyz, CleaningRule())
+    return _ScanReport(xyz.shape[:2], _CloudReport(float(valid.mean()), float(depth.min()), float(depth.max()), raw))
+
+
+def print_inspection(dataset_path: Path, classes: Sequence[str], modalities: frozenset[str], num_workers: int) -> bool:
+    """Print a table of what every split holds, then each fault; tells whether there is one."""
+    reports = [
+        inspect_split(dataset_path / name, split, modalities, num_workers)
+        for name in classes
+        for split in ("train", "validation", "test")
+    ]
+    head = ("class", "split", "scans", "defective", "size", "valid pixels", "depth, m", "cleaned", "faults")
+    print_columns([head, *map(_row, reports)])
+    if any(each.raw for each in reports):
+        print(f"\nScans with a table plane along their border are not cleaned: {CLEANING_COMMAND} {dataset_path}")
+    problems = [f"  {each.class_name}: {problem}" for each in reports for problem in each.problems]
+    if problems:
+        print("\nFaults:", *problems, sep="\n")
+    return bool(problems)
+
+
+def _row(report: SplitReport) -> tuple[str, ...]:
+    cloud = ("", "", "")
+    if report.valid and report.depth:
+        (least, most), (near, far) = report.valid, report.depth
+        cleaned = f"not {report.raw}" if report.raw else "yes"
+        cloud = (f"{least:.0%} to {most:.0%}", f"{near:.3f} to {far:.3f}", cleaned)
+    sizes = " ".join(f"{height}x{width}" for height, width in report.sizes)
+    counts = (str(report.scans), str(report.defective))
+    return (report.class_name, report.split, *counts, sizes, *cloud, str(len(report.problems)))
+
+
+def warn_of_raw_scans(scans: Iterable[SampleFiles]) -> None:
+    """Warn of each scan that shows its table: it was not cleaned, which ruins results. Given one of each class."""
+    for scan in scans:
+        if scan.xyz is not None and shows_table(read_organized_pc(scan.xyz), CleaningRule()):
+            logger.warning(
+                "%s shows the table that the part lies on, which is learnt too: clean the scans first (%s %s)",
+                *(scan.xyz, CLEANING_COMMAND, scan.xyz.parents[4]),
+            )

@@ -1,0 +1,84 @@
+"""Raw scans that take no time to clean, and the preprocessing scripts in processes of their own that may be killed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+from utils.cloud_cleaning import CleaningRule
+from utils.preprocessing import Job
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def raw_cloud(seed: int) -> np.ndarray:
+    """A tilted table with a box on it, (40, 44, 3) float32, 1 mm from pixel to pixel."""
+    y, x = np.mgrid[:40, :44] * 1e-3
+    z = 0.5 + 0.05 * x + np.random.default_rng(seed).normal(0, 2e-4, x.shape)
+    z[14:28, 14:30] -= 0.02
+    return np.stack([x + 0.01, y + 0.01, z], 2).astype(np.float32)
+
+
+def write_scan(folder: Path, stem: str, seed: int, with_gt: bool) -> None:
+    """`raw_cloud` with a photograph and a ground truth of noise."""
+    for name in ("xyz", "rgb", "gt")[: 3 if with_gt else 2]:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    tifffile.imwrite(folder / "xyz" / f"{stem}.tiff", raw_cloud(seed))
+    photo = np.random.default_rng(seed).integers(1, 256, (40, 44, 3), dtype=np.uint8)
+    Image.fromarray(photo).save(folder / "rgb" / f"{stem}.png")
+    if with_gt:
+        Image.fromarray((photo[..., 0] > 128).astype(np.uint8) * 255).save(folder / "gt" / f"{stem}.png")
+
+
+ALL = ["bagel/test/hole/000", "bagel/train/good/000", "bagel/train/good/001"]
+
+
+def write_dataset(root: Path) -> Path:
+    """The three scans of ALL."""
+    for seed, name in enumerate(ALL):
+        folder, _, stem = name.rpartition("/")
+        write_scan(root / folder, stem, seed, with_gt="test" in folder)
+    return root
+
+
+def job_for(source: Path, output: Path | None = None, keep_rgb: bool = False) -> Job:
+    return Job(source, output or source, CleaningRule(), keep_rgb, ".1.preprocessing")
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def run_script(name: str, *args: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "utils" / f"{name}.py", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+KILL = """
+import importlib, os, signal, sys
+from pathlib import Path
+script, steps, count = sys.argv[1], sys.argv[2].split(), int(sys.argv[3])
+def counted(function):
+    def step(self, *args, **kwargs):
+        global count
+        count -= 1
+        if count == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(self, *args, **kwargs)
+    return step
+for name in steps:
+    setattr(Path, name, counted(getattr(Path, name)))
+sys.exit(importlib.import_module(f"utils.{script}").main([*sys.argv[4:], "--workers", "1"]))
+"""
+
+
+def run_killed_at(step: int, script: str, *args: object, steps: str = "replace") -> int:
+    """Run a script that is killed in place of its n-th rename (kill -9: no clean-up whatever); returns the exit code.
+
+    `steps`: the methods of Path that count as a step.
+    """
+    command = [sys.executable, "-c", KILL, script, steps, str(step), *map(str, args)]
+    return subprocess.run(command, cwd=ROOT).returncode

@@ -1,0 +1,280 @@
+"""utils/preprocessing.py on full disks and in read-only folders, and its workers when the main process is killed."""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tifffile
+from cleaning_runs import ALL, ROOT, contents, job_for, run_script, write_dataset
+from PIL import Image
+
+from utils import preprocessing_progress, scan_processing
+from utils.errors import InputError
+from utils.preprocessing import preprocess
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "parts")
+
+
+# Disks and folders
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 340 kB: room for the originals, and for cleaned forms of two of the three."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=340k", "tmpfs", disk]
+    if os.getuid() != 0 or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_loses_nothing_and_the_rest_follows(small_disk: Path, tmp_path: Path) -> None:
+    root = write_dataset(small_disk / "parts")
+    preprocess(job_for(root, tmp_path / "expected"), workers=1)
+    original, expected = contents(root), contents(tmp_path / "expected")
+    result = run_script("preprocessing", root, "--workers", 2)
+    assert (result.returncode, "Traceback" in result.stderr) == (1, False)
+    summary, *failed = result.stdout.splitlines()
+    assert failed
+    assert summary == f"done {3 - len(failed)}, skipped 0 (done before), failed {len(failed)}"
+    assert len(failed) < 3
+    for line in failed:
+        name = line.split(": ")[0].strip()
+        folder, _, stem = name.rpartition("/")
+        assert f"{root}/{folder}/" in line
+        assert " cannot be written (" in line
+        assert line.endswith("): free disk space and run the same command again")
+        for modality, suffix in (("xyz", "tiff"), ("rgb", "png"), ("gt", "png")):
+            file = f"{folder}/{modality}/{stem}.{suffix}"
+            assert file not in original or (root / file).read_bytes() == original[file]
+    assert sorted(contents(root)) == sorted(expected)  # no temporary files, no journal
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    result = run_script("preprocessing", root, "--workers", 2)
+    assert (result.returncode, f"done {len(failed)}, skipped {3 - len(failed)}" in result.stdout) == (0, True)
+    assert contents(root) == expected
+
+
+def test_a_disk_without_room_for_the_manifest_stops_the_run_before_it_starts(small_disk: Path, tmp_path: Path) -> None:
+    root = write_dataset(small_disk / "parts")
+    preprocess(job_for(root, tmp_path / "expected"), workers=1)
+    with (small_disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
+        while True:
+            filler.write(bytes(4096))
+    before = contents(root)
+    result = run_script("preprocessing", root, "--workers", 1)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert f"{root}/preprocessing.json cannot be written (No space left on device): free disk space" in result.stderr
+    assert contents(root) == before
+    (small_disk / "filler").unlink()
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    assert run_script("preprocessing", root, "--workers", 1).returncode == 0
+    assert contents(root) == contents(tmp_path / "expected")
+
+
+def no_space(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, partly: bool = False) -> None:
+    """Let the n-th call of a function find the disk full, `partly` after it has written."""
+    function, calls = getattr(owner, name), iter(range(1, 10**6))
+
+    def maybe(*args: object, **kwargs: object) -> object:
+        if next(calls) != call:
+            return function(*args, **kwargs)
+        if partly:
+            function(*args, **kwargs)
+        return no_space()
+
+    monkeypatch.setattr(owner, name, maybe)
+
+
+@pytest.mark.parametrize("partly", [False, True])
+@pytest.mark.parametrize(
+    "owner, function, call, file",
+    [
+        (tifffile, "imwrite", 1, "bagel/test/hole/xyz/000.tiff"),
+        (Image.Image, "save", 2, "bagel/test/hole/gt/000.png"),
+        (scan_processing, "sync", 2, "bagel/test/hole/rgb/000.png"),
+        (preprocessing_progress.os, "fsync", 5, "preprocessing.journal"),
+    ],
+)
+def test_a_write_that_fails_is_one_failed_scan(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: object,
+    function: str,
+    call: int,
+    file: str,
+    partly: bool,
+) -> None:
+    """Calls are those for the first scan; the fifth fsync is of the journal, after the manifest and three files."""
+    preprocess(job_for(dataset, tmp_path / "expected"), workers=1)
+    original, expected = contents(dataset), contents(tmp_path / "expected")
+    with monkeypatch.context() as patch:
+        fail_once(patch, owner, function, call, partly)
+        summary = preprocess(job_for(dataset), workers=1)
+    mend = "cannot be written (No space left on device): free disk space and run the same command again"
+    assert (summary.done, summary.failed) == (ALL[1:], {ALL[0]: f"{dataset / file} {mend}"})
+    found = contents(dataset)
+    assert found.keys() == expected.keys()
+    assert all(found[name] == original[name] for name in original if "hole" in name)
+    summary = preprocess(job_for(dataset), workers=1)
+    assert (summary.done, summary.skipped) == (ALL[:1], ALL[1:])
+    assert contents(dataset) == expected
+
+
+def test_a_line_of_the_journal_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    journal, limits = tmp_path / "journal", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # the second line is cut short, as on a full disk
+    try:
+        preprocessing_progress._append(journal, b"a" * 59 + b"\n")
+        with pytest.raises(OSError, match="No space left"):
+            preprocessing_progress._append(journal, b"b" * 59 + b"\n")
+        preprocessing_progress._append(journal, b"c" * 29 + b"\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert journal.read_bytes() == b"a" * 59 + b"\n" + b"c" * 29 + b"\n"
+
+
+def test_a_manifest_that_cannot_be_written_at_the_end_is_made_of_the_journal(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preprocess(job_for(dataset, tmp_path / "expected"), workers=1)
+    with monkeypatch.context() as patch:
+        fail_once(patch, preprocessing_progress, "sync", 2)  # the first is of the empty manifest at the start
+        summary = preprocess(job_for(dataset), workers=1)
+    assert (summary.done, list(summary.failed)) == (ALL, ["preprocessing.json"])
+    assert "preprocessing.journal keeps what is done" in summary.failed["preprocessing.json"]
+    assert (dataset / "preprocessing.journal").is_file()
+    assert preprocess(job_for(dataset), workers=1).skipped == ALL
+    assert contents(dataset) == contents(tmp_path / "expected")
+
+
+def test_a_rename_that_fails_stops_the_run_and_the_next_goes_on(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preprocess(job_for(dataset, tmp_path / "expected"), workers=1)
+    with monkeypatch.context() as patch:
+        fail_once(patch, Path, "replace", 4)  # the manifest, the tiff, xyz in place, rgb in place
+        with pytest.raises(InputError, match="free disk space and run the same command again"):
+            preprocess(job_for(dataset), workers=1)
+    assert preprocess(job_for(dataset), workers=1).done == ALL[1:]
+    assert contents(dataset) == contents(tmp_path / "expected")
+
+
+UNPRIVILEGED = """
+import os, sys
+from PIL import Image
+from utils.errors import exit_on_input_error
+from utils.preprocessing import main
+Image.preinit()
+if os.getuid() == 0:  # only now: the checkout or its environment may lie where root alone may read
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+sys.argv[0] = "preprocessing.py"
+with exit_on_input_error():
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "locked, output, message",
+    [
+        (None, "parts", ""),
+        (None, "new/out", ""),
+        ("parts", "parts", "{locked} is not writable: change its permissions or give another output folder"),
+        ("parts/bagel/test/hole/rgb", "parts", "{locked} is not writable: change its permissions"),
+        ("out", "out", "{locked} is not writable: change its permissions"),
+        ("above", "above/out", "{locked}/out cannot be made (Permission denied): give another output folder"),
+    ],
+)
+def test_a_read_only_folder_is_one_sentence(locked: str | None, output: str, message: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are for their owner alone
+        root = Path(folder)
+        write_dataset(root / "parts")
+        for name in ("out", "above"):
+            (root / name).mkdir()
+        for path in (root, *root.rglob("*")):
+            path.chmod(0o777 if path.is_dir() else 0o666)
+        before = contents(root)
+        if locked:
+            (root / locked).chmod(0o555)
+        command = [sys.executable, "-c", UNPRIVILEGED, str(root / "parts"), "--output_dir", str(root / output)]
+        result = subprocess.run([*command, "--workers", "1"], cwd=ROOT, capture_output=True, text=True)
+        if locked:
+            (root / locked).chmod(0o777)
+            assert (result.returncode, result.stdout) == (2, "")
+            expected = message.format(locked=root / locked)
+            assert result.stderr.startswith(f"preprocessing.py: error: {expected}")
+            assert result.stderr.count("\n") == 1
+            assert contents(root) == before
+        else:
+            assert (result.returncode, "done 3" in result.stdout) == (0, True), result.stderr
+
+
+# Kill -9 of the main process alone
+
+
+def children(process: int) -> list[int]:
+    """Processes of that parent, those that only wait to be collected left out."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except OSError:  # ended meanwhile
+            continue
+        if int(parent) == process and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def is_running(process: int) -> bool:
+    stat = Path(f"/proc/{process}/stat")
+    return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks for processes in /proc")
+def test_workers_end_with_a_killed_main_process(dataset: Path, tmp_path: Path) -> None:
+    folder = dataset / "bagel" / "train" / "good"
+    for number in range(2, 60):
+        for name in ("xyz/000.tiff", "rgb/000.png"):
+            shutil.copy(folder / name, folder / name.replace("000", f"{number:03d}"))
+    command = [sys.executable, ROOT / "utils" / "preprocessing.py", dataset, "--workers", "2"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = dataset / "preprocessing.journal"
+    while process.poll() is None and not (journal.is_file() and journal.stat().st_size):
+        time.sleep(0.01)
+    workers = children(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "killed at work, not after it"
+    assert len(workers) >= 2
+    deadline = time.monotonic() + 20
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [worker for worker in workers if is_running(worker)]
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
+    summary = preprocess(job_for(dataset), workers=1)
+    assert summary.skipped and not summary.failed
+    assert not list(dataset.rglob("*.preprocessing"))

@@ -1,0 +1,321 @@
+"""utils/preprocessing.py on broken scans, each named and left as it is, and on every form that a scan may have."""
+
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import tifffile
+from cleaning_runs import ALL, contents, job_for, raw_cloud, run_killed_at, run_script, write_dataset, write_scan
+from PIL import Image
+
+from dataset import index_split
+from utils import preprocessing_progress
+from utils.cloud_cleaning import CleaningRule, clean_scan, pad_to_square
+from utils.errors import InputError
+from utils.organized_pc import read_organized_pc, zero_invalid
+from utils.preprocessing import preprocess
+
+BOTH = frozenset({"rgb", "xyz"})
+Files = dict[str, Path]  # of one scan, by modality
+
+
+# Faults of single scans
+
+
+def cloud(change: Callable[[np.ndarray], object]) -> Callable[[Files], object]:
+    """Write the cloud anew after `change` to its (40, 44, 3) float32."""
+
+    def damage(files: Files) -> None:
+        xyz = raw_cloud(0)
+        change(xyz)
+        tifffile.imwrite(files["xyz"], xyz)
+
+    return damage
+
+
+def few_border_points(xyz: np.ndarray) -> None:
+    xyz[:10] = xyz[-10:] = xyz[:, :10] = xyz[:, -10:] = 0
+    xyz[0, :40] = raw_cloud(0)[0, :40]
+
+
+def no_plane(xyz: np.ndarray) -> None:
+    xyz[:] = 0
+    xyz[0] = np.random.default_rng(0).uniform(0.5, 90, (44, 3))
+    xyz[-1] = np.random.default_rng(1).uniform(0.5, 90, (44, 3))
+
+
+def everything_plane(xyz: np.ndarray) -> None:
+    xyz[..., 2] = 0.5 + 0.05 * xyz[..., 0]
+
+
+def cut(name: str, size: int) -> Callable[[Files], object]:
+    return lambda files: files[name].write_bytes(files[name].read_bytes()[:size])
+
+
+def resized(name: str, mode: str) -> Callable[[Files], object]:
+    return lambda files: Image.new(mode, (44, 41)).save(files[name])
+
+
+def removed(name: str) -> Callable[[Files], object]:
+    return lambda files: files[name].unlink()
+
+
+FAULTS: dict[str, tuple[Callable[[Files], object], str]] = {  # what happens to a scan, what is said of it
+    "all_zero": (cloud(lambda xyz: xyz.fill(0)), "none of the 1760 pixels has a measurement"),
+    "all_nan": (cloud(lambda xyz: xyz.fill(np.nan)), "none of the 1760 pixels has a measurement"),
+    "one_axis_nan": (cloud(lambda xyz: xyz[..., 1].fill(np.nan)), "none of the 1760 pixels has a measurement"),
+    "millimetres": (cloud(lambda xyz: np.multiply(xyz, 1000, out=xyz)), "expected metres and at most 100"),
+    "few_border_points": (cloud(few_border_points), "40 of the 1280 pixels within 10 of the image border"),
+    "no_plane": (cloud(no_plane), "88 measurements within 10 pixels of the image border lie on no plane"),
+    "everything_plane": (cloud(everything_plane), "nothing is left of the scan: 0 pixels lie off the plane"),
+    "rgb_size": (resized("rgb", "RGB"), "41 x 44"),
+    "gt_size": (resized("gt", "L"), "41 x 44"),
+    "no_xyz": (removed("xyz"), "xyz/no_xyz.tiff missing"),
+    "no_rgb": (removed("rgb"), "rgb/no_rgb.png missing"),
+    "no_gt": (removed("gt"), "gt/no_gt.png missing"),
+    "cut_xyz": (cut("xyz", 9000), "xyz/cut_xyz.tiff has 9000 bytes where its header promises"),
+    "cut_xyz_header": (cut("xyz", 6), "xyz/cut_xyz_header.tiff cannot be read as a tiff file"),
+    "empty_xyz": (cut("xyz", 0), "xyz/empty_xyz.tiff cannot be read as a tiff file"),
+    "cut_rgb": (cut("rgb", 3000), "rgb/cut_rgb.png is no complete PNG"),
+    "empty_rgb": (cut("rgb", 0), "rgb/empty_rgb.png is no complete PNG"),
+    "cut_gt": (cut("gt", 100), "gt/cut_gt.png is no complete PNG"),
+    "text": (lambda files: files["rgb"].write_text("no picture"), "rgb/text.png is no complete PNG"),
+    "depth_alone": (
+        lambda files: tifffile.imwrite(files["xyz"], raw_cloud(0)[..., 2]),
+        "xyz/depth_alone.tiff holds an array of 40 x 44, expected H x W x 3",
+    ),
+    "two_rgb": (
+        lambda files: Image.new("RGB", (44, 40)).save(files["rgb"].with_suffix(".jpg")),
+        "rgb/two_rgb.png are files of one scan: keep one of them",
+    ),
+}
+FOUND_BY_HEADERS = {
+    *("rgb_size", "gt_size", "no_xyz", "no_rgb", "no_gt", "cut_xyz", "cut_xyz_header", "empty_xyz"),
+    *("empty_rgb", "text", "depth_alone", "two_rgb"),
+}
+
+
+class FaultyRun(NamedTuple):
+    """A run of the script on three good scans and one for each fault."""
+
+    original: dict[str, bytes]
+    after: dict[str, bytes]
+    result: subprocess.CompletedProcess
+    output: Path
+    mended: str  # what the script said once one of them was restored
+
+
+def make_faulty(root: Path) -> None:
+    folder = write_dataset(root) / "bagel" / "test" / "hole"
+    for fault, (damage, _) in FAULTS.items():
+        write_scan(folder, fault, 0, with_gt=True)
+        damage(
+            {"xyz": folder / f"xyz/{fault}.tiff", "rgb": folder / f"rgb/{fault}.png", "gt": folder / f"gt/{fault}.png"}
+        )
+
+
+@pytest.fixture(scope="module", params=["in place", "elsewhere"])
+def faulty_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FaultyRun:
+    root = tmp_path_factory.mktemp("faulty") / "parts"
+    make_faulty(root)
+    original = contents(root)
+    output = root if request.param == "in place" else root.parent / "out"
+    flags = (root, "--output_dir", output, "--workers", 2 if request.param == "in place" else 1)
+    result = run_script("preprocessing", *flags)
+    after = contents(root)
+    write_scan(root / "bagel" / "test" / "hole", "cut_rgb", 0, with_gt=True)
+    return FaultyRun(original, after, result, output, run_script("preprocessing", *flags).stdout)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_scan_is_named_and_left_as_it_is(faulty_run: FaultyRun, fault: str) -> None:
+    lines = [line for line in faulty_run.result.stdout.splitlines() if line.startswith(f"  bagel/test/hole/{fault}: ")]
+    assert len(lines) == 1
+    assert FAULTS[fault][1] in lines[0]
+    files = [name for name in faulty_run.original if Path(name).stem == fault]
+    assert files
+    assert all(faulty_run.after[name] == faulty_run.original[name] for name in files)
+
+
+def test_the_other_scans_are_done_and_a_mended_one_follows(faulty_run: FaultyRun, tmp_path: Path) -> None:
+    assert (faulty_run.result.returncode, faulty_run.result.stderr.count("Traceback")) == (1, 0)
+    assert f"done 3, skipped 0 (done before), failed {len(FAULTS)}\n" in faulty_run.result.stdout
+    assert f"done 1, skipped 3 (done before), failed {len(FAULTS) - 1}\n" in faulty_run.mended
+    write_dataset(tmp_path / "parts")
+    preprocess(job_for(tmp_path / "parts"), workers=1)
+    found = contents(faulty_run.output)
+    for name, data in contents(tmp_path / "parts").items():
+        assert name == "preprocessing.json" or found[name] == data
+    assert not [name for name in found if name.endswith((".preprocessing", ".journal")) or ".tmp" in name]
+
+
+def test_a_dry_run_finds_what_headers_tell(tmp_path: Path) -> None:
+    make_faulty(tmp_path / "parts")
+    before = contents(tmp_path)
+    result = run_script("preprocessing", tmp_path / "parts", "--dry_run")
+    named = {line.split(": ")[0].rpartition("/")[2] for line in result.stdout.splitlines() if line.startswith("  ")}
+    assert (result.returncode, named) == (1, FOUND_BY_HEADERS)
+    assert contents(tmp_path) == before
+
+
+# Other formats
+
+
+def jpeg(ending: str) -> Callable[[Files], None]:
+    def store(files: Files) -> None:
+        Image.open(files["rgb"]).save(files["rgb"].with_suffix(ending), format="JPEG", quality=80)
+        files["rgb"].unlink()
+
+    return store
+
+
+def renamed(name: str, ending: str) -> Callable[[Files], object]:
+    return lambda files: files[name].rename(files[name].with_suffix(ending))
+
+
+def stored(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Files], object]:
+    return lambda files: Image.fromarray(change(np.asarray(Image.open(files[name])))).save(files[name])
+
+
+def with_transparency(photo: np.ndarray) -> np.ndarray:
+    return np.concatenate([photo, np.random.default_rng(0).integers(0, 256, (40, 44, 1), dtype=np.uint8)], axis=2)
+
+
+def sixteen_bits(image: np.ndarray) -> np.ndarray:
+    return image.reshape(40, 44, -1)[..., 0].astype(np.uint16) * 257
+
+
+FORMS: dict[str, Callable[[Files], object]] = {
+    "jpg": jpeg(".jpg"),
+    "jpeg": jpeg(".jpeg"),
+    "upper_jpg": jpeg(".JPG"),
+    "upper_png": renamed("rgb", ".PNG"),
+    "upper_gt": renamed("gt", ".PNG"),
+    "tif": renamed("xyz", ".tif"),
+    "upper_tif": renamed("xyz", ".TIFF"),
+    "rgba": stored("rgb", with_transparency),
+    "grey_16_bit": stored("rgb", sixteen_bits),
+    "grey": stored("rgb", lambda photo: photo[..., 0]),
+    "gt_16_bit": stored("gt", lambda gt: (gt > 0).astype(np.uint16)),  # the smallest id, lost if scaled to 8 bits
+    "gt_ids": stored("gt", lambda gt: gt // 85),
+    "gt_rgba": stored("gt", lambda gt: np.stack([gt, gt, gt, np.full_like(gt, 255)], axis=2)),
+    "float64": lambda files: tifffile.imwrite(files["xyz"], raw_cloud(0).astype(np.float64)),
+    "nan_holes": cloud(lambda xyz: xyz[18:20, 16:19].fill(np.nan)),
+    "infinite_holes": cloud(lambda xyz: xyz[::5, ::7, 2].fill(np.inf)),
+}
+
+
+def as_stored(path: Path) -> np.ndarray:
+    """What a photograph or ground truth in one of FORMS shows, (H, W, 3) or (H, W) uint8."""
+    image = np.asarray(Image.open(path))
+    if path.parent.name == "gt":
+        plain = image.ndim == 2 and image.dtype == np.uint8
+        return image if plain else (image.reshape(40, 44, -1)[..., 0] > 0).astype(np.uint8) * 255
+    image = (image // 257).astype(np.uint8) if image.dtype == np.uint16 else image
+    return np.stack([image] * 3, axis=2) if image.ndim == 2 else image[..., :3]
+
+
+class Expected(NamedTuple):
+    xyz: np.ndarray
+    rgb: np.ndarray
+    gt: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def formed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Expected]]:
+    """A dataset of a scan in each form, cleaned in place by the script, and what each should have become."""
+    root = tmp_path_factory.mktemp("formed") / "parts"
+    folder, expected = root / "bagel" / "test" / "hole", {}
+    for form, store in FORMS.items():
+        write_scan(folder, form, 0, with_gt=True)
+        store({"xyz": folder / f"xyz/{form}.tiff", "rgb": folder / f"rgb/{form}.png", "gt": folder / f"gt/{form}.png"})
+        found = {name: next((folder / name).glob(f"{form}.*")) for name in ("xyz", "rgb", "gt")}
+        xyz = zero_invalid(tifffile.imread(found["xyz"]).astype(np.float32))
+        gt = as_stored(found["gt"])
+        clean_xyz, clean_rgb, _ = clean_scan(xyz, as_stored(found["rgb"]), gt, CleaningRule())
+        expected[form] = Expected(clean_xyz, clean_rgb, pad_to_square(gt, 100))
+    result = run_script("preprocessing", root, "--workers", 2)
+    assert (result.returncode, result.stdout) == (0, f"done {len(FORMS)}, skipped 0 (done before), failed 0\n")
+    return root, expected
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_that_is_read_is_cleaned_in_place_without_loss(
+    formed: tuple[Path, dict[str, Expected]], form: str
+) -> None:
+    folder = formed[0] / "bagel" / "test" / "hole"
+    assert sorted(path.name for path in folder.glob(f"*/{form}.*")) == [f"{form}.png", f"{form}.png", f"{form}.tiff"]
+    assert np.array_equal(read_organized_pc(folder / "xyz" / f"{form}.tiff"), formed[1][form].xyz)
+    assert formed[1][form].xyz.any()
+    for name, expected in (("rgb", formed[1][form].rgb), ("gt", formed[1][form].gt)):
+        assert np.array_equal(np.asarray(Image.open(folder / name / f"{form}.png")), expected)
+
+
+def test_cleaned_forms_are_done_and_fit_the_dataset(formed: tuple[Path, dict[str, Expected]]) -> None:
+    assert len(index_split(formed[0] / "bagel", "test", BOTH)) == len(FORMS)
+    assert len(preprocess(job_for(formed[0]), workers=1).skipped) == len(FORMS)
+
+
+@pytest.fixture
+def other_suffixes(tmp_path: Path) -> Path:
+    """One scan as .tif and .jpg."""
+    folder = tmp_path / "parts" / "bagel" / "test" / "hole"
+    write_scan(folder, "000", 0, with_gt=True)
+    files = {"xyz": folder / "xyz/000.tiff", "rgb": folder / "rgb/000.png"}
+    renamed("xyz", ".tif")(files)
+    jpeg(".jpg")(files)
+    return tmp_path / "parts"
+
+
+def test_originals_of_another_suffix_stay_beside_another_output_folder(other_suffixes: Path, tmp_path: Path) -> None:
+    before = contents(other_suffixes)
+    assert preprocess(job_for(other_suffixes, tmp_path / "out"), workers=1).done == ALL[:1]
+    assert contents(other_suffixes) == before
+
+
+STEPS = "replace unlink"
+# The manifest's rename, unlink of its temporary name and of the journal; the same two within the writing of the tiff;
+# three files get their names; two originals go; the manifest again.
+NUMBER_OF_STEPS = 3 + 2 + 3 + 2 + 3
+
+
+@pytest.mark.parametrize("step", range(1, NUMBER_OF_STEPS + 2))
+def test_killed_at_any_step_nothing_of_another_suffix_is_lost(other_suffixes: Path, tmp_path: Path, step: int) -> None:
+    preprocess(job_for(other_suffixes, tmp_path / "expected"), workers=1)
+    original, expected = contents(other_suffixes), contents(tmp_path / "expected")
+    killed = step <= NUMBER_OF_STEPS
+    assert run_killed_at(step, "preprocessing", other_suffixes, steps=STEPS) == (-signal.SIGKILL if killed else 0)
+    half_done = contents(other_suffixes)
+    for old, new in (("xyz/000.tif", "xyz/000.tiff"), ("rgb/000.jpg", "rgb/000.png"), ("gt/000.png", "gt/000.png")):
+        old, new = f"bagel/test/hole/{old}", f"bagel/test/hole/{new}"
+        assert half_done.get(old) == original[old] or half_done.get(new) == expected[new]
+    try:
+        index_split(other_suffixes / "bagel", "test", BOTH)
+    except InputError as error:
+        assert "run the preprocessing again if it was interrupted" in str(error)
+        assert {name for name in half_done if name.endswith(("000.tif", "000.jpg"))}
+    foreseen = preprocess(job_for(other_suffixes), workers=1, dry_run=True)
+    assert contents(other_suffixes) == half_done
+    assert preprocess(job_for(other_suffixes), workers=1) == foreseen
+    assert contents(other_suffixes) == expected
+
+
+def test_an_original_that_changed_meanwhile_is_not_deleted(
+    other_suffixes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = other_suffixes / "bagel/test/hole/rgb/000.jpg"
+    append = preprocessing_progress._append
+
+    def change_and_append(path: Path, line: bytes) -> None:
+        Image.new("RGB", (44, 40), "red").save(photo)
+        append(path, line)
+
+    monkeypatch.setattr(preprocessing_progress, "_append", change_and_append)
+    preprocess(job_for(other_suffixes), workers=1)
+    assert np.asarray(Image.open(photo))[0, 0, 0] > 200
+    with pytest.raises(InputError, match=r"000.jpg and 000.png are two files of one scan"):
+        index_split(other_suffixes / "bagel", "test", BOTH)
