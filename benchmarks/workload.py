@@ -130,11 +130,19 @@ def point_transformer_flops(network: PointTransformer) -> float:
 
 
 def group_encoder_flops(network: PointTransformer, plain: bool = False) -> float:
-    """Convolutions 3-128-256 and 512-512-C at every point; ours takes the maximum's half of 512-512 once a group."""
+    """Convolutions 3-128-256 and 512-512-C at every point; ours has 128-512 for the second and less at every group.
+
+    Ours adds the second moments of the 128 hidden values, of the 3 coordinates, and some products of weights.
+    """
     groups, points = network.num_group, network.num_group * network.group_size
     out_dim = cast(nn.Conv1d, network.encoder.second_conv[3]).out_channels
     shared = 2 * points * (3 * 128 + 128 * 256 + 512 * out_dim)
-    return shared + 2 * 512 * (512 * points if plain else 256 * points + 256 * groups)
+    if plain:
+        return shared + 2 * 512 * 512 * points
+    at_points = 512 * 128 + 128 * 128 + 3 * 3
+    at_groups = 512 * 256 + 512 * 128
+    of_weights = 128 * 3 * 3 + 512 * (256 * 128 + 128 * 128)
+    return shared + 2 * (at_points * points + at_groups * groups + of_weights)
 
 
 def coreset_flops(rows: int, width: int, picks: int) -> float:

@@ -43,7 +43,7 @@ class Detector:
     @torch.inference_mode()
     def predict_features(self, features: PatchFeatures) -> Prediction:
         """Judge one sample by its patch features; the device is waited for once, at the end."""
-        scores, maps = self._judge_banks(features)
+        scores, maps = self._judge_banks(features, "cancelling")
         if self.decision_fusion is not None:
             score, fused = self.decision_fusion.fuse(list(scores), list(maps))
         else:  # "sum", or a single bank
@@ -56,18 +56,21 @@ class Detector:
 
     @torch.inference_mode()
     def bank_results(self, features: PatchFeatures) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Image score and anomaly map (img_size, img_size), on the CPU, of each bank, before decision fusion."""
-        scores, maps = self._judge_banks(features)
+        """Image score and anomaly map (img_size, img_size), on the CPU, of each bank, to fit decision fusion on."""
+        scores, maps = self._judge_banks(features, "everywhere")
         return dict(zip(self.banks, scores.tolist(), strict=True)), dict(zip(self.banks, maps.cpu(), strict=True))
 
-    def _judge_banks(self, features: PatchFeatures) -> tuple[Tensor, Tensor]:
-        """Scores (K,) float64 and maps (K, img_size, img_size) float32 of the K banks, on the features' device."""
+    def _judge_banks(self, features: PatchFeatures, expanded: str) -> tuple[Tensor, Tensor]:
+        """Scores (K,) float64 and maps (K, img_size, img_size) float32 of the K banks, on the features' device.
+
+        `expanded`: where the reference protocol takes the reference's arithmetic, see MemoryBank.nearest.
+        """
         method, protocol = self.config.method, self.config.protocol
         divisor = 1.0 if protocol.unscaled_scores else method.score_divisor
         scores, distances = [], []
         for name, bank in self.banks.items():
             patches = bank.statistics.normalize(getattr(features, name))
-            nearest, index = bank.nearest(patches, protocol.exact_distances)
+            nearest, index = bank.nearest(patches, "nowhere" if protocol.exact_distances else expanded)
             scores.append(image_score(patches, nearest, index, bank, divisor, method.weight_epsilon))
             distances.append(nearest)
         return torch.stack(scores), anomaly_maps(distances, self.config.img_size, protocol.float_blur)

@@ -7,12 +7,16 @@ from torch import Tensor
 
 from feature_extractors.coreset import greedy_coreset, random_projection
 from feature_extractors.training_features import Rows
+from utils.precision import choose_precision
 
-# Bound the distance block of one search: 64 MB at most. The product of narrow rows is done so soon that reading its
-# result decides, and that is three times faster from the cache.
-MAX_BLOCK_ENTRIES, LEAST_BLOCK_ENTRIES, BLOCK_ENTRIES_PER_COLUMN = 1 << 24, 1 << 21, 1 << 14
-# Candidates of the product whose distances are recomputed; near-duplicates differ by less than its rounding.
-RECHECKED = 4
+# Bound the block of products of one search. On the CPU few queries at once leave it in the cache.
+MAX_BLOCK_ENTRIES, MAX_BLOCK_ENTRIES_ON_GPU = 1 << 24, 1 << 28
+QUERIES_AT_ONCE_ON_CPU = 256
+# Where a distance is computed by expanded squares, as the reference does: where its square is below this share of the
+# squared norms. Below 2^-9 of them it keeps less than four digits there.
+EXPANDED_BELOW = {"nowhere": 0.0, "cancelling": 2.0**-9, "everywhere": torch.inf}
+# Bounds the direct differences that are computed at once, 64 MB.
+MAX_DIFFERENCE_ENTRIES = 1 << 24
 
 
 class BankStatistics(NamedTuple):
@@ -31,43 +35,82 @@ class MemoryBank:
     Args:
         rows: (N, D) float32, already normalised.
         statistics: what they were normalised with, for the queries.
+        precision: of the products that look for candidates, see utils.precision; the result does not depend on it.
     """
 
-    def __init__(self, rows: Tensor, statistics: BankStatistics | None = None) -> None:
+    def __init__(self, rows: Tensor, statistics: BankStatistics | None = None, precision: str = "auto") -> None:
         self.rows = rows
         self.statistics = statistics or BankStatistics()
+        half = choose_precision(precision, rows.device) == "bf16"
         self._center = rows.mean(dim=0)
-        self._centered = rows - self._center
-        self._norms = self._centered.square().sum(dim=1)
+        centered = rows - self._center  # small norms: the product keeps more digits
+        self._norms = centered.square().sum(dim=1)
+        self._candidates = centered.to(torch.bfloat16 if half else torch.float32)
+        # A sum of D products in fp32 is wrong by less than D 2^-24 |q| |r|; bf16 rounds both factors and the result, by
+        # 2^-8 each. The product counts twice in a squared distance.
+        self._rounding = (rows.shape[1] + 64) * 2.0**-24
+        self._product_error = 2 * (self._rounding + 3.03 * 2.0**-8 * half)
 
-    def nearest(self, queries: Tensor, exact: bool = True) -> tuple[Tensor, Tensor]:
+    def nearest(self, queries: Tensor, expanded: str = "nowhere") -> tuple[Tensor, Tensor]:
         """The nearest bank row of each query; the full distance matrix never exists.
 
+        A matrix product tells |q - r|^2 up to a bound that holds for certain. Whatever row may be the nearest by it is
+        a candidate, and of the candidates, hardly more than one a query, the distance is computed by direct difference,
+        which loses no digits where query and row are close.
+
         Args:
-            queries: (M, D) float32, normalised with `statistics`.
-            exact: an fp32 matrix product finds the RECHECKED best rows, then their distances are computed by direct
-                difference, which loses no digits where query and row are close. Otherwise the product's distance is
-                the result, as in the reference: |q|^2 + |r|^2 - 2 q r cancels there. A patch of the bank may be at
-                0.02 from itself, which the one-class SVMs, fitted on training samples, notice.
+            queries: (M, D) float32, normalised with `statistics`. Equal ones, as those of the background, are searched
+                for once.
+            expanded: a key of EXPANDED_BELOW: where the distance is the reference's instead, |q|^2 + |r|^2 - 2 q r by a
+                product in fp32, which cancels. A patch of the bank may be at 0.04 from itself, which the one-class
+                SVMs, fitted on training samples, notice; how many epochs they take may hang on the sixth digit.
 
         Returns:
-            distance (M,), Euclidean (not squared); index (M,) int64 into `rows`.
+            distance (M,), Euclidean (not squared); index (M,) int64 into `rows`, the lowest where distances tie.
         """
-        entries = max(LEAST_BLOCK_ENTRIES, BLOCK_ENTRIES_PER_COLUMN * self.rows.shape[1])
-        chunks = queries.split(max(1, min(entries, MAX_BLOCK_ENTRIES) // len(self.rows)))
-        if not exact:
-            minima = [torch.cdist(chunk, self.rows).min(dim=1) for chunk in chunks]
-            return torch.cat([each.values for each in minima]), torch.cat([each.indices for each in minima])
-        found = [self._nearest_exactly(chunk) for chunk in chunks]
-        return torch.cat([distance for distance, _ in found]), torch.cat([index for _, index in found])
+        on_cpu = queries.device.type == "cpu"
+        step = max(1, (MAX_BLOCK_ENTRIES if on_cpu else MAX_BLOCK_ENTRIES_ON_GPU) // len(self.rows))
+        distinct, inverse = torch.unique(queries, dim=0, return_inverse=True)
+        below = EXPANDED_BELOW[expanded]
+        if below < torch.inf:
+            chunks = distinct.split(min(step, QUERIES_AT_ONCE_ON_CPU) if on_cpu else step)
+            found = [self._nearest_of(chunk) for chunk in chunks]
+            distance, index = torch.cat([each for each, _ in found]), torch.cat([each for _, each in found])
+            norms = distinct.square().sum(dim=1) + self.rows[index].square().sum(dim=1)
+            again = (distance.square() < below * norms).nonzero()[:, 0]
+        else:
+            distance, index = distinct.new_empty(len(distinct)), inverse.new_empty(len(distinct))
+            again = torch.arange(len(distinct), device=queries.device)
+        for part in again.split(step):
+            distance[part], index[part] = torch.cdist(distinct[part], self.rows).min(dim=1)
+        return distance[inverse], index[inverse]
 
-    def _nearest_exactly(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        # Centred, norms are small and the product keeps more digits; the query's own norm changes no order.
-        products = torch.addmm(self._norms, queries - self._center, self._centered.T, alpha=-2)
-        best = products.topk(min(RECHECKED, len(self.rows)), dim=1, largest=False).indices.sort(dim=1).values
-        distance = torch.linalg.vector_norm(queries[:, None] - self.rows[best], dim=2)  # (chunk, RECHECKED)
-        smallest, position = distance.min(dim=1)
-        return smallest, best.gather(1, position[:, None])[:, 0]
+    def _nearest_of(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """`nearest` of distinct queries (M, D), in one block of products."""
+        centered = queries - self._center
+        squares = centered.square().sum(dim=1)
+        products = (centered.to(self._candidates.dtype) @ self._candidates.T).float()
+        partial = products.mul_(-2).add_(self._norms)  # (chunk, N): |q - r|^2 - |q|^2, without what changes no order
+        closest = partial.argmin(dim=1)
+        found = (queries - self.rows[closest]).square().sum(dim=1)  # squared; no nearest row is farther
+        limit = torch.addcmul(
+            (found - squares + self._rounding * squares)[:, None],
+            self._product_error * squares.sqrt()[:, None],
+            self._norms.sqrt(),
+        ).add_(self._norms, alpha=self._rounding)
+        query, row = (partial <= limit).nonzero(as_tuple=True)  # (pairs,) each
+        squared = self._squared_distances(queries, query, row)
+        best = found.scatter_reduce(0, query, squared, "amin")
+        among_best = squared == best[query]
+        index = torch.where(best < found, len(self.rows), closest)
+        index.scatter_reduce_(0, query[among_best], row[among_best], "amin")
+        return best.sqrt(), index
+
+    def _squared_distances(self, queries: Tensor, query: Tensor, row: Tensor) -> Tensor:
+        """Squared distances (pairs,) of queries[query] and rows[row], by direct difference."""
+        step = max(1, MAX_DIFFERENCE_ENTRIES // self.rows.shape[1])
+        pairs = zip(query.split(step), row.split(step), strict=True)
+        return torch.cat([(queries[of_query] - self.rows[of_row]).square_().sum(dim=1) for of_query, of_row in pairs])
 
     def neighbors(self, row: int | Tensor, k: int) -> Tensor:
         """Indices (k,) of the k rows nearest to a row of the bank, the row itself among them; the lowest wins a tie.

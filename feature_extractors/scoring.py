@@ -6,7 +6,6 @@ Everything stays on the device of the patches, and nothing here waits for it.
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,9 +47,8 @@ def image_score(
         s, a scalar float64 tensor; 0 <= w < 1. A bank of one row, which has no N_b, gives s = s*.
     """
     m_test = distances.argmax(dim=0, keepdim=True)  # (1,): indexing with a scalar tensor would wait for its value
-    m_star: Any = index[m_test]
     s_star = distances[m_test].double() / divisor
-    neighborhood = bank.neighbors(m_star, REWEIGHTING_NEIGHBORS)[1:]
+    neighborhood = bank.neighbors(index[m_test], REWEIGHTING_NEIGHBORS)[1:]
     if len(neighborhood) == 0:
         return s_star[0]
     to_neighbors = torch.linalg.vector_norm(bank.rows[neighborhood] - patches[m_test], dim=1).double() / divisor

@@ -36,9 +36,11 @@ from dataset import AnomalyDataset, index_split
 from feature_extractors import extractor as extractor_module
 from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
 from feature_extractors.extractor import build_extractor
+from feature_extractors.training_features import TrainingFeatures
 from models.feature_fusion import FeatureFusion
 from utils.cloud_cleaning import CleaningRule
 from utils.feature_store import PatchFileDataset, pair_rgb
+from utils.precision import choose_precision
 from utils.preprocessing import Job, preprocess
 from utils.synthetic import Plan, make_dataset
 from utils.synthetic_parts import DEFECTS
@@ -363,6 +365,8 @@ def test_defaults_are_those_of_the_original() -> None:
         "device": "auto",
         "precision": "fp32",
         "point_ops": "auto",
+        "memory_budget": None,
+        "train_feature_dtype": "fp32",
         "num_workers": 2,
     }
     assert args == original | added
@@ -420,6 +424,8 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (DOUBLE, ["--img_size", 96], True, True),
         (POINTS, ["--rm_zero_for_project"], True, True),
         (PROJECTED, ["--random_state", 1], True, True),
+        (DOUBLE, ["--train_feature_dtype", "fp16"], True, True),
+        (DOUBLE, ["--memory_budget", 1e-6], False, False),
         (DOUBLE, ["--num_workers", 0], False, False),
         (DOUBLE, ["--device", "cpu"], False, False),
     ],
@@ -445,6 +451,35 @@ def test_bf16_changes_scores_slightly(runs: Runner) -> None:
     full, half = (np.array(runs(*PROJECTED, *flags).scores) for flags in ([], ["--precision", "bf16"]))
     assert (full != half).all()
     assert float(np.median(np.abs(half / full - 1))) < 0.03  # 0.023 with torch 2.8
+
+
+def test_precision_auto_is_one_of_both(runs: Runner) -> None:
+    chosen = choose_precision("auto", torch.device("cpu"))
+    auto, named = (runs(*PROJECTED, "--precision", each).scores for each in ("auto", chosen))
+    assert auto == named
+
+
+def test_the_memory_budget_decides_where_training_features_lie(
+    base: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_disk: list[bool] = []
+    fit = main.fit_detector
+
+    def noticing(config: DetectorConfig, extractor: object, features: TrainingFeatures, *rest: object) -> object:
+        on_disk.append(features.on_disk)
+        return fit(config, extractor, features, *rest)
+
+    monkeypatch.setattr(main, "fit_detector", noticing)
+    for i, flags in enumerate(([], ["--memory_budget", 1e-6])):
+        run_into(tmp_path / str(i), *base, *DOUBLE, *flags)
+    assert on_disk == [False, True]
+
+
+@pytest.mark.parametrize("budget", ["0", "-1", "nan"])
+def test_a_memory_budget_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], budget: str) -> None:
+    assert f"memory_budget is {float(budget)}, expected a number of GB above 0" in refusal(
+        capsys, "--method_name", "DINO", f"--memory_budget={budget}"
+    )
 
 
 def test_corrected_protocol_changes_scores_and_puts_the_exact_au_pro_first(runs: Runner) -> None:

@@ -32,11 +32,12 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("queries", "rows", "dim"), [(1, 1, 1), (7, 1, 5), (1, 9, 3), (50, 33, 2), (90, 100, 64)])
 def test_nearest_equals_the_full_matrix(queries: int, rows: int, dim: int, device: str) -> None:
     asked, bank = random_rows(queries, dim, 0).to(device), random_rows(rows, dim, 1).to(device)
-    distance, index = MemoryBank(bank).nearest(asked)
     expected_distance, expected_index = nearest_twin(asked, bank)
-    assert (distance.dtype, index.dtype) == (torch.float32, torch.int64)
-    assert index.tolist() == expected_index.tolist()
-    torch.testing.assert_close(distance, expected_distance.float(), rtol=1e-6, atol=0)
+    for precision in ("fp32", "bf16"):
+        distance, index = MemoryBank(bank, precision=precision).nearest(asked)
+        assert (distance.dtype, index.dtype) == (torch.float32, torch.int64)
+        assert index.tolist() == expected_index.tolist()
+        torch.testing.assert_close(distance, expected_distance.float(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -74,11 +75,25 @@ def test_the_nearest_of_rows_a_hair_apart_is_found(device: str) -> None:
 def test_nearest_by_expanded_squares_is_near_the_full_matrix(queries: int, rows: int, dim: int, device: str) -> None:
     """The reference's arithmetic: the same rows, distances that lose digits where they are small."""
     asked, bank = random_rows(queries, dim, 0).to(device), random_rows(rows, dim, 1).to(device)
-    distance, index = MemoryBank(bank).nearest(asked, exact=False)
+    distance, index = MemoryBank(bank).nearest(asked, expanded="everywhere")
     expected_distance, expected_index = nearest_twin(asked, bank)
     assert (distance.dtype, index.dtype) == (torch.float32, torch.int64)
     assert index.tolist() == expected_index.tolist()
     torch.testing.assert_close(distance, expected_distance.float(), rtol=1e-4, atol=1e-3)
+
+
+def test_expanded_squares_where_they_cancel() -> None:
+    """Half of the queries are close to a row of norm 80, the others far: the first are the reference's, bit by bit."""
+    bank = MemoryBank(10.0 + random_rows(200, 64, 2))
+    queries = torch.cat([bank.rows[:50] + 1e-3 * random_rows(50, 64, 3), 10.0 + 3 * random_rows(50, 64, 4)])
+    found = {name: bank.nearest(queries, name) for name in memory_bank.EXPANDED_BELOW}
+    for distance, index in found.values():
+        assert torch.equal(index, found["nowhere"][1])
+        torch.testing.assert_close(distance, found["nowhere"][0], rtol=1e-5, atol=0.5)
+    mixed = found["cancelling"][0]
+    assert torch.equal(mixed[:50], found["everywhere"][0][:50])
+    assert torch.equal(mixed[50:], found["nowhere"][0][50:])
+    assert (mixed[:50] != found["nowhere"][0][:50]).all()
 
 
 def test_expanded_squares_cancel() -> None:
@@ -86,40 +101,93 @@ def test_expanded_squares_cancel() -> None:
     bank = MemoryBank(10.0 + random_rows(200, 64, 2))
     queries = bank.rows + 1e-3 * random_rows(200, 64, 3)
     exact, index = bank.nearest(queries)
-    expanded, expanded_index = bank.nearest(queries, exact=False)
+    expanded, expanded_index = bank.nearest(queries, expanded="everywhere")
     assert torch.equal(index, expanded_index)
     assert 1e-3 < (exact - expanded).abs().max() < 0.5
 
 
-@pytest.mark.parametrize(("exact", "product"), [(True, "addmm"), (False, "cdist")])
-@pytest.mark.parametrize(
-    ("most", "least", "per_column", "block"),
-    [
-        (310, 1 << 21, 1 << 14, 300),  # the upper bound is above all
-        (1 << 24, 310, 10, 300),  # 80 entries for 8 columns are below the lower bound
-        (1 << 24, 310, 70, 540),  # 560 entries for 8 columns
-        (490, 310, 70, 480),  # likewise, but for the upper bound
-        (5, 1, 0, 30),  # a query is never cut
-    ],
-)
-def test_no_block_of_distances_is_above_its_bound(
-    exact: bool, product: str, most: int, least: int, per_column: int, block: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("expanded", ["nowhere", "cancelling"])
+@pytest.mark.parametrize(("entries", "at_once", "queries"), [(310, 256, 10), (1 << 24, 12, 12), (5, 256, 1)])
+def test_no_block_is_above_its_bound(
+    entries: int, at_once: int, queries: int, expanded: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bank, queries = MemoryBank(random_rows(30, 8, 0)), random_rows(95, 8, 1)
+    """30 rows, 95 queries; a query is never cut."""
+    bank, asked = MemoryBank(random_rows(30, 8, 0)), random_rows(95, 8, 1)
+    expected = bank.nearest(asked, expanded)
     blocks: list[int] = []
-    compute = getattr(torch, product)
+    nearest_of = MemoryBank._nearest_of
 
-    def measured(*args: Tensor, **factors: float) -> Tensor:
-        blocks.append(compute(*args, **factors).numel())
-        return compute(*args, **factors)
+    def measured(bank: MemoryBank, chunk: Tensor) -> tuple[Tensor, Tensor]:
+        blocks.append(len(chunk))
+        return nearest_of(bank, chunk)
 
-    monkeypatch.setattr(torch, product, measured)
-    monkeypatch.setattr(memory_bank, "MAX_BLOCK_ENTRIES", most)
-    monkeypatch.setattr(memory_bank, "LEAST_BLOCK_ENTRIES", least)
-    monkeypatch.setattr(memory_bank, "BLOCK_ENTRIES_PER_COLUMN", per_column)
-    bank.nearest(queries, exact)
-    whole, rest = divmod(95 * 30, block)
-    assert blocks == [block] * whole + [rest] * (rest > 0)
+    monkeypatch.setattr(MemoryBank, "_nearest_of", measured)
+    monkeypatch.setattr(memory_bank, "MAX_BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(memory_bank, "QUERIES_AT_ONCE_ON_CPU", at_once)
+    monkeypatch.setattr(memory_bank, "MAX_DIFFERENCE_ENTRIES", 24)  # three pairs
+    distance, index = bank.nearest(asked, expanded)
+    assert torch.equal(index, expected[1])
+    torch.testing.assert_close(distance, expected[0], rtol=1e-6, atol=0)
+    whole, rest = divmod(95, queries)
+    assert blocks == [queries] * whole + [rest] * (rest > 0)
+
+
+@pytest.mark.parametrize("kind", ["cluster", "shell", "far off", "one direction"])
+@pytest.mark.parametrize("dim", [3, 64, 700])
+def test_half_precision_finds_what_full_precision_finds(kind: str, dim: int) -> None:
+    """Bit for bit, where its products cannot tell the rows apart."""
+    bank, queries = random_rows(400, dim, 2), random_rows(60, dim, 3)
+    if kind == "cluster":  # all within the rounding of their norms
+        bank, queries = 1e-4 * bank, 1e-4 * queries
+        bank[0] += 10.0
+    elif kind == "shell":  # all equally far, but for a thousandth
+        bank = torch.nn.functional.normalize(bank, dim=1) * (1 + 1e-3 * random_rows(400, 1, 4))
+        queries = 1e-3 * queries
+    elif kind == "far off":
+        queries = queries + 100.0
+    else:
+        bank, queries = bank[:, :1] * torch.ones(dim), queries[:, :1] * torch.ones(dim)
+    half, full = (MemoryBank(bank, precision=precision).nearest(queries) for precision in ("bf16", "fp32"))
+    assert torch.equal(half[0], full[0])
+    assert torch.equal(half[1], full[1])
+    expected_distance, expected_index = nearest_twin(queries, bank)
+    torch.testing.assert_close(half[0], expected_distance.float(), rtol=2e-6, atol=1e-9)
+    assert (half[1] == expected_index).float().mean() > 0.9  # others tie in fp32
+
+
+def test_few_candidates_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hardly more than one a query, in either precision."""
+    pairs: list[int] = []
+    squared_distances = MemoryBank._squared_distances
+
+    def counted(bank: MemoryBank, queries: Tensor, query: Tensor, row: Tensor) -> Tensor:
+        pairs.append(len(query))
+        return squared_distances(bank, queries, query, row)
+
+    monkeypatch.setattr(MemoryBank, "_squared_distances", counted)
+    for precision in ("fp32", "bf16"):
+        pairs.clear()
+        MemoryBank(random_rows(3000, 64, 0), precision=precision).nearest(random_rows(500, 64, 1))
+        assert 500 <= sum(pairs) < 1500
+
+
+def test_equal_queries_are_searched_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patches of the background, against a bank that holds many of them too."""
+    bank = MemoryBank(torch.cat([torch.zeros(200, 6), random_rows(50, 6, 0)]))
+    queries = torch.cat([torch.zeros(300, 6), random_rows(20, 6, 1), torch.zeros(10, 6)])
+    searched: list[int] = []
+    nearest_of = MemoryBank._nearest_of
+
+    def counted(bank: MemoryBank, chunk: Tensor) -> tuple[Tensor, Tensor]:
+        searched.append(len(chunk))
+        return nearest_of(bank, chunk)
+
+    monkeypatch.setattr(MemoryBank, "_nearest_of", counted)
+    distance, index = bank.nearest(queries)
+    assert sum(searched) == 21
+    torch.testing.assert_close(distance, nearest_twin(queries, bank.rows)[0].float())
+    assert (index[:300] == 0).all()
+    assert (index[320:] == 0).all()
 
 
 def test_neighbors_by_hand() -> None:

@@ -1,6 +1,7 @@
 """Which numbers the networks compute in."""
 
 import time
+from functools import cache
 
 import torch
 
@@ -20,12 +21,17 @@ def choose_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if _product_seconds(torch.bfloat16) < WORTHWHILE * _product_seconds(torch.float32) else "fp32"
+    return "bf16" if _cpu_is_fast_in_bf16() else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """What the forward pass runs in; `precision` is a key of AUTOCAST."""
     return torch.autocast(device.type, AUTOCAST[precision], enabled=AUTOCAST[precision] is not None)
+
+
+@cache
+def _cpu_is_fast_in_bf16() -> bool:
+    return _product_seconds(torch.bfloat16) < WORTHWHILE * _product_seconds(torch.float32)
 
 
 def _product_seconds(dtype: torch.dtype) -> float:

@@ -1,0 +1,31 @@
+"""benchmarks/precision.py on a made-up class, with the backbones that come with pip."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils import preprocessing
+from utils.synthetic import Plan, make_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.slow
+def test_both_precisions_are_compared(tmp_path: Path) -> None:
+    raw, parts = tmp_path / "raw", tmp_path / "parts"
+    make_dataset(Plan(raw, ("cookie",), train=2, validation=0, test_good=1, test_defective=1, size=224))
+    assert preprocessing.main([str(raw), "--output_dir", str(parts), "--workers", "1"]) == 0
+    command = [sys.executable, "benchmarks/precision.py", "--dataset_path", parts, "--classes", "cookie"]
+    command += ["--rgb_backbone_name", "efficientnet_lite0", "--xyz_backbone_name", "FPFH"]
+    command += ["--output", tmp_path / "precision.json"]
+    done = subprocess.run([str(each) for each in command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "precision.json").read_text())["classes"]["cookie"]
+    assert found["cosine"].keys() == {"xyz", "rgb", "fusion"}
+    assert found["cosine"]["xyz"]["least"] == pytest.approx(1)  # histograms know no precision
+    assert 0.9 < found["cosine"]["rgb"]["least"] < found["cosine"]["rgb"]["mean"] < 1 - 1e-7
+    assert found["metrics"]["fp32"].keys() == found["metrics"]["bf16"].keys()
+    assert "cosine mean" in done.stdout

@@ -1,0 +1,71 @@
+"""Which precision "auto" is, on devices fast and slow in bf16."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from utils import memory, precision
+from utils.memory import default_memory_budget, peak_memory_mb
+from utils.precision import PRECISIONS, autocast, choose_precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def measured_anew() -> Iterator[None]:
+    precision._cpu_is_fast_in_bf16.cache_clear()
+    yield
+    precision._cpu_is_fast_in_bf16.cache_clear()
+
+
+@pytest.mark.parametrize(("of_bf16", "chosen"), [(0.4, "bf16"), (0.6, "bf16"), (0.7, "fp32"), (3.0, "fp32")])
+def test_auto_follows_the_speed_of_products(of_bf16: float, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {torch.float32: 1.0, torch.bfloat16: of_bf16}
+    monkeypatch.setattr(precision, "_product_seconds", seconds.__getitem__)
+    assert choose_precision("auto", CPU) == chosen
+
+
+@pytest.mark.parametrize(("supported", "chosen"), [(True, "bf16"), (False, "fp32")])
+def test_auto_on_a_gpu_asks_for_real_support(supported: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_supported(including_emulation: bool = True) -> bool:
+        return supported or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    assert choose_precision("auto", torch.device("cuda")) == chosen
+
+
+def test_a_named_precision_is_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: torch.dtype) -> float:
+        raise AssertionError("measured for nothing")
+
+    monkeypatch.setattr(precision, "_product_seconds", refuse)
+    for name in set(PRECISIONS) - {"auto"}:
+        assert choose_precision(name, CPU) == name
+
+
+def test_what_autocast_computes_in() -> None:
+    matrix = torch.ones(2, 2)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with autocast(CPU, name):
+            assert (matrix @ matrix).dtype == dtype
+
+
+def test_the_budget_is_half_of_what_the_container_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    limit = tmp_path_factory.mktemp("cgroup") / "memory.max"
+    monkeypatch.setattr(memory, "CGROUP_LIMIT", limit)
+    of_the_machine = default_memory_budget(CPU)
+    assert of_the_machine > 0.1
+    limit.write_text("max\n")
+    assert default_memory_budget(CPU) == of_the_machine
+    limit.write_text("200000000\n")
+    assert default_memory_budget(CPU) == 0.1
+
+
+def test_peak_memory_is_that_of_this_process() -> None:
+    before = peak_memory_mb(CPU)
+    kept = torch.ones(64 << 18)  # 64 MB
+    assert peak_memory_mb(CPU) >= before > 50
+    assert kept.sum() == 64 << 18
