@@ -12,7 +12,7 @@ from PIL import Image
 
 from utils.cloud_cleaning import CleaningRule, clean_scan
 from utils.errors import InputError
-from utils.organized_pc import read_organized_pc, valid_mask
+from utils.organized_pc import read_organized_pc, valid_mask, write_organized_pc
 from utils.preprocessing import find_scans, preprocess
 from utils.preprocessing_progress import locked
 
@@ -111,6 +111,23 @@ def test_an_already_cleaned_dataset_without_manifest_is_not_cleaned_twice(datase
     assert all("was cleaned before" in reason for reason in summary.failed.values())
     (dataset / "preprocessing.json").unlink()
     assert contents(dataset) == before
+
+
+def test_a_cleaned_part_that_reaches_the_border_is_not_cleaned_twice(tmp_path: Path) -> None:
+    """A rod of 2 cm radius on a table, across the whole view of 300 x 300 pixels."""
+    y, x = (np.mgrid[:300, :300] - 149.5) * 1e-3
+    height = np.where(np.abs(y) < 0.02, 0.02 + np.sqrt((0.02**2 - y**2).clip(0)), 0)
+    folder = tmp_path / "parts/rod/train/good"
+    write_organized_pc(folder / "xyz/000.tiff", np.stack([x, y, 0.5 - height], 2).astype(np.float32))
+    (folder / "rgb").mkdir()
+    Image.new("RGB", (300, 300), "red").save(folder / "rgb/000.png")
+    assert preprocess(job_for(tmp_path / "parts"), workers=1).done == ["rod/train/good/000"]
+    (tmp_path / "parts/preprocessing.json").unlink()
+    before = contents(folder)
+    assert valid_mask(read_organized_pc(folder / "xyz/000.tiff"))[:, 0].any()
+    failed = preprocess(job_for(tmp_path / "parts"), workers=1).failed
+    assert "take the original scan if this one was cleaned before" in failed["rod/train/good/000"]
+    assert contents(folder) == before
 
 
 def test_restored_originals_are_done_again_and_foreign_files_refused(dataset: Path, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ Exit code: 0 all done, 1 some scans failed (listed at the end, the others are do
 import argparse
 import os
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -157,7 +156,7 @@ def _first_usable(job: Job) -> tuple[dict[str, Pair], dict[str, str]]:
 
 
 def _progress(scans: list[Scan], job: Job) -> Progress:
-    settings = {"version": VERSION, **asdict(job.rule), "keep_rgb": job.keep_rgb}
+    settings = {"version": VERSION, **job.rule.settings(), "keep_rgb": job.keep_rgb}
     return Progress({scan.name: scan for scan in scans}, job.output, settings)
 
 
