@@ -1,5 +1,6 @@
 """Raw scans that take no time to clean, and the preprocessing scripts in processes of their own that may be killed."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,12 @@ def job_for(source: Path, output: Path | None = None, keep_rgb: bool = False) ->
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    """Every file; of the manifest without the times, in which two runs differ."""
+    found = {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    return {name: STAMPS.sub(b"", data) if name == "preprocessing.json" else data for name, data in found.items()}
+
+
+STAMPS = re.compile(rb',\s*"mtime_ns": \d+,\s*"sources": \[[^"]*\](?=\s*\})')
 
 
 def run_script(name: str, *args: object) -> subprocess.CompletedProcess:

@@ -95,11 +95,30 @@ def test_dry_run_writes_nothing_and_finds_what_headers_tell(dataset: Path, tmp_p
     assert contents(tmp_path) == before
 
 
-def test_ground_truth_is_needed_where_its_folder_is(dataset: Path) -> None:
+def test_ground_truth_is_needed_for_defective_scans_alone(dataset: Path) -> None:
+    for stem in ("000", "001"):
+        write_scan(dataset / "bagel/test/good", stem, 7, with_gt=True)
+    write_scan(dataset / "bagel/test/hole", "001", 8, with_gt=True)
+    (dataset / "bagel/test/good/gt/001.png").unlink()
+    (dataset / "bagel/test/hole/gt/001.png").unlink()
+    scans, failed = find_scans(dataset)
+    good = ["bagel/test/good/000", "bagel/test/good/001"]
+    assert [scan.name for scan in scans] == [*good, *ALL]
+    assert [scan.modalities for scan in scans[:2]] == [("xyz", "rgb", "gt"), ("xyz", "rgb")]
+    assert list(failed) == ["bagel/test/hole/001"]
+    assert "gt/001.png missing" in failed["bagel/test/hole/001"]
     (dataset / "bagel/test/hole/gt/000.png").unlink()
     scans, failed = find_scans(dataset)
-    assert [scan.name for scan in scans] == ALL[1:]
-    assert "gt/000.png missing" in failed[ALL[0]]
+    assert [scan.name for scan in scans] == [*good, *ALL[1:]]
+    assert list(failed) == ["bagel/test/hole"]
+    assert "none of its 2 scans has ground truth, expected " in failed["bagel/test/hole"]
+    assert preprocess(job_for(dataset), workers=1).done == [*good, *ALL[1:]]
+    assert preprocess(job_for(dataset), workers=1).skipped == [*good, *ALL[1:]]
+
+
+def test_hidden_folders_are_no_classes(dataset: Path) -> None:
+    shutil.copytree(dataset / "bagel", dataset / ".Trash")
+    assert [scan.name for scan in find_scans(dataset)[0]] == ALL
 
 
 def test_an_already_cleaned_dataset_without_manifest_is_not_cleaned_twice(dataset: Path) -> None:
