@@ -90,7 +90,9 @@ def test_dry_run_writes_nothing_and_finds_what_headers_tell(dataset: Path, tmp_p
     for output in (None, tmp_path / "out"):
         summary = preprocess(job_for(dataset, output), workers=1, dry_run=True)
         assert summary.done == ALL[:1]
-        assert "is 41 x 44, its xyz file 40 x 44" in summary.failed[ALL[1]]
+        photo = dataset / "bagel/train/good/rgb/000.png"
+        reason = f"{photo} is 41 x 44, its xyz file 40 x 44 (H x W): restore them from the dataset"
+        assert summary.failed[ALL[1]] == reason
         assert "cut short" in summary.failed[ALL[2]]
     assert contents(tmp_path) == before
 
