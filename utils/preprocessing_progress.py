@@ -137,8 +137,9 @@ class Progress:
                 return False
             stamps = file.sources
             if self.in_place(scan):
-                if not all(source.samefile(target) for source in sources):
-                    return False  # an original of another suffix is back
+                # An original of another suffix is gone, maybe since `recover`, or somebody has put it back.
+                if not all(source.samefile(target) for source in sources if source.is_file()):
+                    return False
             elif (stamps := tuple(map(stamp, sources))) != file.sources and sha256(*sources) != file.source:
                 return False
             fresh[modality] = file._replace(mtime_ns=changed, sources=stamps)
