@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import yaml
-from cleaning_runs import ROOT, contents, run_killed_at, run_script
+from cleaning_runs import ROOT, contents, run_killed_at, run_script, unprivileged
 from PIL import Image
 
 from dataset import AnomalyDataset, index_split
@@ -764,3 +765,42 @@ def test_refusals_name_no_flag_of_another_script(published: Path, tmp_path: Path
     assert run(published, tmp_path / "out") == 0
     with pytest.raises(InputError, match="give another output folder"):
         run(published, tmp_path / "out", "--light", 2)
+
+
+def test_a_changed_mask_does_not_leave_a_sample_in_two_folders(published: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    preprocess(published, target, None, 4, workers=1)
+    masks = published / "Confetto/test_public/data"
+    shutil.copy(masks / "01_mask.png", masks / "00_mask.png")
+    summary = preprocess(published, target, None, 4, workers=1)
+    assert (summary.done, list(summary.failed)) == ([], ["Confetto/test/bad/000"])
+    assert "converted as Confetto/test/good/000: delete " in summary.failed["Confetto/test/bad/000"]
+    for path in target.glob("Confetto/test/good/*/000.*"):
+        path.unlink()
+    assert preprocess(published, target, None, 4, workers=1).done == ["Confetto/test/bad/000"]
+
+
+def test_scans_of_others_are_not_written_over(published: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    preprocess(published, target, None, 4, workers=1)
+    (target / "preprocessing.json").unlink()
+    before = contents(target)
+    with pytest.raises(InputError, match=r"holds scans, such as .* and no preprocessing.json"):
+        run(published, target)
+    assert contents(target) == before
+
+
+def test_folders_that_are_hidden_or_may_not_be_read() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are for their owner alone
+        root = Path(folder) / "in"
+        for name in ("Confetto", "Gummy", ".Trash"):
+            write_sample(root / name / "train/data", "000")
+        locked = root / "Confetto/train/data"
+        root.parent.chmod(0o777)
+        locked.chmod(0)
+        with unprivileged():
+            summary = preprocess(root, root.parent / "out", None, 4, workers=1)
+        locked.chmod(0o777)
+        assert summary.done == ["Gummy/train/good/000"]
+        assert list(summary.failed) == ["Confetto/train"]
+        assert f"{locked} cannot be read (Permission denied): make it" in summary.failed["Confetto/train"]

@@ -30,7 +30,7 @@ from utils.errors import InputError, exit_on_input_error
 from utils.files import cannot_read, subfolders
 from utils.images import defect_mask, open_image, to_rgb
 from utils.preprocessing_progress import TEMPORARY, Progress
-from utils.preprocessing_record import Record, Scan
+from utils.preprocessing_record import Record, Scan, has_results, read_recorded
 from utils.scan_processing import Summary, process_scans, report, write_results
 
 VERSION = 2  # of the conversion: raise it when the same sample gives another result, or another record of its sources
@@ -188,6 +188,23 @@ def name_scans(samples: dict[str, Path], light: int, failed: dict[str, str]) -> 
     return scans
 
 
+def _without_renamed(scans: list[Scan], target: Path, failed: dict[str, str]) -> list[Scan]:
+    """Leave out scans whose mask has changed, which stand in `target` by their former name; they go to `failed`."""
+    recorded = read_recorded(target)
+    if recorded is None:
+        return scans
+    kept = []
+    for scan in scans:
+        former = scan.name.replace("/bad/", "/good/") if "/bad/" in scan.name else scan.name.replace("/good/", "/bad/")
+        record = recorded.scans.get(former, {})
+        if not has_results(Scan(former, {}), record, target):
+            kept.append(scan)
+            continue
+        files = " and ".join(str(Scan(former, {}).file(target, modality)) for modality in record)
+        failed[scan.name] = f"its mask has changed since it was converted as {former}: delete {files} and run again"
+    return kept
+
+
 def convert_files(scan: Scan, target: Path, suffix: str) -> Record:
     """Convert one sample and leave the results beside their final places under temporary names, read back and on disk.
 
@@ -213,11 +230,11 @@ def convert_files(scan: Scan, target: Path, suffix: str) -> Record:
 
 
 def preprocess(root: Path, target: Path, classes: Sequence[str] | None, light: int, workers: int) -> Summary:
-    """Convert every sample that is not done yet; errors as of `find_samples` and `process_scans`."""
+    """Convert every sample that is not done yet, or changed since; errors as of `find_samples` and `process_scans`."""
     if target.resolve() == root.resolve():
         raise InputError(f"--target_dir {target} is the dataset itself: give another folder")
     samples, failed = find_samples(root, classes)
-    scans = name_scans(samples, light, failed)
+    scans = _without_renamed(name_scans(samples, light, failed), target, failed)
     # Of every class: what an earlier run left half written may be of one that this run leaves out.
     everything = (find_samples(root, None)[0] if classes else samples).items()
     known = [sample_scan(name, prefix, bad, light) for name, prefix in everything for bad in (False, True)]
