@@ -10,6 +10,7 @@ import pytest
 from main_runs import printed, refusal
 from PIL import Image
 
+import main
 from dataset import index_split
 from inspection import inspect_split, warn_of_raw_scans, warn_of_unfinished_scans
 from utils import preprocessing
@@ -213,6 +214,24 @@ def test_scans_that_a_preprocessing_left_out_are_warned_of(
     (root / "preprocessing.json").write_text("{")
     warn_of_unfinished_scans(root, index)
     assert "is damaged" in caplog.text
+
+
+def test_a_run_looks_at_both_splits_and_at_the_record(
+    raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(raw, tmp_path / "parts")
+    (tmp_path / "parts/preprocessing.json").write_text('{"schema": 1, "settings": {}, "scans": {}}')
+
+    def stop(*_: object, **__: object) -> None:
+        raise InputError("far enough")
+
+    monkeypatch.setattr(main, "build_extractor", stop)
+    flags = ("--dataset_path", tmp_path / "parts", "--classes", "cookie", "--output_dir", tmp_path / "out")
+    with caplog.at_level(logging.WARNING), pytest.raises(SystemExit):
+        printed(*flags, "--method_name", "DINO+Point_MAE")
+    for split in ("train", "test"):
+        assert f"cookie/{split}/" in "".join(text for text in caplog.messages if "shows the table" in text)
+    assert "9 of 9 scans were not preprocessed" in caplog.text
 
 
 def test_the_preview_shows_each_class_before_and_after(

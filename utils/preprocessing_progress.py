@@ -129,14 +129,14 @@ class Progress:
         record = self.done.get(scan.name)
         if record is None or set(record) != set(scan.modalities) or not has_results(scan, record, self.output):
             return False
-        fresh = dict(record)
+        fresh, in_place = dict(record), self.in_place(scan)
         for modality, file in record.items():
             target, sources = scan.file(self.output, modality), scan.sources[modality]
             changed = stamp(target)[1]
             if changed != file.mtime_ns and sha256(target) != file.result:
                 return False
             stamps = file.sources
-            if self.in_place(scan):
+            if in_place:
                 # An original of another suffix is gone, maybe since `recover`, or somebody has put it back.
                 if not all(source.samefile(target) for source in sources if source.is_file()):
                     return False
