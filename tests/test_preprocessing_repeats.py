@@ -147,16 +147,19 @@ def test_scans_of_others_are_not_written_over(dataset: Path, tmp_path: Path, dry
     assert preprocess(job_for(dataset, tmp_path / "out"), workers=1).done == ALL
 
 
+@pytest.mark.parametrize("locked", ["", "bagel/train/good/xyz"])
 @pytest.mark.parametrize("copied", [False, True])
-def test_a_finished_dataset_on_a_read_only_disk_is_done(copied: bool) -> None:
+def test_a_finished_dataset_on_a_read_only_disk_is_done(copied: bool, locked: str) -> None:
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are for their owner alone
         root = write_dataset(Path(folder) / "parts")
         preprocess(job_for(root), workers=1)
         if copied:  # the new times cannot be written down
             for path in root.rglob("*.tiff"):
                 path.touch()
-        before = contents(root)
-        for path in (root, root.parent, *root.rglob("*")):
+        before, files = contents(root), sorted(root.rglob("*"))
+        for path in (root.parent, root, *root.rglob("*")):
+            path.chmod(0o777 if path.is_dir() else 0o444)
+        for path in (root / locked, *(() if locked else root.rglob("*/"))):
             path.chmod(0o555 if path.is_dir() else 0o444)
         with unprivileged():
             summary = preprocess(job_for(root), workers=2)
@@ -164,3 +167,4 @@ def test_a_finished_dataset_on_a_read_only_disk_is_done(copied: bool) -> None:
         for path in (root, *root.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
         assert (summary, contents(root)) == (([], ALL, {}), before)
+        assert sorted(root.rglob("*")) == files

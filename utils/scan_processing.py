@@ -63,8 +63,8 @@ def process_scans(
     require_own_folder(scans, before)
     if not before.journal.is_file():
         pending, skipped = split_scans(scans, before, failed)
-        # Without work nothing is written: a finished dataset may lie on a read-only disk.
-        if not pending and not (before.refreshed and os.access(output, os.W_OK)):
+        if not pending:  # nothing is demanded of the disk, on which a finished dataset may be read-only
+            _keep_stamps(before, progress_of)
             return Summary([], skipped, dict(sorted(failed.items())))
     _make_folder(output)
     _require_writable(scans, output)
@@ -87,6 +87,16 @@ def process_scans(
         except InputError as error:
             failed[progress.manifest.name] = f"{error}; until then {progress.journal.name} keeps what is done"
     return Summary(sorted(done), skipped, dict(sorted(failed.items())))
+
+
+def _keep_stamps(found: Progress, progress_of: Callable[[], Progress]) -> None:
+    """Write down what was found by reading files, where that can be: it only spares the next run the reading."""
+    if found.refreshed:
+        with suppress(InputError), locked(found.output):
+            progress = progress_of()
+            if not progress.journal.is_file():
+                progress.take_stamps(found)
+                progress.save()
 
 
 def require_own_folder(scans: list[Scan], progress: Progress) -> None:
