@@ -12,7 +12,7 @@ no files of the other:
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from utils.errors import InputError
-from utils.files import FILE_SUFFIXES, files_by_stem
+from utils.files import FILE_SUFFIXES, files_by_stem, subfolders
 from utils.images import defect_mask, open_image, to_rgb
 from utils.organized_pc import organized_pc_header, read_organized_pc, resize_nearest
 from utils.records import Sample
@@ -70,7 +70,7 @@ def find_classes(dataset_path: Path | str, dataset_type: str, chosen: Sequence[s
             f"{root} is not a folder: download {_PUBLISHED[dataset_type]}, preprocess it as the README tells, "
             "and name its folder with --dataset_path"
         )
-    found = _subfolders(root)
+    found = [path.name for path in subfolders(root)]
     listing = ", ".join(found) or "no folder"
     if not chosen:
         classes = [name for name in DATASET_CLASSES[dataset_type] if name in found]
@@ -88,6 +88,22 @@ def find_classes(dataset_path: Path | str, dataset_type: str, chosen: Sequence[s
     return list(dict.fromkeys(chosen))
 
 
+def class_folders(dataset_path: Path | str) -> list[str]:
+    """Names of all folders of a dataset that hold a split, whatever they are called; InputError where it is unreadable.
+
+    A folder in it that cannot be read counts: what is wrong with it is for the reader of its splits to tell.
+    """
+    names = []
+    for folder in subfolders(Path(dataset_path)):
+        try:
+            splits = {path.name for path in subfolders(folder)}
+        except InputError:
+            splits = {"test"}
+        if splits & {"train", "validation", "test"}:
+            names.append(folder.name)
+    return names
+
+
 def index_split(class_folder: Path | str, split: str, modalities: frozenset[str]) -> list[SampleFiles]:
     """The scans of "train", "validation" or "test", sorted by (defect, stem) and paired by stem.
 
@@ -95,64 +111,77 @@ def index_split(class_folder: Path | str, split: str, modalities: frozenset[str]
     recorded where they are. Raises InputError when there is no scan, a needed partner or the ground truth of a
     defective test scan is missing, or two files of one folder share a stem.
     """
+    files, problems = pair_split(class_folder, split, modalities)
+    if problems:
+        raise InputError(problems[0])
+    return files
+
+
+def pair_split(class_folder: Path | str, split: str, modalities: frozenset[str]) -> tuple[list[SampleFiles], list[str]]:
+    """`index_split` of the scans that are complete, and what it would raise for the others."""
     if split not in ("train", "validation", "test") or not modalities or not modalities <= {"rgb", "xyz"}:
         raise ValueError(f"split {split!r} with modalities {sorted(modalities)}: unknown split or modality")
     root = Path(class_folder) / split
-    defects = _subfolders(root) if split == "test" else ["good"]
-    if not defects:
-        raise InputError(f"no test scans in {root}: expected a folder good and one for each type of defect")
-    return [files for defect in defects for files in _index_folder(root / defect, modalities)]
+    try:
+        folders = subfolders(root) if split == "test" else [root / "good"]
+    except InputError as error:
+        return [], [str(error)]
+    if not folders:
+        return [], [f"no test scans in {root}: expected a folder good and one for each type of defect"]
+    files: list[SampleFiles] = []
+    problems: list[str] = []
+    for folder in folders:
+        found, faults = _pair_folder(folder, modalities)
+        files += found
+        problems += faults
+    return files, problems
 
 
-def _index_folder(folder: Path, modalities: frozenset[str]) -> list[SampleFiles]:
+def _pair_folder(folder: Path, modalities: frozenset[str]) -> tuple[list[SampleFiles], list[str]]:
     split, defect = folder.parent.name, folder.name
-    found = {name: _file_by_stem(folder / name, name) for name in FILE_SUFFIXES}
+    try:
+        found = {name: files_by_stem(folder / name, name) for name in FILE_SUFFIXES}
+    except InputError as error:
+        return [], [str(error)]
     stems = sorted(set().union(*(found[name] for name in modalities)))
     if not stems:
         needed = " and ".join(sorted(modalities))
         kind = "training" if split == "train" else split
-        raise InputError(f"no {kind} files in {folder}: fill its folder {needed}, or remove {folder}")
-    if len(modalities) == 2:
-        _require(folder, "xyz", found["xyz"], stems, f"{len(found['rgb'])} rgb files")
-        _require(folder, "rgb", found["rgb"], stems, f"{len(found['xyz'])} xyz files")
-    label = int(defect != "good") if split == "test" else None
-    if label == 1:
-        _require(folder, "gt", found["gt"], stems, f"{len(stems)} defective scans")
-    rgb, xyz, gt = found["rgb"], found["xyz"], found["gt"]
-    return [
-        SampleFiles(f"{split}/{defect}/{stem}", rgb.get(stem), xyz.get(stem), gt.get(stem), label) for stem in stems
+        return [], [f"no {kind} files in {folder}: fill its folder {needed}, or remove {folder}"]
+    doubled = [files for each in found.values() for files in each.values() if len(files) > 1]
+    problems = [
+        f"{files[0]} and {files[1].name} are two files of one scan: run the preprocessing again if it was "
+        "interrupted, else keep one of them"
+        for files in doubled
     ]
+    label = int(defect != "good") if split == "test" else None
+    partners = {}
+    if len(modalities) == 2:
+        partners = {"xyz": f"{len(found['rgb'])} rgb files", "rgb": f"{len(found['xyz'])} xyz files"}
+    if label == 1:
+        partners["gt"] = f"{len(stems)} defective scans"
+    problems += filter(None, (_missing(folder, name, found[name], stems, each) for name, each in partners.items()))
+    unclear = {files[0].stem for files in doubled}
+    rgb, xyz, gt = ({stem: files[0] for stem, files in found[name].items()} for name in ("rgb", "xyz", "gt"))
+    needed_stems = [stem for stem in stems if stem not in unclear and all(stem in found[name] for name in partners)]
+    return [
+        SampleFiles(f"{split}/{defect}/{stem}", rgb.get(stem), xyz.get(stem), gt.get(stem), label)
+        for stem in needed_stems
+    ], problems
 
 
-def _require(folder: Path, name: str, found: dict[str, Path], stems: list[str], partners: str) -> None:
-    """Raise an InputError that names the files which the folder `name` lacks."""
+def _missing(folder: Path, name: str, found: Mapping[str, Sequence[Path]], stems: list[str], partners: str) -> str:
+    """What is wrong with the folder `name` if it lacks files of these stems, else nothing."""
     missing = [stem for stem in stems if stem not in found]
     if not missing:
-        return
-    suffix = next(iter(found.values())).suffix if found else FILE_SUFFIXES[name][0]
+        return ""
+    suffix = next(iter(found.values()))[0].suffix if found else FILE_SUFFIXES[name][0]
     listing = ", ".join(stem + suffix for stem in missing[:5]) + (", ..." if len(missing) > 5 else "")
     verb = "is" if len(missing) == 1 else "are"
-    raise InputError(
+    return (
         f"{len(found)} {name} files for {partners} in {folder}: {listing} {verb} missing; "
         f"restore what {folder / name} lacks or remove the other files of these scans"
     )
-
-
-def _file_by_stem(folder: Path, modality: str) -> dict[str, Path]:
-    found = files_by_stem(folder, modality)
-    for files in found.values():
-        if len(files) > 1:
-            raise InputError(
-                f"{files[0]} and {files[1].name} are two files of one scan: run the preprocessing again if it was "
-                "interrupted, else keep one of them"
-            )
-    return {stem: files[0] for stem, files in found.items()}
-
-
-def _subfolders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def check_files(files: Iterable[SampleFiles], modalities: frozenset[str]) -> None:
@@ -177,7 +206,8 @@ def check_scan(scan: SampleFiles, modalities: frozenset[str]) -> None:
         if size != expected:
             raise InputError(
                 f"{first} has {expected[0]} x {expected[1]} pixels (height x width), {path} {size[0]} x {size[1]}: "
-                "a scan's files show one view pixel by pixel, so restore them and preprocess them together"
+                "a scan's files show one view pixel by pixel, so run the preprocessing again if it was interrupted, "
+                "else restore them and preprocess them together"
             )
 
 

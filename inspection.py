@@ -4,18 +4,19 @@ python main.py --inspect_dataset --dataset_path datasets/mvtec3d
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from dataset import SampleFiles, check_scan, index_split, read_photo
+from dataset import SampleFiles, check_scan, pair_split, read_photo
 from utils.cloud_cleaning import CleaningRule, shows_table
 from utils.errors import InputError
 from utils.images import defect_mask, open_image
 from utils.organized_pc import read_organized_pc, valid_mask
+from utils.preprocessing_record import Scan, has_results, read_recorded
 from utils.report import print_columns
 
 CLEANING_COMMAND = "python utils/preprocessing.py"
@@ -57,10 +58,7 @@ def inspect_split(class_folder: Path | str, split: str, modalities: frozenset[st
     empty = SplitReport(folder.name, split)
     if split == "validation" and not (folder / split).is_dir():
         return empty
-    try:
-        files = index_split(folder, split, modalities)
-    except InputError as error:
-        return empty._replace(problems=(str(error),))
+    files, faults = pair_split(folder, split, modalities)
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         found = pool.map(lambda scan: _inspect_scan(scan, modalities), files)
         described = list(tqdm(found, total=len(files), desc=f"{folder.name} {split}", leave=False))
@@ -73,7 +71,7 @@ def inspect_split(class_folder: Path | str, split: str, modalities: frozenset[st
         valid=(min(each.valid for each in clouds), max(each.valid for each in clouds)) if clouds else None,
         depth=(min(each.nearest for each in clouds), max(each.farthest for each in clouds)) if clouds else None,
         raw=sum(each.raw for each in clouds),
-        problems=tuple(each for each in described if isinstance(each, str)),
+        problems=(*faults, *(each for each in described if isinstance(each, str))),
     )
 
 
@@ -127,11 +125,42 @@ def _row(report: SplitReport) -> tuple[str, ...]:
     return (report.class_name, report.split, *counts, sizes, *cloud, str(len(report.problems)))
 
 
-def warn_of_raw_scans(scans: Iterable[SampleFiles]) -> None:
-    """Warn of each scan that shows its table: it was not cleaned, which ruins results. Given one of each class."""
-    for scan in scans:
-        if scan.xyz is not None and shows_table(read_organized_pc(scan.xyz), CleaningRule()):
-            logger.warning(
-                "%s shows the table that the part lies on, which is learnt too: clean the scans first (%s %s)",
-                *(scan.xyz, CLEANING_COMMAND, scan.xyz.parents[4]),
-            )
+def warn_of_raw_scans(scans: Sequence[SampleFiles]) -> None:
+    """Warn if one of some scans of a class, spread over the split, shows its table: not cleaned, it ruins results."""
+    looked_at = [scan.xyz for scan in _spread(scans) if scan.xyz is not None]
+    raw = [path for path in looked_at if shows_table(read_organized_pc(path), CleaningRule())]
+    if raw:
+        logger.warning(
+            "%s shows the table that the part lies on, which is learnt too (%d of %d scans looked at): clean the scans "
+            "first (%s %s)",
+            *(raw[0], len(raw), len(looked_at), CLEANING_COMMAND, raw[0].parents[4]),
+        )
+
+
+def _spread(scans: Sequence[SampleFiles], number: int = 5) -> list[SampleFiles]:
+    """At most `number` scans, evenly spaced from the first to the last."""
+    count = min(number, len(scans))
+    return [scans[round(i * (len(scans) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def warn_of_unfinished_scans(dataset_path: Path, indexed: Mapping[str, Iterable[SampleFiles]]) -> None:
+    """Warn of scans that a recorded preprocessing of the dataset did not finish; `indexed` by class.
+
+    Told by the record and the sizes of the files, without reading them. Without a record nothing is said.
+    """
+    try:
+        recorded = read_recorded(dataset_path)
+    except InputError as error:
+        logger.warning("%s", error)
+        return
+    if recorded is None:
+        return
+    names = [f"{class_name}/{scan.path}" for class_name, scans in indexed.items() for scan in scans]
+    left = [name for name in names if not has_results(Scan(name, {}), recorded.scans.get(name, {}), dataset_path)]
+    if left:
+        logger.warning(
+            "%d of %d scans were not preprocessed as the others of %s (%s%s): run the command again that made it "
+            "(python utils/%s.py)",
+            *(len(left), len(names), dataset_path, ", ".join(left[:3]), ", ..." if len(left) > 3 else ""),
+            recorded.script,
+        )

@@ -28,6 +28,7 @@ from dataset import (
     AnomalyDataset,
     SampleFiles,
     check_files,
+    class_folders,
     find_classes,
     index_split,
     load_samples,
@@ -46,7 +47,7 @@ from feature_extractors.config import (
 )
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.pipeline import SampleResult, Stopwatch, collect_features, evaluate, fit_detector
-from inspection import print_inspection, warn_of_raw_scans
+from inspection import print_inspection, warn_of_raw_scans, warn_of_unfinished_scans
 from models import XYZ_BACKBONES, BackboneRow, list_backbones, rgb_spec
 from models.point_ops import BACKENDS, check_backend
 from models.point_transformer import POINT_NORMS
@@ -424,14 +425,17 @@ def run(args: argparse.Namespace) -> None:
     configs = detector_configs(args)
     config = extraction_config(configs)
     if args.inspect_dataset:
-        classes = find_classes(args.dataset_path, args.dataset_type, args.classes)
+        chosen = args.classes or class_folders(args.dataset_path)
+        classes = find_classes(args.dataset_path, args.dataset_type, chosen)
         if print_inspection(args.dataset_path, classes, config.method.modalities, args.num_workers):
             raise SystemExit(1)
         return
     settings = run_settings(args, config)
     indexed = index_classes(settings, config)
     if "xyz" in config.method.modalities:
-        warn_of_raw_scans(files.train[0] for files in indexed.values())
+        for split in (split for files in indexed.values() for split in files):
+            warn_of_raw_scans(split)
+    warn_of_unfinished_scans(settings.dataset_path, {name: files.train + files.test for name, files in indexed.items()})
     for method in configs:
         make_folder(method_folder(settings, configs, method), "--output_dir")
     if settings.save_feature_path is not None:

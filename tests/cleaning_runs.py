@@ -1,7 +1,12 @@
 """Raw scans that take no time to clean, and the preprocessing scripts in processes of their own that may be killed."""
 
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +54,37 @@ def job_for(source: Path, output: Path | None = None, keep_rgb: bool = False) ->
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    """Every file; of the manifest without the times, in which two runs differ."""
+    found = {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    return {name: STAMPS.sub(b"", data) if name == "preprocessing.json" else data for name, data in found.items()}
+
+
+STAMPS = re.compile(rb',\s*"mtime_ns": \d+,\s*"sources": \[[^"]*\](?=\s*\})')
 
 
 def run_script(name: str, *args: object) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "utils" / f"{name}.py", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True)
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Without the rights of root, whom no permission stops; others stay who they are."""
+    Image.init()  # only then: the environment may lie where root alone may read
+    tifffile.imread(BytesIO(tifffile_bytes()))
+    user = os.getuid()
+    if user == 0:
+        os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(user, user, user)
+
+
+def tifffile_bytes() -> bytes:
+    buffer = BytesIO()
+    tifffile.imwrite(buffer, np.zeros((2, 2, 3), np.float32), photometric="rgb")
+    return buffer.getvalue()
 
 
 KILL = """

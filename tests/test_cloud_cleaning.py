@@ -15,6 +15,7 @@ from utils.cloud_cleaning import (
     largest_cluster,
     pad_to_square,
     remove_plane,
+    shows_table,
 )
 from utils.errors import InputError
 from utils.organized_pc import read_organized_pc, valid_mask
@@ -253,9 +254,9 @@ def faulty(fault: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ("empty", "none of the 7200 pixels has a measurement"),
         ("nan", "none of the 7200 pixels has a measurement"),
         ("millimetres", r"reach 5\d\d.*, expected metres and at most 100"),
-        ("no border", r"^\d\d of the 3000 pixels within 10 of the image border .* expected at least 50"),
+        ("no border", r"^\d\d of the 3000 pixels within 10 of the image border .* expected 25% and at least 50"),
         ("all plane", "nothing is left of the scan: 0 pixels lie off the plane"),
-        ("dust", "lie on no plane"),
+        ("dust", "^60 of the 3000 pixels .* take the original scan if this one was cleaned before"),
         ("rgb size", "the photograph is 79 x 90 and the point cloud 80 x 90"),
         ("gt size", "the ground truth is 80 x 50 and the point cloud 80 x 90"),
     ],
@@ -272,3 +273,53 @@ def test_a_part_of_scattered_points_is_not_kept() -> None:
     xyz[part & (np.random.default_rng(0).random(part.shape) < 0.9)] = 0
     with pytest.raises(InputError, match=r"nothing is left of the scan: \d+ pixels lie off the plane and none has 30"):
         clean_scan(xyz, np.ones((80, 90, 3), np.uint8), None, RULE)
+
+
+def views_without_a_table() -> dict[str, tuple[np.ndarray, str]]:
+    """Clouds (300, 300, 3), 1 mm from pixel to pixel, whose border shows no table, and what is said of them."""
+    y, x = (np.mgrid[:300, :300] - 149.5) * 1e-3
+    wall = np.maximum(np.abs(x), np.abs(y))
+    flat = np.full_like(x, 0.5)
+    stamp = np.stack([x, y, flat], axis=2)
+    stamp[:10] = stamp[-10:] = stamp[:, :10] = stamp[:, -10:] = 0
+    stamp[0, :60] = 0.1, 0.1, 0.5
+    return {
+        "waves": (np.stack([x, y, 0.5 + 0.02 * np.sin(150 * x) * np.cos(130 * y)], 2), r"^3\d% of the 11600 .* 50%"),
+        "noise": (
+            np.stack([x, y, 0.5 + np.random.default_rng(0).uniform(-0.05, 0.05, x.shape)], 2),
+            r"^\d% of the 11600 measurements within 10 pixels .* lie on one plane, expected more than 50%",
+        ),
+        "walls": (np.stack([x, y, 1.5 - 6 * wall], 2), r"^\d\d% of the 11600 measurements"),
+        "sphere": (np.stack([x, y, 0.8 - np.sqrt(0.25**2 - x**2 - y**2)], 2), r"^31% of the 11600 measurements"),
+        "few equal points": (stamp, "^60 of the 11600 pixels .* expected 25% and at least 50"),
+        "one point": (np.full((300, 300, 3), 0.5), "lie on a line or a point, 0 m wide, expected at least 0.004 m"),
+        "one line": (np.stack([x, np.full_like(x, 0.1), flat], 2), "lie on a line or a point"),
+    }
+
+
+@pytest.mark.parametrize("view", views_without_a_table())
+def test_a_view_without_a_table_is_refused(view: str) -> None:
+    xyz, message = views_without_a_table()[view]
+    xyz = xyz.astype(np.float32)
+    with pytest.raises(InputError, match=message):
+        clean_scan(xyz, np.ones((300, 300, 3), np.uint8), None, RULE)
+    assert not shows_table(xyz, RULE)
+
+
+def test_a_room_cropped_to_its_measured_area_shows_no_table(shared: Path) -> None:
+    xyz = read_organized_pc(shared / "scans/xyz/office1.tiff")
+    rows, columns = np.nonzero(valid_mask(xyz))
+    crop = xyz[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    with pytest.raises(InputError, match=r"^\d+% of the 13495 measurements .* lie on one plane"):
+        clean_scan(crop, np.ones((*crop.shape[:2], 3), np.uint8), None, RULE)
+
+
+def test_the_demands_on_the_border_are_fields_and_no_setting_of_the_results() -> None:
+    xyz = views_without_a_table()["sphere"][0].astype(np.float32)
+    assert shows_table(xyz, CleaningRule(min_support=0.3))
+    xyz[:, 50:250] = 0
+    xyz[np.arange(300) % 4 > 0] = 0
+    assert not shows_table(xyz, CleaningRule(min_support=0.0))
+    assert shows_table(xyz, CleaningRule(min_support=0.0, min_border=0.1))
+    assert CleaningRule(min_support=0.3, min_border=0.1).settings() == RULE.settings()
+    assert CleaningRule(cluster_eps=0.005).settings() != RULE.settings()

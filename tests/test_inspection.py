@@ -1,5 +1,6 @@
 """What a look at a dataset tells: --inspect_dataset, the warning of raw scans, the contact sheet before and after."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 from main_runs import printed, refusal
 from PIL import Image
 
+import main
 from dataset import index_split
-from inspection import inspect_split, warn_of_raw_scans
+from inspection import inspect_split, warn_of_raw_scans, warn_of_unfinished_scans
 from utils import preprocessing
 from utils.cloud_cleaning import CleaningRule, clean_scan, shows_table
 from utils.errors import InputError
@@ -89,6 +91,45 @@ def test_every_fault_is_collected(cleaned: Path, tmp_path: Path, capsys: pytest.
     assert "no test scans" in inspect_split(tmp_path / "parts" / "cookie", "test", BOTH, 0).problems[0]
 
 
+def test_a_fault_of_pairing_hides_no_other_scan(tmp_path: Path) -> None:
+    test = tmp_path / "parts/cookie/test"
+    for name in ("good/000", "good/001", "hole/000", "hole/001", "hole/002"):
+        folder, stem = test / name.split("/")[0], name.split("/")[1]
+        write_organized_pc(folder / f"xyz/{stem}.tiff", np.full((8, 8, 3), 0.4, np.float32))
+        for modality in ("rgb", "gt"):
+            (folder / modality).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8)).save(folder / modality / f"{stem}.png")
+    (test / "good/rgb/001.png").unlink()
+    (test / "hole/gt/000.png").unlink()
+    Image.new("RGB", (8, 8)).save(test / "hole/rgb/001.jpg")
+    (test / "hole/rgb/002.png").write_bytes(b"no picture")
+    (test / "crack").mkdir()
+    report = inspect_split(tmp_path / "parts/cookie", "test", BOTH, num_workers=0)
+    assert (report.scans, report.defective, report.sizes) == (2, 1, ((8, 8),))
+    parts = (
+        "no test files in",
+        "001.png is missing",
+        "001.jpg and 001.png are two",
+        "000.png is missing",
+        "002.png is no",
+    )
+    assert len(report.problems) == len(parts)
+    for problem, part in zip(report.problems, parts, strict=True):
+        assert part in problem
+    with pytest.raises(InputError, match="no test files in"):
+        index_split(tmp_path / "parts/cookie", "test", BOTH)
+
+
+def test_every_class_folder_is_inspected(cleaned: Path, tmp_path: Path) -> None:
+    for name in ("cookie", "bracket_7"):
+        (tmp_path / "parts" / name).parent.mkdir(exist_ok=True)
+        shutil.copytree(cleaned / "gasket", tmp_path / "parts" / name)
+    shutil.copytree(cleaned / "gasket", tmp_path / "parts/.Trash")
+    (tmp_path / "parts/notes/old").mkdir(parents=True)
+    text = printed("--inspect_dataset", "--dataset_path", tmp_path / "parts")
+    assert [line.split()[0] for line in text.splitlines()[1:]] == ["bracket_7"] * 3 + ["cookie"] * 3
+
+
 def test_photographs_alone_are_checked_against_the_ground_truth_and_each_other(tmp_path: Path) -> None:
     good, hole = (tmp_path / "parts" / name for name in ("test/good", "test/hole"))
     for path, size in [
@@ -131,6 +172,66 @@ def test_a_run_on_raw_scans_is_warned_of(raw: Path, cleaned: Path, caplog: pytes
         warn_of_raw_scans(index_split(raw / "cookie", "train", BOTH)[:1])
     assert len(caplog.records) == 1
     assert "shows the table that the part lies on" in caplog.text
+
+
+@pytest.mark.parametrize("position", [0, 5, 10])
+def test_a_raw_scan_among_cleaned_ones_is_warned_of(
+    raw: Path, cleaned: Path, caplog: pytest.LogCaptureFixture, position: int
+) -> None:
+    scans = index_split(cleaned / "cookie", "train", BOTH)[:1] * 11
+    scans[position] = index_split(raw / "cookie", "test", BOTH)[0]
+    with caplog.at_level(logging.WARNING):
+        warn_of_raw_scans(scans)
+    assert f"{raw}/cookie/test/bump/xyz/000.tiff shows the table" in caplog.text
+    assert f"(1 of 5 scans looked at): clean the scans first (python utils/preprocessing.py {raw})" in caplog.text
+    warn_of_raw_scans([])
+
+
+def test_scans_that_a_preprocessing_left_out_are_warned_of(
+    cleaned: Path, raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "parts"
+    shutil.copytree(raw, root)
+    index = {name: index_split(root / name, "train", BOTH) for name in ("cookie", "gasket")}
+    warn_of_unfinished_scans(root, index)  # without a record
+    for name in ("cookie", "gasket"):
+        shutil.copytree(cleaned / name, root / name, dirs_exist_ok=True)
+    record = json.loads((cleaned / "preprocessing.json").read_text())
+    (root / "preprocessing.json").write_text(json.dumps(record))
+    warn_of_unfinished_scans(root, index)
+    assert not caplog.records
+    shutil.copy(raw / "gasket/train/good/xyz/001.tiff", root / "gasket/train/good/xyz/001.tiff")  # of another size
+    del record["scans"]["cookie/train/good/000"]
+    (root / "preprocessing.json").write_text(json.dumps(record))
+    warn_of_unfinished_scans(root, index)
+    assert "2 of 4 scans were not preprocessed" in caplog.text
+    assert "(cookie/train/good/000, gasket/train/good/001): run" in caplog.text
+    assert caplog.text.count("(python utils/preprocessing.py)") == 1
+    record["settings"] = {"converter": "eyecandies"}
+    (root / "preprocessing.json").write_text(json.dumps(record))
+    warn_of_unfinished_scans(root, index)
+    assert "(python utils/preprocess_eyecandies.py)" in caplog.text
+    (root / "preprocessing.json").write_text("{")
+    warn_of_unfinished_scans(root, index)
+    assert "is damaged" in caplog.text
+
+
+def test_a_run_looks_at_both_splits_and_at_the_record(
+    raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(raw, tmp_path / "parts")
+    (tmp_path / "parts/preprocessing.json").write_text('{"schema": 1, "settings": {}, "scans": {}}')
+
+    def stop(*_: object, **__: object) -> None:
+        raise InputError("far enough")
+
+    monkeypatch.setattr(main, "build_extractor", stop)
+    flags = ("--dataset_path", tmp_path / "parts", "--classes", "cookie", "--output_dir", tmp_path / "out")
+    with caplog.at_level(logging.WARNING), pytest.raises(SystemExit):
+        printed(*flags, "--method_name", "DINO+Point_MAE")
+    for split in ("train", "test"):
+        assert f"cookie/{split}/" in "".join(text for text in caplog.messages if "shows the table" in text)
+    assert "9 of 9 scans were not preprocessed" in caplog.text
 
 
 def test_the_preview_shows_each_class_before_and_after(

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import yaml
-from cleaning_runs import ROOT, contents, run_killed_at, run_script
+from cleaning_runs import ROOT, contents, run_killed_at, run_script, unprivileged
 from PIL import Image
 
 from dataset import AnomalyDataset, index_split
@@ -424,7 +425,7 @@ def test_a_target_of_another_converter_is_refused(published: Path, tmp_path: Pat
     target = tmp_path / "out"
     target.mkdir()
     (target / "preprocessing.json").write_text('{"schema": 1, "settings": {"cluster_eps": 0.006}, "scans": {}}')
-    with pytest.raises(InputError, match=r"was preprocessed with cluster_eps 0.006 \(now None\), converter None"):
+    with pytest.raises(InputError, match=r"out was written by the other script, utils/preprocessing.py: give another"):
         run(published, target)
     assert sorted(contents(target)) == ["preprocessing.json"]
 
@@ -512,7 +513,7 @@ SINGULAR = np.eye(4)
 SINGULAR[2] = SINGULAR[1]
 
 FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {  # file, what happens to it, what is said of it
-    "no pose": ("pose.txt", Path.unlink, "pose.txt cannot be read"),
+    "no pose": ("pose.txt", Path.unlink, "pose.txt is missing: restore it"),
     "pose of words": ("pose.txt", lambda path: path.write_text("a b\n"), "pose.txt cannot be read"),
     "pose of bytes": ("pose.txt", lambda path: path.write_bytes(b"\xff\xfe\x00"), "pose.txt cannot be read"),
     "ragged pose": ("pose.txt", lambda path: path.write_text("1 0\n0\n"), "pose.txt cannot be read"),
@@ -520,7 +521,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {  # file, what h
     "flat pose": ("pose.txt", lambda path: np.savetxt(path, np.eye(4).reshape(1, 16)), "holds no invertible 4 x 4"),
     "singular pose": ("pose.txt", lambda path: np.savetxt(path, SINGULAR), "pose.txt holds no invertible 4 x 4"),
     "nan pose": ("pose.txt", lambda path: np.savetxt(path, np.eye(4) * np.nan), "pose.txt holds no invertible 4 x 4"),
-    "no yaml": ("info_depth.yaml", Path.unlink, "info_depth.yaml cannot be read (FileNotFoundError)"),
+    "no yaml": ("info_depth.yaml", Path.unlink, "info_depth.yaml is missing: restore it"),
     "empty yaml": ("info_depth.yaml", lambda path: path.write_text(""), "expected normalization: min, max"),
     "broken yaml": ("info_depth.yaml", lambda path: path.write_text("{a: ["), "expected normalization: min, max"),
     "yaml of bytes": ("info_depth.yaml", lambda path: path.write_bytes(b"\xff\xfe\xfa"), "info_depth.yaml cannot be"),
@@ -543,19 +544,19 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {  # file, what h
     "small image": (
         "image_4.png",
         lambda path: Image.new("RGB", (WIDTH, HEIGHT - 1)).save(path),
-        f"_image_4.png is {HEIGHT - 1} x {WIDTH}, its depth {HEIGHT} x {WIDTH} (H x W)",
+        f"_image_4.png is {HEIGHT - 1} x {WIDTH}, its depth {HEIGHT} x {WIDTH} (H x W): copy them again",
     ),
     "turned image": (
         "image_4.png",
         lambda path: Image.new("RGB", (HEIGHT, WIDTH)).save(path),
-        f"_image_4.png is {WIDTH} x {HEIGHT}, its depth {HEIGHT} x {WIDTH} (H x W)",
+        f"_image_4.png is {WIDTH} x {HEIGHT}, its depth {HEIGHT} x {WIDTH} (H x W): copy them again",
     ),
     "no mask": ("mask.png", Path.unlink, "_mask.png"),
     "short mask": ("mask.png", lambda path: truncate(path, 60), "_mask.png is no complete PNG"),
     "small mask": (
         "mask.png",
         lambda path: Image.new("L", (WIDTH + 1, HEIGHT)).save(path),
-        f"_mask.png is {HEIGHT} x {WIDTH + 1}, its depth {HEIGHT} x {WIDTH} (H x W)",
+        f"_mask.png is {HEIGHT} x {WIDTH + 1}, its depth {HEIGHT} x {WIDTH} (H x W): copy them again",
     ),
 }
 
@@ -642,12 +643,10 @@ def test_the_recorded_source_of_a_cloud_is_every_file_it_is_made_from(
     shutil.copy(published / "Confetto/test_public/data" / f"00_{ending}", source)
     if ending == "pose.txt":  # the same for all samples
         np.savetxt(source, camera_pose() + np.eye(4) * 1e-3)
-    (target / "Confetto/train/good/xyz/000.tiff").unlink()
-    failed = preprocess(published, target, None, 4, workers=1).failed
-    assert list(failed) == ["Confetto/train/good/000"]
-    assert "its files changed after preprocessing" in failed["Confetto/train/good/000"]
-    source.write_bytes(original)
-    assert preprocess(published, target, None, 4, workers=1).done == ["Confetto/train/good/000"]
+    for content in (source.read_bytes(), original):
+        source.write_bytes(content)
+        assert preprocess(published, target, None, 4, workers=1).done == ["Confetto/train/good/000"]
+        assert preprocess(published, target, None, 4, workers=1).done == []
 
 
 def test_a_manifest_of_the_first_version_is_refused(published: Path, tmp_path: Path) -> None:
@@ -766,3 +765,42 @@ def test_refusals_name_no_flag_of_another_script(published: Path, tmp_path: Path
     assert run(published, tmp_path / "out") == 0
     with pytest.raises(InputError, match="give another output folder"):
         run(published, tmp_path / "out", "--light", 2)
+
+
+def test_a_changed_mask_does_not_leave_a_sample_in_two_folders(published: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    preprocess(published, target, None, 4, workers=1)
+    masks = published / "Confetto/test_public/data"
+    shutil.copy(masks / "01_mask.png", masks / "00_mask.png")
+    summary = preprocess(published, target, None, 4, workers=1)
+    assert (summary.done, list(summary.failed)) == ([], ["Confetto/test/bad/000"])
+    assert "converted as Confetto/test/good/000: delete " in summary.failed["Confetto/test/bad/000"]
+    for path in target.glob("Confetto/test/good/*/000.*"):
+        path.unlink()
+    assert preprocess(published, target, None, 4, workers=1).done == ["Confetto/test/bad/000"]
+
+
+def test_scans_of_others_are_not_written_over(published: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    preprocess(published, target, None, 4, workers=1)
+    (target / "preprocessing.json").unlink()
+    before = contents(target)
+    with pytest.raises(InputError, match=r"holds scans, such as .* and no preprocessing.json"):
+        run(published, target)
+    assert contents(target) == before
+
+
+def test_folders_that_are_hidden_or_may_not_be_read() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are for their owner alone
+        root = Path(folder) / "in"
+        for name in ("Confetto", "Gummy", ".Trash"):
+            write_sample(root / name / "train/data", "000")
+        locked = root / "Confetto/train/data"
+        root.parent.chmod(0o777)
+        locked.chmod(0)
+        with unprivileged():
+            summary = preprocess(root, root.parent / "out", None, 4, workers=1)
+        locked.chmod(0o777)
+        assert summary.done == ["Gummy/train/good/000"]
+        assert list(summary.failed) == ["Confetto/train"]
+        assert f"{locked} cannot be read (Permission denied): make it" in summary.failed["Confetto/train"]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from utils.cloud_cleaning import CleaningRule, clean_scan
 from utils.errors import InputError
-from utils.organized_pc import read_organized_pc, valid_mask
+from utils.organized_pc import read_organized_pc, valid_mask, write_organized_pc
 from utils.preprocessing import find_scans, preprocess
 from utils.preprocessing_progress import locked
 
@@ -90,16 +90,37 @@ def test_dry_run_writes_nothing_and_finds_what_headers_tell(dataset: Path, tmp_p
     for output in (None, tmp_path / "out"):
         summary = preprocess(job_for(dataset, output), workers=1, dry_run=True)
         assert summary.done == ALL[:1]
-        assert "is 41 x 44, its xyz file 40 x 44" in summary.failed[ALL[1]]
+        photo = dataset / "bagel/train/good/rgb/000.png"
+        reason = f"{photo} is 41 x 44, its xyz file 40 x 44 (H x W): restore them from the dataset"
+        assert summary.failed[ALL[1]] == reason
         assert "cut short" in summary.failed[ALL[2]]
     assert contents(tmp_path) == before
 
 
-def test_ground_truth_is_needed_where_its_folder_is(dataset: Path) -> None:
+def test_ground_truth_is_needed_for_defective_scans_alone(dataset: Path) -> None:
+    for stem in ("000", "001"):
+        write_scan(dataset / "bagel/test/good", stem, 7, with_gt=True)
+    write_scan(dataset / "bagel/test/hole", "001", 8, with_gt=True)
+    (dataset / "bagel/test/good/gt/001.png").unlink()
+    (dataset / "bagel/test/hole/gt/001.png").unlink()
+    scans, failed = find_scans(dataset)
+    good = ["bagel/test/good/000", "bagel/test/good/001"]
+    assert [scan.name for scan in scans] == [*good, *ALL]
+    assert [scan.modalities for scan in scans[:2]] == [("xyz", "rgb", "gt"), ("xyz", "rgb")]
+    assert list(failed) == ["bagel/test/hole/001"]
+    assert "gt/001.png missing" in failed["bagel/test/hole/001"]
     (dataset / "bagel/test/hole/gt/000.png").unlink()
     scans, failed = find_scans(dataset)
-    assert [scan.name for scan in scans] == ALL[1:]
-    assert "gt/000.png missing" in failed[ALL[0]]
+    assert [scan.name for scan in scans] == [*good, *ALL[1:]]
+    assert list(failed) == ["bagel/test/hole"]
+    assert "none of its 2 scans has ground truth, expected " in failed["bagel/test/hole"]
+    assert preprocess(job_for(dataset), workers=1).done == [*good, *ALL[1:]]
+    assert preprocess(job_for(dataset), workers=1).skipped == [*good, *ALL[1:]]
+
+
+def test_hidden_folders_are_no_classes(dataset: Path) -> None:
+    shutil.copytree(dataset / "bagel", dataset / ".Trash")
+    assert [scan.name for scan in find_scans(dataset)[0]] == ALL
 
 
 def test_an_already_cleaned_dataset_without_manifest_is_not_cleaned_twice(dataset: Path) -> None:
@@ -111,6 +132,23 @@ def test_an_already_cleaned_dataset_without_manifest_is_not_cleaned_twice(datase
     assert all("was cleaned before" in reason for reason in summary.failed.values())
     (dataset / "preprocessing.json").unlink()
     assert contents(dataset) == before
+
+
+def test_a_cleaned_part_that_reaches_the_border_is_not_cleaned_twice(tmp_path: Path) -> None:
+    """A rod of 2 cm radius on a table, across the whole view of 300 x 300 pixels."""
+    y, x = (np.mgrid[:300, :300] - 149.5) * 1e-3
+    height = np.where(np.abs(y) < 0.02, 0.02 + np.sqrt((0.02**2 - y**2).clip(0)), 0)
+    folder = tmp_path / "parts/rod/train/good"
+    write_organized_pc(folder / "xyz/000.tiff", np.stack([x, y, 0.5 - height], 2).astype(np.float32))
+    (folder / "rgb").mkdir()
+    Image.new("RGB", (300, 300), "red").save(folder / "rgb/000.png")
+    assert preprocess(job_for(tmp_path / "parts"), workers=1).done == ["rod/train/good/000"]
+    (tmp_path / "parts/preprocessing.json").unlink()
+    before = contents(folder)
+    assert valid_mask(read_organized_pc(folder / "xyz/000.tiff"))[:, 0].any()
+    failed = preprocess(job_for(tmp_path / "parts"), workers=1).failed
+    assert "take the original scan if this one was cleaned before" in failed["rod/train/good/000"]
+    assert contents(folder) == before
 
 
 def test_restored_originals_are_done_again_and_foreign_files_refused(dataset: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from PIL import Image
 from utils import preprocessing_progress, scan_processing
 from utils.errors import InputError
 from utils.preprocessing import preprocess
+from utils.preprocessing_record import Record, Scan
 
 
 @pytest.fixture
@@ -232,7 +234,54 @@ def test_a_read_only_folder_is_one_sentence(locked: str | None, output: str, mes
             assert (result.returncode, "done 3" in result.stdout) == (0, True), result.stderr
 
 
-# Kill -9 of the main process alone
+# Kill -9 of a worker, and of the main process alone
+
+
+def work_or_be_killed(scan: Scan, log: Path) -> Record:
+    """Note that work on the scan begins; "once" is killed on the first try, "always" on each, and "raises" raises."""
+    with log.open("a") as file:
+        file.write(f"{scan.name}\n")
+    if scan.name == "always" or (scan.name == "once" and log.read_text().split().count("once") == 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.02)  # so that the other worker gets its share before the next death
+    if scan.name == "raises":
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "a.tiff")
+    return {}
+
+
+def test_a_killed_worker_costs_only_the_scan_that_it_dies_of(tmp_path: Path) -> None:
+    names = ["0", "once", "1", "raises", *map(str, range(2, 15)), "always", *map(str, range(15, 20))]
+    work = partial(work_or_be_killed, log=tmp_path / "log")
+    outcomes = list(scan_processing._process_all([Scan(name, {}) for name in names], work, workers=2))
+    assert sorted(scan.name for scan, _ in outcomes) == sorted(names)
+    failed = {scan.name: outcome for scan, outcome in outcomes if isinstance(outcome, str)}
+    assert failed == {
+        "always": "the process that worked on it was killed twice, the machine may be out of memory: "
+        "run again with fewer --workers",
+        "raises": "a.tiff cannot be read (Input/output error): check the disk and copy it again from its source",
+    }
+    assert (tmp_path / "log").read_text().split().count("always") == 2
+
+
+def test_a_name_too_long_for_temporary_files_is_one_failed_scan(dataset: Path) -> None:
+    for path in dataset.glob("bagel/train/good/*/000.*"):
+        path.rename(path.with_stem("0" * 249))
+    summary = preprocess(job_for(dataset), workers=1)
+    assert len(summary.done) == 2
+    (reason,) = summary.failed.values()
+    assert reason.endswith("(File name too long): shorten the name of the scan's files and run the same command again")
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--keep_rgb"])
+def test_a_reader_that_is_gone_is_no_traceback(dataset: Path, flag: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, ROOT / "utils" / "preprocessing.py", dataset, "--workers", "1", flag]
+    result = subprocess.run(list(map(str, command)), stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert result.returncode == 141
+    assert "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr
+    assert preprocess(job_for(dataset, keep_rgb=True), workers=1).skipped == ([] if flag == "--dry_run" else ALL)
 
 
 def children(process: int) -> list[int]:

@@ -27,7 +27,7 @@ SCANS = {
 SIZE, GRID = 224, 56
 # The plane is looked for everywhere, since none of these scans has a border that holds nothing else. Candidates are of
 # few points, as it may hold few of all; the tolerances are for a sensor a metre away and more.
-WHOLE_IMAGE = CleaningRule(border=SIZE, fit_sample=8, fit_distance=0.01, plane_distance=0.02)
+WHOLE_IMAGE = CleaningRule(border=SIZE, fit_sample=8, fit_distance=0.01, plane_distance=0.02, min_support=0)
 
 
 def measured_area(xyz: np.ndarray) -> np.ndarray:

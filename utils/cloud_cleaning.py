@@ -6,7 +6,8 @@ utils/organized_pc.py).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -32,6 +33,12 @@ class CleaningRule:
     cluster_min_points: int = 30  # neighbours, the point itself counted, that make it part of a cluster's core
     side_multiple: int = 100  # the padded side is the larger image side rounded up to this, in pixels
     max_extent: float = 100.0  # no part is larger: beyond it the coordinates are in another unit than metres
+    min_border: float = 0.25  # share of the border pixels that must be measured: a raw scan sees the table there
+    min_support: float = 0.5  # more than this share of the measured border points lie on the plane, or it is no table
+
+    def settings(self) -> dict[str, Any]:
+        """What results depend on, for the manifest; the demands on the border only refuse, and changed no result."""
+        return {name: value for name, value in asdict(self).items() if name not in ("min_border", "min_support")}
 
 
 def clean_scan(
@@ -50,8 +57,8 @@ def clean_scan(
         the photograph keeps its pixels without a measurement (an oddity of the reference), the padding is 0.
 
     Raises:
-        InputError: sizes differ, there is no measurement, the coordinates are not in metres, the border has too few
-            measurements for the plane, or nothing is left.
+        InputError: sizes differ, there is no measurement, the coordinates are not in metres, the border shows no
+            table (see `fit_border_plane`), or nothing is left.
     """
     for name, image in (("photograph", rgb), ("ground truth", gt)):
         if image is not None and image.shape[:2] != xyz.shape[:2]:
@@ -96,46 +103,58 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
         (4,) float64: unit normal n and offset d of the plane n . p + d = 0, sign of n arbitrary.
 
     Raises:
-        InputError: fewer measurements along the border than one sample takes, or no plane among them.
+        InputError: the border shows no table: too little of it is measured, which is how a cleaned scan looks, too
+            few of its points lie on the plane, or these lie on a line.
     """
     frame = _frame(xyz, rule)
     points = xyz[frame & valid_mask(xyz)].astype(np.float64)
-    if len(points) < rule.fit_sample:
+    if len(points) < max(rule.fit_sample, rule.min_border * frame.sum()):
         raise InputError(
             f"{len(points)} of the {frame.sum()} pixels within {rule.border} of the image border have a measurement, "
-            f"expected at least {rule.fit_sample} to find the plane the part lies on: take the original scan if this "
-            "one was cleaned before, or else crop it to its measured area"
+            f"expected {rule.min_border:.0%} and at least {rule.fit_sample} to find the plane the part lies on: take "
+            "the original scan if this one was cleaned before, or else crop it to its measured area"
         )
     support = _best_support(points, rng, rule)
     for _ in range(rule.fit_iterations):
         if support.sum() < 3:
-            raise InputError(
-                f"the {len(points)} measurements within {rule.border} pixels of the image border lie on no plane, "
-                "expected the plane the part lies on: check that the coordinates are in metres or leave the scan out"
-            )
+            break
         plane = _least_squares_plane(points[support])
         previous, support = support, _distance(points, plane) < rule.fit_distance
         if np.array_equal(support, previous):
             break
+    _require_table(points, support, rule)
     return plane
 
 
+def _require_table(points: np.ndarray, support: np.ndarray, rule: CleaningRule) -> None:
+    """Refuse a plane that too few of the border's points (N, 3) support, or whose supporters do not determine it."""
+    if not support.mean() > rule.min_support:
+        raise InputError(
+            f"{support.mean():.0%} of the {len(points)} measurements within {rule.border} pixels of the image border "
+            f"lie on one plane, expected more than {rule.min_support:.0%}, the table under the part: take the original "
+            "scan if this one was cleaned before, or else leave it out"
+        )
+    across = float(np.sqrt(np.linalg.eigvalsh(np.cov(points[support].T))[1].clip(0)))
+    if across < rule.fit_distance:
+        raise InputError(
+            f"the measurements within {rule.border} pixels of the image border lie on a line or a point, {across:.2g} "
+            f"m wide, expected at least {rule.fit_distance:g} m to find the plane the part lies on: restore the xyz "
+            "file or leave the scan out"
+        )
+
+
 def shows_table(xyz: np.ndarray, rule: CleaningRule) -> bool:
-    """Tell a raw scan from a cleaned one: a quarter of its border is measured, and most of that lies on one plane.
+    """Tell a raw scan, whose border shows the table as `fit_border_plane` demands, from a cleaned one.
 
     Args:
         xyz: (H, W, 3) float32, metres; missing pixels exactly 0.
         rule: the numbers of the cleaning.
     """
-    border = xyz[_frame(xyz, rule)]
-    points = border[valid_mask(border)].astype(np.float64)
-    if len(points) < max(rule.fit_sample, len(border) // 4):
-        return False
     try:
-        plane = fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
-    except InputError:  # no plane among them
+        fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
+    except InputError:
         return False
-    return bool((_distance(points, plane) < rule.fit_distance).mean() > 0.5)
+    return True
 
 
 def remove_plane(xyz: np.ndarray, plane: np.ndarray, distance: float) -> np.ndarray:

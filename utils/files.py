@@ -1,5 +1,6 @@
 """Files of a dataset by their stems, and writing files so that a reader never meets half of one."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +12,51 @@ from utils.errors import InputError
 FILE_SUFFIXES = {"xyz": (".tiff", ".tif"), "rgb": (".png", ".jpg", ".jpeg"), "gt": (".png",)}
 
 
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted, hidden ones left out; none where there is no folder.
+
+    Raises:
+        InputError: `folder` cannot be read.
+    """
+    try:
+        return sorted(path for path in _listing(folder) if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise cannot_read(folder, error) from error
+
+
 def files_by_stem(folder: Path, modality: str) -> dict[str, tuple[Path, ...]]:
     """A folder's files of a modality by stem, all sorted; none where there is no folder. Hidden ones do not count.
 
     Several files of one stem are for the caller to refuse.
+
+    Raises:
+        InputError: `folder` cannot be read.
     """
     found: dict[str, tuple[Path, ...]] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    try:
+        listing = sorted(_listing(folder))
+    except OSError as error:
+        raise cannot_read(folder, error) from error
+    for path in listing:
         if not path.name.startswith(".") and path.suffix.lower() in FILE_SUFFIXES[modality]:
             found[path.stem] = (*found.get(path.stem, ()), path)
     return found
+
+
+def _listing(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def cannot_read(path: Path, error: OSError) -> InputError:
+    """Say why the system does not let `path` be read, and the mend."""
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{path} is missing: restore it from its source, or remove the scan's other files")
+    mend = {
+        errno.EACCES: "make it and the folders above it readable",
+        errno.EPERM: "make it and the folders above it readable",
+        errno.ENAMETOOLONG: "shorten the names in it",
+    }.get(error.errno or 0, "check the disk and copy it again from its source")
+    return InputError(f"{path} cannot be read ({error.strerror or error}): {mend}")
 
 
 def make_folder(path: Path | str, flag: str) -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from utils.errors import InputError
+from utils.files import cannot_read
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -38,9 +39,11 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             yield image
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing: restore it from its source, or remove the scan's other files") from error
+    except InputError:
+        raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} has more pixels than a scan can have ({error}): scale its files down") from error
     except (OSError, SyntaxError, ValueError, IndexError, struct.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system; those of PIL have no number
+            raise cannot_read(path, error) from error
         raise InputError(f"{path} is no complete PNG or JPEG picture ({error}): restore it from its source") from error

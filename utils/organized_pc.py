@@ -15,7 +15,7 @@ import numpy as np
 import tifffile
 
 from utils.errors import InputError
-from utils.files import atomic_path
+from utils.files import atomic_path, cannot_read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,14 +98,16 @@ def resize_nearest(xyz: np.ndarray, size: int) -> Tensor:
 def _open_checked(path: Path | str) -> Iterator[tifffile.TiffFile]:
     """Open a tiff whose header is that of an organised point cloud; turn every fault into an InputError."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} is not there: expected the tiff file of an organised point cloud")
     try:
+        if not path.is_file():
+            raise InputError(f"{path} is not there: expected the tiff file of an organised point cloud")
         with tifffile.TiffFile(path) as tif:
             _check_header(path, tif)
             yield tif
     except InputError:
         raise
+    except PermissionError as error:
+        raise cannot_read(path, error) from error
     except Exception as error:  # rubbish bytes make the decoder raise almost anything
         raise InputError(
             f"{path} cannot be read as a tiff file ({type(error).__name__}: {error}): "

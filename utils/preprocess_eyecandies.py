@@ -27,8 +27,10 @@ import numpy as np
 import yaml
 
 from utils.errors import InputError, exit_on_input_error
+from utils.files import cannot_read, subfolders
 from utils.images import defect_mask, open_image, to_rgb
-from utils.preprocessing_progress import TEMPORARY, Progress, Record, Scan
+from utils.preprocessing_progress import TEMPORARY, Progress
+from utils.preprocessing_record import Record, Scan, has_results, read_recorded
 from utils.scan_processing import Summary, process_scans, report, write_results
 
 VERSION = 2  # of the conversion: raise it when the same sample gives another result, or another record of its sources
@@ -115,7 +117,7 @@ def find_samples(root: Path, classes: Sequence[str] | None) -> tuple[dict[str, P
 
     Returns:
         the path of each sample's files up to "_depth.png", by class, split and three-digit number; and the reason for
-        each that cannot be used.
+        each that cannot be used, and for each split whose folder cannot be read.
 
     Raises:
         InputError: no folder, a class that is not there, or no samples at all.
@@ -124,27 +126,40 @@ def find_samples(root: Path, classes: Sequence[str] | None) -> tuple[dict[str, P
         raise InputError(f"{root} is not a folder: give the folder that holds the classes of Eyecandies")
     sources: dict[str, Path] = {}
     failed: dict[str, str] = {}
-    for split, ours in SPLITS.items():
-        numbers = ((path, _SAMPLE_FILE.fullmatch(path.name)) for path in root.glob(f"*/{split}/data/*_*"))
-        for prefix in sorted({path.with_name(number[1]) for path, number in numbers if number}):
-            name = f"{prefix.parts[-4]}/{ours}/{int(prefix.name):03d}"
-            if name in sources:
-                failed[name] = f"{prefix} and {sources[name]} bear the same number: remove one"
-            sources[name] = prefix
-    found = sorted({name.partition("/")[0] for name in sources})
+    for folder in subfolders(root):
+        for split, ours in SPLITS.items():
+            try:
+                prefixes = _prefixes(folder / split / "data")
+            except OSError as error:
+                failed[f"{folder.name}/{ours}"] = str(cannot_read(folder / split / "data", error))
+                continue
+            for prefix in prefixes:
+                name = f"{folder.name}/{ours}/{int(prefix.name):03d}"
+                if name in sources:
+                    failed[name] = f"{prefix} and {sources[name]} bear the same number: remove one"
+                sources[name] = prefix
+    found = sorted({name.partition("/")[0] for name in (*sources, *failed)})
     for name in classes or ():
         if name not in found:
             raise InputError(
                 f"{root} has no samples {name}/<split>/data/*_depth.png: --classes takes "
                 f"{', '.join(found) or 'nothing here'}"
             )
-    if not sources:
+    if not sources and not failed:
         raise InputError(
             f"{root} holds no <Class>/train/data/<number>_depth.png: give the folder that holds the classes"
         )
-    chosen = {name for name in sources if not classes or name.partition("/")[0] in classes}
+    chosen = {name for name in (*sources, *failed) if not classes or name.partition("/")[0] in classes}
     failed = {name: failed[name] for name in failed if name in chosen}
     return {name: sources[name] for name in sources if name in chosen - failed.keys()}, failed
+
+
+def _prefixes(folder: Path) -> list[Path]:
+    """The paths of the samples in a folder up to "_depth.png", sorted; none where there is no folder."""
+    if not folder.is_dir():
+        return []
+    numbers = ((path, _SAMPLE_FILE.fullmatch(path.name)) for path in folder.iterdir())
+    return sorted({path.with_name(number[1]) for path, number in numbers if number})
 
 
 def sample_scan(name: str, prefix: Path, defective: bool, light: int) -> Scan:
@@ -173,6 +188,23 @@ def name_scans(samples: dict[str, Path], light: int, failed: dict[str, str]) -> 
     return scans
 
 
+def _without_renamed(scans: list[Scan], target: Path, failed: dict[str, str]) -> list[Scan]:
+    """Leave out scans whose mask has changed, which stand in `target` by their former name; they go to `failed`."""
+    recorded = read_recorded(target)
+    if recorded is None:
+        return scans
+    kept = []
+    for scan in scans:
+        former = scan.name.replace("/bad/", "/good/") if "/bad/" in scan.name else scan.name.replace("/good/", "/bad/")
+        record = recorded.scans.get(former, {})
+        if not has_results(Scan(former, {}), record, target):
+            kept.append(scan)
+            continue
+        files = " and ".join(str(Scan(former, {}).file(target, modality)) for modality in record)
+        failed[scan.name] = f"its mask has changed since it was converted as {former}: delete {files} and run again"
+    return kept
+
+
 def convert_files(scan: Scan, target: Path, suffix: str) -> Record:
     """Convert one sample and leave the results beside their final places under temporary names, read back and on disk.
 
@@ -192,17 +224,17 @@ def convert_files(scan: Scan, target: Path, suffix: str) -> Record:
         if array.shape[:2] != (height, width):
             raise InputError(
                 f"{scan.sources[modality][0]} is {array.shape[0]} x {array.shape[1]}, "
-                f"its depth {height} x {width} (H x W)"
+                f"its depth {height} x {width} (H x W): copy them again from the dataset"
             )
     return write_results(scan, arrays, target, suffix)
 
 
 def preprocess(root: Path, target: Path, classes: Sequence[str] | None, light: int, workers: int) -> Summary:
-    """Convert every sample that is not done yet; errors as of `find_samples` and `process_scans`."""
+    """Convert every sample that is not done yet, or changed since; errors as of `find_samples` and `process_scans`."""
     if target.resolve() == root.resolve():
         raise InputError(f"--target_dir {target} is the dataset itself: give another folder")
     samples, failed = find_samples(root, classes)
-    scans = name_scans(samples, light, failed)
+    scans = _without_renamed(name_scans(samples, light, failed), target, failed)
     # Of every class: what an earlier run left half written may be of one that this run leaves out.
     everything = (find_samples(root, None)[0] if classes else samples).items()
     known = [sample_scan(name, prefix, bad, light) for name, prefix in everything for bad in (False, True)]
@@ -226,7 +258,9 @@ def _read_depth(path: Path, limits: Path) -> np.ndarray:
     try:
         normalization = yaml.safe_load(limits.read_text(encoding="utf-8"))["normalization"]
         low, high = float(normalization["min"]), float(normalization["max"])
-    except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    except OSError as error:
+        raise cannot_read(limits, error) from None
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{limits} cannot be read ({type(error).__name__}), expected normalization: min, max: copy it again"
         ) from None
@@ -243,7 +277,9 @@ def _read_pose(path: Path) -> np.ndarray:
     try:
         with warnings.catch_warnings(action="ignore"):  # of an empty file, which is refused below
             pose = np.loadtxt(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    except ValueError as error:
         raise InputError(f"{path} cannot be read ({error}): copy it again from the dataset") from None
     if pose.shape != (4, 4) or not np.isfinite(pose).all() or np.linalg.matrix_rank(pose) < 4:
         raise InputError(f"{path} holds no invertible 4 x 4 matrix: copy it again from the dataset")

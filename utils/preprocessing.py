@@ -17,7 +17,6 @@ Exit code: 0 all done, 1 some scans failed (listed at the end, the others are do
 import argparse
 import os
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,12 +29,13 @@ from tqdm import tqdm
 
 from utils.cloud_cleaning import CleaningRule, clean_scan, pad_to_square
 from utils.errors import InputError, exit_on_input_error
-from utils.files import FILE_SUFFIXES, files_by_stem, make_folder
+from utils.files import FILE_SUFFIXES, files_by_stem, make_folder, subfolders
 from utils.images import defect_mask, open_image, to_rgb
 from utils.organized_pc import organized_pc_header, read_organized_pc
 from utils.preprocessing_preview import FORMATS, Pair, check_format, write_preview
-from utils.preprocessing_progress import MANIFEST, TEMPORARY, Progress, Record, Scan, cannot_write
-from utils.scan_processing import Summary, process_scans, report, split_scans, write_results
+from utils.preprocessing_progress import TEMPORARY, Progress, cannot_write
+from utils.preprocessing_record import MANIFEST, Record, Scan
+from utils.scan_processing import Summary, process_scans, report, require_own_folder, split_scans, write_results
 
 VERSION = 1  # of the cleaning: raise it when the same scan and rule give another result
 
@@ -51,30 +51,69 @@ class Job(NamedTuple):
 
 
 def find_scans(root: Path) -> tuple[list[Scan], dict[str, str]]:
-    """List the scans under `root`, sorted, and the reason for each stem that lacks one of its files.
+    """List the scans under `root`, sorted; hidden folders are left out.
+
+    Returns:
+        the scans, and the reason for each stem that lacks one of its files, each folder that cannot be read, and each
+        folder of defective test scans without any ground truth.
 
     Raises:
-        InputError: `root` is no folder or holds no scans in the layout of MVTec 3D-AD.
+        InputError: `root` is no folder, cannot be read, or holds no scans in the layout of MVTec 3D-AD.
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: give the folder that holds the classes of the dataset")
-    scans, failed = [], {}
-    for folder in sorted(p for p in root.glob("*/*/*") if (p / "xyz").is_dir() or (p / "rgb").is_dir()):
-        found = {
-            modality: files_by_stem(folder / modality, modality)
-            for modality in FILE_SUFFIXES
-            if modality != "gt" or (folder / modality).is_dir()
-        }
-        for stem in sorted(set().union(*found.values())):
-            sources = {modality: files.get(stem, ()) for modality, files in found.items()}
-            scan = Scan(f"{folder.relative_to(root).as_posix()}/{stem}", sources)
-            missing = [str(scan.file(root, modality)) for modality in sources if not sources[modality]]
-            if missing:
-                failed[scan.name] = f"{' and '.join(missing)} missing: restore from the dataset or remove the scan"
-            else:
-                scans.append(scan)
+    folders, failed = [root], {}
+    for _ in ("class", "split", "defect"):
+        below = []
+        for folder in folders:
+            try:
+                below += subfolders(folder)
+            except InputError as error:
+                if folder == root:
+                    raise
+                failed[folder.relative_to(root).as_posix()] = str(error)
+        folders = below
+    scans: list[Scan] = []
+    for folder in folders:
+        try:
+            found = {modality: files_by_stem(folder / modality, modality) for modality in FILE_SUFFIXES}
+        except InputError as error:
+            failed[folder.relative_to(root).as_posix()] = str(error)
+            continue
+        whole, faults = _complete_scans(folder, root, found)
+        scans += whole
+        failed |= faults
     if not scans and not failed:
         raise InputError(f"{root} holds no <class>/<split>/<defect>/xyz/*.tiff: give the folder that holds the classes")
+    return scans, failed
+
+
+def _complete_scans(
+    folder: Path, root: Path, found: dict[str, dict[str, tuple[Path, ...]]]
+) -> tuple[list[Scan], dict[str, str]]:
+    """The scans of a folder whose files are all there, and the reasons for the others.
+
+    Ground truth is only needed for defective test scans: a good one, or one for training, may lack it.
+    """
+    place = folder.relative_to(root)
+    defective = place.parts[1] == "test" and place.parts[2] != "good"
+    views = sorted({**found["xyz"], **found["rgb"]})
+    if defective and views and not found["gt"]:
+        return [], {
+            place.as_posix(): f"none of its {len(views)} scans has ground truth, expected {folder / 'gt'}/*.png for "
+            "defective test scans: add it, or move the folder out of test"
+        }
+    scans, failed = [], {}
+    for stem in sorted({*views, *found["gt"]}):
+        sources = {modality: files.get(stem, ()) for modality, files in found.items()}
+        if not sources["gt"] and not defective:
+            del sources["gt"]
+        scan = Scan(f"{place.as_posix()}/{stem}", sources)
+        missing = [str(scan.file(root, modality)) for modality in sources if not sources[modality]]
+        if missing:
+            failed[scan.name] = f"{' and '.join(missing)} missing: restore from the dataset or remove the scan"
+        else:
+            scans.append(scan)
     return scans, failed
 
 
@@ -157,7 +196,7 @@ def _first_usable(job: Job) -> tuple[dict[str, Pair], dict[str, str]]:
 
 
 def _progress(scans: list[Scan], job: Job) -> Progress:
-    settings = {"version": VERSION, **asdict(job.rule), "keep_rgb": job.keep_rgb}
+    settings = {"version": VERSION, **job.rule.settings(), "keep_rgb": job.keep_rgb}
     return Progress({scan.name: scan for scan in scans}, job.output, settings)
 
 
@@ -183,6 +222,7 @@ def preprocess(job: Job, workers: int, dry_run: bool = False) -> Summary:
     if not dry_run:
         return process_scans(scans, progress_of, partial(clean_files, job=job), job.suffix, workers, failed)
     progress = progress_of()
+    require_own_folder(scans, progress)
     progress.recover(dry_run=True)
     pending, skipped = split_scans(scans, progress, failed)
     results = _check_all(pending)
@@ -200,7 +240,10 @@ def _check_all(scans: list[Scan]) -> list[tuple[Scan, Record | str]]:
             for modality in scan.modalities[1:]:
                 with open_image(path := _source(scan, modality)) as image:
                     if image.size != (width, height):
-                        raise InputError(f"{path} is {image.height} x {image.width}, its xyz file {height} x {width}")
+                        raise InputError(
+                            f"{path} is {image.height} x {image.width}, its xyz file {height} x {width} (H x W): "
+                            "restore them from the dataset"
+                        )
             results.append((scan, {}))
         except InputError as error:
             results.append((scan, str(error)))

@@ -7,47 +7,31 @@ there can be finished; one without it has not been touched. An original of anoth
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from utils.errors import InputError
-from utils.files import FILE_SUFFIXES, atomic_path
+from utils.files import atomic_path, cannot_read
+from utils.preprocessing_record import (
+    JOURNAL,
+    MANIFEST,
+    SCHEMA,
+    FileRecord,
+    Record,
+    Scan,
+    has_results,
+    read_recorded,
+    record_to_json,
+    script_of,
+    sha256,
+    stamp,
+)
 
-SCHEMA = 1  # of the manifest and the journal
-MANIFEST = "preprocessing.json"
 TEMPORARY = ".preprocessing"  # last suffix of a file not yet in place, so that no reader takes it for a scan
-
-
-class Scan(NamedTuple):
-    """One view of one part: an xyz and an rgb file, and a gt file where its folder has ground truth."""
-
-    name: str  # "bagel/test/hole/000": class, split, defect, stem
-    sources: Mapping[str, tuple[Path, ...]]  # by modality: the files it is made from
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return tuple(self.sources)
-
-    def file(self, root: Path, modality: str) -> Path:
-        """Where the result goes."""
-        folder, _, stem = self.name.rpartition("/")
-        return root / folder / modality / (stem + FILE_SUFFIXES[modality][0])
-
-
-class FileRecord(NamedTuple):
-    """What tells an original file from its preprocessed form."""
-
-    source: str  # sha256, of several files that of their listing
-    result: str  # sha256
-    bytes: int  # of the result
-
-
-Record = dict[str, FileRecord]  # by modality
 
 
 class Progress:
@@ -67,31 +51,18 @@ class Progress:
             settings: what the results depend on, of JSON types; other settings than the recorded ones are refused.
 
         Raises:
-            InputError: the files on disk are damaged or were made with other settings.
+            InputError: the files on disk cannot be read, are damaged or were made with other settings.
         """
         self._scans, self.output, self.settings = scans, output, settings
-        self.manifest, self.journal = output / MANIFEST, output / "preprocessing.journal"
-        self.done: dict[str, Record] = {}
-        self._last: dict[str, Any] | None = None
+        self.manifest, self.journal = output / MANIFEST, output / JOURNAL
+        self.refreshed: dict[str, Record] = {}  # done, but with stamps that are not those on disk
         self._foreseen: str | None = None  # the scan that a dry run takes for finished
-        try:
-            if self.manifest.is_file():
-                content = json.loads(self.manifest.read_text())
-                if content["schema"] != SCHEMA:
-                    raise ValueError(f"schema {content['schema']}, expected {SCHEMA}")
-                self._check_settings(content["settings"])
-                self.done = {name: _record_from_json(files) for name, files in content["scans"].items()}
-            if self.journal.is_file():
-                for line in self.journal.read_text().split("\n")[:-1]:  # what follows the last newline was cut short
-                    self._last = json.loads(line)
-                    self.done[self._last["scan"]] = _record_from_json(self._last["files"])
-        except InputError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{self.manifest} or {self.journal.name} beside it is damaged ({error!r}): "
-                "restore the original dataset and delete both"
-            ) from error
+        recorded = read_recorded(output)
+        self.is_new = recorded is None
+        self.done: dict[str, Record] = recorded.scans if recorded else {}
+        self._last = recorded.last if recorded else None
+        if recorded and recorded.settings is not None:
+            self._check_settings(recorded.settings)
 
     def recover(self, dry_run: bool = False) -> None:
         """Finish the scan that a killed run left half renamed, and put the journal into the manifest.
@@ -110,7 +81,7 @@ class Progress:
                     self._foreseen = name
                 else:
                     self._put_in_place(scan, suffix)
-            elif self.is_original(scan):
+            elif self.is_original(scan) or not self.in_place(scan):
                 del self.done[name]
             else:
                 raise InputError(
@@ -128,14 +99,14 @@ class Progress:
             OSError: the journal cannot be written; nothing has changed.
             InputError: a file cannot be renamed; what is half renamed the next run finishes.
         """
-        line = json.dumps({"scan": scan.name, "suffix": suffix, "files": _record_to_json(record)}) + "\n"
+        line = json.dumps({"scan": scan.name, "suffix": suffix, "files": record_to_json(record)}) + "\n"
         _append(self.journal, line.encode())
         self.done[scan.name] = record
         self._put_in_place(scan, suffix)
 
     def save(self) -> None:
         """Write the manifest and drop the journal; where that fails both are as before, and InputError says why."""
-        scans = {name: _record_to_json(self.done[name]) for name in sorted(self.done)}
+        scans = {name: record_to_json(self.done[name]) for name in sorted(self.done)}
         content = json.dumps({"schema": SCHEMA, "settings": self.settings, "scans": scans}, indent=1) + "\n"
         try:
             with atomic_path(self.manifest) as temporary:
@@ -146,14 +117,50 @@ class Progress:
             raise cannot_write(self.manifest, error) from error
 
     def is_done(self, scan: Scan) -> bool:
-        """Tell by the presence and size of its files, without reading them, whether `scan` is as it was left."""
+        """Tell whether `scan` is as it was left: its results, and its sources where they lie elsewhere.
+
+        Told by sizes and times alone; a file is read only where its time differs, as after a copy.
+
+        Raises:
+            InputError, OSError: a file cannot be read.
+        """
         if scan.name == self._foreseen:
             return True
         record = self.done.get(scan.name)
-        if record is None or set(record) != set(scan.modalities):
+        if record is None or set(record) != set(scan.modalities) or not has_results(scan, record, self.output):
             return False
-        files = {modality: scan.file(self.output, modality) for modality in record}
-        return all(files[m].is_file() and files[m].stat().st_size == record[m].bytes for m in record)
+        fresh, in_place = dict(record), self.in_place(scan)
+        for modality, file in record.items():
+            target, sources = scan.file(self.output, modality), scan.sources[modality]
+            changed = stamp(target)[1]
+            if changed != file.mtime_ns and sha256(target) != file.result:
+                return False
+            stamps = file.sources
+            if in_place:
+                # An original of another suffix is gone, maybe since `recover`, or somebody has put it back.
+                if not all(source.samefile(target) for source in sources if source.is_file()):
+                    return False
+            elif (stamps := tuple(map(stamp, sources))) != file.sources and sha256(*sources) != file.source:
+                return False
+            fresh[modality] = file._replace(mtime_ns=changed, sources=stamps)
+        if fresh != record:
+            self.done[scan.name] = self.refreshed[scan.name] = fresh
+        return True
+
+    def take_stamps(self, other: "Progress") -> None:
+        """Take over what `other` found by reading files, for scans whose record is the same but for the stamps."""
+        for name, fresh in other.refreshed.items():
+            if name in self.done and _checksums(self.done[name]) == _checksums(fresh):
+                self.done[name] = fresh
+
+    def in_place(self, scan: Scan) -> bool:
+        """Tell whether results take the room of sources; of a scan whose sources are not all known they may."""
+        for modality in scan.modalities:
+            folder = scan.file(self.output, modality).parent
+            parents = {path.parent for path in scan.sources[modality]}
+            if not parents or any(each == folder or (folder.is_dir() and each.samefile(folder)) for each in parents):
+                return True
+        return False
 
     def is_original(self, scan: Scan) -> bool:
         """Tell whether the source files of a recorded scan are, by checksum, those it was made from."""
@@ -195,6 +202,8 @@ class Progress:
         return not source.samefile(target) and sha256(source) == file.source
 
     def _check_settings(self, found: dict[str, Any]) -> None:
+        if (script := script_of(found)) != script_of(self.settings):
+            raise InputError(f"{self.output} was written by the other script, utils/{script}.py: give another folder")
         changed = sorted(k for k in self.settings.keys() | found.keys() if self.settings.get(k) != found.get(k))
         if changed:
             differences = ", ".join(f"{key} {found.get(key)} (now {self.settings.get(key)})" for key in changed)
@@ -209,9 +218,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep a second run out of `folder`; the lock goes with the process, however that ends.
 
     Raises:
-        InputError: another process holds the lock.
+        InputError: another process holds the lock, or the folder cannot be read.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise cannot_read(folder, error) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -236,21 +248,8 @@ def remove_stale(scans: Iterable[Scan], output: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _record_to_json(record: Record) -> dict[str, dict[str, Any]]:
-    return {modality: file._asdict() for modality, file in record.items()}
-
-
-def _record_from_json(files: dict[str, dict[str, Any]]) -> Record:
-    return {modality: FileRecord(**file) for modality, file in files.items()}
-
-
-def sha256(*paths: Path) -> str:
-    """Return the SHA-256 in hexadecimal of a file, or of the lines that these give for several."""
-    digests = []
-    for path in paths:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+def _checksums(record: Record) -> dict[str, tuple[str, str]]:
+    return {modality: (file.source, file.result) for modality, file in record.items()}
 
 
 def sync(path: Path) -> None:
@@ -267,6 +266,8 @@ def cannot_write(path: Path, error: OSError) -> InputError:
     # NumPy's error of a write cut short has no number.
     full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)
     mend = "free disk space" if full else "make it and its folder writable"
+    if error.errno == errno.ENAMETOOLONG:
+        mend = "shorten the name of the scan's files"
     reason = error.strerror or str(error)
     return InputError(f"{path} cannot be written ({reason}): {mend} and run the same command again")
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,18 +17,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.errors import InputError
+from utils.files import cannot_read, files_by_stem
 from utils.organized_pc import read_organized_pc, write_organized_pc
-from utils.preprocessing_progress import (
-    FileRecord,
-    Progress,
-    Record,
-    Scan,
-    cannot_write,
-    locked,
-    remove_stale,
-    sha256,
-    sync,
-    temporary_path,
+from utils.preprocessing_progress import Progress, cannot_write, locked, remove_stale, sync, temporary_path
+from utils.preprocessing_record import MANIFEST, FileRecord, Record, Scan, sha256, stamp
+
+KILLED = (
+    "the process that worked on it was killed twice, the machine may be out of memory: run again with fewer --workers"
 )
 
 
@@ -63,11 +58,19 @@ def process_scans(
             folder, or a scan left half written that cannot be mended.
     """
     done = []
-    output = progress_of().output
+    before = progress_of()
+    output = before.output
+    require_own_folder(scans, before)
+    if not before.journal.is_file():
+        pending, skipped = split_scans(scans, before, failed)
+        if not pending:  # nothing is demanded of the disk, on which a finished dataset may be read-only
+            _keep_stamps(before, progress_of)
+            return Summary([], skipped, dict(sorted(failed.items())))
     _make_folder(output)
     _require_writable(scans, output)
     with locked(output):
         progress = progress_of()
+        progress.take_stamps(before)
         progress.recover()
         remove_stale(scans, output)
         pending, skipped = split_scans(scans, progress, failed)
@@ -84,6 +87,29 @@ def process_scans(
         except InputError as error:
             failed[progress.manifest.name] = f"{error}; until then {progress.journal.name} keeps what is done"
     return Summary(sorted(done), skipped, dict(sorted(failed.items())))
+
+
+def _keep_stamps(found: Progress, progress_of: Callable[[], Progress]) -> None:
+    """Write down what was found by reading files, where that can be: it only spares the next run the reading."""
+    if found.refreshed:
+        with suppress(InputError), locked(found.output):
+            progress = progress_of()
+            if not progress.journal.is_file():
+                progress.take_stamps(found)
+                progress.save()
+
+
+def require_own_folder(scans: list[Scan], progress: Progress) -> None:
+    """Refuse to write among scans that no run of the script made; InputError."""
+    if not progress.is_new or (scans and progress.in_place(scans[0])):
+        return
+    for modality in ("xyz", "rgb"):
+        for folder in progress.output.glob(f"*/*/*/{modality}"):
+            if files := files_by_stem(folder, modality):
+                raise InputError(
+                    f"{progress.output} holds scans, such as {next(iter(files.values()))[0]}, and no {MANIFEST} that "
+                    "tells that this script wrote them: give an empty output folder"
+                )
 
 
 def report(run: Callable[[], Summary], done: str = "done") -> int:
@@ -106,13 +132,14 @@ def write_results(scan: Scan, arrays: Mapping[str, np.ndarray], output: Path, su
         InputError: a file cannot be written, or reads back different; none is left behind.
     """
     temporaries = {modality: temporary_path(scan.file(output, modality), suffix) for modality in arrays}
+    stamps = {modality: tuple(map(stamp, scan.sources[modality])) for modality in arrays}
     sources = {modality: sha256(*scan.sources[modality]) for modality in arrays}
     record = {}
     try:
         for modality, path in temporaries.items():
             try:
                 _write_verified(path, arrays[modality])
-                record[modality] = FileRecord(sources[modality], sha256(path), path.stat().st_size)
+                record[modality] = FileRecord(sources[modality], sha256(path), *stamp(path), stamps[modality])
             except OSError as error:
                 raise cannot_write(scan.file(output, modality), error) from error
     except InputError:
@@ -138,7 +165,8 @@ def _write_verified(path: Path, array: np.ndarray) -> None:
 
 def _discard(scan: Scan, output: Path, suffix: str) -> None:
     for modality in scan.modalities:
-        temporary_path(scan.file(output, modality), suffix).unlink(missing_ok=True)
+        with suppress(OSError):  # what could not be made, or not be deleted: the next run looks for it again
+            temporary_path(scan.file(output, modality), suffix).unlink(missing_ok=True)
 
 
 def _commit(scan: Scan, record: Record, suffix: str, progress: Progress) -> str | None:
@@ -167,44 +195,77 @@ def _require_writable(scans: list[Scan], output: Path) -> None:
 
 
 def split_scans(scans: list[Scan], progress: Progress, failed: dict[str, str]) -> tuple[list[Scan], list[str]]:
-    """Tell the scans still to clean from the names of those done; recorded ones that changed since go to `failed`."""
+    """Tell the scans still to clean from the names of those done; what cannot be read or told goes to `failed`."""
     pending, skipped = [], []
     for scan in scans:
-        if progress.is_done(scan):
-            skipped.append(scan.name)
-        elif scan.name not in progress.done or progress.is_original(scan):
-            pending.append(scan)
-        else:
-            failed[scan.name] = "its files changed after preprocessing: restore the originals or the results"
+        try:
+            if progress.is_done(scan):
+                skipped.append(scan.name)
+            elif scan.name not in progress.done or not progress.in_place(scan) or progress.is_original(scan):
+                pending.append(scan)
+            else:
+                failed[scan.name] = "its files changed after preprocessing: restore the originals or the results"
+        except (InputError, OSError) as error:
+            failed[scan.name] = _reason(error)
     return pending, skipped
 
 
-def _process_all(
-    scans: list[Scan], process: Callable[[Scan], Record], workers: int
-) -> Generator[tuple[Scan, Record | str], None, None]:
-    """Yield each scan with its record, or with the reason why it failed, in order of completion."""
+def _reason(error: InputError | OSError) -> str:
+    if isinstance(error, InputError):
+        return str(error)
+    return str(cannot_read(Path(error.filename or "a file of the scan"), error))
+
+
+Outcome = tuple[Scan, Record | str]  # the record, or the reason why the scan failed
+
+
+def _process_all(scans: list[Scan], process: Callable[[Scan], Record], workers: int) -> Generator[Outcome, None, None]:
+    """Yield the outcome of each scan, in order of completion.
+
+    Where a process is killed, by a machine that is out of memory for one, each scan that it may have been at work on
+    is tried once more in a process alone, and the rest goes on in new ones.
+    """
     if workers == 1 or len(scans) < 2:
         for scan in scans:
             try:
                 yield scan, process(scan)
             except (InputError, OSError) as error:
-                yield scan, str(error)
+                yield scan, _reason(error)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited: the processes occupy the cores already
-    pool = ProcessPoolExecutor(
-        min(workers, len(scans)),
-        multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-    )
+    rest = scans
+    while rest:
+        ended = yield from _process_in_pool(rest, process, workers)
+        rest = [scan for scan in rest if scan.name not in ended]
+        # A pool hands its scans out in order, one more than it has processes.
+        for scan in rest[: workers + 1]:
+            if not (yield from _process_in_pool([scan], process, 1)):
+                yield scan, KILLED
+        rest = rest[workers + 1 :]
+
+
+def _process_in_pool(
+    scans: list[Scan], process: Callable[[Scan], Record], workers: int
+) -> Generator[Outcome, None, set[str]]:
+    """Yield the outcomes of scans until all are done or a process is killed; returns the names of those done."""
+    ended: set[str] = set()
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(scans)), context, initializer=_start_worker)
     try:
         futures = {pool.submit(process, scan): scan for scan in scans}
         for future in as_completed(futures):
+            scan = futures[future]
             try:
-                yield futures[future], future.result()
-            except (InputError, OSError, BrokenProcessPool) as error:
-                yield futures[future], str(error)
+                outcome: Record | str = future.result()
+            except (InputError, OSError) as error:
+                outcome = _reason(error)
+            ended.add(scan.name)
+            yield scan, outcome
+    except BrokenProcessPool:
+        pass  # the scans that are not among those done tell
     finally:
         pool.shutdown(cancel_futures=True)
+    return ended
 
 
 def _start_worker() -> None:

@@ -1,0 +1,170 @@
+"""Repeated runs of utils/preprocessing.py: what counts as done, copies, changed sources, folders of others."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cleaning_runs import ALL, STAMPS, contents, job_for, raw_cloud, unprivileged, write_dataset
+from PIL import Image
+
+from utils import preprocessing_progress
+from utils.errors import InputError
+from utils.organized_pc import read_organized_pc, write_organized_pc
+from utils.preprocessing import Job, preprocess
+
+CHANGED = "its files changed after preprocessing: restore the originals or the results"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "parts")
+
+
+@pytest.fixture
+def skips_unread(monkeypatch: pytest.MonkeyPatch) -> Callable[[Job], None]:
+    """Asserts that a run finds everything done without reading a file or writing one."""
+
+    def read(*_: object) -> str:
+        raise AssertionError("a file is read")
+
+    def check(job: Job) -> None:
+        before = {path: path.stat().st_mtime_ns for path in job.output.rglob("*")}
+        with monkeypatch.context() as patch:
+            patch.setattr(preprocessing_progress, "sha256", read)
+            assert preprocess(job, workers=1) == ([], ALL, {})
+        assert {path: path.stat().st_mtime_ns for path in job.output.rglob("*")} == before
+
+    return check
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_finished_dataset_is_neither_read_nor_written(
+    dataset: Path, tmp_path: Path, skips_unread: Callable[[Job], None], elsewhere: bool
+) -> None:
+    job = job_for(dataset, tmp_path / "out" if elsewhere else None)
+    preprocess(job, workers=1)
+    skips_unread(job)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_copy_is_read_once_and_counts_as_done(
+    dataset: Path, tmp_path: Path, skips_unread: Callable[[Job], None], elsewhere: bool
+) -> None:
+    preprocess(job_for(dataset, tmp_path / "out" if elsewhere else None), workers=1)
+    for name in ("parts", "out"):
+        if (tmp_path / name).is_dir():
+            shutil.copytree(tmp_path / name, tmp_path / "copy" / name, copy_function=shutil.copyfile)
+    job = job_for(tmp_path / "copy/parts", tmp_path / "copy/out" if elsewhere else None)
+    assert preprocess(job, workers=1) == ([], ALL, {})
+    skips_unread(job)
+
+
+def test_a_manifest_without_times_is_completed(dataset: Path, skips_unread: Callable[[Job], None]) -> None:
+    preprocess(job_for(dataset), workers=1)
+    manifest = dataset / "preprocessing.json"
+    assert STAMPS.search(manifest.read_bytes())
+    manifest.write_bytes(STAMPS.sub(b"", manifest.read_bytes()))
+    assert b"mtime" not in manifest.read_bytes()
+    assert preprocess(job_for(dataset), workers=1) == ([], ALL, {})
+    skips_unread(job_for(dataset))
+
+
+def test_a_result_overwritten_by_as_many_bytes_is_noticed(dataset: Path) -> None:
+    preprocess(job_for(dataset), workers=1)
+    tiff = dataset / "bagel/train/good/xyz/000.tiff"
+    size = tiff.stat().st_size
+    write_organized_pc(tiff, read_organized_pc(tiff)[::-1])
+    assert tiff.stat().st_size == size
+    assert preprocess(job_for(dataset), workers=1) == ([], [ALL[0], ALL[2]], {ALL[1]: CHANGED})
+
+
+def test_originals_as_large_as_their_results_are_done_again(tmp_path: Path) -> None:
+    """A scan that needs no padding, whose photograph stays as it is."""
+    folder = tmp_path / "parts/bagel/train/good"
+    xyz = np.pad(raw_cloud(0), ((30, 30), (28, 28), (0, 0)), mode="reflect")
+    xyz[..., 2] = 0.5 + 0.05 * xyz[..., 0]
+    xyz[40:60, 40:60, 2] -= 0.02
+    write_organized_pc(folder / "xyz/000.tiff", xyz)
+    (folder / "rgb").mkdir()
+    Image.new("RGB", (100, 100), "red").save(folder / "rgb/000.png")
+    shutil.copytree(tmp_path / "parts", tmp_path / "originals")
+    job = job_for(tmp_path / "parts", keep_rgb=True)
+    assert preprocess(job, workers=1).done == [ALL[1]]
+    cleaned = contents(tmp_path / "parts")
+    shutil.copytree(tmp_path / "originals", tmp_path / "parts", dirs_exist_ok=True)
+    restored = contents(tmp_path / "parts")
+    assert restored != cleaned
+    assert {name: len(data) for name, data in restored.items()} == {name: len(data) for name, data in cleaned.items()}
+    assert preprocess(job, workers=1).done == [ALL[1]]
+    assert contents(tmp_path / "parts") == cleaned
+
+
+def test_an_original_of_another_suffix_that_is_back_is_noticed(dataset: Path) -> None:
+    preprocess(job_for(dataset), workers=1)
+    Image.new("RGB", (44, 40)).save(dataset / "bagel/train/good/rgb/001.jpg")
+    assert preprocess(job_for(dataset), workers=1) == ([], ALL[:2], {ALL[2]: CHANGED})
+
+
+def test_a_source_that_changed_is_done_again_and_a_touched_one_is_not(
+    dataset: Path, tmp_path: Path, skips_unread: Callable[[Job], None]
+) -> None:
+    job = job_for(dataset, tmp_path / "out")
+    preprocess(job, workers=1)
+    tiff = dataset / "bagel/train/good/xyz/000.tiff"
+    write_organized_pc(tiff, raw_cloud(9))  # as many bytes
+    os.utime(dataset / "bagel/train/good/xyz/001.tiff", ns=(1, 1))
+    assert preprocess(job, workers=1) == ([ALL[1]], [ALL[0], ALL[2]], {})
+    preprocess(job_for(dataset, tmp_path / "expected"), workers=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    skips_unread(job)
+
+
+def test_sources_reached_through_a_link_to_the_results_are_not_cleaned_twice(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/preprocessing.json").touch()
+    (tmp_path / "out/bagel").symlink_to(dataset / "bagel")
+    (tmp_path / "out/preprocessing.json").unlink()
+    job = job_for(dataset, tmp_path / "out")
+    preprocess(job, workers=1)
+    before = contents(dataset)
+    assert preprocess(job, workers=1) == ([], ALL, {})
+    assert contents(dataset) == before
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_scans_of_others_are_not_written_over(dataset: Path, tmp_path: Path, dry_run: bool) -> None:
+    write_dataset(tmp_path / "out")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=r"out holds scans, such as .*000.tiff, and no preprocessing.json that tells"):
+        preprocess(job_for(dataset, tmp_path / "out"), workers=1, dry_run=dry_run)
+    assert contents(tmp_path) == before
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out/notes").mkdir(parents=True)  # anything else does not count
+    assert preprocess(job_for(dataset, tmp_path / "out"), workers=1).done == ALL
+
+
+@pytest.mark.parametrize("locked", ["", "bagel/train/good/xyz"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_finished_dataset_on_a_read_only_disk_is_done(copied: bool, locked: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are for their owner alone
+        root = write_dataset(Path(folder) / "parts")
+        preprocess(job_for(root), workers=1)
+        if copied:  # the new times cannot be written down
+            for path in root.rglob("*.tiff"):
+                path.touch()
+        before, files = contents(root), sorted(root.rglob("*"))
+        for path in (root.parent, root, *root.rglob("*")):
+            path.chmod(0o777 if path.is_dir() else 0o444)
+        for path in (root / locked, *(() if locked else root.rglob("*/"))):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        with unprivileged():
+            summary = preprocess(job_for(root), workers=2)
+        root.parent.chmod(0o755)
+        for path in (root, *root.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        assert (summary, contents(root)) == (([], ALL, {}), before)
+        assert sorted(root.rglob("*")) == files

@@ -1,0 +1,92 @@
+"""Folders and files without permission: named, with the mend, and the rest of the dataset is done or inspected."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cleaning_runs import ALL, job_for, unprivileged, write_dataset, write_scan
+
+from dataset import class_folders, find_classes, index_split
+from inspection import inspect_split
+from utils.errors import InputError
+from utils.preprocessing import preprocess
+
+BOTH = frozenset({"rgb", "xyz"})
+MEND = "(Permission denied): make it and the folders above it readable"
+
+
+@pytest.fixture
+def dataset() -> Iterator[Path]:
+    """ALL and a class "dowel", in folders that everyone may read and write; pytest's own are for their owner alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = write_dataset(Path(folder) / "parts")
+        write_scan(root / "dowel/train/good", "000", 4, with_gt=False)
+        for path in (root.parent, root, *root.rglob("*")):
+            path.chmod(0o777 if path.is_dir() else 0o666)
+        yield root
+        for path in (root, *root.rglob("*")):
+            path.chmod(0o777)
+
+
+@pytest.mark.parametrize(
+    "locked, name, done",
+    [
+        ("bagel", "bagel", ["dowel/train/good/000"]),
+        ("bagel/train", "bagel/train", [ALL[0], "dowel/train/good/000"]),
+        ("bagel/test/hole/gt", "bagel/test/hole", [*ALL[1:], "dowel/train/good/000"]),
+        ("bagel/train/good/xyz/000.tiff", ALL[1], [ALL[0], ALL[2], "dowel/train/good/000"]),
+        ("bagel/train/good/rgb/000.png", ALL[1], [ALL[0], ALL[2], "dowel/train/good/000"]),
+    ],
+)
+def test_cleaning_names_what_it_may_not_read_and_does_the_rest(
+    dataset: Path, locked: str, name: str, done: list[str]
+) -> None:
+    (dataset / locked).chmod(0)
+    with unprivileged():
+        summary = preprocess(job_for(dataset), workers=1)
+        assert summary == (done, [], {name: f"{dataset / locked} cannot be read {MEND}"})
+    (dataset / locked).chmod(0o777)
+    with unprivileged():
+        assert preprocess(job_for(dataset), workers=1).skipped == done
+
+
+@pytest.mark.parametrize("locked", ["", "preprocessing.json"])
+def test_a_dataset_or_manifest_that_may_not_be_read_is_one_sentence(dataset: Path, locked: str) -> None:
+    preprocess(job_for(dataset), workers=1)
+    (dataset / locked).chmod(0)
+    for dry_run in (False, True):
+        with unprivileged(), pytest.raises(InputError) as caught:
+            preprocess(job_for(dataset), workers=1, dry_run=dry_run)
+        assert str(caught.value) == f"{dataset / locked} cannot be read {MEND}"
+
+
+def test_a_finished_scan_that_may_not_be_read_is_told_by_its_size(dataset: Path) -> None:
+    preprocess(job_for(dataset), workers=1)
+    tiff = dataset / "bagel/train/good/xyz/000.tiff"
+    tiff.chmod(0)
+    with unprivileged():
+        assert ALL[1] in preprocess(job_for(dataset), workers=1).skipped
+    tiff.touch()
+    with unprivileged():
+        assert preprocess(job_for(dataset), workers=1).failed == {ALL[1]: f"{tiff} cannot be read {MEND}"}
+
+
+def test_inspection_names_what_it_may_not_read(dataset: Path) -> None:
+    folder = "bagel/train/good/xyz"
+    for locked, named, scans in (
+        (folder, folder, 0),
+        (f"{folder}/000.tiff", f"{folder}/000.tiff", 2),
+        ("bagel", folder, 0),
+    ):
+        (dataset / locked).chmod(0)
+        with unprivileged():
+            assert class_folders(dataset) == find_classes(dataset, "mvtec3d") == ["bagel", "dowel"]
+            report = inspect_split(dataset / "bagel", "train", BOTH, num_workers=0)
+        assert (report.scans, report.problems) == (scans, (f"{dataset / named} cannot be read {MEND}",))
+        (dataset / locked).chmod(0o777)
+    dataset.chmod(0)
+    with unprivileged(), pytest.raises(InputError, match="cannot be read"):
+        find_classes(dataset, "mvtec3d")
+    with unprivileged(), pytest.raises(InputError, match="cannot be read"):
+        index_split(dataset / "bagel", "train", BOTH)
