@@ -133,9 +133,12 @@ def test_bank_sizes(run: Run) -> None:
     assert shapes == list(run.meta["bank_shapes"].values())
 
 
-@pytest.mark.parametrize(("phase", "tolerance"), [("test", 5e-3), ("late", 0.03)])
+# Training samples against their own bank differ more: there the original's distances cancel.
+DISTANCE_TOLERANCES = {"test": 5e-3, "late": 0.03}
+
+
+@pytest.mark.parametrize(("phase", "tolerance"), DISTANCE_TOLERANCES.items())
 def test_nearest_distances(run: Run, phase: str, tolerance: float) -> None:
-    """Training samples against their own bank differ more: there the original's distances cancel."""
     for name in run.bank(phase):
         bank = run.detector.banks[name]
         queries = [bank.statistics.normalize(getattr(each, name)) for each in run.samples[phase]]
@@ -149,7 +152,8 @@ def test_bank_maps_and_scores(run: Run, phase: str, levels: int) -> None:
     """Maps within a level of the recorded 8-bit image (training samples: five), scores within 1e-3.
 
     A training sample is so close to its own bank that the original's distances have lost digits, and how its matrix
-    product rounds depends on the processor: four ulps of the squared norms are allowed there.
+    product rounds depends on the processor and on the last digit of a feature. Maps may differ there by what the
+    tolerance of distances amounts to where that is more than five levels, scores by four ulps of the squared norms.
     """
     divisor = run.detector.config.method.score_divisor
     for name in run.bank(phase):
@@ -159,7 +163,8 @@ def test_bank_maps_and_scores(run: Run, phase: str, levels: int) -> None:
             scale = float(run.recorded[f"blurscale_{phase}_{name}"][i])
             theirs = run.recorded[f"blurq_{phase}_{name}"][i].astype(np.float64)
             ours = maps[name].numpy().astype(np.float64) / scale * 255
-            assert np.abs(ours - theirs).max() <= levels + 0.1, f"{name} map of sample {i}"
+            allowed = max(levels, DISTANCE_TOLERANCES["late"] / scale * 255) if phase == "late" else levels
+            assert np.abs(ours - theirs).max() <= allowed + 0.1, f"{name} map of sample {i}"
             if f"s_{phase}_{name}" in run.recorded:
                 score = run.recorded[f"s_{phase}_{name}"][i]
                 rounding = 4 * ulp / (2 * scale) / divisor if phase == "late" else 0.0  # dd = d(d^2) / 2d
