@@ -30,6 +30,7 @@ from feature_extractors.memory_bank import BankStatistics, MemoryBank, select_co
 from feature_extractors.pipeline import collect_features
 from models.point_transformer import PointFeatures, PointTransformer
 from utils.metrics import evaluate as compute_metrics
+from utils.precision import autocast
 from utils.records import PatchFeatures, Sample
 
 F_CORESET, CORESET_EPS = 0.1, 0.9  # the defaults of DetectorConfig
@@ -84,7 +85,7 @@ def _at(precision: str, work: Work) -> Work:
     """The work with the arithmetic that PatchExtractor runs networks in."""
 
     def run() -> object:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(torch.device("cpu"), precision):
             return work()
 
     return run

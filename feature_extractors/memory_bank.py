@@ -45,6 +45,7 @@ class MemoryBank:
         self._center = rows.mean(dim=0)
         centered = rows - self._center  # small norms: the product keeps more digits
         self._norms = centered.square().sum(dim=1)
+        self._lengths = self._norms.sqrt()
         self._candidates = centered.to(torch.bfloat16 if half else torch.float32)
         # A sum of D products in fp32 is wrong by less than D 2^-24 |q| |r|; bf16 rounds both factors and the result, by
         # 2^-8 each. The product counts twice in a squared distance.
@@ -96,7 +97,7 @@ class MemoryBank:
         limit = torch.addcmul(
             (found - squares + self._rounding * squares)[:, None],
             self._product_error * squares.sqrt()[:, None],
-            self._norms.sqrt(),
+            self._lengths,
         ).add_(self._norms, alpha=self._rounding)
         query, row = (partial <= limit).nonzero(as_tuple=True)  # (pairs,) each
         squared = self._squared_distances(queries, query, row)
@@ -138,11 +139,13 @@ def select_coreset(rows: Rows, statistics: BankStatistics, n: int, eps: float, r
         (n,) int64 indices in order of selection.
     """
     projection = random_projection(len(rows), rows.shape[1], eps, random_state)
+    if projection is not None:
+        projection = projection.to(rows.device)
     projected = torch.empty(len(rows), rows.shape[1] if projection is None else projection.shape[1], device=rows.device)
     begin = 0
     for chunk in rows.split(1 << 14):
         normalised = statistics.normalize(chunk)
-        of_chunk = normalised if projection is None else normalised @ projection.to(rows.device)
+        of_chunk = normalised if projection is None else normalised @ projection
         projected[begin : begin + len(chunk)] = of_chunk
         begin += len(chunk)
     return greedy_coreset(projected, n)

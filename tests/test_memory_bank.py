@@ -27,6 +27,20 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(memory_bank, "MAX_BLOCK_ENTRIES", entries)
 
 
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of queries of each block that is searched."""
+    counts: list[int] = []
+    nearest_of = MemoryBank._nearest_of
+
+    def counted(bank: MemoryBank, queries: Tensor) -> tuple[Tensor, Tensor]:
+        counts.append(len(queries))
+        return nearest_of(bank, queries)
+
+    monkeypatch.setattr(MemoryBank, "_nearest_of", counted)
+    return counts
+
+
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("queries", "rows", "dim"), [(1, 1, 1), (7, 1, 5), (1, 9, 3), (50, 33, 2), (90, 100, 64)])
@@ -109,19 +123,12 @@ def test_expanded_squares_cancel() -> None:
 @pytest.mark.parametrize("expanded", ["nowhere", "cancelling"])
 @pytest.mark.parametrize(("entries", "at_once", "queries"), [(310, 256, 10), (1 << 24, 12, 12), (5, 256, 1)])
 def test_no_block_is_above_its_bound(
-    entries: int, at_once: int, queries: int, expanded: str, monkeypatch: pytest.MonkeyPatch
+    entries: int, at_once: int, queries: int, expanded: str, blocks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """30 rows, 95 queries; a query is never cut."""
     bank, asked = MemoryBank(random_rows(30, 8, 0)), random_rows(95, 8, 1)
     expected = bank.nearest(asked, expanded)
-    blocks: list[int] = []
-    nearest_of = MemoryBank._nearest_of
-
-    def measured(bank: MemoryBank, chunk: Tensor) -> tuple[Tensor, Tensor]:
-        blocks.append(len(chunk))
-        return nearest_of(bank, chunk)
-
-    monkeypatch.setattr(MemoryBank, "_nearest_of", measured)
+    blocks.clear()
     monkeypatch.setattr(memory_bank, "MAX_BLOCK_ENTRIES", entries)
     monkeypatch.setattr(memory_bank, "QUERIES_AT_ONCE_ON_CPU", at_once)
     monkeypatch.setattr(memory_bank, "MAX_DIFFERENCE_ENTRIES", 24)  # three pairs
@@ -171,20 +178,12 @@ def test_few_candidates_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 500 <= sum(pairs) < 1500
 
 
-def test_equal_queries_are_searched_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_queries_are_searched_for_once(blocks: list[int]) -> None:
     """Patches of the background, against a bank that holds many of them too."""
     bank = MemoryBank(torch.cat([torch.zeros(200, 6), random_rows(50, 6, 0)]))
     queries = torch.cat([torch.zeros(300, 6), random_rows(20, 6, 1), torch.zeros(10, 6)])
-    searched: list[int] = []
-    nearest_of = MemoryBank._nearest_of
-
-    def counted(bank: MemoryBank, chunk: Tensor) -> tuple[Tensor, Tensor]:
-        searched.append(len(chunk))
-        return nearest_of(bank, chunk)
-
-    monkeypatch.setattr(MemoryBank, "_nearest_of", counted)
     distance, index = bank.nearest(queries)
-    assert sum(searched) == 21
+    assert sum(blocks) == 21
     torch.testing.assert_close(distance, nearest_twin(queries, bank.rows)[0].float())
     assert (index[:300] == 0).all()
     assert (index[320:] == 0).all()
