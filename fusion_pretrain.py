@@ -53,7 +53,7 @@ from utils.distributed import (
 from utils.errors import InputError, exit_on_input_error
 from utils.feature_store import PAIRINGS, PatchFileDataset
 from utils.files import make_folder
-from utils.precision import AUTOCAST, autocast
+from utils.precision import DTYPES, autocast
 from utils.training import (
     Progress,
     Schedule,
@@ -186,7 +186,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--xyz_dim", type=int, help="width of the xyz part of the original's .pt files (found from the background)")
     add(
         "--precision",
-        choices=["auto", *AUTOCAST],
+        choices=["auto", *DTYPES],
         default="auto",
         help="of the networks; the loss is computed in fp32 (auto: bf16 on a GPU, fp32 on a CPU)",
     )

@@ -8,7 +8,7 @@ import torch
 from sklearn.random_projection import johnson_lindenstrauss_min_dim
 
 from benchmarks import plain, plain_class
-from benchmarks.measuring import PRODUCT_SIDE, matrix_product, median_seconds, peak_mb
+from benchmarks.measuring import PRODUCT_SIDE, matrix_product, median_seconds
 from benchmarks.workload import (
     SIZES,
     Networks,
@@ -24,6 +24,7 @@ from benchmarks.workload import (
 from feature_extractors.config import DetectorConfig
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.pipeline import Stopwatch, collect_features, evaluate, fit_detector
+from utils.memory import peak_memory_mb
 from utils.records import Sample
 
 
@@ -39,7 +40,7 @@ class ClassRun(NamedTuple):
     metrics: dict[str, Any]  # as in results.json
 
 
-def run_class(variant: str, size: str, train: int, test: int, stop: int | None) -> ClassRun:
+def run_class(variant: str, size: str, train: int, test: int, stop: int | None, memory_budget: float) -> ClassRun:
     """Fit and evaluate.
 
     Args:
@@ -47,6 +48,7 @@ def run_class(variant: str, size: str, train: int, test: int, stop: int | None) 
         size: a key of SIZES.
         train, test: numbers of samples.
         stop: picks after which the plain greedy loop ends; its seconds are multiplied up to all picks. None: it runs.
+        memory_budget: of the fast form, GB, see TrainingFeatures.
     """
     numbers = SIZES[size]
     networks = build_networks(numbers)
@@ -56,12 +58,12 @@ def run_class(variant: str, size: str, train: int, test: int, stop: int | None) 
     config = detector_config(numbers, "fp32" if variant == "plain" else variant)
     product = matrix_product("bf16" if variant == "bf16" else "fp32")
     product_seconds = [median_seconds({"product": product}, 3)["product"]]
-    start = peak_mb()
+    start = peak_memory_mb()
     if variant == "plain":
         seconds, metrics = _run_plain(config, plain.make_plain(networks), good, judged, stop)
     else:
-        seconds, metrics = _run_fast(config, networks, good, judged)
-    peak = peak_mb()
+        seconds, metrics = _run_fast(config, networks, good, judged, memory_budget)
+    peak = peak_memory_mb()
     product_seconds.append(median_seconds({"product": product}, 3)["product"])
     product_rate = 2 * PRODUCT_SIDE**3 / statistics.mean(product_seconds)
     rate = count_operations(config, networks, train, test, variant == "plain") / seconds["total"]
@@ -82,11 +84,12 @@ def count_operations(config: DetectorConfig, networks: Networks, train: int, tes
 
 
 def _run_fast(
-    config: DetectorConfig, networks: Networks, train: list[Sample], test: list[Sample]
+    config: DetectorConfig, networks: Networks, train: list[Sample], test: list[Sample], memory_budget: float
 ) -> tuple[dict[str, float], dict[str, Any]]:
     begin = time.perf_counter()
     extractor = PatchExtractor(config, networks.rgb, networks.xyz)
-    detector = fit_detector(config, extractor, collect_features(extractor, train, len(train)))
+    features = collect_features(extractor, train, len(train), memory_budget=memory_budget)
+    detector = fit_detector(config, extractor, features)
     fitted = time.perf_counter()
     metrics = evaluate({config.method_name: detector}, test, len(test))[config.method_name].metrics
     end = time.perf_counter()

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,10 +15,10 @@ import torch
 from tqdm import tqdm
 
 from utils.files import atomic_path
+from utils.precision import DTYPES
 
 Result = TypeVar("Result")
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PRODUCT_SIDE = 2048  # large enough for the full rate, a tenth of a second on two cores
 
 
@@ -57,19 +56,6 @@ def matrix_product(precision: str, side: int = PRODUCT_SIDE) -> Callable[[], obj
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(side, side, generator=generator).to(DTYPES[precision]) for _ in range(2))
     return lambda: left @ right
-
-
-def peak_mb() -> float:
-    """Peak of the resident memory of this process so far, MB of 2**20 bytes.
-
-    On Linux from /proc: ru_maxrss is handed down to the processes that a large one starts, this figure is not.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20 if platform.system() == "Darwin" else 1 << 10)
 
 
 def in_fresh_process(work: Callable[..., Result], *arguments: Any) -> Result:

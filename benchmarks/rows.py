@@ -1,6 +1,6 @@
 """The steps of the benchmark, each timed beside its plain twin and beside a matrix product of the same precision."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -95,40 +95,54 @@ def feature_rows(size: Size, samples: list[Sample], precisions: list[str], repea
     """The parts of extracting one sample, the whole of it, and all samples as fitting collects them."""
     slow = plain.make_plain(build_networks(size))
     fast = {each: PatchExtractor(detector_config(size, each), *build_networks(size)) for each in precisions}
-    parts = _network_parts(slow, fast, samples[0]) | _point_parts(slow, size, samples[0])
+    count = len(samples)
+    of_pictures = f"ViT of {count} pictures"
+    parts = {of_pictures: _vit_parts(slow, fast, samples)}
+    parts |= _point_network_parts(slow, fast, samples[0]) | _point_parts(slow, size, samples[0])
     vit = dict.fromkeys(("plain", *precisions), vit_flops(slow.rgb))
     encoder = dict.fromkeys(precisions, group_encoder_flops(slow.xyz))
     encoder["plain"] = group_encoder_flops(slow.xyz, plain=True)
     tokens = dict.fromkeys(vit, point_transformer_flops(slow.xyz))
-    flops = {"ViT": vit, "group encoder": encoder, "point transformer": tokens}
+    flops = {
+        of_pictures: {form: count * value for form, value in vit.items()},
+        "group encoder": encoder,
+        "point transformer": tokens,
+    }
     rows = [measure_row(name, works, flops.get(name, {}), repeats) for name, works in parts.items()]
     one: dict[str, Work] = {"plain": partial(plain.extract, slow, samples[0], size.xyz_grid)}
     one |= {each: partial(fast[each], samples[0]) for each in precisions}
     of_one = {form: vit[form] + encoder[form] + tokens[form] for form in vit}
     rows.append(measure_row("features of a sample", one, of_one, repeats))
-    count = len(samples)
     many: dict[str, Work] = {"plain": lambda: [plain.extract(slow, each, size.xyz_grid) for each in samples]}
     many |= {each: partial(collect_features, fast[each], samples, count) for each in precisions}
     of_many = {form: count * value for form, value in of_one.items()}
     return [*rows, measure_row(f"features of {count} samples", many, of_many, repeats, warm_up=False)]
 
 
+def _vit_parts(slow: Networks, fast: Mapping[str, PatchExtractor], samples: Sequence[Sample]) -> dict[str, Work]:
+    """The pictures one by one, and together."""
+    pictures = [sample.rgb for sample in samples if sample.rgb is not None]
+    works: dict[str, Work] = {"plain": lambda: [plain.rgb_patches(slow.rgb, picture) for picture in pictures]}
+    for precision, extractor in fast.items():
+        assert extractor.rgb_backbone is not None
+        works[precision] = _at(precision, partial(extractor.rgb_backbone, torch.stack(pictures)))
+    return works
+
+
 @torch.inference_mode()
-def _network_parts(slow: Networks, fast: Mapping[str, PatchExtractor], sample: Sample) -> dict[str, dict[str, Work]]:
-    """The networks alone, on the same input."""
-    assert sample.rgb is not None
+def _point_network_parts(
+    slow: Networks, fast: Mapping[str, PatchExtractor], sample: Sample
+) -> dict[str, dict[str, Work]]:
+    """The parts of the 3D network alone, on the same input."""
     groups, centers = slow.xyz.group(_points(sample))
     tokens = slow.xyz.reduce_dim(plain.encode_groups(slow.xyz.encoder, groups))[None]
     position = slow.xyz.pos_embed(centers)[None]
     parts: dict[str, dict[str, Work]] = {
-        "ViT": {"plain": partial(plain.rgb_patches, slow.rgb, sample.rgb)},
         "group encoder": {"plain": partial(plain.encode_groups, slow.xyz.encoder, groups)},
         "point transformer": {"plain": partial(plain.transform, slow.xyz, tokens, centers)},
     }
     for precision, extractor in fast.items():
-        rgb, xyz = extractor.rgb_backbone, cast(PointTransformer, extractor.xyz_backbone)
-        assert rgb is not None
-        parts["ViT"][precision] = _at(precision, partial(rgb, sample.rgb[None]))
+        xyz = cast(PointTransformer, extractor.xyz_backbone)
         parts["group encoder"][precision] = _at(precision, partial(xyz.encoder, groups))
         parts["point transformer"][precision] = _at(precision, partial(xyz.blocks, tokens, position, xyz.taken))
     return parts

@@ -79,7 +79,7 @@ def class_runs(args: argparse.Namespace) -> dict[str, list[ClassRun]]:
         for form, found in runs.items():
             if form == "plain" and train not in (*args.curve, args.train):
                 continue
-            run = in_fresh_process(run_class, form, args.networks, train, test, stop)
+            run = in_fresh_process(run_class, form, args.networks, train, test, stop, args.memory_budget)
             found.append(run)
             print(
                 f"{f'{train} + {test} samples, {form}':32}{run.seconds['total']:8.1f} s ({run.seconds['fit']:.1f} s to "
@@ -120,6 +120,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--maps", type=int, default=100, help="for the metrics")
     parser.add_argument("--train", type=int, default=40, help="training samples of the whole class")
     parser.add_argument("--test", type=int, default=20, help="its test samples, half of them defective; at least 2")
+    parser.add_argument("--memory_budget", type=float, default=1.0, help="of the fast form of a whole class, GB")
     parser.add_argument("--curve", type=int, nargs="*", default=[10, 20], help="further points of the figure")
     parser.add_argument("--curve_fast", type=int, nargs="*", default=[100], help="points of the fast form alone")
     parser.add_argument("--networks", choices=SIZES, default="published", help="tiny: to try the script")

@@ -18,8 +18,9 @@ from torch import Tensor
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.measuring import in_fresh_process, median_seconds, peak_mb, write_json
+from benchmarks.measuring import in_fresh_process, median_seconds, write_json
 from models.contrastive import contrastive_loss
+from utils.memory import peak_memory_mb
 
 HEAD_DIM = 256
 REPEATS = 3
@@ -50,9 +51,9 @@ def measure(loss_of: Callable[[Tensor, Tensor], Tensor], rows: int, repeats: int
         loss.backward()
         losses.append(loss.item())
 
-    before = peak_mb()
+    before = peak_memory_mb()
     seconds = median_seconds({"step": step}, repeats, warm_up=False)["step"]
-    peak = peak_mb()
+    peak = peak_memory_mb()
     assert xyz.grad is not None
     return Measured(seconds, peak - before, losses[-1], float(xyz.grad.norm()))
 

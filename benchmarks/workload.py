@@ -99,13 +99,15 @@ def grown(patches: Tensor, rows: int) -> Tensor:
     deviation of each column over the patches with a point; patches without one stay exactly zero, as in real scans.
     """
     generator = torch.Generator().manual_seed(SEED)
+    repetitions = [varied(patches, generator) for _ in range(math.ceil(rows / len(patches)) - 1)]
+    return torch.cat([patches, *repetitions])[:rows]
+
+
+def varied(patches: Tensor, generator: torch.Generator) -> Tensor:
+    """Patches (N, C) with noise, see `grown`."""
     occupied = (patches != 0).any(dim=1)
-    spread = NOISE * patches[occupied].std(dim=0)
-    grown_rows = patches.repeat(math.ceil(rows / len(patches)), 1)[:rows]
-    for chunk in grown_rows[len(patches) :].split(1 << 14):
-        noise = torch.randn(chunk.shape, generator=generator).mul_(spread)
-        chunk += noise * (chunk != 0).any(dim=1, keepdim=True)
-    return grown_rows
+    noise = torch.randn(patches.shape, generator=generator).mul_(NOISE * patches[occupied].std(dim=0))
+    return noise.mul_(occupied[:, None]).add_(patches)
 
 
 # Operations: a multiplication and an addition are two. What is not a product of matrices is not counted.

@@ -172,7 +172,7 @@ def test_the_plain_metrics_are_ours() -> None:
 
 
 def test_a_plain_class_has_our_figures() -> None:
-    ours, twin = (run_class(form, "tiny", 3, 4, None) for form in ("fp32", "plain"))
+    ours, twin = (run_class(form, "tiny", 3, 4, None, 1.0) for form in ("fp32", "plain"))
     for name in ("image_rocauc", "pixel_rocauc", "au_pro"):
         assert twin.metrics[name] == pytest.approx(ours.metrics[name], abs=0.01)
     assert 0 < ours.start_mb <= ours.peak_mb
@@ -256,6 +256,20 @@ def test_the_laws_go_through_what_was_measured() -> None:
 
 
 @pytest.mark.slow
+def test_the_largest_class_is_fitted_with_features_on_disk(tmp_path: Path) -> None:
+    flags = ("--networks", "tiny", "--train", 6, "--distinct", 2, "--memory_budget", 0.001)
+    told = run_benchmark("largest_class", *flags, "--output", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["on_disk"]
+    assert "features on disk" in told
+    patches = TINY.xyz_grid**2
+    assert found["rows"]["rgb"] == found["rows"]["fusion"] == int(0.1 * int(0.1 * 6 * patches))
+    assert 0 < found["start_mb"] < found["peak_mb"]
+    assert found["seconds"]["coreset"] > 0
+    assert found["seconds"]["fuse"] > 0
+
+
+@pytest.mark.slow
 def test_all_stages_are_measured(tmp_path: Path) -> None:
     told = run_benchmark(
         "stages", "--networks", "tiny", "--repeats", 1, "--batch", 2, "--distinct", 2, "--rows", 600, "--picks", 20,
@@ -265,8 +279,13 @@ def test_all_stages_are_measured(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["machine"]["threads"] >= 1
     assert found["machine"]["cpu"] in told
-    stages = ["ViT", "group encoder", "point transformer", "point search", "alignment", "features of a sample"]
-    stages += [
+    stages = [
+        "ViT of 2 pictures",
+        "group encoder",
+        "point transformer",
+        "point search",
+        "alignment",
+        "features of a sample",
         "features of 2 samples",
         "coreset 600 x 192 to 60",
         "scoring 256 x 60 x 192",
@@ -275,7 +294,7 @@ def test_all_stages_are_measured(tmp_path: Path) -> None:
     assert list(found["stages"]) == stages
     for stage in found["stages"].values():
         assert all(value > 0 for numbers in stage.values() for value in numbers.values())
-    assert found["stages"]["ViT"]["share_of_product"].keys() == {"plain", "fp32"}
+    assert found["stages"]["ViT of 2 pictures"]["share_of_product"].keys() == {"plain", "fp32"}
     assert found["class_ratios"]["fp32"].keys() == {"time", "memory"}
     assert {form: [run["train"] for run in runs] for form, runs in found["classes"].items()} == {
         "plain": [3],

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
 from tiny_networks import (
+    DOUBLE,
     GRID,
     RGB_DIM,
     RGB_GRID,
@@ -85,6 +87,25 @@ def test_features_have_the_banks_of_the_method(method_name: str) -> None:
     assert (features.xyz.shape == (GRID**2, XYZ_DIM)) if xyz else features.xyz is None
     fused = "fusion" in METHODS[method_name].banks
     assert (features.fusion.shape == (GRID**2, XYZ_DIM + RGB_DIM)) if fused else features.fusion is None
+
+
+def test_both_backbones_run_at_the_same_time() -> None:
+    """Each waits until the other has begun."""
+    extractor = build(settings(DOUBLE))
+    samples = made_up_samples("train")[:2]
+    expected = extractor.extract(samples)
+    meeting = Barrier(2)
+
+    def meet(network: nn.Module, _: object) -> None:
+        meeting.wait(timeout=30)
+        hooks[network].remove()  # the second cloud finds nobody waiting
+
+    networks = (extractor.rgb_backbone, extractor.xyz_backbone)
+    hooks = {network: network.register_forward_pre_hook(meet) for network in networks}
+    found = extractor.extract(samples)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.rgb, theirs.rgb)
+        assert torch.equal(ours.xyz, theirs.xyz)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 
 from utils import memory, precision
 from utils.memory import default_memory_budget, peak_memory_mb
-from utils.precision import PRECISIONS, autocast, choose_precision
+from utils.precision import DTYPES, PRECISIONS, autocast, choose_precision, round_weights
 
 CPU = torch.device("cpu")
 
@@ -49,6 +50,21 @@ def test_what_autocast_computes_in() -> None:
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         with autocast(CPU, name):
             assert (matrix @ matrix).dtype == dtype
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_rounded_weights_change_no_bit(name: str) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 2), nn.BatchNorm2d(8), nn.Flatten(2), nn.Linear(9, 16), nn.LayerNorm(16))
+    network.eval()
+    picture = torch.randn(2, 3, 4, 4)
+    with torch.inference_mode(), autocast(CPU, name):
+        expected = network(picture)
+        round_weights(network, name)
+        assert torch.equal(network(picture), expected)
+    dtypes = {type(layer): parameter.dtype for layer in network for parameter in layer.parameters()}
+    half = DTYPES[name]
+    assert dtypes == {nn.Conv2d: half, nn.BatchNorm2d: torch.float32, nn.Linear: half, nn.LayerNorm: torch.float32}
 
 
 def test_the_budget_is_half_of_what_the_container_has(

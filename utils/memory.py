@@ -1,12 +1,14 @@
 """How much memory a run may take, and has taken."""
 
 import os
+import platform
 import resource
 from pathlib import Path
 
 import torch
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container: a number of bytes, or "max"
+PROCESS_STATUS = Path("/proc/self/status")  # of Linux
 
 
 def default_memory_budget(device: torch.device) -> float:
@@ -18,8 +20,13 @@ def default_memory_budget(device: torch.device) -> float:
     return (min(total, int(limit)) if limit.isdigit() else total) / 2 / 1e9
 
 
-def peak_memory_mb(device: torch.device) -> float:
+def peak_memory_mb(device: torch.device | str = "cpu") -> float:
     """Peak since the start of the run, MiB: allocated on the GPU where it is one, else resident in this process."""
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB
+    # A process inherits ru_maxrss from the one that started it; the figure in /proc it does not.
+    if PROCESS_STATUS.is_file():
+        line = next(line for line in PROCESS_STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if platform.system() == "Darwin" else 2**10)

@@ -4,16 +4,17 @@ import time
 from functools import cache
 
 import torch
+from torch import nn
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
-PRECISIONS = (*AUTOCAST, "auto")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = (*DTYPES, "auto")
 # Of the time of a product in fp32: processors without instructions for bf16 take longer, others less than half.
 WORTHWHILE = 0.67
 MEASURED_SIDE = 1024  # of the product: some 20 ms in all
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """A key of AUTOCAST: `name` itself, or for "auto" bf16 where the device computes products faster in it.
+    """A key of DTYPES: `name` itself, or for "auto" bf16 where the device computes products faster in it.
 
     On a CPU that is measured, since no list of processors would be complete.
     """
@@ -25,8 +26,18 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """What the forward pass runs in; `precision` is a key of AUTOCAST."""
-    return torch.autocast(device.type, AUTOCAST[precision], enabled=AUTOCAST[precision] is not None)
+    """What the forward pass runs in; `precision` is a key of DTYPES."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def round_weights(network: nn.Module, precision: str) -> None:
+    """Convert the weights of matrix products once, in place, where autocast would at every call.
+
+    The results are the same to the bit, and the weights take half the memory. Parameters of other layers stay in fp32.
+    """
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.to(DTYPES[precision])
 
 
 @cache
