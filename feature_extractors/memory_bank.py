@@ -82,8 +82,10 @@ class MemoryBank:
         else:
             distance, index = distinct.new_empty(len(distinct)), inverse.new_empty(len(distinct))
             again = torch.arange(len(distinct), device=queries.device)
-        for part in again.split(step):
-            distance[part], index[part] = torch.cdist(distinct[part], self.rows).min(dim=1)
+        if len(again):
+            rows = torch.cat([self.rows, torch.ones_like(self._norms)[:, None], _squared_norms(self.rows)], dim=1)
+            for part in again.split(step):
+                distance[part], index[part] = _expanded_distances(distinct[part], rows).min(dim=1)
         return distance[inverse], index[inverse]
 
     def _nearest_of(self, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,6 +122,21 @@ class MemoryBank:
         """
         distance = torch.linalg.vector_norm(self.rows - self.rows[row], dim=1)
         return distance.sort(stable=True).indices[:k]
+
+
+def _squared_norms(rows: Tensor) -> Tensor:
+    return rows.square().sum(dim=1, keepdim=True)
+
+
+def _expanded_distances(queries: Tensor, rows: Tensor) -> Tensor:
+    """What torch.cdist gives by its product, (M, N), but for what it makes of its rows anew at each call.
+
+    Args:
+        queries: (M, D).
+        rows: (N, D + 2), each followed by 1 and by its squared norm.
+    """
+    factors = torch.cat([-2 * queries, _squared_norms(queries), torch.ones_like(queries[:, :1])], dim=1)
+    return (factors @ rows.T).clamp_min_(0).sqrt_()
 
 
 def mean_and_std(rows: Rows, step: int = 1 << 14) -> BankStatistics:
