@@ -25,9 +25,9 @@ from feature_extractors.config import METHODS, DetectorConfig
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.pipeline import collect_features, evaluate, fit_detector
 from utils.errors import exit_on_input_error
+from utils.precision import DTYPES
 from utils.records import PatchFeatures
 
-PRECISIONS = ("fp32", "bf16")
 METRICS = ("image_rocauc", "pixel_rocauc", "au_pro")
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/benchmark_precision.json"))
     args = parser.parse_args()
     extractors = {}
-    for precision in PRECISIONS:
+    for precision in DTYPES:
         config = DetectorConfig(
             method_name=args.method_name,
             rgb_backbone_name=args.rgb_backbone_name,
@@ -82,13 +82,13 @@ def main() -> None:
             random_state=0,
         )
         extractors[precision] = build_extractor(config, args.checkpoint_dir, args.fusion_module_path or Path())
-    record: dict[str, Any] = {"machine": describe_machine(), "method": args.method_name, "classes": {}}
+    record: dict[str, Any] = {"schema": 1, "machine": describe_machine(), "method": args.method_name, "classes": {}}
     for name in args.classes:
         record["classes"][name] = found = compare_class(args.dataset_path / name, extractors)
         for bank, of_bank in found["cosine"].items():
             print(f"{name:12} {bank:7} cosine mean {of_bank['mean']:.6f}, least {of_bank['least']:.4f}")
         for metric in METRICS:
-            values = ", ".join(f"{each} {found['metrics'][each][metric]:.4f}" for each in PRECISIONS)
+            values = ", ".join(f"{each} {found['metrics'][each][metric]:.4f}" for each in DTYPES)
             print(f"{name:12} {metric:13} {values}")
     write_json(args.output, record)
 

@@ -26,9 +26,10 @@ from benchmarks.measuring import describe_machine, in_fresh_process, write_json
 from benchmarks.rows import Row, coreset_row, feature_rows, metrics_row, scoring_row
 from benchmarks.workload import SIZES, build_networks, detector_config, grown, made_up_samples
 from feature_extractors.extractor import PatchExtractor
+from utils.precision import DTYPES
 
 STAGES = ("features", "coreset", "scoring", "metrics", "class")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = tuple(DTYPES)
 COLUMNS = f"{'':32}{'plain':>10}" + "".join(f"{name:>10}{'ratio':>8}{'of matmul':>11}" for name in PRECISIONS)
 
 
@@ -64,7 +65,7 @@ def stage_rows(args: argparse.Namespace) -> list[Row]:
         measured, picks = coreset_row(bank, None if args.whole else args.picks, args.repeats)
         report(measured)
         if "scoring" in args.stages:
-            report(scoring_row(size, queries, bank[picks], args.repeats))
+            report(scoring_row(size, queries, bank[picks], args.precisions, args.repeats))
     if "metrics" in args.stages:
         report(metrics_row(args.maps, size.img_size, args.repeats))
     return rows

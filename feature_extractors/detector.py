@@ -42,7 +42,7 @@ class Detector:
 
     @torch.inference_mode()
     def predict_features(self, features: PatchFeatures) -> Prediction:
-        """Judge one sample by its patch features; the device is waited for once, at the end."""
+        """Judge one sample by its patch features; scores and maps are read back once, at the end."""
         scores, maps = self._judge_banks(features, "cancelling")
         if self.decision_fusion is not None:
             score, fused = self.decision_fusion.fuse(list(scores), list(maps))

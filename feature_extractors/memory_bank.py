@@ -7,7 +7,7 @@ from torch import Tensor
 
 from feature_extractors.coreset import greedy_coreset, random_projection
 from feature_extractors.training_features import Rows
-from utils.precision import choose_precision
+from utils.precision import choose_precision, whole_sums
 
 # Bound the block of products of one search. On the CPU few queries at once leave it in the cache.
 MAX_BLOCK_ENTRIES, MAX_BLOCK_ENTRIES_ON_GPU = 1 << 24, 1 << 28
@@ -47,9 +47,10 @@ class MemoryBank:
         self._norms = centered.square().sum(dim=1)
         self._lengths = self._norms.sqrt()
         self._candidates = centered.to(torch.bfloat16 if half else torch.float32)
-        # A sum of D products in fp32 is wrong by less than D 2^-24 |q| |r|; bf16 rounds both factors and the result, by
-        # 2^-8 each. The product counts twice in a squared distance.
-        self._rounding = (rows.shape[1] + 64) * 2.0**-24
+        # A sum of D products in fp32 is wrong by less than D 2^-24 |q| |r|, and so are the squared distances that it is
+        # held against; bf16 rounds both factors and the result, by 2^-8 each. The product counts twice in a squared
+        # distance. This holds for values whose squares neither overflow nor underflow.
+        self._rounding = 2 * (rows.shape[1] + 64) * 2.0**-24
         self._product_error = 2 * (self._rounding + 3.03 * 2.0**-8 * half)
 
     def nearest(self, queries: Tensor, expanded: str = "nowhere") -> tuple[Tensor, Tensor]:
@@ -57,7 +58,7 @@ class MemoryBank:
 
         A matrix product tells |q - r|^2 up to a bound that holds for certain. Whatever row may be the nearest by it is
         a candidate, and of the candidates, hardly more than one a query, the distance is computed by direct difference,
-        which loses no digits where query and row are close.
+        which loses no digits where query and row are close. On a GPU their number is waited for, block by block.
 
         Args:
             queries: (M, D) float32, normalised with `statistics`. Equal ones, as those of the background, are searched
@@ -92,7 +93,8 @@ class MemoryBank:
         """`nearest` of distinct queries (M, D), in one block of products."""
         centered = queries - self._center
         squares = centered.square().sum(dim=1)
-        products = (centered.to(self._candidates.dtype) @ self._candidates.T).float()
+        with whole_sums():
+            products = (centered.to(self._candidates.dtype) @ self._candidates.T).float()
         partial = products.mul_(-2).add_(self._norms)  # (chunk, N): |q - r|^2 - |q|^2, without what changes no order
         closest = partial.argmin(dim=1)
         found = (queries - self.rows[closest]).square().sum(dim=1)  # squared; no nearest row is farther

@@ -1,6 +1,6 @@
 """From a sample's patches to the image score and the anomaly map of each bank.
 
-Everything stays on the device of the patches, and nothing here waits for it.
+Everything stays on the device of the patches, and nothing here waits for it; MemoryBank.nearest does.
 """
 
 import math

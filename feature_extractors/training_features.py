@@ -1,9 +1,11 @@
 """The raw patch features of all training samples, kept once: in memory as far as it goes, else in a mapped file."""
 
+import logging
 import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,10 @@ from torch import Tensor
 from feature_extractors.config import BANKS
 from utils.errors import InputError
 from utils.feature_store import to_storage
+from utils.memory import MEMORY_FILE_SYSTEMS, file_system_of
 from utils.records import PatchFeatures
+
+logger = logging.getLogger(__name__)
 
 # What is left of the memory budget is for the networks, the projected rows, the banks and the maps.
 FEATURES_SHARE = 0.5
@@ -57,7 +62,7 @@ class PatchRows:
         return rows
 
     def split(self, step: int) -> Iterator[Tensor]:
-        """All rows in order, (step, D) at a time; of a mapped file only as long as no further part is asked for."""
+        """All rows in order, (step, D) at a time, to be read only; of a mapped file until the next is asked for."""
         for begin in range(0, len(self), step):
             part = slice(begin, begin + step)
             yield self._read(self.stored[part if self.kept is None else self.kept[part]])
@@ -111,18 +116,27 @@ class TrainingFeatures:
         """Keep the features of the next sample.
 
         Raises:
-            InputError: the file that is to hold them does not fit on its disk.
+            InputError: the file that is to hold them does not fit on its disk, or they hold NaN or infinity.
         """
         patches = {name: each for name in BANKS if (each := getattr(features, name)) is not None}
         if not self._arrays:
             self._allocate(patches)
         for name, each in patches.items():
-            self._arrays[name][self.count] = to_storage(each, self.dtype)
+            stored = to_storage(each, self.dtype)
+            if not stored.isfinite().all():
+                mend = "check its files and the checkpoints"
+                if each.isfinite().all():
+                    mend = "use --train_feature_dtype fp32"
+                raise InputError(
+                    f"the {name} features of training sample {self.count} hold NaN or infinity as "
+                    f"{str(self.dtype).removeprefix('torch.')}: {mend}"
+                )
+            self._arrays[name][self.count] = stored
             self._release(name)
         self.count += 1
 
     def sample(self, i: int) -> PatchFeatures:
-        """Features of the i-th sample, float32."""
+        """Features of the i-th sample, float32; to be read only, since they may be what is stored."""
         features = {}
         for name, array in self._arrays.items():
             self._release(name)
@@ -154,6 +168,12 @@ class TrainingFeatures:
 
 def _mapped_file(size: int) -> mmap.mmap:
     """Memory of `size` bytes in a file without a name."""
+    if file_system_of(Path(tempfile.gettempdir())) in MEMORY_FILE_SYSTEMS:
+        logger.warning(
+            "the training features go to %s, which is memory and no disk: set the environment variable TMPDIR to a "
+            "folder on a disk, or --memory_budget means nothing",
+            tempfile.gettempdir(),
+        )
     with tempfile.TemporaryFile(prefix="m3dm-features-") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, size)  # a full disk is noticed here, not while the map is written

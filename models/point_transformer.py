@@ -135,7 +135,8 @@ class GroupEncoder(nn.Module):
             assert norm.running_mean is not None
             assert norm.running_var is not None
             mean, variance = norm.running_mean, norm.running_var
-        scale = norm.weight / torch.sqrt(variance.double() + norm.eps)
+        # A variance summed up from products in bf16 may come out below zero where it is small.
+        scale = norm.weight / torch.sqrt(variance.double().clamp_min(0) + norm.eps)
         return scale[:, None] * weight, scale * (bias - mean) + norm.bias
 
 

@@ -89,6 +89,13 @@ def test_features_have_the_banks_of_the_method(method_name: str) -> None:
     assert (features.fusion.shape == (GRID**2, XYZ_DIM + RGB_DIM)) if fused else features.fusion is None
 
 
+def test_in_half_precision_weights_are_rounded_but_where_the_network_folds_them() -> None:
+    extractor = build(settings(DOUBLE, precision="bf16"))
+    dtypes = {name: weight.dtype for name, weight in extractor.xyz_backbone.named_parameters() if weight.ndim > 1}
+    half = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
+    assert half == {name for name in dtypes if name.startswith("blocks.")} < set(dtypes)
+
+
 def test_both_backbones_run_at_the_same_time() -> None:
     """Each waits until the other has begun."""
     extractor = build(settings(DOUBLE))

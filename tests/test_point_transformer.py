@@ -75,6 +75,20 @@ def test_group_encoder_in_half_precision_is_close(encoder: GroupEncoder) -> None
     assert 1e-5 < (tokens - expected).norm() / expected.norm() < 1e-2
 
 
+def test_a_variance_that_rounding_makes_negative_is_none() -> None:
+    """Hidden values that are nearly all one, and a layer that takes them away: what is left is lost in bf16."""
+    torch.manual_seed(1)
+    encoder = GroupEncoder(20).eval()
+    with torch.no_grad():
+        encoder.first_conv[1].bias.fill_(2.0)
+        weight = encoder.first_conv[0].weight
+        weight.copy_(weight[:1] + 1e-2 * torch.randn(128, 3, 1))
+        of_layer = 0.3 * torch.randn(256, 128, 1)
+        encoder.first_conv[3].weight.copy_(of_layer - of_layer.mean(dim=1, keepdim=True))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert encoder(5e-3 * torch.randn(64, 128, 3)).isfinite().all()
+
+
 def test_group_encoder_does_not_depend_on_the_order_of_points(encoder: GroupEncoder) -> None:
     groups = torch.randn(6, 9, 3, generator=torch.Generator().manual_seed(1))
     order = torch.rand(6, 9, generator=torch.Generator().manual_seed(2)).argsort(dim=1)

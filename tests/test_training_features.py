@@ -17,6 +17,7 @@ from torch import Tensor
 from feature_extractors.config import PROTOCOLS
 from feature_extractors.pipeline import collect_features, fit_detector
 from feature_extractors.training_features import FEATURES_SHARE, PatchRows, TrainingFeatures
+from utils import memory
 from utils.errors import InputError
 from utils.records import PatchFeatures
 
@@ -131,6 +132,35 @@ def test_a_disk_that_is_too_small_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
     with pytest.raises(InputError, match=rf"take 0.0 GB, which do not fit in {tmp_path} \(No space left.*TMPDIR"):
         TrainingFeatures(SAMPLES, 1e-9).append(made_up()[0])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "mend"),
+    [
+        (torch.nan, torch.float32, "check its files"),
+        (torch.inf, torch.float16, "check its files"),
+        (7e4, torch.float16, "use --train_feature_dtype fp32"),
+    ],
+)
+def test_features_that_are_no_numbers_are_named(value: float, dtype: torch.dtype, mend: str) -> None:
+    first, second = made_up()[:2]
+    second.rgb[1, 2] = value
+    features = TrainingFeatures(SAMPLES, dtype=dtype)
+    features.append(first)
+    with pytest.raises(InputError, match=f"rgb features of training sample 1 hold NaN or infinity as float.*{mend}"):
+        features.append(second)
+
+
+@pytest.mark.parametrize(("kind", "warned"), [("tmpfs", True), ("ext4", False)])
+def test_a_temporary_folder_in_memory_is_told(
+    kind: str, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"/dev/a / btrfs rw 0 0\nb {tmp_path} {kind} rw 0 0\nc {tmp_path}/further proc rw 0 0\n")
+    monkeypatch.setattr(memory, "MOUNTS", mounts)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    TrainingFeatures(SAMPLES, 1e-9).append(made_up()[0])
+    assert (f"{tmp_path}, which is memory and no disk" in caplog.text) == warned
 
 
 RESIDENT = """

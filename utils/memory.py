@@ -8,7 +8,19 @@ from pathlib import Path
 import torch
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container: a number of bytes, or "max"
+MOUNTS = Path("/proc/mounts")  # of Linux
+MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 PROCESS_STATUS = Path("/proc/self/status")  # of Linux
+
+
+def file_system_of(folder: Path) -> str | None:
+    """Type of the file system that a folder lies on, such as "ext4"; None where the system does not tell."""
+    if not MOUNTS.is_file():
+        return None
+    path = folder.resolve()
+    mounts = [line.split() for line in MOUNTS.read_text().splitlines()]  # device, folder, type, ...
+    above = [(len(Path(fields[1]).parts), fields[2]) for fields in mounts if path.is_relative_to(fields[1])]
+    return max(above, key=lambda each: each[0])[1] if above else None
 
 
 def default_memory_budget(device: torch.device) -> float:

@@ -1,6 +1,8 @@
 """Which numbers the networks compute in."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -30,13 +32,25 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+@contextmanager
+def whole_sums() -> Iterator[None]:
+    """Products of bf16 matrices on a GPU add up in fp32 to their end, as those on a CPU do."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
+
+
 def round_weights(network: nn.Module, precision: str) -> None:
     """Convert the weights of matrix products once, in place, where autocast would at every call.
 
     The results are the same to the bit, and the weights take half the memory. Parameters of other layers stay in fp32.
     """
     for layer in network.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
+        if type(layer) in (nn.Linear, nn.Conv2d):  # derived ones may compute with their weights first
             layer.to(DTYPES[precision])
 
 
