@@ -38,6 +38,7 @@ from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
 from feature_extractors.extractor import build_extractor
 from feature_extractors.training_features import TrainingFeatures
 from models.feature_fusion import FeatureFusion
+from settings import detector_configs, parse_args
 from utils.cloud_cleaning import CleaningRule
 from utils.feature_store import PatchFileDataset, pair_rgb
 from utils.precision import choose_precision
@@ -323,7 +324,7 @@ def test_only_good_test_scans_leave_the_metrics_undefined(parts: Path, runs: Run
 
 
 def test_defaults_are_those_of_the_original() -> None:
-    args = vars(main.parse_args([]))
+    args = vars(parse_args([]))
     original = {
         "method_name": ["DINO+Point_MAE+Fusion"],  # a single name there
         "max_sample": 400,
@@ -370,7 +371,7 @@ def test_defaults_are_those_of_the_original() -> None:
         "num_workers": 2,
     }
     assert args == original | added
-    assert main.detector_configs(main.parse_args([])) == {"DINO+Point_MAE+Fusion": DetectorConfig()}
+    assert detector_configs(parse_args([])) == {"DINO+Point_MAE+Fusion": DetectorConfig()}
 
 
 @pytest.mark.parametrize(
@@ -401,7 +402,7 @@ def test_defaults_are_those_of_the_original() -> None:
     ],
 )
 def test_flags_reach_the_detector(flags: str, field: str, value: object) -> None:
-    (config,) = main.detector_configs(main.parse_args(flags.split())).values()
+    (config,) = detector_configs(parse_args(flags.split())).values()
     assert getattr(config, field) == value
     assert getattr(DetectorConfig(), field) != value
 
@@ -411,7 +412,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         call("--help")
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for name in vars(main.parse_args([])):
+    for name in vars(parse_args([])):
         assert f"--{name}" in text
 
 
