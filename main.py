@@ -32,9 +32,7 @@ from dataset import (
     original_size,
     read_photo,
 )
-from feature_extractors.config import (
-    DetectorConfig,
-)
+from feature_extractors.config import DetectorConfig
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.pipeline import SampleResult, Stopwatch, collect_features, evaluate, fit_detector
 from inspection import print_inspection, warn_of_raw_scans, warn_of_unfinished_scans
