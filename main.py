@@ -5,11 +5,14 @@
         --fusion_module_path checkpoints/checkpoint-2.pth
     python main.py --method_name DINO --dataset_path my_parts --classes bracket --output_dir results/bracket
     python main.py --method_name DINO Point_MAE DINO+Point_MAE --output_dir results/compared
+    python main.py --method_name DINO --save_detector detectors
+    python main.py --load_detector detectors
     python main.py --list_backbones
 
 Writes image_rocauc_results.md, pixel_rocauc_results.md, aupro_results.md and results.json to --output_dir, with
 --save_preds also anomaly_maps/ and pred_maps/. Several methods share the features, which are extracted once; each then
-has a row in the tables and a folder of its own, <output_dir>/<method>, for the rest.
+has a row in the tables and a folder of its own, <output_dir>/<method>, for the rest. --save_detector keeps the fitted
+detectors; --load_detector evaluates them again.
 """
 
 import argparse
@@ -33,11 +36,33 @@ from dataset import (
     read_photo,
 )
 from feature_extractors.config import DetectorConfig
+from feature_extractors.detector import Detector
+from feature_extractors.detector_record import SavedDetector
 from feature_extractors.extractor import PatchExtractor, build_extractor
-from feature_extractors.pipeline import SampleResult, Stopwatch, collect_features, evaluate, fit_detector
+from feature_extractors.persistence import check_target, restore_detectors, save_detector
+from feature_extractors.pipeline import (
+    SampleResult,
+    Stopwatch,
+    calibrate_detectors,
+    class_entry,
+    collect_features,
+    evaluate,
+    extract_each,
+    fit_detector,
+)
+from feature_extractors.training_features import TrainingFeatures
 from inspection import print_inspection, warn_of_raw_scans, warn_of_unfinished_scans
 from models import BackboneRow, list_backbones
-from settings import RunSettings, applied_flags, detector_configs, extraction_config, parse_args, run_settings
+from saved_detectors import FITTING_FLAGS, Saved, read_detectors
+from settings import (
+    RunSettings,
+    applied_flags,
+    detector_configs,
+    extraction_config,
+    given_flags,
+    parse_args,
+    run_settings,
+)
 from utils.errors import InputError, exit_on_input_error
 from utils.feature_store import write_features
 from utils.files import make_folder
@@ -50,23 +75,26 @@ logger = logging.getLogger("main")
 
 
 class SplitFiles(NamedTuple):
-    """The files of one class."""
+    """The files of one class; no training and validation files where its detectors are loaded."""
 
     train: list[SampleFiles]
+    validation: list[SampleFiles]  # none where the dataset has no such split
     test: list[SampleFiles]
 
 
-def index_classes(settings: RunSettings, config: DetectorConfig) -> dict[str, SplitFiles]:
-    """Training and test files of each class, checked as far as headers tell, before any work starts."""
+def index_classes(settings: RunSettings, config: DetectorConfig, fits: bool) -> dict[str, SplitFiles]:
+    """The files of each class that are needed, checked as far as headers tell, before any work starts."""
     modalities = config.method.modalities
     indexed = {}
     for name in find_classes(settings.dataset_path, settings.dataset_type, settings.classes):
         folder = settings.dataset_path / name
-        train = index_split(folder, "train", modalities)[: settings.max_sample]
-        indexed[name] = SplitFiles(train, index_split(folder, "test", modalities))
+        train = index_split(folder, "train", modalities)[: settings.max_sample] if fits else []
+        validates = fits and (folder / "validation" / "good").is_dir()
+        validation = index_split(folder, "validation", modalities) if validates else []
+        indexed[name] = SplitFiles(train, validation, index_split(folder, "test", modalities))
     shown = modalities | ({"rgb"} if settings.save_preds else frozenset())
-    for train, test in indexed.values():
-        check_files(train, modalities)
+    for train, validation, test in indexed.values():
+        check_files(train + validation, modalities)
         check_files(test, shown)
     return indexed
 
@@ -77,17 +105,43 @@ def run_class(
     settings: RunSettings,
     configs: Mapping[str, DetectorConfig],
     extractor: PatchExtractor,
+    saved: Mapping[str, SavedDetector] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Fit and evaluate one class; returns its entry of results.json for each method."""
+    """Fit one class, or load its `saved` detectors, and evaluate it; returns its entry of results.json per method."""
+    if saved:
+        detectors = restore_detectors(saved, extractor)
+        stopwatches = {method: Stopwatch() for method in detectors}
+    else:
+        detectors, stopwatches = fit_class(name, files, settings, configs, extractor)
+    test = AnomalyDataset(files.test, extractor.config.method.modalities, extractor.config.img_size)
+    evaluations = evaluate(detectors, load_samples(test, settings.num_workers), len(test), stopwatches)
+    entries = {}
+    for method, evaluation in evaluations.items():
+        if method in settings.save_preds:
+            save_predictions(name, files.test, evaluation.results, method_folder(settings.output_dir, configs, method))
+        entries[method] = class_entry(detectors[method], evaluation) | {
+            "seconds": stopwatches[method].seconds,
+            "peak_memory_mb": peak_memory_mb(settings.device),
+        }
+    return entries
+
+
+def fit_class(
+    name: str,
+    files: SplitFiles,
+    settings: RunSettings,
+    configs: Mapping[str, DetectorConfig],
+    extractor: PatchExtractor,
+) -> tuple[dict[str, Detector], dict[str, Stopwatch]]:
+    """The detectors of one class by method, calibrated and kept where that was asked for, and what they took."""
     config, extraction = extractor.config, Stopwatch()
-    train, test = (AnomalyDataset(each, config.method.modalities, config.img_size) for each in files)
-    saver = feature_saver(name, settings, config)
+    train = AnomalyDataset(files.train, config.method.modalities, config.img_size)
     features = collect_features(
         extractor,
         load_samples(train, settings.num_workers),
         len(train),
         extraction,
-        saver,
+        feature_saver(name, settings, config),
         memory_budget=settings.memory_budget,
         dtype=settings.train_feature_dtype,
     )
@@ -95,24 +149,40 @@ def run_class(
     for method, each in configs.items():
         stopwatches[method] = Stopwatch(extraction.seconds)
         detectors[method] = fit_detector(each, extractor, features, stopwatches[method])
-    del features  # the banks have copied what they keep
-    evaluations = evaluate(detectors, load_samples(test, settings.num_workers), len(test), stopwatches)
-    entries = {}
-    for method, (results, metrics) in evaluations.items():
-        if method in settings.save_preds:
-            save_predictions(name, files.test, results, method_folder(settings, configs, method))
-        entries[method] = {
-            **metrics,
-            "samples": [{"path": each.path, "label": each.label, "score": each.prediction.score} for each in results],
-            "seconds": stopwatches[method].seconds,
-            "peak_memory_mb": peak_memory_mb(settings.device),
-        }
-    return entries
+    calibrate_class(files, settings, detectors, features, stopwatches)
+    for method, detector in detectors.items():
+        if settings.save_detector is not None:
+            folder = method_folder(settings.save_detector, configs, method) / name
+            save_detector(detector, folder, class_name=name, dtype=settings.detector_dtype)
+    return detectors, stopwatches
 
 
-def method_folder(settings: RunSettings, configs: Mapping[str, DetectorConfig], method: str) -> Path:
-    """Where the results of a method go: --output_dir, or a folder in it where several methods are compared."""
-    return settings.output_dir / method if len(configs) > 1 else settings.output_dir
+def calibrate_class(
+    files: SplitFiles,
+    settings: RunSettings,
+    detectors: Mapping[str, Detector],
+    features: TrainingFeatures,
+    stopwatches: Mapping[str, Stopwatch],
+) -> None:
+    """Set the thresholds, on the validation split where there is one, else on the training samples."""
+    if not files.validation:
+        logger.warning(
+            "no validation/good: the thresholds are calibrated on the training samples, whose scores are lower than "
+            "those of other good parts, since the banks hold them; expect more false alarms than --target_fpr"
+        )
+        of_training = (features.sample(i) for i in range(len(features)))
+        calibrate_detectors(detectors, of_training, settings.target_fpr, "training", stopwatches)
+        return
+    extractor = next(iter(detectors.values())).extractor
+    dataset = AnomalyDataset(files.validation, extractor.config.method.modalities, extractor.config.img_size)
+    samples = load_samples(dataset, settings.num_workers)
+    of_validation = extract_each(extractor, samples, len(dataset), stopwatches)
+    calibrate_detectors(detectors, of_validation, settings.target_fpr, "validation", stopwatches)
+
+
+def method_folder(folder: Path, configs: Mapping[str, DetectorConfig], method: str) -> Path:
+    """Where that of a method goes which is for `folder`: there, or into a folder in it where several methods run."""
+    return folder / method if len(configs) > 1 else folder
 
 
 def feature_saver(
@@ -159,11 +229,11 @@ def save_predictions(class_name: str, files: list[SampleFiles], results: list[Sa
         )
 
 
-def table_note(config: DetectorConfig, protocol: str) -> str:
+def table_note(config: DetectorConfig) -> str:
     """What every table says beside the method's name: backbones, protocol, and whether features are fused."""
     names = {"rgb": config.rgb_backbone_name, "xyz": config.xyz_backbone_name}
     backbones = ", ".join(f"{modality} {names[modality]}" for modality in sorted(config.method.modalities))
-    note = f"Backbones: {backbones}. Protocol: {protocol}."
+    note = f"Backbones: {backbones}. Protocol: {applied_flags(config)['protocol']}."
     if "fusion" in config.method.banks and not config.use_uff:
         note += " Without --use_uff the fusion bank holds the concatenated features, unfused (the paper's ablation)."
     return note
@@ -178,28 +248,48 @@ def print_backbones(rows: Sequence[BackboneRow]) -> None:
     print("\nAny other vision transformer of timm works by its name there, such as vit_small_patch14_dinov2.lvd142m.")
 
 
-def run(args: argparse.Namespace) -> None:
+def make_folders(settings: RunSettings, configs: Mapping[str, DetectorConfig], classes: Sequence[str]) -> None:
+    """Before the work starts, all folders that its results go to; those of detectors are checked."""
+    for method in configs:
+        make_folder(method_folder(settings.output_dir, configs, method), "--output_dir")
+    if settings.save_feature_path is not None:
+        make_folder(settings.save_feature_path, "--save_feature_path")
+    if settings.save_detector is not None:
+        for method in configs:
+            folder = make_folder(method_folder(settings.save_detector, configs, method), "--save_detector")
+            for name in classes:
+                check_target(folder / name)
+
+
+def inspect(args: argparse.Namespace) -> None:
+    modalities = extraction_config(detector_configs(args)).method.modalities
+    chosen = args.classes or class_folders(args.dataset_path)
+    classes = find_classes(args.dataset_path, args.dataset_type, chosen)
+    if print_inspection(args.dataset_path, classes, modalities, args.num_workers):
+        raise SystemExit(1)
+
+
+def run(args: argparse.Namespace, given: frozenset[str]) -> None:
     if args.list_backbones:
         print_backbones(list_backbones(args.checkpoint_dir, args.img_size))
         return
-    configs = detector_configs(args)
-    config = extraction_config(configs)
     if args.inspect_dataset:
-        chosen = args.classes or class_folders(args.dataset_path)
-        classes = find_classes(args.dataset_path, args.dataset_type, chosen)
-        if print_inspection(args.dataset_path, classes, config.method.modalities, args.num_workers):
-            raise SystemExit(1)
+        inspect(args)
         return
-    settings = run_settings(args, config)
-    indexed = index_classes(settings, config)
+    saved: Saved = {} if args.load_detector is None else read_detectors(args, given)
+    if saved:
+        configs = {method: each.record.config for method, each in next(iter(saved.values())).items()}
+    else:
+        configs = detector_configs(args)
+    config = extraction_config(configs)
+    settings = run_settings(args, config, list(configs))
+    indexed = index_classes(settings, config, fits=not saved)
     if "xyz" in config.method.modalities:
         for split in (split for files in indexed.values() for split in files):
             warn_of_raw_scans(split)
-    warn_of_unfinished_scans(settings.dataset_path, {name: files.train + files.test for name, files in indexed.items()})
-    for method in configs:
-        make_folder(method_folder(settings, configs, method), "--output_dir")
-    if settings.save_feature_path is not None:
-        make_folder(settings.save_feature_path, "--save_feature_path")
+    all_files = {name: files.train + files.validation + files.test for name, files in indexed.items()}
+    warn_of_unfinished_scans(settings.dataset_path, all_files)
+    make_folders(settings, configs, list(indexed))
     extractor = build_extractor(
         config,
         settings.checkpoint_dir,
@@ -208,22 +298,34 @@ def run(args: argparse.Namespace) -> None:
         rgb_checkpoint=settings.rgb_checkpoint,
         xyz_checkpoint=settings.xyz_checkpoint,
     )
-    note = table_note(config, args.protocol)
+    evaluate_classes(args, settings, configs, indexed, extractor, saved)
+
+
+def evaluate_classes(
+    args: argparse.Namespace,
+    settings: RunSettings,
+    configs: Mapping[str, DetectorConfig],
+    indexed: Mapping[str, SplitFiles],
+    extractor: PatchExtractor,
+    saved: Saved,
+) -> None:
+    """Run one class after the other, writing the results so far after each, and all tables at the end."""
+    note, exact = table_note(extractor.config), extractor.config.protocol.exact_au_pro
     logger.info(note)
-    exact = config.protocol.exact_au_pro
+    flags = vars(args) | (dict.fromkeys(FITTING_FLAGS) if saved else {})
     methods: dict[str, dict[str, dict[str, Any]]] = {method: {} for method in configs}
     for name, files in indexed.items():
-        logger.info("%s: %d training and %d test samples", name, len(files.train), len(files.test))
+        logger.info("%s: %d training, %d validation and %d test samples", name, *map(len, files))
         try:
-            entries = run_class(name, files, settings, configs, extractor)
+            entries = run_class(name, files, settings, configs, extractor, saved.get(name))
         except InputError as error:
             raise InputError(f"{name}: {error}") from None  # a sample's path begins below its class
         for method, entry in entries.items():
             methods[method][name] = entry
             label = name if len(configs) == 1 else f"{name}, {method}"
             print(result_line(label, entry, exact), flush=True)
-            record = results_record(sys.argv, vars(args) | applied_flags(configs[method]), methods[method])
-            write_results(method_folder(settings, configs, method), record)
+            record = results_record(sys.argv, flags | applied_flags(configs[method]), methods[method])
+            write_results(method_folder(settings.output_dir, configs, method), record)
     append_tables(settings.output_dir, methods, sys.argv, exact, note)
     print(f"\n{format_tables(methods, exact, note)}\n\nwritten to {settings.output_dir}/")
 
@@ -231,7 +333,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     with exit_on_input_error():
-        run(parse_args())
+        run(parse_args(), given_flags())
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import argparse
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from feature_extractors.config import (
     Method,
     covering_method,
 )
+from feature_extractors.thresholds import check_target_fpr
 from models import XYZ_BACKBONES, rgb_spec
 from models.point_ops import BACKENDS, check_backend
 from models.point_transformer import POINT_NORMS
@@ -41,7 +42,7 @@ class RunSettings:
     checkpoint_dir: Path
     rgb_checkpoint: Path | None
     xyz_checkpoint: Path | None
-    fusion_module_path: Path
+    fusion_module_path: Path | None  # None: the UFF is that of a saved detector
     output_dir: Path
     save_feature_path: Path | None  # None: features are not saved
     feature_dtype: torch.dtype
@@ -52,6 +53,9 @@ class RunSettings:
     device: torch.device
     memory_budget: float  # GB
     train_feature_dtype: torch.dtype
+    target_fpr: float
+    save_detector: Path | None
+    detector_dtype: torch.dtype
 
     def __post_init__(self) -> None:
         if not self.memory_budget > 0:
@@ -60,9 +64,21 @@ class RunSettings:
             raise InputError(f"max_sample is {self.max_sample}, expected at least 1")
         if self.num_workers < 0:
             raise InputError(f"num_workers is {self.num_workers}, expected 0 or more")
+        check_target_fpr(self.target_fpr)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return _parser().parse_args(argv)
+
+
+def given_flags(argv: Sequence[str] | None = None) -> frozenset[str]:
+    """The names of the flags that a command line gives, be it with the value that they have by default."""
+    parser, absent = _parser(), object()
+    namespace = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), absent))
+    return frozenset(name for name, value in vars(parser.parse_args(argv, namespace)).items() if value is not absent)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Fit Multi-3D-Memory on the good parts of each class and evaluate it on the test split.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -99,6 +115,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dataset_path", type=Path, default=Path("datasets/mvtec3d"), help="folder that holds the class folders")
     add("--classes", nargs="+", help="class folders to run; by default all of the dataset type that are there")
     add("--max_sample", type=int, default=400, help="fit on the first N training samples")
+    add(
+        "--load_detector",
+        type=Path,
+        metavar="FOLDER",
+        help="evaluate the detectors that --save_detector wrote there, without fitting",
+    )
 
     add = parser.add_argument_group("what a run leaves").add_argument
     add("--output_dir", type=Path, default=Path("results"), help="folder of the tables and results.json")
@@ -108,6 +130,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=METHODS,
         metavar="METHOD",
         help="also write the anomaly maps and a picture of each prediction; of these methods, or of all that run",
+    )
+    add(
+        "--save_detector",
+        type=Path,
+        metavar="FOLDER",
+        help="keep the fitted detectors, each in <class>/ there, or in <method>/<class>/ where several methods run",
+    )
+    add("--detector_dtype", default="fp32", choices=STORAGE_DTYPES, help="numbers of the banks of these detectors")
+    add(
+        "--target_fpr",
+        type=float,
+        default=0.01,
+        help="false-alarm rate that thresholds are calibrated for, on validation/good, else on the training samples",
     )
     add("--save_feature", action="store_true", help="write the training samples' patches for fusion_pretrain.py")
     add("--save_feature_path", type=Path, default=Path("datasets/patch_lib"), help="folder of these patch files")
@@ -154,7 +189,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="of the point searches; auto: k-d trees on CPU, on GPU triton or else torch; extension: see the README",
     )
     add("--num_workers", type=int, default=2, help="threads that read files ahead")
-    return parser.parse_args(argv)
+    return parser
 
 
 def detector_configs(args: argparse.Namespace) -> dict[str, DetectorConfig]:
@@ -196,9 +231,13 @@ def detector_configs(args: argparse.Namespace) -> dict[str, DetectorConfig]:
 
 
 def applied_flags(config: DetectorConfig) -> dict[str, Any]:
-    """The flags whose value is a method's own where several methods run."""
-    names = ("method_name", "memory_bank", "use_uff", "asy_memory_bank", "rm_zero_for_project")
-    return {name: getattr(config, name) for name in names}
+    """The flags that give this configuration: `detector_configs` the other way round."""
+    same = {field.name for field in fields(config)} - {"protocol", "xyz_grid", "score_lambdas", "map_lambdas"}
+    flags = {name: getattr(config, name) for name in same}
+    flags["protocol"] = next((name for name, each in PROTOCOLS.items() if each == config.protocol), "custom")
+    for name, of_score, of_map in zip(BANKS, config.score_lambdas, config.map_lambdas, strict=True):
+        flags |= {f"{name}_s_lambda": of_score, f"{name}_smap_lambda": of_map}
+    return flags
 
 
 def extraction_config(configs: Mapping[str, DetectorConfig]) -> DetectorConfig:
@@ -215,8 +254,8 @@ def extraction_config(configs: Mapping[str, DetectorConfig]) -> DetectorConfig:
     )
 
 
-def run_settings(args: argparse.Namespace, config: DetectorConfig) -> RunSettings:
-    """`config` is that of the extraction."""
+def run_settings(args: argparse.Namespace, config: DetectorConfig, methods: Sequence[str]) -> RunSettings:
+    """`config` is that of the extraction, `methods` those that run."""
     modalities = config.method.modalities
     if args.save_feature and len(modalities) < 2:
         raise InputError(
@@ -224,7 +263,7 @@ def run_settings(args: argparse.Namespace, config: DetectorConfig) -> RunSetting
             f"{', '.join(modalities)}: use DINO+Point_MAE"
         )
     for method in args.save_preds or ():
-        if method not in args.method_name:
+        if method not in methods:
             raise InputError(f"--save_preds {method}: this method does not run; give it to --method_name as well")
     for modality in BANKS[:2]:
         given = getattr(args, f"{modality}_checkpoint")
@@ -234,7 +273,8 @@ def run_settings(args: argparse.Namespace, config: DetectorConfig) -> RunSetting
         rgb_spec(config.rgb_backbone_name)  # an unknown name is refused here
     device = choose_device(args.device)
     check_backend(config.point_ops, device)
-    if not args.use_uff and "fusion" in config.method.banks and args.fusion_module_path.exists():
+    loads = args.load_detector is not None
+    if not loads and not config.use_uff and "fusion" in config.method.banks and args.fusion_module_path.exists():
         logger.warning("%s is not used: --use_uff is not given", args.fusion_module_path)
     return RunSettings(
         dataset_type=args.dataset_type,
@@ -243,15 +283,18 @@ def run_settings(args: argparse.Namespace, config: DetectorConfig) -> RunSetting
         checkpoint_dir=args.checkpoint_dir,
         rgb_checkpoint=args.rgb_checkpoint,
         xyz_checkpoint=args.xyz_checkpoint,
-        fusion_module_path=args.fusion_module_path,
+        fusion_module_path=None if loads else args.fusion_module_path,
         output_dir=args.output_dir,
         save_feature_path=args.save_feature_path if args.save_feature else None,
         feature_dtype=STORAGE_DTYPES[args.feature_dtype],
         uff_pairing=args.uff_pairing,
-        save_preds=() if args.save_preds is None else tuple(args.save_preds or args.method_name),
+        save_preds=() if args.save_preds is None else tuple(args.save_preds or methods),
         max_sample=args.max_sample,
         num_workers=args.num_workers,
         device=device,
         memory_budget=default_memory_budget(device) if args.memory_budget is None else args.memory_budget,
         train_feature_dtype=STORAGE_DTYPES[args.train_feature_dtype],
+        target_fpr=args.target_fpr,
+        save_detector=args.save_detector,
+        detector_dtype=STORAGE_DTYPES[args.detector_dtype],
     )

@@ -88,7 +88,7 @@ def alone(base: list[object], tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 def figures(run: Run) -> dict[str, object]:
     """All that a run says but what it took."""
-    return {key: value for key, value in run.entry.items() if key not in ("seconds", "peak_memory_mb")}
+    return {key: value for key, value in run.entry.items() if key not in ("seconds", "latency", "peak_memory_mb")}
 
 
 @pytest.mark.parametrize("method", ALL)

@@ -49,6 +49,7 @@ from utils.synthetic_parts import DEFECTS
 Runner = Callable[..., Run]
 
 LIMITS = ["0.3", "0.1", "0.05", "0.01"]
+DECISIONS = ("f1", "f1_threshold", "precision", "recall", "false_alarm_rate", "threshold", "latency")
 TRAIN, TEST_GOOD = 3, 2  # scans of a made-up class, beside one of each defect
 TEST_PATHS = sorted([f"test/good/{i:03d}" for i in range(TEST_GOOD)] + [f"test/{defect}/000" for defect in DEFECTS])
 PADDED = (300, 300)  # cleaning pads 224 pixels to a multiple of 100
@@ -114,7 +115,7 @@ def test_every_method_leaves_the_files_of_a_run(runs: Runner, method: str) -> No
     assert results["args"].items() >= {"method_name": method, "random_state": 0, "output_dir": str(run.folder)}.items()
     assert torch.__version__.startswith(results["versions"]["torch"])
     assert list(results["classes"]) == ["gasket"]
-    assert set(entry) == {*METRICS, "au_pro_exact", "samples", "seconds", "peak_memory_mb"}
+    assert set(entry) == {*METRICS, "au_pro_exact", *DECISIONS, "samples", "seconds", "peak_memory_mb"}
     assert set(results["mean"]) == {*METRICS, "au_pro_exact"}
     assert list(entry["au_pro_exact"]) == list(results["mean"]["au_pro_exact"]) == LIMITS
 
@@ -128,7 +129,7 @@ def test_every_method_leaves_the_files_of_a_run(runs: Runner, method: str) -> No
     assert entry["pixel_rocauc"] > 0.6  # these parts are easy; chance is 0.5
 
     seconds = entry["seconds"]
-    assert list(seconds) == ["extract", "coreset", "fuse", "score", "metrics"]
+    assert list(seconds) == ["extract", "coreset", "fuse", "calibrate", "score", "metrics"]
     idle = set() if METHODS[method].fusion == "svm" else {"fuse"}
     assert {stage for stage, spent in seconds.items() if spent == 0} == idle
     assert 100 < entry["peak_memory_mb"] < 1e5
@@ -359,6 +360,10 @@ def test_defaults_are_those_of_the_original() -> None:
         "list_backbones": False,
         "inspect_dataset": False,
         "output_dir": Path("results"),
+        "load_detector": None,
+        "save_detector": None,
+        "detector_dtype": "fp32",
+        "target_fpr": 0.01,
         "protocol": "reference",
         "point_norm": "cloud",
         "uff_pairing": "aligned",

@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "feature_extractors": {"feature_extractors", "models", "dataset", "utils"},
     "inspection": {"dataset", "utils"},
     "settings": {"feature_extractors", "models", "dataset", "utils"},
-    "main": {"settings", "inspection", "feature_extractors", "models", "dataset", "utils"},
+    "saved_detectors": {"settings", "feature_extractors", "models", "dataset", "utils"},
+    "main": {"saved_detectors", "settings", "inspection", "feature_extractors", "models", "dataset", "utils"},
     "fusion_pretrain": {"feature_extractors", "models", "dataset", "utils"},
 }
 READERS_OF_CHECKPOINTS = {"utils/checkpoint_files.py"}
