@@ -16,6 +16,7 @@ from utils.files import cannot_read
 
 SCHEMA = 1
 CONFIG_FILE = "config.json"
+KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
 MEND = "restore the folder from a copy, or save the detector anew with main.py --save_detector"
 
 
@@ -67,14 +68,12 @@ def read_saved(folder: Path | str, *, point_ops: str = "auto", precision: str | 
     """
     folder = Path(folder)
     path = folder / CONFIG_FILE
-    if not path.is_file():
-        inside = sorted(each.parent.name for each in folder.glob(f"*/{CONFIG_FILE}"))
-        mend = (
-            f"name one of those in it ({', '.join(inside[:5])})" if inside else "save one with main.py --save_detector"
-        )
-        raise InputError(f"{folder} is no detector, it has no {CONFIG_FILE}: {mend}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        inside = ", ".join(sorted(each.parent.name for each in folder.glob(f"*/{CONFIG_FILE}"))[:5])
+        mend = f"name one of those in it ({inside})" if inside else "save one with main.py --save_detector"
+        raise InputError(f"{folder} is no detector, it has no {CONFIG_FILE}: {mend}") from None
     except OSError as error:
         raise cannot_read(path, error) from None
     except (ValueError, RecursionError):  # of JSON, and of UTF-8
@@ -143,7 +142,7 @@ def _parse(path: Path, name: str, raw: Any, hint: Any) -> Any:
         return None if raw is None else _parse(path, name, raw, kind)
     value = float(raw) if hint is float and type(raw) is int else raw
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise damaged(path, f"has {name} {raw!r}, expected a {'finite number' if hint is float else hint.__name__}")
+        raise damaged(path, f"has {name} {raw!r}, expected {KINDS[hint]}")
     return value
 
 
