@@ -21,8 +21,8 @@ FITTING_FLAGS = (
 )  # fmt: skip
 # How it is computed: may be chosen anew.
 RUNNING_FLAGS = {"point_ops", "precision"}
-# What belongs to one method of several, of all that a detector computes.
-FIELDS_OF_A_METHOD = ("method_name", "memory_bank", "use_uff", "asy_memory_bank", "rm_zero_for_project")
+# What belongs to one method of several, of all that a detector computes. (memory_bank follows from the method.)
+FIELDS_OF_A_METHOD = ("method_name", "use_uff", "asy_memory_bank", "rm_zero_for_project")
 
 
 def read_detectors(args: argparse.Namespace, given: Collection[str]) -> Saved:
@@ -77,7 +77,7 @@ def _check_alike(saved: Saved) -> None:
 
 
 def _compare(one: SavedDetector, other: SavedDetector, but: Collection[str] = ()) -> None:
-    names = [field.name for field in fields(DetectorConfig) if field.name not in but]
+    names = [field.name for field in fields(DetectorConfig) if field.name not in ("memory_bank", *but)]
     differing = [name for name in names if getattr(one.record.config, name) != getattr(other.record.config, name)]
     if differing:
         raise InputError(

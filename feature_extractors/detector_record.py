@@ -71,7 +71,7 @@ def read_saved(folder: Path | str, *, point_ops: str = "auto", precision: str | 
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        inside = ", ".join(sorted(each.parent.name for each in folder.glob(f"*/{CONFIG_FILE}"))[:5])
+        inside = ", ".join(sorted(each.parent.name for each in folder.glob(f"[!.]*/{CONFIG_FILE}"))[:5])
         mend = f"name one of those in it ({inside})" if inside else "save one with main.py --save_detector"
         raise InputError(f"{folder} is no detector, it has no {CONFIG_FILE}: {mend}") from None
     except OSError as error:

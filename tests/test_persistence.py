@@ -418,6 +418,8 @@ def test_missing_files_are_named(saved: Path) -> None:
 
 
 def test_the_folder_above_names_what_is_in_it(saved: Path) -> None:
+    (saved.parent / ".cookie.1.tmp").mkdir()  # of a process that was killed
+    (saved.parent / ".cookie.1.tmp/config.json").write_text("{}")
     assert "is no detector, it has no config.json: name one of those in it (bagel)" in refused(saved.parent)
 
 

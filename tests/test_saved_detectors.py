@@ -31,15 +31,18 @@ from main_runs import (
     write_cloud,
     write_picture,
 )
+from safetensors.torch import save_file
 from tiny_networks import one_thread  # noqa: F401 (a fixture, of the module's runs too)
 
 import main
 from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
 from feature_extractors.detector_record import read_saved
 from models.feature_fusion import FeatureFusion
+from models.rgb_backbone import VisionTransformerBackbone
 from saved_detectors import FITTING_FLAGS
 from settings import applied_flags, detector_configs, given_flags, parse_args
 
+TINY_VIT = "test_vit.r160_in1k"  # timm's smallest
 SCANS = ("test/good/000", "test/hole/000")
 VALIDATION = 3
 # Of each class in results.json what a second evaluation gives again.
@@ -374,6 +377,37 @@ def test_detectors_of_different_settings_make_no_table(
         f"{detectors}/bagel and {detectors}/cookie were fitted with different f_coreset, ocsvm_nu: evaluate them in "
         "runs of their own, with --classes or --method_name"
     )
+
+
+def test_naming_the_memory_bank_makes_no_difference(data: Path, detectors: Path, tmp_path: Path) -> None:
+    change_config(detectors / "cookie", lambda record: record["config"].update(memory_bank="multiple"))
+    run = run_into(tmp_path / "out", "--dataset_path", data, "--load_detector", detectors)
+    assert list(run.results["classes"]) == ["bagel", "cookie"]
+
+
+def test_a_backbone_is_known_by_its_weights(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
+    """Under another name and in another format it is the same; with other weights under the same name it is not."""
+    torch.manual_seed(0)
+    weights = VisionTransformerBackbone(TINY_VIT, SIDE).model.state_dict()
+    torch.save(weights, tmp_path / "first.pth")
+    save_file({key: value.contiguous() for key, value in weights.items()}, tmp_path / "second.safetensors")
+    backbone = ["--rgb_backbone_name", TINY_VIT, "--img_size", SIDE, "--rgb_checkpoint"]
+    flags = ["--dataset_path", data, "--classes", "bagel"]
+    keep = ["--method_name", "DINO", "--save_detector", tmp_path / "detectors", "--random_state", 0]
+    fitted = run_into(tmp_path / "fitted", *flags, *keep, *backbone, tmp_path / "first.pth")
+    flags += ["--load_detector", tmp_path / "detectors", "--rgb_checkpoint"]
+    loaded = run_into(tmp_path / "loaded", *flags, tmp_path / "second.safetensors")
+    assert loaded.entry["samples"] == fitted.entry["samples"]
+
+    next(iter(weights.values())).add_(1e-3)
+    torch.save(weights, tmp_path / "first.pth")
+    message = refusal(capsys, *flags, tmp_path / "first.pth")
+    assert f"{tmp_path}/detectors/bagel was fitted with other weights of {TINY_VIT} (SHA-256 " in message
+    assert (
+        "give the file it was fitted with as --rgb_checkpoint or in --checkpoint_dir, or save the detector" in message
+    )
+    message = refusal(capsys, *flags[:-1])
+    assert f"no checkpoint {TINY_VIT}.safetensors" in message
 
 
 def test_a_damaged_detector_names_its_class(capsys: pytest.CaptureFixture[str], data: Path, detectors: Path) -> None:
