@@ -10,6 +10,7 @@ from feature_extractors.decision_fusion import DecisionFusion
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.memory_bank import MemoryBank
 from feature_extractors.scoring import anomaly_maps, image_score
+from feature_extractors.thresholds import Thresholds
 from utils.records import PatchFeatures, Prediction, Sample
 
 
@@ -21,6 +22,7 @@ class Detector:
         extractor: turns samples into patch features.
         banks: memory banks by name, in the order of the method's banks.
         decision_fusion: the fitted SVMs, for methods that use them; set once they are fitted.
+        thresholds: where good ends; set once they are calibrated.
     """
 
     def __init__(
@@ -29,11 +31,13 @@ class Detector:
         extractor: PatchExtractor,
         banks: Mapping[str, MemoryBank],
         decision_fusion: DecisionFusion | None = None,
+        thresholds: Thresholds | None = None,
     ) -> None:
         self.config = config
         self.extractor = extractor
         self.banks = dict(banks)
         self.decision_fusion = decision_fusion
+        self.thresholds = thresholds
 
     @torch.inference_mode()
     def predict(self, sample: Sample) -> Prediction:

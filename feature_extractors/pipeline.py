@@ -1,10 +1,10 @@
-"""Fitting a detector on good parts and running it over the test split."""
+"""Fitting a detector on good parts, calibrating its thresholds, and running it over the test split."""
 
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -17,12 +17,16 @@ from feature_extractors.decision_fusion import DecisionFusion, fit_decision_fusi
 from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.memory_bank import BankStatistics, MemoryBank, mean_and_std, select_coreset
+from feature_extractors.thresholds import calibrate
 from feature_extractors.training_features import PatchRows, TrainingFeatures
 from utils.errors import InputError
+from utils.metrics import decision_metrics, latency_percentiles
 from utils.metrics import evaluate as compute_metrics
 from utils.records import PatchFeatures, Prediction, Sample
 
 logger = logging.getLogger(__name__)
+
+STAGES = ("extract", "coreset", "fuse", "calibrate", "score", "metrics")
 
 
 class Stopwatch:
@@ -33,7 +37,7 @@ class Stopwatch:
     """
 
     def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
-        self.seconds = dict(seconds or dict.fromkeys(("extract", "coreset", "fuse", "score", "metrics"), 0.0))
+        self.seconds = dict(seconds or dict.fromkeys(STAGES, 0.0))
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
@@ -51,6 +55,7 @@ class SampleResult(NamedTuple):
     label: int
     mask: Tensor  # (S, S) uint8
     prediction: Prediction
+    seconds: float  # its share of the extraction of its batch, plus its scoring; without reading its files
 
 
 class Evaluation(NamedTuple):
@@ -131,6 +136,48 @@ def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str,
     return banks
 
 
+def extract_each(
+    extractor: PatchExtractor, samples: Iterable[Sample], count: int, stopwatches: Mapping[str, Stopwatch]
+) -> Iterator[PatchFeatures]:
+    """The features of each sample, in order, a batch of them in memory; every stopwatch counts the time."""
+    progress = tqdm(samples, total=count, desc="validation features", unit="sample", leave=False)
+    for batch in _batches(progress, extractor.batch_size):
+        yield from _extract_timed(extractor, batch, stopwatches)[0]
+
+
+def calibrate_detectors(
+    detectors: Mapping[str, Detector],
+    features: Iterable[PatchFeatures],
+    target_fpr: float,
+    source: str,
+    stopwatches: Mapping[str, Stopwatch] | None = None,
+) -> None:
+    """Set the thresholds of each detector, from what it says about good parts.
+
+    Keeps a map, img_size**2 float32, of each part and detector until all are judged.
+
+    Args:
+        detectors: by name of the method.
+        features: of the good parts, none of them of the banks' parts where there is a choice.
+        target_fpr: see thresholds.calibrate.
+        source: see thresholds.calibrate.
+        stopwatches: where the seconds of each detector are added.
+    """
+    stopwatches = stopwatches or {name: Stopwatch() for name in detectors}
+    scores: dict[str, list[float]] = {name: [] for name in detectors}
+    maps: dict[str, list[Tensor]] = {name: [] for name in detectors}
+    for each in features:
+        for name, detector in detectors.items():
+            with stopwatches[name].measure("calibrate"):
+                prediction = detector.predict_features(each)
+            scores[name].append(prediction.score)
+            maps[name].append(prediction.anomaly_map)
+    for name, detector in detectors.items():
+        with stopwatches[name].measure("calibrate"):
+            planes = [plane.numpy() for plane in maps.pop(name)]
+            detector.thresholds = calibrate(scores[name], planes, target_fpr, source)
+
+
 def evaluate(
     detectors: Mapping[str, Detector],
     samples: Iterable[Sample],
@@ -156,13 +203,10 @@ def evaluate(
     results: dict[str, list[SampleResult]] = {name: [] for name in detectors}
     progress = tqdm(samples, total=count, desc="test", unit="sample", leave=False)
     for batch in _batches(progress, extractor.batch_size):
-        with ExitStack() as stack:
-            for stopwatch in stopwatches.values():
-                stack.enter_context(stopwatch.measure("extract"))
-            extracted = extractor.extract(batch)
+        extracted, seconds = _extract_timed(extractor, batch, stopwatches)
         for name, detector in detectors.items():
-            with stopwatches[name].measure("score"):
-                results[name] += [_result(detector, *each) for each in zip(batch, extracted, strict=True)]
+            for sample, features in zip(batch, extracted, strict=True):
+                results[name].append(_result(detector, sample, features, seconds / len(batch), stopwatches[name]))
     evaluations = {}
     for name, of_detector in results.items():
         with stopwatches[name].measure("metrics"):
@@ -176,6 +220,25 @@ def evaluate(
     return evaluations
 
 
+def class_entry(detector: Detector, evaluation: Evaluation) -> dict[str, Any]:
+    """What results.json says about the test split of a class."""
+    results, thresholds = evaluation.results, detector.thresholds
+    threshold = None
+    if thresholds is not None:
+        threshold = {key: value for key, value in thresholds._asdict().items() if key != "typical"}
+    return {
+        **evaluation.metrics,
+        **decision_metrics(
+            [each.label for each in results],
+            [each.prediction.score for each in results],
+            thresholds and thresholds.image,
+        ),
+        "threshold": threshold,
+        "latency": latency_percentiles(each.seconds for each in results),
+        "samples": [{"path": each.path, "label": each.label, "score": each.prediction.score} for each in results],
+    }
+
+
 def _batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
     """`size` samples at a time, the last time what is left."""
     iterator = iter(samples)
@@ -183,10 +246,30 @@ def _batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
         yield batch
 
 
-def _result(detector: Detector, sample: Sample, features: PatchFeatures) -> SampleResult:
+def _extract_timed(
+    extractor: PatchExtractor, batch: list[Sample], stopwatches: Mapping[str, Stopwatch]
+) -> tuple[list[PatchFeatures], float]:
+    """The features of a batch and the seconds they took, which every stopwatch counts."""
+    begin = time.perf_counter()
+    extracted = extractor.extract(batch)
+    if extractor.device.type == "cuda":
+        torch.cuda.synchronize(extractor.device)  # else the first sample's scoring would wait for the whole batch
+    seconds = time.perf_counter() - begin
+    for stopwatch in stopwatches.values():
+        stopwatch.seconds["extract"] += seconds
+    return extracted, seconds
+
+
+def _result(
+    detector: Detector, sample: Sample, features: PatchFeatures, extraction: float, stopwatch: Stopwatch
+) -> SampleResult:
     if sample.label is None or sample.mask is None:
         raise ValueError(f"{sample.path} has no label or no mask: evaluate takes samples of the test split")
-    return SampleResult(sample.path, sample.label, sample.mask[0], detector.predict_features(features))
+    begin = time.perf_counter()
+    prediction = detector.predict_features(features)
+    seconds = time.perf_counter() - begin
+    stopwatch.seconds["score"] += seconds
+    return SampleResult(sample.path, sample.label, sample.mask[0], prediction, extraction + seconds)
 
 
 def _bank_statistics(config: DetectorConfig, rows: dict[str, PatchRows]) -> dict[str, BankStatistics]:

@@ -4,10 +4,12 @@ Nothing is unpickled but tensors, plain containers, argparse.Namespace and NumPy
 contain beside the weights); a key that is missing or left over is an error that names it.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from utils.checkpoint_files import read_checkpoint
@@ -65,6 +67,18 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path | str
             "check that the file belongs to the chosen backbone"
         )
     module.load_state_dict(dict(state))
+
+
+def weights_checksum(module: nn.Module) -> str:
+    """SHA-256, in hexadecimal, of a network's weights: names, dtypes, shapes and bytes of its state dict, by name.
+
+    It hangs on the weights themselves, whatever the name and format of the file they were read from.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def point_mae_state(raw: Any, path: Path) -> State:

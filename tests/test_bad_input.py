@@ -537,4 +537,4 @@ def test_an_error_in_mid_run_is_the_last_line(bagels: Path, tmp_path: Path) -> N
     done = process(tmp_path, ROOT / "main.py", "--method_name", "Point_MAE", "--dataset_path", bagels, *SMALL)
     assert done.returncode == 2
     assert "bagel/train/good/xyz/001.tiff has no valid point" in sentence(done.stderr)
-    assert "main: bagel: 2 training and 2 test samples" in done.stderr
+    assert "main: bagel: 2 training, 0 validation and 2 test samples" in done.stderr

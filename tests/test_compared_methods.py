@@ -28,10 +28,10 @@ from main_runs import (
     write_cloud,
 )
 
-import main
 from feature_extractors.config import METHODS
 from feature_extractors.extractor import PatchExtractor
 from models.feature_fusion import FeatureFusion
+from settings import detector_configs, extraction_config, parse_args
 from utils.feature_store import PatchFileDataset
 from utils.records import PatchFeatures, Sample
 
@@ -88,7 +88,7 @@ def alone(base: list[object], tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 def figures(run: Run) -> dict[str, object]:
     """All that a run says but what it took."""
-    return {key: value for key, value in run.entry.items() if key not in ("seconds", "peak_memory_mb")}
+    return {key: value for key, value in run.entry.items() if key not in ("seconds", "latency", "peak_memory_mb")}
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -124,10 +124,10 @@ def test_a_flag_for_some_of_the_methods_leaves_the_others(
 @pytest.mark.parametrize("flag", PARTIAL)
 def test_a_flag_reaches_the_methods_that_it_is_for(flag: tuple[object, ...]) -> None:
     name = str(flag[0]).removeprefix("--")
-    args = main.parse_args(["--method_name", *ALL, *map(str, flag)])
-    configs = main.detector_configs(args)
+    args = parse_args(["--method_name", *ALL, *map(str, flag)])
+    configs = detector_configs(args)
     assert list(configs) == list(ALL)
-    without = main.detector_configs(main.parse_args(["--method_name", *ALL]))
+    without = detector_configs(parse_args(["--method_name", *ALL]))
     changed = {method for method in ALL if getattr(configs[method], name) != getattr(without[method], name)}
     assert changed == PARTIAL[flag]
     assert all(getattr(configs[method], name) == getattr(args, name) for method in changed)
@@ -157,8 +157,8 @@ def test_the_features_are_those_of_no_more_banks_than_needed() -> None:
         ("Fusion",): ("fusion",),
         ("Fusion", "DINO"): ("xyz", "rgb", "fusion"),
     }.items():
-        configs = main.detector_configs(main.parse_args(["--method_name", *methods]))
-        assert main.extraction_config(configs).method.banks == banks, methods
+        configs = detector_configs(parse_args(["--method_name", *methods]))
+        assert extraction_config(configs).method.banks == banks, methods
 
 
 def test_results_lie_in_a_folder_of_each_method_and_tables_above(compare: Comparer) -> None:

@@ -38,6 +38,7 @@ from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
 from feature_extractors.extractor import build_extractor
 from feature_extractors.training_features import TrainingFeatures
 from models.feature_fusion import FeatureFusion
+from settings import detector_configs, parse_args
 from utils.cloud_cleaning import CleaningRule
 from utils.feature_store import PatchFileDataset, pair_rgb
 from utils.precision import choose_precision
@@ -48,6 +49,7 @@ from utils.synthetic_parts import DEFECTS
 Runner = Callable[..., Run]
 
 LIMITS = ["0.3", "0.1", "0.05", "0.01"]
+DECISIONS = ("f1", "f1_threshold", "precision", "recall", "false_alarm_rate", "threshold", "latency")
 TRAIN, TEST_GOOD = 3, 2  # scans of a made-up class, beside one of each defect
 TEST_PATHS = sorted([f"test/good/{i:03d}" for i in range(TEST_GOOD)] + [f"test/{defect}/000" for defect in DEFECTS])
 PADDED = (300, 300)  # cleaning pads 224 pixels to a multiple of 100
@@ -113,7 +115,7 @@ def test_every_method_leaves_the_files_of_a_run(runs: Runner, method: str) -> No
     assert results["args"].items() >= {"method_name": method, "random_state": 0, "output_dir": str(run.folder)}.items()
     assert torch.__version__.startswith(results["versions"]["torch"])
     assert list(results["classes"]) == ["gasket"]
-    assert set(entry) == {*METRICS, "au_pro_exact", "samples", "seconds", "peak_memory_mb"}
+    assert set(entry) == {*METRICS, "au_pro_exact", *DECISIONS, "samples", "seconds", "peak_memory_mb"}
     assert set(results["mean"]) == {*METRICS, "au_pro_exact"}
     assert list(entry["au_pro_exact"]) == list(results["mean"]["au_pro_exact"]) == LIMITS
 
@@ -127,7 +129,7 @@ def test_every_method_leaves_the_files_of_a_run(runs: Runner, method: str) -> No
     assert entry["pixel_rocauc"] > 0.6  # these parts are easy; chance is 0.5
 
     seconds = entry["seconds"]
-    assert list(seconds) == ["extract", "coreset", "fuse", "score", "metrics"]
+    assert list(seconds) == ["extract", "coreset", "fuse", "calibrate", "score", "metrics"]
     idle = set() if METHODS[method].fusion == "svm" else {"fuse"}
     assert {stage for stage, spent in seconds.items() if spent == 0} == idle
     assert 100 < entry["peak_memory_mb"] < 1e5
@@ -323,7 +325,7 @@ def test_only_good_test_scans_leave_the_metrics_undefined(parts: Path, runs: Run
 
 
 def test_defaults_are_those_of_the_original() -> None:
-    args = vars(main.parse_args([]))
+    args = vars(parse_args([]))
     original = {
         "method_name": ["DINO+Point_MAE+Fusion"],  # a single name there
         "max_sample": 400,
@@ -358,6 +360,10 @@ def test_defaults_are_those_of_the_original() -> None:
         "list_backbones": False,
         "inspect_dataset": False,
         "output_dir": Path("results"),
+        "load_detector": None,
+        "save_detector": None,
+        "detector_dtype": "fp32",
+        "target_fpr": 0.01,
         "protocol": "reference",
         "point_norm": "cloud",
         "uff_pairing": "aligned",
@@ -370,7 +376,7 @@ def test_defaults_are_those_of_the_original() -> None:
         "num_workers": 2,
     }
     assert args == original | added
-    assert main.detector_configs(main.parse_args([])) == {"DINO+Point_MAE+Fusion": DetectorConfig()}
+    assert detector_configs(parse_args([])) == {"DINO+Point_MAE+Fusion": DetectorConfig()}
 
 
 @pytest.mark.parametrize(
@@ -401,7 +407,7 @@ def test_defaults_are_those_of_the_original() -> None:
     ],
 )
 def test_flags_reach_the_detector(flags: str, field: str, value: object) -> None:
-    (config,) = main.detector_configs(main.parse_args(flags.split())).values()
+    (config,) = detector_configs(parse_args(flags.split())).values()
     assert getattr(config, field) == value
     assert getattr(DetectorConfig(), field) != value
 
@@ -411,7 +417,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         call("--help")
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for name in vars(main.parse_args([])):
+    for name in vars(parse_args([])):
         assert f"--{name}" in text
 
 

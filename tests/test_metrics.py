@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from utils.au_pro import UndefinedMetricError, au_pro
-from utils.metrics import EXACT_LIMITS, evaluate, image_rocauc, mean_over_classes, pixel_rocauc
+from utils.metrics import (
+    EXACT_LIMITS,
+    decision_metrics,
+    evaluate,
+    image_rocauc,
+    latency_percentiles,
+    mean_over_classes,
+    pixel_rocauc,
+)
 
 
 def rocauc_twin(positive: np.ndarray, scores: np.ndarray) -> float:
@@ -154,3 +162,56 @@ def test_recorded_run_as_a_whole(goldens: Path) -> None:
         masks = np.unpackbits(run["gts_packed"]).reshape(maps.shape)
         metrics = evaluate(run["image_labels"], run["image_preds"], masks, maps)
     assert {key: metrics[key] for key in recorded} == pytest.approx(recorded, abs=1e-12)
+
+
+# Decisions
+
+
+def test_decisions_by_hand() -> None:
+    labels, scores = [1, 1, 1, 0, 0, 0, 0], [0.9, 0.8, 0.3, 0.7, 0.3, 0.2, 0.1]
+    figures = decision_metrics(labels, scores, 0.3)  # above it: two defective parts and one good
+    assert (figures["precision"], figures["recall"]) == (2 / 3, 2 / 3)
+    assert figures["false_alarm_rate"] == 1 / 4
+    # above 0.7: 2 of 2 called, F1 4/5; above 0.2: 3 of 5 called, F1 6/8
+    assert (figures["f1"], figures["f1_threshold"]) == (0.8, 0.7)
+    assert list(figures) == ["f1", "f1_threshold", "precision", "recall", "false_alarm_rate"]
+    assert all(type(value) is float for value in figures.values())
+
+
+def test_the_best_f1_equals_its_slow_twin() -> None:
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        labels, scores = rng.random(12) < 0.4, rng.integers(0, 6, 12) / 4
+        if not labels.any():
+            continue
+        found = decision_metrics(labels, scores, None)
+
+        def f1(threshold: float, labels: np.ndarray = labels, scores: np.ndarray = scores) -> float:
+            hits = sum(labels & (scores > threshold))
+            return 2 * hits / (sum(scores > threshold) + sum(labels))
+
+        everywhere = np.linspace(-1, 2, 1201)
+        assert found["f1"] == pytest.approx(max(map(f1, everywhere)))
+        assert f1(found["f1_threshold"]) == found["f1"]
+        assert found["f1"] > max((f1(x) for x in everywhere if x > found["f1_threshold"] + 0.26), default=0) - 1e-12
+
+
+def test_where_all_parts_are_defective_all_are_called_so() -> None:
+    figures = decision_metrics([1, 1], [0.5, 0.7], 0.6)
+    assert figures["f1"] == 1
+    assert figures["f1_threshold"] < 0.5
+    assert figures["f1_threshold"] == pytest.approx(0.5)
+    assert (figures["precision"], figures["recall"], figures["false_alarm_rate"]) == (1, 0.5, None)
+
+
+def test_undefined_decisions_are_none() -> None:
+    nothing = dict.fromkeys(("f1", "f1_threshold", "precision", "recall", "false_alarm_rate"))
+    assert decision_metrics([0, 0], [0.5, 0.7], None) == nothing
+    assert decision_metrics([0, 0], [0.5, 0.7], 0.6) == nothing | {"precision": 0, "false_alarm_rate": 0.5}
+    assert decision_metrics([0, 1], [0.5, 0.7], 0.7)["precision"] is None  # nothing is above
+    assert decision_metrics([0, 1], [0.5, 0.7], 0.7)["recall"] == 0
+
+
+def test_latency_percentiles() -> None:
+    assert latency_percentiles(i / 100 for i in range(101)) == {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+    assert latency_percentiles([3.0]) == {"p50": 3, "p95": 3, "p99": 3}

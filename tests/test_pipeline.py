@@ -37,6 +37,7 @@ from feature_extractors.pipeline import (
     SampleResult,
     Stopwatch,
     build_banks,
+    calibrate_detectors,
     collect_features,
     evaluate,
     fit_detector,
@@ -462,7 +463,9 @@ def test_every_stopwatch_counts_the_shared_extraction_and_its_own_scoring(monkey
         monkeypatch.setattr(detector, "predict_features", taking(steps[name], detector.predict_features))
     before = {"extract": 5.0, "coreset": 4.0, "fuse": 0.0, "score": 0.5, "metrics": 0.0}
     stopwatches = {name: Stopwatch(before) for name in detectors}
-    evaluate(detectors, made_up_samples("test"), TEST, stopwatches)
+    evaluations = evaluate(detectors, made_up_samples("test"), TEST, stopwatches)
+    for name, evaluation in evaluations.items():
+        assert [result.seconds for result in evaluation.results] == [100 + steps[name]] * TEST
     for name, stopwatch in stopwatches.items():
         expected = {"extract": 5.0 + 100 * TEST, "score": 0.5 + steps[name] * TEST, "metrics": 7.0}
         assert stopwatch.seconds == before | expected
@@ -470,7 +473,7 @@ def test_every_stopwatch_counts_the_shared_extraction_and_its_own_scoring(monkey
 
 
 def test_a_stopwatch_begins_at_nothing_or_where_another_stands() -> None:
-    assert Stopwatch().seconds == dict.fromkeys(("extract", "coreset", "fuse", "score", "metrics"), 0.0)
+    assert Stopwatch().seconds == dict.fromkeys(("extract", "coreset", "fuse", "calibrate", "score", "metrics"), 0.0)
     first = Stopwatch()
     first.seconds["extract"] = 3.0
     second = Stopwatch(first.seconds)
@@ -484,13 +487,15 @@ def test_a_stopwatch_begins_at_nothing_or_where_another_stands() -> None:
 def test_seconds_of_every_stage(method_name: str) -> None:
     config = settings(method_name)
     stopwatch = Stopwatch()
-    assert list(stopwatch.seconds) == ["extract", "coreset", "fuse", "score", "metrics"]
+    assert list(stopwatch.seconds) == ["extract", "coreset", "fuse", "calibrate", "score", "metrics"]
     extractor = build(config)
     features = collect_features(extractor, made_up_samples("train"), TRAIN, stopwatch)
     training = stopwatch.seconds["extract"]
     assert training > 0
     detector = fit_detector(config, extractor, features, stopwatch)
-    assert stopwatch.seconds["score"] == stopwatch.seconds["metrics"] == 0
+    assert stopwatch.seconds["calibrate"] == stopwatch.seconds["score"] == stopwatch.seconds["metrics"] == 0
+    each = (features.sample(i) for i in range(TRAIN))
+    calibrate_detectors({method_name: detector}, each, 0.3, "training", {method_name: stopwatch})
     evaluate({method_name: detector}, made_up_samples("test"), TEST, {method_name: stopwatch})
     assert stopwatch.seconds["extract"] > training
     without = set() if method_name == DOUBLE else {"fuse"}

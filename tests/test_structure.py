@@ -16,7 +16,9 @@ MAY_IMPORT = {
     "models": {"models", "utils"},
     "feature_extractors": {"feature_extractors", "models", "dataset", "utils"},
     "inspection": {"dataset", "utils"},
-    "main": {"inspection", "feature_extractors", "models", "dataset", "utils"},
+    "settings": {"feature_extractors", "models", "dataset", "utils"},
+    "saved_detectors": {"settings", "feature_extractors", "models", "dataset", "utils"},
+    "main": {"saved_detectors", "settings", "inspection", "feature_extractors", "models", "dataset", "utils"},
     "fusion_pretrain": {"feature_extractors", "models", "dataset", "utils"},
 }
 READERS_OF_CHECKPOINTS = {"utils/checkpoint_files.py"}
@@ -172,7 +174,8 @@ def test_the_readers_of_checkpoints_are_the_named_ones() -> None:
         ("dataset.py", "from inspection import inspect_split", ["inspection"]),
         ("inspection.py", "from main import parse_args", ["main"]),
         ("feature_extractors/a.py", "import main", ["main"]),
-        ("fusion_pretrain.py", "from main import parse_arguments", ["main"]),
+        ("fusion_pretrain.py", "from settings import parse_args", ["settings"]),
+        ("settings.py", "from main import run", ["main"]),
         ("main.py", "from tests.conftest import ROOT", ["tests.conftest"]),
         ("main.py", "from dataset import a\nfrom models import b\nfrom utils.c import d", []),
     ],

@@ -1,4 +1,4 @@
-"""The figures of one class from its labels, scores, masks and maps: I-AUROC, P-AUROC and AU-PRO."""
+"""The figures of one class from its labels, scores, masks and maps: I-AUROC, P-AUROC, AU-PRO, and of its decisions."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from utils.au_pro import Images, UndefinedMetricError, area_to_limit, au_pro, checked_pixels, pro_curve
 
+LATENCY_PERCENTILES = (50, 95, 99)
 REFERENCE_LIMIT = 0.3
 REFERENCE_THRESHOLDS = 100  # of the official MVTec 3D-AD evaluation
 EXACT_LIMITS = ("0.3", "0.1", "0.05", "0.01")  # as they are keyed in results.json
@@ -61,6 +62,40 @@ def evaluate(labels: ArrayLike, scores: ArrayLike, masks: Images, anomaly_maps: 
     }
 
 
+def decision_metrics(labels: ArrayLike, scores: ArrayLike, threshold: float | None) -> dict[str, float | None]:
+    """How good the decisions "anomalous, since the score is above the threshold" are, under the keys of results.json.
+
+    `f1` and `f1_threshold`: the best F1 of any threshold, and the highest threshold that gives it. It is chosen with
+    the labels at hand, so it says what the scores allow, and not how the detector will do. `precision` (of the parts
+    called anomalous, how many are defective), `recall` (of the defective, how many are called so) and
+    `false_alarm_rate` (of the good, how many are): at the given threshold.
+
+    Args:
+        labels: (N,) 0-1, 1 = defective.
+        scores: (N,) finite float, larger = more anomalous.
+        threshold: None: no decision is made.
+
+    Returns:
+        figures from 0 to 1; None where what they are a share of is empty.
+    """
+    defective, values = np.asarray(labels) > 0.5, np.asarray(scores, dtype=np.float64)
+    figures: dict[str, float | None] = dict.fromkeys(("f1", "f1_threshold", "precision", "recall", "false_alarm_rate"))
+    if defective.any():
+        figures |= _best_f1(defective, values)
+    if threshold is not None:
+        alarms = values > threshold
+        figures["precision"] = _share(defective, of=alarms)
+        figures["recall"] = _share(alarms, of=defective)
+        figures["false_alarm_rate"] = _share(alarms, of=~defective)
+    return figures
+
+
+def latency_percentiles(seconds: Iterable[float]) -> dict[str, float]:
+    """{"p50", "p95", "p99"} of the seconds that parts took, between neighbours by linear interpolation."""
+    values = np.percentile(list(seconds), LATENCY_PERCENTILES).tolist()
+    return {f"p{percent}": value for percent, value in zip(LATENCY_PERCENTILES, values, strict=True)}
+
+
 def mean_over_classes(classes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Mean of each metric over {class: metrics of `evaluate`}, of unrounded values; other keys are ignored.
 
@@ -73,6 +108,21 @@ def mean_over_classes(classes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
         limit: _mean(metrics["au_pro_exact"][limit] for metrics in classes.values()) for limit in EXACT_LIMITS
     }
     return means
+
+
+def _best_f1(defective: NDArray[np.bool_], scores: NDArray[np.float64]) -> dict[str, float | None]:
+    """Thresholds are the scores themselves, and one below all of them: each score is above the next lower one."""
+    thresholds = np.unique(scores)[::-1]
+    thresholds = np.append(thresholds, np.nextafter(thresholds[-1], -np.inf))
+    called = len(scores) - np.searchsorted(np.sort(scores), thresholds, side="right")
+    hits = defective.sum() - np.searchsorted(np.sort(scores[defective]), thresholds, side="right")
+    f1 = 2 * hits / (called + defective.sum())
+    best = int(f1.argmax())  # the first, which is the highest
+    return {"f1": float(f1[best]), "f1_threshold": float(thresholds[best])}
+
+
+def _share(those: NDArray[np.bool_], of: NDArray[np.bool_]) -> float | None:
+    return float((those & of).sum() / of.sum()) if of.any() else None
 
 
 def _rocauc(positive: NDArray[np.bool_], scores: NDArray, things: str) -> float:

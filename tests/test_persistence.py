@@ -1,0 +1,535 @@
+"""Saving and loading a detector: what comes back is what was there, and what is damaged is refused with a remedy."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_networks import (
+    DOUBLE,
+    RGB_DIM,
+    SINGLE,
+    TRIPLE,
+    build,
+    fit,
+    made_up_samples,
+    one_thread,  # noqa: F401 (a fixture)
+    run,
+    seeded,
+    settings,
+    stub_fusion,
+    stub_rgb,
+    stub_xyz,
+)
+
+from feature_extractors import extractor as extractor_module
+from feature_extractors import persistence
+from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
+from feature_extractors.detector import Detector
+from feature_extractors.detector_record import read_saved
+from feature_extractors.persistence import check_target, load_detector, restore_detectors, save_detector
+from feature_extractors.thresholds import Thresholds
+from models.checkpoints import weights_checksum
+from models.fpfh import FpfhBackbone
+from utils.errors import InputError
+from utils.files import atomic_folder
+
+THRESHOLDS = Thresholds(0.1 + 0.2, 1 / 3, 0.01, "validation", 22, 1e-7)
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture(autouse=True)
+def stub_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the published networks, whose names they take."""
+    monkeypatch.setattr(extractor_module, "build_rgb_backbone", stub_rgb)
+    monkeypatch.setattr(extractor_module, "build_xyz_backbone", stub_xyz)
+    monkeypatch.setattr(extractor_module, "build_feature_fusion", lambda *_, **__: pytest.fail("the UFF is saved"))
+
+
+def fitted(config: DetectorConfig) -> Detector:
+    """A detector of its own, for the attributes that a test sets."""
+    found = run(config).detector
+    return Detector(config, found.extractor, found.banks, found.decision_fusion, THRESHOLDS)
+
+
+def full() -> Detector:
+    return fitted(settings(TRIPLE, use_uff=True))
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved detector with all that there may be."""
+    folder = tmp_path_factory.mktemp("pristine") / "bagel"
+    save_detector(full(), folder, class_name="bagel")
+    return folder
+
+
+@pytest.fixture
+def saved(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "bagel"))
+
+
+def assert_same_predictions(one: Detector, other: Detector) -> None:
+    for sample in made_up_samples("test", one.config.img_size):
+        mine, theirs = one.predict(sample), other.predict(sample)
+        assert mine.score == pytest.approx(theirs.score, rel=1e-6)
+        torch.testing.assert_close(mine.anomaly_map, theirs.anomaly_map, rtol=1e-6, atol=0)
+        assert mine.bank_scores == pytest.approx(theirs.bank_scores, rel=1e-6)
+
+
+# What comes back
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("method_name", METHODS)
+def test_a_loaded_detector_says_what_the_saved_one_says(method_name: str, protocol: str, tmp_path: Path) -> None:
+    detector = fitted(settings(method_name, protocol=PROTOCOLS[protocol], use_uff="Fusion" in method_name))
+    save_detector(detector, tmp_path / "it", class_name="bagel")
+    assert sorted(path.name for path in (tmp_path / "it").iterdir()) == ["config.json", "state.safetensors"]
+    loaded = load_detector(tmp_path / "it", "cpu")
+    assert loaded.config == detector.config
+    assert loaded.thresholds == THRESHOLDS
+    assert list(loaded.banks) == list(detector.banks)
+    for name, bank in detector.banks.items():
+        assert torch.equal(loaded.banks[name].rows, bank.rows)
+        assert loaded.banks[name].statistics == bank.statistics
+    assert_same_predictions(loaded, detector)
+
+
+def test_it_can_be_saved_again(saved: Path, tmp_path: Path) -> None:
+    save_detector(load_detector(saved, "cpu"), tmp_path / "again", class_name="bagel")
+    assert (tmp_path / "again/state.safetensors").read_bytes() == (saved / "state.safetensors").read_bytes()
+    mine, theirs = (read_saved(folder).record for folder in (tmp_path / "again", saved))
+    assert mine._replace(written="") == theirs._replace(written="")
+
+
+def test_the_record_says_what_it_is(saved: Path) -> None:
+    text = json.loads((saved / "config.json").read_text())
+    assert (text["schema"], text["class_name"], text["method"], text["dtype"]) == (1, "bagel", TRIPLE, "fp32")
+    assert text["versions"]["torch"]
+    assert text["written"][:2] == "20"
+    assert text["config"]["protocol"] == dict.fromkeys(text["config"]["protocol"], False)
+    assert text["config"]["score_lambdas"] == [1.0, 0.1, 1.0]
+    assert text["thresholds"] == THRESHOLDS._asdict()
+    rgb = stub_rgb("vit_base_patch8_224_dino", saved, 32, None)
+    assert text["backbones"]["rgb"] == {"name": "vit_base_patch8_224_dino", "sha256": weights_checksum(rgb)}
+    assert text["backbones"]["xyz"]["name"] == "Point_MAE"
+    state = load_file(saved / "state.safetensors")
+    assert {value.dtype for key, value in state.items() if "statistics" in key or "decision" in key} == {torch.float64}
+    assert any(key.startswith("feature_fusion.") for key in state)
+
+
+def test_a_detector_of_one_modality_names_one_backbone(tmp_path: Path) -> None:
+    save_detector(fitted(settings(SINGLE)), tmp_path / "it", class_name="bagel")
+    assert list(read_saved(tmp_path / "it").record.backbones) == ["xyz"]
+    assert load_detector(tmp_path / "it", "cpu").extractor.rgb_backbone is None
+
+
+def test_thresholds_may_be_absent(tmp_path: Path) -> None:
+    detector = full()
+    detector.thresholds = None
+    save_detector(detector, tmp_path / "it", class_name="bagel")
+    assert load_detector(tmp_path / "it", "cpu").thresholds is None
+
+
+def test_half_precision_is_close_and_half_as_large(saved: Path, tmp_path: Path) -> None:
+    detector = fitted(settings(DOUBLE))
+    for name, dtype in (("whole", torch.float32), ("half", torch.float16)):
+        save_detector(detector, tmp_path / name, class_name="bagel", dtype=dtype)
+    sizes = {name: (tmp_path / name / "state.safetensors").stat().st_size for name in ("whole", "half")}
+    assert sizes["half"] < 0.55 * sizes["whole"]
+    loaded = load_detector(tmp_path / "half", "cpu")
+    for name, bank in detector.banks.items():
+        assert loaded.banks[name].rows.dtype == torch.float32
+        assert torch.equal(loaded.banks[name].rows, bank.rows.half().float())
+    for sample in made_up_samples("test"):
+        mine, theirs = loaded.predict(sample), detector.predict(sample)
+        assert mine.score != theirs.score
+        assert mine.score == pytest.approx(theirs.score, rel=1e-3)
+
+
+def test_what_half_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
+    detector = fitted(settings(SINGLE))
+    bank = detector.banks["xyz"]
+    detector.banks["xyz"] = type(bank)(bank.rows * 1e6, bank.statistics)
+    with pytest.raises(InputError, match=r"the xyz bank holds values that are not finite in torch.float16: save it as"):
+        save_detector(detector, tmp_path / "it", class_name="bagel", dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_detector_in_low_precision_stays_what_it_is(tmp_path: Path) -> None:
+    """Its UFF is rounded by then; the backbones' checksums are those of the weights before."""
+    config = settings(TRIPLE, use_uff=True, precision="bf16")
+    detector = fitted(config)
+    save_detector(detector, tmp_path / "it", class_name="bagel")
+    assert_same_predictions(load_detector(tmp_path / "it", "cpu"), detector)
+    assert read_saved(tmp_path / "it").record.backbones["rgb"].sha256 == full().extractor.checksums["rgb"]
+    exact = load_detector(tmp_path / "it", "cpu", precision="fp32")
+    sample = made_up_samples("test")[1]
+    assert exact.predict(sample).score != detector.predict(sample).score
+
+
+def test_the_precision_that_was_chosen_is_kept(tmp_path: Path) -> None:
+    detector, _ = fit(settings(SINGLE, precision="auto"))
+    save_detector(detector, tmp_path / "it", class_name="bagel")
+    assert json.loads((tmp_path / "it/config.json").read_text())["config"]["precision"] == detector.extractor.precision
+
+
+def test_the_back_end_of_a_gpu_does_not_travel(saved: Path) -> None:
+    edit(saved, lambda record: record["config"].update(point_ops="triton"))
+    loaded = load_detector(saved, "cpu")
+    assert loaded.config.point_ops == "auto"
+    assert_same_predictions(loaded, full())
+    with pytest.raises(InputError, match="--point_ops extension needs a GPU"):
+        load_detector(saved, "cpu", point_ops="extension")
+
+
+def test_an_unknown_device_is_refused(saved: Path) -> None:
+    with pytest.raises(InputError, match="unknown device 'gpu'"):
+        load_detector(saved, "gpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: detectors moved between CPU and GPU")
+@pytest.mark.parametrize(("here", "there"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_detectors_move_between_cpu_and_gpu(here: str, there: str, tmp_path: Path) -> None:
+    config = settings(TRIPLE, use_uff=True)
+    on_cpu = fitted(config)
+    save_detector(on_cpu, tmp_path / "first", class_name="bagel")
+    first = load_detector(tmp_path / "first", here)
+    save_detector(first, tmp_path / "second", class_name="bagel")
+    second = load_detector(tmp_path / "second", there)
+    assert {bank.rows.device.type for bank in second.banks.values()} == {there}
+    for sample in made_up_samples("test"):
+        mine, theirs = second.predict(sample), on_cpu.predict(sample)
+        assert mine.score == pytest.approx(theirs.score, rel=1e-3)
+        torch.testing.assert_close(mine.anomaly_map, theirs.anomaly_map, rtol=0.02, atol=0.02)
+
+
+# The checksum of a network
+
+
+def test_a_checksum_hangs_on_the_weights_alone() -> None:
+    def network() -> torch.nn.Module:
+        return seeded("a", lambda: torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)))
+
+    expected = weights_checksum(network())
+    assert weights_checksum(network()) == expected
+    assert len(expected) == 64
+    for change in (
+        lambda module: module[0].weight.data[1, 2].add_(1e-6),
+        lambda module: module[1].running_mean.add_(1),
+        lambda module: module.half(),
+        lambda module: setattr(module[0], "weight", torch.nn.Parameter(module[0].weight.reshape(3, 4))),
+        lambda module: module.append(torch.nn.Linear(1, 1)),
+    ):
+        module = network()
+        change(module)
+        assert weights_checksum(module) != expected
+    assert weights_checksum(FpfhBackbone()) == hashlib.sha256().hexdigest()  # it has none
+
+
+def test_the_extractor_takes_checksums_before_it_rounds() -> None:
+    exact, low = (build(settings(DOUBLE, precision=precision)) for precision in ("fp32", "bf16"))
+    assert low.checksums == exact.checksums
+    assert weights_checksum(low.rgb_backbone) != low.checksums["rgb"]
+
+
+@pytest.mark.parametrize("modality", ["rgb", "xyz"])
+def test_changed_weights_of_a_backbone_are_refused(saved: Path, monkeypatch: pytest.MonkeyPatch, modality: str) -> None:
+    stub = {"rgb": stub_rgb, "xyz": stub_xyz}[modality]
+
+    def changed(name: str, *rest: object, **numbers: object) -> torch.nn.Module:
+        return stub(f"another {name}", *rest, **numbers)
+
+    monkeypatch.setattr(extractor_module, f"build_{modality}_backbone", changed)
+    with pytest.raises(InputError) as refusal:
+        load_detector(saved, "cpu")
+    message = str(refusal.value)
+    assert message.startswith(f"{saved} was fitted with other weights of ")
+    assert f"give the file it was fitted with as --{modality}_checkpoint or in --checkpoint_dir" in message
+    assert "save the detector anew" in message
+
+
+def test_the_uff_checkpoint_is_not_needed(saved: Path) -> None:
+    """The fixture lets nobody build one from a file."""
+    uff = load_detector(saved, "cpu").extractor.feature_fusion
+    theirs = stub_fusion(Path("uff.pth"), xyz_dim=uff.xyz_dim, rgb_dim=RGB_DIM)
+    assert weights_checksum(uff) == weights_checksum(theirs)
+
+
+# What is damaged
+
+
+def edit(folder: Path, change: Change) -> None:
+    path = folder / "config.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def edit_state(folder: Path, change: Change) -> None:
+    """Change the tensors, and the checksum with them."""
+    path = folder / "state.safetensors"
+    state = load_file(path)
+    state = {key: value.clone() for key, value in state.items()}
+    change(state)
+    save_file({key: value.contiguous() for key, value in state.items()}, path)
+    seal(folder)
+
+
+def seal(folder: Path) -> None:
+    digest = hashlib.sha256((folder / "state.safetensors").read_bytes()).hexdigest()
+    edit(folder, lambda record: record.update(state_sha256=digest))
+
+
+def refused(folder: Path) -> str:
+    """The one sentence of the refusal, with its remedy."""
+    with pytest.raises(InputError) as refusal:
+        load_detector(folder, "cpu")
+    message = str(refusal.value)
+    assert message.startswith(str(folder))
+    assert "\n" not in message
+    assert any(
+        remedy in message for remedy in ("save the detector anew", "update this program", "save one with", "name one")
+    )
+    return message.removeprefix(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record.update(schema=2), "was written by a newer version (schema 2, this one reads 1): update"),
+        (lambda record: record.update(schema=0), "was written by an older version (schema 0, this one reads 1): save"),
+        (lambda record: record.update(schema="1"), "has no schema number"),
+        (lambda record: record.update(schema=True), "has no schema number"),
+        (lambda record: record.pop("schema"), "has no schema number"),
+        (lambda record: record.pop("thresholds"), "lacks thresholds"),
+        (lambda record: record["config"].pop("img_size"), "lacks config.img_size"),
+        (lambda record: record["config"].update(blur=1), "has an unknown config.blur"),
+        (lambda record: record["config"]["protocol"].pop("float_blur"), "lacks config.protocol.float_blur"),
+        (lambda record: record["backbones"]["rgb"].pop("sha256"), "lacks backbones.rgb.sha256"),
+        (lambda record: record.update(note=""), "has an unknown note"),
+        (lambda record: record.update(config=[]), "has config [], expected an object"),
+        (lambda record: record["config"].update(img_size="32"), "has config.img_size '32', expected a whole number"),
+        (lambda record: record["config"].update(img_size=32.5), "has config.img_size 32.5, expected a whole number"),
+        (lambda record: record["config"].update(use_uff=1), "has config.use_uff 1, expected true or false"),
+        (lambda record: record["config"].update(f_coreset=True), "has config.f_coreset True, expected a finite number"),
+        (lambda record: record["config"].update(score_lambdas=[1, 1]), "score_lambdas [1, 1], expected a list of 3"),
+        (lambda record: record["config"].update(f_coreset=2), "f_coreset is 2.0, expected above 0 and at most 1"),
+        (lambda record: record["config"].update(method_name="M3DM"), "method_name is 'M3DM', expected one of DINO"),
+        (lambda record: record["config"].update(memory_bank="single"), "builds 3 memory banks"),
+        (lambda record: record["config"].update(precision="fp8"), "precision is 'fp8', expected one of"),
+        (lambda record: record["thresholds"].update(image=float("nan")), "has thresholds.image nan, expected a finite"),
+        (lambda record: record["thresholds"].update(pixel=float("inf")), "has thresholds.pixel inf, expected a finite"),
+        (lambda record: record["thresholds"].update(target_fpr=1.5), "has thresholds with target_fpr 1.5"),
+        (lambda record: record["thresholds"].update(parts=0), "parts 0"),
+        (lambda record: record["thresholds"].update(source="test"), "source 'test'"),
+        (lambda record: record["thresholds"].pop("typical"), "lacks thresholds.typical"),
+        (lambda record: record.update(method="DINO"), f"has method DINO, but its config {TRIPLE}"),
+        (lambda record: record.update(dtype="fp8"), "has dtype 'fp8', expected one of fp16, fp32"),
+        (lambda record: record["backbones"].pop("xyz"), "names other backbones than its config"),
+        (lambda record: record["backbones"]["rgb"].update(name="x"), "names other backbones than its config"),
+    ],
+)  # fmt: skip
+def test_a_damaged_config_is_refused(saved: Path, change: Change, message: str) -> None:
+    edit(saved, change)
+    assert message in refused(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe{}", b"[" * 100_000, b"null", b'{"schema": 1'])
+def test_what_is_no_json_is_refused(saved: Path, content: bytes) -> None:
+    (saved / "config.json").write_bytes(content)
+    assert "is no JSON" in refused(saved) or "has no schema number" in refused(saved)
+
+
+def test_every_beginning_of_the_config_is_refused(saved: Path) -> None:
+    text = (saved / "config.json").read_text()
+    for length in range(0, len(text) - 2, 97):
+        (saved / "config.json").write_text(text[:length])
+        assert "is no JSON" in refused(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("banks.rgb.rows"), "lacks banks.rgb.rows"),
+        (lambda state: state.pop("decision_fusion.map_coef"), "lacks decision_fusion.map_coef"),
+        (lambda state: state.update(extra=torch.ones(1)), "has an unknown extra"),
+        (lambda state: state.update({"banks.rgb.rows": torch.ones(4, 7)}), "has banks.rgb.rows of 4 x 7 torch.float32"),
+        (lambda state: state.update({"banks.rgb.rows": torch.ones(0, RGB_DIM)}), f"expected any x {RGB_DIM}"),
+        (lambda state: state.update({"banks.rgb.rows": torch.ones(RGB_DIM)}), "has banks.rgb.rows of 160 torch."),
+        (lambda state: state.update({"banks.rgb.rows": state["banks.rgb.rows"].half()}), "torch.float16, expected any"),
+        (lambda state: state.update({"banks.xyz.statistics": torch.zeros(2)}), "expected 2 torch.float64"),
+        (lambda state: state.pop("feature_fusion.rgb_head.bias"), "missing: rgb_head.bias"),
+        (lambda state: state.pop("feature_fusion.xyz_norm.weight"), "'xyz_norm.weight' is missing"),
+        (lambda state: state.update({"feature_fusion.more": torch.ones(1)}), "left over: more"),
+        (lambda state: state.update({"feature_fusion.rgb_head.bias": torch.ones(8).half()}), "expected torch.float32"),
+        (lambda state: state.update({"feature_fusion.rgb_head.bias": torch.ones(9)}), "another shape: rgb_head.bias"),
+    ],
+)  # fmt: skip
+def test_damaged_tensors_are_refused(saved: Path, change: Change, message: str) -> None:
+    edit_state(saved, change)
+    assert message in refused(saved)
+
+
+def test_a_uff_of_other_widths_is_refused(saved: Path) -> None:
+    def narrower(state: dict[str, Any]) -> None:
+        other = stub_fusion(Path("x"), xyz_dim=8, rgb_dim=6).state_dict()
+        state.update({f"feature_fusion.{key}": value for key, value in other.items()})
+
+    edit_state(saved, narrower)
+    assert "has a UFF for features 8 (xyz) and 6 (rgb) wide, but the backbones give 192 and 160" in refused(saved)
+
+
+def test_a_uff_that_is_not_used_is_left_over(tmp_path: Path) -> None:
+    save_detector(fitted(settings(TRIPLE)), tmp_path / "it", class_name="bagel")
+    edit_state(tmp_path / "it", lambda state: state.update({"feature_fusion.more": torch.ones(1)}))
+    assert "has an unknown feature_fusion.more" in refused(tmp_path / "it")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
+def test_a_damaged_state_file_is_refused(saved: Path, damage: str) -> None:
+    path = saved / "state.safetensors"
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[-5] ^= 1
+    path.write_bytes({"truncated": content[:-1], "flipped": content, "emptied": b""}[damage])
+    assert "is truncated, damaged or of another detector" in refused(saved)
+
+
+def test_what_is_no_safetensors_file_is_refused(saved: Path) -> None:
+    (saved / "state.safetensors").write_bytes(b"no tensors")
+    seal(saved)
+    assert "is no safetensors file" in refused(saved)
+
+
+def test_missing_files_are_named(saved: Path) -> None:
+    (saved / "state.safetensors").unlink()
+    assert "/state.safetensors is missing" in refused(saved)
+    (saved / "config.json").unlink()
+    assert "is no detector, it has no config.json: save one with main.py --save_detector" in refused(saved)
+    shutil.rmtree(saved)
+    assert "is no detector" in refused(saved)
+
+
+def test_the_folder_above_names_what_is_in_it(saved: Path) -> None:
+    (saved.parent / ".cookie.1.tmp").mkdir()  # of a process that was killed
+    (saved.parent / ".cookie.1.tmp/config.json").write_text("{}")
+    assert "is no detector, it has no config.json: name one of those in it (bagel)" in refused(saved.parent)
+
+
+# Several detectors over one extractor
+
+
+def test_detectors_of_one_class_share_the_features(tmp_path: Path) -> None:
+    configs = {name: settings(name, use_uff="Fusion" in name) for name in ("DINO", DOUBLE, TRIPLE)}
+    for name, config in configs.items():
+        save_detector(fitted(config), tmp_path / name, class_name="bagel")
+    covering = extractor_module.build_extractor(configs[TRIPLE], tmp_path, None)
+    loaded = restore_detectors({name: read_saved(tmp_path / name) for name in configs}, covering)
+    assert len({id(detector.extractor) for detector in loaded.values()}) == 1
+    assert covering.feature_fusion is None  # the next class may have another
+    for name, config in configs.items():
+        assert_same_predictions(loaded[name], fitted(config))
+
+
+def test_different_uffs_cannot_share_them(tmp_path: Path) -> None:
+    for name, use_uff in (("Fusion", True), (TRIPLE, False)):
+        save_detector(fitted(settings(name, use_uff=use_uff)), tmp_path / name, class_name="bagel")
+    extractor = extractor_module.build_extractor(settings(TRIPLE), tmp_path, None)
+    with pytest.raises(InputError, match="hold different UFFs: evaluate them in runs of their own"):
+        restore_detectors({name: read_saved(tmp_path / name) for name in ("Fusion", TRIPLE)}, extractor)
+
+
+# Where it is written
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_an_older_detector_is_replaced(saved: Path) -> None:
+    save_detector(fitted(settings(SINGLE)), saved, class_name="cookie")
+    assert read_saved(saved).record.class_name == "cookie"
+    assert list(content(saved)) == ["config.json", "state.safetensors"]
+    assert [path.name for path in saved.parent.iterdir()] == ["bagel"]  # nothing else is left
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("stage", ["save_file", "write_record"])
+def test_a_write_that_fails_leaves_the_older_one(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error: BaseException
+) -> None:
+    before, whole = content(saved.parent), getattr(persistence, stage)
+
+    def fails(*args: object) -> None:
+        whole(*args)
+        raise error
+
+    monkeypatch.setattr(persistence, stage, fails)
+    expected = InputError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected) as refusal:
+        save_detector(fitted(settings(SINGLE)), saved, class_name="bagel")
+    if expected is InputError:
+        assert "cannot be written (No space left on device): free space there" in str(refusal.value)
+    assert content(saved.parent) == before
+    assert [path.name for path in saved.parent.iterdir()] == ["bagel"]
+
+
+def test_a_rename_that_fails_brings_the_older_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "it"
+    target.mkdir()
+    (target / "old").write_text("old")
+    rename = Path.rename
+
+    def fails(self: Path, other: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise OSError("no")
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="no"), atomic_folder(target) as temporary:
+        (temporary / "new").write_text("new")
+    assert content(tmp_path) == {"it/old": b"old"}
+
+
+@pytest.mark.parametrize(
+    "files", [["notes.txt"], ["config.json", "state.safetensors", "notes.txt"], ["state.safetensors"]]
+)
+def test_a_folder_that_is_no_detector_is_left_alone(tmp_path: Path, files: list[str]) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_text("mine")
+    before = content(tmp_path)
+    with pytest.raises(InputError, match=r"mine is no detector but holds .*: move these away or save to"):
+        check_target(folder)
+    with pytest.raises(InputError, match="is no detector but holds"):
+        save_detector(full(), folder, class_name="bagel")
+    assert content(tmp_path) == before
+
+
+def test_a_file_in_the_way_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match=r"file is no folder that can be read \(Not a directory\)"):
+        save_detector(full(), tmp_path / "file", class_name="bagel")
+    assert content(tmp_path) == {"file": b"mine"}
+
+
+def test_empty_and_absent_folders_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "deep/er/absent"):
+        save_detector(fitted(settings(SINGLE)), tmp_path / name, class_name="bagel")
+        assert load_detector(tmp_path / name, "cpu").config.method_name == SINGLE
+
+
+def test_a_link_stays_a_link(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(saved)
+    save_detector(fitted(settings(SINGLE)), tmp_path / "link", class_name="cookie")
+    assert (tmp_path / "link").is_symlink()
+    assert read_saved(saved).record.class_name == "cookie"

@@ -1,0 +1,463 @@
+"""main.py --save_detector and --load_detector: a fresh process repeats the evaluation, and flags that contradict it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from conftest import ROOT
+from main_runs import (
+    RGB_DIM,
+    SIDE,
+    SMALL,
+    XYZ_DIM,
+    Run,
+    call,
+    files_below,
+    folder_of_its_own,  # noqa: F401 (a fixture)
+    no_download,  # noqa: F401 (a fixture)
+    printed,
+    process,
+    read_run,
+    refusal,
+    run_into,
+    surface,
+    write_bagels,
+    write_cloud,
+    write_picture,
+)
+from safetensors.torch import save_file
+from tiny_networks import one_thread  # noqa: F401 (a fixture, of the module's runs too)
+
+import main
+from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
+from feature_extractors.detector_record import read_saved
+from models.feature_fusion import FeatureFusion
+from models.rgb_backbone import VisionTransformerBackbone
+from saved_detectors import FITTING_FLAGS
+from settings import applied_flags, detector_configs, given_flags, parse_args
+
+TINY_VIT = "test_vit.r160_in1k"  # timm's smallest
+SCANS = ("test/good/000", "test/hole/000")
+VALIDATION = 3
+# Of each class in results.json what a second evaluation gives again.
+AGAIN = (
+    "image_rocauc", "pixel_rocauc", "au_pro", "au_pro_exact", "f1", "f1_threshold", "precision", "recall",
+    "false_alarm_rate", "threshold", "samples",
+)  # fmt: skip
+# A detector, and the samples of a class, in a process that knows nothing of the one that fitted it.
+PREDICT = """
+import json, sys
+import torch
+from dataset import AnomalyDataset, index_split
+from feature_extractors.persistence import load_detector
+
+torch.set_num_threads(1)
+found = {}
+for folder in sys.argv[2:]:
+    detector = load_detector(folder, "cpu")
+    modalities = detector.config.method.modalities
+    for sample in AnomalyDataset(index_split(sys.argv[1], "test", modalities), modalities, detector.config.img_size):
+        prediction = detector.predict(sample)
+        found.setdefault(folder, {})[sample.path] = prediction.score, prediction.anomaly_map.tolist()
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bagels with a validation split, and cookies that are the same but for it."""
+    root = write_bagels(tmp_path_factory.mktemp("data"))
+    shutil.copytree(root / "bagel", root / "cookie")
+    for i in range(VALIDATION):
+        noise = np.random.default_rng(50 + i).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        write_cloud(root / f"bagel/validation/good/xyz/{i:03d}.tiff", surface(50 + i))
+        write_picture(root / f"bagel/validation/good/rgb/{i:03d}.png", noise)
+    return root
+
+
+@pytest.fixture(scope="module")
+def base(data: Path) -> list[object]:
+    """Flags of every run that fits."""
+    return ["--dataset_path", data, *SMALL, "--random_state", 0]
+
+
+@pytest.fixture(scope="module")
+def single(base: list[object], tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
+    """A run of one method on both classes, and the detectors it left."""
+    folder = tmp_path_factory.mktemp("single")
+    flags = ["--method_name", "DINO+Point_MAE", "--save_detector", folder / "detectors"]
+    return run_into(folder / "fitted", *base, *flags), folder / "detectors"
+
+
+@pytest.fixture(scope="module")
+def every(base: list[object], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder of a run of all methods on the bagels, with a UFF, and the detectors it left."""
+    folder = tmp_path_factory.mktemp("every")
+    torch.manual_seed(0)
+    torch.save({"model": FeatureFusion(XYZ_DIM, RGB_DIM).state_dict()}, folder / "uff.pth")
+    flags = ["--method_name", *METHODS, "--use_uff", "--fusion_module_path", folder / "uff.pth", "--classes", "bagel"]
+    call(*base, *flags, "--save_preds", "--save_detector", folder / "detectors", "--output_dir", folder / "fitted")
+    (folder / "uff.pth").unlink()
+    return folder / "fitted", folder / "detectors"
+
+
+# Fit, save, load
+
+
+def test_a_folder_of_two_files_per_class(single: tuple[Run, Path], every: tuple[Path, Path]) -> None:
+    files = ("config.json", "state.safetensors")
+    assert files_below(single[1]) == [f"{name}/{file}" for name in ("bagel", "cookie") for file in files]
+    assert files_below(every[1]) == sorted(f"{method}/bagel/{file}" for method in METHODS for file in files)
+
+
+def test_a_fresh_process_predicts_what_the_evaluation_said(
+    data: Path, every: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Of all methods, the image score and every pixel, within 1e-6."""
+    fitted, detectors = every
+    folders = {str(detectors / method / "bagel"): method for method in METHODS}
+    done = process(ROOT, "-W", "ignore", "-c", PREDICT, data / "bagel", *folders)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert list(found) == list(folders)
+    for folder, method in folders.items():
+        run = read_run(fitted / method, "")
+        assert [sample["path"] for sample in run.entry["samples"]] == list(found[folder]) == list(SCANS)
+        for sample in run.entry["samples"]:
+            score, plane = found[folder][sample["path"]]
+            assert score == pytest.approx(sample["score"], rel=1e-6)
+            written = tifffile.imread(run.folder / f"anomaly_maps/bagel/{sample['path']}.tiff")
+            assert np.array(plane).shape == written.shape == (SIDE, SIDE)
+            assert np.array(plane) == pytest.approx(written, rel=1e-6)
+
+
+def test_loading_gives_the_results_of_the_fitting_run(data: Path, single: tuple[Run, Path], tmp_path: Path) -> None:
+    fitted, detectors = single
+    done = process(
+        ROOT, "main.py", "--dataset_path", data, "--load_detector", detectors, "--output_dir", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = read_run(tmp_path / "out", done.stdout)
+    assert list(loaded.results["classes"]) == ["bagel", "cookie"]
+    for name, entry in fitted.results["classes"].items():
+        again = loaded.results["classes"][name]
+        assert list(again) == list(entry)
+        assert {key: again[key] for key in AGAIN} == {key: entry[key] for key in AGAIN}
+        assert again["seconds"]["coreset"] == again["seconds"]["fuse"] == again["seconds"]["calibrate"] == 0
+        assert again["seconds"]["extract"] > 0
+    assert loaded.results["mean"] == fitted.results["mean"]
+    assert loaded.stdout.splitlines()[:-1] == fitted.stdout.splitlines()[:-1]
+
+
+def test_its_arguments_tell_what_was_computed(data: Path, single: tuple[Run, Path], tmp_path: Path) -> None:
+    fitted, detectors = single
+    flags = ["--dataset_path", data, "--load_detector", detectors, "--classes", "bagel"]
+    args = run_into(tmp_path / "out", *flags).results["args"]
+    before = fitted.results["args"]
+    config = read_saved(detectors / "bagel").record.config
+    assert list(args) == list(before)
+    for name in applied_flags(config):
+        assert args[name] == before[name], name
+    assert args["img_size"] == SIDE
+    assert all(args[name] is None for name in FITTING_FLAGS)
+    assert args["load_detector"] == str(detectors)
+    assert args["classes"] == ["bagel"]
+
+
+def test_several_methods_share_their_features(
+    data: Path, every: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that are there, or those that are named; with the UFF that the detectors hold."""
+    fitted, detectors = every
+    seen: list[str] = []
+    extract = main.PatchExtractor.extract
+    monkeypatch.setattr(
+        main.PatchExtractor, "extract", lambda self, batch: seen.extend(s.path for s in batch) or extract(self, batch)
+    )
+    for names in ([], ["DINO", "Point_MAE"], ["Fusion"]):
+        out = tmp_path / ("all" if not names else names[0])
+        flags = ["--method_name", *names] if names else []
+        seen.clear()
+        printed("--dataset_path", data, "--classes", "bagel", "--load_detector", detectors, *flags, "--output_dir", out)
+        assert seen == list(SCANS)
+        for method in names or METHODS:
+            mine = read_run(out / method if len(names) != 1 else out, "")
+            theirs = read_run(fitted / method, "")
+            assert {key: mine.entry[key] for key in AGAIN} == {key: theirs.entry[key] for key in AGAIN}
+            assert mine.results["args"]["method_name"] == method
+            assert mine.results["args"]["use_uff"] == ("fusion" in METHODS[method].banks)
+
+
+def test_nothing_is_fitted_or_written_beside_the_results(
+    data: Path, single: tuple[Run, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main, "fit_class", lambda *_: pytest.fail("fitted"))
+    link = tmp_path / "data/bagel"
+    link.mkdir(parents=True)
+    (link / "test").symlink_to(data / "bagel/test")  # training scans are not needed
+    before = {path: path.read_bytes() for path in single[1].rglob("*.*")}
+    run = run_into(tmp_path / "out", "--dataset_path", tmp_path / "data", "--load_detector", single[1], "--save_preds")
+    assert {path: path.read_bytes() for path in single[1].rglob("*.*")} == before
+    assert (run.folder / "anomaly_maps/bagel/test/hole/000.tiff").is_file()
+    assert (run.folder / "pred_maps/bagel/hole/000.png").is_file()
+
+
+def test_precision_may_be_chosen_anew(data: Path, single: tuple[Run, Path], tmp_path: Path) -> None:
+    fitted, detectors = single
+    flags = ["--dataset_path", data, "--classes", "bagel", "--load_detector", detectors, "--point_ops", "torch"]
+    same = run_into(tmp_path / "same", *flags)
+    low = run_into(tmp_path / "low", *flags, "--precision", "bf16")
+    assert same.entry["samples"] == fitted.results["classes"]["bagel"]["samples"]
+    assert (same.results["args"]["precision"], same.results["args"]["point_ops"]) == ("fp32", "torch")
+    assert low.entry["samples"] != same.entry["samples"]
+    assert low.results["args"]["precision"] == "bf16"
+
+
+# What fitting flags do
+
+
+def test_detector_dtype_decides_the_numbers_of_the_banks(base: list[object], tmp_path: Path) -> None:
+    flags = [*base, "--classes", "bagel", "--method_name", "DINO", "--save_detector"]
+    sizes = {}
+    for dtype in ("fp32", "fp16"):
+        call(*flags, tmp_path / dtype, "--detector_dtype", dtype)
+        assert read_saved(tmp_path / dtype / "bagel").record.dtype == dtype
+        sizes[dtype] = (tmp_path / dtype / "bagel/state.safetensors").stat().st_size
+    assert sizes["fp16"] < 0.6 * sizes["fp32"]
+
+
+def test_thresholds_come_from_the_validation_split_where_there_is_one(
+    single: tuple[Run, Path], base: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, detectors = single
+    threshold = {name: entry["threshold"] for name, entry in run.results["classes"].items()}
+    assert (threshold["bagel"]["source"], threshold["bagel"]["parts"]) == ("validation", VALIDATION)
+    assert (threshold["cookie"]["source"], threshold["cookie"]["parts"]) == ("training", 2)
+    assert run.results["classes"]["bagel"]["samples"] == run.results["classes"]["cookie"]["samples"]
+    assert threshold["bagel"]["image"] > threshold["cookie"]["image"]  # the banks hold the training samples
+    assert threshold["bagel"]["pixel"] > threshold["cookie"]["pixel"]
+    assert threshold["bagel"]["target_fpr"] == 0.01
+    for name, each in threshold.items():
+        kept = read_saved(detectors / name).record.thresholds
+        assert kept is not None
+        assert {key: value for key, value in kept._asdict().items() if key != "typical"} == each
+        figures = run.results["classes"][name]
+        scores = {sample["label"]: sample["score"] for sample in figures["samples"]}
+        assert figures["recall"] == float(scores[1] > each["image"])
+        assert figures["false_alarm_rate"] == float(scores[0] > each["image"])
+
+    caplog.clear()
+    run_into(tmp_path / "out", *base, "--method_name", "DINO", "--classes", "bagel")
+    assert "no validation/good" not in caplog.text
+    run_into(tmp_path / "out", *base, "--method_name", "DINO", "--classes", "cookie")
+    assert "no validation/good: the thresholds are calibrated on the training samples" in caplog.text
+
+
+def test_target_fpr_moves_the_thresholds(single: tuple[Run, Path], base: list[object], tmp_path: Path) -> None:
+    run = run_into(tmp_path, *base, "--method_name", "DINO+Point_MAE", "--classes", "bagel", "--target_fpr", 0.5)
+    threshold, before = run.entry["threshold"], single[0].results["classes"]["bagel"]["threshold"]
+    assert threshold["target_fpr"] == 0.5
+    assert threshold["image"] < before["image"]
+    assert threshold["pixel"] < before["pixel"]
+    assert run.entry["samples"] == single[0].results["classes"]["bagel"]["samples"]
+
+
+def test_latency_is_that_of_the_test_parts(single: tuple[Run, Path]) -> None:
+    for entry in single[0].results["classes"].values():
+        latency = entry["latency"]
+        assert list(latency) == ["p50", "p95", "p99"]
+        assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"]
+        assert latency["p50"] * len(SCANS) <= entry["seconds"]["extract"] + entry["seconds"]["score"]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("rate", ["0", "1", "-0.5", "nan"])
+def test_a_false_alarm_rate_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], rate: str) -> None:
+    message = refusal(capsys, "--method_name", "DINO", f"--target_fpr={rate}")
+    assert f"target_fpr is {float(rate)}, expected a rate between 0 and 1" in message
+
+
+@pytest.mark.parametrize("name", FITTING_FLAGS)
+def test_flags_of_fitting_are_refused_beside_loading(
+    capsys: pytest.CaptureFixture[str], single: tuple[Run, Path], data: Path, name: str
+) -> None:
+    values = {
+        "max_sample": [400], "detector_dtype": ["fp32"], "target_fpr": [0.01], "save_feature": [],
+        "feature_dtype": ["fp16"], "uff_pairing": ["aligned"], "memory_budget": [1], "train_feature_dtype": ["fp32"],
+    }  # fmt: skip
+    flags = ["--dataset_path", data, "--load_detector", single[1], f"--{name}", *values.get(name, ["there"])]
+    assert refusal(capsys, *flags) == (f"--{name} has no effect with --load_detector, which fits nothing: leave it out")
+
+
+@pytest.mark.parametrize(
+    ("flags", "saved"),
+    [
+        (["--method_name", "DINO"], "DINO+Point_MAE"),
+        (["--method_name", "DINO+Point_MAE", "DINO"], "DINO+Point_MAE"),
+        (["--rgb_backbone_name", "vit_base_patch8_224_dino"], "efficientnet_lite0"),
+        (["--xyz_backbone_name", "Point_MAE"], "FPFH"),
+        (["--memory_bank", "single"], "multiple"),
+        (["--protocol", "corrected"], "reference"),
+        (["--img_size", 224], str(SIDE)),
+        (["--f_coreset", 0.2], "0.1"),
+        (["--random_state", 1], "0"),
+        (["--rgb_s_lambda", 0.2], "0.1"),
+        (["--use_uff"], "False"),
+        (["--point_norm", "running"], "cloud"),
+    ],
+)
+def test_flags_that_contradict_the_detectors_are_refused(
+    capsys: pytest.CaptureFixture[str], single: tuple[Run, Path], data: Path, flags: list[object], saved: str
+) -> None:
+    message = refusal(capsys, "--dataset_path", data, "--load_detector", single[1], *flags)
+    assert message.startswith(f"{' '.join(map(str, flags))} ")
+    assert f"contradicts {single[1]}, whose detectors" in message
+    assert f" {saved}: leave it out" in message
+
+
+def test_flags_that_agree_are_taken(data: Path, single: tuple[Run, Path], base: list[object], tmp_path: Path) -> None:
+    flags = ["--method_name", "DINO+Point_MAE", "--memory_bank", "multiple", "--protocol", "reference"]
+    run = run_into(tmp_path / "out", *base, *flags, "--load_detector", single[1], "--f_coreset", 0.1)
+    assert run.results["classes"]["bagel"]["samples"] == single[0].results["classes"]["bagel"]["samples"]
+
+
+@pytest.fixture
+def detectors(single: tuple[Run, Path], tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(single[1], tmp_path / "detectors"))
+
+
+def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    record = json.loads((folder / "config.json").read_text())
+    change(record)
+    (folder / "config.json").write_text(json.dumps(record))
+
+
+def test_a_class_without_a_detector_is_named(
+    capsys: pytest.CaptureFixture[str], data: Path, detectors: Path, tmp_path: Path
+) -> None:
+    shutil.rmtree(detectors / "cookie")
+    flags = ["--dataset_path", data, "--load_detector", detectors, "--output_dir", tmp_path / "out"]
+    assert refusal(capsys, *flags).startswith(f"{detectors}/cookie is no detector, it has no config.json: save one")
+    assert not (tmp_path / "out").exists()
+    assert list(run_into(tmp_path / "out", *flags, "--classes", "bagel").results["classes"]) == ["bagel"]
+
+
+def test_a_detector_of_another_class_is_refused(
+    capsys: pytest.CaptureFixture[str], data: Path, detectors: Path
+) -> None:
+    shutil.rmtree(detectors / "cookie")
+    (detectors / "bagel").rename(detectors / "cookie")
+    message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors, "--classes", "cookie")
+    assert message.startswith(f"{detectors}/cookie holds a detector of class bagel by DINO+Point_MAE: move it back")
+
+
+def test_a_detector_in_the_folder_of_another_method_is_refused(
+    capsys: pytest.CaptureFixture[str], data: Path, every: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(every[1] / "DINO", tmp_path / "mixed/Point_MAE")
+    message = refusal(capsys, "--dataset_path", data, "--load_detector", tmp_path / "mixed", "--classes", "bagel")
+    assert "Point_MAE/bagel holds a detector of class bagel by DINO: move it back" in message
+
+
+def test_detectors_of_different_settings_make_no_table(
+    capsys: pytest.CaptureFixture[str], data: Path, detectors: Path
+) -> None:
+    change_config(detectors / "cookie", lambda record: record["config"].update(f_coreset=0.3, ocsvm_nu=0.2))
+    message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors)
+    assert message == (
+        f"{detectors}/bagel and {detectors}/cookie were fitted with different f_coreset, ocsvm_nu: evaluate them in "
+        "runs of their own, with --classes or --method_name"
+    )
+
+
+def test_naming_the_memory_bank_makes_no_difference(data: Path, detectors: Path, tmp_path: Path) -> None:
+    change_config(detectors / "cookie", lambda record: record["config"].update(memory_bank="multiple"))
+    run = run_into(tmp_path / "out", "--dataset_path", data, "--load_detector", detectors)
+    assert list(run.results["classes"]) == ["bagel", "cookie"]
+
+
+def test_a_backbone_is_known_by_its_weights(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
+    """Under another name and in another format it is the same; with other weights under the same name it is not."""
+    torch.manual_seed(0)
+    weights = VisionTransformerBackbone(TINY_VIT, SIDE).model.state_dict()
+    torch.save(weights, tmp_path / "first.pth")
+    save_file({key: value.contiguous() for key, value in weights.items()}, tmp_path / "second.safetensors")
+    backbone = ["--rgb_backbone_name", TINY_VIT, "--img_size", SIDE, "--rgb_checkpoint"]
+    flags = ["--dataset_path", data, "--classes", "bagel"]
+    keep = ["--method_name", "DINO", "--save_detector", tmp_path / "detectors", "--random_state", 0]
+    fitted = run_into(tmp_path / "fitted", *flags, *keep, *backbone, tmp_path / "first.pth")
+    flags += ["--load_detector", tmp_path / "detectors", "--rgb_checkpoint"]
+    loaded = run_into(tmp_path / "loaded", *flags, tmp_path / "second.safetensors")
+    assert loaded.entry["samples"] == fitted.entry["samples"]
+
+    next(iter(weights.values())).add_(1e-3)
+    torch.save(weights, tmp_path / "first.pth")
+    message = refusal(capsys, *flags, tmp_path / "first.pth")
+    assert f"{tmp_path}/detectors/bagel was fitted with other weights of {TINY_VIT} (SHA-256 " in message
+    assert (
+        "give the file it was fitted with as --rgb_checkpoint or in --checkpoint_dir, or save the detector" in message
+    )
+    message = refusal(capsys, *flags[:-1])
+    assert f"no checkpoint {TINY_VIT}.safetensors" in message
+
+
+def test_a_damaged_detector_names_its_class(capsys: pytest.CaptureFixture[str], data: Path, detectors: Path) -> None:
+    path = detectors / "cookie/state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors, "--classes", "cookie")
+    assert f"{path} is truncated" in message
+
+
+def test_a_folder_that_would_be_overwritten_is_refused_before_the_work(
+    capsys: pytest.CaptureFixture[str], base: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main, "build_extractor", lambda *_, **__: pytest.fail("work begun"))
+    (tmp_path / "mine/bagel").mkdir(parents=True)
+    (tmp_path / "mine/bagel/photo.png").write_text("mine")
+    message = refusal(capsys, *base, "--method_name", "DINO", "--save_detector", tmp_path / "mine")
+    assert f"{tmp_path}/mine/bagel is no detector but holds photo.png" in message
+    assert (tmp_path / "mine/bagel/photo.png").read_text() == "mine"
+
+
+# The command line
+
+
+def test_given_flags_are_those_of_the_command_line() -> None:
+    assert given_flags([]) == frozenset()
+    line = ["--method_name", "DINO", "--f_coreset", "0.1", "--use_uff", "--save_preds"]
+    assert given_flags(line) == {"method_name", "f_coreset", "use_uff", "save_preds"}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_applied_flags_give_the_configuration_again(protocol: str) -> None:
+    line = [
+        "--method_name",
+        "DINO+Point_MAE",
+        "--asy_memory_bank",
+        "3",
+        "--rgb_s_lambda",
+        "2",
+        "--fusion_smap_lambda",
+        "3",
+    ]
+    args = parse_args([*line, "--protocol", protocol])
+    (config,) = detector_configs(args).values()
+    flags = applied_flags(config)
+    assert flags.keys() <= vars(args).keys()
+    again = parse_args([])
+    vars(again).update(flags | {"method_name": [flags["method_name"]]})
+    assert detector_configs(again) == {"DINO+Point_MAE": config}
+
+
+def test_a_protocol_without_a_name_is_called_custom() -> None:
+    mixed = DetectorConfig(protocol=PROTOCOLS["reference"]._replace(float_blur=True))
+    assert applied_flags(mixed)["protocol"] == "custom"

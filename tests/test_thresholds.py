@@ -1,0 +1,131 @@
+"""Thresholds: ranks and quantiles by hand, the normalised score, and what good parts they come from."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+
+from feature_extractors.thresholds import Thresholds, calibrate
+from utils.errors import InputError
+
+
+def of_scores(scores: list[float], target_fpr: float) -> Thresholds:
+    return calibrate(scores, [np.zeros((2, 2), np.float32)] * len(scores), target_fpr, "validation")
+
+
+NINE = [5.0, 1, 9, 2, 8, 3, 7, 4, 6]  # 1 … 9, in no order
+
+
+@pytest.mark.parametrize(
+    ("target_fpr", "image"),
+    [
+        (0.1, 9),  # rank 0.9 * 10
+        (0.15, 9),  # rank 8.5, rounded up
+        (0.2, 8),
+        (0.5, 5),
+        (0.7, 3),  # (1 - 0.7) * 10 is 3.0000000000000004 in floating point
+        (0.9, 1),
+        (0.999, 1),
+    ],
+)
+def test_the_image_threshold_is_a_rank_of_the_good_scores(target_fpr: float, image: float) -> None:
+    thresholds = of_scores(NINE, target_fpr)
+    assert thresholds.image == image
+    assert (thresholds.target_fpr, thresholds.source, thresholds.parts, thresholds.typical) == (
+        target_fpr,
+        "validation",
+        9,
+        5,
+    )
+
+
+def test_no_rank_suffers_from_rounding() -> None:
+    """Every rate k / (n + 1) leaves exactly k of n + 1 ranks above."""
+    for parts in range(1, 130):
+        for k in range(1, parts + 1):
+            assert of_scores(list(range(1, parts + 1)), k / (parts + 1)).image == parts + 1 - k
+
+
+def test_too_few_parts_give_the_largest_score_and_say_what_they_allow(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert of_scores(NINE, 0.09).image == 9
+    assert "0.09 needs 11 good parts, but there are 9, which allow 0.1" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        of_scores(NINE, 0.1)
+        of_scores(list(range(99)), 0.01)
+    assert caplog.text == ""
+
+
+def test_a_new_good_part_is_above_as_often_as_asked_for() -> None:
+    """What split conformal prediction promises, over many draws of 19 calibration parts and a new one."""
+    rng = np.random.default_rng(0)
+    above = [rng.exponential() > of_scores(rng.exponential(size=19).tolist(), 0.1).image for _ in range(4000)]
+    assert np.mean(above) == pytest.approx(0.1, abs=0.015)
+
+
+def test_ties_count_as_good() -> None:
+    thresholds = of_scores([2.0, 2, 2, 2, 1], 1 / 6)
+    assert thresholds.image == 2
+    assert not thresholds.image > 2.0
+
+
+@pytest.mark.parametrize(("target_fpr", "pixel"), [(0.5, 4), (0.25, 6), (0.3, 6), (0.01, 8), (0.99, 1)])
+def test_the_pixel_threshold_is_a_quantile_of_all_good_pixels(target_fpr: float, pixel: float) -> None:
+    maps = [np.array([[8, 2], [3, 1]], np.float32), np.array([[7, 4], [5, 6]], np.float32)]
+    before = [each.copy() for each in maps]
+    thresholds = calibrate([1.0, 2], maps, target_fpr, "training")
+    assert thresholds.pixel == pixel
+    assert np.mean(np.stack(maps) > pixel) <= target_fpr
+    assert all((each == old).all() for each, old in zip(maps, before, strict=True))
+
+
+@pytest.mark.parametrize("target_fpr", [0, 1, -0.1, 1.5, math.nan])
+def test_a_rate_that_is_none_is_refused(target_fpr: float) -> None:
+    with pytest.raises(InputError, match=r"target_fpr is .*, expected a rate between 0 and 1"):
+        of_scores(NINE, target_fpr)
+
+
+def test_scores_and_maps_that_do_not_fit_are_refused() -> None:
+    plane = np.zeros((2, 2), np.float32)
+    for scores, maps in (([], []), ([1.0], [plane, plane])):
+        with pytest.raises(ValueError, match="expected one of each"):
+            calibrate(scores, maps, 0.1, "training")
+    for scores, maps in (([math.nan], [plane]), ([1.0], [plane + np.inf])):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            calibrate(scores, maps, 0.1, "training")
+
+
+# The normalised score
+
+
+def thresholds_at(image: float, typical: float) -> Thresholds:
+    return Thresholds(image, 0.5, 0.01, "validation", 10, typical)
+
+
+@pytest.mark.parametrize(("image", "typical"), [(3.0, 1.0), (-1.0, -4.0), (2e-7, 1e-7), (1e9, -1e9)])
+def test_normalize_is_a_logistic_curve_through_two_points(image: float, typical: float) -> None:
+    thresholds = thresholds_at(image, typical)
+    assert thresholds.normalize(image) == 0.5
+    assert thresholds.normalize(typical) == pytest.approx(0.05)
+    assert thresholds.normalize(2 * image - typical) == pytest.approx(0.95)
+    # by hand: half way from the typical score to the threshold the odds are the root of 1 / 19
+    assert thresholds.normalize((image + typical) / 2) == pytest.approx(1 / (1 + math.sqrt(19)))
+
+
+@pytest.mark.parametrize(("image", "typical"), [(3.0, 1.0), (3.0, 3.0), (0.0, 0.0), (1.0, 3.0), (1 + 2**-52, 1.0)])
+def test_normalize_never_falls_and_never_leaves_its_range(image: float, typical: float) -> None:
+    scores = [-1e308, *np.linspace(-10, 10, 401).tolist(), 1e308]
+    values = [thresholds_at(image, typical).normalize(score) for score in scores]
+    assert all(0 <= value <= 1 for value in values)
+    assert values == sorted(values)
+    assert (values[0], values[-1]) == (0, 1)
+    decisions = [value > 0.5 for value, score in zip(values, scores, strict=True) if score != image]
+    assert decisions == [score > image for score in scores if score != image]
+
+
+def test_constant_scores_leave_a_step() -> None:
+    thresholds = of_scores([2.0] * 9, 0.1)
+    assert (thresholds.image, thresholds.typical) == (2, 2)
+    assert [thresholds.normalize(score) for score in (1.999, 2.0, 2.001)] == [0, 0.5, 1]
