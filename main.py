@@ -324,7 +324,8 @@ def evaluate_classes(
             methods[method][name] = entry
             label = name if len(configs) == 1 else f"{name}, {method}"
             print(result_line(label, entry, exact), flush=True)
-            record = results_record(sys.argv, flags | applied_flags(configs[method]), methods[method])
+            applied = applied_flags(configs[method]) | {"precision": extractor.precision}
+            record = results_record(sys.argv, flags | applied, methods[method])
             write_results(method_folder(settings.output_dir, configs, method), record)
     append_tables(settings.output_dir, methods, sys.argv, exact, note)
     print(f"\n{format_tables(methods, exact, note)}\n\nwritten to {settings.output_dir}/")

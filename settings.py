@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         default="fp32",
         choices=PRECISIONS,
-        help="of the networks; all else is fp32 or better. auto: bf16 where the device is faster in it",
+        help="of the networks; the rest is right to fp32 or better. auto: bf16 where the device is faster in it",
     )
     add(
         "--memory_budget",

@@ -88,11 +88,13 @@ class GroupEncoder(nn.Module):
     def _first_layer(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Weight (128, 3) and bias (128,) float64 of the first layer with its batch norm."""
         weight, bias = _linear(self.first_conv[0])
+        if self.point_norm == "running":
+            return _fold(self.first_conv[1], weight, bias, *_running_statistics(self.first_conv[1]))
         points = groups.flatten(0, 1).double()
         mean = points.mean(dim=0)
         points -= mean
         covariance = points.T @ points / len(points)
-        return self._fold(self.first_conv[1], weight, bias, weight @ mean + bias, _variance(weight, covariance))
+        return _fold(self.first_conv[1], weight, bias, weight @ mean + bias, _variance(weight, covariance))
 
     def _mixing_layer(self, hidden: Sequence[Tensor], maximum: Tensor) -> tuple[Tensor, Tensor]:
         """What the 512-wide layer and its batch norm add up: from the hidden points, and once a group.
@@ -109,6 +111,8 @@ class GroupEncoder(nn.Module):
         inner_weight, inner_bias = _linear(self.first_conv[3])
         on_hidden = on_local @ inner_weight  # (512, 128)
         per_group = maximum.double() @ on_maximum.T + (on_local @ inner_bias + bias)  # (G, 512)
+        if self.point_norm == "running":
+            return _fold(self.second_conv[1], on_hidden, per_group, *_running_statistics(self.second_conv[1]))
         # Of the sum x W^T + g over all points of all groups: the variances of both and twice their covariance.
         group_means = torch.cat([block.mean(dim=1, dtype=torch.float32) for block in hidden]).double()  # (G, 128)
         mean = group_means.mean(dim=0)
@@ -124,20 +128,23 @@ class GroupEncoder(nn.Module):
             + 2 * (on_hidden * between).sum(dim=1)
             + (per_group - offset).square().mean(dim=0)
         )
-        return self._fold(self.second_conv[1], on_hidden, per_group, on_hidden @ mean + offset, variance)
+        return _fold(self.second_conv[1], on_hidden, per_group, on_hidden @ mean + offset, variance)
 
-    def _fold(
-        self, norm: nn.Module, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Weight (C, D) and bias (..., C) of a linear layer followed by batch norm, whose own statistics are given."""
-        assert isinstance(norm, nn.BatchNorm1d)
-        if self.point_norm == "running":
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            mean, variance = norm.running_mean, norm.running_var
-        # A variance summed up from products in bf16 may come out below zero where it is small.
-        scale = norm.weight / torch.sqrt(variance.double().clamp_min(0) + norm.eps)
-        return scale[:, None] * weight, scale * (bias - mean) + norm.bias
+
+def _fold(norm: nn.Module, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (C, D) and bias (..., C) of a linear layer followed by batch norm with this mean and variance."""
+    assert isinstance(norm, nn.BatchNorm1d)
+    # A variance summed up from products in bf16 may come out below zero where it is small.
+    scale = norm.weight / torch.sqrt(variance.double().clamp_min(0) + norm.eps)
+    return scale[:, None] * weight, scale * (bias - mean) + norm.bias
+
+
+def _running_statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C,) that the checkpoint brought along."""
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return norm.running_mean, norm.running_var
 
 
 def _product_dtype(tensor: Tensor) -> torch.dtype:
