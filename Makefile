@@ -64,6 +64,7 @@ demo: setup
 		--use_uff --fusion_module_path $(DEMO)/uff/checkpoint-2.pth --save_preds $(FULL) --output_dir $(DEMO)/compared
 	@echo
 	@echo "the parts:            $(DEMO)/parts/preview.png"
+	@echo "the report:           $(DEMO)/compared/$(FULL)/report.html"
 	@echo "pictures of results:  $(DEMO)/compared/$(FULL)/pred_maps/<class>/<defect>/<stem>.png"
 	@echo "tables, all figures:  $(DEMO)/compared/*.md, $(DEMO)/compared/<method>/results.json"
 

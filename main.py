@@ -9,10 +9,10 @@
     python main.py --load_detector detectors
     python main.py --list_backbones
 
-Writes image_rocauc_results.md, pixel_rocauc_results.md, aupro_results.md and results.json to --output_dir, with
---save_preds also anomaly_maps/ and pred_maps/. Several methods share the features, which are extracted once; each then
-has a row in the tables and a folder of its own, <output_dir>/<method>, for the rest. --save_detector keeps the fitted
-detectors; --load_detector evaluates them again.
+Writes image_rocauc_results.md, pixel_rocauc_results.md, aupro_results.md, results.json and report.html to --output_dir,
+with --save_preds also anomaly_maps/ and pred_maps/. Several methods share the features, which are extracted once; each
+then has a row in the tables and a folder of its own, <output_dir>/<method>, for the rest. --save_detector keeps the
+fitted detectors; --load_detector evaluates them again.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dataset import (
@@ -66,7 +67,11 @@ from settings import (
 from utils.errors import InputError, exit_on_input_error
 from utils.feature_store import write_features
 from utils.files import make_folder
+from utils.html_report.class_report import ClassReport, report_class
+from utils.html_report.gallery import ReadArray
+from utils.html_report.report_page import write_report
 from utils.memory import peak_memory_mb
+from utils.organized_pc import read_organized_pc
 from utils.records import PatchFeatures, Sample
 from utils.report import append_tables, format_tables, print_columns, result_line, results_record, write_results
 from utils.visualization import FUSED, color_scale, save_anomaly_map, save_prediction_figure
@@ -92,10 +97,9 @@ def index_classes(settings: RunSettings, config: DetectorConfig, fits: bool) -> 
         validates = fits and (folder / "validation" / "good").is_dir()
         validation = index_split(folder, "validation", modalities) if validates else []
         indexed[name] = SplitFiles(train, validation, index_split(folder, "test", modalities))
-    shown = modalities | ({"rgb"} if settings.save_preds else frozenset())
     for train, validation, test in indexed.values():
         check_files(train + validation, modalities)
-        check_files(test, shown)
+        check_files(test, shown_modalities(settings, config))
     return indexed
 
 
@@ -106,8 +110,8 @@ def run_class(
     configs: Mapping[str, DetectorConfig],
     extractor: PatchExtractor,
     saved: Mapping[str, SavedDetector] | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Fit one class, or load its `saved` detectors, and evaluate it; returns its entry of results.json per method."""
+) -> dict[str, ClassReport]:
+    """Fit one class, or load its `saved` detectors, and evaluate it; returns per method what its report keeps of it."""
     if saved:
         detectors = restore_detectors(saved, extractor)
         stopwatches = {method: Stopwatch() for method in detectors}
@@ -115,15 +119,37 @@ def run_class(
         detectors, stopwatches = fit_class(name, files, settings, configs, extractor)
     test = AnomalyDataset(files.test, extractor.config.method.modalities, extractor.config.img_size)
     evaluations = evaluate(detectors, load_samples(test, settings.num_workers), len(test), stopwatches)
-    entries = {}
+    reports = {}
     for method, evaluation in evaluations.items():
         if method in settings.save_preds:
             save_predictions(name, files.test, evaluation.results, method_folder(settings.output_dir, configs, method))
-        entries[method] = class_entry(detectors[method], evaluation) | {
+        entry = class_entry(detectors[method], evaluation) | {
             "seconds": stopwatches[method].seconds,
             "peak_memory_mb": peak_memory_mb(settings.device),
         }
-    return entries
+        readers = part_readers(files.test, settings, extractor.config)
+        reports[method] = report_class(name, entry, evaluation.results, *readers, limit=settings.report_parts)
+    return reports
+
+
+def part_readers(
+    files: list[SampleFiles], settings: RunSettings, config: DetectorConfig
+) -> tuple[ReadArray, ReadArray]:
+    """What reads photo and scan of a test part by its number, of those kinds of files that the run has checked."""
+
+    def photo(number: int) -> NDArray | None:
+        return read_photo(files[number]) if "rgb" in shown_modalities(settings, config) else None
+
+    def cloud(number: int) -> NDArray | None:
+        path = files[number].xyz
+        return read_organized_pc(path) if path is not None and "xyz" in config.method.modalities else None
+
+    return photo, cloud
+
+
+def shown_modalities(settings: RunSettings, config: DetectorConfig) -> frozenset[str]:
+    """The kinds of test files that are read: those of the method, and photos to put under its predictions."""
+    return config.method.modalities | ({"rgb"} if settings.save_preds else frozenset())
 
 
 def fit_class(
@@ -313,20 +339,24 @@ def evaluate_classes(
     note, exact = table_note(extractor.config), extractor.config.protocol.exact_au_pro
     logger.info(note)
     flags = vars(args) | (dict.fromkeys(FITTING_FLAGS) if saved else {})
-    methods: dict[str, dict[str, dict[str, Any]]] = {method: {} for method in configs}
+    methods: dict[str, dict[str, Mapping[str, Any]]] = {method: {} for method in configs}
+    reports: dict[str, list[ClassReport]] = {method: [] for method in configs}
     for name, files in indexed.items():
         logger.info("%s: %d training, %d validation and %d test samples", name, *map(len, files))
         try:
-            entries = run_class(name, files, settings, configs, extractor, saved.get(name))
+            of_class = run_class(name, files, settings, configs, extractor, saved.get(name))
         except InputError as error:
             raise InputError(f"{name}: {error}") from None  # a sample's path begins below its class
-        for method, entry in entries.items():
-            methods[method][name] = entry
+        for method, report in of_class.items():
+            entry = methods[method][name] = report.entry
+            reports[method].append(report)
             label = name if len(configs) == 1 else f"{name}, {method}"
             print(result_line(label, entry, exact), flush=True)
             applied = applied_flags(configs[method]) | {"precision": extractor.precision}
             record = results_record(sys.argv, flags | applied, methods[method])
-            write_results(method_folder(settings.output_dir, configs, method), record)
+            folder = method_folder(settings.output_dir, configs, method)
+            write_results(folder, record)
+            write_report(folder, record, reports[method], table_note(configs[method]))
     append_tables(settings.output_dir, methods, sys.argv, exact, note)
     print(f"\n{format_tables(methods, exact, note)}\n\nwritten to {settings.output_dir}/")
 

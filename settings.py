@@ -48,6 +48,7 @@ class RunSettings:
     feature_dtype: torch.dtype
     uff_pairing: str
     save_preds: tuple[str, ...]  # the methods whose predictions are saved
+    report_parts: int  # shown in report.html of each class
     max_sample: int
     num_workers: int
     device: torch.device
@@ -62,6 +63,8 @@ class RunSettings:
             raise InputError(f"memory_budget is {self.memory_budget}, expected a number of GB above 0")
         if self.max_sample < 1:
             raise InputError(f"max_sample is {self.max_sample}, expected at least 1")
+        if self.report_parts < 0:
+            raise InputError(f"report_parts is {self.report_parts}, expected 0 (no pictures in report.html) or more")
         if self.num_workers < 0:
             raise InputError(f"num_workers is {self.num_workers}, expected 0 or more")
         check_target_fpr(self.target_fpr)
@@ -131,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         help="also write the anomaly maps and a picture of each prediction; of these methods, or of all that run",
     )
+    add("--report_parts", type=int, default=24, metavar="N", help="parts of each class that report.html shows, or 0")
     add(
         "--save_detector",
         type=Path,
@@ -289,6 +293,7 @@ def run_settings(args: argparse.Namespace, config: DetectorConfig, methods: Sequ
         feature_dtype=STORAGE_DTYPES[args.feature_dtype],
         uff_pairing=args.uff_pairing,
         save_preds=() if args.save_preds is None else tuple(args.save_preds or methods),
+        report_parts=args.report_parts,
         max_sample=args.max_sample,
         num_workers=args.num_workers,
         device=device,

@@ -1,23 +1,36 @@
-"""What a run leaves to read: the markdown tables, the same tables as text, and results.json."""
+"""What a run leaves to read: the markdown tables, the same tables as text, and results.json.
 
+As a script it puts two runs side by side:
+
+    python -m utils.report A/results.json B/results.json --output compare.html
+"""
+
+import argparse
 import json
 import platform
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import numpy as np
 
+from utils.comparison import compare, format_comparison
+from utils.errors import InputError, exit_on_input_error
 from utils.files import atomic_path
+from utils.html_report.comparison_page import write_comparison
 from utils.metrics import EXACT_LIMITS, REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_over_classes
+from utils.text_tables import UNDEFINED, aligned, number, one_line
 
 SCHEMA = 1
 DISTRIBUTIONS = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "open3d", "pillow")
-UNDEFINED = "n/a"
 UNDEFINED_NOTE = f"{UNDEFINED}: undefined for want of defective or of good data; left out of the mean."
 
 Classes = Mapping[str, Mapping[str, Any]]  # {class: metrics of utils.metrics.evaluate}
@@ -67,7 +80,7 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 def format_tables(methods: Methods, exact_headline: bool, note: str | None = None) -> str:
     """The tables of `append_tables` as aligned text for the terminal: I-AUROC, P-AUROC, AU-PRO."""
     return "\n\n".join(
-        "\n".join([table.title, *_aligned(table.rows), *table.remarks])
+        "\n".join([table.title, *aligned(table.rows), *table.remarks])
         for table in _tables(methods, exact_headline, note)
     )
 
@@ -76,8 +89,8 @@ def result_line(class_name: str, metrics: Mapping[str, Any], exact_headline: boo
     """One class on one line, three decimals, AU-PRO with the word which of the two curves it is from."""
     label, headline = _au_pro_rows([metrics], exact_headline)[0]
     return (
-        f"{class_name}: I-AUROC {_number(metrics['image_rocauc'])}, P-AUROC {_number(metrics['pixel_rocauc'])}, "
-        f"AU-PRO {_number(headline[0])} ({label})"
+        f"{class_name}: I-AUROC {number(metrics['image_rocauc'])}, P-AUROC {number(metrics['pixel_rocauc'])}, "
+        f"AU-PRO {number(headline[0])} ({label})"
     )
 
 
@@ -122,7 +135,7 @@ def _tables(methods: Methods, exact_headline: bool, note: str | None) -> list[_T
     columns = {method: [*classes.values(), mean_over_classes(classes)] for method, classes in methods.items()}
 
     def cells(label: str, values: Sequence[float | None]) -> list[str]:
-        return [_one_line(label), *map(_number, values)]
+        return [one_line(label), *map(number, values)]
 
     def plain_rows(key: str) -> list[list[str]]:
         return [cells(method, [metrics[key] for metrics in of_method]) for method, of_method in columns.items()]
@@ -140,10 +153,10 @@ def _tables(methods: Methods, exact_headline: bool, note: str | None) -> list[_T
         ("pixel_rocauc_results.md", "P-AUROC", plain_rows("pixel_rocauc")),
         ("aupro_results.md", "AU-PRO", area_rows),
     ):
-        remarks = [_one_line(note)] if note else []
+        remarks = [one_line(note)] if note else []
         if any(UNDEFINED in row[1:] for row in rows):
             remarks.append(UNDEFINED_NOTE)
-        tables.append(_Table(file_name, title, [[_one_line(name) for name in header], *rows], remarks))
+        tables.append(_Table(file_name, title, [[one_line(name) for name in header], *rows], remarks))
     return tables
 
 
@@ -159,17 +172,9 @@ def _au_pro_rows(columns: Sequence[Mapping[str, Any]], exact_headline: bool) -> 
     return [exact[0], published, *exact[1:]] if exact_headline else [published, *exact]
 
 
-def _number(value: float | None) -> str:
-    return UNDEFINED if value is None else f"{value:.3f}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def _escape(text: str) -> str:
     """One line of Markdown in which nothing ends a table cell or opens code, emphasis or a tag."""
-    return re.sub(r"([\\|`*<])", r"\\\1", _one_line(text))
+    return re.sub(r"([\\|`*<])", r"\\\1", one_line(text))
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -182,11 +187,6 @@ def _fenced(code: str) -> list[str]:
     return [f"{fence}text", code, fence]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-
-
 def _plain(value: object) -> object:
     """What json asks for a value it does not know."""
     if isinstance(value, np.generic | np.ndarray):
@@ -194,3 +194,26 @@ def _plain(value: object) -> object:
     if isinstance(value, PurePath):
         return str(value)
     raise TypeError(f"results.json cannot hold a {type(value).__name__}: {value!r}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Compare two runs class by class.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("a", type=Path, metavar="A/results.json", help="the run that B is measured against")
+    parser.add_argument("b", type=Path, metavar="B/results.json", help="another run")
+    parser.add_argument("--output", type=Path, default=Path("compare.html"), help="the comparison as a page")
+    args = parser.parse_args()
+    with exit_on_input_error():
+        comparison = compare(args.a, args.b, SCHEMA)
+        try:
+            write_comparison(args.output, comparison)
+        except OSError as error:
+            raise InputError(f"{args.output} cannot be written ({error.strerror}): choose another --output") from None
+        print(f"{format_comparison(comparison)}\n\nwritten to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

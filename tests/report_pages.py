@@ -1,0 +1,181 @@
+"""Made-up evaluations for the tests of the report: discs seen from above, some with a dent."""
+
+import json
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.html_report.class_report import ClassReport, report_class
+from utils.html_report.report_page import report_page
+from utils.metrics import evaluate
+from utils.records import Prediction
+from utils.report import results_record
+
+SIDE = 64
+COMMAND = ["main.py", "--method_name", "DINO+Point_MAE"]
+ARGS = {"method_name": "DINO+Point_MAE", "dataset_type": "mvtec3d", "dataset_path": "parts", "protocol": "reference"}
+NOTE = "Backbones: rgb efficientnet_lite0, xyz FPFH. Protocol: reference."
+
+
+class MadeUpPart(NamedTuple):
+    """As feature_extractors.pipeline.SampleResult."""
+
+    path: str
+    label: int
+    mask: Tensor
+    prediction: Prediction
+
+
+def made_up_part(path: str, score: float, side: int = SIDE, banks: Sequence[str] = ("xyz", "rgb")) -> MadeUpPart:
+    """A part whose defect is found as well as its score is high; whatever is not in a folder good has one."""
+    label = int("/good/" not in path)
+    rng = np.random.default_rng(abs(hash_of(path)))
+    row, column = np.mgrid[:side, :side] / side
+    middle = rng.uniform(0.35, 0.65, 2)
+    dent = np.exp(-((row - middle[0]) ** 2 + (column - middle[1]) ** 2) / 0.008)
+    mask = torch.from_numpy((label * dent > 0.4).astype(np.uint8))
+    maps = [torch.from_numpy((dent * score + 0.1 * rng.random((side, side))).astype(np.float32)) for _ in banks]
+    fused = torch.stack(maps).sum(dim=0)
+    return MadeUpPart(
+        path,
+        label,
+        mask,
+        Prediction(score, fused, dict.fromkeys(banks, score / 2), dict(zip(banks, maps, strict=True))),
+    )
+
+
+def hash_of(text: str) -> int:
+    return sum(ord(letter) * (i + 1) for i, letter in enumerate(text))
+
+
+def made_up_parts(count: int = 12, **changed: Any) -> list[MadeUpPart]:
+    """Half of them good; scores overlap, so that the threshold of 0.5 misses some and alarms at others."""
+    rng = np.random.default_rng(count)
+    parts = []
+    for i in range(count):
+        defect = ("good", "hole", "good", "stain & dent")[i % 4]
+        score = float(np.clip(rng.normal(0.35 if defect == "good" else 0.65, 0.16), 0, 1.2))
+        parts.append(made_up_part(f"test/{defect}/{i:03d}", score, **changed))
+    return parts
+
+
+def made_up_photo(number: int, side: int = 2 * SIDE) -> np.ndarray:
+    """(side, side, 3) uint8: a brown disc on black, with shading."""
+    row, column = np.mgrid[:side, :side] / side - 0.5
+    inside = np.hypot(row, column) < 0.42
+    shade = 0.75 + 0.25 * np.sin(24 * column + number) * np.cos(22 * row)
+    return (inside[..., None] * shade[..., None] * np.array([206, 152, 92])).astype(np.uint8)
+
+
+def made_up_cloud(number: int, side: int = 2 * SIDE) -> np.ndarray:
+    """(side, side, 3) float32, metres: a dome of 84 mm, half a metre away, no background."""
+    row, column = np.mgrid[:side, :side] / side - 0.5
+    inside = np.hypot(row, column) < 0.42
+    height = 0.02 * np.sqrt(np.clip(1 - (np.hypot(row, column) / 0.45) ** 2, 0, 1))
+    dent = 0.008 * np.exp(-((row - 0.1) ** 2 + column**2) / 0.004) * (number % 2)
+    xyz = np.stack([0.1 * column, 0.1 * row, 0.5 - height + dent], axis=-1)
+    xyz[np.abs(xyz) < 1e-7] = 1e-7
+    return (xyz * inside[..., None]).astype(np.float32)
+
+
+def entry_of(parts: Sequence[MadeUpPart], threshold: float | None = 0.5, **changed: Any) -> dict[str, Any]:
+    """A class's entry of results.json; threshold None: not calibrated."""
+    entry = evaluate(
+        [part.label for part in parts],
+        [part.prediction.score for part in parts],
+        [part.mask.numpy() for part in parts],
+        [part.prediction.anomaly_map.numpy() for part in parts],
+    )
+    entry |= {
+        "samples": [{"path": part.path, "label": part.label, "score": part.prediction.score} for part in parts],
+        "seconds": {"extract": 20.5, "coreset": 4.0, "fuse": 2.5, "score": 6.0, "metrics": 1.0},
+        "peak_memory_mb": 2304.0,
+        "f1": 0.8,
+        "f1_threshold": 0.45,
+        "precision": 0.7,
+        "recall": 0.9,
+        "false_alarm_rate": 0.1,
+        "latency": {"p50": 0.05, "p95": 0.07, "p99": 0.11},
+    }
+    if threshold is not None:
+        entry["threshold"] = {"image": threshold, "pixel": 1, "target_fpr": 0.01, "source": "validation", "parts": 22}
+    else:
+        entry |= {"threshold": None, "precision": None, "recall": None, "false_alarm_rate": None}
+    return entry | changed
+
+
+def made_up_class(
+    name: str = "gasket",
+    parts: Sequence[MadeUpPart] | None = None,
+    limit: int = 24,
+    photo: bool = True,
+    cloud: bool = True,
+    **changed: Any,
+) -> ClassReport:
+    parts = made_up_parts() if parts is None else parts
+    return report_class(
+        name,
+        entry_of(parts, **changed),
+        parts,
+        lambda i: made_up_photo(i) if photo else None,
+        lambda i: made_up_cloud(i) if cloud else None,
+        limit,
+    )
+
+
+def made_up_page(
+    *classes: ClassReport,
+    args: dict[str, Any] | None = None,
+    note: str | None = NOTE,
+    command: Sequence[str] = COMMAND,
+) -> str:
+    record = results_record(command, ARGS | (args or {}), {each.name: each.entry for each in classes})
+    return report_page(record, classes, note)
+
+
+class _Text(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self._within: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._within.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._within:
+            while self._within.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        if not {"script", "style"} & set(self._within):
+            self.text.append(data)
+
+
+class ReadPage(NamedTuple):
+    """What a browser would make of a page."""
+
+    text: str
+    tags: list[tuple[str, dict[str, str | None]]]
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def read_page(page: str) -> ReadPage:
+    parser = _Text()
+    parser.feed(page)
+    return ReadPage(" ".join(" ".join(parser.text).split()), parser.tags)
+
+
+def parts_of(page: str) -> list[dict[str, Any]]:
+    """The shown parts, as the page's script reads them."""
+    found = re.search(r'<script type="application/json" id="parts">(.*?)</script>', page, re.DOTALL)
+    return json.loads(found.group(1))["parts"] if found else []

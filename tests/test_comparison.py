@@ -1,0 +1,211 @@
+"""python -m utils.report A B: the difference of each metric, and what the runs do not share."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from report_pages import read_page
+
+from utils.comparison import compare, format_comparison, read_results, signed
+from utils.errors import InputError
+from utils.html_report.comparison_page import comparison_page
+from utils.report import SCHEMA, results_record, write_results
+
+ROOT = Path(__file__).resolve().parent.parent
+EVIL = "<script>alert(1)</script>"
+
+
+def metrics(value: float | None, **changed: object) -> dict:
+    exact = dict.fromkeys(("0.3", "0.1", "0.05", "0.01"), value)
+    return {**dict.fromkeys(("image_rocauc", "pixel_rocauc", "au_pro"), value), "au_pro_exact": exact, **changed}
+
+
+def write(folder: Path, classes: dict, args: dict | None = None, **changed: object) -> Path:
+    record = results_record(["main.py"], {"method_name": "DINO", **(args or {})}, classes)
+    write_results(folder, record | changed)
+    return folder / "results.json"
+
+
+@pytest.fixture(name="runs")
+def runs_fixture(tmp_path: Path) -> tuple[Path, Path]:
+    a = write(tmp_path / "A", {"bagel": metrics(0.9), "rope": metrics(0.8), "foam": metrics(0.1)}, {"f_coreset": 0.1})
+    b = write(
+        tmp_path / "B",
+        {"bagel": metrics(0.95), "rope": metrics(0.7, image_rocauc=0.8, au_pro=None), "tire": metrics(0.99)},
+        {"f_coreset": 0.2, "precision": "bf16"},
+        versions={"python": "3.11", "torch": "9.9"},
+    )
+    return a, b
+
+
+def call(folder: Path, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    """As a user starts it, with the checkout as the current folder."""
+    command = [sys.executable, "-m", "utils.report", *map(str, arguments), "--output", str(folder / "compare.html")]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def blocks_of(text: str) -> dict[str, list[list[str]]]:
+    """The tables of the text by their titles."""
+    blocks = {}
+    for block in text.split("\n\n"):
+        title, *lines = block.splitlines()
+        blocks[title] = [re.split(r" {2,}", line.strip()) for line in lines]
+    return blocks
+
+
+def test_differences_of_the_common_classes_and_their_mean(runs: tuple[Path, Path]) -> None:
+    tables = blocks_of(format_comparison(compare(*runs, SCHEMA)))
+    assert tables["P-AUROC"] == [
+        ["A", "B", "B - A"],
+        ["bagel", "0.900", "0.950", "+0.050"],
+        ["rope", "0.800", "0.700", "-0.100"],
+        ["Mean", "0.850", "0.825", "-0.025"],
+    ]
+    assert tables["I-AUROC"][2] == ["rope", "0.800", "0.800", "0.000"]
+    assert tables["AU-PRO, limit 0.3, 100 thresholds"][2:] == [
+        ["rope", "0.800", "n/a", "n/a"],
+        ["Mean of the 1 that both have", "0.900", "0.950", "+0.050"],
+    ]
+    assert "AU-PRO, limit 0.01, exact curve" in tables
+    assert not any("Precision" in title for title in tables)  # neither run has it
+
+
+def test_what_the_runs_do_not_share_is_said(runs: tuple[Path, Path]) -> None:
+    text = format_comparison(compare(*runs, SCHEMA))
+    assert "Only in A, and in no mean: foam." in text
+    assert "Only in B, and in no mean: tire." in text
+    assert "  f_coreset: 0.1 -> 0.2" in text
+    assert '  precision: not there -> "bf16"' in text
+    assert re.search(r'  torch: ".*" -> "9\.9"', text)
+    assert "method_name" not in text
+
+
+def test_equal_runs_differ_in_nothing(runs: tuple[Path, Path]) -> None:
+    comparison = compare(runs[0], runs[0], SCHEMA)
+    assert (comparison.only, comparison.args, comparison.versions) == (([], []), {}, {})
+    assert all(pair.difference == 0 for metric in comparison.metrics for pair in metric.classes.values())
+    assert "that differ:" not in format_comparison(comparison)
+
+
+def test_metrics_that_one_run_has(tmp_path: Path) -> None:
+    a = write(tmp_path / "A", {"bagel": metrics(0.9)})
+    b = write(tmp_path / "B", {"bagel": metrics(0.9, f1=0.7, false_alarm_rate=0.1)})
+    tables = blocks_of(format_comparison(compare(a, b, SCHEMA)))
+    assert tables["F1 at its best threshold"][1] == ["bagel", "n/a", "0.700", "n/a"]
+    assert tables["F1 at its best threshold"][2] == ["Mean of the 0 that both have", "n/a", "n/a", "n/a"]
+
+
+def test_no_class_in_common(tmp_path: Path) -> None:
+    a, b = (write(tmp_path / name, {name: metrics(0.9)}) for name in ("A", "B"))
+    comparison = compare(a, b, SCHEMA)
+    assert "no class in common" in format_comparison(comparison)
+    assert "no class in common" in read_page(comparison_page(comparison)).text
+
+
+@pytest.mark.parametrize(("value", "said"), [(0.0004, "0.000"), (-0.0004, "0.000"), (-0.0006, "-0.001"), (None, "n/a")])
+def test_signs(value: float | None, said: str) -> None:
+    assert signed(value) == said
+
+
+# The page
+
+
+def test_the_page_says_what_the_text_says(runs: tuple[Path, Path]) -> None:
+    comparison = compare(*runs, SCHEMA)
+    page = comparison_page(comparison)
+    text = read_page(page).text
+    for metric in comparison.metrics:
+        assert metric.title in text
+        for pair in metric.classes.values():
+            assert signed(pair.difference) in text
+    assert "Only in A, and in no mean: foam." in text
+    assert "f_coreset 0.1 0.2" in text
+    assert "script-src 'none'" in page
+
+
+def test_bars_have_the_sign_and_the_length_of_the_difference(runs: tuple[Path, Path]) -> None:
+    page = comparison_page(compare(*runs, SCHEMA))
+    section = re.search(r"<h2>P-AUROC</h2>.*?</section>", page, re.DOTALL).group()
+    assert re.findall(r'<i class="(\w+)" style="--share:([\d.]+)%">', section) == [
+        ("up", "50.0"),
+        ("down", "100.0"),
+        ("down", "25.0"),
+    ]
+
+
+def test_more_false_alarms_are_a_loss(tmp_path: Path) -> None:
+    a = write(tmp_path / "A", {"bagel": metrics(None, false_alarm_rate=0.1)})
+    b = write(tmp_path / "B", {"bagel": metrics(None, false_alarm_rate=0.2)})
+    page = comparison_page(compare(a, b, SCHEMA))
+    assert re.search(r'<td class="loss">\+0\.100<div class="delta"><i class="down"', page)
+
+
+def test_no_text_is_taken_for_markup(tmp_path: Path) -> None:
+    a = write(tmp_path / "A", {EVIL: metrics(0.9)}, {"method_name": EVIL, EVIL: 1})
+    b = write(tmp_path / "B", {EVIL: metrics(0.8), "</td>" + EVIL: metrics(0.1)})
+    page = comparison_page(compare(a, b, SCHEMA))
+    assert "<script" not in page
+    assert read_page(page).text.count(EVIL) > 8
+
+
+# The command
+
+
+def test_the_command_prints_and_renders(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    done = call(tmp_path, *runs)
+    assert done.returncode == 0, done.stderr
+    comparison = compare(*runs, SCHEMA)
+    assert done.stdout == f"{format_comparison(comparison)}\n\nwritten to {tmp_path / 'compare.html'}\n"
+    assert (tmp_path / "compare.html").read_text() == comparison_page(comparison)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "is not there"),
+        ("{", "is not JSON"),
+        ("[" * 100000, "is not JSON"),
+        ('{"schema": 1, "args": NaN}', "it holds NaN"),
+        ("[1]", "is no results.json"),
+        ('{"a": 1}', "is no results.json"),
+        ('{"schema": 2}', "has schema 2, expected 1"),
+        ('{"schema": 1, "args": {}, "versions": {}}', "it has no classes"),
+        (
+            '{"schema": 1, "args": {}, "versions": {}, "classes": {"bagel": {"image_rocauc": "x"}}}',
+            "I-AUROC of bagel is 'x', expected a number",
+        ),
+    ],
+)
+def test_what_is_no_results_file_is_refused(tmp_path: Path, content: str | None, said: str) -> None:
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=re.escape(said)) as error:
+        read_results(path, SCHEMA)
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_a_folder_and_bytes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder"):
+        read_results(tmp_path, SCHEMA)
+    (tmp_path / "results.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="is not JSON"):
+        read_results(tmp_path / "results.json", SCHEMA)
+
+
+def test_the_command_ends_on_bad_input_in_one_sentence(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    done = call(tmp_path, runs[0], tmp_path / "none.json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("report.py: error: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "compare.html").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "compare.html").mkdir()
+    done = call(tmp_path, *runs)
+    assert done.returncode == 2
+    assert "choose another --output" in done.stderr

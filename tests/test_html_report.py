@@ -1,0 +1,366 @@
+"""report.html: what it says, that nothing in it is taken for markup, and that it is whole at any time."""
+
+import base64
+import gzip
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report_pages import (
+    COMMAND,
+    entry_of,
+    made_up_class,
+    made_up_page,
+    made_up_part,
+    made_up_parts,
+    parts_of,
+    read_page,
+)
+
+from utils.au_pro import area_to_limit, pro_curve
+from utils.html_report.charts import Axis, curve_chart, histogram
+from utils.html_report.class_report import CURVE_POINTS, PRO_LIMIT, decide, thin_curve
+from utils.html_report.gallery import CLOUD_POINTS, WRONG
+from utils.html_report.markup import ASSETS, asset, data_element, script_hash
+from utils.html_report.published import CLASSES
+from utils.html_report.report_page import write_report
+from utils.metrics import EXACT_LIMITS
+from utils.report import results_record
+
+PAPER = {
+    "method_name": "DINO+Point_MAE+Fusion", "use_uff": True, "protocol": "reference", "dataset_type": "mvtec3d",
+    "rgb_backbone_name": "vit_base_patch8_224_dino", "xyz_backbone_name": "Point_MAE", "point_norm": "cloud",
+    "img_size": 224, "group_size": 128, "num_group": 1024, "f_coreset": 0.1, "max_sample": 400, "ocsvm_nu": 0.5,
+    "asy_memory_bank": None, "rm_zero_for_project": False, "xyz_s_lambda": 1.0, "rgb_s_lambda": 0.1,
+    "fusion_s_lambda": 1.0, "xyz_smap_lambda": 1.0, "rgb_smap_lambda": 0.1, "fusion_smap_lambda": 1.0,
+}  # fmt: skip
+EVIL = "<script>alert(1)</script>\"'&Ω\u2028"
+
+
+def policy_of(page: str) -> str:
+    return next(dict(attrs)["content"] for tag, attrs in read_page(page).tags if "http-equiv" in attrs)
+
+
+def rows_of(page: str, table: str) -> dict[str, list[str]]:
+    """The cells of a table of the page as text, by the head of their row."""
+    body = re.search(rf'<table class="{table}">.*?<tbody>(.*?)</tbody>', page, re.DOTALL).group(1)
+    rows = {}
+    for row in re.findall(r"<tr.*?</tr>", body, re.DOTALL):
+        head, *cells = (read_page(cell).text for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL))
+        rows[head] = cells
+    return rows
+
+
+# What it says
+
+
+def test_the_header_says_what_ran() -> None:
+    text = read_page(made_up_page(made_up_class(limit=0))).text
+    for said in ("DINO+Point_MAE", "rgb efficientnet_lite0, xyz FPFH", "Protocol: reference", "mvtec3d", "parts"):
+        assert said in text
+    assert " ".join(COMMAND) in text
+    assert f"numpy {np.__version__}" in text
+
+
+def test_every_figure_of_every_class_and_the_mean() -> None:
+    one, other = made_up_class("gasket", limit=0), made_up_class("bracket", made_up_parts(20), limit=0, precision=0.5)
+    page = made_up_page(one, other)
+    rows = rows_of(page, "figures")
+    assert list(rows) == ["gasket", "bracket", "Mean"]
+    for each in (one, other):
+        wanted = [each.entry[key] for key in ("image_rocauc", "pixel_rocauc", "au_pro")]
+        wanted += [each.entry["au_pro_exact"][limit] for limit in EXACT_LIMITS]
+        wanted += [each.entry[key] for key in ("f1", "precision", "recall", "false_alarm_rate")]
+        assert rows[each.name] == [f"{value:.3f}" for value in wanted]
+    assert rows["Mean"][0] == f"{(one.entry['image_rocauc'] + other.entry['image_rocauc']) / 2:.3f}"
+    assert rows["Mean"][8] == "0.600"
+    head = read_page(re.search("<thead>.*?</thead>", page).group()).text
+    assert "AU-PRO 0.3 100 thresholds" in head
+    assert head.count("exact curve") == len(EXACT_LIMITS)
+
+
+def test_bars_are_as_long_as_their_figures() -> None:
+    page = made_up_page(made_up_class(limit=0, image_rocauc=0.25))
+    assert '<td style="--share:25.0%"><span class="bar">0.250</span></td>' in page
+
+
+def test_charts_and_counts_of_every_class() -> None:
+    each = made_up_class(limit=0)
+    page = made_up_page(each, made_up_class("bracket", limit=0))
+    read = read_page(page)
+    assert read.count("svg") == 6
+    assert all(attrs["role"] == "img" and attrs["aria-label"] for tag, attrs in read.tags if tag == "svg")
+    assert page.count('class="threshold"') == 2
+    assert sum(each.outcomes.values()) == each.total == 12
+    for name, plural in (("miss", "misses"), ("false alarm", "false alarms"), ("hit", "hits")):
+        count = each.outcomes[name]
+        assert f"{count} {name if count == 1 else plural}" in read.text
+
+
+def test_time_and_memory() -> None:
+    row = rows_of(made_up_page(made_up_class(limit=0)), "timing")["gasket"]
+    assert row == ["34.0 s", "20.5 s", "4.0 s", "2.5 s", "6.0 s", "1.0 s", "50 · 70 · 110 ms", "2.25 GiB"]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "said"),
+    [
+        (0.5, "Threshold 0.5: calibrated on 22 good parts of the validation split for a false-alarm rate of 0.01"),
+        (None, "Threshold 0.45: not calibrated, the one of the best F1 on these very parts"),
+    ],
+)
+def test_the_page_says_where_the_threshold_comes_from(threshold: float | None, said: str) -> None:
+    each = made_up_class(limit=0, threshold=threshold)
+    assert said in read_page(made_up_page(each)).text
+    assert each.decision is not None
+    assert each.decision.threshold == (0.45 if threshold is None else threshold)
+
+
+def test_calibrated_figures_without_a_threshold_are_undefined() -> None:
+    rows = rows_of(made_up_page(made_up_class(limit=0, threshold=None)), "figures")
+    assert rows["gasket"][-3:] == ["n/a"] * 3
+
+
+def test_undefined_metrics_are_said_to_be_so() -> None:
+    parts = [made_up_part(f"test/good/{i:03d}", 0.1 * i) for i in range(4)]
+    each = made_up_class("gasket", parts, threshold=None, f1=None, f1_threshold=None)
+    page = made_up_page(each)
+    text = read_page(page).text
+    assert set(rows_of(page, "figures")["gasket"]) == {"n/a"}
+    assert "n/a: it needs good and defective parts" in text
+    assert "left out of the mean" in text
+    assert each.decision is None
+    assert {part["outcome"] for part in parts_of(page)} == {"not judged"}
+
+
+def test_older_entries_without_thresholds_have_a_page() -> None:
+    parts = made_up_parts(6)
+    entry = entry_of(parts)
+    for key in ("f1", "f1_threshold", "threshold", "precision", "recall", "false_alarm_rate", "latency"):
+        del entry[key]
+    assert decide(entry) is None
+    page = made_up_page(made_up_class(limit=0)._replace(entry=entry, decision=None))
+    assert "Latency" not in page
+    assert rows_of(page, "figures")["gasket"][-1] == "n/a"
+
+
+# Published figures
+
+
+def test_published_figures_beside_the_papers_setting() -> None:
+    page = made_up_page(*(made_up_class(name, limit=0) for name in CLASSES), args=PAPER)
+    assert page.count("published 0.") == 3 * 11
+    assert rows_of(page, "figures")["tire"][0].endswith("published 0.850")
+    assert "CVPR 2023" in read_page(page).text
+
+
+@pytest.mark.parametrize(
+    ("changed", "classes"),
+    [({"rgb_backbone_name": "efficientnet_lite0"}, CLASSES), ({"protocol": "corrected"}, CLASSES), ({}, ("gasket",))],
+)
+def test_no_published_figure_beside_anything_else(changed: dict, classes: tuple[str, ...]) -> None:
+    page = made_up_page(*(made_up_class(name, limit=0) for name in classes), args=PAPER | changed)
+    assert "published" not in page.lower().split("</style>")[1]
+    assert "CVPR" not in page
+
+
+# Gallery
+
+
+def test_the_gallery_says_how_many_are_shown_and_offers_filters() -> None:
+    page = made_up_page(made_up_class("gasket", made_up_parts(30), limit=5), made_up_class("bracket", limit=4))
+    text = read_page(page).text
+    assert "Shown: 5 of 30 of gasket, 4 of 12 of bracket." in text
+    shown = parts_of(page)
+    assert sorted(part["class"] for part in shown) == ["bracket"] * 4 + ["gasket"] * 5
+    for name in ("class", "defect", "outcome"):
+        select = re.search(rf'<select data-filter="{name}">(.*?)</select>', page).group(1)
+        options = re.findall('value="(.*?)"', select)
+        assert options[0] == ""
+        assert {option.replace("&amp;", "&") for option in options[1:]} == {part[name] for part in shown}
+
+
+def test_wrong_parts_of_all_classes_come_first() -> None:
+    one, other = made_up_class("gasket", made_up_parts(30)), made_up_class("bracket", made_up_parts(20))
+    shown = [(part["class"], part["outcome"] in WRONG, part["path"]) for part in parts_of(made_up_page(one, other))]
+    assert [wrong for _, wrong, _ in shown] == sorted((wrong for _, wrong, _ in shown), reverse=True)
+    assert {name for name, wrong, _ in shown if wrong} == {"gasket", "bracket"}
+    for each in (one, other):  # within a class the order of its gallery stays
+        assert [path for name, _, path in shown if name == each.name] == [part["path"] for part in each.parts]
+
+
+def test_no_gallery_is_asked_for() -> None:
+    page = made_up_page(made_up_class(limit=0))
+    assert parts_of(page) == []
+    for absent in ("<select", "<dialog", "<script", 'id="plotly"'):
+        assert absent not in page
+    assert "script-src 'none'" in policy_of(page)
+
+
+@pytest.mark.parametrize("cloud", [True, False])
+def test_the_3d_script_is_there_where_there_is_a_cloud(cloud: bool) -> None:
+    page = made_up_page(made_up_class(limit=2, cloud=cloud))
+    assert ('id="plotly"' in page) is cloud
+    assert all((part["cloud"] is not None) is cloud for part in parts_of(page))
+
+
+def test_the_page_stays_small() -> None:
+    parts = made_up_parts(60, side=224)
+    page = made_up_page(made_up_class("gasket", parts, limit=24))
+    assert len(parts_of(page)) == 24
+    assert all(part["cloud"]["points"] <= CLOUD_POINTS for part in parts_of(page))
+    assert len(page.encode()) < 6e6
+    assert len(made_up_page(made_up_class("gasket", parts, limit=0))) < 1e5
+
+
+# Safety
+
+
+@pytest.mark.parametrize("where", ["class", "path", "command", "args", "note"])
+def test_no_text_is_taken_for_markup(where: str) -> None:
+    folder = EVIL.replace("/", "") if where == "path" else "hole"
+    parts = [made_up_part(f"test/{folder}/{i}", 0.2 * i) for i in range(3)]
+    parts += [made_up_part(f"test/good/{i}", 0.2 * i) for i in range(3)]
+    each = made_up_class(EVIL if where == "class" else "gasket", parts)
+    args = {"method_name": EVIL, "dataset_path": EVIL, "dataset_type": EVIL} if where == "args" else {}
+    command = ["main.py", EVIL] if where == "command" else COMMAND
+    page = made_up_page(each, args=args, note=EVIL if where == "note" else "note", command=command)
+    read, plain = read_page(page), read_page(made_up_page(made_up_class()))
+    assert "<script>alert" not in page
+    assert read.count("script") == plain.count("script")
+    assert {name for _, attrs in read.tags for name in attrs} == {name for _, attrs in plain.tags for name in attrs}
+    assert f"{folder if where == 'path' else '<script>alert(1)</script>'}"[:16] in read.text
+    assert {part["defect"] for part in parts_of(page)} == {folder, "good"}
+    assert {part["class"] for part in parts_of(page)} == {each.name}
+
+
+def test_bytes_that_are_no_text_are_written(tmp_path: Path) -> None:
+    each = made_up_class("caf\udce9", limit=1)
+    record = results_record(["main.py", "caf\udce9"], {}, {each.name: each.entry})
+    write_report(tmp_path, record, [each])
+    assert "caf\\udce9" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_data_cannot_end_its_element() -> None:
+    element = data_element("parts", {"a": "</script><!--<script>"})
+    assert element.count("<") == 2
+    assert re.search(r">(.*)<", element).group(1) == '{"a":"\\u003c/script>\\u003c!--\\u003cscript>"}'
+
+
+def test_only_the_pages_own_scripts_may_run() -> None:
+    page = made_up_page(made_up_class(limit=2))
+    policy = policy_of(page)
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe-eval" not in policy
+    script = re.search(r'<script type="module">(.*?)</script>', page, re.DOTALL).group(1)
+    packed = re.search(r'<script type="text/plain" id="plotly">(.*?)</script>', page).group(1)
+    library = gzip.decompress(base64.b64decode(packed)).decode()
+    allowed = re.search(r"script-src ([^;]*)", policy).group(1).split()
+    assert allowed == [script_hash(script), script_hash(library)]
+    assert "plotly.js v" in library[:300]
+    digest = base64.b64encode(hashlib.sha256(b"1").digest()).decode()
+    assert script_hash("1") == f"'sha256-{digest}'"
+
+
+def test_nothing_is_fetched() -> None:
+    page = made_up_page(made_up_class(limit=2))
+    head = page.split('<script type="text/plain"')[0]
+    assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?(?:https?:)?//""", head)
+    assert "@import" not in asset("page.css")
+
+
+def test_the_files_of_the_page_are_used() -> None:
+    """Every asset is part of a page, as it is."""
+    page = made_up_page(made_up_class(limit=2))
+    for path in ASSETS.iterdir():
+        if path.name != "page.html":
+            assert path.read_text() in page, path.name
+
+
+# Writing
+
+
+def test_a_report_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = made_up_class("gasket", limit=0), made_up_class("bracket", limit=0)
+    for classes in ([one], [one, other]):
+        record = results_record(COMMAND, {}, {each.name: each.entry for each in classes})
+        write_report(tmp_path / "results", record, classes)
+        assert [path.name for path in (tmp_path / "results").iterdir()] == ["report.html"]
+    before = (tmp_path / "results/report.html").read_text()
+    assert ">bracket<" in before
+
+    def fail(self: Path, *_: object, **__: object) -> None:
+        self.touch()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(tmp_path / "results", record, [one])
+    assert (tmp_path / "results/report.html").read_text() == before
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["report.html"]
+
+
+# Curves and charts
+
+
+def test_a_thinned_curve_is_the_curve() -> None:
+    rng = np.random.default_rng(0)
+    masks = np.zeros((3, 90, 90), dtype=np.uint8)
+    masks[:, 20:40, 30:50] = masks[:, 60:64, 60:64] = 1
+    maps = rng.random((3, 90, 90)) + 0.8 * masks
+    fprs, pros = pro_curve(masks, maps)
+    thin_fprs, thin_pros = thin_curve(fprs, pros)
+    assert 50 < len(thin_fprs) <= CURVE_POINTS
+    assert (thin_fprs[0], thin_fprs[-1]) == (0, PRO_LIMIT)
+    assert area_to_limit(thin_fprs, thin_pros, PRO_LIMIT) == pytest.approx(area_to_limit(fprs, pros), abs=2e-3)
+
+
+def path_points(svg: str, kind: str) -> np.ndarray:
+    return np.array(
+        [pair.split() for pair in re.search(rf'class="{kind}" d="M([^"Z]*)', svg).group(1).split("L")], float
+    )
+
+
+def test_a_curve_is_drawn_to_scale() -> None:
+    svg = curve_chart([0, 0.1, 0.2], [0, 0.5, 1], Axis(0, 0.2, (0, 0.1, 0.2), "x"), "y", "title <b>")
+    points = path_points(svg, "curve")
+    assert points[1] == pytest.approx((points[0] + points[2]) / 2, abs=0.06)
+    assert points[2, 0] > points[0, 0]
+    assert points[2, 1] < points[0, 1]
+    assert 'aria-label="title &lt;b&gt;"' in svg
+
+
+def test_bars_of_a_histogram_are_to_scale() -> None:
+    svg = histogram([0.0, 0.0, 0.0, 0.0], [1.0, 1.0], 0.5, "title")
+    heights = {}
+    for kind in ("good", "defective"):
+        floor, top = re.search(rf'class="{kind}" d="M[\d.]+ (\d+)V([\d.]+)', svg).groups()
+        heights[kind] = float(floor) - float(top)
+    assert heights["good"] == pytest.approx(2 * heights["defective"], abs=0.2)
+
+
+def bars(svg: str, kind: str) -> list[tuple[float, float]]:
+    """Left and right end of each bar."""
+    path = re.search(rf'class="{kind}" d="([^"]*)"', svg).group(1)
+    return [(float(x), float(x) + float(width)) for x, width in re.findall(r"M([\d.]+) .*?h([\d.]+)V", path)]
+
+
+@pytest.mark.parametrize("threshold", [0.11, 0.437, 0.8, 1.3])
+def test_no_bar_stands_on_both_sides_of_the_threshold(threshold: float) -> None:
+    scores = [*np.random.default_rng(0).uniform(0.1, 0.9, 40), threshold]
+    svg = histogram(scores, scores, threshold, "title")
+    line = float(re.search(r'class="threshold" d="M([\d.]+)', svg).group(1))
+    ends = bars(svg, "good")
+    assert all(right <= line + 0.2 or left >= line - 0.2 for left, right in ends)
+    alone = histogram([threshold], [threshold + 1, threshold - 1], threshold, "title")
+    ((_, right),) = bars(alone, "good")
+    assert right == pytest.approx(float(re.search(r'class="threshold" d="M([\d.]+)', alone).group(1)), abs=0.2)
+
+
+@pytest.mark.parametrize("scores", [([], [0.4]), ([0.4], []), ([0.4, 0.4], [0.4])])
+def test_a_histogram_of_hardly_anything(scores: tuple[list[float], list[float]]) -> None:
+    svg = histogram(*scores, None, "title")
+    assert "nan" not in svg
+    assert "threshold" not in svg

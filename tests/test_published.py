@@ -1,0 +1,80 @@
+"""Published figures stand beside the paper's own setting and beside no other."""
+
+import pytest
+
+from dataset import DATASET_CLASSES
+from settings import applied_flags, detector_configs, parse_args
+from utils.html_report.published import CLASSES, FIGURES, published_figures
+
+FULL = ["--method_name", "DINO+Point_MAE+Fusion", "--use_uff"]
+
+
+def args_of(*flags: object) -> dict:
+    """As results.json holds them."""
+    args = parse_args(list(map(str, flags)))
+    (config,) = detector_configs(args).values()
+    return vars(args) | applied_flags(config)
+
+
+def test_the_classes_are_those_of_the_dataset() -> None:
+    assert DATASET_CLASSES["mvtec3d"] == CLASSES
+
+
+@pytest.mark.parametrize("key", ["image_rocauc", "pixel_rocauc", "au_pro"])
+def test_the_published_mean_is_that_of_the_classes(key: str) -> None:
+    full = FIGURES["DINO+Point_MAE+Fusion"]
+    values = [full.classes[name][key] for name in CLASSES]
+    assert sum(values) / len(values) == pytest.approx(full.mean[key], abs=0.00051)
+
+
+def test_figures_of_the_papers_own_setting() -> None:
+    found = published_figures(args_of(*FULL), CLASSES)
+    assert found is not None
+    assert found.classes["tire"]["image_rocauc"] == 0.850
+    assert found.mean["au_pro"] == 0.964
+    assert "CVPR 2023" in found.source
+
+
+def test_the_mean_is_shown_for_all_ten_classes_only() -> None:
+    found = published_figures(args_of(*FULL), CLASSES[:9])
+    assert found is not None
+    assert found.mean == {}
+    assert found.classes["bagel"]["pixel_rocauc"] == 0.995
+
+
+def test_3d_only_has_the_mean_of_a_reproduction() -> None:
+    found = published_figures(args_of("--method_name", "Point_MAE"), CLASSES)
+    assert found is not None
+    assert (found.classes, found.mean["image_rocauc"]) == ({}, 0.863)
+    assert "issue 29" in found.source
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method_name", "DINO+Point_MAE+Fusion"],  # the ablation without a UFF
+        ["--method_name", "DINO"],
+        ["--method_name", "DINO+Point_MAE"],
+        [*FULL, "--protocol", "corrected"],
+        [*FULL, "--rgb_backbone_name", "vit_small_patch8_224_dino"],
+        [*FULL, "--xyz_backbone_name", "FPFH"],
+        [*FULL, "--dataset_type", "eyecandies"],
+        [*FULL, "--point_norm", "running"],
+        [*FULL, "--img_size", 448],
+        [*FULL, "--num_group", 512],
+        [*FULL, "--group_size", 64],
+        [*FULL, "--f_coreset", 0.2],
+        [*FULL, "--max_sample", 50],
+        [*FULL, "--asy_memory_bank", 10],
+        [*FULL, "--ocsvm_nu", 0.1],
+        [*FULL, "--rgb_smap_lambda", 1],
+        ["--method_name", "Point_MAE", "--rm_zero_for_project"],
+    ],
+)
+def test_no_figure_beside_another_setting(flags: list) -> None:
+    assert published_figures(args_of(*flags), CLASSES) is None
+
+
+def test_no_figure_beside_other_classes() -> None:
+    assert published_figures(args_of(*FULL), ["cookie", "gasket"]) is None
+    assert published_figures({}, CLASSES) is None

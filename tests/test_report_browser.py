@@ -1,0 +1,214 @@
+"""report.html in headless Chromium: no console errors, filters, keyboard, the 3D view. Skipped where there is none."""
+
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_pages import made_up_class, made_up_page, made_up_part, made_up_parts
+
+pytest.importorskip("selenium", reason="selenium is not installed: pip install -r requirements-dev.txt")
+
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.select import Select
+from selenium.webdriver.support.wait import WebDriverWait
+
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader", "--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND",
+)  # fmt: skip
+EVIL = "<img src=x onerror=alert(1)>"
+
+pytestmark = pytest.mark.skipif(
+    not (BROWSER and DRIVER), reason="there is no browser: apt-get install chromium chromium-driver"
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER or ""
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    options.set_capability("unhandledPromptBehavior", "ignore")  # a test that meets an alert fails
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", ",".join(filter(None, (os.environ.get("NO_PROXY"), "localhost", "127.0.0.1"))))
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+        yield driver
+        driver.quit()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    odd = [made_up_part(f"test/{EVIL}/{i:03d}", 0.2 + 0.2 * i) for i in range(3)]
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(made_up_page(made_up_class("gasket", made_up_parts(12)), made_up_class(EVIL, odd, limit=2)))
+    return path
+
+
+@pytest.fixture(name="report")
+def report_fixture(browser: webdriver.Chrome, page: Path) -> Iterator[webdriver.Chrome]:
+    """The page, freshly loaded on a desktop; at the end it must not have complained."""
+    browser.set_window_size(1280, 900)
+    browser.get(page.as_uri())
+    yield browser
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def cards(report: webdriver.Chrome) -> list:
+    return [card for card in report.find_elements(By.CSS_SELECTOR, "#cards > li > button") if card.is_displayed()]
+
+
+def title(report: webdriver.Chrome) -> str:
+    return report.find_element(By.ID, "viewer-title").text
+
+
+def is_open(report: webdriver.Chrome) -> bool:
+    return report.find_element(By.ID, "viewer").is_displayed()
+
+
+def press(report: webdriver.Chrome, *keys: str) -> None:
+    for key in keys:
+        report.switch_to.active_element.send_keys(key)
+
+
+def drawn(report: webdriver.Chrome) -> np.ndarray:
+    """The pixels of the 3D view, once it is drawn: (H, W, 3) uint8."""
+    WebDriverWait(report, 60).until(
+        lambda _: (
+            "points." in report.find_element(By.ID, "space-note").text
+            and report.find_elements(By.CSS_SELECTOR, "#plot canvas")
+        )
+    )
+    plot = report.find_element(By.ID, "plot")
+    report.execute_script("arguments[0].scrollIntoView()", plot)
+    return np.asarray(Image.open(io.BytesIO(plot.screenshot_as_png)).convert("RGB")).astype(int)
+
+
+def test_every_part_has_a_card_with_pictures(report: webdriver.Chrome) -> None:
+    assert len(cards(report)) == 14
+    assert report.find_element(By.ID, "count").text == "14 of 14 parts"
+    for card in cards(report):
+        report.execute_script("arguments[0].scrollIntoView()", card)
+        for image in card.find_elements(By.TAG_NAME, "img"):
+            WebDriverWait(report, 10).until(lambda _, image=image: int(image.get_property("naturalWidth")) > 0)
+    assert EVIL in report.find_element(By.ID, "cards").text
+    assert not report.find_elements(By.CSS_SELECTOR, "img[src=x]")
+
+
+def test_filters_leave_what_fits(report: webdriver.Chrome) -> None:
+    def choose(name: str, value: str) -> list[str]:
+        Select(report.find_element(By.CSS_SELECTOR, f"[data-filter={name}]")).select_by_value(value)
+        return [card.text for card in cards(report)]
+
+    everything = [card.text for card in cards(report)]
+    misses = choose("outcome", "miss")
+    assert misses == [text for text in everything if text.startswith("miss")]
+    assert 0 < len(misses) < len(everything)
+    assert choose("defect", "good") == []
+    assert report.find_element(By.ID, "count").text == "No part fits these filters."
+    choose("outcome", "")
+    assert all("good/" in text for text in choose("class", "gasket"))
+    assert choose("class", EVIL) == []
+    assert len(choose("defect", EVIL)) == 2
+
+
+def test_the_keyboard_walks_through_cards_and_viewer(report: webdriver.Chrome) -> None:
+    texts = [card.text for card in cards(report)]
+    report.execute_script("document.querySelector('#cards button').focus()")
+    press(report, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT, Keys.ENTER)
+    assert is_open(report)
+    second = title(report)
+    assert second.split("test/")[1] in texts[1]
+    assert report.find_element(By.ID, "position").text == "2 / 14"
+    press(report, Keys.ARROW_RIGHT)
+    third = title(report)
+    assert third != second
+    press(report, Keys.ARROW_LEFT, Keys.ARROW_LEFT, Keys.ARROW_LEFT)
+    assert report.find_element(By.ID, "position").text == "1 / 14"
+    press(report, Keys.ESCAPE)
+    assert not is_open(report)
+    WebDriverWait(report, 10).until(lambda _: report.switch_to.active_element.text == texts[0])
+    press(report, Keys.END)
+    assert report.switch_to.active_element.text == texts[-1]
+
+
+def test_the_viewer_walks_through_filtered_parts_only(report: webdriver.Chrome) -> None:
+    Select(report.find_element(By.CSS_SELECTOR, "[data-filter=defect]")).select_by_value("good")
+    count = len(cards(report))
+    cards(report)[0].click()
+    for _ in range(count + 2):
+        assert "/good/" in title(report)
+        press(report, Keys.ARROW_RIGHT)
+    assert report.find_element(By.ID, "position").text == f"{count} / {count}"
+
+
+def test_the_viewer_shows_every_panel(report: webdriver.Chrome) -> None:
+    next(card for card in cards(report) if card.text.startswith("miss")).click()
+    panels = [each.text for each in report.find_elements(By.CSS_SELECTOR, "#panels figcaption")]
+    assert panels == ["photo", "ground truth", "xyz map", "rgb map", "fused map"]
+    assert "score" in report.find_element(By.ID, "viewer-facts").text
+
+
+def test_the_3d_view_draws_by_photo_and_by_score(report: webdriver.Chrome) -> None:
+    assert report.execute_script("return typeof Plotly") == "undefined"  # nothing is started before it is asked for
+    cards(report)[0].click()
+    report.find_element(By.ID, "draw").click()
+    by_photo = drawn(report)
+    assert by_photo.reshape(-1, 3).std(axis=0).min() > 5
+    brown = (by_photo[..., 0] > by_photo[..., 2] + 40).mean()
+    assert brown > 0.03
+    press(report, "s")
+    WebDriverWait(report, 60).until(lambda _: report.find_elements(By.CSS_SELECTOR, "#plot .cbaxis"))
+    by_score = drawn(report)
+    assert by_score.shape == by_photo.shape
+    assert (np.abs(by_score - by_photo).max(axis=2) > 30).mean() > 0.03
+    press(report, Keys.ARROW_RIGHT)
+    drawn(report)
+    assert len(report.find_elements(By.CSS_SELECTOR, "#plot canvas")) == 1
+    press(report, "3")
+    assert not report.find_element(By.ID, "plot").is_displayed()
+    assert report.find_elements(By.CSS_SELECTOR, "#plot canvas") == []
+
+
+def test_nothing_is_wider_than_a_phone(report: webdriver.Chrome) -> None:
+    report.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True},
+    )
+    try:
+        assert report.execute_script("return document.documentElement.scrollWidth") <= 390
+        cards(report)[0].click()
+        assert report.execute_script("return document.getElementById('viewer').scrollWidth") <= 390
+    finally:
+        report.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_dark_mode_is_dark(report: webdriver.Chrome) -> None:
+    def brightness(scheme: str) -> float:
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        report.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        return float(np.asarray(Image.open(io.BytesIO(report.get_screenshot_as_png())).convert("L")).mean())
+
+    assert brightness("light") > 200
+    assert brightness("dark") < 80
+    report.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_tables_and_charts_need_no_script(report: webdriver.Chrome) -> None:
+    report.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        report.refresh()
+        assert len([svg for svg in report.find_elements(By.TAG_NAME, "svg") if svg.is_displayed()]) >= 3
+        assert report.find_element(By.CSS_SELECTOR, "table.figures").is_displayed()
+        assert "need JavaScript" in report.find_element(By.TAG_NAME, "noscript").text
+    finally:
+        report.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

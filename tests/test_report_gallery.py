@@ -1,0 +1,262 @@
+"""The shown parts: the worst first, then a spread; pictures and clouds show what they were made of."""
+
+import base64
+import gzip
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_pages import SIDE, made_up_cloud, made_up_part, made_up_parts, made_up_photo
+
+from utils.html_report.gallery import (
+    CLOUD_POINTS,
+    CORRECT_PASS,
+    FALSE_ALARM,
+    HIT,
+    MISS,
+    UNJUDGED,
+    VIEW_SIDE,
+    Decision,
+    choose_parts,
+    gallery,
+    heat_colors,
+    pack_cloud,
+    spread_order,
+)
+
+AT_HALF = Decision(0.5, "made up")
+MAP = np.zeros((SIDE, SIDE), dtype=np.float32)
+
+
+def shown(parts: list, limit: int, decision: Decision | None = AT_HALF, photo: bool = True, cloud: bool = True) -> list:
+    return gallery(
+        parts,
+        decision,
+        limit,
+        lambda i: made_up_photo(i) if photo else None,
+        lambda i: made_up_cloud(i) if cloud else None,
+    )
+
+
+def opened(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
+
+
+@pytest.mark.parametrize(
+    ("label", "score", "said"),
+    [
+        (1, 0.6, HIT),
+        (1, 0.5, MISS),  # a score above the threshold is anomalous, the threshold itself is not
+        (0, 0.6, FALSE_ALARM),
+        (0, 0.5, CORRECT_PASS),
+    ],
+)
+def test_outcomes(label: int, score: float, said: str) -> None:
+    assert AT_HALF.outcome(label, score) == said
+
+
+# Which parts
+
+
+def test_the_worst_come_first_then_the_nearest_to_the_threshold() -> None:
+    scores = {"hole/0": 0.1, "hole/1": 0.45, "good/0": 0.8, "good/1": 0.1, "good/2": 0.4, "hole/2": 0.9, "hole/3": 0.55}
+    parts = [made_up_part(f"test/{path}", score) for path, score in scores.items()]
+    chosen = [parts[i].path.removeprefix("test/") for i in choose_parts(parts, AT_HALF, 7)]
+    assert chosen == ["hole/0", "good/0", "hole/1", "hole/3", "good/2", "good/1", "hole/2"]
+
+
+def test_wrong_parts_leave_room_for_right_ones_where_there_are_any() -> None:
+    wrong = [made_up_part(f"test/hole/{i:03d}", 0.4 - i / 100) for i in range(20)]
+    right = [made_up_part(f"test/good/{i:03d}", 0.1 + i / 100) for i in range(20)]
+    chosen = choose_parts(wrong + right, AT_HALF, 8)
+    assert chosen[:6] == [19, 18, 17, 16, 15, 14]
+    assert all(i >= 20 for i in chosen[6:])
+    assert len(choose_parts(wrong + right[:1], AT_HALF, 8)) == 8
+    assert choose_parts(wrong, AT_HALF, 8) == list(range(19, 11, -1))
+
+
+def test_the_spread_covers_every_defect_and_the_range_of_scores() -> None:
+    parts = [made_up_part(f"test/{defect}/{i:03d}", 0.6 + i / 100) for defect in ("cut", "dent") for i in range(30)]
+    chosen = [parts[i] for i in choose_parts(parts, AT_HALF, 6)]
+    for defect in ("cut", "dent"):
+        scores = [part.prediction.score for part in chosen if f"/{defect}/" in part.path]
+        assert scores == pytest.approx([0.6, 0.74, 0.89])
+
+
+def test_every_part_is_shown_once_where_there_is_room() -> None:
+    parts = made_up_parts(13)
+    for limit in (13, 14, 1000):
+        assert sorted(choose_parts(parts, AT_HALF, limit)) == list(range(13))
+    for limit in range(13):
+        chosen = choose_parts(parts, AT_HALF, limit)
+        assert len(set(chosen)) == len(chosen) == limit
+
+
+def test_without_a_threshold_nothing_is_right_or_wrong() -> None:
+    parts = made_up_parts(10)
+    views = shown(parts, 10, decision=None)
+    assert {view["outcome"] for view in views} == {UNJUDGED}
+    assert len({view["path"] for view in views}) == 10
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 24, 25])
+def test_a_spread_order_is_a_permutation_from_the_ends_inwards(count: int) -> None:
+    order = spread_order(count)
+    assert sorted(order) == list(range(count))
+    assert order[:3] == [0, count - 1, (count - 1) // 2][:count]
+
+
+# What is shown of them
+
+
+def test_a_view_is_plain_data_of_the_part() -> None:
+    parts = [made_up_part("test/hole/007", 0.7), made_up_part("test/good/001", 0.2)]
+    view, good = shown(parts, 2)
+    if view["path"] != parts[0].path:
+        view, good = good, view
+    json.dumps(view, allow_nan=False)
+    assert (view["path"], view["defect"], view["label"], view["score"]) == ("test/hole/007", "hole", 1, 0.7)
+    assert (view["outcome"], good["outcome"]) == (HIT, CORRECT_PASS)
+    assert list(view["maps"]) == ["xyz", "rgb", "fused"]
+    assert view["scores"] == {"xyz": 0.35, "rgb": 0.35}
+    assert (view["truth"] is None, good["truth"] is None) == (False, True)
+    for uri in (view["view"]["picture"], view["truth"], *view["maps"].values()):
+        assert opened(uri).size == (VIEW_SIDE, VIEW_SIDE)
+
+
+def test_the_map_of_a_single_bank_is_shown_once() -> None:
+    (view,) = shown([made_up_part("test/hole/000", 0.7, banks=["rgb"])], 1)
+    assert list(view["maps"]) == ["fused"]
+    assert view["scores"] == {}
+
+
+def test_pictures_keep_the_proportions_of_the_photo() -> None:
+    photo = np.zeros((60, 120, 3), dtype=np.uint8)
+    photo[:, :60, 0] = 255
+    (view,) = gallery([made_up_part("test/hole/000", 0.7)], AT_HALF, 1, lambda i: photo, lambda i: None)
+    assert tuple(view["size"]) == (VIEW_SIDE, VIEW_SIDE // 2)
+    shot = np.asarray(opened(view["view"]["picture"]))
+    assert shot[50, 20, 0] > 240 > 15 > shot[50, 200, 0]
+    assert opened(view["maps"]["fused"]).size == opened(view["truth"]).size == (VIEW_SIDE, VIEW_SIDE // 2)
+
+
+def test_the_outline_runs_around_the_defect() -> None:
+    part = made_up_part("test/hole/000", 0.7)
+    mask = np.zeros((SIDE, SIDE), dtype=np.uint8)
+    mask[:16, 32:48] = 1  # at the upper edge
+    part = part._replace(mask=part.mask.new_tensor(mask))
+    (view,) = shown([part], 1)
+    outline = np.asarray(opened(view["truth"]).convert("RGBA"))
+    below, middle = VIEW_SIDE * 16 // SIDE, VIEW_SIDE * 40 // SIDE
+    assert tuple(outline[below - 1, middle]) == tuple(outline[0, middle]) == (0, 229, 255, 255)
+    assert outline[below // 2, middle, 3] == outline[below + 4, middle, 3] == 0
+
+
+def test_one_colour_scale_for_all_parts_of_a_class() -> None:
+    weak, strong = made_up_part("test/hole/000", 0.1), made_up_part("test/hole/001", 0.9)
+    views = {view["path"]: np.asarray(opened(view["maps"]["fused"])).astype(int) for view in shown([weak, strong], 2)}
+    assert views[strong.path].max() > 1.5 * views[weak.path].max()
+
+
+def test_without_a_photo_the_depths_are_shown() -> None:
+    (view,) = shown([made_up_part("test/hole/000", 0.7)], 1, photo=False)
+    assert view["view"]["name"] == "depth"
+    depth = np.asarray(opened(view["view"]["picture"]).convert("L")).astype(int)
+    assert depth[VIEW_SIDE // 2, VIEW_SIDE // 2] > depth[VIEW_SIDE // 2, VIEW_SIDE // 6] > depth[2, 2]
+    assert view["cloud"]["coloured"] is False
+
+
+def test_without_photo_and_cloud_the_maps_are_shown() -> None:
+    (view,) = shown([made_up_part("test/hole/000", 0.7)], 1, photo=False, cloud=False)
+    assert view["view"] is view["cloud"] is None
+    assert opened(view["maps"]["fused"]).size == (VIEW_SIDE, VIEW_SIDE)
+
+
+def test_nothing_is_read_for_no_part() -> None:
+    def refuse(number: int) -> None:
+        raise AssertionError("read")
+
+    assert gallery(made_up_parts(4), AT_HALF, 0, refuse, refuse) == []
+
+
+def test_files_are_read_by_the_number_of_the_part() -> None:
+    parts, read = made_up_parts(8), []
+    views = gallery(parts, AT_HALF, 3, read.append, lambda i: None)  # type: ignore[arg-type, func-returns-value]
+    assert [parts[i].path for i in read] == [view["path"] for view in views]
+
+
+# Clouds
+
+
+def unpacked(cloud: dict) -> dict[str, np.ndarray]:
+    data, n = gzip.decompress(base64.b64decode(cloud["data"])), cloud["points"]
+    whole = np.frombuffer(data, dtype="<i2", count=3 * n).reshape(3, n).T
+    planes = 4 if cloud["coloured"] else 1
+    colors = np.frombuffer(data, dtype=np.uint8, offset=6 * n, count=planes * n).reshape(planes, n)
+    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8, offset=(6 + planes) * n))
+    points = np.array(cloud["origin"]) + cloud["step"] * whole
+    grid = bits[: np.prod(cloud["grid"])].reshape(cloud["grid"])
+    return {"xyz": points / 1000, "score": colors[0], "rgb": colors[1:].T, "grid": grid}
+
+
+def test_a_cloud_keeps_its_places_colours_and_scores() -> None:
+    side = 40
+    row, column = np.mgrid[:side, :side].astype(np.float32)
+    cloud = np.stack([column * 0.001 - 0.0105, row * 0.001 + 0.001, 0.5 + 0 * row], axis=-1)
+    cloud[:10] = 0  # not measured
+    photo = np.stack([6 * row, 6 * column, 0 * row], axis=-1).astype(np.uint8)
+    packed = pack_cloud(cloud, photo, row / side, (0.0, 1.0))
+    assert packed is not None
+    read = unpacked(packed)
+    assert packed["points"] == 30 * side
+    found_column, found_row = (read["xyz"][:, :2] * 1000 - [-10.5, 1]).round().astype(int).T
+    assert np.abs(read["xyz"] - cloud[found_row, found_column]).max() < 1e-6
+    assert (read["rgb"] == photo[found_row, found_column]).all()
+    assert (np.argwhere(read["grid"]) == np.stack([found_row, found_column], axis=1)).all()
+    assert np.abs(read["score"] / 255 - found_row / side).max() < 0.01
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+@pytest.mark.parametrize("size", [(300, 300), (150, 600), (90, 88)])
+def test_a_cloud_is_thinned_to_the_limit_and_not_far_below(size: tuple[int, int], share: float) -> None:
+    cloud = np.random.default_rng(0).uniform(0.1, 0.2, (*size, 3)).astype(np.float32)
+    cloud[int(size[0] * share) :] = 0
+    packed = pack_cloud(cloud, None, MAP, (0.0, 1.0))
+    assert packed is not None
+    valid = int(size[0] * share) * size[1]
+    assert min(0.9 * CLOUD_POINTS, 0.97 * valid) <= packed["points"] <= min(CLOUD_POINTS, valid)
+    assert packed["coloured"] is False
+    assert unpacked(packed)["rgb"].size == 0
+
+
+def test_photo_and_map_of_other_sizes_are_read_at_the_same_places() -> None:
+    cloud = np.full((80, 80, 3), 0.1, dtype=np.float32)
+    photo = np.zeros((400, 400, 3), dtype=np.uint8)
+    photo[200:] = 200
+    plane = np.zeros((20, 20), dtype=np.float32)
+    plane[10:] = 1
+    packed = pack_cloud(cloud, photo, plane, (0.0, 1.0))
+    assert packed is not None
+    read = unpacked(packed)
+    assert ((read["score"] == 255) == (read["rgb"][:, 0] == 200)).all()
+    assert (read["score"] == 255).mean() == 0.5
+
+
+def test_an_empty_cloud_is_none() -> None:
+    assert pack_cloud(np.zeros((8, 8, 3), dtype=np.float32), None, MAP, (0.0, 1.0)) is None
+
+
+def test_a_single_point_is_packed() -> None:
+    cloud = np.zeros((8, 8, 3), dtype=np.float32)
+    cloud[3, 3] = 0.1, 0.2, 0.3
+    packed = pack_cloud(cloud, None, MAP, (0.0, 1.0))
+    assert packed is not None
+    assert unpacked(packed)["xyz"] == pytest.approx(np.array([[0.1, 0.2, 0.3]]), abs=1e-6)
+
+
+def test_the_heat_colours_of_the_script_are_those_of_the_maps() -> None:
+    colors = heat_colors()
+    assert colors[0] == "#000003" or colors[0] == "#000004"
+    assert all(len(color) == 7 for color in colors)

@@ -1,0 +1,78 @@
+"""report.html as main.py writes it: which files it shows, how many parts, and in whose folder."""
+
+from pathlib import Path
+
+import pytest
+from main_runs import (
+    SMALL,
+    bagels_fixture,  # noqa: F401 (a fixture)
+    folder_of_its_own,  # noqa: F401 (a fixture)
+    no_download,  # noqa: F401 (a fixture)
+    one_thread,  # noqa: F401 (a fixture)
+    printed,
+    refusal,
+    run_into,
+)
+from report_pages import parts_of, read_page
+
+
+def shown(folder: Path) -> list[dict]:
+    return parts_of((folder / "report.html").read_text())
+
+
+def run_report(folder: Path, bagels: Path, *flags: object) -> list[dict]:
+    run_into(folder, *SMALL, "--dataset_path", bagels, "--random_state", 0, *flags)
+    return shown(folder)
+
+
+def test_the_report_shows_what_results_json_says(bagels: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = run_into(out, *SMALL, "--dataset_path", bagels, "--method_name", "DINO+Point_MAE")
+    page = (out / "report.html").read_text()
+    assert {part["path"]: part["score"] for part in parts_of(page)} == {
+        sample["path"]: sample["score"] for sample in run.entry["samples"]
+    }
+    text = read_page(page).text
+    assert f"{run.entry['threshold']['image']:.4g}" in text
+    assert "2 good parts of the training split" in text
+    assert "Backbones: rgb efficientnet_lite0, xyz FPFH. Protocol: reference." in text
+    assert "calibrate" in text.lower()
+
+
+@pytest.mark.parametrize(
+    ("flags", "view", "cloud"),
+    [
+        (["--method_name", "DINO"], "photo", None),
+        (["--method_name", "Point_MAE"], "depth", False),
+        (["--method_name", "Point_MAE", "--save_preds"], "photo", True),
+        (["--method_name", "DINO+Point_MAE"], "photo", True),
+    ],
+)
+def test_files_that_the_run_reads_are_shown(
+    bagels: Path, tmp_path: Path, flags: list[str], view: str, cloud: bool | None
+) -> None:
+    for part in run_report(tmp_path / "out", bagels, *flags):
+        assert part["view"]["name"] == view
+        assert (part["cloud"] and part["cloud"]["coloured"]) == cloud
+
+
+def test_methods_side_by_side_show_the_same_files(bagels: Path, tmp_path: Path) -> None:
+    flags = [*SMALL, "--dataset_path", bagels, "--method_name", "DINO", "Point_MAE", "--output_dir", tmp_path / "out"]
+    printed(*flags)
+    for method in ("DINO", "Point_MAE"):
+        parts = shown(tmp_path / "out" / method)
+        assert {part["view"]["name"] for part in parts} == {"photo"}
+        assert all(part["cloud"] for part in parts)
+        assert f"<h1>{method}</h1>" in (tmp_path / "out" / method / "report.html").read_text()
+
+
+def test_the_number_of_shown_parts(bagels: Path, tmp_path: Path) -> None:
+    assert len(run_report(tmp_path / "all", bagels, "--method_name", "DINO")) == 2
+    assert len(run_report(tmp_path / "one", bagels, "--method_name", "DINO", "--report_parts", 1)) == 1
+    assert run_report(tmp_path / "none", bagels, "--method_name", "DINO", "--report_parts", 0) == []
+    assert "1 of 2 of bagel" in (tmp_path / "one" / "report.html").read_text()
+
+
+def test_fewer_than_no_parts_are_refused(bagels: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(capsys, *SMALL, "--dataset_path", bagels, "--report_parts", -1)
+    assert "report_parts is -1" in message

@@ -1,0 +1,336 @@
+// The gallery of a report: filters, a viewer that walks from part to part, and a 3D view that is drawn on request.
+const byId = (id) => document.getElementById(id);
+const { parts, heat } = JSON.parse(byId("parts").textContent);
+const cards = byId("cards");
+const viewer = byId("viewer");
+const plot = byId("plot");
+const LIGHT = { diffuse: 0.5, specular: 0.1, roughness: 0.8, fresnel: 0.1 };
+let shown = []; // numbers of the parts that the filters leave
+let current = -1; // where the viewer stands in `shown`
+let space = { open: false, colour: "photo", drawing: 0 }; // of the 3D view; drawing counts the requests
+
+// Elements
+
+function element(name, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
+function picture(part, source, alt, outlined) {
+  const [width, height] = part.size;
+  const shot = element("span", { className: "shot" });
+  shot.style.aspectRatio = `${width} / ${height}`;
+  shot.append(element("img", { src: source, alt, width, height, loading: "lazy", decoding: "async" }));
+  if (outlined && part.truth) {
+    shot.append(element("img", { src: part.truth, alt: "", width, height, loading: "lazy", decoding: "async" }));
+  }
+  return shot;
+}
+
+const score = (value, digits = 4) => Number(value.toPrecision(digits)).toString();
+
+function outcome(part) {
+  const made = element("span", { className: "outcome", textContent: part.outcome });
+  made.dataset.outcome = part.outcome;
+  return made;
+}
+
+// Cards and filters
+
+function card(part, number) {
+  const pair = element("span", { className: "pair" });
+  if (part.view) pair.append(picture(part, part.view.picture, part.view.name, true));
+  else pair.classList.add("alone");
+  pair.append(picture(part, part.maps.fused, "anomaly map", !part.view));
+  const button = element(
+    "button",
+    { type: "button" },
+    pair,
+    element("span", {}, outcome(part), ` ${score(part.score)}`),
+    element("span", { className: "card-path", textContent: `${part.class} · ${part.path.replace(/^test\//, "")}` }),
+  );
+  button.addEventListener("click", () => open(shown.indexOf(number)));
+  const item = element("li", {}, button);
+  item.dataset.part = number;
+  return item;
+}
+
+const selects = [...document.querySelectorAll("[data-filter]")];
+
+function filter() {
+  shown = [];
+  for (const item of cards.children) {
+    const part = parts[item.dataset.part];
+    const kept = selects.every((select) => !select.value || part[select.dataset.filter] === select.value);
+    item.hidden = !kept;
+    if (kept) shown.push(Number(item.dataset.part));
+  }
+  byId("count").textContent = shown.length ? `${shown.length} of ${parts.length} parts` : "No part fits these filters.";
+}
+
+function walkCards(event) {
+  const buttons = [...cards.querySelectorAll("li:not([hidden]) > button")];
+  const at = buttons.indexOf(document.activeElement);
+  if (at < 0) return;
+  const top = buttons[0].offsetTop;
+  const columns = Math.max(1, buttons.filter((button) => button.offsetTop === top).length);
+  const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns };
+  let target = at + steps[event.key];
+  if (event.key === "Home") target = 0;
+  if (event.key === "End") target = buttons.length - 1;
+  if (!Number.isInteger(target)) return;
+  event.preventDefault();
+  if (buttons[target]) buttons[target].focus();
+}
+
+// Viewer
+
+function panel(part, title, source, alt, outlined) {
+  return element(
+    "figure",
+    {},
+    element("figcaption", {}, element("b", { textContent: title })),
+    picture(part, source, alt, outlined),
+  );
+}
+
+function facts(part) {
+  const banks = Object.entries(part.scores).map(([name, value]) => `${name} ${score(value)}`);
+  const truth = part.label ? `defective (${part.defect})` : "good";
+  return ` · ${truth} · score ${score(part.score)}` + (banks.length ? ` · of the banks: ${banks.join(", ")}` : "");
+}
+
+function show(position) {
+  current = position;
+  const part = parts[shown[position]];
+  byId("viewer-title").textContent = `${part.class} / ${part.path}`;
+  byId("viewer-facts").replaceChildren(outcome(part), facts(part));
+  byId("position").textContent = `${position + 1} / ${shown.length}`;
+  // not disabled: that would take the focus, and with it the keyboard, away from the viewer
+  byId("previous").setAttribute("aria-disabled", String(position === 0));
+  byId("next").setAttribute("aria-disabled", String(position === shown.length - 1));
+  const panels = [];
+  if (part.view) {
+    panels.push(panel(part, part.view.name, part.view.picture, part.view.name, false));
+    const truth = part.truth ? "ground truth" : "ground truth: good";
+    panels.push(panel(part, truth, part.view.picture, truth, true));
+  }
+  for (const [name, map] of Object.entries(part.maps)) {
+    const title = name !== "fused" ? `${name} map` : Object.keys(part.maps).length > 1 ? "fused map" : "anomaly map";
+    panels.push(panel(part, title, map, title, !part.view));
+  }
+  byId("panels").replaceChildren(...panels);
+  byId("space").hidden = !part.cloud;
+  if (part.cloud && space.open) draw(part);
+  else clear();
+}
+
+function open(position) {
+  if (!viewer.open) viewer.showModal();
+  show(position);
+}
+
+function step(by) {
+  if (shown[current + by] !== undefined) show(current + by);
+}
+
+function viewerKeys(event) {
+  if (event.target.matches("select, input") || event.ctrlKey || event.metaKey || event.altKey) return;
+  const actions = {
+    ArrowLeft: () => step(-1),
+    ArrowRight: () => step(1),
+    3: toggleSpace,
+    p: () => colourSpace("photo"),
+    s: () => colourSpace("score"),
+  };
+  if (!actions[event.key]) return;
+  event.preventDefault();
+  actions[event.key]();
+}
+
+function closed() {
+  space.open = false;
+  clear();
+  const item = cards.querySelector(`li[data-part="${shown[current]}"] > button`);
+  if (item) item.focus();
+}
+
+// 3D view: plotly is unpacked and run when it is first asked for
+
+async function inflate(base64) {
+  const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).arrayBuffer();
+}
+
+let library;
+
+function loadLibrary() {
+  library ??= inflate(byId("plotly").textContent).then((source) => {
+    const text = new TextDecoder().decode(source);
+    document.head.append(element("script", { textContent: text }));
+    if (!window.Plotly) throw new Error("plotly did not start");
+  });
+  return library;
+}
+
+// Positions in millimetres as the camera sees them: x to the right, y up, z towards it.
+async function unpack(cloud) {
+  const buffer = await inflate(cloud.data);
+  const n = cloud.points;
+  const numbers = new DataView(buffer);
+  const axis = (k, sign) =>
+    Array.from({ length: n }, (_, i) => sign * (cloud.origin[k] + cloud.step * numbers.getInt16(2 * (k * n + i), true)));
+  const plane = (k) => new Uint8Array(buffer, (6 + k) * n, n);
+  const unpacked = { x: axis(0, 1), y: axis(1, -1), z: axis(2, -1), score: Array.from(plane(0)) };
+  if (cloud.coloured) {
+    const [red, green, blue] = [plane(1), plane(2), plane(3)];
+    unpacked.photo = Array.from(red, (value, i) => `rgb(${value},${green[i]},${blue[i]})`);
+  }
+  const bits = new Uint8Array(buffer, (cloud.coloured ? 10 : 7) * n);
+  return { ...unpacked, ...surface(unpacked, cloud.grid, bits) };
+}
+
+// Triangles between neighbours on the scan's grid, but across no gap and no jump in depth.
+function surface(points, [rows, columns], bits) {
+  const at = new Int32Array(rows * columns).fill(-1);
+  for (let pixel = 0, point = 0; pixel < at.length; pixel++) {
+    if (bits[pixel >> 3] & (128 >> (pixel & 7))) at[pixel] = point++;
+  }
+  const apart = (a, b) => Math.hypot(points.x[a] - points.x[b], points.y[a] - points.y[b], points.z[a] - points.z[b]);
+  const edges = [];
+  for (let pixel = 1; pixel < at.length; pixel++) {
+    if (pixel % columns && at[pixel - 1] >= 0 && at[pixel] >= 0) edges.push(apart(at[pixel - 1], at[pixel]));
+  }
+  const longest = 6 * (edges.sort((a, b) => a - b)[edges.length >> 1] || 0);
+  const [i, j, k] = [[], [], []];
+  const add = (a, b, c) => {
+    if (Math.min(a, b, c) < 0 || Math.max(apart(a, b), apart(b, c), apart(c, a)) > longest) return;
+    i.push(a);
+    j.push(b);
+    k.push(c);
+  };
+  for (let row = 1; row < rows; row++) {
+    for (let column = 1; column < columns; column++) {
+      const pixel = row * columns + column;
+      const [a, b, c, d] = [at[pixel - columns - 1], at[pixel - columns], at[pixel - 1], at[pixel]];
+      if (a < 0 || d < 0) add(b, c, Math.max(a, d));
+      else {
+        add(a, c, d);
+        add(a, d, b);
+      }
+    }
+  }
+  return { i, j, k };
+}
+
+function colours(part, points) {
+  if (points.photo && space.colour === "photo") return { vertexcolor: points.photo, lighting: { ...LIGHT, ambient: 0.7 } };
+  const [low, high] = part.cloud.limits;
+  return {
+    intensity: points.score,
+    colorscale: heat.map((colour, i) => [i / (heat.length - 1), colour]),
+    cmin: 0,
+    cmax: 255,
+    lighting: { ...LIGHT, ambient: 0.85, diffuse: 0.3 }, // flatter, so that the colours are those of the bar
+    colorbar: { tickvals: [0, 255], ticktext: [low, high].map((limit) => score(limit, 3)), thickness: 12, len: 0.7, outlinewidth: 0 },
+  };
+}
+
+function layout(points) {
+  const style = getComputedStyle(document.documentElement);
+  const span = (values) => values.reduce((a, b) => Math.max(a, b)) - values.reduce((a, b) => Math.min(a, b));
+  const spans = [points.x, points.y, points.z].map((values) => Math.max(span(values), 1e-6));
+  const longest = Math.max(...spans);
+  const axis = (title) => ({
+    title: { text: title },
+    color: style.getPropertyValue("--soft"),
+    gridcolor: style.getPropertyValue("--line"),
+    showbackground: false,
+    zeroline: false,
+    nticks: 5,
+  });
+  return {
+    margin: { l: 0, r: 0, t: 0, b: 0 },
+    paper_bgcolor: "rgba(0,0,0,0)",
+    font: { color: style.getPropertyValue("--ink") },
+    uirevision: "kept", // the camera stays where it was turned to
+    scene: {
+      aspectmode: "manual", // true to scale, the longest side filling the view
+      aspectratio: { x: spans[0] / longest, y: spans[1] / longest, z: spans[2] / longest },
+      xaxis: axis("x, mm"),
+      yaxis: axis("y, mm"),
+      zaxis: axis("z, mm"),
+      camera: { eye: { x: 0.2, y: -0.6, z: 1.2 }, up: { x: 0, y: 1, z: 0 } },
+      dragmode: "orbit",
+    },
+  };
+}
+
+async function draw(part) {
+  const request = ++space.drawing;
+  const note = byId("space-note");
+  plot.hidden = false;
+  byId("draw").setAttribute("aria-pressed", "true");
+  byId("draw").textContent = "Close 3D view";
+  try {
+    if (!window.Plotly) note.textContent = "Starting the 3D view …";
+    await loadLibrary();
+    const points = await unpack(part.cloud);
+    if (request !== space.drawing) return; // another part was asked for meanwhile
+    const trace = { type: "mesh3d", ...points, ...colours(part, points), hoverinfo: "skip" };
+    await Plotly.react(plot, [trace], layout(points), { displayModeBar: false, responsive: true });
+    note.textContent = `${part.cloud.points.toLocaleString("en")} points. Drag to turn, scroll or pinch to zoom.`;
+    plot.scrollIntoView({ block: "nearest" });
+  } catch (error) {
+    note.textContent = `This browser cannot draw it (${error.message}).`;
+  }
+  byId("colours").hidden = !part.cloud.coloured;
+  const colour = part.cloud.coloured ? space.colour : "score";
+  for (const button of byId("colours").children) {
+    button.setAttribute("aria-pressed", String(button.dataset.colour === colour));
+  }
+}
+
+function clear() {
+  space.drawing++;
+  if (window.Plotly) Plotly.purge(plot);
+  plot.hidden = byId("colours").hidden = true;
+  byId("space-note").textContent = "";
+  byId("draw").textContent = "3D view";
+  byId("draw").setAttribute("aria-pressed", "false");
+}
+
+function toggleSpace() {
+  const part = parts[shown[current]];
+  if (!part.cloud) return;
+  space.open = !space.open;
+  if (space.open) draw(part);
+  else clear();
+}
+
+function colourSpace(colour) {
+  space.colour = colour;
+  redraw();
+}
+
+function redraw() {
+  if (space.open) draw(parts[shown[current]]);
+}
+
+cards.append(...parts.map(card));
+filter();
+selects.forEach((select) => select.addEventListener("change", filter));
+cards.addEventListener("keydown", walkCards);
+viewer.addEventListener("keydown", viewerKeys);
+viewer.addEventListener("close", closed);
+viewer.addEventListener("click", (event) => event.target === viewer && viewer.close());
+byId("previous").addEventListener("click", () => step(-1));
+byId("next").addEventListener("click", () => step(1));
+byId("close").addEventListener("click", () => viewer.close());
+byId("draw").addEventListener("click", toggleSpace);
+window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+for (const button of byId("colours").children) {
+  button.addEventListener("click", () => colourSpace(button.dataset.colour));
+}
