@@ -1,6 +1,7 @@
 # make demo    made-up parts from scan to tables, in minutes, nothing to download but pip packages
 # make test    the tests
 # make lint    ruff and mypy
+# make browser  a headless browser, for the tests of report.html (with apt, as root)
 # make bench   every stage beside a plain twin of it, and the small steps; nothing else should run meanwhile
 # All of them set up .venv first, once; a second call installs nothing.
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 APT_PACKAGES := libusb-1.0-0 libgl1 libegl1 libx11-6 libudev1 libidn2-0 libgomp1
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test browser lint bench setup clean
 
 setup: $(VENV)/.installed
 
@@ -38,6 +39,11 @@ system-libraries:
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# For the tests of report.html, which skip without it.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; }
 
 lint: setup
 	$(BIN)/ruff check .
