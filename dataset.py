@@ -8,6 +8,8 @@ no files of the other:
     <dataset>/<class>/test/{good,<defect>,...}/{rgb,xyz,gt}/...
 
     files = index_split("datasets/mvtec3d/bagel", "test", frozenset({"rgb", "xyz"}))
+
+A part that lies in memory becomes a sample by `make_sample`.
 """
 
 import os
@@ -16,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,8 +30,10 @@ from tqdm import tqdm
 from utils.errors import InputError
 from utils.files import FILE_SUFFIXES, files_by_stem, subfolders
 from utils.images import defect_mask, open_image, to_rgb
-from utils.organized_pc import organized_pc_header, read_organized_pc, resize_nearest
+from utils.organized_pc import check_organized, organized_pc_header, read_organized_pc, resize_nearest, valid_mask
 from utils.records import Sample
+
+Item = TypeVar("Item", covariant=True)
 
 MVTEC3D_CLASSES = ("bagel", "cable_gland", "carrot", "cookie", "dowel", "foam", "peach", "potato", "rope", "tire")
 EYECANDIES_CLASSES = (
@@ -240,21 +244,50 @@ def read_photo(files: SampleFiles) -> np.ndarray | None:
         return np.array(to_rgb(image))
 
 
-def _load_rgb(path: Path, img_size: int) -> Tensor:
-    with open_image(path) as image:
-        image = to_rgb(image).resize((img_size, img_size), Image.Resampling.BICUBIC)
+def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_size: int) -> Sample:
+    """One view of a part from arrays, as a detector judges it; S = img_size, the aspect is not kept.
+
+    Args:
+        path: what the sample is called, in errors too.
+        rgb: (H, W, 3) uint8 photograph, or None where the method needs none; resized bicubic (antialiased), then
+            ImageNet-normalised.
+        xyz: (H, W, 3) float, metres, camera frame, or None likewise; resized nearest. A pixel with a coordinate that is
+            zero, NaN or infinite has no measurement.
+        img_size: side of the result, pixels: that of the detector's config.
+
+    Raises:
+        InputError: an array of another shape or type, or a point cloud without a valid point.
+    """
+    return Sample(
+        path,
+        rgb=None if rgb is None else _rgb_tensor(path, rgb, img_size),
+        xyz=None if xyz is None else _xyz_tensor(path, xyz, img_size),
+    )
+
+
+def _rgb_tensor(path: str, rgb: np.ndarray, img_size: int) -> Tensor:
+    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
+        raise InputError(
+            f"the photograph of {path} is an array of {' x '.join(map(str, rgb.shape))} {rgb.dtype}, expected "
+            "H x W x 3 uint8: convert it to 8-bit RGB"
+        )
+    image = Image.fromarray(rgb).resize((img_size, img_size), Image.Resampling.BICUBIC)
     # NumPy, not torch: in a loader thread each torch operation would start a pool of threads of its own.
     pixels = (np.asarray(image, dtype=np.float32) / 255 - _IMAGENET_MEAN) / _IMAGENET_STD
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def _load_xyz(path: Path, img_size: int) -> Tensor:
-    resized = resize_nearest(read_organized_pc(path), img_size)  # the reader has zeroed the invalid pixels
-    if not resized.numpy().any():
+def _xyz_tensor(path: str, xyz: np.ndarray, img_size: int) -> Tensor:
+    check_organized(f"the point cloud of {path}", xyz.shape, xyz.dtype)
+    resized = resize_nearest(xyz, img_size)
+    planes = resized.numpy()
+    valid = valid_mask(planes.transpose(1, 2, 0))
+    if not valid.any():
         raise InputError(
             f"{path} has no valid point (three finite coordinates, none of them zero): restore the scan from its "
             "source and preprocess it again, or remove it"
         )
+    planes[:, ~valid] = 0
     return resized
 
 
@@ -269,11 +302,10 @@ def _load_mask(path: Path | None, img_size: int) -> Tensor:
 
 
 class AnomalyDataset(Dataset[Sample]):
-    """The scans of one split as Samples, with only the modalities that the method needs.
+    """The scans of one split as Samples (see `make_sample`), with only the modalities that the method needs.
 
-    rgb: bicubic (antialiased) resize, ImageNet-normalised; xyz and mask: nearest. S = img_size, aspect not kept.
-    Mask and label are those of the test split. An item raises InputError when a file cannot be read, or when a point
-    cloud has no valid point.
+    Mask (resized nearest) and label are those of the test split. An item raises InputError when a file cannot be read,
+    or when a point cloud has no valid point.
     """
 
     def __init__(self, files: Sequence[SampleFiles], modalities: frozenset[str], img_size: int) -> None:
@@ -286,17 +318,28 @@ class AnomalyDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         files, size = self.files[index], self.img_size
-        return Sample(
-            files.path,
-            rgb=_load_rgb(files.rgb, size) if "rgb" in self.modalities and files.rgb else None,
-            xyz=_load_xyz(files.xyz, size) if "xyz" in self.modalities and files.xyz else None,
-            mask=_load_mask(files.mask, size) if files.label is not None else None,
-            label=files.label,
+        sample = make_sample(
+            str(files.xyz or files.rgb or files.path),  # an error names the file
+            read_photo(files) if "rgb" in self.modalities else None,
+            read_organized_pc(files.xyz) if "xyz" in self.modalities and files.xyz else None,
+            size,
         )
+        mask = _load_mask(files.mask, size) if files.label is not None else None
+        return sample._replace(path=files.path, mask=mask, label=files.label)
 
 
-def load_samples(dataset: AnomalyDataset, num_workers: int) -> Iterator[Sample]:
-    """Yield the samples in order, read ahead by `num_workers` threads, at most two samples each (0: no thread).
+class Indexed(Protocol[Item]):
+    """What items can be asked of by number, in any thread."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Item: ...
+
+
+def load_samples(dataset: Indexed[Item], num_workers: int) -> Iterator[Item]:
+    """Yield the items of an AnomalyDataset, say, in order, read ahead by `num_workers` threads (0: by none).
+
+    Each thread is ahead by two items at most.
 
     Threads, since decoding, resizing and reading release the interpreter lock: an InputError arrives as it is, nothing
     is pickled and nothing forks beside CUDA. Closing the iterator early ends them.

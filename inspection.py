@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
@@ -18,6 +18,8 @@ from utils.images import defect_mask, open_image
 from utils.organized_pc import read_organized_pc, valid_mask
 from utils.preprocessing_record import Scan, has_results, read_recorded
 from utils.report import print_columns
+
+Scanned = TypeVar("Scanned")
 
 CLEANING_COMMAND = "python utils/preprocessing.py"
 logger = logging.getLogger(__name__)
@@ -127,7 +129,7 @@ def _row(report: SplitReport) -> tuple[str, ...]:
 
 def warn_of_raw_scans(scans: Sequence[SampleFiles]) -> None:
     """Warn if one of some scans of a class, spread over the split, shows its table: not cleaned, it ruins results."""
-    looked_at = [scan.xyz for scan in _spread(scans) if scan.xyz is not None]
+    looked_at = [scan.xyz for scan in spread(scans) if scan.xyz is not None]
     raw = [path for path in looked_at if shows_table(read_organized_pc(path), CleaningRule())]
     if raw:
         logger.warning(
@@ -137,7 +139,7 @@ def warn_of_raw_scans(scans: Sequence[SampleFiles]) -> None:
         )
 
 
-def _spread(scans: Sequence[SampleFiles], number: int = 5) -> list[SampleFiles]:
+def spread(scans: Sequence[Scanned], number: int = 5) -> list[Scanned]:
     """At most `number` scans, evenly spaced from the first to the last."""
     count = min(number, len(scans))
     return [scans[round(i * (len(scans) - 1) / max(1, count - 1))] for i in range(count)]

@@ -6,11 +6,12 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -62,6 +63,12 @@ def in_fresh_process(work: Callable[..., Result], *arguments: Any) -> Result:
     """Run `work`, a function of a module, in a process of its own, whose memory no other measurement has raised."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
+
+
+def memory_slope(resident_mb: Sequence[tuple[int, float]]) -> float:
+    """MB per 1000 pieces of work, of what was resident after so many: a line through the second half, least squares."""
+    settled = np.array(resident_mb[len(resident_mb) // 2 :], dtype=float)
+    return float(np.polyfit(settled[:, 0] / 1000, settled[:, 1], 1)[0])
 
 
 def describe_machine() -> dict[str, str | int]:

@@ -3,10 +3,10 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from utils.metrics import evaluate as compute_metrics
 from utils.records import PatchFeatures, Prediction, Sample
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 STAGES = ("extract", "coreset", "fuse", "calibrate", "score", "metrics")
 
@@ -89,7 +91,7 @@ def collect_features(
     collected = TrainingFeatures(count, memory_budget, dtype)
     with (stopwatch or Stopwatch()).measure("extract"):
         progress = tqdm(samples, total=count, desc="train features", unit="sample", leave=False)
-        for batch in _batches(progress, extractor.batch_size):
+        for batch in batches(progress, extractor.batch_size):
             for sample, features in zip(batch, extractor.extract(batch), strict=True):
                 if on_features is not None:
                     on_features(sample, features)
@@ -141,8 +143,8 @@ def extract_each(
 ) -> Iterator[PatchFeatures]:
     """The features of each sample, in order, a batch of them in memory; every stopwatch counts the time."""
     progress = tqdm(samples, total=count, desc="validation features", unit="sample", leave=False)
-    for batch in _batches(progress, extractor.batch_size):
-        yield from _extract_timed(extractor, batch, stopwatches)[0]
+    for batch in batches(progress, extractor.batch_size):
+        yield from extract_timed(extractor, batch, stopwatches)[0]
 
 
 def calibrate_detectors(
@@ -202,8 +204,8 @@ def evaluate(
     extractor = next(iter(detectors.values())).extractor
     results: dict[str, list[SampleResult]] = {name: [] for name in detectors}
     progress = tqdm(samples, total=count, desc="test", unit="sample", leave=False)
-    for batch in _batches(progress, extractor.batch_size):
-        extracted, seconds = _extract_timed(extractor, batch, stopwatches)
+    for batch in batches(progress, extractor.batch_size):
+        extracted, seconds = extract_timed(extractor, batch, stopwatches)
         for name, detector in detectors.items():
             for sample, features in zip(batch, extracted, strict=True):
                 results[name].append(_result(detector, sample, features, seconds / len(batch), stopwatches[name]))
@@ -239,15 +241,15 @@ def class_entry(detector: Detector, evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
-    """`size` samples at a time, the last time what is left."""
-    iterator = iter(samples)
+def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """`size` items at a time, the last time what is left."""
+    iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
 
 
-def _extract_timed(
-    extractor: PatchExtractor, batch: list[Sample], stopwatches: Mapping[str, Stopwatch]
+def extract_timed(
+    extractor: PatchExtractor, batch: Sequence[Sample], stopwatches: Mapping[str, Stopwatch]
 ) -> tuple[list[PatchFeatures], float]:
     """The features of a batch and the seconds they took, which every stopwatch counts."""
     begin = time.perf_counter()

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import plain
 from benchmarks.class_run import ClassRun, count_operations, run_class
 from benchmarks.curve import memory_law, seconds_law
-from benchmarks.measuring import median_seconds
+from benchmarks.measuring import median_seconds, memory_slope
 from benchmarks.rows import CORESET_EPS, Row
 from benchmarks.workload import (
     SEED,
@@ -302,3 +302,25 @@ def test_all_stages_are_measured(tmp_path: Path) -> None:
     }
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.size == (1152, 480)
+
+
+def test_the_slope_of_memory_is_that_of_the_second_half() -> None:
+    samples = [(100, 900.0), (200, 990.0), (300, 1000.0), (400, 1001.0), (500, 1002.0), (600, 1003.0)]
+    assert memory_slope(samples) == pytest.approx(10)
+
+
+@pytest.mark.slow
+def test_judging_is_measured(tmp_path: Path) -> None:
+    told = run_benchmark(
+        "predict", "--networks", "tiny", "--train", 4, "--distinct", 2, "--samples", 4, "--parts", 20, "--repeats", 1,
+        "--batch_size", 2, "--output", tmp_path / "found.json",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "found.json").read_text())
+    (cold,) = found["cold"]
+    assert 0 < cold["first_part"] <= cold["end"]
+    for stage in ("batch 1", "batch 2", "memory"):
+        latency = found[stage]["latency"]
+        assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"]
+        assert found[stage]["parts_per_second"] > 0
+    assert [count for count, _ in found["memory"]["resident_mb"]] == list(range(1, 21))
+    assert "20 parts in a row" in told and "MB per 1000 parts" in told

@@ -21,6 +21,7 @@ from dataset import (
     find_classes,
     index_split,
     load_samples,
+    make_sample,
     original_size,
     read_photo,
 )
@@ -450,6 +451,49 @@ def test_scan_without_a_valid_point(tmp_path: Path, value: float) -> None:
     scan = SampleFiles("train/good/000", xyz=save_cloud(tmp_path / "000.tiff", xyz))
     with pytest.raises(InputError, match=r"000.tiff has no valid point .*restore"):
         AnomalyDataset([scan], XYZ, 4)[0]
+
+
+def test_a_sample_from_arrays_is_that_of_the_files(tmp_path: Path) -> None:
+    photo, xyz = noise_picture((20, 30)), cloud((20, 30))
+    xyz[3, 4] = (np.nan, 0.1, np.inf)
+    files = one_scan(tmp_path, "000.png", photo)._replace(xyz=save_cloud(tmp_path / "000.tiff", xyz))
+    expected = AnomalyDataset([files], BOTH, 16)[0]
+    sample = make_sample("part", photo, xyz.astype(np.float64), 16)
+    assert (sample.path, sample.mask, sample.label) == ("part", None, None)
+    for name in ("rgb", "xyz"):
+        found = getattr(sample, name)
+        assert found.is_contiguous() and torch.equal(found, getattr(expected, name))
+    assert make_sample("part", None, xyz, 16).rgb is None
+    assert make_sample("part", photo, None, 16).xyz is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_stay_as_they_are() -> None:
+    photo, xyz = noise_picture((16, 16)), cloud((16, 16)).astype(np.float64)
+    xyz[2, 3], xyz[4, 4] = np.nan, 1e300
+    before = photo.copy(), xyz.copy()
+    sample = make_sample("part", photo, xyz, 16)
+    assert sample.xyz is not None
+    assert (sample.xyz[:, 2, 3] == 0).all() and (sample.xyz[:, 4, 4] == 0).all()
+    np.testing.assert_array_equal(photo, before[0])
+    np.testing.assert_array_equal(xyz, before[1])
+
+
+@pytest.mark.parametrize(
+    ("rgb", "xyz", "parts"),
+    [
+        (np.zeros((8, 8), np.uint8), None, ["photograph of part", "8 x 8 uint8", "8-bit RGB"]),
+        (np.zeros((8, 8, 4), np.uint8), None, ["8 x 8 x 4 uint8"]),
+        (np.zeros((8, 8, 3), np.float32), None, ["8 x 8 x 3 float32"]),
+        (None, np.ones((8, 8), np.float32), ["point cloud of part", "8 x 8, expected H x W x 3"]),
+        (None, np.ones((8, 8, 3), np.int16), ["int16 numbers"]),
+        (None, np.zeros((8, 8, 3), np.float32), ["part has no valid point"]),
+    ],
+)
+def test_arrays_that_are_no_part(rgb: np.ndarray | None, xyz: np.ndarray | None, parts: list[str]) -> None:
+    with pytest.raises(InputError) as error:
+        make_sample("part", rgb, xyz, 4)
+    assert all(part in str(error.value) for part in parts)
 
 
 IDS = np.array([[0, 1, 0, 2], [0, 0, 3, 0], [255, 0, 0, 0], [0, 254, 253, 0]], dtype=np.uint8)

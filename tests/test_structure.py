@@ -16,6 +16,8 @@ MAY_IMPORT = {
     "models": {"models", "utils"},
     "feature_extractors": {"feature_extractors", "models", "dataset", "utils"},
     "inspection": {"dataset", "utils"},
+    "judging": {"inspection", "feature_extractors", "models", "dataset", "utils"},
+    "predict": {"judging", "inspection", "feature_extractors", "models", "dataset", "utils"},
     "settings": {"feature_extractors", "models", "dataset", "utils"},
     "saved_detectors": {"settings", "feature_extractors", "models", "dataset", "utils"},
     "main": {"saved_detectors", "settings", "inspection", "feature_extractors", "models", "dataset", "utils"},

@@ -10,7 +10,15 @@ import tifffile
 from matplotlib.figure import Figure
 from PIL import Image
 
-from utils.visualization import FUSED, color_scale, save_anomaly_map, save_prediction_figure
+from utils.visualization import (
+    FUSED,
+    OVERLAY_SIDE,
+    color_scale,
+    save_anomaly_map,
+    save_overlay,
+    save_prediction_figure,
+    threshold_scale,
+)
 
 SIDE = 32
 SCALE = {"rgb": (0.0, 1.0), "xyz": (0.0, 2.0), FUSED: (0.0, 1.0)}
@@ -196,3 +204,55 @@ def test_figures_leave_no_global_state(tmp_path: Path) -> None:
     assert alive() <= before
     pyplot = sys.modules.get("matplotlib.pyplot")  # another library may have imported it
     assert pyplot is None or not pyplot.get_fignums()
+
+
+# Overlays
+
+
+def overlay(folder: Path, photo: np.ndarray | None, anomaly_map: np.ndarray, threshold: float | None) -> np.ndarray:
+    save_overlay(folder / "overlay.png", photo, anomaly_map, (0.0, 2.0), threshold)
+    with Image.open(folder / "overlay.png") as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize(("threshold", "scale"), [(1.5, (0, 3)), (-2.0, (-4, 0)), (0.0, (-1, 1))])
+def test_the_threshold_is_the_middle_of_the_colours(threshold: float, scale: tuple[float, float]) -> None:
+    assert threshold_scale(threshold) == scale
+
+
+def test_an_overlay_has_the_pixels_of_the_photo(tmp_path: Path) -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    drawn = overlay(tmp_path, photo, np.zeros((8, 8)), None)
+    assert drawn.shape == (60, 90, 3)
+    luma = photo @ np.array([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(drawn, np.repeat(luma[..., None], 3, axis=2), atol=2)
+    photo = np.full((40, 2 * OVERLAY_SIDE, 3), 100, np.uint8)
+    assert overlay(tmp_path, photo, np.zeros((8, 8)), None).shape == (20, OVERLAY_SIDE, 3)
+
+
+def test_what_is_above_the_threshold_is_outlined_in_its_place(tmp_path: Path) -> None:
+    photo = np.full((80, 80, 3), 128, np.uint8)
+    anomaly_map = np.full((8, 8), 0.5)
+    anomaly_map[1:3, 4:7] = 1.5
+    plain, outlined = (overlay(tmp_path, photo, anomaly_map, threshold) for threshold in (None, 1.0))
+    rows, columns = np.nonzero(np.abs(plain - outlined).sum(axis=2) > 30)
+    assert abs(rows.min() - 10) <= 2 and abs(rows.max() - 30) <= 2
+    assert abs(columns.min() - 40) <= 2 and abs(columns.max() - 70) <= 2
+    inside = (slice(15, 25), slice(45, 65))
+    np.testing.assert_array_equal(plain[inside], outlined[inside])
+    np.testing.assert_array_equal(overlay(tmp_path, photo, anomaly_map, 2.0), plain)
+
+
+def test_equal_values_have_equal_colours_on_every_part(tmp_path: Path) -> None:
+    photo = np.full((16, 16, 3), 128, np.uint8)
+    calm, wild = np.full((8, 8), 0.2), np.full((8, 8), 0.2)
+    wild[4:] = 40.0
+    np.testing.assert_array_equal(overlay(tmp_path, photo, calm, 1.0)[:4], overlay(tmp_path, photo, wild, None)[:4])
+
+
+def test_an_overlay_without_a_photo_is_the_map(tmp_path: Path) -> None:
+    anomaly_map = np.zeros((32, 48))
+    anomaly_map[:, 24:] = 2.0
+    drawn = overlay(tmp_path, None, anomaly_map, None)
+    assert drawn.shape == (32, 48, 3)
+    assert drawn[:, :22].sum(axis=2).max() < 60 and drawn[:, 26:].sum(axis=2).min() > 500

@@ -42,7 +42,7 @@ class CleaningRule:
 
 
 def clean_scan(
-    xyz: np.ndarray, rgb: np.ndarray, gt: np.ndarray | None, rule: CleaningRule
+    xyz: np.ndarray, rgb: np.ndarray, gt: np.ndarray | None, rule: CleaningRule, keep_rgb: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Clean one scan: remove its plane, keep its largest cluster, pad to a square of side S.
 
@@ -51,6 +51,7 @@ def clean_scan(
         rgb: (H, W, C) uint8 photograph of the same view.
         gt: (H, W) ground truth of any dtype, only padded; None where the scan has none.
         rule: the numbers of the cleaning.
+        keep_rgb: the photograph keeps its background and is only padded.
 
     Returns:
         xyz (S, S, 3), rgb (S, S, C) and gt (S, S) or None, dtypes as given. What was removed is 0 in xyz and rgb;
@@ -81,7 +82,7 @@ def clean_scan(
     plane = fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
     part = largest_cluster(remove_plane(xyz, plane, rule.plane_distance), rule)
     clean_xyz = np.where(part[..., None], xyz, xyz.dtype.type(0))
-    clean_rgb = np.where((measured & ~part)[..., None], rgb.dtype.type(0), rgb)
+    clean_rgb = rgb if keep_rgb else np.where((measured & ~part)[..., None], rgb.dtype.type(0), rgb)
     padded_gt = None if gt is None else pad_to_square(gt, rule.side_multiple)
     return pad_to_square(clean_xyz, rule.side_multiple), pad_to_square(clean_rgb, rule.side_multiple), padded_gt
 
@@ -200,6 +201,12 @@ def pad_to_square(image: np.ndarray, multiple: int) -> np.ndarray:
     padded = np.zeros((side, side, *image.shape[2:]), dtype=image.dtype)
     padded[top : top + image.shape[0], left : left + image.shape[1]] = image
     return padded
+
+
+def crop_padding(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The (H, W, ...) in the middle of (S, S, ...) that `pad_to_square` made it of; `size` = (H, W)."""
+    top, left = ((padded - length) // 2 for padded, length in zip(image.shape[:2], size, strict=True))
+    return image[top : top + size[0], left : left + size[1]]
 
 
 def cluster_labels(points: np.ndarray, eps: float, min_points: int) -> np.ndarray:

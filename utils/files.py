@@ -60,6 +60,17 @@ def cannot_read(path: Path, error: OSError) -> InputError:
     return InputError(f"{path} cannot be read ({error.strerror or error}): {mend}")
 
 
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """Say why `path` is not written, and the mend."""
+    # NumPy's error of a write cut short has no number.
+    full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)
+    mend = "free disk space" if full else "make it and its folder writable"
+    if error.errno == errno.ENAMETOOLONG:
+        mend = "shorten the name of the scan's files"
+    reason = error.strerror or str(error)
+    return InputError(f"{path} cannot be written ({reason}): {mend} and run the same command again")
+
+
 def make_folder(path: Path | str, flag: str) -> Path:
     """Make the folder that `flag` names before the work that fills it; InputError where that cannot be."""
     try:

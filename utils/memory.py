@@ -38,7 +38,16 @@ def peak_memory_mb(device: torch.device | str = "cpu") -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     # A process inherits ru_maxrss from the one that started it; the figure in /proc it does not.
     if PROCESS_STATUS.is_file():
-        line = next(line for line in PROCESS_STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
+        return _status_mb("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+def resident_memory_mb() -> float:
+    """What of this process is in memory now, MiB; on Linux alone."""
+    return _status_mb("VmRSS")
+
+
+def _status_mb(key: str) -> float:
+    line = next(line for line in PROCESS_STATUS.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 2**10

@@ -6,7 +6,7 @@ exactly (0, 0, 0).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +38,27 @@ def zero_invalid(xyz: np.ndarray) -> np.ndarray:
     return np.where(valid_mask(xyz)[..., None], xyz, xyz.dtype.type(0))
 
 
+def check_organized(name: Path | str, shape: Sequence[int], dtype: np.dtype | None) -> None:
+    """Refuse an array that is no organised point cloud, H x W x 3 floating-point numbers; InputError names it."""
+    if len(shape) != 3 or shape[2] != 3 or not all(shape):
+        found = " x ".join(map(str, shape))
+        raise InputError(
+            f"{name} holds an array of {found}, expected H x W x 3 (x, y, z of every pixel): "
+            "store the coordinates as the last axis"
+        )
+    if dtype is None or dtype.kind != "f":
+        raise InputError(
+            f"{name} holds {dtype} numbers, expected floating-point coordinates in metres: "
+            "convert the units and store float32"
+        )
+
+
+def as_cloud(xyz: np.ndarray) -> np.ndarray:
+    """`xyz` (..., 3) of any float type as float32, missing pixels (see `valid_mask`) exactly (0, 0, 0)."""
+    with np.errstate(over="ignore"):  # a float64 beyond the range of float32 becomes infinite, which is missing
+        return zero_invalid(xyz.astype(np.float32))
+
+
 def organized_pc_header(path: Path | str) -> tuple[int, int]:
     """Return (H, W) of a cloud from the header of its file alone: cheap enough for thousands of files.
 
@@ -64,9 +85,7 @@ def read_organized_pc(path: Path | str) -> np.ndarray:
         InputError: what `organized_pc_header` raises, or the pixel data cannot be decoded.
     """
     with _open_checked(path) as tif:
-        xyz = tif.series[0].asarray()
-    with np.errstate(over="ignore"):  # a float64 beyond the range of float32 becomes infinite, which is missing
-        return zero_invalid(xyz.astype(np.float32))
+        return as_cloud(tif.series[0].asarray())
 
 
 def write_organized_pc(path: Path | str, xyz: np.ndarray) -> None:
@@ -90,7 +109,8 @@ def resize_nearest(xyz: np.ndarray, size: int) -> Tensor:
     """
     import torch  # here, because preprocessing starts a process per core and needs none of it
 
-    planes = torch.from_numpy(np.ascontiguousarray(xyz.transpose(2, 0, 1), dtype=np.float32))
+    with np.errstate(over="ignore"):  # beyond the range of float32: infinite
+        planes = torch.from_numpy(np.ascontiguousarray(xyz.transpose(2, 0, 1), dtype=np.float32))
     return torch.nn.functional.interpolate(planes[None], size=(size, size), mode="nearest")[0]
 
 
@@ -117,17 +137,7 @@ def _open_checked(path: Path | str) -> Iterator[tifffile.TiffFile]:
 
 def _check_header(path: Path, tif: tifffile.TiffFile) -> None:
     series = tif.series[0]
-    if len(series.shape) != 3 or series.shape[2] != 3:
-        found = " x ".join(map(str, series.shape))
-        raise InputError(
-            f"{path} holds an array of {found}, expected H x W x 3 (x, y, z of every pixel): "
-            "store the coordinates as the last axis"
-        )
-    if series.dtype is None or series.dtype.kind != "f":
-        raise InputError(
-            f"{path} holds {series.dtype} numbers, expected floating-point coordinates in metres: "
-            "convert the units and store float32"
-        )
+    check_organized(path, series.shape, series.dtype)
     # Pages that follow each other without a gap share one offset, and only the first of them has been read.
     if series.dataoffset is not None:
         end = series.dataoffset + series.nbytes

@@ -27,13 +27,13 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
-from utils.cloud_cleaning import CleaningRule, clean_scan, pad_to_square
+from utils.cloud_cleaning import CleaningRule, clean_scan
 from utils.errors import InputError, exit_on_input_error
-from utils.files import FILE_SUFFIXES, files_by_stem, make_folder, subfolders
+from utils.files import FILE_SUFFIXES, cannot_write, files_by_stem, make_folder, subfolders
 from utils.images import defect_mask, open_image, to_rgb
 from utils.organized_pc import organized_pc_header, read_organized_pc
 from utils.preprocessing_preview import FORMATS, Pair, check_format, write_preview
-from utils.preprocessing_progress import TEMPORARY, Progress, cannot_write
+from utils.preprocessing_progress import TEMPORARY, Progress
 from utils.preprocessing_record import MANIFEST, Record, Scan
 from utils.scan_processing import Summary, process_scans, report, require_own_folder, split_scans, write_results
 
@@ -143,9 +143,7 @@ def _read_and_clean(scan: Scan, job: Job) -> tuple[Pair, np.ndarray | None]:
     xyz = read_organized_pc(_source(scan, "xyz"))
     rgb = _read_photo(_source(scan, "rgb"))
     gt = _read_ground_truth(_source(scan, "gt")) if "gt" in scan.modalities else None
-    clean_xyz, clean_rgb, padded_gt = clean_scan(xyz, rgb, gt, job.rule)
-    if job.keep_rgb:
-        clean_rgb = pad_to_square(rgb, job.rule.side_multiple)
+    clean_xyz, clean_rgb, padded_gt = clean_scan(xyz, rgb, gt, job.rule, job.keep_rgb)
     return Pair(rgb, xyz, clean_rgb, clean_xyz), padded_gt
 
 

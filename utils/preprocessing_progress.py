@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import InputError
-from utils.files import atomic_path, cannot_read
+from utils.files import atomic_path, cannot_read, cannot_write
 from utils.preprocessing_record import (
     JOURNAL,
     MANIFEST,
@@ -259,17 +259,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def cannot_write(path: Path, error: OSError) -> InputError:
-    """Say why `path` is not written, and the mend."""
-    # NumPy's error of a write cut short has no number.
-    full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)
-    mend = "free disk space" if full else "make it and its folder writable"
-    if error.errno == errno.ENAMETOOLONG:
-        mend = "shorten the name of the scan's files"
-    reason = error.strerror or str(error)
-    return InputError(f"{path} cannot be written ({reason}): {mend} and run the same command again")
 
 
 def _append(path: Path, line: bytes) -> None:

@@ -17,9 +17,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.errors import InputError
-from utils.files import cannot_read, files_by_stem
+from utils.files import cannot_read, cannot_write, files_by_stem
 from utils.organized_pc import read_organized_pc, write_organized_pc
-from utils.preprocessing_progress import Progress, cannot_write, locked, remove_stale, sync, temporary_path
+from utils.preprocessing_progress import Progress, locked, remove_stale, sync, temporary_path
 from utils.preprocessing_record import MANIFEST, FileRecord, Record, Scan, sha256, stamp
 
 KILLED = (

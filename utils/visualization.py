@@ -4,14 +4,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import tifffile
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
 
 from utils.files import atomic_path
 
@@ -21,6 +25,7 @@ OUTLINE = "#00e5ff"  # cyan: absent from the heat colours, so it shows on photo 
 OVERLAY_OPACITY = 0.85  # at the upper end of the scale
 PANEL_INCHES, GAP, HEAD, FOOT = 2.1, 0.08, 0.52, 0.36  # inches: a panel, between panels, above and below the row
 DPI = 110
+OVERLAY_SIDE = 1024  # pixels: what a screen shows of an overlay
 
 
 class _Panel(NamedTuple):
@@ -31,16 +36,20 @@ class _Panel(NamedTuple):
     outlined: NDArray | None = None  # (S, S) bool, on top
 
 
+def resize_map(anomaly_map: NDArray, size: tuple[int, int]) -> NDArray[np.float32]:
+    """A map (S, S) at `size` = (H, W), resized bilinearly (align_corners False)."""
+    tensor = torch.as_tensor(np.asarray(anomaly_map, dtype=np.float32))[None, None]
+    return torch.nn.functional.interpolate(tensor, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
+
+
 def save_anomaly_map(path: Path | str, anomaly_map: NDArray, size: tuple[int, int]) -> None:
-    """Write a map (S, S) as float32 tiff of `size` = (H, W), resized bilinearly (align_corners False).
+    """Write a map (S, S) as float32 tiff of `size` = (H, W), see `resize_map`.
 
     `size` is that of the scan's ground truth: the official MVTec 3D-AD evaluation compares pixel by pixel, and reads
     <output_dir>/anomaly_maps/<class>/test/<defect>/<stem>.tiff.
     """
-    tensor = torch.as_tensor(np.asarray(anomaly_map, dtype=np.float32))[None, None]
-    resized = torch.nn.functional.interpolate(tensor, size=size, mode="bilinear", align_corners=False)
     with atomic_path(path) as temporary:
-        tifffile.imwrite(temporary, resized[0, 0].numpy(), photometric="minisblack")
+        tifffile.imwrite(temporary, resize_map(anomaly_map, size), photometric="minisblack")
 
 
 def color_scale(maps: Iterable[NDArray]) -> tuple[float, float]:
@@ -53,6 +62,54 @@ def color_scale(maps: Iterable[NDArray]) -> tuple[float, float]:
     if hi <= lo:  # all but a few pixels are equal
         hi = float(values.max())
     return (lo, hi) if hi > lo else (lo, lo + 1.0)
+
+
+def threshold_scale(threshold: float) -> tuple[float, float]:
+    """Colour limits (lo, hi) with a detector's pixel threshold in the middle, the same for every part it judges."""
+    reach = abs(threshold) or 1.0
+    return threshold - reach, threshold + reach
+
+
+def save_overlay(
+    path: Path | str,
+    photo: NDArray | None,
+    anomaly_map: NDArray,
+    scale: tuple[float, float],
+    threshold: float | None,
+) -> None:
+    """Write one picture as PNG, without margin or text: the map in heat colours over the grey photo.
+
+    Args:
+        photo: (H, W, 3) uint8, or None: the map alone.
+        anomaly_map: (h, w) float, of the same view; the picture has the size of the photo, else of the map, but at most
+            OVERLAY_SIDE pixels a side.
+        scale: colour limits (lo, hi), see `threshold_scale`.
+        threshold: what is above it is outlined; None: nothing is.
+
+    Without a figure of matplotlib's, whose parts refer to each other: memory would wait for the garbage collection.
+    """
+    height, width = np.shape(anomaly_map if photo is None else photo)[:2]
+    shrink = min(1.0, OVERLAY_SIDE / max(height, width))
+    size = max(1, round(height * shrink)), max(1, round(width * shrink))
+    heat = resize_map(anomaly_map, size)
+    strength = np.clip((heat - scale[0]) / (scale[1] - scale[0]), 0, 1)[..., None]
+    colours = matplotlib.colormaps[HEAT](strength[..., 0])[..., :3] * 255
+    if photo is not None:
+        smaller = Image.fromarray(photo).resize(size[::-1], Image.Resampling.BOX) if shrink < 1 else photo
+        opacity = OVERLAY_OPACITY * strength  # the photo shows where nothing is found
+        colours = opacity * colours + (1 - opacity) * _gray(np.asarray(smaller))
+    if threshold is not None:
+        _outline_pixels(colours, heat > threshold)
+    with atomic_path(path) as temporary:
+        Image.fromarray(colours.round().astype(np.uint8)).save(temporary)
+
+
+def _outline_pixels(colours: NDArray, mask: NDArray[np.bool_]) -> None:
+    """Draw the border of each region (H, W) into the picture (H, W, 3), within it; a dark line beside it as above."""
+    width = max(1, round(max(mask.shape) / 200))
+    inner = ndimage.binary_erosion(mask, iterations=width)
+    colours[ndimage.binary_dilation(mask, iterations=width) & ~mask] = 0
+    colours[mask & ~inner] = np.array(to_rgb(OUTLINE)) * 255
 
 
 def save_prediction_figure(

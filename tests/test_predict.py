@@ -1,0 +1,575 @@
+"""Judging new parts: the same as main.py says, part by part, whatever is wrong with some of them."""
+
+import gc
+import json
+import logging
+import re
+import shutil
+import sys
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from conftest import ROOT
+from main_runs import Run, read_run, write_bagels, write_cloud, write_picture
+from main_runs import call as call_main
+from PIL import Image
+from tiny_networks import one_thread, stub_fusion, stub_rgb, stub_xyz  # noqa: F401 (one_thread is a fixture)
+
+import judging
+import predict
+from dataset import AnomalyDataset, index_split, make_sample
+from feature_extractors import extractor as extractor_module
+from feature_extractors.detector import Detector
+from feature_extractors.persistence import load_detector, save_detector
+from judging import LoadedPart, Output, PartReader, Reading, Verdict, judge_parts
+from utils import preprocessing
+from utils.cloud_cleaning import crop_padding, pad_to_square
+from utils.errors import InputError
+from utils.organized_pc import read_organized_pc, write_organized_pc
+from utils.part_files import PartFiles
+from utils.records import Prediction
+from utils.synthetic_scanner import make_scan
+from utils.visualization import resize_map
+
+SIDE = 64
+BOTH = frozenset({"rgb", "xyz"})
+METHODS = ("DINO", "Point_MAE", "DINO+Point_MAE")
+KEYS = ["name", "rgb", "xyz", "score", "normalised", "anomalous", "threshold", "seconds", "map", "overlay"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def stubs() -> Iterator[None]:
+    """Tiny networks in place of the published ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extractor_module, "build_rgb_backbone", stub_rgb)
+        patch.setattr(extractor_module, "build_xyz_backbone", stub_xyz)
+        patch.setattr(extractor_module, "build_feature_fusion", stub_fusion)
+        yield
+
+
+class Fitted(NamedTuple):
+    """A dataset of four scans, and what main.py made of it."""
+
+    data: Path  # of the class
+    detectors: dict[str, Path]  # by method
+    runs: dict[str, Run]
+
+
+@pytest.fixture(scope="module")
+def fitted(stubs: None, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    root = tmp_path_factory.mktemp("fitted")
+    write_bagels(root / "data")
+    flags = ["--dataset_path", root / "data", "--classes", "bagel", "--img_size", SIDE, "--num_group", 24]
+    flags += ["--group_size", 12, "--f_coreset", 0.05, "--random_state", 0, "--save_preds", "--device", "cpu"]
+    flags += ["--save_detector", root / "detectors", "--output_dir", root / "results"]
+    call_main("--method_name", *METHODS, *flags)
+    return Fitted(
+        root / "data/bagel",
+        {method: root / "detectors" / method / "bagel" for method in METHODS},
+        {method: read_run(root / "results" / method, "") for method in METHODS},
+    )
+
+
+def run(*flags: object) -> int:
+    """The script in this process, up to its exit code."""
+    return predict.run(predict.parse_args(list(map(str, flags))))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
+    """The sentence that the script ends with."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["predict.py", *map(str, flags)])
+        predict.main()
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("predict.py: error: ")
+    assert [line for line in lines if "error: " in line] == lines[-1:]
+    return lines[-1]
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def many_parts(fitted: Fitted, folder: Path, count: int = 5) -> Path:
+    """`count` good parts in the folders rgb and xyz."""
+    for i in range(count):
+        for kind, suffix in (("rgb", ".png"), ("xyz", ".tiff")):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            shutil.copy(fitted.data / f"train/good/{kind}/00{i % 2}{suffix}", folder / f"{kind}/{i:03d}{suffix}")
+    return folder
+
+
+def flags_for(fitted: Fitted, parts: Path, output: Path, method: str = "DINO+Point_MAE") -> list[object]:
+    return [
+        *("--detector", fitted.detectors[method], "--output_dir", output, "--device", "cpu"),
+        *("--rgb", parts / "rgb", "--xyz", parts / "xyz"),
+    ]
+
+
+# What is said of a part
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_as_the_evaluation(fitted: Fitted, tmp_path: Path, method: str) -> None:
+    reference = fitted.runs[method]
+    for sample in reference.entry["samples"]:
+        folder = fitted.data / Path(sample["path"]).parent
+        flags = flags_for(fitted, folder, tmp_path, method)
+        if method == "DINO":
+            flags = flags[:-2]
+        assert run(*flags) == 0
+        (line,) = lines_of(tmp_path)
+        assert line["score"] == pytest.approx(sample["score"], rel=1e-6)
+        expected = tifffile.imread(reference.folder / "anomaly_maps/bagel" / f"{sample['path']}.tiff")
+        found = tifffile.imread(line["map"])
+        assert found.dtype == np.float32 and found.shape == (SIDE, SIDE)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        threshold = reference.entry["threshold"]["image"]
+        assert line["threshold"] == threshold
+        assert line["anomalous"] == (line["score"] > threshold)
+        assert (line["normalised"] > 0.5) == line["anomalous"]
+
+
+def test_from_arrays_in_python(fitted: Fitted) -> None:
+    detector = load_detector(fitted.detectors["DINO+Point_MAE"], "cpu")
+    sample = fitted.runs["DINO+Point_MAE"].entry["samples"][1]
+    folder = fitted.data / Path(sample["path"]).parent
+    rgb = np.asarray(Image.open(folder / "rgb/000.png").convert("RGB"))
+    xyz = tifffile.imread(folder / "xyz/000.tiff")
+    prediction = detector.predict(make_sample("part", rgb, xyz, detector.config.img_size))
+    assert prediction.score == pytest.approx(sample["score"], rel=1e-6)
+    assert prediction.anomaly_map.shape == (SIDE, SIDE)
+
+
+def test_the_readme_does_so(
+    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    snippet = next(each for each in snippets if "make_sample" in each)
+    (tmp_path / "detectors").mkdir()
+    (tmp_path / "detectors/bagel").symlink_to(fitted.detectors["DINO+Point_MAE"])
+    for kind, suffix in (("rgb", ".png"), ("xyz", ".tiff")):
+        shutil.copy(fitted.data / f"test/hole/{kind}/000{suffix}", tmp_path / f"part{suffix}")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "README.md", "exec"), {})
+    score = float(capsys.readouterr().out.split()[0])
+    assert score == pytest.approx(fitted.runs["DINO+Point_MAE"].entry["samples"][1]["score"], rel=1e-4)
+
+
+def test_every_format_says_the_same(fitted: Fitted, tmp_path: Path) -> None:
+    parts = many_parts(fitted, tmp_path / "parts", 4)
+    xyz = read_organized_pc(parts / "xyz/000.tiff")
+    for i in range(4):
+        (parts / f"xyz/{i:03d}.tiff").unlink()
+        shutil.copy(fitted.data / "train/good/rgb/000.png", parts / f"rgb/{i:03d}.png")
+    write_organized_pc(parts / "xyz/000.tif", xyz)
+    np.save(parts / "xyz/001.npy", np.where(xyz == 0, np.nan, xyz).astype(np.float64))
+    fields = "FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\n"
+    header = f"VERSION 0.7\n{fields}WIDTH {SIDE}\nHEIGHT {SIDE}\nPOINTS {SIDE**2}\nDATA binary\n"
+    (parts / "xyz/002.pcd").write_bytes(header.encode() + xyz.tobytes())
+    properties = "property float x\nproperty float y\nproperty float z\nend_header\n"
+    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {SIDE**2}\n{properties}"
+    (parts / "xyz/003.ply").write_bytes(header.encode() + xyz.tobytes())
+    assert run(*flags_for(fitted, parts, tmp_path / "out"), "--batch_size", 1) == 0
+    assert len({line["score"] for line in lines_of(tmp_path / "out")}) == 1
+
+
+def test_a_depth_picture(fitted: Fitted, tmp_path: Path) -> None:
+    depth = np.random.default_rng(0).integers(4900, 5100, (SIDE, SIDE)).astype(np.uint16)
+    write_picture(tmp_path / "depth.png", depth)
+    camera = {"fx": 500.0, "fy": 500.0, "cx": 32.0, "cy": 31.5, "depth_scale": 0.0001}
+    (tmp_path / "camera.json").write_text(json.dumps(camera))
+    z = depth * 0.0001
+    v, u = np.indices(z.shape)
+    x = np.where(u == 32, 1e-6, (u - 32.0) * z / 500.0)
+    np.save(tmp_path / "depth.npy", np.stack([x, (v - 31.5) * z / 500.0, z], axis=-1).astype(np.float32))
+    flags = ["--detector", fitted.detectors["Point_MAE"], "--device", "cpu", "--output_dir", tmp_path / "out"]
+    flags += ["--intrinsics", tmp_path / "camera.json"]
+    scores = []
+    for name in ("depth.png", "depth.npy"):
+        assert run(*flags, "--xyz", tmp_path / name) == 0
+        scores += [line["score"] for line in lines_of(tmp_path / "out")]
+    assert scores[0] == scores[1]
+
+
+def test_millimetres_are_refused_or_converted(fitted: Fitted, tmp_path: Path) -> None:
+    xyz = read_organized_pc(fitted.data / "test/hole/xyz/000.tiff")
+    np.save(tmp_path / "000.npy", xyz * 1000)
+    flags = ["--detector", fitted.detectors["Point_MAE"], "--device", "cpu", "--output_dir", tmp_path / "out"]
+    flags += ["--xyz", tmp_path / "000.npy"]
+    assert run(*flags) == 1
+    assert "--xyz_unit mm" in lines_of(tmp_path / "out")[0]["error"]
+    assert run(*flags, "--xyz_unit", "mm") == 0
+    expected = fitted.runs["Point_MAE"].entry["samples"][1]["score"]
+    assert lines_of(tmp_path / "out")[0]["score"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_batches_change_nothing(fitted: Fitted, tmp_path: Path) -> None:
+    parts = many_parts(fitted, tmp_path / "parts")
+    found = []
+    for size, workers in ((1, 0), (2, 3), (9, 1)):
+        flags = [*flags_for(fitted, parts, tmp_path / "out"), "--batch_size", size, "--num_workers", workers]
+        assert run(*flags, "--no_images") == 0
+        lines = lines_of(tmp_path / "out")
+        assert [line["name"] for line in lines] == [f"{i:03d}" for i in range(5)]
+        found.append([line["score"] for line in lines])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-5)
+
+
+# What a run leaves
+
+
+def test_what_a_run_leaves(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = many_parts(fitted, tmp_path / "parts", 2)
+    out = tmp_path / "out"
+    assert run(*flags_for(fitted, parts, out)) == 0
+    names = ["000.tiff", "000_overlay.png", "001.tiff", "001_overlay.png", "predictions.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    for line in lines_of(out):
+        assert list(line) == KEYS
+        assert Path(line["rgb"]) == parts / f"rgb/{line['name']}.png"
+        assert Path(line["xyz"]) == parts / f"xyz/{line['name']}.tiff"
+        assert Path(line["map"]) == out / f"{line['name']}.tiff"
+        assert Path(line["overlay"]) == out / f"{line['name']}_overlay.png"
+        assert 0 < line["seconds"] < 60
+    *told, summary = capsys.readouterr().out.splitlines()
+    assert [each.split()[0] for each in told] == ["000", "001"]
+    decisions = ["anomalous" if line["anomalous"] else "good" for line in lines_of(out)]
+    assert len({each.index(decision) for each, decision in zip(told, decisions, strict=True)}) == 1
+    count = decisions.count("anomalous")
+    assert summary.startswith("2 parts judged in ") and f"{count} anomalous, {2 - count} good" in summary
+    assert str(out / "predictions.jsonl") in summary
+
+
+def test_without_pictures(fitted: Fitted, tmp_path: Path) -> None:
+    parts = many_parts(fitted, tmp_path / "parts", 2)
+    assert run(*flags_for(fitted, parts, tmp_path / "out"), "--no_images") == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.jsonl"]
+    assert [(line["map"], line["overlay"]) for line in lines_of(tmp_path / "out")] == [(None, None)] * 2
+
+
+def test_a_run_starts_anew_or_goes_on(fitted: Fitted, tmp_path: Path) -> None:
+    parts = many_parts(fitted, tmp_path / "parts", 2)
+    flags = [*flags_for(fitted, parts, tmp_path / "out"), "--no_images"]
+    for more, expected in (([], 2), ([], 2), (["--append"], 4)):
+        assert run(*flags, *more) == 0
+        assert len(lines_of(tmp_path / "out")) == expected
+
+
+def test_each_line_is_there_before_the_next_part_is_judged(
+    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, seen = many_parts(fitted, tmp_path / "parts"), []
+    plain = judging.judge
+
+    def judge(*arguments: Any) -> list[Verdict | str]:
+        seen.append(len(lines_of(tmp_path / "out")))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(judging, "judge", judge)
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags_for(fitted, parts, tmp_path / "out"), "--batch_size", 1)
+    assert seen == [0, 1, 2, 3]
+    assert [line["name"] for line in lines_of(tmp_path / "out")] == ["000", "001", "002"]
+
+
+def test_maps_have_the_size_of_the_scan(fitted: Fitted, tmp_path: Path) -> None:
+    """The photo may have more pixels; the overlay has those of the photo."""
+    folder = fitted.data / "test/hole"
+    xyz = read_organized_pc(folder / "xyz/000.tiff")[:48]
+    photo = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    write_cloud(tmp_path / "xyz/a.tiff", xyz)
+    write_picture(tmp_path / "rgb/a.png", photo)
+    assert run(*flags_for(fitted, tmp_path, tmp_path / "out")) == 0
+    assert tifffile.imread(tmp_path / "out/a.tiff").shape == (48, 64)
+    with Image.open(tmp_path / "out/a_overlay.png") as overlay:
+        assert overlay.size == (128, 96)
+    assert run(*flags_for(fitted, tmp_path, tmp_path / "out", "DINO")[:-2]) == 0
+    assert tifffile.imread(tmp_path / "out/a.tiff").shape == (96, 128)
+
+
+def test_a_detector_without_thresholds(
+    fitted: Fitted, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detector = load_detector(fitted.detectors["DINO"], "cpu")
+    detector.thresholds = None
+    save_detector(detector, tmp_path / "plain", class_name="bagel")
+    folder = fitted.data / "test/hole/rgb"
+    flags = ["--detector", tmp_path / "plain", "--rgb", folder, "--output_dir", tmp_path / "out", "--device", "cpu"]
+    assert run(*flags) == 0
+    (line,) = lines_of(tmp_path / "out")
+    assert (line["normalised"], line["anomalous"], line["threshold"]) == (None, None, None)
+    assert "without thresholds" in caplog.text
+    told = capsys.readouterr().out
+    assert "no threshold" in told and "anomalous" not in told
+    assert (tmp_path / "out/000_overlay.png").is_file()
+
+
+def test_the_photo_of_a_detector_that_looks_at_scans_is_only_drawn(fitted: Fitted, tmp_path: Path) -> None:
+    parts = many_parts(fitted, tmp_path / "parts", 1)
+    flags = flags_for(fitted, parts, tmp_path / "out", "Point_MAE")
+    assert run(*flags) == 0
+    with_photo = lines_of(tmp_path / "out")[0]
+    overlay = (tmp_path / "out/000_overlay.png").read_bytes()
+    assert run(*flags[:-4], *flags[-2:]) == 0
+    without = lines_of(tmp_path / "out")[0]
+    assert with_photo["score"] == without["score"] and without["rgb"] is None
+    assert overlay != (tmp_path / "out/000_overlay.png").read_bytes()
+
+
+# What is wrong with some parts
+
+
+def spoil(parts: Path) -> dict[str, str]:
+    """Spoil eight of ten parts; returns what each fault must say."""
+    scan, photo = parts / "xyz", parts / "rgb"
+    (scan / "001.tiff").write_bytes((scan / "001.tiff").read_bytes()[:5000])
+    (photo / "002.png").write_bytes((photo / "002.png").read_bytes()[:5000])
+    write_cloud(scan / "003.tiff", np.zeros((SIDE, SIDE, 3), np.float32))
+    write_cloud(scan / "004.tiff", read_organized_pc(scan / "000.tiff")[: SIDE // 2])
+    sparse = np.zeros((SIDE, SIDE, 3), np.float32)
+    sparse[:3, :3] = 0.4
+    write_cloud(scan / "005.tiff", sparse)
+    write_cloud(scan / "006.tiff", np.ones((SIDE, SIDE), np.float32))
+    (photo / "007.png").unlink()
+    (scan / "008.tiff").unlink()
+    return {
+        "001": "cut short",
+        "002": "no complete PNG or JPEG",
+        "003": "no valid point",
+        "004": f"{SIDE} x {SIDE} pixels (H x W), its scan {SIDE // 2} x {SIDE}",
+        "005": "9 valid points",
+        "006": "expected H x W x 3",
+        "007": "has no photo",
+        "008": "has no scan",
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_others_go_on(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str], batch_size: int) -> None:
+    parts = many_parts(fitted, tmp_path / "parts", 10)
+    faults = spoil(parts)
+    assert run(*flags_for(fitted, parts, tmp_path / "out"), "--batch_size", batch_size) == 1
+    lines = {line["name"]: line for line in lines_of(tmp_path / "out")}
+    assert sorted(lines) == [f"{i:03d}" for i in range(10)]
+    told = capsys.readouterr()
+    said = [line for line in told.err.splitlines() if line.startswith("predict.py: ")]
+    assert len(said) == len(faults)
+    for name, part in faults.items():
+        assert list(lines[name]) == ["name", "rgb", "xyz", "error"]
+        assert part in lines[name]["error"], lines[name]
+        assert "\n" not in lines[name]["error"]
+        (sentence,) = [line for line in said if line.startswith(f"predict.py: {name} could not be judged: ")]
+        assert lines[name]["error"] in sentence
+        assert not (tmp_path / f"out/{name}.tiff").exists()
+    assert lines["007"]["rgb"] is None and lines["008"]["xyz"] is None
+    assert "2 parts judged" in told.out and "8 could not be judged" in told.out
+    alone = many_parts(fitted, tmp_path / "alone", 1)
+    assert run(*flags_for(fitted, alone, tmp_path / "out_alone")) == 0
+    assert lines["000"]["score"] == pytest.approx(lines_of(tmp_path / "out_alone")[0]["score"], rel=1e-5)
+
+
+def test_no_part_could_be_judged(fitted: Fitted, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"nothing")
+    flags = ["--detector", fitted.detectors["DINO"], "--rgb", tmp_path / "a.png", "--output_dir", tmp_path / "out"]
+    assert run(*flags, "--device", "cpu") == 1
+    assert list(lines_of(tmp_path / "out")[0]) == ["name", "rgb", "xyz", "error"]
+
+
+def test_nothing_can_be_done(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = many_parts(fitted, tmp_path / "parts", 1)
+    both, rgb = fitted.detectors["DINO+Point_MAE"], fitted.detectors["DINO"]
+    photo, scan = ["--rgb", parts / "rgb"], ["--xyz", parts / "xyz"]
+    for flags, expected in (
+        (["--detector", both], ["--rgb", "--xyz"]),
+        (["--detector", both, *photo], ["looks at xyz files", "--xyz"]),
+        (["--detector", both, *scan], ["looks at rgb files", "--rgb"]),
+        (["--detector", rgb, *photo, *scan], ["--xyz is not used"]),
+        (["--detector", tmp_path / "absent", *photo], ["absent"]),
+        (["--detector", rgb, *photo, "--batch_size", 0], ["batch_size is 0"]),
+        (["--detector", rgb, *photo, "--num_workers", -1], ["num_workers is -1"]),
+        (["--detector", rgb, *photo, "--keep_rgb"], ["--preprocess"]),
+        (["--detector", rgb, *photo, "--preprocess"], ["--xyz"]),
+        (["--detector", rgb, *photo, "--intrinsics", tmp_path / "none.json"], ["none.json is missing"]),
+        (["--detector", rgb, "--rgb", tmp_path / "none"], ["none"]),
+        (["--detector", rgb, *photo, "--device", "tpu"], ["tpu"]),
+    ):
+        message = refusal(capsys, *flags, "--output_dir", tmp_path / "out")
+        assert all(part in message for part in expected), message
+        assert not (tmp_path / "out").exists()
+
+
+def test_maps_never_take_the_place_of_scans(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = many_parts(fitted, tmp_path / "parts", 1)
+    before = (parts / "xyz/000.tiff").read_bytes()
+    flags = flags_for(fitted, parts, parts / "rgb/../xyz")
+    assert "choose another" in refusal(capsys, *flags)
+    assert (parts / "xyz/000.tiff").read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = many_parts(fitted, tmp_path / "parts", 1)
+    (tmp_path / "out/predictions.jsonl").mkdir(parents=True)
+    message = refusal(capsys, *flags_for(fitted, parts, tmp_path / "out"))
+    assert "predictions.jsonl cannot be written" in message
+
+
+# Raw scans
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Raw scans of one class, higher than wide, in the layout of a dataset."""
+    root = tmp_path_factory.mktemp("raw")
+    for i, path in enumerate(("train/good/000", "test/good/000", "test/good/001")):
+        scan = make_scan("cookie", path, 224, seed=i)
+        folder, stem = (root / "parts/cookie" / path).parent, Path(path).name
+        write_organized_pc(folder / f"xyz/{stem}.tiff", scan.xyz[:, 8:212])
+        write_picture(folder / f"rgb/{stem}.png", np.ascontiguousarray(scan.rgb[:, 8:212]))
+    return root / "parts"
+
+
+@pytest.mark.parametrize("flags", [[], ["--keep_rgb"]])
+def test_cleaning_gives_what_preprocessing_gives(raw: Path, tmp_path: Path, flags: list[str]) -> None:
+    assert preprocessing.main([str(raw), "--output_dir", str(tmp_path / "clean"), "--workers", "1", *flags]) == 0
+    cleaned = AnomalyDataset(index_split(tmp_path / "clean/cookie", "test", BOTH), BOTH, SIDE)
+    good = raw / "cookie/test/good"
+    files = [PartFiles(f"00{i}", good / f"rgb/00{i}.png", good / f"xyz/00{i}.tiff") for i in range(2)]
+    reader = PartReader(files, Reading(BOTH, SIDE, preprocess=True, keep_rgb=bool(flags)))
+    for expected, part in zip(cleaned, reader, strict=True):
+        assert part.sample is not None, part.fault
+        assert torch.equal(part.sample.rgb, expected.rgb) and torch.equal(part.sample.xyz, expected.xyz)  # type: ignore[arg-type]
+        assert part.size == (224, 204) and part.side == 300
+        assert not part.shows_table
+    (alone,) = PartReader([files[0]._replace(rgb=None)], Reading(frozenset({"xyz"}), SIDE, preprocess=True))
+    assert torch.equal(alone.sample.xyz, cleaned[0].xyz)  # type: ignore[union-attr, arg-type]
+
+
+def test_maps_of_cleaned_scans_lie_on_the_pixels_of_the_raw_ones(fitted: Fitted, raw: Path, tmp_path: Path) -> None:
+    good = raw / "cookie/test/good"
+    flags = [*flags_for(fitted, good, tmp_path), "--preprocess"]
+    assert run(*flags) == 0
+    detector = load_detector(fitted.detectors["DINO+Point_MAE"], "cpu")
+    files = PartFiles("000", good / "rgb/000.png", good / "xyz/000.tiff")
+    part = PartReader([files], Reading(BOTH, SIDE, preprocess=True))[0]
+    assert part.sample is not None
+    whole = resize_map(detector.predict(part.sample).anomaly_map.numpy(), (300, 300))
+    found = tifffile.imread(tmp_path / "000.tiff")
+    np.testing.assert_allclose(found, whole[38 : 38 + 224, 48 : 48 + 204], rtol=1e-4)
+    with Image.open(tmp_path / "000_overlay.png") as overlay:
+        assert overlay.size == (204, 224)
+
+
+@pytest.mark.parametrize("size", [(5, 9), (7, 4), (100, 99), (100, 100)])
+def test_padding_is_undone(size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).random((*size, 2))
+    np.testing.assert_array_equal(crop_padding(pad_to_square(image, 100), size), image)
+
+
+def test_raw_scans_are_told(fitted: Fitted, raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flags = flags_for(fitted, raw / "cookie/test/good", tmp_path)
+    assert run(*flags, "--preprocess") == 0
+    assert "shows the table" not in caplog.text
+    assert run(*flags) == 0
+    warnings = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+    assert len([each for each in warnings if "shows the table" in each and "--preprocess" in each]) == 1
+
+
+def test_cleaning_that_fails(fitted: Fitted, raw: Path, tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    shutil.copytree(raw / "cookie/test/good", parts)
+    write_organized_pc(parts / "xyz/000.tiff", np.full((224, 204, 3), 0.4, np.float32))  # a wall without a part
+    with Image.open(parts / "rgb/001.png") as photo:
+        larger = photo.resize((408, 448))
+    larger.save(parts / "rgb/001.png")
+    assert run(*flags_for(fitted, parts, tmp_path / "out"), "--preprocess") == 1
+    first, second = lines_of(tmp_path / "out")
+    assert "000.tiff cannot be cleaned: " in first["error"]
+    assert "cleaning needs" in second["error"]
+
+
+# Memory
+
+
+class Fixed:
+    """Stands in for a detector that has been fitted: everything is the same, and nothing is computed."""
+
+    class extractor:
+        device = torch.device("cpu")
+
+        @staticmethod
+        def extract(samples: Sequence[object]) -> list[None]:
+            return [None] * len(samples)
+
+    def predict_features(self, features: None) -> Prediction:
+        return Prediction(0.5, torch.rand(SIDE, SIDE), {}, {})
+
+
+def test_memory_does_not_grow_with_the_parts(fitted: Fitted, tmp_path: Path) -> None:
+    """Nor does it wait for the garbage collection, which is rare in a process that holds networks."""
+    folder = fitted.data / "test/hole"
+    files = [PartFiles(f"{i:04d}", folder / "rgb/000.png", folder / "xyz/000.tiff") for i in range(300)]
+    output = Output(tmp_path, None, images=True)
+    held: list[int] = []
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for i, (part, verdict) in enumerate(judge_parts(Fixed(), PartReader(files, Reading(BOTH, SIDE)), 4, 2)):  # type: ignore[arg-type]
+            assert isinstance(verdict, Verdict)
+            output.add(part, verdict)
+            if i % 100 == 99:
+                held.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert len(lines_of(tmp_path)) == 300
+    of_a_part = SIDE * SIDE * (3 * 4 * 2 + 3)  # tensors and the photo
+    left_by_each = (held[-1] - held[0]) / 200  # some kilobytes of tifffile's and Pillow's, until they are collected
+    assert left_by_each < of_a_part / 8
+
+
+def test_reading_ahead_is_bounded(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = fitted.data / "test/hole"
+    files = [PartFiles(f"{i:04d}", folder / "rgb/000.png", folder / "xyz/000.tiff") for i in range(40)]
+    read: list[str] = []
+    plain = PartReader.__getitem__
+
+    def counted(self: PartReader, index: int) -> LoadedPart:
+        read.append(self.parts[index].name)
+        return plain(self, index)
+
+    monkeypatch.setattr(PartReader, "__getitem__", counted)
+    judged = judge_parts(Fixed(), PartReader(files, Reading(BOTH, SIDE)), 2, 2)  # type: ignore[arg-type]
+    for done in range(1, 11):
+        next(judged)
+        assert len(read) <= done + 1 + 2 * 2 + 1
+    judged.close()  # type: ignore[attr-defined]
+
+
+def test_a_thing_that_is_no_fault_of_a_file_is_not_hidden(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("a defect of the program")
+
+    monkeypatch.setattr(Detector, "predict_features", fail)
+    folder = fitted.data / "test/hole/rgb"
+    with pytest.raises(RuntimeError, match="defect of the program"):
+        run("--detector", fitted.detectors["DINO"], "--rgb", folder, "--output_dir", folder / "out", "--device", "cpu")
+
+
+def test_a_reader_tells_faults_instead_of_raising(tmp_path: Path) -> None:
+    (part,) = PartReader([PartFiles("a", tmp_path / "a.png")], Reading(frozenset({"rgb"}), SIDE))
+    assert part.sample is None and "a.png is missing" in part.fault
+    with pytest.raises(InputError):
+        Output(tmp_path / "absent", None, images=False)
