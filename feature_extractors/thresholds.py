@@ -13,8 +13,10 @@ from utils.errors import InputError
 SOURCES = ("validation", "training")
 # Where `normalize` puts the median good part; the threshold lies at 0.5.
 TYPICAL_VALUE = 0.05
-# Of a rank: (1 - 0.29) * 100 is 71.000…01 in floating point.
-RANK_TOLERANCE = 1e-9
+# Below it no number of parts or pixels that could be had tells one rate from another.
+LEAST_FPR = 1e-6
+# Relative, of a share of a count: 0.29 * 100 is 28.999…996 in floating point.
+ROUNDING = 1e-14
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +47,10 @@ class Thresholds(NamedTuple):
 
 def check_target_fpr(target_fpr: float) -> None:
     """Raises InputError for what is no false-alarm rate that a threshold could have."""
-    if not 0 < target_fpr < 1:
-        raise InputError(f"target_fpr is {target_fpr}, expected a rate between 0 and 1, such as 0.01")
+    if not LEAST_FPR <= target_fpr < 1:
+        raise InputError(
+            f"target_fpr is {target_fpr}, expected a rate between 0 and 1, such as 0.01, and no less than {LEAST_FPR}"
+        )
 
 
 def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: float, source: str) -> Thresholds:
@@ -60,7 +64,7 @@ def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: fl
     Args:
         scores: n of good parts, larger = more anomalous.
         maps: their n anomaly maps (H, W), float32.
-        target_fpr: between 0 and 1.
+        target_fpr: from LEAST_FPR to below 1.
         source: one of SOURCES.
 
     Peak memory: all pixels once more, 4 * n * H * W bytes: 72 MB for 361 maps of 224 x 224.
@@ -77,21 +81,28 @@ def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: fl
     pixels = np.concatenate([np.ravel(each) for each in maps])
     if not (np.isfinite(ordered).all() and np.isfinite(pixels).all()):
         raise ValueError("a score or an anomaly map of a good part holds NaN or infinity")
-    exceeding = math.floor(target_fpr * (parts + 1) + RANK_TOLERANCE)  # n + 1 minus the rank
+    exceeding = _share_of(target_fpr, parts + 1)  # n + 1 minus the rank
     if exceeding == 0:
         logger.warning(
             "a false-alarm rate of %g needs %d good parts, but there are %d, which allow %.2g: the image threshold is "
             "their largest score",
             target_fpr,
-            math.ceil(1 / target_fpr - RANK_TOLERANCE) - 1,
+            math.ceil(1 / target_fpr * (1 - ROUNDING)) - 1,
             parts,
             1 / (parts + 1),
         )
+    rank = max(len(pixels) - _share_of(target_fpr, len(pixels)), 1)
+    pixels.partition(rank - 1)
     return Thresholds(
         image=float(ordered[parts - min(max(exceeding, 1), parts)]),
-        pixel=float(np.quantile(pixels, 1 - target_fpr, method="inverted_cdf", overwrite_input=True)),
+        pixel=float(pixels[rank - 1]),
         target_fpr=target_fpr,
         source=source,
         parts=parts,
         typical=float(np.median(ordered)),
     )
+
+
+def _share_of(rate: float, count: int) -> int:
+    """How many of `count` are at most this share of them."""
+    return math.floor(rate * count * (1 + ROUNDING))

@@ -71,7 +71,9 @@ def test_ties_count_as_good() -> None:
     assert not thresholds.image > 2.0
 
 
-@pytest.mark.parametrize(("target_fpr", "pixel"), [(0.5, 4), (0.25, 6), (0.3, 6), (0.01, 8), (0.99, 1)])
+@pytest.mark.parametrize(
+    ("target_fpr", "pixel"), [(0.5, 4), (0.25, 6), (0.3, 6), (0.01, 8), (0.99, 1), (1 - 2**-53, 1)]
+)
 def test_the_pixel_threshold_is_a_quantile_of_all_good_pixels(target_fpr: float, pixel: float) -> None:
     maps = [np.array([[8, 2], [3, 1]], np.float32), np.array([[7, 4], [5, 6]], np.float32)]
     before = [each.copy() for each in maps]
@@ -81,7 +83,14 @@ def test_the_pixel_threshold_is_a_quantile_of_all_good_pixels(target_fpr: float,
     assert all((each == old).all() for each, old in zip(maps, before, strict=True))
 
 
-@pytest.mark.parametrize("target_fpr", [0, 1, -0.1, 1.5, math.nan])
+def test_the_pixel_threshold_is_the_smallest_that_enough_pixels_do_not_exceed() -> None:
+    """Of every rate k / 10: (1 - 0.7) * 10 is 3.0000000000000004 in floating point."""
+    pixels = np.arange(10, dtype=np.float32).reshape(2, 5)
+    for k in range(1, 10):
+        assert calibrate([1.0], [pixels], k / 10, "training").pixel == 9 - k
+
+
+@pytest.mark.parametrize("target_fpr", [0, 1, -0.1, 1.5, math.nan, 1e-320, 9e-7])
 def test_a_rate_that_is_none_is_refused(target_fpr: float) -> None:
     with pytest.raises(InputError, match=r"target_fpr is .*, expected a rate between 0 and 1"):
         of_scores(NINE, target_fpr)
