@@ -193,6 +193,8 @@ def test_the_best_f1_equals_its_slow_twin() -> None:
         everywhere = np.linspace(-1, 2, 1201)
         assert found["f1"] == pytest.approx(max(map(f1, everywhere)))
         assert f1(found["f1_threshold"]) == found["f1"]
+        larger = scores[scores > found["f1_threshold"]]
+        assert all(f1(x) < found["f1"] for x in larger)
         assert found["f1"] > max((f1(x) for x in everywhere if x > found["f1_threshold"] + 0.26), default=0) - 1e-12
 
 

@@ -65,8 +65,9 @@ def evaluate(labels: ArrayLike, scores: ArrayLike, masks: Images, anomaly_maps: 
 def decision_metrics(labels: ArrayLike, scores: ArrayLike, threshold: float | None) -> dict[str, float | None]:
     """How good the decisions "anomalous, since the score is above the threshold" are, under the keys of results.json.
 
-    `f1` and `f1_threshold`: the best F1 of any threshold, and the highest threshold that gives it. It is chosen with
-    the labels at hand, so it says what the scores allow, and not how the detector will do. `precision` (of the parts
+    `f1` and `f1_threshold`: the best F1 of any threshold, and the largest score that gives it as a threshold (whatever
+    lies between it and the next larger score gives it too), or a value just below all scores. It is chosen with the
+    labels at hand, so it says what the scores allow, and not how the detector will do. `precision` (of the parts
     called anomalous, how many are defective), `recall` (of the defective, how many are called so) and
     `false_alarm_rate` (of the good, how many are): at the given threshold.
 
