@@ -65,13 +65,18 @@ class FeatureFusion(nn.Module):
             InputError: a key is missing or left over, or a tensor has a shape that contradicts the others.
         """
         try:
-            xyz_dim, rgb_dim = len(state["xyz_norm.weight"]), len(state["rgb_norm.weight"])
-            mlp_ratio = len(state["xyz_mlp.fc1.weight"]) / xyz_dim
-            module = cls(xyz_dim, rgb_dim, mlp_ratio, head_dim=len(state["xyz_head.weight"]))
+            xyz_dim, rgb_dim, hidden_dim, head_dim = (
+                sum(state[f"{name}.weight"].shape[:1]) for name in ("xyz_norm", "rgb_norm", "xyz_mlp.fc1", "xyz_head")
+            )
         except KeyError as error:
             raise InputError(
                 f"{source} is no UFF checkpoint: {error} is missing; train one with fusion_pretrain.py"
             ) from None
+        if 0 in (xyz_dim, rgb_dim, hidden_dim, head_dim):
+            raise InputError(
+                f"{source} is no UFF checkpoint: a weight in it is empty; train one with fusion_pretrain.py"
+            )
+        module = cls(xyz_dim, rgb_dim, hidden_dim / xyz_dim, head_dim)
         load_strict(module, state, source)
         return module.eval()
 

@@ -100,6 +100,13 @@ def test_from_state_dict_names_what_does_not_fit(module: FeatureFusion) -> None:
         FeatureFusion.from_state_dict(state | {"rgb_mlp.fc2.weight": torch.ones(2, 12)})
 
 
+@pytest.mark.parametrize("name", ["xyz_norm", "rgb_norm", "xyz_mlp.fc1", "xyz_head"])
+@pytest.mark.parametrize("shape", [(), (0,), (0, 5)])
+def test_from_state_dict_refuses_weights_without_a_row(module: FeatureFusion, name: str, shape: tuple[int]) -> None:
+    with pytest.raises(InputError, match=r"is no UFF checkpoint: a weight in it is empty"):
+        FeatureFusion.from_state_dict(module.state_dict() | {f"{name}.weight": torch.ones(shape)})
+
+
 @pytest.mark.golden
 def test_initial_parameters_are_those_of_the_original(goldens: Path) -> None:
     recorded = json.loads((goldens / "uff_train.json").read_text())["bagel"]["init"]["norms"]
