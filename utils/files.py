@@ -2,7 +2,9 @@
 
 import errno
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,11 +74,18 @@ def cannot_write(path: Path, error: OSError) -> InputError:
 
 
 def make_folder(path: Path | str, flag: str) -> Path:
-    """Make the folder that `flag` names before the work that fills it; InputError where that cannot be."""
+    """Make the folder that `flag` names before the work that fills it; InputError where it cannot be made or filled."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path} cannot be made ({error.strerror}): choose another {flag}") from None
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{path} takes no files ({error.strerror}): make it writable, or choose another {flag}"
+        ) from None
     return Path(path)
 
 
@@ -101,8 +110,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield a new folder beside `path`; if the block succeeds it takes the place of `path`, if not it is deleted.
 
-    What was at `path` before is moved aside until the new folder is there, and only then deleted. The parent folder is
-    made when it is missing.
+    What was at `path` before is moved aside until the new folder is there, and only then deleted, as is what killed
+    processes left. The parent folder is made when it is missing.
     """
     path = Path(path)
     temporary, older = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
@@ -119,5 +128,30 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
                 older.rename(path)
             raise
         shutil.rmtree(older, ignore_errors=True)
+        for leftover, process in _leftovers(path).items():
+            if not _is_running(process):
+                shutil.rmtree(leftover, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def set_aside(path: Path) -> list[Path]:
+    """The whole folders that `atomic_folder` moved away from `path`, where it was killed before it put in another."""
+    return [] if path.exists() else [leftover for leftover in _leftovers(path) if leftover.suffix == ".old"]
+
+
+def _leftovers(path: Path) -> dict[Path, int]:
+    """The folders that `atomic_folder` has beside `path`, sorted, with the numbers of its processes."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.(tmp|old)")
+    named = ((each, pattern.fullmatch(each.name)) for each in sorted(path.parent.glob(".*")))
+    return {each: int(match[1]) for each, match in named if match}
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
