@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from reprlib import repr as shortened
 from typing import NamedTuple
 
 from models.point_ops import BACKENDS
@@ -111,6 +112,12 @@ class DetectorConfig:
     def method(self) -> Method:
         return METHODS[self.method_name]
 
+    @property
+    def lambdas_of_banks(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The factors of the scores and of the maps of the method's banks, in their order."""
+        places = [BANKS.index(name) for name in self.method.banks]
+        return tuple(self.score_lambdas[k] for k in places), tuple(self.map_lambdas[k] for k in places)
+
     def _check_values(self) -> None:
         _one_of("method_name", self.method_name, tuple(METHODS))
         _one_of("point_norm", self.point_norm, POINT_NORMS)
@@ -164,9 +171,9 @@ class DetectorConfig:
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise InputError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+        raise InputError(f"{name} is {shortened(value)}, expected one of {', '.join(allowed)}")
 
 
 def _within(name: str, value: float, good: bool, expected: str) -> None:
     if not good:
-        raise InputError(f"{name} is {value}, expected {expected}")
+        raise InputError(f"{name} is {shortened(value)}, expected {expected}")

@@ -1,10 +1,13 @@
 """What a saved detector says about itself: the content of its config.json, written and read with every key checked."""
 
+import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from reprlib import repr as shortened
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -12,7 +15,7 @@ from feature_extractors.config import DetectorConfig, Protocol
 from feature_extractors.thresholds import SOURCES, Thresholds
 from utils.errors import InputError
 from utils.feature_store import STORAGE_DTYPES
-from utils.files import cannot_read
+from utils.files import cannot_read, set_aside
 
 SCHEMA = 1
 CONFIG_FILE = "config.json"
@@ -36,6 +39,7 @@ class DetectorRecord(NamedTuple):
     written: str  # date and time, ISO 8601
     versions: dict[str, str | None]  # of Python and of the packages, when it was written
     config: DetectorConfig  # precision is the one that the features were computed in, never "auto"
+    config_sha256: str  # see config_checksum
     backbones: dict[str, SavedBackbone]  # by modality
     thresholds: Thresholds | None
     dtype: str  # of the banks' rows, a key of STORAGE_DTYPES
@@ -51,7 +55,10 @@ class SavedDetector(NamedTuple):
 
 def write_record(folder: Path, record: DetectorRecord) -> None:
     """Write config.json into a folder."""
-    text = json.dumps(_plain(record), indent=1, allow_nan=False)
+    try:
+        text = json.dumps(_plain(record), indent=1, allow_nan=False)
+    except ValueError:
+        raise InputError(f"the thresholds {record.thresholds} are not finite: calibrate the detector anew") from None
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -73,6 +80,8 @@ def read_saved(folder: Path | str, *, point_ops: str = "auto", precision: str | 
     except (FileNotFoundError, NotADirectoryError):
         inside = ", ".join(sorted(each.parent.name for each in folder.glob(f"[!.]*/{CONFIG_FILE}"))[:5])
         mend = f"name one of those in it ({inside})" if inside else "save one with main.py --save_detector"
+        for older in set_aside(folder):
+            mend = f"saving it was interrupted, rename {older} back to {folder.name}"
         raise InputError(f"{folder} is no detector, it has no {CONFIG_FILE}: {mend}") from None
     except OSError as error:
         raise cannot_read(path, error) from None
@@ -81,12 +90,23 @@ def read_saved(folder: Path | str, *, point_ops: str = "auto", precision: str | 
     _check_schema(path, raw)
     try:
         record: DetectorRecord = _parse(path, "", raw, DetectorRecord)
-        config = replace(record.config, point_ops=point_ops, precision=precision or record.config.precision)
     except InputError as error:
         text = str(error)
         raise InputError(text if text.startswith(str(path)) else f"{path}: {text}; {MEND}") from None
     _check_record(path, record)
+    if _checksum(raw["config"]) != record.config_sha256:
+        raise damaged(path, "has a config that was changed: its checksum is not config_sha256")
+    config = replace(record.config, point_ops=point_ops, precision=precision or record.config.precision)
     return SavedDetector(folder, record._replace(config=config))
+
+
+def config_checksum(config: DetectorConfig) -> str:
+    """SHA-256 of the JSON of a configuration, keys sorted."""
+    return _checksum(_plain(config))
+
+
+def _checksum(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def damaged(path: Path, what: str) -> InputError:
@@ -110,12 +130,13 @@ def _check_schema(path: Path, raw: Any) -> None:
         raise damaged(path, "has no schema number, so it is not the config.json of a detector")
     if schema > SCHEMA:
         raise InputError(
-            f"{path} was written by a newer version (schema {schema}, this one reads {SCHEMA}): update this program"
+            f"{path} was written by a newer version (schema {shortened(schema)}, this one reads {SCHEMA}): update this "
+            "program"
         )
     if schema < SCHEMA:
         raise InputError(
-            f"{path} was written by an older version (schema {schema}, this one reads {SCHEMA}): save the detector "
-            "anew with main.py --save_detector"
+            f"{path} was written by an older version (schema {shortened(schema)}, this one reads {SCHEMA}): save the "
+            "detector anew with main.py --save_detector"
         )
 
 
@@ -124,31 +145,34 @@ def _parse(path: Path, name: str, raw: Any, hint: Any) -> Any:
     if hint in (DetectorRecord, DetectorConfig, Protocol, Thresholds, SavedBackbone):
         hints = get_type_hints(hint)
         entries = _entries(path, name, raw)
-        for what, keys in (("lacks", hints.keys() - entries.keys()), ("has an unknown", entries.keys() - hints.keys())):
+        unknown = [shortened(key) for key in entries.keys() - hints.keys()]
+        for what, keys in (("lacks", hints.keys() - entries.keys()), ("has an unknown", unknown)):
             if keys:
                 raise damaged(path, f"{what} {', '.join(sorted(_dotted(name, key) for key in keys)[:5])}")
         return hint(**{key: _parse(path, _dotted(name, key), entries[key], each) for key, each in hints.items()})
     if get_origin(hint) is dict:
         kind = get_args(hint)[1]
         entries = _entries(path, name, raw)
-        return {key: _parse(path, _dotted(name, key), value, kind) for key, value in entries.items()}
+        return {key: _parse(path, _dotted(name, shortened(key)), value, kind) for key, value in entries.items()}
     if get_origin(hint) is tuple:
         kinds = get_args(hint)
         if not isinstance(raw, list) or len(raw) != len(kinds):
-            raise damaged(path, f"has {name} {raw!r}, expected a list of {len(kinds)}")
+            raise damaged(path, f"has {name} {shortened(raw)}, expected a list of {len(kinds)}")
         return tuple(_parse(path, name, value, kind) for value, kind in zip(raw, kinds, strict=True))
     if isinstance(hint, UnionType):
         (kind,) = (each for each in get_args(hint) if each is not NoneType)
         return None if raw is None else _parse(path, name, raw, kind)
-    value = float(raw) if hint is float and type(raw) is int else raw
+    value = raw
+    if hint is float and type(raw) is int:
+        value = float(raw) if abs(raw) <= sys.float_info.max else math.inf
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise damaged(path, f"has {name} {raw!r}, expected {KINDS[hint]}")
+        raise damaged(path, f"has {name} {shortened(raw)}, expected {KINDS[hint]}")
     return value
 
 
 def _entries(path: Path, name: str, raw: Any) -> dict[str, Any]:
     if not isinstance(raw, dict):
-        raise damaged(path, f"has {name} {raw!r}, expected an object")
+        raise damaged(path, f"has {name} {shortened(raw)}, expected an object")
     return raw
 
 
@@ -162,16 +186,17 @@ def _check_record(path: Path, record: DetectorRecord) -> None:
     names = {"rgb": config.rgb_backbone_name, "xyz": config.xyz_backbone_name}
     expected = {modality: names[modality] for modality in config.method.modalities}
     if {modality: backbone.name for modality, backbone in record.backbones.items()} != expected:
-        raise damaged(path, f"names other backbones than its config, which has {', '.join(sorted(expected.values()))}")
+        raise damaged(path, f"names other backbones than its config, which has {shortened(expected)}")
     if record.method != config.method_name:
-        raise damaged(path, f"has method {record.method}, but its config {config.method_name}")
+        raise damaged(path, f"has method {shortened(record.method)}, but its config {config.method_name}")
     if record.dtype not in STORAGE_DTYPES:
-        raise damaged(path, f"has dtype {record.dtype!r}, expected one of {', '.join(STORAGE_DTYPES)}")
+        raise damaged(path, f"has dtype {shortened(record.dtype)}, expected one of {', '.join(STORAGE_DTYPES)}")
     if thresholds is not None and not (
         0 < thresholds.target_fpr < 1 and thresholds.parts >= 1 and thresholds.source in SOURCES
     ):
         raise damaged(
             path,
-            f"has thresholds with target_fpr {thresholds.target_fpr}, parts {thresholds.parts}, source "
-            f"{thresholds.source!r}, expected a rate between 0 and 1, at least one part, {' or '.join(SOURCES)}",
+            f"has thresholds with target_fpr {thresholds.target_fpr}, parts {shortened(thresholds.parts)}, source "
+            f"{shortened(thresholds.source)}, expected a rate between 0 and 1, at least one part, "
+            f"{' or '.join(SOURCES)}",
         )

@@ -8,14 +8,16 @@ config.json names them with a checksum of their weights, and they are built anew
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from reprlib import repr as shortened
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from feature_extractors.decision_fusion import DecisionFusion
@@ -27,6 +29,7 @@ from feature_extractors.detector_record import (
     DetectorRecord,
     SavedBackbone,
     SavedDetector,
+    config_checksum,
     damaged,
     read_saved,
     write_record,
@@ -39,7 +42,7 @@ from models.point_ops import check_backend
 from utils.distributed import choose_device
 from utils.errors import InputError
 from utils.feature_store import STORAGE_DTYPES
-from utils.files import atomic_folder
+from utils.files import atomic_folder, cannot_read, cannot_write
 from utils.report import package_versions
 
 STATE_FILE = "state.safetensors"
@@ -53,57 +56,88 @@ def check_target(folder: Path | str) -> None:
     """
     folder = Path(folder)
     try:
-        found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        found = {path.name: path.is_file() for path in sorted(folder.iterdir())} if folder.exists() else {}
     except OSError as error:
         raise InputError(f"{folder} is no folder that can be read ({error.strerror}): save to another one") from None
-    others = [name for name in found if name not in (CONFIG_FILE, STATE_FILE)]
-    if others or (found and CONFIG_FILE not in found):
+    others = [name for name, is_file in found.items() if not is_file or name not in (CONFIG_FILE, STATE_FILE)]
+    if others or (found and not _is_detector(folder)):
         raise InputError(
-            f"{folder} is no detector but holds {', '.join((others or found)[:5])}: move these away or save to another "
-            "folder, since a detector takes the place of the whole folder"
+            f"{folder} is no detector but holds {', '.join((others or list(found))[:5])}: move these away or save to "
+            "another folder, since a detector takes the place of the whole folder"
         )
 
 
+def _is_detector(folder: Path) -> bool:
+    """By its config.json; where that is damaged, by the file beside it."""
+    try:
+        raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    except (ValueError, RecursionError):
+        return (folder / STATE_FILE).is_file()
+    return isinstance(raw, dict) and "state_sha256" in raw
+
+
+def round_banks(detector: Detector, dtype: torch.dtype) -> None:
+    """Give a detector the banks that it will have once it is saved in `dtype`, so that its thresholds are theirs.
+
+    Raises:
+        InputError: a bank does not fit in the dtype.
+    """
+    for name, bank in detector.banks.items():
+        detector.banks[name] = MemoryBank(_rows_in(dtype, name, bank).to(bank.rows.dtype), bank.statistics)
+
+
 def save_detector(
-    detector: Detector, folder: Path | str, *, class_name: str, dtype: torch.dtype = torch.float32
+    detector: Detector, folder: Path | str, *, class_name: str | None = None, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write a fitted detector as a folder; a detector that is there is replaced once the new one is whole.
 
     Args:
         detector: fitted, its thresholds calibrated or not.
         folder: absent, empty, or a detector.
-        class_name: what kind of part it judges.
-        dtype: of the banks' rows, float32 or float16. Half precision halves the file and changes the scores slightly.
+        class_name: what kind of part it judges; None: the folder's name.
+        dtype: of the banks' rows, float32 or float16. Half precision halves the file and changes the scores slightly;
+            see `round_banks`.
 
     Raises:
-        InputError: the folder holds something else or cannot be written, or a bank does not fit in the dtype.
+        InputError: the folder holds something else or cannot be written, a number is not finite, or a bank does not
+            fit in the dtype.
     """
+    storage = next((name for name, each in STORAGE_DTYPES.items() if each == dtype), None)
+    if storage is None:
+        raise InputError(f"dtype is {dtype}, expected one of {', '.join(map(str, STORAGE_DTYPES.values()))}")
     folder = Path(folder).resolve()
     check_target(folder)
     state, extractor = _state_of(detector, dtype), detector.extractor
+    fault = _fault_of_values(state)
+    if fault:
+        raise InputError(f"the detector has {fault}, and would find every part good: check its training samples")
+    content, config = save(state), replace(detector.config, precision=extractor.precision)
     names = {"rgb": detector.config.rgb_backbone_name, "xyz": detector.config.xyz_backbone_name}
     try:
         with atomic_folder(folder) as temporary:
-            save_file(state, temporary / STATE_FILE)
+            # By way of bytes: save_file makes files that nobody but their owner may read.
+            (temporary / STATE_FILE).write_bytes(content)
             record = DetectorRecord(
                 SCHEMA,
-                class_name,
+                class_name or folder.name,
                 detector.config.method_name,
                 datetime.now().astimezone().isoformat(timespec="seconds"),
                 package_versions(),
-                replace(detector.config, precision=extractor.precision),
+                config,
+                config_checksum(config),
                 {
                     each: SavedBackbone(names[each], extractor.checksums[each])
                     for each in sorted(detector.config.method.modalities)
                 },
                 detector.thresholds,
-                next(name for name, each in STORAGE_DTYPES.items() if each == dtype),
-                _file_checksum(temporary / STATE_FILE),
+                storage,
+                hashlib.sha256(content).hexdigest(),
             )
             write_record(temporary, record)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{folder} cannot be written ({reason}): free space there or save to another folder") from None
+    except OSError as error:
+        raise cannot_write(folder, error) from None
 
 
 def load_detector(
@@ -171,10 +205,7 @@ def _state_of(detector: Detector, dtype: torch.dtype) -> State:
     """The tensors of state.safetensors, on the CPU."""
     state: State = {}
     for name, bank in detector.banks.items():
-        rows = bank.rows.to("cpu", dtype).contiguous()
-        if not torch.isfinite(rows).all():
-            raise InputError(f"the {name} bank holds values that are not finite in {dtype}: save it as float32")
-        state[f"banks.{name}.rows"] = rows
+        state[f"banks.{name}.rows"] = _rows_in(dtype, name, bank).cpu().contiguous()
         state[f"banks.{name}.statistics"] = torch.tensor(list(bank.statistics), dtype=torch.float64)
     if detector.decision_fusion is not None:
         for key, values in detector.decision_fusion._asdict().items():
@@ -185,9 +216,21 @@ def _state_of(detector: Detector, dtype: torch.dtype) -> State:
     return state
 
 
-def _file_checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _rows_in(dtype: torch.dtype, name: str, bank: MemoryBank) -> Tensor:
+    rows = bank.rows.to(dtype)
+    if bank.rows.isfinite().all() and not rows.isfinite().all():
+        raise InputError(f"the {name} bank holds values that {dtype} cannot: save it in torch.float32 (fp32)")
+    return rows
+
+
+def _fault_of_values(state: State) -> str | None:
+    """What makes every score NaN, of which none is above a threshold."""
+    for key, value in state.items():
+        if not value.isfinite().all():
+            return f"{key} that is not finite"
+        if key.endswith(".statistics") and not value[1] > 0:
+            return f"{key} with a standard deviation of {value[1]}"
+    return None
 
 
 def _check_backbones(saved: SavedDetector, extractor: PatchExtractor) -> None:
@@ -211,6 +254,9 @@ def _restore(saved: SavedDetector, extractor: PatchExtractor) -> tuple[Detector,
         uff = {key: state.pop(key) for key in sorted(state) if key.startswith("feature_fusion.")}
     widths = _bank_widths(extractor)
     _check_state(path, state, _expected_state(record, widths))
+    fault = _fault_of_values(state | uff)
+    if fault:
+        raise damaged(path, f"has {fault}")
     banks = {}
     for name in config.method.banks:
         statistics = BankStatistics(*state[f"banks.{name}.statistics"].tolist())
@@ -219,6 +265,8 @@ def _restore(saved: SavedDetector, extractor: PatchExtractor) -> tuple[Detector,
     if config.method.fusion == "svm":
         score_coef, map_coef, *lambdas = (state[f"decision_fusion.{key}"] for key in DecisionFusion._fields)
         score_lambdas, map_lambdas = (tuple(each.tolist()) for each in lambdas)
+        if (score_lambdas, map_lambdas) != config.lambdas_of_banks:
+            raise damaged(path, f"has other factors of decision fusion than {CONFIG_FILE}")
         decision = DecisionFusion(score_coef.numpy(), map_coef.numpy(), score_lambdas, map_lambdas)
     fusion = _restore_fusion(path, uff, widths) if config.use_uff else None
     return Detector(config, extractor, banks, decision, record.thresholds), fusion
@@ -226,14 +274,15 @@ def _restore(saved: SavedDetector, extractor: PatchExtractor) -> tuple[Detector,
 
 def _read_state(path: Path, sha256: str) -> State:
     try:
-        if _file_checksum(path) != sha256:
-            raise damaged(
-                path, f"is truncated, damaged or of another detector: its checksum is not that of {CONFIG_FILE}"
-            )
-        return load_file(path)
+        content = path.read_bytes()  # once: what is checked is what is used, whatever happens to the file
+    except FileNotFoundError:
+        raise damaged(path, "is missing") from None
     except OSError as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise damaged(path, reason) from None
+        raise cannot_read(path, error) from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise damaged(path, f"is truncated, damaged or of another detector: its checksum is not that of {CONFIG_FILE}")
+    try:
+        return load(content)
     except SafetensorError as error:
         raise damaged(path, f"is no safetensors file ({error})") from None
 
@@ -261,7 +310,8 @@ def _expected_state(
 
 
 def _check_state(path: Path, state: State, expected: Mapping[str, tuple[tuple[int | None, ...], torch.dtype]]) -> None:
-    for what, keys in (("lacks", expected.keys() - state.keys()), ("has an unknown", state.keys() - expected.keys())):
+    unknown = [shortened(key) for key in state.keys() - expected.keys()]
+    for what, keys in (("lacks", expected.keys() - state.keys()), ("has an unknown", unknown)):
         if keys:
             raise damaged(path, f"{what} {', '.join(sorted(keys)[:5])}")
     for key, (shape, dtype) in expected.items():
@@ -282,7 +332,7 @@ def _restore_fusion(path: Path, uff: State, widths: Mapping[str, int]) -> Featur
     weights = {key.removeprefix("feature_fusion."): value for key, value in uff.items()}
     wrong = [key for key, value in uff.items() if value.dtype != torch.float32]
     if wrong:
-        raise damaged(path, f"has {wrong[0]} of {_described(uff[wrong[0]])}, expected torch.float32")
+        raise damaged(path, f"has {shortened(wrong[0])} of {_described(uff[wrong[0]])}, expected torch.float32")
     try:
         module = FeatureFusion.from_state_dict(weights, path)
     except InputError as error:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from feature_extractors.config import BANKS, DetectorConfig
+from feature_extractors.config import DetectorConfig
 from feature_extractors.decision_fusion import DecisionFusion, fit_decision_fusion
 from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
@@ -325,12 +325,4 @@ def _fit_fusion(detector: Detector, features: TrainingFeatures) -> DecisionFusio
         bank_scores, bank_maps = detector.bank_results(features.sample(i))
         scores.append(list(bank_scores.values()))
         maps.append(list(bank_maps.values()))
-    of_banks = [BANKS.index(name) for name in detector.banks]
-    return fit_decision_fusion(
-        scores,
-        maps,
-        tuple(config.score_lambdas[k] for k in of_banks),
-        tuple(config.map_lambdas[k] for k in of_banks),
-        config.ocsvm_nu,
-        config.ocsvm_maxiter,
-    )
+    return fit_decision_fusion(scores, maps, *config.lambdas_of_banks, config.ocsvm_nu, config.ocsvm_maxiter)

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,13 @@ from feature_extractors import persistence
 from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
 from feature_extractors.detector import Detector
 from feature_extractors.detector_record import read_saved
-from feature_extractors.persistence import check_target, load_detector, restore_detectors, save_detector
+from feature_extractors.memory_bank import BankStatistics, MemoryBank
+from feature_extractors.persistence import check_target, load_detector, restore_detectors, round_banks, save_detector
 from feature_extractors.thresholds import Thresholds
 from models.checkpoints import weights_checksum
 from models.fpfh import FpfhBackbone
 from utils.errors import InputError
-from utils.files import atomic_folder
+from utils.files import atomic_folder, make_folder
 
 THRESHOLDS = Thresholds(0.1 + 0.2, 1 / 3, 0.01, "validation", 22, 1e-7)
 Change = Callable[[dict[str, Any]], object]
@@ -157,9 +160,74 @@ def test_what_half_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
     detector = fitted(settings(SINGLE))
     bank = detector.banks["xyz"]
     detector.banks["xyz"] = type(bank)(bank.rows * 1e6, bank.statistics)
-    with pytest.raises(InputError, match=r"the xyz bank holds values that are not finite in torch.float16: save it as"):
+    with pytest.raises(
+        InputError, match=r"the xyz bank holds values that torch.float16 cannot: save it in torch.float32"
+    ):
         save_detector(detector, tmp_path / "it", class_name="bagel", dtype=torch.float16)
+    with pytest.raises(InputError, match=r"the xyz bank holds values that torch.float16 cannot"):
+        round_banks(detector, torch.float16)
     assert not list(tmp_path.iterdir())
+
+
+def test_rounded_banks_are_those_of_the_file(tmp_path: Path) -> None:
+    detector = fitted(settings(DOUBLE))
+    round_banks(detector, torch.float16)
+    save_detector(detector, tmp_path / "it", class_name="bagel", dtype=torch.float16)
+    assert_same_predictions(load_detector(tmp_path / "it", "cpu"), detector)
+    assert detector.banks["xyz"].rows.dtype == torch.float32
+
+
+def test_a_dtype_that_is_not_kept_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"dtype is torch.bfloat16, expected one of torch.float16, torch.float32"):
+        save_detector(fitted(settings(SINGLE)), tmp_path / "it", dtype=torch.bfloat16)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("what", ["rows", "mean", "std", "coef"])
+def test_what_is_not_finite_is_not_saved(tmp_path: Path, what: str, dtype: torch.dtype) -> None:
+    """All scores of such a detector would be NaN, and every part good."""
+    detector = fitted(settings(DOUBLE))
+    rows, (mean, std) = detector.banks["xyz"].rows.clone(), detector.banks["xyz"].statistics
+    if what == "rows":
+        rows[0, 0] = torch.nan
+    if what == "coef":
+        fusion = detector.decision_fusion
+        detector.decision_fusion = fusion._replace(score_coef=fusion.score_coef * torch.nan)
+    statistics = BankStatistics(torch.inf if what == "mean" else mean, 0.0 if what == "std" else std)
+    detector.banks["xyz"] = MemoryBank(rows, statistics)
+    with pytest.raises(InputError, match=r"the detector has \S+ (that is not finite|with a standard deviation of 0)"):
+        save_detector(detector, tmp_path / "it", dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("field", ["image", "pixel", "typical"])
+def test_thresholds_that_are_not_finite_are_not_saved(tmp_path: Path, field: str) -> None:
+    detector = fitted(settings(SINGLE))
+    detector.thresholds = THRESHOLDS._replace(**{field: float("nan")})
+    with pytest.raises(InputError, match=r"the thresholds .*nan.* are not finite: calibrate"):
+        save_detector(detector, tmp_path / "it")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_gives_the_class_its_name(tmp_path: Path) -> None:
+    save_detector(fitted(settings(SINGLE)), tmp_path / "cookie")
+    assert read_saved(tmp_path / "cookie").record.class_name == "cookie"
+
+
+def test_others_may_read_what_they_may_read_of_new_files(tmp_path: Path) -> None:
+    save_detector(fitted(settings(SINGLE)), tmp_path / "it")
+    (tmp_path / "new").write_text("")
+    modes = {path.stat().st_mode for path in (tmp_path / "new", *(tmp_path / "it").iterdir())}
+    assert len(modes) == 1
+
+
+def test_what_happens_to_the_file_later_does_not_matter(saved: Path) -> None:
+    loaded, path = load_detector(saved, "cpu"), saved / "state.safetensors"
+    with path.open("r+b") as file:
+        file.seek(len(path.read_bytes()) // 2)
+        file.write(b"\xff" * (path.stat().st_size // 2))
+    assert_same_predictions(loaded, full())
 
 
 def test_a_detector_in_low_precision_stays_what_it_is(tmp_path: Path) -> None:
@@ -266,9 +334,12 @@ def test_the_uff_checkpoint_is_not_needed(saved: Path) -> None:
 
 
 def edit(folder: Path, change: Change) -> None:
+    """Change the record, and the checksum of its configuration with it."""
     path = folder / "config.json"
     record = json.loads(path.read_text())
     change(record)
+    if "config_sha256" in record:
+        record["config_sha256"] = hashlib.sha256(json.dumps(record["config"], sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps(record))
 
 
@@ -294,8 +365,10 @@ def refused(folder: Path) -> str:
     message = str(refusal.value)
     assert message.startswith(str(folder))
     assert "\n" not in message
+    assert len(message) < len(str(folder)) + 400
     assert any(
-        remedy in message for remedy in ("save the detector anew", "update this program", "save one with", "name one")
+        remedy in message
+        for remedy in ("save the detector anew", "update this program", "save one with", "name one", "rename")
     )
     return message.removeprefix(str(folder))
 
@@ -310,10 +383,10 @@ def refused(folder: Path) -> str:
         (lambda record: record.pop("schema"), "has no schema number"),
         (lambda record: record.pop("thresholds"), "lacks thresholds"),
         (lambda record: record["config"].pop("img_size"), "lacks config.img_size"),
-        (lambda record: record["config"].update(blur=1), "has an unknown config.blur"),
+        (lambda record: record["config"].update(blur=1), "has an unknown config.'blur'"),
         (lambda record: record["config"]["protocol"].pop("float_blur"), "lacks config.protocol.float_blur"),
-        (lambda record: record["backbones"]["rgb"].pop("sha256"), "lacks backbones.rgb.sha256"),
-        (lambda record: record.update(note=""), "has an unknown note"),
+        (lambda record: record["backbones"]["rgb"].pop("sha256"), "lacks backbones.'rgb'.sha256"),
+        (lambda record: record.update(note=""), "has an unknown 'note'"),
         (lambda record: record.update(config=[]), "has config [], expected an object"),
         (lambda record: record["config"].update(img_size="32"), "has config.img_size '32', expected a whole number"),
         (lambda record: record["config"].update(img_size=32.5), "has config.img_size 32.5, expected a whole number"),
@@ -324,13 +397,20 @@ def refused(folder: Path) -> str:
         (lambda record: record["config"].update(method_name="M3DM"), "method_name is 'M3DM', expected one of DINO"),
         (lambda record: record["config"].update(memory_bank="single"), "builds 3 memory banks"),
         (lambda record: record["config"].update(precision="fp8"), "precision is 'fp8', expected one of"),
+        (lambda record: record["config"].update(f_coreset=10**400), "has config.f_coreset 1000000000"),
+        (lambda record: record["thresholds"].update(image=-(10**309)), "has thresholds.image -1000000000"),
+        (lambda record: record.update({"\n<b>" * 999: 1}), r"has an unknown '\n<b>\n<b>"),
+        (lambda record: record["versions"].update({"\n" * 999: 1}), r"has versions.'\n\n\n"),
+        (lambda record: record.update(method="\n" * 9999), r"has method '\n\n\n"),
+        (lambda record: record["config"].update(method_name="\n" * 9999), r"method_name is '\n\n\n"),
+        (lambda record: record["config"].update(rgb_backbone_name="\n" * 9999), r"'\n\n\n"),
         (lambda record: record["thresholds"].update(image=float("nan")), "has thresholds.image nan, expected a finite"),
         (lambda record: record["thresholds"].update(pixel=float("inf")), "has thresholds.pixel inf, expected a finite"),
         (lambda record: record["thresholds"].update(target_fpr=1.5), "has thresholds with target_fpr 1.5"),
         (lambda record: record["thresholds"].update(parts=0), "parts 0"),
         (lambda record: record["thresholds"].update(source="test"), "source 'test'"),
         (lambda record: record["thresholds"].pop("typical"), "lacks thresholds.typical"),
-        (lambda record: record.update(method="DINO"), f"has method DINO, but its config {TRIPLE}"),
+        (lambda record: record.update(method="DINO"), f"has method 'DINO', but its config {TRIPLE}"),
         (lambda record: record.update(dtype="fp8"), "has dtype 'fp8', expected one of fp16, fp32"),
         (lambda record: record["backbones"].pop("xyz"), "names other backbones than its config"),
         (lambda record: record["backbones"]["rgb"].update(name="x"), "names other backbones than its config"),
@@ -347,6 +427,22 @@ def test_what_is_no_json_is_refused(saved: Path, content: bytes) -> None:
     assert "is no JSON" in refused(saved) or "has no schema number" in refused(saved)
 
 
+def test_a_config_that_was_changed_is_refused(saved: Path) -> None:
+    path = saved / "config.json"
+    path.write_text(path.read_text().replace('"ocsvm_nu": 0.5', '"ocsvm_nu": 0.4'))
+    assert "has a config that was changed" in refused(saved)
+
+
+def test_whole_numbers_in_place_of_others_are_taken(tmp_path: Path) -> None:
+    save_detector(fitted(settings(SINGLE, f_coreset=1)), tmp_path / "it", class_name="bagel")
+    assert read_saved(tmp_path / "it").record.config.f_coreset == 1
+
+
+def test_an_unknown_precision_is_not_the_detectors_fault(saved: Path) -> None:
+    with pytest.raises(InputError, match=r"^precision is 'fp8', expected one of"):
+        load_detector(saved, "cpu", precision="fp8")
+
+
 def test_every_beginning_of_the_config_is_refused(saved: Path) -> None:
     text = (saved / "config.json").read_text()
     for length in range(0, len(text) - 2, 97):
@@ -359,7 +455,7 @@ def test_every_beginning_of_the_config_is_refused(saved: Path) -> None:
     [
         (lambda state: state.pop("banks.rgb.rows"), "lacks banks.rgb.rows"),
         (lambda state: state.pop("decision_fusion.map_coef"), "lacks decision_fusion.map_coef"),
-        (lambda state: state.update(extra=torch.ones(1)), "has an unknown extra"),
+        (lambda state: state.update(extra=torch.ones(1)), "has an unknown 'extra'"),
         (lambda state: state.update({"banks.rgb.rows": torch.ones(4, 7)}), "has banks.rgb.rows of 4 x 7 torch.float32"),
         (lambda state: state.update({"banks.rgb.rows": torch.ones(0, RGB_DIM)}), f"expected any x {RGB_DIM}"),
         (lambda state: state.update({"banks.rgb.rows": torch.ones(RGB_DIM)}), "has banks.rgb.rows of 160 torch."),
@@ -370,6 +466,15 @@ def test_every_beginning_of_the_config_is_refused(saved: Path) -> None:
         (lambda state: state.update({"feature_fusion.more": torch.ones(1)}), "left over: more"),
         (lambda state: state.update({"feature_fusion.rgb_head.bias": torch.ones(8).half()}), "expected torch.float32"),
         (lambda state: state.update({"feature_fusion.rgb_head.bias": torch.ones(9)}), "another shape: rgb_head.bias"),
+        (lambda state: state.update({"feature_fusion.xyz_norm.weight": torch.tensor(1.0)}), "a weight in it is empty"),
+        (lambda state: state.update({"feature_fusion.rgb_norm.weight": torch.ones(0)}), "a weight in it is empty"),
+        (lambda state: state["banks.xyz.rows"][3, 4].fill_(torch.nan), "has banks.xyz.rows that is not finite"),
+        (lambda state: state["banks.rgb.statistics"][0].fill_(torch.inf), "banks.rgb.statistics that is not finite"),
+        (lambda state: state["banks.rgb.statistics"][1].fill_(0), "rgb.statistics with a standard deviation of 0"),
+        (lambda state: state["decision_fusion.map_coef"][2].fill_(torch.nan), "decision_fusion.map_coef that is not"),
+        (lambda state: state["feature_fusion.rgb_norm.bias"][1].fill_(torch.nan), "rgb_norm.bias that is not finite"),
+        (lambda state: state["decision_fusion.score_lambdas"][0].fill_(2), "has other factors of decision fusion than"),
+        (lambda state: state["decision_fusion.map_lambdas"][1].fill_(1), "has other factors of decision fusion than"),
     ],
 )  # fmt: skip
 def test_damaged_tensors_are_refused(saved: Path, change: Change, message: str) -> None:
@@ -389,7 +494,7 @@ def test_a_uff_of_other_widths_is_refused(saved: Path) -> None:
 def test_a_uff_that_is_not_used_is_left_over(tmp_path: Path) -> None:
     save_detector(fitted(settings(TRIPLE)), tmp_path / "it", class_name="bagel")
     edit_state(tmp_path / "it", lambda state: state.update({"feature_fusion.more": torch.ones(1)}))
-    assert "has an unknown feature_fusion.more" in refused(tmp_path / "it")
+    assert "has an unknown 'feature_fusion.more'" in refused(tmp_path / "it")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
@@ -461,22 +566,22 @@ def test_an_older_detector_is_replaced(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("stage", ["save_file", "write_record"])
+@pytest.mark.parametrize(("place", "stage"), [(Path, "write_bytes"), (persistence, "write_record")])
 def test_a_write_that_fails_leaves_the_older_one(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error: BaseException
+    saved: Path, monkeypatch: pytest.MonkeyPatch, place: object, stage: str, error: BaseException
 ) -> None:
-    before, whole = content(saved.parent), getattr(persistence, stage)
+    before, whole = content(saved.parent), getattr(place, stage)
 
     def fails(*args: object) -> None:
         whole(*args)
         raise error
 
-    monkeypatch.setattr(persistence, stage, fails)
+    monkeypatch.setattr(place, stage, fails)
     expected = InputError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected) as refusal:
         save_detector(fitted(settings(SINGLE)), saved, class_name="bagel")
     if expected is InputError:
-        assert "cannot be written (No space left on device): free space there" in str(refusal.value)
+        assert "cannot be written (No space left on device): free disk space and run" in str(refusal.value)
     assert content(saved.parent) == before
     assert [path.name for path in saved.parent.iterdir()] == ["bagel"]
 
@@ -512,6 +617,66 @@ def test_a_folder_that_is_no_detector_is_left_alone(tmp_path: Path, files: list[
     with pytest.raises(InputError, match="is no detector but holds"):
         save_detector(full(), folder, class_name="bagel")
     assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ['{"architectures": []}', "[]", "{", None])
+def test_the_config_of_something_else_makes_no_detector(tmp_path: Path, text: str | None) -> None:
+    """Nor a folder of that name."""
+    config = tmp_path / "model/config.json"
+    config.parent.mkdir()
+    if text is None:
+        config.mkdir()
+    else:
+        config.write_text(text)
+    with pytest.raises(InputError, match=r"model is no detector but holds config.json: move these away"):
+        check_target(tmp_path / "model")
+
+
+@pytest.mark.parametrize("text", ["", '{"state_sha256": '])
+def test_a_detector_whose_config_is_damaged_may_be_replaced(saved: Path, text: str) -> None:
+    (saved / "config.json").write_text(text)
+    check_target(saved)
+    (saved / "state.safetensors").unlink()
+    with pytest.raises(InputError, match=r"is no detector but holds config.json"):
+        check_target(saved)
+    (saved / "state.safetensors").mkdir()
+    with pytest.raises(InputError, match=r"is no detector but holds state.safetensors"):
+        check_target(saved)
+
+
+def test_a_killed_process_leaves_what_can_be_renamed_back(saved: Path) -> None:
+    """Killed between its two renames; the next save tidies up."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    older = saved.rename(saved.parent / f".bagel.{dead.pid}.old")
+    alive, other = saved.parent / ".bagel.1.tmp", saved.parent / f".cookie.{dead.pid}.tmp"
+    for folder in (saved.parent / f".bagel.{dead.pid}.tmp", alive, other):
+        folder.mkdir()
+    assert f"saving it was interrupted, rename {older} back to bagel" in refused(saved)
+    save_detector(fitted(settings(SINGLE)), saved)
+    assert sorted(saved.parent.iterdir()) == sorted([saved, alive, other])
+
+
+def test_a_state_that_may_not_be_read_is_not_called_damaged(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(InputError, match=r"state.safetensors cannot be read \(Permission denied\): make it"):
+        load_detector(saved, "cpu")
+
+
+def test_a_folder_that_takes_no_files_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(**_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    assert make_folder(tmp_path / "a/b", "--output_dir") == tmp_path / "a/b"
+    assert not list((tmp_path / "a/b").iterdir())
+    monkeypatch.setattr("tempfile.TemporaryFile", fails)
+    with pytest.raises(InputError, match=r"b takes no files \(Read-only file system\): make it writable, or choose"):
+        make_folder(tmp_path / "a/b", "--output_dir")
 
 
 def test_a_file_in_the_way_is_left_alone(tmp_path: Path) -> None:
