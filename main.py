@@ -54,7 +54,7 @@ from feature_extractors.pipeline import (
 from feature_extractors.training_features import TrainingFeatures
 from inspection import print_inspection, warn_of_raw_scans, warn_of_unfinished_scans
 from models import BackboneRow, list_backbones
-from saved_detectors import FITTING_FLAGS, Saved, read_detectors
+from saved_detectors import FITTING_FLAGS, Saved, check_layout, read_detectors
 from settings import (
     RunSettings,
     applied_flags,
@@ -262,6 +262,12 @@ def table_note(config: DetectorConfig) -> str:
     note = f"Backbones: {backbones}. Protocol: {applied_flags(config)['protocol']}."
     if "fusion" in config.method.banks and not config.use_uff:
         note += " Without --use_uff the fusion bank holds the concatenated features, unfused (the paper's ablation)."
+    if settings.save_detector is not None:
+        check_layout(settings.save_detector, configs, classes)
+        for method in configs:
+            for name in classes:
+                check_target(method_folder(settings.save_detector, configs, method) / name)
+        make_folder(settings.save_detector, "--save_detector")
     return note
 
 
