@@ -269,6 +269,15 @@ def run_settings(args: argparse.Namespace, config: DetectorConfig, methods: Sequ
     for method in args.save_preds or ():
         if method not in methods:
             raise InputError(f"--save_preds {method}: this method does not run; give it to --method_name as well")
+    if args.save_detector is None and args.detector_dtype != "fp32":
+        raise InputError("--detector_dtype is about what --save_detector keeps: give both, or leave it out")
+    if args.save_detector is not None:
+        kept, left = args.save_detector.resolve(), args.output_dir.resolve()
+        if kept.is_relative_to(left) or left.is_relative_to(kept):
+            raise InputError(
+                f"--save_detector {args.save_detector} and --output_dir {args.output_dir} lie in one another, where "
+                "their files could meet: choose folders beside each other"
+            )
     for modality in BANKS[:2]:
         given = getattr(args, f"{modality}_checkpoint")
         if given is not None and modality not in modalities:
