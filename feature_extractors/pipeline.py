@@ -57,7 +57,9 @@ class SampleResult(NamedTuple):
     label: int
     mask: Tensor  # (S, S) uint8
     prediction: Prediction
-    seconds: float  # its share of the extraction of its batch, plus its scoring; without reading its files
+    # Its share of the extraction of its batch, plus its scoring; without reading its files. The extraction is that of
+    # all networks that run, also of those that only other methods of a comparison use.
+    seconds: float
 
 
 class Evaluation(NamedTuple):
@@ -237,7 +239,15 @@ def class_entry(detector: Detector, evaluation: Evaluation) -> dict[str, Any]:
         ),
         "threshold": threshold,
         "latency": latency_percentiles(each.seconds for each in results),
-        "samples": [{"path": each.path, "label": each.label, "score": each.prediction.score} for each in results],
+        "samples": [
+            {
+                "path": each.path,
+                "label": each.label,
+                "score": each.prediction.score,
+                "normalised": thresholds and thresholds.normalize(each.prediction.score),
+            }
+            for each in results
+        ],
     }
 
 

@@ -120,7 +120,7 @@ def test_every_method_leaves_the_files_of_a_run(runs: Runner, method: str) -> No
     assert list(entry["au_pro_exact"]) == list(results["mean"]["au_pro_exact"]) == LIMITS
 
     assert [sample["path"] for sample in entry["samples"]] == TEST_PATHS
-    assert all(set(sample) == {"path", "label", "score"} for sample in entry["samples"])
+    assert all(set(sample) == {"path", "label", "score", "normalised"} for sample in entry["samples"])
     labels = [sample["label"] for sample in entry["samples"]]
     assert labels == [int(not path.startswith("test/good/")) for path in TEST_PATHS]
     assert len(set(run.scores)) == len(TEST_PATHS)
