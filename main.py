@@ -40,7 +40,7 @@ from feature_extractors.config import DetectorConfig
 from feature_extractors.detector import Detector
 from feature_extractors.detector_record import SavedDetector
 from feature_extractors.extractor import PatchExtractor, build_extractor
-from feature_extractors.persistence import check_target, restore_detectors, save_detector
+from feature_extractors.persistence import check_target, restore_detectors, round_banks, save_detector
 from feature_extractors.pipeline import (
     SampleResult,
     Stopwatch,
@@ -48,7 +48,6 @@ from feature_extractors.pipeline import (
     class_entry,
     collect_features,
     evaluate,
-    extract_each,
     fit_detector,
 )
 from feature_extractors.training_features import TrainingFeatures
@@ -160,50 +159,37 @@ def fit_class(
     extractor: PatchExtractor,
 ) -> tuple[dict[str, Detector], dict[str, Stopwatch]]:
     """The detectors of one class by method, calibrated and kept where that was asked for, and what they took."""
-    config, extraction = extractor.config, Stopwatch()
-    train = AnomalyDataset(files.train, config.method.modalities, config.img_size)
-    features = collect_features(
-        extractor,
-        load_samples(train, settings.num_workers),
-        len(train),
-        extraction,
-        feature_saver(name, settings, config),
-        memory_budget=settings.memory_budget,
-        dtype=settings.train_feature_dtype,
-    )
+    extraction, config = Stopwatch(), extractor.config
+
+    def collect(split: list[SampleFiles], **options: Any) -> TrainingFeatures:
+        dataset = AnomalyDataset(split, config.method.modalities, config.img_size)
+        samples = load_samples(dataset, settings.num_workers)
+        budget = settings.memory_budget
+        return collect_features(extractor, samples, len(dataset), extraction, memory_budget=budget, **options)
+
+    # Before the fit, which a scan at fault would waste; each split takes half of the memory budget at most.
+    validation = collect(files.validation) if files.validation else None
+    saver = feature_saver(name, settings, config)
+    features = collect(files.train, on_features=saver, dtype=settings.train_feature_dtype)
     stopwatches, detectors = {}, {}
     for method, each in configs.items():
         stopwatches[method] = Stopwatch(extraction.seconds)
         detectors[method] = fit_detector(each, extractor, features, stopwatches[method])
-    calibrate_class(files, settings, detectors, features, stopwatches)
+        if settings.save_detector is not None:
+            round_banks(detectors[method], settings.detector_dtype)
+    if validation is None:
+        logger.warning(
+            "no validation/good: the thresholds are calibrated on the training samples, whose scores are lower than "
+            "those of other good parts, since the banks hold them; expect more false alarms than --target_fpr"
+        )
+    source, good = ("training", features) if validation is None else ("validation", validation)
+    good_parts = (good.sample(i) for i in range(len(good)))
+    calibrate_detectors(detectors, good_parts, settings.target_fpr, source, stopwatches)
     for method, detector in detectors.items():
         if settings.save_detector is not None:
             folder = method_folder(settings.save_detector, configs, method) / name
             save_detector(detector, folder, class_name=name, dtype=settings.detector_dtype)
     return detectors, stopwatches
-
-
-def calibrate_class(
-    files: SplitFiles,
-    settings: RunSettings,
-    detectors: Mapping[str, Detector],
-    features: TrainingFeatures,
-    stopwatches: Mapping[str, Stopwatch],
-) -> None:
-    """Set the thresholds, on the validation split where there is one, else on the training samples."""
-    if not files.validation:
-        logger.warning(
-            "no validation/good: the thresholds are calibrated on the training samples, whose scores are lower than "
-            "those of other good parts, since the banks hold them; expect more false alarms than --target_fpr"
-        )
-        of_training = (features.sample(i) for i in range(len(features)))
-        calibrate_detectors(detectors, of_training, settings.target_fpr, "training", stopwatches)
-        return
-    extractor = next(iter(detectors.values())).extractor
-    dataset = AnomalyDataset(files.validation, extractor.config.method.modalities, extractor.config.img_size)
-    samples = load_samples(dataset, settings.num_workers)
-    of_validation = extract_each(extractor, samples, len(dataset), stopwatches)
-    calibrate_detectors(detectors, of_validation, settings.target_fpr, "validation", stopwatches)
 
 
 def method_folder(folder: Path, configs: Mapping[str, DetectorConfig], method: str) -> Path:
@@ -262,12 +248,6 @@ def table_note(config: DetectorConfig) -> str:
     note = f"Backbones: {backbones}. Protocol: {applied_flags(config)['protocol']}."
     if "fusion" in config.method.banks and not config.use_uff:
         note += " Without --use_uff the fusion bank holds the concatenated features, unfused (the paper's ablation)."
-    if settings.save_detector is not None:
-        check_layout(settings.save_detector, configs, classes)
-        for method in configs:
-            for name in classes:
-                check_target(method_folder(settings.save_detector, configs, method) / name)
-        make_folder(settings.save_detector, "--save_detector")
     return note
 
 
@@ -282,15 +262,16 @@ def print_backbones(rows: Sequence[BackboneRow]) -> None:
 
 def make_folders(settings: RunSettings, configs: Mapping[str, DetectorConfig], classes: Sequence[str]) -> None:
     """Before the work starts, all folders that its results go to; those of detectors are checked."""
+    if settings.save_detector is not None:
+        check_layout(settings.save_detector, configs, classes)
+        for method in configs:
+            for name in classes:
+                check_target(method_folder(settings.save_detector, configs, method) / name)
+        make_folder(settings.save_detector, "--save_detector")
     for method in configs:
         make_folder(method_folder(settings.output_dir, configs, method), "--output_dir")
     if settings.save_feature_path is not None:
         make_folder(settings.save_feature_path, "--save_feature_path")
-    if settings.save_detector is not None:
-        for method in configs:
-            folder = make_folder(method_folder(settings.save_detector, configs, method), "--save_detector")
-            for name in classes:
-                check_target(folder / name)
 
 
 def inspect(args: argparse.Namespace) -> None:

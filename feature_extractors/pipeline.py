@@ -79,11 +79,11 @@ def collect_features(
     memory_budget: float = math.inf,
     dtype: torch.dtype = torch.float32,
 ) -> TrainingFeatures:
-    """Extract every training sample once.
+    """Extract every sample of good parts once.
 
     Args:
         extractor: see PatchExtractor.
-        samples: good training samples.
+        samples: to fit on, or to calibrate with.
         count: how many there are.
         stopwatch: where the seconds are added.
         on_features: called with each sample and its features, to save them for instance.
@@ -92,7 +92,7 @@ def collect_features(
     """
     collected = TrainingFeatures(count, memory_budget, dtype)
     with (stopwatch or Stopwatch()).measure("extract"):
-        progress = tqdm(samples, total=count, desc="train features", unit="sample", leave=False)
+        progress = tqdm(samples, total=count, desc="features", unit="sample", leave=False)
         for batch in batches(progress, extractor.batch_size):
             for sample, features in zip(batch, extractor.extract(batch), strict=True):
                 if on_features is not None:
@@ -138,15 +138,6 @@ def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str,
         banks[name] = MemoryBank(chosen, statistics[name])
         logger.info("%s bank: %d of %d patches", name, len(chosen), len(raw))
     return banks
-
-
-def extract_each(
-    extractor: PatchExtractor, samples: Iterable[Sample], count: int, stopwatches: Mapping[str, Stopwatch]
-) -> Iterator[PatchFeatures]:
-    """The features of each sample, in order, a batch of them in memory; every stopwatch counts the time."""
-    progress = tqdm(samples, total=count, desc="validation features", unit="sample", leave=False)
-    for batch in batches(progress, extractor.batch_size):
-        yield from extract_timed(extractor, batch, stopwatches)[0]
 
 
 def calibrate_detectors(

@@ -128,7 +128,7 @@ class TrainingFeatures:
                 if each.isfinite().all():
                     mend = "use --train_feature_dtype fp32"
                 raise InputError(
-                    f"the {name} features of training sample {self.count} hold NaN or infinity as "
+                    f"the {name} features of good sample {self.count} hold NaN or infinity as "
                     f"{str(self.dtype).removeprefix('torch.')}: {mend}"
                 )
             self._arrays[name][self.count] = stored

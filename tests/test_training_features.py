@@ -147,7 +147,7 @@ def test_features_that_are_no_numbers_are_named(value: float, dtype: torch.dtype
     second.rgb[1, 2] = value
     features = TrainingFeatures(SAMPLES, dtype=dtype)
     features.append(first)
-    with pytest.raises(InputError, match=f"rgb features of training sample 1 hold NaN or infinity as float.*{mend}"):
+    with pytest.raises(InputError, match=f"rgb features of good sample 1 hold NaN or infinity as float.*{mend}"):
         features.append(second)
 
 
