@@ -1,5 +1,6 @@
 """main.py --save_detector and --load_detector: a fresh process repeats the evaluation, and flags that contradict it."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -105,6 +106,10 @@ def every(base: list[object], tmp_path_factory: pytest.TempPathFactory) -> tuple
     call(*base, *flags, "--save_preds", "--save_detector", folder / "detectors", "--output_dir", folder / "fitted")
     (folder / "uff.pth").unlink()
     return folder / "fitted", folder / "detectors"
+
+
+def scores_of(run: Run, name: str) -> list[float]:
+    return [sample["score"] for sample in run.results["classes"][name]["samples"]]
 
 
 # Fit, save, load
@@ -232,6 +237,33 @@ def test_detector_dtype_decides_the_numbers_of_the_banks(base: list[object], tmp
     assert sizes["fp16"] < 0.6 * sizes["fp32"]
 
 
+def test_thresholds_are_those_of_the_rounded_banks(base: list[object], data: Path, tmp_path: Path) -> None:
+    flags = ["--classes", "bagel", "--method_name", "DINO+Point_MAE"]
+    exact = run_into(tmp_path / "exact", *base, *flags)
+    fitted = run_into(
+        tmp_path / "fitted", *base, *flags, "--save_detector", tmp_path / "it", "--detector_dtype", "fp16"
+    )
+    loaded = run_into(
+        tmp_path / "loaded", "--dataset_path", data, "--classes", "bagel", "--load_detector", tmp_path / "it"
+    )
+    assert {key: loaded.entry[key] for key in AGAIN} == {key: fitted.entry[key] for key in AGAIN}
+    assert fitted.entry["threshold"]["pixel"] != exact.entry["threshold"]["pixel"]
+    assert fitted.entry["threshold"]["pixel"] == pytest.approx(exact.entry["threshold"]["pixel"], rel=1e-2)
+
+
+def test_a_validation_scan_at_fault_is_told_before_the_fit(
+    capsys: pytest.CaptureFixture[str], base: list[object], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And an older detector there is found as before, also by a run of several methods that wanted to be beside it."""
+    monkeypatch.setattr(main, "fit_detector", lambda *_: pytest.fail("fitted"))
+    shutil.copytree(data / "bagel", tmp_path / "parts/bagel")
+    write_cloud(tmp_path / "parts/bagel/validation/good/xyz/001.tiff", np.zeros((SIDE, SIDE, 3), np.float32))
+    flags = [*base, "--dataset_path", tmp_path / "parts", "--method_name", "DINO", "Point_MAE"]
+    message = refusal(capsys, *flags, "--save_detector", tmp_path / "it")
+    assert "bagel/validation/good/xyz/001.tiff has no valid point" in message
+    assert not list((tmp_path / "it").iterdir())
+
+
 def test_thresholds_come_from_the_validation_split_where_there_is_one(
     single: tuple[Run, Path], base: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -239,7 +271,7 @@ def test_thresholds_come_from_the_validation_split_where_there_is_one(
     threshold = {name: entry["threshold"] for name, entry in run.results["classes"].items()}
     assert (threshold["bagel"]["source"], threshold["bagel"]["parts"]) == ("validation", VALIDATION)
     assert (threshold["cookie"]["source"], threshold["cookie"]["parts"]) == ("training", 2)
-    assert run.results["classes"]["bagel"]["samples"] == run.results["classes"]["cookie"]["samples"]
+    assert scores_of(run, "bagel") == scores_of(run, "cookie")
     assert threshold["bagel"]["image"] > threshold["cookie"]["image"]  # the banks hold the training samples
     assert threshold["bagel"]["pixel"] > threshold["cookie"]["pixel"]
     assert threshold["bagel"]["target_fpr"] == 0.01
@@ -249,6 +281,7 @@ def test_thresholds_come_from_the_validation_split_where_there_is_one(
         assert {key: value for key, value in kept._asdict().items() if key != "typical"} == each
         figures = run.results["classes"][name]
         scores = {sample["label"]: sample["score"] for sample in figures["samples"]}
+        assert [each["normalised"] for each in figures["samples"]] == list(map(kept.normalize, scores.values()))
         assert figures["recall"] == float(scores[1] > each["image"])
         assert figures["false_alarm_rate"] == float(scores[0] > each["image"])
 
@@ -265,7 +298,7 @@ def test_target_fpr_moves_the_thresholds(single: tuple[Run, Path], base: list[ob
     assert threshold["target_fpr"] == 0.5
     assert threshold["image"] < before["image"]
     assert threshold["pixel"] < before["pixel"]
-    assert run.entry["samples"] == single[0].results["classes"]["bagel"]["samples"]
+    assert scores_of(run, "bagel") == scores_of(single[0], "bagel")
 
 
 def test_latency_is_that_of_the_test_parts(single: tuple[Run, Path]) -> None:
@@ -338,6 +371,7 @@ def detectors(single: tuple[Run, Path], tmp_path: Path) -> Path:
 def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     record = json.loads((folder / "config.json").read_text())
     change(record)
+    record["config_sha256"] = hashlib.sha256(json.dumps(record["config"], sort_keys=True).encode()).hexdigest()
     (folder / "config.json").write_text(json.dumps(record))
 
 
@@ -346,7 +380,10 @@ def test_a_class_without_a_detector_is_named(
 ) -> None:
     shutil.rmtree(detectors / "cookie")
     flags = ["--dataset_path", data, "--load_detector", detectors, "--output_dir", tmp_path / "out"]
-    assert refusal(capsys, *flags).startswith(f"{detectors}/cookie is no detector, it has no config.json: save one")
+    assert refusal(capsys, *flags) == (
+        f"{detectors} holds no detector of cookie, neither in cookie nor in <method>/cookie: fit one with "
+        "--save_detector, or name fitted classes with --classes"
+    )
     assert not (tmp_path / "out").exists()
     assert list(run_into(tmp_path / "out", *flags, "--classes", "bagel").results["classes"]) == ["bagel"]
 
@@ -357,7 +394,7 @@ def test_a_detector_of_another_class_is_refused(
     shutil.rmtree(detectors / "cookie")
     (detectors / "bagel").rename(detectors / "cookie")
     message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors, "--classes", "cookie")
-    assert message.startswith(f"{detectors}/cookie holds a detector of class bagel by DINO+Point_MAE: move it back")
+    assert message.startswith(f"{detectors}/cookie holds a detector of class 'bagel' by DINO+Point_MAE: move it back")
 
 
 def test_a_detector_in_the_folder_of_another_method_is_refused(
@@ -365,7 +402,7 @@ def test_a_detector_in_the_folder_of_another_method_is_refused(
 ) -> None:
     shutil.copytree(every[1] / "DINO", tmp_path / "mixed/Point_MAE")
     message = refusal(capsys, "--dataset_path", data, "--load_detector", tmp_path / "mixed", "--classes", "bagel")
-    assert "Point_MAE/bagel holds a detector of class bagel by DINO: move it back" in message
+    assert "Point_MAE/bagel holds a detector of class 'bagel' by DINO: move it back" in message
 
 
 def test_detectors_of_different_settings_make_no_table(
@@ -377,6 +414,112 @@ def test_detectors_of_different_settings_make_no_table(
         f"{detectors}/bagel and {detectors}/cookie were fitted with different f_coreset, ocsvm_nu: evaluate them in "
         "runs of their own, with --classes or --method_name"
     )
+
+
+def test_methods_of_different_settings_make_no_table(
+    capsys: pytest.CaptureFixture[str], data: Path, every: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for method in ("DINO", "Point_MAE"):
+        shutil.copytree(every[1] / method, tmp_path / "it" / method)
+    change_config(tmp_path / "it/Point_MAE/bagel", lambda record: record["config"].update(f_coreset=0.3))
+    message = refusal(capsys, "--dataset_path", data, "--load_detector", tmp_path / "it", "--classes", "bagel")
+    assert "it/DINO/bagel and " in message
+    assert "it/Point_MAE/bagel were fitted with different f_coreset: evaluate them in runs" in message
+
+
+def test_classes_of_different_methods_make_no_table(
+    capsys: pytest.CaptureFixture[str], data: Path, every: tuple[Path, Path], tmp_path: Path
+) -> None:
+    it = tmp_path / "it"
+    for folder in ("DINO/bagel", "Point_MAE/bagel", "DINO/cookie"):
+        shutil.copytree(every[1] / Path(folder).parent / "bagel", it / folder)
+    change_config(it / "DINO/cookie", lambda record: record.update(class_name="cookie"))
+    flags = ["--dataset_path", data, "--load_detector", it, "--output_dir", tmp_path / "out"]
+    assert refusal(capsys, *flags) == (
+        "the detectors of bagel are by DINO and Point_MAE, those of cookie by DINO: name methods that all classes have "
+        "with --method_name, or fewer classes with --classes"
+    )
+    assert list(run_into(tmp_path / "out", *flags, "--method_name", "DINO").results["classes"]) == ["bagel", "cookie"]
+    message = refusal(capsys, *flags, "--method_name", "Point_MAE")
+    assert f"--method_name Point_MAE contradicts {it}, whose detectors of cookie are by DINO: leave it out" in message
+
+
+def test_which_of_two_layouts_is_meant_is_not_guessed(
+    capsys: pytest.CaptureFixture[str], data: Path, every: tuple[Path, Path], detectors: Path, tmp_path: Path
+) -> None:
+    """Of each class by itself, and by its files alone: the folder of a method may be empty."""
+    (detectors / "DINO/bagel").mkdir(parents=True)
+    flags = ["--dataset_path", data, "--load_detector", detectors, "--output_dir", tmp_path / "out"]
+    assert list(run_into(tmp_path / "out", *flags).results["classes"]) == ["bagel", "cookie"]
+    shutil.copytree(every[1] / "DINO/bagel", detectors / "DINO/bagel", dirs_exist_ok=True)
+    assert refusal(capsys, *flags) == (
+        f"{detectors}/bagel and {detectors}/DINO/bagel both hold a detector of bagel, of a run of one method and of "
+        "one of several: move away those that are not meant"
+    )
+    assert list(run_into(tmp_path / "out", *flags, "--classes", "cookie").results["classes"]) == ["cookie"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "there"), [(["DINO", "Point_MAE"], "bagel"), (["DINO"], "Fusion/bagel"), (["DINO", "Fusion"], "Fusion")]
+)
+def test_a_second_layout_is_refused_before_the_work(
+    capsys: pytest.CaptureFixture[str],
+    base: list[object],
+    detectors: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    methods: list[str],
+    there: str,
+) -> None:
+    monkeypatch.setattr(main, "build_extractor", lambda *_, **__: pytest.fail("work begun"))
+    shutil.copytree(detectors / "bagel", tmp_path / "it" / there)
+    before = files_below(tmp_path / "it")
+    flags = ["--classes", "bagel", "--save_detector", tmp_path / "it", "--output_dir", tmp_path / "out"]
+    message = refusal(capsys, *base, "--method_name", *methods, *flags)
+    assert message.startswith(f"{tmp_path}/it/{there} holds a detector of a run of ")
+    assert "could not tell those of this run: move it away" in message
+    assert files_below(tmp_path / "it") == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_may_be_called_as_a_method_is(base: list[object], data: Path, tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    for name in ("Fusion", "bagel"):
+        shutil.copytree(data / "cookie", parts / name)
+    flags = ["--dataset_path", parts, "--classes", "Fusion", "bagel"]
+    fitted = run_into(tmp_path / "out", *base, *flags, "--method_name", "DINO", "--save_detector", tmp_path / "it")
+    loaded = run_into(tmp_path / "again", *flags, "--load_detector", tmp_path / "it")
+    for name in ("Fusion", "bagel"):
+        assert scores_of(loaded, name) == scores_of(fitted, name)
+
+
+def test_a_save_that_was_interrupted_is_told(capsys: pytest.CaptureFixture[str], data: Path, detectors: Path) -> None:
+    (detectors / "cookie").rename(detectors / ".cookie.7.old")
+    message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors)
+    assert f"saving it was interrupted, rename {detectors}/.cookie.7.old back to cookie" in message
+
+
+def test_the_wrong_folder_is_told_with_the_right_one(
+    capsys: pytest.CaptureFixture[str], data: Path, detectors: Path
+) -> None:
+    message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors / "bagel")
+    assert message == f"{detectors}/bagel is a detector itself: give the folder above it, {detectors}"
+    message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors / "more")
+    assert message.startswith(f"{detectors}/more is no folder: give the one that --save_detector named")
+
+
+def test_the_numbers_of_detectors_that_are_not_kept_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(capsys, "--detector_dtype", "fp16")
+    assert message == "--detector_dtype is about what --save_detector keeps: give both, or leave it out"
+
+
+@pytest.mark.parametrize(("kept", "left"), [("it", "it"), ("it", "it/bagel"), ("out/it", "out"), ("out/../it", "it")])
+def test_detectors_and_results_lie_apart(
+    capsys: pytest.CaptureFixture[str], base: list[object], tmp_path: Path, kept: str, left: str
+) -> None:
+    message = refusal(capsys, *base, "--save_detector", kept, "--output_dir", left)
+    assert message.startswith(f"--save_detector {kept} and --output_dir {left} lie in one another")
+    assert not list(tmp_path.iterdir())
 
 
 def test_naming_the_memory_bank_makes_no_difference(data: Path, detectors: Path, tmp_path: Path) -> None:
