@@ -12,10 +12,12 @@ from PIL import Image
 
 from utils.depth_camera import OFF_AXIS, Camera, back_project, read_camera, read_depth_png
 from utils.errors import InputError
+from utils.files import atomic_path
 from utils.organized_pc import write_organized_pc
 from utils.part_files import (
     CLOUD_SUFFIXES,
     DEPTH_SUFFIXES,
+    LONGEST_NAME,
     PartFiles,
     check_same_view,
     cloud_suffixes,
@@ -203,6 +205,10 @@ def test_npy(tmp_path: Path, dtype: str | type) -> None:
     assert read.dtype == np.float32
     as_stored = np.where(expected() == 0, 0, stored.astype(np.float32))
     np.testing.assert_array_equal(read, as_stored)
+    np.save(tmp_path / "a.npy", np.asfortranarray((1000 * cloud()).astype(dtype)))
+    stored = np.load(tmp_path / "a.npy").astype(np.float64) / 1000  # no digit is lost in the precision of the file
+    in_metres = np.where(expected() == 0, 0, stored)
+    np.testing.assert_allclose(read_cloud(tmp_path / "a.npy", unit="mm"), in_metres, rtol=1e-6)
 
 
 @pytest.mark.parametrize("suffix", [".tiff", ".TIF"])
@@ -224,11 +230,33 @@ def test_millimetres(tmp_path: Path) -> None:
     assert "--xyz_unit" not in sentence(lambda: read_cloud(tmp_path / "b.npy", unit="mm"))
 
 
+def test_metres_are_not_taken_for_millimetres(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.full((4, 4, 3), (0.1, -0.1, 0.5), np.float32))
+    message = sentence(lambda: read_cloud(tmp_path / "a.npy", unit="mm"))
+    assert "0.0005196 m away" in message and "leave out --xyz_unit mm" in message
+    np.save(tmp_path / "b.npy", np.full((4, 4, 3), (0.001, 0.001, 0.031), np.float32))
+    assert "--xyz_unit" not in sentence(lambda: read_cloud(tmp_path / "b.npy"))
+    np.save(tmp_path / "b.npy", np.full((4, 4, 3), (0.001, 0.001, 0.033), np.float32))
+    assert read_cloud(tmp_path / "b.npy").shape == (4, 4, 3)
+    Image.fromarray(np.full((H, W), 500, np.uint16)).save(tmp_path / "a.png")
+    message = sentence(lambda: read_cloud(tmp_path / "a.png", CAMERA._replace(depth_scale=1e-6)))
+    assert "correct the depth_scale" in message
+
+
 def test_a_few_far_points_are_no_other_unit(tmp_path: Path) -> None:
     xyz = np.full((4, 4, 3), 0.5, np.float32)
-    xyz[0, :, 2] = 1000
+    xyz[0, :, 2] = 99
     np.save(tmp_path / "a.npy", xyz)
     np.testing.assert_array_equal(read_cloud(tmp_path / "a.npy"), xyz)
+
+
+@pytest.mark.parametrize("wild", [101, -1000, 2e19, 3e38])
+def test_a_single_wild_coordinate_is_told(tmp_path: Path, wild: float) -> None:
+    xyz = np.full((4, 4, 3), 0.5, np.float32)
+    xyz[1, 2, 0] = wild
+    np.save(tmp_path / "a.npy", xyz)
+    message = sentence(lambda: read_cloud(tmp_path / "a.npy"))
+    assert f"reach {abs(wild):.4g} m, expected at most 100" in message and "--xyz_unit" not in message
 
 
 # Depth pictures
@@ -524,9 +552,24 @@ def test_nothing_to_judge(tmp_path: Path) -> None:
         ("rgb/*.jpg", None, ["no pattern"]),
         ("text", None, ["holds none of .png", "a.txt"]),
         ("text/a.txt", None, ["is none of .png"]),
+        ("rgb/**.png", None, ["--rgb", "no pattern", "**"]),
+        ("x" * 256 + ".png", None, ["too long", "shorten"]),
         (None, "rgb/a.png", ["--xyz", ".pcd", "--intrinsics"]),
         ("rgb", "xyz", ["none of 2 parts", "a.png has no scan"]),
     ):
         given = [None if each is None else str(tmp_path / each) for each in (rgb, xyz)]
         message = sentence(lambda given=given: find_parts(*given))  # type: ignore[misc]
         assert all(part in message for part in parts), message
+    for given in (("", None), (None, "")):
+        assert "is empty" in sentence(lambda given=given: find_parts(*given))  # type: ignore[misc]
+
+
+def test_a_name_that_leaves_no_room_for_those_of_its_maps(tmp_path: Path) -> None:
+    longest, longer = "ä" * (LONGEST_NAME // 2), "ä" * (LONGEST_NAME // 2) + "a"
+    touch(tmp_path, f"{longest}.png", f"{longer}.png")
+    with atomic_path(tmp_path / f"{longest}_overlay.png") as temporary:
+        temporary.touch()
+    found = find_parts(str(tmp_path / "[aä]*[aä].png"), None)
+    assert names(found.parts) == [longest]
+    ((part, fault),) = found.incomplete
+    assert part.name == longer and f"{LONGEST_NAME + 1} bytes" in fault
