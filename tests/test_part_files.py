@@ -191,7 +191,8 @@ def test_ply_sized_by_its_photo(tmp_path: Path, encoding: str, fields: Sequence[
 @pytest.mark.parametrize("word", ["obj_info", "comment"])
 @pytest.mark.parametrize("encoding", PLY_ENCODINGS)
 def test_ply_sized_by_its_header(tmp_path: Path, encoding: str, word: str) -> None:
-    remarks = [f"{word} num_cols {W}", "comment num cols are columns", f"{word} num_rows {H}"]
+    remarks = [f"{word} num_cols {W}", "comment num_cols and num_rows follow", f"{word} num_rows {H}"]
+    remarks += ["comment num_rows first"]
     path = write(tmp_path / "a.ply", ply_bytes(encoding, remarks=remarks))
     np.testing.assert_array_equal(read_cloud(path), expected())
     np.testing.assert_array_equal(read_cloud(path, photo_size=(2 * H, 2 * W)), expected())
@@ -301,6 +302,7 @@ def test_the_axes_of_the_camera_are_measured(tmp_path: Path) -> None:
         ({"cy": math.nan}, ["cy of", "NaN"]),
         ({"depth_scale": True}, ["depth_scale of", "true"]),
         ({"width": 5.5}, ["width of", "whole number"]),
+        ({"fx": 10**400}, ["fx of", "is 1000", "above 0"]),
         ({"k1": 0.1, "p2": 0.0}, ["'k1', 'p2'", "distortion"]),
     ],
 )
@@ -316,7 +318,13 @@ def test_intrinsics_that_are_none(tmp_path: Path, content: bytes) -> None:
 
 
 def test_intrinsics_that_are_not_there(tmp_path: Path) -> None:
-    assert "camera.json is missing" in sentence(lambda: read_camera(tmp_path / "camera.json"))
+    message = sentence(lambda: read_camera(tmp_path / "camera.json"))
+    assert "camera.json is missing: write" in message and "scan" not in message
+
+
+def test_intrinsics_that_windows_wrote(tmp_path: Path) -> None:
+    path = write_camera(tmp_path / "camera.json")
+    assert read_camera(write(path, b"\xef\xbb\xbf" + path.read_bytes())) == CAMERA
 
 
 @pytest.mark.parametrize(
@@ -376,7 +384,11 @@ BROKEN = {
     "strange_size.pcd": (pcd_bytes("binary").replace(b"SIZE 4 4 4", b"SIZE 4 4 3"), "header"),
     "strange_data.pcd": (pcd_bytes("binary").replace(b"DATA binary", b"DATA base64"), "base64.*binary_compressed"),
     "whole_numbers.pcd": (pcd_bytes("binary").replace(b"TYPE F F F", b"TYPE I I I"), "floating-point"),
-    "no_z.pcd": (pcd_bytes("binary").replace(b"FIELDS x y z", b"FIELDS x y w"), r"w \(f4\), expected x, y and z"),
+    "no_z.pcd": (pcd_bytes("binary").replace(b"FIELDS x y z", b"FIELDS x y w"), r"1 w \(f4\), expected x, y and z"),
+    "no_x.pcd": (pcd_bytes("binary").replace(b"COUNT 1 1 1", b"COUNT 0 1 1"), r"0 x \(f4\), .*expected x, y and z"),
+    "many.pcd": (pcd_bytes("binary", MIXED).replace(b"COUNT 1", b"COUNT 1" + bytes(22).replace(b"\0", b"0")), "header"),
+    "vast.pcd": (pcd_bytes("binary", height=8193, width=8192), "promises 8193 x 8192 points.*at most"),
+    "remark.pcd": (pcd_bytes("ascii").rsplit(b"\n", 2)[0] + b"\n# 1 2 3\n", "no point.*convert string '#'"),
     "empty.ply": (b"", "no PLY file"),
     "pcd.ply": (pcd_bytes("binary"), "no PLY file"),
     "header_only.ply": (ply_bytes("ascii")[:80], "no PLY file"),
@@ -391,6 +403,10 @@ BROKEN = {
     "strange_format.ply": (ply_bytes("ascii").replace(b"format ascii", b"format text"), "'text'.*ascii"),
     "strange_type.ply": (ply_bytes("ascii").replace(b"property float x", b"property quad x"), "quad"),
     "no_z.ply": (without(ply_bytes("ascii"), b"property float z\n"), "expected x, y and z"),
+    "list.ply": (
+        ply_bytes("ascii").replace(b"property float x", b"property list uchar int near\nproperty float x"),
+        "points with a list, near",
+    ),
     "faces_first.ply": (
         ply_bytes("ascii").replace(b"element vertex", b"element face 0\nelement vertex"),
         "begins with the element face",
