@@ -59,8 +59,8 @@ def check_organized(name: Path | str, shape: Sequence[int], dtype: np.dtype | No
         )
     if shape[0] * shape[1] > MOST_PIXELS:
         raise InputError(
-            f"{name} promises {shape[0]} x {shape[1]} points (H x W), expected at most {MOST_PIXELS} in all: its header "
-            "is damaged, or it has to be scaled down"
+            f"{name} promises {shape[0]} x {shape[1]} points (H x W), expected at most {MOST_PIXELS} in all: its "
+            "header is damaged, or it has to be scaled down"
         )
 
 
