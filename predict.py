@@ -2,14 +2,16 @@
 
     python predict.py --detector detectors/bagel --rgb part.png --xyz part.tiff
     python predict.py --detector detectors/bagel --rgb photos/ --xyz scans/ --preprocess --output_dir predictions/monday
-    python predict.py --detector detectors/bagel --rgb "line/*/photo_*.png" --xyz "line/*/depth_*.png" \\
+    python predict.py --detector detectors/bagel --rgb "line/rgb/*.png" --xyz "line/depth/*.png" \\
         --intrinsics camera.json
 
 Writes to --output_dir: <name>.tiff (float32 anomaly map, size and pixels of the scan), <name>_overlay.png and
-predictions.jsonl, a line of JSON per part, written as soon as it is judged: a run that was interrupted leaves a whole
-line for each part so far. A part that cannot be judged has a line with "error" instead of a score; the others go on.
+predictions.jsonl, a line of JSON per part, written as soon as its batch is judged: a run that was interrupted leaves a
+whole line for each part so far. A part that cannot be judged has a line with "error" instead of a score; the others go
+on.
 
-Exit code: 0 all parts judged, 1 some could not be judged, 2 nothing could be done.
+Exit code: 0 all parts judged, 1 at least one could not be judged, 2 the run stopped or never began, 130 interrupted,
+141 the reader of stdout is gone.
 """
 
 import argparse
