@@ -4,6 +4,9 @@ predict.py is the command line over it. Memory does not grow with the number of 
 """
 
 import json
+import logging
+import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +30,7 @@ from utils.records import Prediction, Sample
 from utils.visualization import color_scale, resize_map, save_anomaly_map, save_overlay, threshold_scale
 
 PREDICTIONS = "predictions.jsonl"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,15 @@ def judge(detector: Detector, samples: Sequence[Sample]) -> list[Verdict | str]:
             return [str(error)]
         return [verdict for sample in samples for verdict in judge(detector, [sample])]
     verdicts: list[Verdict | str] = []
-    for features in extracted:
+    for sample, features in zip(samples, extracted, strict=True):
         begin = time.perf_counter()
         prediction = detector.predict_features(features)
+        if not (math.isfinite(prediction.score) and prediction.anomaly_map.isfinite().all()):
+            verdicts.append(
+                f"{sample.path} gives a score or a map that is no number: its coordinates are damaged or far out of "
+                "range, restore the scan"
+            )
+            continue
         verdicts.append(Verdict(prediction, seconds / len(samples) + time.perf_counter() - begin))
     return verdicts
 
@@ -160,7 +170,7 @@ class Output:
         folder: of all of it; it is there.
         thresholds: of the detector: they decide, and set the colours of all overlays.
         images: whether maps and overlays are written.
-        append: add to the lines that are there.
+        append: add to the lines that are there; half a line at their end, of a run that was killed, is cut off.
 
     Raises:
         InputError: like all methods, where a file cannot be written.
@@ -171,8 +181,10 @@ class Output:
         self.path = folder / PREDICTIONS
         self.thresholds = thresholds
         self.images = images
-        if not append:
-            with _writing(self.path):
+        with _writing(self.path):
+            if append:
+                _drop_half_line(self.path)
+            else:
                 self.path.write_text("")
 
     def add(self, part: LoadedPart, verdict: Verdict) -> dict[str, Any]:
@@ -207,13 +219,26 @@ class Output:
         plane = crop_padding(resize_map(prediction.anomaly_map.numpy(), padded), part.size)
         pixel = None if self.thresholds is None else self.thresholds.pixel
         scale = color_scale([plane]) if pixel is None else threshold_scale(pixel)
-        map_path = self.folder / f"{part.files.name}.tiff"
-        overlay_path = self.folder / f"{part.files.name}_overlay.png"
+        map_path, overlay_path = output_paths(self.folder, part.files.name)
         with _writing(map_path):
             save_anomaly_map(map_path, plane, part.size)
         with _writing(overlay_path):
             save_overlay(overlay_path, part.photo, plane, scale, pixel)
         return str(map_path), str(overlay_path)
+
+
+def output_paths(folder: Path, name: str) -> tuple[Path, Path]:
+    """The map and the overlay of the part of this name."""
+    return folder / f"{name}.tiff", folder / f"{name}_overlay.png"
+
+
+def _drop_half_line(path: Path) -> None:
+    """Cut a file off behind its last line end, with a warning where something follows it."""
+    content = path.read_bytes() if path.exists() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        logger.warning("%s ended in half a line, of a run that was killed: it is cut off", path)
+        os.truncate(path, whole)
 
 
 @contextmanager

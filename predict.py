@@ -2,14 +2,16 @@
 
     python predict.py --detector detectors/bagel --rgb part.png --xyz part.tiff
     python predict.py --detector detectors/bagel --rgb photos/ --xyz scans/ --preprocess --output_dir predictions/monday
-    python predict.py --detector detectors/bagel --rgb "line/*/photo_*.png" --xyz "line/*/depth_*.png" \\
+    python predict.py --detector detectors/bagel --rgb "line/rgb/*.png" --xyz "line/depth/*.png" \\
         --intrinsics camera.json
 
 Writes to --output_dir: <name>.tiff (float32 anomaly map, size and pixels of the scan), <name>_overlay.png and
-predictions.jsonl, a line of JSON per part, written as soon as it is judged: a run that was interrupted leaves a whole
-line for each part so far. A part that cannot be judged has a line with "error" instead of a score; the others go on.
+predictions.jsonl, a line of JSON per part, written as soon as its batch is judged: a run that was interrupted leaves a
+whole line for each part so far. A part that cannot be judged has a line with "error" instead of a score; the others go
+on.
 
-Exit code: 0 all parts judged, 1 some could not be judged, 2 nothing could be done.
+Exit code: 0 all parts judged, 1 at least one could not be judged, 2 the run stopped or never began, 130 interrupted,
+141 the reader of stdout is gone.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,11 @@ from tqdm import tqdm
 from feature_extractors.detector import Detector
 from feature_extractors.persistence import load_detector
 from inspection import CLEANING_COMMAND
-from judging import LoadedPart, Output, PartReader, Reading, Verdict, judge_parts
+from judging import PREDICTIONS, LoadedPart, Output, PartReader, Reading, Verdict, judge_parts, output_paths
 from utils.depth_camera import read_camera
 from utils.errors import InputError, exit_on_input_error
 from utils.files import make_folder
-from utils.part_files import UNITS, Found, cloud_suffixes, find_parts
+from utils.part_files import DEPTH_SUFFIXES, UNITS, Found, cloud_suffixes, find_parts
 
 logger = logging.getLogger("predict")
 
@@ -80,6 +83,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError("--keep_rgb is about the photos that --preprocess cleans: give both, or leave it out")
     if args.preprocess and args.xyz is None:
         raise InputError("--preprocess looks at the point clouds: give --xyz as well")
+    for flag, given in (("--intrinsics", args.intrinsics is not None), ("--xyz_unit", args.xyz_unit != "m")):
+        if given and args.xyz is None:
+            raise InputError(f"{flag} is about the files of --xyz: give both, or leave it out")
 
 
 def check_flags_of(detector: Detector, args: argparse.Namespace) -> None:
@@ -92,13 +98,30 @@ def check_flags_of(detector: Detector, args: argparse.Namespace) -> None:
         raise InputError(f"--xyz is not used: {args.detector} ({method}) looks at photos alone; leave it out")
 
 
+def check_found(found: Found, args: argparse.Namespace) -> None:
+    """Whether the flags about point clouds are about any of those that were found; raises InputError."""
+    of_depth = {part.xyz.suffix.lower() in DEPTH_SUFFIXES for part in found.parts if part.xyz is not None}
+    if args.intrinsics is not None and True not in of_depth:
+        raise InputError("--intrinsics is of depth pictures, and --xyz names none: leave it out, or name some")
+    if args.xyz_unit != "m" and False not in of_depth:
+        raise InputError("--xyz_unit is of point clouds, and --xyz names none: depth pictures have a depth_scale")
+
+
 def check_output(found: Found, output_dir: Path) -> None:
-    """Refuse a folder whose files a map would take the place of; raises InputError."""
+    """Refuse a folder with files, of these parts or of others, that maps would replace; raises InputError."""
     folder = output_dir.resolve()
     for part in (*found.parts, *(part for part, _ in found.incomplete)):
         for path in (part.rgb, part.xyz):
-            if path is not None and path.resolve().parent == folder:
+            if path is not None and folder in (path.resolve().parent, path.parent.resolve()):
                 raise InputError(f"{path} lies in --output_dir, where its map could take its place: choose another one")
+    if (folder / PREDICTIONS).exists():
+        return
+    for path in (path for part in found.parts for path in output_paths(folder, part.name)):
+        if path.exists():
+            raise InputError(
+                f"{path} is in the way, and without a {PREDICTIONS} beside it was not written by this script: choose "
+                "another --output_dir"
+            )
 
 
 def write_parts(
@@ -150,6 +173,7 @@ def run(args: argparse.Namespace) -> int:
     check_args(args)
     camera = None if args.intrinsics is None else read_camera(args.intrinsics)
     found = find_parts(args.rgb, args.xyz, cloud_suffixes(camera))
+    check_found(found, args)
     check_output(found, args.output_dir)
     detector = load_detector(
         args.detector,
@@ -194,6 +218,8 @@ def run(args: argparse.Namespace) -> int:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    if isinstance(sys.stdout, TextIOWrapper):  # names of files that its encoding lacks end no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     with exit_on_input_error():
         raise SystemExit(run(parse_args()))
 

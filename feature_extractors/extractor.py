@@ -118,7 +118,7 @@ class PatchExtractor:
         if len(points) < backbone.min_points:
             mend = "mend the scan"
             if isinstance(backbone, PointTransformer):
-                mend += ", or lower --num_group and --group_size"
+                mend += ", or fit with lower --num_group and --group_size"
             raise InputError(
                 f"{sample.path} has {len(points)} valid points at {self.config.img_size}x{self.config.img_size}, but "
                 f"{self.config.xyz_backbone_name} needs at least {backbone.min_points}: {mend}"

@@ -1,5 +1,6 @@
 """utils/organized_pc.py: tiff files of any flavour and fault, the valid mask, the nearest resize."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import tifffile
 
 from utils.errors import InputError
 from utils.organized_pc import (
+    MOST_PIXELS,
+    check_organized,
     organized_pc_header,
     read_organized_pc,
     resize_nearest,
@@ -71,6 +74,7 @@ def test_read_and_resize_are_bit_equal_to_the_original(goldens: Path, sample: st
         {"compression": "zlib", "rowsperstrip": 4},
         {"byteorder": ">"},
         {"bigtiff": True},
+        {"photometric": "rgb", "compression": "zlib", "tile": (16, 16)},
     ],
 )
 def test_reads_every_flavour_of_tiff(tmp_path: Path, xyz: np.ndarray, options: dict) -> None:
@@ -162,4 +166,56 @@ def test_damage_inside_the_pixels_shows_when_they_are_read_and_the_header_stays_
     path.write_bytes(content)
     assert organized_pc_header(path) == (20, 30)
     with pytest.raises(InputError, match="cannot be read as a tiff file"):
+        read_organized_pc(path)
+
+
+def forge_height(path: Path, height: int) -> None:
+    """Let the header of a tiff (little-endian) promise another height."""
+    with tifffile.TiffFile(path) as tif:
+        tag = tif.pages[0].tags["ImageLength"]
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<H" if tag.dtype == 3 else "<I", content, tag.valueoffset, height)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("rows", [4, 20])
+def test_strips_that_are_missing_are_not_read_as_zeros(tmp_path: Path, xyz: np.ndarray, rows: int) -> None:
+    path = tmp_path / "000.tiff"
+    tifffile.imwrite(path, xyz, photometric="rgb", compression="zlib", rowsperstrip=rows, metadata=None)
+    forge_height(path, 20_000)
+    for read in (organized_pc_header, read_organized_pc):
+        with pytest.raises(InputError, match=r"000\.tiff lacks strips or tiles"):
+            read(path)
+
+
+def test_an_empty_strip_is_a_missing_one(tmp_path: Path, xyz: np.ndarray) -> None:
+    path = tmp_path / "000.tiff"
+    tifffile.imwrite(path, xyz, photometric="rgb", compression="zlib", rowsperstrip=4)
+    with tifffile.TiffFile(path) as tif:
+        tag = tif.pages[0].tags["StripByteCounts"]
+    content = bytearray(path.read_bytes())
+    width = 2 if tag.dtype == 3 else 4
+    content[tag.valueoffset + width : tag.valueoffset + 2 * width] = bytes(width)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="lacks strips or tiles"):
+        read_organized_pc(path)
+
+
+def test_refuses_more_pixels_than_any_camera_has(tmp_path: Path, xyz: np.ndarray) -> None:
+    check_organized("a", (1 << 13, MOST_PIXELS >> 13, 3), np.dtype(np.float32))
+    with pytest.raises(InputError, match=f"promises 8193 x .* at most {MOST_PIXELS}"):
+        check_organized("a", ((1 << 13) + 1, MOST_PIXELS >> 13, 3), np.dtype(np.float32))
+    path = tmp_path / "000.tiff"
+    tifffile.imwrite(path, xyz, photometric="rgb", compression="zlib", metadata=None)
+    forge_height(path, 50_000_000)
+    with pytest.raises(InputError, match="promises 50000000 x 30 points"):
+        organized_pc_header(path)
+
+
+def test_refuses_a_file_of_several_clouds(tmp_path: Path, xyz: np.ndarray) -> None:
+    path = tmp_path / "000.tiff"
+    with tifffile.TiffWriter(path) as tif:
+        tif.write(xyz, photometric="rgb")
+        tif.write(xyz[:10], photometric="rgb")
+    with pytest.raises(InputError, match="holds 2 pictures, expected one cloud"):
         read_organized_pc(path)

@@ -12,10 +12,12 @@ from PIL import Image
 
 from utils.depth_camera import OFF_AXIS, Camera, back_project, read_camera, read_depth_png
 from utils.errors import InputError
+from utils.files import atomic_path
 from utils.organized_pc import write_organized_pc
 from utils.part_files import (
     CLOUD_SUFFIXES,
     DEPTH_SUFFIXES,
+    LONGEST_NAME,
     PartFiles,
     check_same_view,
     cloud_suffixes,
@@ -189,7 +191,8 @@ def test_ply_sized_by_its_photo(tmp_path: Path, encoding: str, fields: Sequence[
 @pytest.mark.parametrize("word", ["obj_info", "comment"])
 @pytest.mark.parametrize("encoding", PLY_ENCODINGS)
 def test_ply_sized_by_its_header(tmp_path: Path, encoding: str, word: str) -> None:
-    remarks = [f"{word} num_cols {W}", "comment num cols are columns", f"{word} num_rows {H}"]
+    remarks = [f"{word} num_cols {W}", "comment num_cols and num_rows follow", f"{word} num_rows {H}"]
+    remarks += ["comment num_rows first"]
     path = write(tmp_path / "a.ply", ply_bytes(encoding, remarks=remarks))
     np.testing.assert_array_equal(read_cloud(path), expected())
     np.testing.assert_array_equal(read_cloud(path, photo_size=(2 * H, 2 * W)), expected())
@@ -203,6 +206,10 @@ def test_npy(tmp_path: Path, dtype: str | type) -> None:
     assert read.dtype == np.float32
     as_stored = np.where(expected() == 0, 0, stored.astype(np.float32))
     np.testing.assert_array_equal(read, as_stored)
+    np.save(tmp_path / "a.npy", np.asfortranarray((1000 * cloud()).astype(dtype)))
+    stored = np.load(tmp_path / "a.npy").astype(np.float64) / 1000  # no digit is lost in the precision of the file
+    in_metres = np.where(expected() == 0, 0, stored)
+    np.testing.assert_allclose(read_cloud(tmp_path / "a.npy", unit="mm"), in_metres, rtol=1e-6)
 
 
 @pytest.mark.parametrize("suffix", [".tiff", ".TIF"])
@@ -224,11 +231,33 @@ def test_millimetres(tmp_path: Path) -> None:
     assert "--xyz_unit" not in sentence(lambda: read_cloud(tmp_path / "b.npy", unit="mm"))
 
 
+def test_metres_are_not_taken_for_millimetres(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.full((4, 4, 3), (0.1, -0.1, 0.5), np.float32))
+    message = sentence(lambda: read_cloud(tmp_path / "a.npy", unit="mm"))
+    assert "0.0005196 m away" in message and "leave out --xyz_unit mm" in message
+    np.save(tmp_path / "b.npy", np.full((4, 4, 3), (0.001, 0.001, 0.031), np.float32))
+    assert "--xyz_unit" not in sentence(lambda: read_cloud(tmp_path / "b.npy"))
+    np.save(tmp_path / "b.npy", np.full((4, 4, 3), (0.001, 0.001, 0.033), np.float32))
+    assert read_cloud(tmp_path / "b.npy").shape == (4, 4, 3)
+    Image.fromarray(np.full((H, W), 500, np.uint16)).save(tmp_path / "a.png")
+    message = sentence(lambda: read_cloud(tmp_path / "a.png", CAMERA._replace(depth_scale=1e-6)))
+    assert "correct the depth_scale" in message
+
+
 def test_a_few_far_points_are_no_other_unit(tmp_path: Path) -> None:
     xyz = np.full((4, 4, 3), 0.5, np.float32)
-    xyz[0, :, 2] = 1000
+    xyz[0, :, 2] = 99
     np.save(tmp_path / "a.npy", xyz)
     np.testing.assert_array_equal(read_cloud(tmp_path / "a.npy"), xyz)
+
+
+@pytest.mark.parametrize("wild", [101, -1000, 2e19, 3e38])
+def test_a_single_wild_coordinate_is_told(tmp_path: Path, wild: float) -> None:
+    xyz = np.full((4, 4, 3), 0.5, np.float32)
+    xyz[1, 2, 0] = wild
+    np.save(tmp_path / "a.npy", xyz)
+    message = sentence(lambda: read_cloud(tmp_path / "a.npy"))
+    assert f"reach {abs(wild):.4g} m, expected at most 100" in message and "--xyz_unit" not in message
 
 
 # Depth pictures
@@ -273,6 +302,7 @@ def test_the_axes_of_the_camera_are_measured(tmp_path: Path) -> None:
         ({"cy": math.nan}, ["cy of", "NaN"]),
         ({"depth_scale": True}, ["depth_scale of", "true"]),
         ({"width": 5.5}, ["width of", "whole number"]),
+        ({"fx": 10**400}, ["fx of", "is 1000", "above 0"]),
         ({"k1": 0.1, "p2": 0.0}, ["'k1', 'p2'", "distortion"]),
     ],
 )
@@ -288,7 +318,13 @@ def test_intrinsics_that_are_none(tmp_path: Path, content: bytes) -> None:
 
 
 def test_intrinsics_that_are_not_there(tmp_path: Path) -> None:
-    assert "camera.json is missing" in sentence(lambda: read_camera(tmp_path / "camera.json"))
+    message = sentence(lambda: read_camera(tmp_path / "camera.json"))
+    assert "camera.json is missing: write" in message and "scan" not in message
+
+
+def test_intrinsics_that_windows_wrote(tmp_path: Path) -> None:
+    path = write_camera(tmp_path / "camera.json")
+    assert read_camera(write(path, b"\xef\xbb\xbf" + path.read_bytes())) == CAMERA
 
 
 @pytest.mark.parametrize(
@@ -348,7 +384,11 @@ BROKEN = {
     "strange_size.pcd": (pcd_bytes("binary").replace(b"SIZE 4 4 4", b"SIZE 4 4 3"), "header"),
     "strange_data.pcd": (pcd_bytes("binary").replace(b"DATA binary", b"DATA base64"), "base64.*binary_compressed"),
     "whole_numbers.pcd": (pcd_bytes("binary").replace(b"TYPE F F F", b"TYPE I I I"), "floating-point"),
-    "no_z.pcd": (pcd_bytes("binary").replace(b"FIELDS x y z", b"FIELDS x y w"), r"w \(f4\), expected x, y and z"),
+    "no_z.pcd": (pcd_bytes("binary").replace(b"FIELDS x y z", b"FIELDS x y w"), r"1 w \(f4\), expected x, y and z"),
+    "no_x.pcd": (pcd_bytes("binary").replace(b"COUNT 1 1 1", b"COUNT 0 1 1"), r"0 x \(f4\), .*expected x, y and z"),
+    "many.pcd": (pcd_bytes("binary", MIXED).replace(b"COUNT 1", b"COUNT 1" + bytes(22).replace(b"\0", b"0")), "header"),
+    "vast.pcd": (pcd_bytes("binary", height=8193, width=8192), "promises 8193 x 8192 points.*at most"),
+    "remark.pcd": (pcd_bytes("ascii").rsplit(b"\n", 2)[0] + b"\n# 1 2 3\n", "no point.*convert string '#'"),
     "empty.ply": (b"", "no PLY file"),
     "pcd.ply": (pcd_bytes("binary"), "no PLY file"),
     "header_only.ply": (ply_bytes("ascii")[:80], "no PLY file"),
@@ -363,6 +403,10 @@ BROKEN = {
     "strange_format.ply": (ply_bytes("ascii").replace(b"format ascii", b"format text"), "'text'.*ascii"),
     "strange_type.ply": (ply_bytes("ascii").replace(b"property float x", b"property quad x"), "quad"),
     "no_z.ply": (without(ply_bytes("ascii"), b"property float z\n"), "expected x, y and z"),
+    "list.ply": (
+        ply_bytes("ascii").replace(b"property float x", b"property list uchar int near\nproperty float x"),
+        "points with a list, near",
+    ),
     "faces_first.ply": (
         ply_bytes("ascii").replace(b"element vertex", b"element face 0\nelement vertex"),
         "begins with the element face",
@@ -524,9 +568,24 @@ def test_nothing_to_judge(tmp_path: Path) -> None:
         ("rgb/*.jpg", None, ["no pattern"]),
         ("text", None, ["holds none of .png", "a.txt"]),
         ("text/a.txt", None, ["is none of .png"]),
+        ("rgb/**.png", None, ["--rgb", "no pattern", "**"]),
+        ("x" * 256 + ".png", None, ["too long", "shorten"]),
         (None, "rgb/a.png", ["--xyz", ".pcd", "--intrinsics"]),
         ("rgb", "xyz", ["none of 2 parts", "a.png has no scan"]),
     ):
         given = [None if each is None else str(tmp_path / each) for each in (rgb, xyz)]
         message = sentence(lambda given=given: find_parts(*given))  # type: ignore[misc]
         assert all(part in message for part in parts), message
+    for given in (("", None), (None, "")):
+        assert "is empty" in sentence(lambda given=given: find_parts(*given))  # type: ignore[misc]
+
+
+def test_a_name_that_leaves_no_room_for_those_of_its_maps(tmp_path: Path) -> None:
+    longest, longer = "ä" * (LONGEST_NAME // 2), "ä" * (LONGEST_NAME // 2) + "a"
+    touch(tmp_path, f"{longest}.png", f"{longer}.png")
+    with atomic_path(tmp_path / f"{longest}_overlay.png") as temporary:
+        temporary.touch()
+    found = find_parts(str(tmp_path / "[aä]*[aä].png"), None)
+    assert names(found.parts) == [longest]
+    ((part, fault),) = found.incomplete
+    assert part.name == longer and f"{LONGEST_NAME + 1} bytes" in fault

@@ -1,6 +1,7 @@
 """Judging new parts: the same as main.py says, part by part, whatever is wrong with some of them."""
 
 import gc
+import io
 import json
 import logging
 import re
@@ -192,10 +193,9 @@ def test_a_depth_picture(fitted: Fitted, tmp_path: Path) -> None:
     x = np.where(u == 32, 1e-6, (u - 32.0) * z / 500.0)
     np.save(tmp_path / "depth.npy", np.stack([x, (v - 31.5) * z / 500.0, z], axis=-1).astype(np.float32))
     flags = ["--detector", fitted.detectors["Point_MAE"], "--device", "cpu", "--output_dir", tmp_path / "out"]
-    flags += ["--intrinsics", tmp_path / "camera.json"]
     scores = []
-    for name in ("depth.png", "depth.npy"):
-        assert run(*flags, "--xyz", tmp_path / name) == 0
+    for name, more in (("depth.png", ["--intrinsics", tmp_path / "camera.json"]), ("depth.npy", [])):
+        assert run(*flags, "--xyz", tmp_path / name, *more) == 0
         scores += [line["score"] for line in lines_of(tmp_path / "out")]
     assert scores[0] == scores[1]
 
@@ -263,6 +263,20 @@ def test_a_run_starts_anew_or_goes_on(fitted: Fitted, tmp_path: Path) -> None:
     for more, expected in (([], 2), ([], 2), (["--append"], 4)):
         assert run(*flags, *more) == 0
         assert len(lines_of(tmp_path / "out")) == expected
+
+
+def test_half_a_line_of_a_killed_run_is_cut_off(
+    fitted: Fitted, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = many_parts(fitted, tmp_path / "parts", 1)
+    flags = [*flags_for(fitted, parts, tmp_path / "out"), "--no_images", "--append"]
+    assert run(*flags) == 0
+    with (tmp_path / "out/predictions.jsonl").open("a") as lines:
+        lines.write('{"name": "001", "sco')
+    assert "half a line" not in caplog.text
+    assert run(*flags) == 0
+    assert [line["name"] for line in lines_of(tmp_path / "out")] == ["000", "000"]
+    assert "predictions.jsonl ended in half a line" in caplog.text
 
 
 def test_each_line_is_there_before_the_next_part_is_judged(
@@ -380,6 +394,52 @@ def test_the_others_go_on(fitted: Fitted, tmp_path: Path, capsys: pytest.Capture
     assert lines["000"]["score"] == pytest.approx(lines_of(tmp_path / "out_alone")[0]["score"], rel=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("spoilt", ["score", "map"])
+def test_a_score_that_is_no_number(
+    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str, batch_size: int
+) -> None:
+    plain, calls = Detector.predict_features, []
+
+    def predict_features(self: Detector, *arguments: Any) -> Prediction:
+        prediction = plain(self, *arguments)
+        calls.append(prediction)
+        if len(calls) != 2:
+            return prediction
+        if spoilt == "score":
+            return prediction._replace(score=float("nan"))
+        return prediction._replace(anomaly_map=torch.full_like(prediction.anomaly_map, torch.inf))
+
+    monkeypatch.setattr(Detector, "predict_features", predict_features)
+    parts = many_parts(fitted, tmp_path / "parts", 3)
+    assert run(*flags_for(fitted, parts, tmp_path / "out"), "--batch_size", batch_size) == 1
+    lines = lines_of(tmp_path / "out")
+    assert [line["name"] for line in lines if "score" in line] == ["000", "002"]
+    assert "001.tiff gives a score or a map that is no number" in lines[1]["error"]
+
+
+def test_a_wild_coordinate_stops_no_other_part(fitted: Fitted, tmp_path: Path) -> None:
+    parts = many_parts(fitted, tmp_path / "parts", 2)
+    xyz = read_organized_pc(parts / "xyz/000.tiff")
+    xyz[tuple(np.argwhere(xyz[..., 2])[0])] = 2e19
+    write_cloud(parts / "xyz/000.tiff", xyz)
+    assert run(*flags_for(fitted, parts, tmp_path / "out")) == 1
+    first, second = lines_of(tmp_path / "out")
+    assert "000.tiff reach 2e+19 m" in first["error"] and "score" in second
+
+
+def test_a_name_that_the_terminal_cannot_show(fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(fitted.data / "train/good/rgb/000.png", tmp_path / "größe.png")
+    flags = ["--detector", fitted.detectors["DINO"], "--rgb", tmp_path / "größe.png", "--device", "cpu"]
+    told = io.BytesIO()
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, flags), "--output_dir", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(told, encoding="ascii"))
+    with pytest.raises(SystemExit) as stop:
+        predict.main()
+    assert stop.value.code == 0
+    assert told.getvalue().startswith(rb"gr\xf6\xdfe  ")
+
+
 def test_no_part_could_be_judged(fitted: Fitted, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"nothing")
     flags = ["--detector", fitted.detectors["DINO"], "--rgb", tmp_path / "a.png", "--output_dir", tmp_path / "out"]
@@ -390,7 +450,8 @@ def test_no_part_could_be_judged(fitted: Fitted, tmp_path: Path) -> None:
 def test_nothing_can_be_done(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = many_parts(fitted, tmp_path / "parts", 1)
     both, rgb = fitted.detectors["DINO+Point_MAE"], fitted.detectors["DINO"]
-    photo, scan = ["--rgb", parts / "rgb"], ["--xyz", parts / "xyz"]
+    photo, scan, camera = ["--rgb", parts / "rgb"], ["--xyz", parts / "xyz"], tmp_path / "camera.json"
+    camera.write_text('{"fx": 1, "fy": 1, "cx": 1, "cy": 1, "depth_scale": 0.001}')
     for flags, expected in (
         (["--detector", both], ["--rgb", "--xyz"]),
         (["--detector", both, *photo], ["looks at xyz files", "--xyz"]),
@@ -401,7 +462,15 @@ def test_nothing_can_be_done(fitted: Fitted, tmp_path: Path, capsys: pytest.Capt
         (["--detector", rgb, *photo, "--num_workers", -1], ["num_workers is -1"]),
         (["--detector", rgb, *photo, "--keep_rgb"], ["--preprocess"]),
         (["--detector", rgb, *photo, "--preprocess"], ["--xyz"]),
-        (["--detector", rgb, *photo, "--intrinsics", tmp_path / "none.json"], ["none.json is missing"]),
+        (["--detector", both, *photo, *scan, "--intrinsics", tmp_path / "none.json"], ["none.json is missing"]),
+        (["--detector", rgb, *photo, "--intrinsics", camera], ["--intrinsics is about", "--xyz"]),
+        (["--detector", rgb, *photo, "--xyz_unit", "mm"], ["--xyz_unit is about", "--xyz"]),
+        (["--detector", both, *photo, *scan, "--intrinsics", camera], ["--intrinsics is of depth pictures"]),
+        (
+            ["--detector", both, *photo, "--xyz", parts / "rgb", "--intrinsics", camera, "--xyz_unit", "mm"],
+            ["--xyz_unit is of point clouds"],
+        ),
+        (["--detector", rgb, "--rgb", ""], ["--rgb is empty"]),
         (["--detector", rgb, "--rgb", tmp_path / "none"], ["none"]),
         (["--detector", rgb, *photo, "--device", "tpu"], ["tpu"]),
     ):
@@ -416,6 +485,25 @@ def test_maps_never_take_the_place_of_scans(fitted: Fitted, tmp_path: Path, caps
     flags = flags_for(fitted, parts, parts / "rgb/../xyz")
     assert "choose another" in refusal(capsys, *flags)
     assert (parts / "xyz/000.tiff").read_bytes() == before
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_nor_of_scans_behind_a_link_or_not_named(
+    fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str], links: bool
+) -> None:
+    parts, folder = many_parts(fitted, tmp_path / "parts", 1), "xyz"
+    if links:
+        folder = "links"
+        (parts / folder).mkdir()
+        (parts / folder / "000.tiff").symlink_to(parts / "xyz/000.tiff")
+    before = (parts / "xyz/000.tiff").read_bytes()
+    flags = flags_for(fitted, parts, parts / folder, "DINO")[:-2]
+    assert "choose another --output_dir" in refusal(capsys, *flags)
+    if links:
+        flags = flags_for(fitted, parts, parts / folder)[:-2]
+        assert "choose another" in refusal(capsys, *flags, "--xyz", parts / folder)
+    assert (parts / "xyz/000.tiff").read_bytes() == before
+    assert [path.name for path in (parts / folder).iterdir()] == ["000.tiff"]
 
 
 def test_a_folder_that_cannot_be_written(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -234,20 +234,28 @@ def test_what_is_above_the_threshold_is_outlined_in_its_place(tmp_path: Path) ->
     photo = np.full((80, 80, 3), 128, np.uint8)
     anomaly_map = np.full((8, 8), 0.5)
     anomaly_map[1:3, 4:7] = 1.5
-    plain, outlined = (overlay(tmp_path, photo, anomaly_map, threshold) for threshold in (None, 1.0))
-    rows, columns = np.nonzero(np.abs(plain - outlined).sum(axis=2) > 30)
+
+    def outline(threshold: float) -> np.ndarray:
+        return (np.abs(overlay(tmp_path, photo, anomaly_map, threshold) - (0, 229, 255)) < 3).all(axis=2)
+
+    rows, columns = np.nonzero(outline(1.0))
     assert abs(rows.min() - 10) <= 2 and abs(rows.max() - 30) <= 2
     assert abs(columns.min() - 40) <= 2 and abs(columns.max() - 70) <= 2
-    inside = (slice(15, 25), slice(45, 65))
-    np.testing.assert_array_equal(plain[inside], outlined[inside])
-    np.testing.assert_array_equal(overlay(tmp_path, photo, anomaly_map, 2.0), plain)
+    assert not outline(1.0)[15:25, 45:65].any() and not outline(2.0).any()
+
+
+def test_what_is_far_below_the_threshold_shows_the_photo_alone(tmp_path: Path) -> None:
+    photo = np.full((16, 16, 3), 128, np.uint8)
+    for value, shown in ((0.0, 0), (0.79, 0), (1.0, 10), (1.5, 60), (2.0, 100)):  # the scale is 0 to 2
+        drawn = overlay(tmp_path, photo, np.full((8, 8), value), 1.0)[8, 8]
+        assert np.abs(drawn - 128).max() >= shown and (shown or (drawn == 128).all()), value
 
 
 def test_equal_values_have_equal_colours_on_every_part(tmp_path: Path) -> None:
     photo = np.full((16, 16, 3), 128, np.uint8)
-    calm, wild = np.full((8, 8), 0.2), np.full((8, 8), 0.2)
+    calm, wild = np.full((8, 8), 0.9), np.full((8, 8), 0.9)
     wild[4:] = 40.0
-    np.testing.assert_array_equal(overlay(tmp_path, photo, calm, 1.0)[:4], overlay(tmp_path, photo, wild, None)[:4])
+    np.testing.assert_array_equal(overlay(tmp_path, photo, calm, 1.0)[:4], overlay(tmp_path, photo, wild, 1.0)[:4])
 
 
 def test_an_overlay_without_a_photo_is_the_map(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ The intrinsics are a JSON file, all in pixels but the scale:
 """
 
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,9 @@ def read_camera(path: Path) -> Camera:
             distortion, which would be left out of the computation.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows begins files with a mark
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing: write {_example()} into it, or name another file") from error
     except OSError as error:
         raise cannot_read(path, error) from error
     except (ValueError, RecursionError) as error:
@@ -64,7 +66,7 @@ def read_camera(path: Path) -> Camera:
 
 
 def _check_number(path: Path, name: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if name in ("cx", "cy"):
         good, expected = number, "a number of pixels"
     elif name in SIZE:
@@ -72,7 +74,7 @@ def _check_number(path: Path, name: str, value: Any) -> None:
     else:
         good, expected = number and value > 0, "a number above 0"
     if not good:
-        raise InputError(f"{name} of {path} is {json.dumps(value)}, expected {expected}: correct it")
+        raise InputError(f"{name} of {path} is {json.dumps(value):.40}, expected {expected}: correct it")
 
 
 def _example() -> str:

@@ -6,6 +6,7 @@ exactly (0, 0, 0).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from utils.files import atomic_path, cannot_read
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MOST_PIXELS = 1 << 26  # of a cloud, 0.8 GB of float32: no depth camera has more, but a damaged header may say so
 
 
 def valid_mask(xyz: np.ndarray) -> np.ndarray:
@@ -39,7 +42,10 @@ def zero_invalid(xyz: np.ndarray) -> np.ndarray:
 
 
 def check_organized(name: Path | str, shape: Sequence[int], dtype: np.dtype | None) -> None:
-    """Refuse an array that is no organised point cloud, H x W x 3 floating-point numbers; InputError names it."""
+    """Refuse an array that is no organised point cloud, H x W x 3 floating-point numbers; InputError names it.
+
+    One of more than MOST_PIXELS pixels is refused too, before memory is asked for.
+    """
     if len(shape) != 3 or shape[2] != 3 or not all(shape):
         found = " x ".join(map(str, shape))
         raise InputError(
@@ -50,6 +56,11 @@ def check_organized(name: Path | str, shape: Sequence[int], dtype: np.dtype | No
         raise InputError(
             f"{name} holds {dtype} numbers, expected floating-point coordinates in metres: "
             "convert the units and store float32"
+        )
+    if shape[0] * shape[1] > MOST_PIXELS:
+        raise InputError(
+            f"{name} promises {shape[0]} x {shape[1]} points (H x W), expected at most {MOST_PIXELS} in all: its "
+            "header is damaged, or it has to be scaled down"
         )
 
 
@@ -138,11 +149,17 @@ def _open_checked(path: Path | str) -> Iterator[tifffile.TiffFile]:
 def _check_header(path: Path, tif: tifffile.TiffFile) -> None:
     series = tif.series[0]
     check_organized(path, series.shape, series.dtype)
-    # Pages that follow each other without a gap share one offset, and only the first of them has been read.
+    if len(tif.series) > 1:
+        raise InputError(f"{path} holds {len(tif.series)} pictures, expected one cloud: store it alone")
+    pages = [page for page in series.pages if page is not None]  # those without a gap share the first one's header
+    if any(len(page.dataoffsets) != math.prod(page.chunked) or 0 in page.databytecounts for page in pages):
+        raise InputError(
+            f"{path} lacks strips or tiles that its header promises, which would read as zeros: it is damaged, copy it "
+            "again from the dataset"
+        )
     if series.dataoffset is not None:
         end = series.dataoffset + series.nbytes
     else:
-        pages = [page for page in series.pages if page is not None]
         end = max(o + n for page in pages for o, n in zip(page.dataoffsets, page.databytecounts, strict=True))
     size = path.stat().st_size
     if size < end:

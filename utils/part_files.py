@@ -4,12 +4,14 @@ parts = find_parts("photos/", "scans/*.pcd", CLOUD_SUFFIXES)
 cloud = read_cloud(Path("scans/017.pcd"))
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from utils.cloud_cleaning import CleaningRule
 from utils.depth_camera import Camera, read_depth_png
 from utils.errors import InputError
 from utils.files import FILE_SUFFIXES, cannot_read
@@ -20,8 +22,10 @@ PHOTO_SUFFIXES = FILE_SUFFIXES["rgb"]
 CLOUD_SUFFIXES = (*FILE_SUFFIXES["xyz"], ".npy", ".pcd", ".ply")
 DEPTH_SUFFIXES = (".png",)  # with the intrinsics of the camera
 UNITS = {"m": 1.0, "mm": 0.001}  # metres
+NEAREST = 0.032  # metres; points nearer than this are left out (see docs/DATA.md), so no part lies there
 FARTHEST = 20.0  # metres; a part that is farther away than this is not, its coordinates are in another unit
 ASPECT_TOLERANCE = 0.01
+LONGEST_NAME = 220  # bytes of a stem: a file name has 255, and those of maps and overlays are longer
 
 
 class PartFiles(NamedTuple):
@@ -57,19 +61,18 @@ def find_parts(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLOUD
         the name of the photograph. Where both are given a part needs both.
 
     Raises:
-        InputError: there is no file, or none has a partner.
+        InputError: there is no file, or no part is complete.
     """
     photos = None if rgb is None else _by_stem(rgb, PHOTO_SUFFIXES, "--rgb")
     clouds = None if xyz is None else _by_stem(xyz, suffixes, "--xyz")
     if photos and clouds and Path(rgb or "").is_file() and Path(xyz or "").is_file():
-        ((name, (photo,)),), ((cloud,),) = photos.items(), clouds.values()
-        return Found([PartFiles(name, photo, cloud)], [])
+        clouds = dict(zip(photos, clouds.values(), strict=True))
     by_kind = {kind: files for kind, files in (("photo", photos), ("scan", clouds)) if files is not None}
     found = Found([], [])
     for name in sorted(set().union(*by_kind.values())):
         paths = {kind: files.get(name, []) for kind, files in by_kind.items()}
         part = PartFiles(name, *(next(iter(paths.get(kind, [])), None) for kind in ("photo", "scan")))
-        fault = _fault(paths)
+        fault = _fault(name, paths)
         if fault:
             found.incomplete.append((part, fault))
         else:
@@ -82,8 +85,11 @@ def find_parts(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLOUD
     return found
 
 
-def _fault(paths: Mapping[str, list[Path]]) -> str:
+def _fault(name: str, paths: Mapping[str, list[Path]]) -> str:
     """What is wrong with the files of a part, by kind, else nothing."""
+    length = len(os.fsencode(name))
+    if length > LONGEST_NAME:
+        return f"its name has {length} bytes, expected at most {LONGEST_NAME}: rename its files"
     for kind, of_kind in paths.items():
         if len(of_kind) > 1:
             return f"{of_kind[0]} and {of_kind[1]} share a stem: give one folder at a time, or rename one of them"
@@ -95,16 +101,22 @@ def _fault(paths: Mapping[str, list[Path]]) -> str:
 
 def _by_stem(given: str, suffixes: Sequence[str], flag: str) -> dict[str, list[Path]]:
     """The files that a flag names by stem, each list sorted; InputError where there are none."""
+    if not given:
+        raise InputError(f"{flag} is empty: name a file, a folder, or a pattern in quotes")
     path = Path(given)
-    if path.is_file():
-        if path.suffix.lower() not in suffixes:
-            raise InputError(f"{flag} {path} is none of {', '.join(suffixes)}{_hint(path, flag)}")
-        return {path.stem: [path]}
     try:
+        if path.is_file():
+            if path.suffix.lower() not in suffixes:
+                raise InputError(f"{flag} {path} is none of {', '.join(suffixes)}{_hint(path, flag)}")
+            return {path.stem: [path]}
         candidates = path.iterdir() if path.is_dir() else _matches(path)
         files = sorted(each for each in candidates if each.is_file() and not each.name.startswith("."))
     except OSError as error:
         raise cannot_read(path, error) from error
+    except InputError:
+        raise
+    except ValueError as error:  # of pathlib, about "**" within a name
+        raise InputError(f"{flag} {path} is no pattern ({error}): write it as in 'line/**/*.png'") from error
     found: dict[str, list[Path]] = {}
     for each in files:
         if each.suffix.lower() in suffixes:
@@ -144,13 +156,13 @@ def read_cloud(
         (H, W, 3) float32, metres, camera frame; a pixel without a measurement is exactly (0, 0, 0).
 
     Raises:
-        InputError: what the reader of the format raises, or depths that cannot be metres.
+        InputError: what the reader of the format raises, or coordinates that cannot be metres.
     """
     suffix = path.suffix.lower()
     if suffix in DEPTH_SUFFIXES:
         if camera is None:
             raise InputError(f"{path} is a depth picture: give the intrinsics of its camera with --intrinsics")
-        return _in_metres(path, read_depth_png(path, camera), "correct the depth_scale of its camera")
+        return _in_metres(path, read_depth_png(path, camera), *["correct the depth_scale of its camera"] * 2)
     if suffix == ".npy":
         xyz = read_npy(path)
     elif suffix == ".pcd":
@@ -159,17 +171,27 @@ def read_cloud(
         xyz = read_ply(path, photo_size)
     else:
         xyz = read_organized_pc(path)
-    mend = "give --xyz_unit mm" if unit == "m" else "convert the coordinates"
-    return _in_metres(path, as_cloud(xyz * xyz.dtype.type(UNITS[unit])), mend)
+    metres = as_cloud(np.multiply(xyz, UNITS[unit], dtype=np.result_type(xyz.dtype, np.float32)))
+    if unit == "m":
+        return _in_metres(path, metres, "give --xyz_unit mm if its numbers are millimetres", "convert its coordinates")
+    return _in_metres(path, metres, "convert its coordinates", f"leave out --xyz_unit {unit} if its numbers are metres")
 
 
-def _in_metres(path: Path, xyz: np.ndarray, mend: str) -> np.ndarray:
-    depth = np.abs(xyz[..., 2][valid_mask(xyz)])
-    middle = float(np.median(depth)) if depth.size else 0.0
-    if middle > FARTHEST:
+def _in_metres(path: Path, xyz: np.ndarray, if_far: str, if_near: str) -> np.ndarray:
+    """`xyz` if its coordinates can be metres, else an InputError with one of these mends."""
+    points = xyz[valid_mask(xyz)].astype(np.float64)
+    if not len(points):
+        return xyz
+    middle, reach = float(np.median(np.linalg.norm(points, axis=1))), float(np.abs(points).max())
+    if not NEAREST <= middle <= FARTHEST:
         raise InputError(
-            f"half of {path} lies beyond {middle:.4g} m, expected a part within {FARTHEST:.0f} m: {mend} if its "
-            "numbers are millimetres"
+            f"the median point of {path} is {middle:.4g} m away, expected a part between {NEAREST:g} and {FARTHEST:g} "
+            f"m: {if_far if middle > FARTHEST else if_near}"
+        )
+    if reach > CleaningRule.max_extent:
+        raise InputError(
+            f"the coordinates of {path} reach {reach:.4g} m, expected at most {CleaningRule.max_extent:g}: set pixels "
+            "without a measurement to 0, or restore the scan if it is damaged"
         )
     return xyz
 

@@ -136,7 +136,7 @@ def _header_of(path: Path, kind: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (KeyError, IndexError, ValueError, TypeError, StopIteration) as error:
+    except (KeyError, IndexError, ValueError, TypeError, OverflowError, StopIteration) as error:
         raise InputError(
             f"the header of {path} is not that of a {kind} file ({error!r}): export the cloud again"
         ) from error
@@ -152,6 +152,8 @@ def _vertices(path: Path, lines: Sequence[str]) -> tuple[int, list[_Property]]:
                 number = int(words[2])
             elif elements == 1:
                 raise InputError(f"{path} begins with the element {words[1]}, expected vertex: export points alone")
+        elif words[:2] == ["property", "list"] and elements == 1:
+            raise InputError(f"{path} has points with a list, {words[-1]}, expected numbers alone: export it without")
         elif words[:1] == ["property"] and elements == 1:
             properties.append(_Property(words[-1], _PLY_TYPES[words[1]]))
     return number, properties
@@ -160,7 +162,8 @@ def _vertices(path: Path, lines: Sequence[str]) -> tuple[int, list[_Property]]:
 def _grid(lines: Sequence[str]) -> tuple[int, int] | None:
     """(H, W) from num_rows and num_cols of a PLY header."""
     remarks = [words[1:] for line in lines if (words := line.split())[:1] in (["comment"], ["obj_info"])]
-    found = {words[0]: int(words[1]) for words in remarks if words[:1] in (["num_rows"], ["num_cols"])}
+    pairs = [words for words in remarks if len(words) == 2 and words[1].isdecimal()]
+    found = {name: int(number) for name, number in pairs if name in ("num_rows", "num_cols")}
     return (found["num_rows"], found["num_cols"]) if len(found) == 2 else None
 
 
@@ -172,8 +175,9 @@ def _record(path: Path, properties: Sequence[_Property], order: str) -> _Record:
         offsets[name], columns[name], codes[name] = offset, column, code
         offset += np.dtype(code).itemsize * length
         column += length
-    if any(codes.get(axis, "")[:1] != "f" for axis in AXES):
-        fields = ", ".join(f"{name} ({code})" for name, code, _ in properties)
+    single = {name for name, code, length in properties if code[0] == "f" and length == 1}
+    if not single.issuperset(AXES):
+        fields = ", ".join(f"{length} {name} ({code})" for name, code, length in properties)
         raise InputError(
             f"{path} holds {fields or 'no fields'}, expected x, y and z as floating-point numbers: export them"
         )
@@ -189,7 +193,8 @@ def _record(path: Path, properties: Sequence[_Property], order: str) -> _Record:
 def _decode(
     path: Path, body: bytes, record: _Record, size: tuple[int, int], encoding: str, decoders: Mapping[str, _Decoder]
 ) -> np.ndarray:
-    """The points as (H, W, 3); InputError where the encoding is none of those that there are decoders for."""
+    """The points as (H, W, 3); InputError for an encoding that there is no decoder for, or a size that cannot be."""
+    check_organized(path, (*size, len(AXES)), record.binary[AXES[0]])
     if encoding not in decoders:
         raise InputError(f"{path} is encoded as {encoding!r}, expected {', '.join(decoders)}: export the cloud so")
     return decoders[encoding](path, body, record, size[0] * size[1]).reshape(*size, 3)
@@ -200,7 +205,7 @@ def _from_ascii(path: Path, body: bytes, record: _Record, number: int) -> np.nda
     if len(lines) < number:
         raise _cut_short(path, len(lines), number)
     try:
-        return np.loadtxt(lines, usecols=record.columns, ndmin=2).reshape(number, 3)
+        return np.loadtxt(lines, usecols=record.columns, ndmin=2, comments=None).reshape(number, 3)
     except ValueError as error:
         raise InputError(f"{path} holds a line that is no point ({error}): export the cloud again") from error
 

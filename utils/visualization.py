@@ -23,6 +23,7 @@ FUSED = "fused"  # the key of the fused map in `scale`, beside the names of the 
 HEAT = "inferno"
 OUTLINE = "#00e5ff"  # cyan: absent from the heat colours, so it shows on photo and heat alike
 OVERLAY_OPACITY = 0.85  # at the upper end of the scale
+FAINT = 0.8  # of the way from the lower end to the threshold: what is below lets the photo show, as on all good parts
 PANEL_INCHES, GAP, HEAD, FOOT = 2.1, 0.08, 0.52, 0.36  # inches: a panel, between panels, above and below the row
 DPI = 110
 OVERLAY_SIDE = 1024  # pixels: what a screen shows of an overlay
@@ -84,7 +85,8 @@ def save_overlay(
         anomaly_map: (h, w) float, of the same view; the picture has the size of the photo, else of the map, but at most
             OVERLAY_SIDE pixels a side.
         scale: colour limits (lo, hi), see `threshold_scale`.
-        threshold: what is above it is outlined; None: nothing is.
+        threshold: what is above it is outlined, and what is far below it shows the photo alone; None: nothing is
+            outlined, and the heat begins at lo.
 
     Without a figure of matplotlib's, whose parts refer to each other: memory would wait for the garbage collection.
     """
@@ -96,7 +98,8 @@ def save_overlay(
     colours = matplotlib.colormaps[HEAT](strength[..., 0])[..., :3] * 255
     if photo is not None:
         smaller = Image.fromarray(photo).resize(size[::-1], Image.Resampling.BOX) if shrink < 1 else photo
-        opacity = OVERLAY_OPACITY * strength  # the photo shows where nothing is found
+        start = scale[0] if threshold is None else scale[0] + FAINT * (threshold - scale[0])
+        opacity = OVERLAY_OPACITY * np.clip((heat - start) / (scale[1] - start), 0, 1)[..., None]
         colours = opacity * colours + (1 - opacity) * _gray(np.asarray(smaller))
     if threshold is not None:
         _outline_pixels(colours, heat > threshold)
