@@ -244,6 +244,19 @@ def test_photo_and_map_of_other_sizes_are_read_at_the_same_places() -> None:
     assert (read["score"] == 255).mean() == 0.5
 
 
+@pytest.mark.parametrize("side", [800, 801, 90])
+def test_a_thinned_cloud_takes_colours_and_scores_where_its_points_are(side: int) -> None:
+    row, column = np.mgrid[:side, :side] / side
+    cloud = np.stack([row + 1, column + 1, row + 1], axis=-1).astype(np.float32)
+    photo = np.stack([255 * row, 255 * column, 0 * row], axis=-1).astype(np.uint8)
+    packed = pack_cloud(cloud, photo, row, (0.0, 1.0))
+    assert packed is not None
+    read = unpacked(packed)
+    places = read["xyz"][:, :2] - 1
+    assert np.abs(read["rgb"][:, :2] - 255 * places).max() < 1.01
+    assert np.abs(read["score"] - 255 * places[:, 0]).max() < 0.6
+
+
 def test_an_empty_cloud_is_none() -> None:
     assert pack_cloud(np.zeros((8, 8, 3), dtype=np.float32), None, MAP, (0.0, 1.0)) is None
 
