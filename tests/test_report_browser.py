@@ -49,6 +49,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     odd = [made_up_part(f"test/{EVIL}/{i:03d}", 0.2 + 0.2 * i) for i in range(3)]
+    odd = [part._replace(mask=0 * part.mask) for part in odd]  # a defect that is nowhere marked
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(made_up_page(made_up_class("gasket", made_up_parts(12)), made_up_class(EVIL, odd, limit=2)))
     return path
@@ -156,6 +157,17 @@ def test_the_viewer_shows_every_panel(report: webdriver.Chrome) -> None:
     panels = [each.text for each in report.find_elements(By.CSS_SELECTOR, "#panels figcaption")]
     assert panels == ["photo", "ground truth", "xyz map", "rgb map", "fused map"]
     assert "score" in report.find_element(By.ID, "viewer-facts").text
+
+
+def test_a_defective_part_is_never_called_good(report: webdriver.Chrome) -> None:
+    def truth(text: str) -> str:
+        next(card for card in cards(report) if text in card.text).click()
+        title = report.find_elements(By.CSS_SELECTOR, "#panels figcaption")[1].text
+        press(report, Keys.ESCAPE)
+        return title
+
+    assert truth(EVIL) == "ground truth: no marked pixel"
+    assert truth("good/") == "ground truth: good"
 
 
 def test_the_3d_view_draws_by_photo_and_by_score(report: webdriver.Chrome) -> None:

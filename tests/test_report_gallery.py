@@ -154,6 +154,15 @@ def test_the_outline_runs_around_the_defect() -> None:
     assert outline[below // 2, middle, 3] == outline[below + 4, middle, 3] == 0
 
 
+def test_the_smallest_defect_keeps_its_outline() -> None:
+    part = made_up_part("test/hole/000", 0.7, side=4 * VIEW_SIDE)
+    mask = np.zeros((4 * VIEW_SIDE, 4 * VIEW_SIDE), dtype=np.uint8)
+    mask[400, 401] = 1
+    (view,) = shown([part._replace(mask=part.mask.new_tensor(mask))], 1)
+    outline = np.asarray(opened(view["truth"]).convert("RGBA"))
+    assert tuple(outline[100, 100]) == (0, 229, 255, 255)
+
+
 def test_one_colour_scale_for_all_parts_of_a_class() -> None:
     weak, strong = made_up_part("test/hole/000", 0.1), made_up_part("test/hole/001", 0.9)
     views = {view["path"]: np.asarray(opened(view["maps"]["fused"])).astype(int) for view in shown([weak, strong], 2)}

@@ -244,7 +244,8 @@ def _outline(mask: NDArray[np.bool_], size: tuple[int, int]) -> str | None:
     """The borders of the defects as a transparent PNG, with a dark line beside them; None where there is no defect."""
     if not mask.any():
         return None
-    resized = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)) > 0
+    shares = Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BOX)
+    resized = np.asarray(shares) > 0  # so that the smallest defect stays
     inside = np.pad(resized, 2)  # so that a defect at the edge of the picture is closed there
     line = (ndimage.binary_dilation(inside) & ~ndimage.binary_erosion(inside))[2:-2, 2:-2]
     dark = (ndimage.binary_dilation(inside, iterations=2) & ~ndimage.binary_erosion(inside, iterations=2))[2:-2, 2:-2]

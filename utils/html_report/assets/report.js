@@ -113,7 +113,8 @@ function show(position) {
   const panels = [];
   if (part.view) {
     panels.push(panel(part, part.view.name, part.view.picture, part.view.name, false));
-    const truth = part.truth ? "ground truth" : "ground truth: good";
+    const unmarked = part.label ? "ground truth: no marked pixel" : "ground truth: good";
+    const truth = part.truth ? "ground truth" : unmarked;
     panels.push(panel(part, truth, part.view.picture, truth, true));
   }
   for (const [name, map] of Object.entries(part.maps)) {
