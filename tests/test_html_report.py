@@ -118,6 +118,25 @@ def test_the_page_says_where_the_threshold_comes_from(threshold: float | None, s
     assert each.decision.threshold == (0.45 if threshold is None else threshold)
 
 
+@pytest.mark.parametrize(
+    ("parts", "target_fpr", "source", "said"),
+    [
+        (2, 0.01, "validation", "a false-alarm rate of 0.01, though so few parts allow 0.33 at best"),
+        (98, 0.01, "validation", "a false-alarm rate of 0.01, though so few parts allow 0.01 at best"),
+        (99, 0.01, "validation", "a false-alarm rate of 0.01"),
+        (2, 0.5, "training", "a false-alarm rate of 0.5; the scores of training parts run low, so that more alarms"),
+    ],
+)
+def test_a_rate_that_the_parts_do_not_allow_is_said_to_be_so(
+    parts: int, target_fpr: float, source: str, said: str
+) -> None:
+    decision = decide({"threshold": {"image": 1.0, "parts": parts, "target_fpr": target_fpr, "source": source}})
+    assert decision is not None
+    _, _, rest = decision.source.partition(said)
+    assert said in decision.source
+    assert "so few" not in rest
+
+
 def test_calibrated_figures_without_a_threshold_are_undefined() -> None:
     rows = rows_of(made_up_page(made_up_class(limit=0, threshold=None)), "figures")
     assert rows["gasket"][-3:] == ["n/a"] * 3
