@@ -176,6 +176,13 @@ def test_the_command_prints_and_renders(runs: tuple[Path, Path], tmp_path: Path)
             '{"schema": 1, "args": {}, "versions": {}, "classes": {"bagel": {"image_rocauc": "x"}}}',
             "I-AUROC of bagel is 'x', expected a number",
         ),
+        *(
+            (
+                f'{{"schema": 1, "args": {{}}, "versions": {{}}, "classes": {{"bagel": {{"f1": {value}}}}}}}',
+                f"F1 at its best threshold of bagel is {said}",
+            )
+            for value, said in (("1" + "0" * 400, "1000"), ("1e999", "inf"), ("-0.1", "-0.1"), ("true", "True"))
+        ),
     ],
 )
 def test_what_is_no_results_file_is_refused(tmp_path: Path, content: str | None, said: str) -> None:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -63,7 +62,7 @@ def read_results(path: Path | str, schema: int) -> dict[str, Any]:
 
     Raises:
         InputError: it cannot be read, is no results.json, is of another schema than `schema`, or a metric in it is no
-            number.
+            number from 0 to 1.
     """
     path = Path(path)
     if path.is_dir() or not path.exists():
@@ -98,8 +97,15 @@ def _check(path: Path, results: Mapping[str, Any]) -> None:
     for name, entry in results["classes"].items():
         for place, title in METRICS.items():
             value = _at(entry, place)
-            if value is not None and (not isinstance(value, Real) or isinstance(value, bool)):
-                raise InputError(f"{path}: {title} of {name} is {value!r}, expected a number or null: run it again")
+            if value is not None and not _is_share(value):
+                raise InputError(
+                    f"{path}: {title} of {name} is {value!r:.40}, expected a number from 0 to 1 or null: run it again"
+                )
+
+
+def _is_share(value: object) -> bool:
+    """Whether it is a number from 0 to 1; an area may exceed 1 by rounding."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1 + 1e-9
 
 
 def _at(entry: Any, place: tuple[str, ...]) -> Any:
