@@ -82,6 +82,16 @@ def test_what_the_runs_do_not_share_is_said(runs: tuple[Path, Path]) -> None:
     assert "method_name" not in text
 
 
+def test_other_test_parts_are_said_to_be_so(tmp_path: Path) -> None:
+    a = write(tmp_path / "A", {"bagel": metrics(0.9, samples=[{}] * 7), "rope": metrics(0.9, samples=[{}] * 3)})
+    b = write(tmp_path / "B", {"bagel": metrics(0.9, samples=[{}] * 5), "rope": metrics(0.9, samples=[{}] * 3)})
+    comparison = compare(a, b, SCHEMA)
+    assert comparison.sizes == {"bagel": (7, 5)}
+    for text in (format_comparison(comparison), read_page(comparison_page(comparison)).text):
+        assert "bagel has 7 test parts in A, 5 in B." in text
+    assert compare(a, write(tmp_path / "old", {"bagel": metrics(0.9)}), SCHEMA).sizes == {}
+
+
 def test_equal_runs_differ_in_nothing(runs: tuple[Path, Path]) -> None:
     comparison = compare(runs[0], runs[0], SCHEMA)
     assert (comparison.only, comparison.args, comparison.versions) == (([], []), {}, {})

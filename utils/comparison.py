@@ -53,6 +53,7 @@ class Comparison(NamedTuple):
     names: tuple[str, str]  # files and methods
     metrics: list[MetricDifference]
     only: tuple[list[str], list[str]]  # classes that only A, only B has
+    sizes: dict[str, tuple[int, int]]  # numbers of test parts, of the classes where they differ
     args: dict[str, tuple[str, str]]  # arguments that differ, as text
     versions: dict[str, tuple[str, str]]  # likewise
 
@@ -124,9 +125,16 @@ def compare(path_a: Path | str, path_b: Path | str, schema: int) -> Comparison:
         (names[0], names[1]),
         list(_differences(a["classes"], b["classes"], both)),
         ([name for name in a["classes"] if name not in both], [name for name in b["classes"] if name not in both]),
+        {name: sizes for name in both if len(set(sizes := (_parts(a, name), _parts(b, name)))) == 2 and all(sizes)},
         _differing(a["args"], b["args"]),
         _differing(a["versions"], b["versions"]),
     )
+
+
+def _parts(results: Mapping[str, Any], name: str) -> int:
+    """How many test parts a class has, 0 where its entry does not list them."""
+    samples = _at(results["classes"][name], ("samples",))
+    return len(samples) if isinstance(samples, list) else 0
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any], names: list[str]) -> Iterator[MetricDifference]:
@@ -186,6 +194,7 @@ def remarks(comparison: Comparison) -> list[str]:
         for run, names in zip("AB", comparison.only, strict=True)
         if names
     ]
+    said += [f"{one_line(name)} has {a} test parts in A, {b} in B." for name, (a, b) in comparison.sizes.items()]
     if not comparison.metrics:
         said.append("The runs have no class in common, or no metric of one.")
     return said
