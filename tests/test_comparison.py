@@ -1,5 +1,6 @@
 """python -m utils.report A B: the difference of each metric, and what the runs do not share."""
 
+import os
 import re
 import subprocess
 import sys
@@ -40,10 +41,12 @@ def runs_fixture(tmp_path: Path) -> tuple[Path, Path]:
     return a, b
 
 
-def call(folder: Path, *arguments: object) -> "subprocess.CompletedProcess[str]":
+def call(folder: Path, *arguments: object, output: str | None = None) -> "subprocess.CompletedProcess[str]":
     """As a user starts it, with the checkout as the current folder."""
-    command = [sys.executable, "-m", "utils.report", *map(str, arguments), "--output", str(folder / "compare.html")]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    output = str(folder / "compare.html") if output is None else output
+    command = [sys.executable, "-m", "utils.report", *map(str, arguments), "--output", output]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    return subprocess.run(command, cwd=ROOT, env=strict, capture_output=True, text=True, timeout=120)
 
 
 def blocks_of(text: str) -> dict[str, list[list[str]]]:
@@ -221,8 +224,31 @@ def test_the_command_ends_on_bad_input_in_one_sentence(runs: tuple[Path, Path], 
     assert not (tmp_path / "compare.html").exists()
 
 
-def test_an_output_that_cannot_be_written_is_refused(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    (tmp_path / "compare.html").mkdir()
-    done = call(tmp_path, *runs)
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [("", "is a folder"), (".", "is a folder"), ("/", "is a folder"), ("B/x/../results.json", "one of")],
+)
+def test_an_output_that_would_replace_something_else_is_refused(
+    runs: tuple[Path, Path], tmp_path: Path, output: str, said: str
+) -> None:
+    before = runs[1].read_text()
+    (runs[1].parent / "x").mkdir()
+    done = call(ROOT, *runs, output=str(tmp_path / output) if output.startswith("B") else output)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert runs[1].read_text() == before
+
+
+def test_the_text_is_printed_where_the_page_cannot_be_written(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    done = call(tmp_path, *runs, output=str(runs[0] / "compare.html"))
     assert done.returncode == 2
     assert "choose another --output" in done.stderr
+    assert done.stdout == format_comparison(compare(*runs, SCHEMA)) + "\n"
+
+
+def test_a_name_that_is_no_text_is_printed(tmp_path: Path) -> None:
+    path = write(tmp_path / "A", {"caf\udce9": metrics(0.9)})
+    done = call(tmp_path, path, path)
+    assert done.returncode == 0, done.stderr
+    assert "caf\\udce9  0.900" in done.stdout
