@@ -21,10 +21,10 @@ from report_pages import (
 
 from utils.au_pro import area_to_limit, pro_curve
 from utils.html_report.charts import Axis, curve_chart, histogram
-from utils.html_report.class_report import CURVE_POINTS, PRO_LIMIT, decide, thin_curve
+from utils.html_report.class_report import CURVE_POINTS, PRO_LIMIT, ClassReport, decide, thin_curve
 from utils.html_report.gallery import CLOUD_POINTS, WRONG
 from utils.html_report.markup import ASSETS, asset, data_element, script_hash
-from utils.html_report.published import CLASSES
+from utils.html_report.published import CLASSES, PAPER_ARGS, TEST_PARTS, published_figures
 from utils.html_report.report_page import write_report
 from utils.metrics import EXACT_LIMITS
 from utils.report import results_record
@@ -32,7 +32,9 @@ from utils.report import results_record
 PAPER = {
     "method_name": "DINO+Point_MAE+Fusion", "use_uff": True, "protocol": "reference", "dataset_type": "mvtec3d",
     "rgb_backbone_name": "vit_base_patch8_224_dino", "xyz_backbone_name": "Point_MAE", "point_norm": "cloud",
-    "img_size": 224, "group_size": 128, "num_group": 1024, "f_coreset": 0.1, "max_sample": 400, "ocsvm_nu": 0.5,
+    "img_size": 224, "group_size": 128, "num_group": 1024, "f_coreset": 0.1, "coreset_eps": 0.9, "max_sample": 400,
+    "ocsvm_nu": 0.5, "ocsvm_maxiter": 1000, "precision": "fp32", "train_feature_dtype": "fp32",
+    "rgb_checkpoint": None, "xyz_checkpoint": None,
     "asy_memory_bank": None, "rm_zero_for_project": False, "xyz_s_lambda": 1.0, "rgb_s_lambda": 0.1,
     "fusion_s_lambda": 1.0, "xyz_smap_lambda": 1.0, "rgb_smap_lambda": 0.1, "fusion_smap_lambda": 1.0,
 }  # fmt: skip
@@ -168,8 +170,13 @@ def test_older_entries_without_thresholds_have_a_page() -> None:
 # Published figures
 
 
+def papers_class(name: str, fewer: int = 0) -> ClassReport:
+    """A made-up class of as many test parts as the paper's."""
+    return made_up_class(name, limit=0, samples=[{}] * (TEST_PARTS.get(name, 100) - fewer))
+
+
 def test_published_figures_beside_the_papers_setting() -> None:
-    page = made_up_page(*(made_up_class(name, limit=0) for name in CLASSES), args=PAPER)
+    page = made_up_page(*map(papers_class, CLASSES), args=PAPER)
     assert page.count("published 0.") == 3 * 11
     assert rows_of(page, "figures")["tire"][0].endswith("published 0.850")
     assert "CVPR 2023" in read_page(page).text
@@ -177,12 +184,23 @@ def test_published_figures_beside_the_papers_setting() -> None:
 
 @pytest.mark.parametrize(
     ("changed", "classes"),
-    [({"rgb_backbone_name": "efficientnet_lite0"}, CLASSES), ({"protocol": "corrected"}, CLASSES), ({}, ("gasket",))],
+    [
+        *(({key: "another"}, CLASSES) for key in (*PAPER_ARGS, "use_uff", "method_name")),
+        ({"max_sample": 399}, CLASSES),
+        ({}, ("gasket",)),
+    ],
 )
 def test_no_published_figure_beside_anything_else(changed: dict, classes: tuple[str, ...]) -> None:
-    page = made_up_page(*(made_up_class(name, limit=0) for name in classes), args=PAPER | changed)
-    assert "published" not in page.lower().split("</style>")[1]
-    assert "CVPR" not in page
+    entries = {name: {"samples": [{}] * TEST_PARTS.get(name, 100)} for name in classes}
+    assert published_figures(PAPER | changed, entries) is None
+
+
+@pytest.mark.parametrize("fewer", [0, 1])
+def test_no_published_figure_beside_other_data_of_the_same_names(fewer: int) -> None:
+    page = made_up_page(papers_class("bagel"), papers_class("rope", fewer), args=PAPER)
+    shown = page.split("</style>")[1]
+    assert (shown.count("published 0."), "CVPR" in shown) == ((0, False) if fewer else (6, True))
+    assert sum(TEST_PARTS.values()) == 1197
 
 
 # Gallery
