@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,8 @@ def asset(name: str) -> str:
 
 def data_element(name: str, data: object) -> str:
     """Data for the script of the page, as JSON in which no tag can begin or end."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = re.sub("[\ud800-\udfff]", lambda found: f"\\\\u{ord(found[0]):x}", text)  # as `write_page` writes it
     return f'<script type="application/json" id="{escape(name)}">{text}</script>'
 
 
