@@ -69,9 +69,12 @@ def write_page(path: Path | str, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def bar_cell(value: float | None, beside: str = "") -> str:
-    """A table cell with a figure in [0, 1] and a bar of that length; `beside` is a remark in plain text."""
+def bar_cell(value: float | None, beside: str = "", kind: str = "more") -> str:
+    """A table cell with a figure in [0, 1] and a bar of that length.
+
+    `beside` is a remark in plain text; `kind` "less" colours the bar of a figure of which less is better.
+    """
     remark = f"<small>{escape(beside)}</small>" if beside else ""
     if value is None:
         return f'<td class="undefined">{UNDEFINED}{remark}</td>'
-    return f'<td style="--share:{100 * value:.1f}%"><span class="bar">{number(value)}</span>{remark}</td>'
+    return f'<td style="--share:{100 * value:.1f}%"><span class="bar {kind}">{number(value)}</span>{remark}</td>'
