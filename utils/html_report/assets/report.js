@@ -168,6 +168,7 @@ async function inflate(base64) {
 let library;
 
 function loadLibrary() {
+  if (!element("canvas").getContext("webgl")) throw new Error("it has no WebGL");
   library ??= inflate(byId("plotly").textContent).then((source) => {
     const text = new TextDecoder().decode(source);
     document.head.append(element("script", { textContent: text }));
@@ -282,8 +283,7 @@ async function draw(part) {
     if (request !== space.drawing) return; // another part was asked for meanwhile
     const trace = { type: "mesh3d", ...points, ...colours(part, points), hoverinfo: "skip" };
     await Plotly.react(plot, [trace], layout(points), { displayModeBar: false, responsive: true });
-    note.textContent = `${part.cloud.points.toLocaleString("en")} points. Drag to turn, scroll or pinch to zoom.`;
-    plot.scrollIntoView({ block: "nearest" });
+    note.textContent = `${part.cloud.points.toLocaleString("en")} points. Drag or Shift + arrow keys to turn; scroll, pinch or + and − to zoom.`;
   } catch (error) {
     note.textContent = `This browser cannot draw it (${error.message}).`;
   }
@@ -307,7 +307,7 @@ function toggleSpace() {
   const part = parts[shown[current]];
   if (!part.cloud) return;
   space.open = !space.open;
-  if (space.open) draw(part);
+  if (space.open) draw(part).then(() => plot.scrollIntoView({ block: "nearest" }));
   else clear();
 }
 
