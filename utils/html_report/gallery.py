@@ -105,7 +105,7 @@ def gallery(
     read_photo: ReadArray,
     read_cloud: ReadArray,
 ) -> list[dict[str, Any]]:
-    """The shown parts as plain data for the script of the page, some 150 kB each.
+    """The shown parts as plain data for the script of the page, some 115 kB each.
 
     Args:
         parts: the whole test split of a class.
