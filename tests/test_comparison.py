@@ -148,6 +148,27 @@ def test_bars_have_the_sign_and_the_length_of_the_difference(runs: tuple[Path, P
     ]
 
 
+def test_bars_are_to_the_scale_of_their_metric(tmp_path: Path) -> None:
+    a = write(tmp_path / "A", {"bagel": metrics(0.5, f1=0.5), "rope": metrics(0.5, f1=0.5)})
+    b = write(tmp_path / "B", {"bagel": metrics(0.9, f1=0.52), "rope": metrics(0.7, f1=0.51)})
+    page = comparison_page(compare(a, b, SCHEMA))
+    for title in ("P-AUROC", "F1 at its best threshold"):
+        section = re.search(rf"<h2>{title}</h2>.*?</section>", page, re.DOTALL).group()
+        assert re.findall(r"--share:([\d.]+)%", section) == ["100.0", "50.0", "75.0"]
+
+
+def test_the_overview_has_the_difference_of_every_class_and_metric(runs: tuple[Path, Path]) -> None:
+    comparison = compare(*runs, SCHEMA)
+    table = re.search('<table class="overview">(.*?)</table>', comparison_page(comparison), re.DOTALL).group(1)
+    rows = [re.findall(r'<td class="(\w*)">(.*?)</td>', row) for row in table.split("<tr ")[1:]]
+    wanted = [[*metric.classes.values(), metric.mean] for metric in comparison.metrics]
+    assert [[text for _, text in row] for row in rows] == [
+        [signed(pair.difference) for pair in row] for row in zip(*wanted, strict=True)
+    ]
+    assert rows[1][:3] == [("", "0.000"), ("loss", "-0.100"), ("", "n/a")]
+    assert rows[0][1] == ("gain", "+0.050")
+
+
 def test_more_false_alarms_are_a_loss(tmp_path: Path) -> None:
     a = write(tmp_path / "A", {"bagel": metrics(None, false_alarm_rate=0.1)})
     b = write(tmp_path / "B", {"bagel": metrics(None, false_alarm_rate=0.2)})
