@@ -68,7 +68,7 @@ from utils.feature_store import write_features
 from utils.files import make_folder
 from utils.html_report.class_report import ClassReport, report_class
 from utils.html_report.gallery import ReadArray
-from utils.html_report.report_page import write_report
+from utils.html_report.report_page import FILE_NAME, write_report
 from utils.memory import peak_memory_mb
 from utils.organized_pc import read_organized_pc
 from utils.records import PatchFeatures, Sample
@@ -269,7 +269,9 @@ def make_folders(settings: RunSettings, configs: Mapping[str, DetectorConfig], c
                 check_target(method_folder(settings.save_detector, configs, method) / name)
         make_folder(settings.save_detector, "--save_detector")
     for method in configs:
-        make_folder(method_folder(settings.output_dir, configs, method), "--output_dir")
+        folder = make_folder(method_folder(settings.output_dir, configs, method), "--output_dir")
+        if (folder / FILE_NAME).is_dir():
+            raise InputError(f"{folder / FILE_NAME} is a folder, where the report goes: choose another --output_dir")
     if settings.save_feature_path is not None:
         make_folder(settings.save_feature_path, "--save_feature_path")
 

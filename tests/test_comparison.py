@@ -1,5 +1,6 @@
 """python -m utils.report A B: the difference of each metric, and what the runs do not share."""
 
+import os
 import re
 import subprocess
 import sys
@@ -40,10 +41,12 @@ def runs_fixture(tmp_path: Path) -> tuple[Path, Path]:
     return a, b
 
 
-def call(folder: Path, *arguments: object) -> "subprocess.CompletedProcess[str]":
+def call(folder: Path, *arguments: object, output: str | None = None) -> "subprocess.CompletedProcess[str]":
     """As a user starts it, with the checkout as the current folder."""
-    command = [sys.executable, "-m", "utils.report", *map(str, arguments), "--output", str(folder / "compare.html")]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    output = str(folder / "compare.html") if output is None else output
+    command = [sys.executable, "-m", "utils.report", *map(str, arguments), "--output", output]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    return subprocess.run(command, cwd=ROOT, env=strict, capture_output=True, text=True, timeout=120)
 
 
 def blocks_of(text: str) -> dict[str, list[list[str]]]:
@@ -80,6 +83,16 @@ def test_what_the_runs_do_not_share_is_said(runs: tuple[Path, Path]) -> None:
     assert '  precision: not there -> "bf16"' in text
     assert re.search(r'  torch: ".*" -> "9\.9"', text)
     assert "method_name" not in text
+
+
+def test_other_test_parts_are_said_to_be_so(tmp_path: Path) -> None:
+    a = write(tmp_path / "A", {"bagel": metrics(0.9, samples=[{}] * 7), "rope": metrics(0.9, samples=[{}] * 3)})
+    b = write(tmp_path / "B", {"bagel": metrics(0.9, samples=[{}] * 5), "rope": metrics(0.9, samples=[{}] * 3)})
+    comparison = compare(a, b, SCHEMA)
+    assert comparison.sizes == {"bagel": (7, 5)}
+    for text in (format_comparison(comparison), read_page(comparison_page(comparison)).text):
+        assert "bagel has 7 test parts in A, 5 in B." in text
+    assert compare(a, write(tmp_path / "old", {"bagel": metrics(0.9)}), SCHEMA).sizes == {}
 
 
 def test_equal_runs_differ_in_nothing(runs: tuple[Path, Path]) -> None:
@@ -135,6 +148,27 @@ def test_bars_have_the_sign_and_the_length_of_the_difference(runs: tuple[Path, P
     ]
 
 
+def test_bars_are_to_the_scale_of_their_metric(tmp_path: Path) -> None:
+    a = write(tmp_path / "A", {"bagel": metrics(0.5, f1=0.5), "rope": metrics(0.5, f1=0.5)})
+    b = write(tmp_path / "B", {"bagel": metrics(0.9, f1=0.52), "rope": metrics(0.7, f1=0.51)})
+    page = comparison_page(compare(a, b, SCHEMA))
+    for title in ("P-AUROC", "F1 at its best threshold"):
+        section = re.search(rf"<h2>{title}</h2>.*?</section>", page, re.DOTALL).group()
+        assert re.findall(r"--share:([\d.]+)%", section) == ["100.0", "50.0", "75.0"]
+
+
+def test_the_overview_has_the_difference_of_every_class_and_metric(runs: tuple[Path, Path]) -> None:
+    comparison = compare(*runs, SCHEMA)
+    table = re.search('<table class="overview">(.*?)</table>', comparison_page(comparison), re.DOTALL).group(1)
+    rows = [re.findall(r'<td class="(\w*)">(.*?)</td>', row) for row in table.split("<tr ")[1:]]
+    wanted = [[*metric.classes.values(), metric.mean] for metric in comparison.metrics]
+    assert [[text for _, text in row] for row in rows] == [
+        [signed(pair.difference) for pair in row] for row in zip(*wanted, strict=True)
+    ]
+    assert rows[1][:3] == [("", "0.000"), ("loss", "-0.100"), ("", "n/a")]
+    assert rows[0][1] == ("gain", "+0.050")
+
+
 def test_more_false_alarms_are_a_loss(tmp_path: Path) -> None:
     a = write(tmp_path / "A", {"bagel": metrics(None, false_alarm_rate=0.1)})
     b = write(tmp_path / "B", {"bagel": metrics(None, false_alarm_rate=0.2)})
@@ -176,6 +210,13 @@ def test_the_command_prints_and_renders(runs: tuple[Path, Path], tmp_path: Path)
             '{"schema": 1, "args": {}, "versions": {}, "classes": {"bagel": {"image_rocauc": "x"}}}',
             "I-AUROC of bagel is 'x', expected a number",
         ),
+        *(
+            (
+                f'{{"schema": 1, "args": {{}}, "versions": {{}}, "classes": {{"bagel": {{"f1": {value}}}}}}}',
+                f"F1 at its best threshold of bagel is {said}",
+            )
+            for value, said in (("1" + "0" * 400, "1000"), ("1e999", "inf"), ("-0.1", "-0.1"), ("true", "True"))
+        ),
     ],
 )
 def test_what_is_no_results_file_is_refused(tmp_path: Path, content: str | None, said: str) -> None:
@@ -204,8 +245,31 @@ def test_the_command_ends_on_bad_input_in_one_sentence(runs: tuple[Path, Path], 
     assert not (tmp_path / "compare.html").exists()
 
 
-def test_an_output_that_cannot_be_written_is_refused(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    (tmp_path / "compare.html").mkdir()
-    done = call(tmp_path, *runs)
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [("", "is a folder"), (".", "is a folder"), ("/", "is a folder"), ("B/x/../results.json", "one of")],
+)
+def test_an_output_that_would_replace_something_else_is_refused(
+    runs: tuple[Path, Path], tmp_path: Path, output: str, said: str
+) -> None:
+    before = runs[1].read_text()
+    (runs[1].parent / "x").mkdir()
+    done = call(ROOT, *runs, output=str(tmp_path / output) if output.startswith("B") else output)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert runs[1].read_text() == before
+
+
+def test_the_text_is_printed_where_the_page_cannot_be_written(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    done = call(tmp_path, *runs, output=str(runs[0] / "compare.html"))
     assert done.returncode == 2
     assert "choose another --output" in done.stderr
+    assert done.stdout == format_comparison(compare(*runs, SCHEMA)) + "\n"
+
+
+def test_a_name_that_is_no_text_is_printed(tmp_path: Path) -> None:
+    path = write(tmp_path / "A", {"caf\udce9": metrics(0.9)})
+    done = call(tmp_path, path, path)
+    assert done.returncode == 0, done.stderr
+    assert "caf\\udce9  0.900" in done.stdout

@@ -20,11 +20,11 @@ from report_pages import (
 )
 
 from utils.au_pro import area_to_limit, pro_curve
-from utils.html_report.charts import Axis, curve_chart, histogram
-from utils.html_report.class_report import CURVE_POINTS, PRO_LIMIT, decide, thin_curve
+from utils.html_report.charts import LEFT, RIGHT, WIDTH, Axis, Point, curve_chart, histogram
+from utils.html_report.class_report import CURVE_POINTS, PRO_LIMIT, ClassReport, decide, thin_curve
 from utils.html_report.gallery import CLOUD_POINTS, WRONG
 from utils.html_report.markup import ASSETS, asset, data_element, script_hash
-from utils.html_report.published import CLASSES
+from utils.html_report.published import CLASSES, PAPER_ARGS, TEST_PARTS, published_figures
 from utils.html_report.report_page import write_report
 from utils.metrics import EXACT_LIMITS
 from utils.report import results_record
@@ -32,7 +32,9 @@ from utils.report import results_record
 PAPER = {
     "method_name": "DINO+Point_MAE+Fusion", "use_uff": True, "protocol": "reference", "dataset_type": "mvtec3d",
     "rgb_backbone_name": "vit_base_patch8_224_dino", "xyz_backbone_name": "Point_MAE", "point_norm": "cloud",
-    "img_size": 224, "group_size": 128, "num_group": 1024, "f_coreset": 0.1, "max_sample": 400, "ocsvm_nu": 0.5,
+    "img_size": 224, "group_size": 128, "num_group": 1024, "f_coreset": 0.1, "coreset_eps": 0.9, "max_sample": 400,
+    "ocsvm_nu": 0.5, "ocsvm_maxiter": 1000, "precision": "fp32", "train_feature_dtype": "fp32",
+    "rgb_checkpoint": None, "xyz_checkpoint": None,
     "asy_memory_bank": None, "rm_zero_for_project": False, "xyz_s_lambda": 1.0, "rgb_s_lambda": 0.1,
     "fusion_s_lambda": 1.0, "xyz_smap_lambda": 1.0, "rgb_smap_lambda": 0.1, "fusion_smap_lambda": 1.0,
 }  # fmt: skip
@@ -83,7 +85,22 @@ def test_every_figure_of_every_class_and_the_mean() -> None:
 
 def test_bars_are_as_long_as_their_figures() -> None:
     page = made_up_page(made_up_class(limit=0, image_rocauc=0.25))
-    assert '<td style="--share:25.0%"><span class="bar">0.250</span></td>' in page
+    assert '<td style="--share:25.0%"><span class="bar more">0.250</span></td>' in page
+
+
+def test_bars_of_which_less_is_better_look_different() -> None:
+    page = made_up_page(made_up_class(limit=0, false_alarm_rate=0.125, recall=0.375))
+    assert '<span class="bar less">0.125</span>' in page
+    assert '<span class="bar more">0.375</span>' in page
+
+
+def test_the_contents_lead_to_every_section() -> None:
+    page = made_up_page(made_up_class("gasket", limit=1), made_up_class("a b", limit=0))
+    links = dict(re.findall(r'<a href="#([^"]*)">(.*?)</a>', page.split('class="contents"')[1].split("</nav>")[0]))
+    assert list(links.values()) == ["Summary", "gasket", "a b", "Time", "Parts"]
+    headings = dict(re.findall(r'<h2 id="([^"]*)">(.*?)</h2>', page))
+    assert [headings[place] for place in links] == ["Summary", "gasket", "a b", "Time and memory", "Parts"]
+    assert 'href="#gallery"' not in made_up_page(made_up_class(limit=0))
 
 
 def test_charts_and_counts_of_every_class() -> None:
@@ -101,6 +118,9 @@ def test_charts_and_counts_of_every_class() -> None:
 
 def test_time_and_memory() -> None:
     row = rows_of(made_up_page(made_up_class(limit=0)), "timing")["gasket"]
+    text = read_page(made_up_page(made_up_class(limit=0, seconds={"extract": 1.0, "score": 1.0}))).text
+    assert "Extract: features of training, validation and test parts" in text
+    assert "Fuse:" not in text
     assert row == ["34.0 s", "20.5 s", "4.0 s", "2.5 s", "6.0 s", "1.0 s", "50 · 70 · 110 ms", "2.25 GiB"]
 
 
@@ -118,9 +138,31 @@ def test_the_page_says_where_the_threshold_comes_from(threshold: float | None, s
     assert each.decision.threshold == (0.45 if threshold is None else threshold)
 
 
+@pytest.mark.parametrize(
+    ("parts", "target_fpr", "source", "said"),
+    [
+        (2, 0.01, "validation", "a false-alarm rate of 0.01, though so few parts allow 0.33 at best"),
+        (98, 0.01, "validation", "a false-alarm rate of 0.01, though so few parts allow 0.01 at best"),
+        (99, 0.01, "validation", "a false-alarm rate of 0.01"),
+        (2, 0.5, "training", "a false-alarm rate of 0.5; the scores of training parts run low, so that more alarms"),
+    ],
+)
+def test_a_rate_that_the_parts_do_not_allow_is_said_to_be_so(
+    parts: int, target_fpr: float, source: str, said: str
+) -> None:
+    decision = decide({"threshold": {"image": 1.0, "parts": parts, "target_fpr": target_fpr, "source": source}})
+    assert decision is not None
+    _, _, rest = decision.source.partition(said)
+    assert said in decision.source
+    assert "so few" not in rest
+
+
 def test_calibrated_figures_without_a_threshold_are_undefined() -> None:
     rows = rows_of(made_up_page(made_up_class(limit=0, threshold=None)), "figures")
     assert rows["gasket"][-3:] == ["n/a"] * 3
+    page = made_up_page(made_up_class(limit=0, threshold=None))
+    assert "calibrated figures where no threshold was calibrated" in read_page(page).text
+    assert "n/a" not in read_page(made_up_page(made_up_class(limit=0))).text
 
 
 def test_undefined_metrics_are_said_to_be_so() -> None:
@@ -131,6 +173,7 @@ def test_undefined_metrics_are_said_to_be_so() -> None:
     assert set(rows_of(page, "figures")["gasket"]) == {"n/a"}
     assert "n/a: it needs good and defective parts" in text
     assert "left out of the mean" in text
+    assert "precision also where no part is called defective" in text
     assert each.decision is None
     assert {part["outcome"] for part in parts_of(page)} == {"not judged"}
 
@@ -149,8 +192,13 @@ def test_older_entries_without_thresholds_have_a_page() -> None:
 # Published figures
 
 
+def papers_class(name: str, fewer: int = 0) -> ClassReport:
+    """A made-up class of as many test parts as the paper's."""
+    return made_up_class(name, limit=0, samples=[{}] * (TEST_PARTS.get(name, 100) - fewer))
+
+
 def test_published_figures_beside_the_papers_setting() -> None:
-    page = made_up_page(*(made_up_class(name, limit=0) for name in CLASSES), args=PAPER)
+    page = made_up_page(*map(papers_class, CLASSES), args=PAPER)
     assert page.count("published 0.") == 3 * 11
     assert rows_of(page, "figures")["tire"][0].endswith("published 0.850")
     assert "CVPR 2023" in read_page(page).text
@@ -158,12 +206,23 @@ def test_published_figures_beside_the_papers_setting() -> None:
 
 @pytest.mark.parametrize(
     ("changed", "classes"),
-    [({"rgb_backbone_name": "efficientnet_lite0"}, CLASSES), ({"protocol": "corrected"}, CLASSES), ({}, ("gasket",))],
+    [
+        *(({key: "another"}, CLASSES) for key in (*PAPER_ARGS, "use_uff", "method_name")),
+        ({"max_sample": 399}, CLASSES),
+        ({}, ("gasket",)),
+    ],
 )
 def test_no_published_figure_beside_anything_else(changed: dict, classes: tuple[str, ...]) -> None:
-    page = made_up_page(*(made_up_class(name, limit=0) for name in classes), args=PAPER | changed)
-    assert "published" not in page.lower().split("</style>")[1]
-    assert "CVPR" not in page
+    entries = {name: {"samples": [{}] * TEST_PARTS.get(name, 100)} for name in classes}
+    assert published_figures(PAPER | changed, entries) is None
+
+
+@pytest.mark.parametrize("fewer", [0, 1])
+def test_no_published_figure_beside_other_data_of_the_same_names(fewer: int) -> None:
+    page = made_up_page(papers_class("bagel"), papers_class("rope", fewer), args=PAPER)
+    shown = page.split("</style>")[1]
+    assert (shown.count("published 0."), "CVPR" in shown) == ((0, False) if fewer else (6, True))
+    assert sum(TEST_PARTS.values()) == 1197
 
 
 # Gallery
@@ -234,6 +293,14 @@ def test_no_text_is_taken_for_markup(where: str) -> None:
     assert f"{folder if where == 'path' else '<script>alert(1)</script>'}"[:16] in read.text
     assert {part["defect"] for part in parts_of(page)} == {folder, "good"}
     assert {part["class"] for part in parts_of(page)} == {each.name}
+
+
+def test_filters_name_bytes_that_are_no_text_as_the_data_do() -> None:
+    each = made_up_class("caf\udce9", [made_up_part(f"test/h\udcff/{i}", 0.3 * i) for i in range(3)])
+    page = made_up_page(each).encode(errors="backslashreplace").decode()
+    options = re.findall('<option value="(.*?)"', page)
+    for part in parts_of(page):
+        assert {part["class"], part["defect"], part["outcome"]} <= set(options)
 
 
 def test_bytes_that_are_no_text_are_written(tmp_path: Path) -> None:
@@ -359,7 +426,28 @@ def test_no_bar_stands_on_both_sides_of_the_threshold(threshold: float) -> None:
     assert right == pytest.approx(float(re.search(r'class="threshold" d="M([\d.]+)', alone).group(1)), abs=0.2)
 
 
-@pytest.mark.parametrize("scores", [([], [0.4]), ([0.4], []), ([0.4, 0.4], [0.4])])
+def note_of(svg: str) -> tuple[float, str]:
+    x, anchor = re.search(r'class="note" x="([\d.]+)" y="[\d.]+" text-anchor="(\w+)">threshold', svg).groups()
+    return float(x), anchor
+
+
+@pytest.mark.parametrize(("x", "anchor"), [(0.0, "start"), (0.9, "end"), (1.0, "end")])
+def test_the_name_of_a_point_stays_within_the_chart(x: float, anchor: str) -> None:
+    svg = curve_chart([0, 1], [0, 1], Axis(0, 1, (0, 1), "x"), "y", "title", Point(x, x, "threshold"))
+    assert note_of(svg)[1] == anchor
+    assert LEFT < note_of(svg)[0] < WIDTH - RIGHT
+
+
+def test_a_score_at_the_lowest_threshold_is_no_alarm() -> None:
+    svg = histogram([0.2], [0.2, 0.7, 0.9], 0.2, "title")
+    line = float(re.search(r'class="threshold" d="M([\d.]+)', svg).group(1))
+    ((_, right),) = bars(svg, "good")
+    assert right == pytest.approx(line, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    "scores", [([], [0.4]), ([0.4], []), ([0.4, 0.4], [0.4]), ([1e17], [1e17 + 16]), ([-1e300], [])]
+)
 def test_a_histogram_of_hardly_anything(scores: tuple[list[float], list[float]]) -> None:
     svg = histogram(*scores, None, "title")
     assert "nan" not in svg

@@ -14,6 +14,7 @@ from report_pages import made_up_class, made_up_page, made_up_part, made_up_part
 pytest.importorskip("selenium", reason="selenium is not installed: pip install -r requirements-dev.txt")
 
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
@@ -49,6 +50,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     odd = [made_up_part(f"test/{EVIL}/{i:03d}", 0.2 + 0.2 * i) for i in range(3)]
+    odd = [part._replace(mask=0 * part.mask) for part in odd]  # a defect that is nowhere marked
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(made_up_page(made_up_class("gasket", made_up_parts(12)), made_up_class(EVIL, odd, limit=2)))
     return path
@@ -158,6 +160,17 @@ def test_the_viewer_shows_every_panel(report: webdriver.Chrome) -> None:
     assert "score" in report.find_element(By.ID, "viewer-facts").text
 
 
+def test_a_defective_part_is_never_called_good(report: webdriver.Chrome) -> None:
+    def truth(text: str) -> str:
+        next(card for card in cards(report) if text in card.text).click()
+        title = report.find_elements(By.CSS_SELECTOR, "#panels figcaption")[1].text
+        press(report, Keys.ESCAPE)
+        return title
+
+    assert truth(EVIL) == "ground truth: no marked pixel"
+    assert truth("good/") == "ground truth: good"
+
+
 def test_the_3d_view_draws_by_photo_and_by_score(report: webdriver.Chrome) -> None:
     assert report.execute_script("return typeof Plotly") == "undefined"  # nothing is started before it is asked for
     cards(report)[0].click()
@@ -177,6 +190,76 @@ def test_the_3d_view_draws_by_photo_and_by_score(report: webdriver.Chrome) -> No
     press(report, "3")
     assert not report.find_element(By.ID, "plot").is_displayed()
     assert report.find_elements(By.CSS_SELECTOR, "#plot canvas") == []
+
+
+def camera(report: webdriver.Chrome) -> dict[str, np.ndarray]:
+    found = report.execute_script("return document.getElementById('plot').layout.scene.camera")
+    return {name: np.array([found[name][axis] for axis in "xyz"]) for name in ("eye", "up")}
+
+
+def test_the_keyboard_turns_the_3d_view_and_the_next_part_keeps_it(report: webdriver.Chrome) -> None:
+    def press_shifted(key: str) -> None:
+        ActionChains(report).key_down(Keys.SHIFT).send_keys(key).key_up(Keys.SHIFT).perform()
+
+    cards(report)[0].click()
+    press(report, "3")
+    first = drawn(report)
+    plot = report.find_element(By.ID, "plot")
+    assert (plot.get_attribute("tabindex"), plot.get_attribute("role")) == ("0", "img")
+    assert plot.get_attribute("aria-label")
+    assert "Shift + arrow keys" in report.find_element(By.ID, "space-note").text
+    start, position = camera(report), report.find_element(By.ID, "position").text
+    press_shifted(Keys.ARROW_RIGHT)
+    right = camera(report)
+    assert right["eye"] @ start["eye"] == pytest.approx(np.cos(np.pi / 18) * start["eye"] @ start["eye"])
+    assert right["eye"][0] > start["eye"][0]
+    assert report.find_element(By.ID, "position").text == position
+    press_shifted(Keys.ARROW_LEFT)
+    assert camera(report)["eye"] == pytest.approx(start["eye"])
+    for _ in range(3):
+        press_shifted(Keys.ARROW_DOWN)
+    down = camera(report)
+    assert down["eye"][1] < start["eye"][1]
+    assert np.linalg.norm(down["eye"]) == pytest.approx(np.linalg.norm(start["eye"]))
+    assert down["eye"] @ down["up"] == pytest.approx(0)
+    press(report, "+")
+    closer = camera(report)
+    assert closer["eye"] == pytest.approx(0.8 * down["eye"])
+    assert (np.abs(drawn(report) - first).max(axis=2) > 30).mean() > 0.03
+    press(report, Keys.ARROW_RIGHT)
+    drawn(report)
+    assert camera(report)["eye"] == pytest.approx(closer["eye"])
+
+
+def test_a_browser_without_webgl_is_told_so(report: webdriver.Chrome) -> None:
+    report.execute_script("HTMLCanvasElement.prototype.getContext = () => null")
+    cards(report)[0].click()
+    press(report, "3")
+    note = report.find_element(By.ID, "space-note")
+    WebDriverWait(report, 30).until(lambda _: "no WebGL" in note.text)
+    assert "points" not in note.text
+
+
+def test_a_step_is_said_aloud(report: webdriver.Chrome) -> None:
+    cards(report)[0].click()
+    facts = report.find_element(By.ID, "viewer-facts")
+    assert facts.get_attribute("aria-live") == "polite"
+    first = facts.get_property("textContent")
+    assert title(report) in first
+    press(report, Keys.ARROW_RIGHT)
+    assert title(report) in facts.get_property("textContent") != first
+
+
+def test_only_opening_the_3d_view_scrolls_to_it(report: webdriver.Chrome) -> None:
+    report.execute_script(
+        "window.scrolls = 0; document.getElementById('plot').scrollIntoView = () => { window.scrolls += 1; }"
+    )
+    cards(report)[0].click()
+    press(report, "3")
+    WebDriverWait(report, 60).until(lambda _: report.execute_script("return window.scrolls") == 1)
+    press(report, "s", Keys.ARROW_RIGHT)
+    WebDriverWait(report, 60).until(lambda _: report.find_elements(By.CSS_SELECTOR, "#plot .cbaxis"))
+    assert report.execute_script("return window.scrolls") == 1
 
 
 def test_nothing_is_wider_than_a_phone(report: webdriver.Chrome) -> None:

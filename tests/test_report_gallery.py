@@ -154,6 +154,15 @@ def test_the_outline_runs_around_the_defect() -> None:
     assert outline[below // 2, middle, 3] == outline[below + 4, middle, 3] == 0
 
 
+def test_the_smallest_defect_keeps_its_outline() -> None:
+    part = made_up_part("test/hole/000", 0.7, side=4 * VIEW_SIDE)
+    mask = np.zeros((4 * VIEW_SIDE, 4 * VIEW_SIDE), dtype=np.uint8)
+    mask[400, 401] = 1
+    (view,) = shown([part._replace(mask=part.mask.new_tensor(mask))], 1)
+    outline = np.asarray(opened(view["truth"]).convert("RGBA"))
+    assert tuple(outline[100, 100]) == (0, 229, 255, 255)
+
+
 def test_one_colour_scale_for_all_parts_of_a_class() -> None:
     weak, strong = made_up_part("test/hole/000", 0.1), made_up_part("test/hole/001", 0.9)
     views = {view["path"]: np.asarray(opened(view["maps"]["fused"])).astype(int) for view in shown([weak, strong], 2)}
@@ -242,6 +251,19 @@ def test_photo_and_map_of_other_sizes_are_read_at_the_same_places() -> None:
     read = unpacked(packed)
     assert ((read["score"] == 255) == (read["rgb"][:, 0] == 200)).all()
     assert (read["score"] == 255).mean() == 0.5
+
+
+@pytest.mark.parametrize("side", [800, 801, 90])
+def test_a_thinned_cloud_takes_colours_and_scores_where_its_points_are(side: int) -> None:
+    row, column = np.mgrid[:side, :side] / side
+    cloud = np.stack([row + 1, column + 1, row + 1], axis=-1).astype(np.float32)
+    photo = np.stack([255 * row, 255 * column, 0 * row], axis=-1).astype(np.uint8)
+    packed = pack_cloud(cloud, photo, row, (0.0, 1.0))
+    assert packed is not None
+    read = unpacked(packed)
+    places = read["xyz"][:, :2] - 1
+    assert np.abs(read["rgb"][:, :2] - 255 * places).max() < 1.01
+    assert np.abs(read["score"] - 255 * places[:, 0]).max() < 0.6
 
 
 def test_an_empty_cloud_is_none() -> None:

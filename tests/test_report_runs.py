@@ -73,6 +73,15 @@ def test_the_number_of_shown_parts(bagels: Path, tmp_path: Path) -> None:
     assert "1 of 2 of bagel" in (tmp_path / "one" / "report.html").read_text()
 
 
+def test_a_folder_in_place_of_the_report_is_refused(
+    bagels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out/report.html").mkdir(parents=True)
+    message = refusal(capsys, *SMALL, "--dataset_path", bagels, "--output_dir", tmp_path / "out")
+    assert "report.html is a folder" in message
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
+
+
 def test_fewer_than_no_parts_are_refused(bagels: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, *SMALL, "--dataset_path", bagels, "--report_parts", -1)
     assert "report_parts is -1" in message

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -54,6 +53,7 @@ class Comparison(NamedTuple):
     names: tuple[str, str]  # files and methods
     metrics: list[MetricDifference]
     only: tuple[list[str], list[str]]  # classes that only A, only B has
+    sizes: dict[str, tuple[int, int]]  # numbers of test parts, of the classes where they differ
     args: dict[str, tuple[str, str]]  # arguments that differ, as text
     versions: dict[str, tuple[str, str]]  # likewise
 
@@ -63,7 +63,7 @@ def read_results(path: Path | str, schema: int) -> dict[str, Any]:
 
     Raises:
         InputError: it cannot be read, is no results.json, is of another schema than `schema`, or a metric in it is no
-            number.
+            number from 0 to 1.
     """
     path = Path(path)
     if path.is_dir() or not path.exists():
@@ -98,8 +98,15 @@ def _check(path: Path, results: Mapping[str, Any]) -> None:
     for name, entry in results["classes"].items():
         for place, title in METRICS.items():
             value = _at(entry, place)
-            if value is not None and (not isinstance(value, Real) or isinstance(value, bool)):
-                raise InputError(f"{path}: {title} of {name} is {value!r}, expected a number or null: run it again")
+            if value is not None and not _is_share(value):
+                raise InputError(
+                    f"{path}: {title} of {name} is {value!r:.40}, expected a number from 0 to 1 or null: run it again"
+                )
+
+
+def _is_share(value: object) -> bool:
+    """Whether it is a number from 0 to 1; an area may exceed 1 by rounding."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1 + 1e-9
 
 
 def _at(entry: Any, place: tuple[str, ...]) -> Any:
@@ -118,9 +125,16 @@ def compare(path_a: Path | str, path_b: Path | str, schema: int) -> Comparison:
         (names[0], names[1]),
         list(_differences(a["classes"], b["classes"], both)),
         ([name for name in a["classes"] if name not in both], [name for name in b["classes"] if name not in both]),
+        {name: sizes for name in both if len(set(sizes := (_parts(a, name), _parts(b, name)))) == 2 and all(sizes)},
         _differing(a["args"], b["args"]),
         _differing(a["versions"], b["versions"]),
     )
+
+
+def _parts(results: Mapping[str, Any], name: str) -> int:
+    """How many test parts a class has, 0 where its entry does not list them."""
+    samples = _at(results["classes"][name], ("samples",))
+    return len(samples) if isinstance(samples, list) else 0
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any], names: list[str]) -> Iterator[MetricDifference]:
@@ -180,6 +194,7 @@ def remarks(comparison: Comparison) -> list[str]:
         for run, names in zip("AB", comparison.only, strict=True)
         if names
     ]
+    said += [f"{one_line(name)} has {a} test parts in A, {b} in B." for name, (a, b) in comparison.sizes.items()]
     if not comparison.metrics:
         said.append("The runs have no class in common, or no metric of one.")
     return said

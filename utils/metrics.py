@@ -103,10 +103,11 @@ def mean_over_classes(classes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
     A value of None is left out; the mean is None where no class has a value.
     """
     means: dict[str, Any] = {
-        key: _mean(metrics[key] for metrics in classes.values()) for key in ("image_rocauc", "pixel_rocauc", "au_pro")
+        key: mean_of_known(metrics[key] for metrics in classes.values())
+        for key in ("image_rocauc", "pixel_rocauc", "au_pro")
     }
     means["au_pro_exact"] = {
-        limit: _mean(metrics["au_pro_exact"][limit] for metrics in classes.values()) for limit in EXACT_LIMITS
+        limit: mean_of_known(metrics["au_pro_exact"][limit] for metrics in classes.values()) for limit in EXACT_LIMITS
     }
     return means
 
@@ -141,6 +142,6 @@ def _or_none(name: str, compute: Callable[[], Any]) -> Any:
         return None
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean_of_known(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None

@@ -27,7 +27,7 @@ from utils.errors import InputError, exit_on_input_error
 from utils.files import atomic_path
 from utils.html_report.comparison_page import write_comparison
 from utils.metrics import EXACT_LIMITS, REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_over_classes
-from utils.text_tables import UNDEFINED, aligned, number, one_line
+from utils.text_tables import UNDEFINED, aligned, number, one_line, printable
 
 SCHEMA = 1
 DISTRIBUTIONS = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "open3d", "pillow")
@@ -72,9 +72,7 @@ def append_tables(
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:
     """Print rows of cells, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    print("\n".join(aligned(rows, str.ljust)))
 
 
 def format_tables(methods: Methods, exact_headline: bool, note: str | None = None) -> str:
@@ -196,6 +194,16 @@ def _plain(value: object) -> object:
     raise TypeError(f"results.json cannot hold a {type(value).__name__}: {value!r}")
 
 
+def check_output(path: Path, inputs: Sequence[Path]) -> None:
+    """Raises InputError where a page at `path` would replace a folder or a file that is read."""
+    if path.is_dir():
+        raise InputError(
+            f"--output {path} is a folder, expected a file: name one in it, such as {path / 'compare.html'}"
+        )
+    if path.resolve() in [each.resolve() for each in inputs]:
+        raise InputError(f"--output {path} is one of the two results.json files, and would replace it: choose another")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Compare two runs class by class.",
@@ -207,12 +215,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("compare.html"), help="the comparison as a page")
     args = parser.parse_args()
     with exit_on_input_error():
+        check_output(args.output, (args.a, args.b))
         comparison = compare(args.a, args.b, SCHEMA)
+        print(printable(format_comparison(comparison)))
         try:
             write_comparison(args.output, comparison)
         except OSError as error:
             raise InputError(f"{args.output} cannot be written ({error.strerror}): choose another --output") from None
-        print(f"{format_comparison(comparison)}\n\nwritten to {args.output}")
+        print(printable(f"\nwritten to {args.output}"))
 
 
 if __name__ == "__main__":

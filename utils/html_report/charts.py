@@ -47,7 +47,7 @@ def curve_chart(
         x, y = _across(point.x, x_axis), _up(point.y, y_axis)
         below = y + 18 if y < TOP + 90 else y - 10  # away from the curve, which runs along the top where it is good
         marks.append(f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>')
-        marks.append(f'<text class="note" x="{x + 8:.1f}" y="{below:.1f}">{escape(point.label)}</text>')
+        marks.append(_note(float(x), float(below), 8, point.label))
     return _chart(x_axis, y_axis, marks, title)
 
 
@@ -69,22 +69,28 @@ def histogram(good: ArrayLike, defective: ArrayLike, threshold: float | None, ti
     marks = [_bars(edges, each, x_axis, y_axis, kind) for kind, each in counts.items()]
     if threshold is not None:
         x = float(_across(threshold, x_axis))
-        anchor, shift = ("end", -4) if x > WIDTH / 2 else ("start", 4)
         marks.append(f'<path class="threshold" d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
-        marks.append(f'<text class="note" x="{x + shift:.1f}" y="{TOP + 9}" text-anchor="{anchor}">threshold</text>')
+        marks.append(_note(x, TOP + 9, 4, "threshold"))
     return _chart(x_axis, y_axis, marks, title)
+
+
+def _note(x: float, y: float, gap: float, text: str) -> str:
+    """A text beside a mark, on the side where there is more room."""
+    anchor, shift = ("end", -gap) if x > WIDTH / 2 else ("start", gap)
+    return f'<text class="note" x="{x + shift:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _edges(values: NDArray, threshold: float | None) -> NDArray:
     """Edges of equal bins over all values, the threshold being one of them."""
     low, high = float(values.min()), float(values.max())
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
+    if high - low <= 1e-12 * max(abs(low), abs(high)):  # equal, but for rounding
+        reach = max(0.5, abs(low) / 2)
+        low, high = low - reach, high + reach
     bins = int(np.clip(2.5 * np.sqrt(values.size), 8, MOST_BINS))
     step = (high - low) / bins
     if threshold is None:
         return np.linspace(low, high, bins + 1)
-    below, above = math.ceil((threshold - low) / step - 1e-9), math.ceil((high - threshold) / step - 1e-9)
+    below, above = max(1, math.ceil((threshold - low) / step - 1e-9)), math.ceil((high - threshold) / step - 1e-9)
     edges = threshold + step * np.arange(-below, above + 1)
     edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)  # rounding must lose no part
     return edges

@@ -10,9 +10,10 @@ from sklearn.metrics import roc_curve
 
 from utils.au_pro import UndefinedMetricError, pro_curve
 from utils.html_report.gallery import Decision, JudgedPart, ReadArray, gallery, outcome
+from utils.metrics import EXACT_LIMITS
 
 CURVE_POINTS = 200
-PRO_LIMIT = 0.3  # false positive rate at which the PRO curve is cut off: the largest limit of AU-PRO
+PRO_LIMIT = max(map(float, EXACT_LIMITS))  # false positive rate at which the PRO curve is cut off
 
 Curve = tuple[NDArray, NDArray]  # (P,) false positive rates, ascending, and (P,) what they buy
 
@@ -68,8 +69,11 @@ def decide(entry: Mapping[str, Any]) -> Decision | None:
             f"calibrated on {calibrated['parts']} good parts of the {calibrated['source']} split for a false-alarm "
             f"rate of {calibrated['target_fpr']:.3g}"
         )
+        least = 1 / (calibrated["parts"] + 1)
+        if calibrated["target_fpr"] < least * (1 - 1e-9):
+            source += f", though so few parts allow {least:.2g} at best"
         if calibrated["source"] == "training":
-            source += ", whose scores run low, so that more alarms are to be expected"
+            source += "; the scores of training parts run low, so that more alarms are to be expected"
         return Decision(calibrated["image"], source)
     if entry.get("f1_threshold") is not None:
         return Decision(entry["f1_threshold"], "not calibrated, the one of the best F1 on these very parts")

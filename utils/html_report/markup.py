@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,8 @@ def asset(name: str) -> str:
 
 def data_element(name: str, data: object) -> str:
     """Data for the script of the page, as JSON in which no tag can begin or end."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = re.sub("[\ud800-\udfff]", lambda found: f"\\\\u{ord(found[0]):x}", text)  # as `write_page` writes it
     return f'<script type="application/json" id="{escape(name)}">{text}</script>'
 
 
@@ -67,9 +69,12 @@ def write_page(path: Path | str, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def bar_cell(value: float | None, beside: str = "") -> str:
-    """A table cell with a figure in [0, 1] and a bar of that length; `beside` is a remark in plain text."""
+def bar_cell(value: float | None, beside: str = "", kind: str = "more") -> str:
+    """A table cell with a figure in [0, 1] and a bar of that length.
+
+    `beside` is a remark in plain text; `kind` "less" colours the bar of a figure of which less is better.
+    """
     remark = f"<small>{escape(beside)}</small>" if beside else ""
     if value is None:
         return f'<td class="undefined">{UNDEFINED}{remark}</td>'
-    return f'<td style="--share:{100 * value:.1f}%"><span class="bar">{number(value)}</span>{remark}</td>'
+    return f'<td style="--share:{100 * value:.1f}%"><span class="bar {kind}">{number(value)}</span>{remark}</td>'

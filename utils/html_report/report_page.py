@@ -15,12 +15,18 @@ from utils.html_report.class_report import PRO_LIMIT, ClassReport
 from utils.html_report.gallery import CORRECT_PASS, FALSE_ALARM, HIT, MISS, UNJUDGED, WRONG, heat_colors
 from utils.html_report.markup import asset, bar_cell, data_element, escape, page, write_page
 from utils.html_report.published import Published, published_figures
-from utils.metrics import EXACT_LIMITS, REFERENCE_LIMIT, REFERENCE_THRESHOLDS
+from utils.metrics import EXACT_LIMITS, REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_of_known
 from utils.text_tables import UNDEFINED, number
 
 FILE_NAME = "report.html"
 OUTCOMES = (MISS, FALSE_ALARM, HIT, CORRECT_PASS)
 CALIBRATED = (("precision", "Precision"), ("recall", "Recall"), ("false_alarm_rate", "False alarms"))
+
+STAGES = {
+    "extract": "features of training, validation and test parts, once for all methods of a run",
+    "fuse": "fitting of decision fusion",
+    "calibrate": "scores and maps of the good parts, and the thresholds from these",
+}
 
 
 def write_report(
@@ -43,8 +49,8 @@ def report_page(record: Mapping[str, Any], classes: Sequence[ClassReport], note:
     shown = [{"class": each.name, **part} for each in classes for part in each.parts]
     shown.sort(key=lambda part: part["outcome"] not in WRONG)  # those of all classes first; else as they were
     with_cloud = any(part["cloud"] for part in shown)
-    body = [_header(method, record, note), '<main id="main">', _summary(record, classes)]
-    body += [_class_section(each) for each in classes]
+    body = [_header(method, record, note), _contents(classes, shown), '<main id="main">', _summary(record, classes)]
+    body += [_class_section(each, f"class-{number}") for number, each in enumerate(classes)]
     body += [_timing(classes), _gallery(classes) if shown else "", "</main>", asset("viewer.html") if shown else ""]
     plot_library, script = "", ""
     if shown:
@@ -75,12 +81,20 @@ def _header(method: str, record: Mapping[str, Any], note: str | None) -> str:
         "Written": f'<time datetime="{now.isoformat(timespec="seconds")}">{now:%Y-%m-%d %H:%M}</time>',
     }
     rows = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
+    title = escape(method).replace("+", "+<wbr>")  # where a phone may break it
     return (
         '<a class="skip" href="#main">Skip to the results</a>'
-        f'<header><p class="kicker">Multi-3D-Memory · report of a run</p><h1>{escape(method)}</h1><dl>{rows}</dl>'
+        f'<header><p class="kicker">Multi-3D-Memory · report of a run</p><h1>{title}</h1><dl>{rows}</dl>'
         f"<details><summary>Command, versions</summary><pre>{escape(shlex.join(map(str, record['command'])))}</pre>"
         f"<p>{escape(versions)}</p></details></header>"
     )
+
+
+def _contents(classes: Sequence[ClassReport], shown: Sequence[object]) -> str:
+    places = {"summary": "Summary", **{f"class-{number}": each.name for number, each in enumerate(classes)}}
+    places |= {"timing": "Time"} | ({"gallery": "Parts"} if shown else {})
+    links = "".join(f'<a href="#{place}">{escape(title)}</a>' for place, title in places.items())
+    return f'<nav class="contents" aria-label="Contents">{links}</nav>'
 
 
 def _summary(record: Mapping[str, Any], classes: Sequence[ClassReport]) -> str:
@@ -90,17 +104,15 @@ def _summary(record: Mapping[str, Any], classes: Sequence[ClassReport]) -> str:
     heads = ["I-AUROC", "P-AUROC", *curves, "F1<small>best</small>"]
     heads += [f"{title}<small>calibrated</small>" for _, title in CALIBRATED]
     rows = [_row(each.name, each.entry, published.classes.get(each.name) if published else None) for each in classes]
-    entries = [each.entry for each in classes]
     mean = dict(record["mean"])
     for key in ("f1", *(key for key, _ in CALIBRATED)):
-        known = [entry[key] for entry in entries if entry.get(key) is not None]
-        mean[key] = sum(known) / len(known) if known else None
+        mean[key] = mean_of_known(each.entry.get(key) for each in classes)
     rows.append(_row("Mean", mean, published.mean if published else None, 'class="mean"'))
     return (
         '<section aria-labelledby="summary"><h2 id="summary">Summary</h2>'
         '<div class="scroll" tabindex="0" role="region" aria-labelledby="summary"><table class="figures"><thead><tr>'
         f'<th scope="col">Class</th>{"".join(f"<th scope=col>{head}</th>" for head in heads)}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>{_remarks(classes, published)}</section>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>{_remarks(published, UNDEFINED in ''.join(rows))}</section>"
     )
 
 
@@ -112,22 +124,26 @@ def _row(name: str, figures: Mapping[str, Any], published: Mapping[str, float] |
 
     cells = [cell(key) for key in ("image_rocauc", "pixel_rocauc", "au_pro")]
     cells += [bar_cell(figures["au_pro_exact"][limit]) for limit in EXACT_LIMITS]
-    cells += [cell(key) for key in ("f1", *(key for key, _ in CALIBRATED))]
+    cells += [cell(key) for key in ("f1", "precision", "recall")]
+    cells.append(bar_cell(figures.get("false_alarm_rate"), kind="less"))
     return f'<tr {attributes}><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>'
 
 
-def _remarks(classes: Sequence[ClassReport], published: Published | None) -> str:
+def _remarks(published: Published | None, undefined: bool) -> str:
     remarks = [
         "F1: the best that any threshold gives on these very parts. Calibrated: at the threshold that each class names."
     ]
     if published is not None and (published.classes or published.mean):
         remarks.append(f"Published: {escape(published.source)}; its AU-PRO is the one of 100 thresholds.")
-    if any(value is None for each in classes for value in each.entry.values()):
-        remarks.append(f"{UNDEFINED}: undefined for want of defective or of good data; left out of the mean.")
+    if undefined:
+        remarks.append(
+            f"{UNDEFINED}: undefined for want of defective or of good data, precision also where no part is called "
+            "defective, and calibrated figures where no threshold was calibrated; left out of the mean."
+        )
     return f'<p class="remarks">{" ".join(remarks)}</p>'
 
 
-def _class_section(each: ClassReport) -> str:
+def _class_section(each: ClassReport, place: str) -> str:
     counts = [f"<b>{each.outcomes.get(name, 0)}</b> {_plural(name, each.outcomes.get(name, 0))}" for name in OUTCOMES]
     if each.decision is None:
         counts = [f"<b>{each.total}</b> parts, no threshold"]
@@ -135,7 +151,7 @@ def _class_section(each: ClassReport) -> str:
         counts[-1] += f"<br>Threshold {each.decision.threshold:.4g}: {escape(each.decision.source)}"
     figures = [_roc_figure(each), _pro_figure(each), _histogram_figure(each)]
     return (
-        f'<section class="of-class"><h2>{escape(each.name)}</h2>'
+        f'<section aria-labelledby="{place}"><h2 id="{place}">{escape(each.name)}</h2>'
         f'<p class="counts">{" · ".join(counts)}</p><div class="figures-row">{"".join(figures)}</div></section>'
     )
 
@@ -213,12 +229,12 @@ def _timing(classes: Sequence[ClassReport]) -> str:
         cells.append(f"<td>{memory / 1024:.2f} GiB</td>")
         rows.append(f'<tr><th scope="row">{escape(each.name)}</th>{"".join(cells)}</tr>')
     head = "".join(f"<th scope=col>{head}</th>" for head in heads)
+    remarks = [f"{stage.capitalize()}: {STAGES[stage]}." for stage in stages if stage in STAGES]
     return (
         '<section aria-labelledby="timing"><h2 id="timing">Time and memory</h2>'
         '<div class="scroll" tabindex="0" role="region" aria-labelledby="timing"><table class="timing">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        '<p class="remarks">Extract: features of training and test parts, once for all methods of a run. Fuse: fitting '
-        "of decision fusion. Peak memory: of the run so far.</p></section>"
+        f'<p class="remarks">{" ".join(remarks)} Peak memory: of the run so far.</p></section>'
     )
 
 
@@ -238,8 +254,9 @@ def _gallery(classes: Sequence[ClassReport]) -> str:
     )
     return (
         '<section aria-labelledby="gallery"><h2 id="gallery">Parts</h2>'
-        f'<p class="remarks">Shown: {shown}. The worst misses and false alarms come first, then the others, nearest to '
-        "the threshold first. Arrow keys walk from part to part, Enter opens one, Esc closes it.</p>"
+        f'<p class="remarks">Shown: {shown}. Misses and false alarms come first, class by class, the worst of each '
+        "ahead, then the others, nearest to the threshold first. Arrow keys walk from part to part, Enter opens one, "
+        "Esc closes it.</p>"
         f'<form class="filters">{controls}<output id="count" aria-live="polite"></output></form>'
         "<noscript><p>The pictures of the parts need JavaScript; the tables and charts above do not.</p></noscript>"
         '<ul class="cards" id="cards"></ul></section>'

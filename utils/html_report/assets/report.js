@@ -4,6 +4,7 @@ const { parts, heat } = JSON.parse(byId("parts").textContent);
 const cards = byId("cards");
 const viewer = byId("viewer");
 const plot = byId("plot");
+const CAMERA = { eye: { x: 0.2, y: -0.6, z: 1.2 }, up: { x: 0, y: 1, z: 0 }, center: { x: 0, y: 0, z: 0 } };
 const LIGHT = { diffuse: 0.5, specular: 0.1, roughness: 0.8, fresnel: 0.1 };
 let shown = []; // numbers of the parts that the filters leave
 let current = -1; // where the viewer stands in `shown`
@@ -105,7 +106,8 @@ function show(position) {
   current = position;
   const part = parts[shown[position]];
   byId("viewer-title").textContent = `${part.class} / ${part.path}`;
-  byId("viewer-facts").replaceChildren(outcome(part), facts(part));
+  const name = element("span", { className: "unseen", textContent: `${part.class} / ${part.path}: ` });
+  byId("viewer-facts").replaceChildren(name, outcome(part), facts(part)); // read aloud as a whole
   byId("position").textContent = `${position + 1} / ${shown.length}`;
   // not disabled: that would take the focus, and with it the keyboard, away from the viewer
   byId("previous").setAttribute("aria-disabled", String(position === 0));
@@ -113,7 +115,8 @@ function show(position) {
   const panels = [];
   if (part.view) {
     panels.push(panel(part, part.view.name, part.view.picture, part.view.name, false));
-    const truth = part.truth ? "ground truth" : "ground truth: good";
+    const unmarked = part.label ? "ground truth: no marked pixel" : "ground truth: good";
+    const truth = part.truth ? "ground truth" : unmarked;
     panels.push(panel(part, truth, part.view.picture, truth, true));
   }
   for (const [name, map] of Object.entries(part.maps)) {
@@ -137,16 +140,23 @@ function step(by) {
 
 function viewerKeys(event) {
   if (event.target.matches("select, input") || event.ctrlKey || event.metaKey || event.altKey) return;
+  const key = event.shiftKey && event.key.startsWith("Arrow") ? `Shift${event.key}` : event.key;
   const actions = {
+    ShiftArrowLeft: () => moveCamera(-TURN, 0, 1),
+    ShiftArrowRight: () => moveCamera(TURN, 0, 1),
+    ShiftArrowUp: () => moveCamera(0, -TURN, 1),
+    ShiftArrowDown: () => moveCamera(0, TURN, 1),
+    "+": () => moveCamera(0, 0, 0.8),
+    "-": () => moveCamera(0, 0, 1.25),
     ArrowLeft: () => step(-1),
     ArrowRight: () => step(1),
     3: toggleSpace,
     p: () => colourSpace("photo"),
     s: () => colourSpace("score"),
   };
-  if (!actions[event.key]) return;
+  if (!actions[key]) return;
   event.preventDefault();
-  actions[event.key]();
+  actions[key]();
 }
 
 function closed() {
@@ -167,6 +177,7 @@ async function inflate(base64) {
 let library;
 
 function loadLibrary() {
+  if (!element("canvas").getContext("webgl")) throw new Error("it has no WebGL");
   library ??= inflate(byId("plotly").textContent).then((source) => {
     const text = new TextDecoder().decode(source);
     document.head.append(element("script", { textContent: text }));
@@ -255,14 +266,13 @@ function layout(points) {
     margin: { l: 0, r: 0, t: 0, b: 0 },
     paper_bgcolor: "rgba(0,0,0,0)",
     font: { color: style.getPropertyValue("--ink") },
-    uirevision: "kept", // the camera stays where it was turned to
     scene: {
       aspectmode: "manual", // true to scale, the longest side filling the view
       aspectratio: { x: spans[0] / longest, y: spans[1] / longest, z: spans[2] / longest },
       xaxis: axis("x, mm"),
       yaxis: axis("y, mm"),
       zaxis: axis("z, mm"),
-      camera: { eye: { x: 0.2, y: -0.6, z: 1.2 }, up: { x: 0, y: 1, z: 0 } },
+      camera: plot.layout?.scene.camera ?? CAMERA, // it stays where it was turned to
       dragmode: "orbit",
     },
   };
@@ -281,8 +291,7 @@ async function draw(part) {
     if (request !== space.drawing) return; // another part was asked for meanwhile
     const trace = { type: "mesh3d", ...points, ...colours(part, points), hoverinfo: "skip" };
     await Plotly.react(plot, [trace], layout(points), { displayModeBar: false, responsive: true });
-    note.textContent = `${part.cloud.points.toLocaleString("en")} points. Drag to turn, scroll or pinch to zoom.`;
-    plot.scrollIntoView({ block: "nearest" });
+    note.textContent = `${part.cloud.points.toLocaleString("en")} points. Drag or Shift + arrow keys to turn; scroll, pinch or + and − to zoom.`;
   } catch (error) {
     note.textContent = `This browser cannot draw it (${error.message}).`;
   }
@@ -291,6 +300,32 @@ async function draw(part) {
   for (const button of byId("colours").children) {
     button.setAttribute("aria-pressed", String(button.dataset.colour === colour));
   }
+}
+
+const TURN = Math.PI / 18;
+const cross = (a, b) => ({ x: a.y * b.z - a.z * b.y, y: a.z * b.x - a.x * b.z, z: a.x * b.y - a.y * b.x });
+const sum = (a, b, factor) => ({ x: a.x + factor * b.x, y: a.y + factor * b.y, z: a.z + factor * b.z });
+
+// The vector turned by an angle about an axis at right angles to it.
+function turned(vector, axis, angle) {
+  const along = sum({ x: 0, y: 0, z: 0 }, vector, Math.cos(angle));
+  return sum(along, cross(axis, vector), Math.sin(angle) / Math.hypot(axis.x, axis.y, axis.z));
+}
+
+// Turn the view to the right and upwards by angles, and let the camera stand `distance` times as far away.
+function moveCamera(right, upwards, distance) {
+  if (plot.hidden || !plot.layout) return;
+  const { eye, up, center } = plot.layout.scene.camera;
+  let away = sum(eye, center, -1);
+  const across = cross(up, away);
+  const upright = cross(away, across); // as `up`, but at right angles to the view
+  away = turned(turned(away, upright, right), turned(across, upright, right), upwards);
+  const tilted = turned(upright, turned(across, upright, right), upwards);
+  const length = Math.hypot(tilted.x, tilted.y, tilted.z);
+  Plotly.relayout(plot, {
+    "scene.camera.eye": sum(center, away, distance),
+    "scene.camera.up": sum({ x: 0, y: 0, z: 0 }, tilted, 1 / length),
+  });
 }
 
 function clear() {
@@ -306,7 +341,7 @@ function toggleSpace() {
   const part = parts[shown[current]];
   if (!part.cloud) return;
   space.open = !space.open;
-  if (space.open) draw(part);
+  if (space.open) draw(part).then(() => plot.scrollIntoView({ block: "nearest" }));
   else clear();
 }
 
