@@ -14,7 +14,7 @@ from dataset import AnomalyDataset, index_split
 from feature_extractors import pipeline
 from feature_extractors.config import DetectorConfig
 from feature_extractors.detector import Detector
-from feature_extractors.memory_bank import select_coreset
+from feature_extractors.memory_bank import MemoryBank, select_coreset
 from feature_extractors.pipeline import fit_detector
 from feature_extractors.training_features import TrainingFeatures
 from utils.metrics import evaluate
@@ -135,6 +135,17 @@ def test_bank_sizes(run: Run) -> None:
 
 # Training samples against their own bank differ more: there the original's distances cancel.
 DISTANCE_TOLERANCES = {"test": 5e-3, "late": 0.03}
+# Where squared distances cancel, their last digits are those of the squared norms, and hang on how the processor's
+# matrix product rounds: one and a half were seen between two processors.
+CANCELLED_ULPS = 4
+# How many epochs an SVM takes hangs on such digits of the training samples: coefficients, and scores with them, were
+# seen to move by 0.3 % from one processor to another.
+SVM_TOLERANCE = 5e-3
+
+
+def squared_norm_ulp(bank: MemoryBank) -> float:
+    """The last digit of the largest squared norm in fp32."""
+    return float(np.spacing(bank.rows.square().sum(dim=1).max().numpy()))
 
 
 @pytest.mark.parametrize(("phase", "tolerance"), DISTANCE_TOLERANCES.items())
@@ -143,13 +154,15 @@ def test_nearest_distances(run: Run, phase: str, tolerance: float) -> None:
         bank = run.detector.banks[name]
         queries = [bank.statistics.normalize(getattr(each, name)) for each in run.samples[phase]]
         ours = [bank.nearest(each, "cancelling" if phase == "test" else "everywhere")[0] for each in queries]
-        theirs = run.recorded[f"minval_{phase}_{name}"]
-        np.testing.assert_allclose(torch.stack(ours).view(theirs.shape), theirs, rtol=0, atol=tolerance)
+        theirs = run.recorded[f"minval_{phase}_{name}"].astype(np.float64)
+        found = torch.stack(ours).view(theirs.shape).double().numpy()
+        lost = np.abs(found**2 - theirs**2) <= CANCELLED_ULPS * squared_norm_ulp(bank)
+        np.testing.assert_allclose(np.where(lost, theirs, found), theirs, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("phase", "levels"), [("test", 1), ("late", 5)])
 def test_bank_maps_and_scores(run: Run, phase: str, levels: int) -> None:
-    """Maps within a level of the recorded 8-bit image (training samples: five), scores within 1e-3.
+    """Maps within a level of the recorded 8-bit image (training samples: five), scores within 1e-3 (5e-3).
 
     A training sample is so close to its own bank that the original's distances have lost digits, and how its matrix
     product rounds depends on the processor and on the last digit of a feature. Maps may differ there by what the
@@ -157,7 +170,7 @@ def test_bank_maps_and_scores(run: Run, phase: str, levels: int) -> None:
     """
     divisor = run.detector.config.method.score_divisor
     for name in run.bank(phase):
-        ulp = float(np.spacing(run.detector.banks[name].rows.square().sum(dim=1).max().numpy()))
+        ulp = squared_norm_ulp(run.detector.banks[name])
         for i, each in enumerate(run.samples[phase]):
             scores, maps = run.detector.bank_results(each)
             scale = float(run.recorded[f"blurscale_{phase}_{name}"][i])
@@ -167,13 +180,15 @@ def test_bank_maps_and_scores(run: Run, phase: str, levels: int) -> None:
             assert np.abs(ours - theirs).max() <= allowed + 0.1, f"{name} map of sample {i}"
             if f"s_{phase}_{name}" in run.recorded:
                 score = run.recorded[f"s_{phase}_{name}"][i]
-                rounding = 4 * ulp / (2 * scale) / divisor if phase == "late" else 0.0  # dd = d(d^2) / 2d
-                assert scores[name] == pytest.approx(score, rel=1e-3, abs=rounding)
+                rounding = CANCELLED_ULPS * ulp / (2 * scale) / divisor if phase == "late" else 0.0  # dd = d(d^2) / 2d
+                near = 5e-3 if phase == "late" else 1e-3
+                assert scores[name] == pytest.approx(score, rel=near, abs=rounding)
 
 
 def test_image_scores(run: Run) -> None:
     ours = [prediction.score for prediction in run.predictions]
-    np.testing.assert_allclose(ours, run.recorded["image_preds"], rtol=1e-3)
+    tolerance = SVM_TOLERANCE if run.detector.decision_fusion else 1e-3
+    np.testing.assert_allclose(ours, run.recorded["image_preds"], rtol=tolerance)
 
 
 def test_fused_maps(run: Run) -> None:
@@ -198,5 +213,5 @@ def test_support_vector_machines(run: Run) -> None:
         assert run.detector.config.method.fusion != "svm"
         return
     fusion = run.detector.decision_fusion
-    np.testing.assert_allclose(fusion.score_coef, run.meta["svm"]["detect_fuser"]["coef"], rtol=1e-3)
+    np.testing.assert_allclose(fusion.score_coef, run.meta["svm"]["detect_fuser"]["coef"], rtol=SVM_TOLERANCE)
     np.testing.assert_allclose(fusion.map_coef, run.meta["svm"]["seg_fuser"]["coef"], rtol=1e-2)
