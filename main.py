@@ -243,8 +243,7 @@ def save_predictions(class_name: str, files: list[SampleFiles], results: list[Sa
 
 def table_note(config: DetectorConfig) -> str:
     """What every table says beside the method's name: backbones, protocol, and whether features are fused."""
-    names = {"rgb": config.rgb_backbone_name, "xyz": config.xyz_backbone_name}
-    backbones = ", ".join(f"{modality} {names[modality]}" for modality in sorted(config.method.modalities))
+    backbones = ", ".join(f"{modality} {name}" for modality, name in config.backbone_names.items())
     note = f"Backbones: {backbones}. Protocol: {applied_flags(config)['protocol']}."
     if "fusion" in config.method.banks and not config.use_uff:
         note += " Without --use_uff the fusion bank holds the concatenated features, unfused (the paper's ablation)."

@@ -64,8 +64,7 @@ def fit_class(size_name: str, train: int, distinct: int, memory_budget: float, d
 
 def _like(seen: PatchFeatures, generator: torch.Generator) -> PatchFeatures:
     """The features of another part of the same kind."""
-    patches = {name: each for name in ("rgb", "xyz", "fusion") if (each := getattr(seen, name)) is not None}
-    return PatchFeatures(**{name: varied(each, generator) for name, each in patches.items()})
+    return PatchFeatures(*(None if each is None else varied(each, generator) for each in seen))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -113,6 +113,12 @@ class DetectorConfig:
         return METHODS[self.method_name]
 
     @property
+    def backbone_names(self) -> dict[str, str]:
+        """The networks of the branches that the method has, by modality, sorted."""
+        names = {"rgb": self.rgb_backbone_name, "xyz": self.xyz_backbone_name}
+        return {modality: names[modality] for modality in sorted(self.method.modalities)}
+
+    @property
     def lambdas_of_banks(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """The factors of the scores and of the maps of the method's banks, in their order."""
         places = [BANKS.index(name) for name in self.method.banks]

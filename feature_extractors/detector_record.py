@@ -183,10 +183,8 @@ def _dotted(name: str, key: str) -> str:
 def _check_record(path: Path, record: DetectorRecord) -> None:
     """What the types do not tell."""
     config, thresholds = record.config, record.thresholds
-    names = {"rgb": config.rgb_backbone_name, "xyz": config.xyz_backbone_name}
-    expected = {modality: names[modality] for modality in config.method.modalities}
-    if {modality: backbone.name for modality, backbone in record.backbones.items()} != expected:
-        raise damaged(path, f"names other backbones than its config, which has {shortened(expected)}")
+    if {modality: backbone.name for modality, backbone in record.backbones.items()} != config.backbone_names:
+        raise damaged(path, f"names other backbones than its config, which has {shortened(config.backbone_names)}")
     if record.method != config.method_name:
         raise damaged(path, f"has method {shortened(record.method)}, but its config {config.method_name}")
     if record.dtype not in STORAGE_DTYPES:

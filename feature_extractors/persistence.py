@@ -114,7 +114,6 @@ def save_detector(
     if fault:
         raise InputError(f"the detector has {fault}, and would find every part good: check its training samples")
     content, config = save(state), replace(detector.config, precision=extractor.precision)
-    names = {"rgb": detector.config.rgb_backbone_name, "xyz": detector.config.xyz_backbone_name}
     try:
         with atomic_folder(folder) as temporary:
             # By way of bytes: save_file makes files that nobody but their owner may read.
@@ -127,10 +126,7 @@ def save_detector(
                 package_versions(),
                 config,
                 config_checksum(config),
-                {
-                    each: SavedBackbone(names[each], extractor.checksums[each])
-                    for each in sorted(detector.config.method.modalities)
-                },
+                {each: SavedBackbone(name, extractor.checksums[each]) for each, name in config.backbone_names.items()},
                 detector.thresholds,
                 storage,
                 hashlib.sha256(content).hexdigest(),
