@@ -28,12 +28,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.measuring import describe_machine, in_fresh_process, memory_slope, write_json
+from benchmarks.rows import CORESET_EPS
 from benchmarks.workload import PART, SCAN_SIZE, SEED, SIZES, build_networks, detector_config, grown
 from dataset import make_sample
 from feature_extractors.decision_fusion import DecisionFusion
 from feature_extractors.detector import Detector
 from feature_extractors.extractor import build_extractor
-from feature_extractors.memory_bank import MemoryBank
+from feature_extractors.memory_bank import BankStatistics, MemoryBank, select_coreset
 from feature_extractors.persistence import load_detector, save_detector
 from feature_extractors.pipeline import calibrate_detectors
 from judging import Output, PartReader, Reading, Verdict, judge_parts
@@ -80,15 +81,14 @@ class Workplace(NamedTuple):
 def prepare(place: Workplace, networks: str, train: int, distinct: int) -> None:
     """Write checkpoints, `distinct` cleaned parts and a detector with the banks of `train` good ones.
 
-    How long a search takes does not hang on which rows a bank holds: they are patches of these parts, with noise where
-    they are more than that.
+    The banks hold a coreset of as many other parts, repeated with noise up to the size of one of `train` parts.
     """
     place.checkpoints.mkdir()
     config = detector_config(SIZES["published"], "fp32", **NETWORKS[networks])
     if networks == "published":
         _write_checkpoints(place.checkpoints)
     samples = []
-    for part in map(place.part, range(distinct)):
+    for part in map(place.part, range(2 * distinct)):  # the second half is not judged
         assert part.rgb is not None and part.xyz is not None
         scan = make_scan(PART, f"test/good/{part.name}", SCAN_SIZE, SEED)
         xyz, rgb, _ = clean_scan(scan.xyz, scan.rgb, None, CleaningRule())
@@ -97,14 +97,17 @@ def prepare(place: Workplace, networks: str, train: int, distinct: int) -> None:
         Image.fromarray(rgb).save(part.rgb)
         samples.append(make_sample(part.name, rgb, xyz, config.img_size))
     extractor = build_extractor(config, place.checkpoints, Path("none"))
-    features = extractor.extract(samples)
+    judged, learned = extractor.extract(samples[:distinct]), extractor.extract(samples[distinct:])
     rows = {"xyz": int(config.f_coreset * train * config.xyz_grid**2)}
     rows["rgb"] = int(config.f_coreset * rows["xyz"])  # as the reference protocol has it
-    patches = {name: torch.cat([getattr(each, name) for each in features]) for name in rows}
-    banks = {name: MemoryBank(grown(patches[name], rows[name])) for name in rows}
+    banks = {}
+    for name, count in rows.items():
+        patches = torch.cat([getattr(each, name) for each in learned])
+        picks = select_coreset(patches, BankStatistics(), int(config.f_coreset * len(patches)), CORESET_EPS, SEED)
+        banks[name] = MemoryBank(grown(patches[picks], count))
     fusion = DecisionFusion(np.ones(2), np.ones(2), (1.0, 0.1), (1.0, 0.1))
     detector = Detector(config, extractor, banks, fusion)
-    calibrate_detectors({"": detector}, features, 0.01, "training")
+    calibrate_detectors({"": detector}, judged, 0.01, "validation")
     save_detector(detector, place.detector, class_name=PART)
 
 
