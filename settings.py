@@ -24,10 +24,11 @@ from feature_extractors.thresholds import check_target_fpr
 from models import XYZ_BACKBONES, rgb_spec
 from models.point_ops import BACKENDS, check_backend
 from models.point_transformer import POINT_NORMS
-from utils.distributed import choose_device
+from utils.distributed import Ranks, choose_device
 from utils.errors import InputError
 from utils.feature_store import PAIRINGS, STORAGE_DTYPES
 from utils.memory import default_memory_budget
+from work_division import PARALLEL
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class RunSettings:
     target_fpr: float
     save_detector: Path | None
     detector_dtype: torch.dtype
+    parallel: str
+    resume: bool
 
     def __post_init__(self) -> None:
         if not self.memory_budget > 0:
@@ -148,6 +151,11 @@ def _parser() -> argparse.ArgumentParser:
         default=0.01,
         help="false-alarm rate that thresholds are calibrated for, on validation/good, else on the training samples",
     )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with an interrupted run of the same flags: classes that it has finished in --output_dir are kept",
+    )
     add("--save_feature", action="store_true", help="write the training samples' patches for fusion_pretrain.py")
     add("--save_feature_path", type=Path, default=Path("datasets/patch_lib"), help="folder of these patch files")
     add("--feature_dtype", default="fp16", choices=STORAGE_DTYPES, help="numbers of these patch files")
@@ -182,8 +190,8 @@ def _parser() -> argparse.ArgumentParser:
         "--memory_budget",
         type=float,
         metavar="GB",
-        help="of the run, by default half of what there is; training features that take more than half of it lie in "
-        "files of the folder that the environment variable TMPDIR names",
+        help="of each process, by default half of what its machine has for each; training features that "
+        "take more than half of it lie in files of the folder that the environment variable TMPDIR names",
     )
     add("--train_feature_dtype", default="fp32", choices=STORAGE_DTYPES, help="numbers of these training features")
     add(
@@ -192,7 +200,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=BACKENDS,
         help="of the point searches; auto: k-d trees on CPU, on GPU triton or else torch; extension: see the README",
     )
-    add("--num_workers", type=int, default=2, help="threads that read files ahead")
+    add("--num_workers", type=int, default=2, help="threads of each process that read files ahead")
+    add(
+        "--parallel",
+        default="auto",
+        choices=PARALLEL,
+        help="of several processes (torchrun): each, or each group of them, takes classes of its own, or all share the "
+        "samples of one class after the other; auto: whichever ends sooner",
+    )
     return parser
 
 
@@ -258,8 +273,16 @@ def extraction_config(configs: Mapping[str, DetectorConfig]) -> DetectorConfig:
     )
 
 
-def run_settings(args: argparse.Namespace, config: DetectorConfig, methods: Sequence[str]) -> RunSettings:
-    """`config` is that of the extraction, `methods` those that run."""
+def method_folder(folder: Path, configs: Mapping[str, DetectorConfig], method: str) -> Path:
+    """Where that of a method goes which is for `folder`: there, or into a folder in it where several methods run."""
+    return folder / method if len(configs) > 1 else folder
+
+
+def run_settings(
+    args: argparse.Namespace, config: DetectorConfig, methods: Sequence[str], ranks: Ranks | None = None
+) -> RunSettings:
+    """`config` is that of the extraction, `methods` those that run, `ranks` the place of this process."""
+    ranks = ranks or Ranks()
     modalities = config.method.modalities
     if args.save_feature and len(modalities) < 2:
         raise InputError(
@@ -284,9 +307,12 @@ def run_settings(args: argparse.Namespace, config: DetectorConfig, methods: Sequ
             raise InputError(f"--{modality}_checkpoint is not used: {config.method_name} has no {modality} branch")
     if "rgb" in modalities:
         rgb_spec(config.rgb_backbone_name)  # an unknown name is refused here
-    device = choose_device(args.device)
+    device = choose_device(args.device, ranks.local_rank)
     check_backend(config.point_ops, device)
     loads = args.load_detector is not None
+    # The processes of a machine share its memory, but each has a GPU of its own.
+    neighbors = ranks.local_world_size if device.type == "cpu" else 1
+    budget = default_memory_budget(device) / neighbors if args.memory_budget is None else args.memory_budget
     if not loads and not config.use_uff and "fusion" in config.method.banks and args.fusion_module_path.exists():
         logger.warning("%s is not used: --use_uff is not given", args.fusion_module_path)
     return RunSettings(
@@ -306,9 +332,11 @@ def run_settings(args: argparse.Namespace, config: DetectorConfig, methods: Sequ
         max_sample=args.max_sample,
         num_workers=args.num_workers,
         device=device,
-        memory_budget=default_memory_budget(device) if args.memory_budget is None else args.memory_budget,
+        memory_budget=budget,
         train_feature_dtype=STORAGE_DTYPES[args.train_feature_dtype],
         target_fpr=args.target_fpr,
         save_detector=args.save_detector,
         detector_dtype=STORAGE_DTYPES[args.detector_dtype],
+        parallel=args.parallel,
+        resume=args.resume,
     )

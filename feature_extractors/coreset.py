@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from sklearn.random_projection import SparseRandomProjection, johnson_lindenstrauss_min_dim
 from torch import Tensor
-from tqdm import tqdm
+
+from utils.distributed import Group, counts_of_all, from_main, gather_rows, is_main, place_rows, rank, sum_of_all
+from utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ def random_projection(num_rows: int, dim: int, eps: float, random_state: int | N
     return torch.from_numpy(drawn.components_.toarray().T).float()
 
 
-def greedy_coreset(rows: Tensor, n: int, start: int = 0) -> Tensor:
+def greedy_coreset(rows: Tensor, n: int, start: int = 0, group: Group | None = None) -> Tensor:
     """Greedy k-centre: from `start` on, pick the row farthest from all picked ones; the lowest index wins a tie.
 
     Instead of reading all rows once a pick, each pass takes the m rows farthest from the selection and runs the rule
@@ -59,30 +61,37 @@ def greedy_coreset(rows: Tensor, n: int, start: int = 0) -> Tensor:
     than some thousand times their spread apart, that product may name a pick that is not quite the nearest, and the
     order, at ten times as much the choice, within a cluster is another than the sequential rule's.
 
+    Several processes may hold the rows, each those that follow on the rows of the rank before it. Each offers its
+    farthest rows; the m farthest of all are sent to every process, the first one picks from them, and each brings its
+    own rows up to date. What is sent a pass does not depend on the number of rows.
+
     Args:
-        rows: (N, D) float.
-        n: number of picks, 1 <= n <= N.
+        rows: (N, D) float, of this process; N may be 0.
+        n: number of picks, 1 <= n <= rows of all processes.
         start: index of the first pick.
+        group: the processes that hold the rows.
 
     Returns:
-        (n,) int64 indices in order of selection, all different, on the device of `rows`.
+        (n,) int64 indices in order of selection, all different, on the device of `rows`. They count the rows of all
+        processes, and are the same in each.
 
     Peak memory: beside `rows` in fp32 a (m, m) fp64 block and a few blocks of MAX_BLOCK_ENTRIES.
     """
-    if not 1 <= n <= len(rows):
-        raise ValueError(f"cannot pick {n} of {len(rows)} rows")
-    if not 0 <= start < len(rows):
-        raise ValueError(f"start is {start}, expected an index below {len(rows)}")
-    rows = rows.float()
-    center = rows.mean(dim=0)
-    nearest = rows.new_full((len(rows),), torch.inf)  # squared distance to the selection; -inf marks a picked row
+    counts = counts_of_all(len(rows), group)
+    total, begin = sum(counts), sum(counts[: rank(group)])
+    if not 1 <= n <= total:
+        raise ValueError(f"cannot pick {n} of {total} rows")
+    if not 0 <= start < total:
+        raise ValueError(f"start is {start}, expected an index below {total}")
+    shard = _Shard(rows.float(), begin, total, group)
     picks, apart = torch.tensor([start], device=rows.device), 0.0
+    picked = shard.fetch(picks)
     selected = [picks]
     count, candidates = 1, FIRST_CANDIDATES
-    with tqdm(total=n, initial=1, desc="coreset", leave=False, delay=2) as progress:
+    with progress_bar(total=n, initial=1, desc="coreset", delay=2) as progress:
         while count < n:
-            _update_nearest(nearest, rows, center, picks, apart)
-            picks, apart = _pick_among_farthest(nearest, rows, n - count, candidates)
+            shard.update(picks, picked, apart)
+            picks, picked, apart = shard.pick_among_farthest(n - count, candidates)
             selected.append(picks)
             count += len(picks)
             if len(picks) > candidates // 2:
@@ -93,47 +102,116 @@ def greedy_coreset(rows: Tensor, n: int, start: int = 0) -> Tensor:
     return torch.cat(selected)
 
 
-def _update_nearest(nearest: Tensor, rows: Tensor, center: Tensor, picks: Tensor, apart: float) -> None:
-    """Lower `nearest` to the squared distances to the new picks, in place; `picks` become -inf.
+class _Shard:
+    """The rows that a process holds, and how far each is from the selection. Indices count the rows of all processes.
 
-    `center` is the mean of the rows: without it norms are small and lose fewer digits in the product. `apart` is the
-    least squared distance of a new pick to those before it.
+    Args:
+        rows: (N, D) float32, of this process.
+        begin: index of the first of them.
+        total: number of rows of all processes.
+        group: the processes.
     """
-    chosen = rows[picks] - center
-    norms = chosen.square().sum(dim=1)
-    nearest[picks] = -torch.inf
-    touched = (nearest > SAFE_HALF * apart / 4).nonzero()[:, 0]
-    for part in touched.split(max(1, MAX_BLOCK_ENTRIES // max(len(picks), rows.shape[1]))):
-        of_part = rows[part]
-        # the row's own norm changes no order
-        closest = torch.addmm(norms, of_part - center, chosen.T, alpha=-2).argmin(dim=1)
-        distance = (of_part - rows[picks[closest]]).square_().sum(dim=1)
-        nearest[part] = torch.minimum(nearest[part], distance)
+
+    def __init__(self, rows: Tensor, begin: int, total: int, group: Group | None) -> None:
+        self.rows, self.begin, self.total, self.group = rows, begin, total, group
+        # Without their mean the rows have small norms, which lose fewer digits in the product.
+        sums = rows.new_zeros(rows.shape[1], dtype=torch.float64)
+        for part in rows.split(1 << 14):  # else all rows would be copied in fp64
+            sums += part.sum(dim=0, dtype=torch.float64)
+        self.center = (sum_of_all(sums, group) / total).float()
+        # Squared distance to the selection; -inf marks a picked row.
+        self.nearest = rows.new_full((len(rows),), torch.inf)
+
+    def fetch(self, index: Tensor) -> Tensor:
+        """The rows (K, D) of indices (K,), the same in every process."""
+        mine = self._holds(index)
+        return place_rows(self.rows[index[mine] - self.begin], mine.nonzero()[:, 0], len(index), self.group)
+
+    def update(self, picks: Tensor, picked: Tensor, apart: float) -> None:
+        """Lower `nearest` to the squared distances to the new picks; these become -inf.
+
+        Args:
+            picks: (K,) int64.
+            picked: (K, D), their rows.
+            apart: the least squared distance of a new pick to those before it.
+        """
+        self.nearest[picks[self._holds(picks)] - self.begin] = -torch.inf
+        touched = (self.nearest > SAFE_HALF * apart / 4).nonzero()[:, 0]
+        if len(touched) == 0:
+            return
+        chosen = picked - self.center
+        norms = chosen.square().sum(dim=1)
+        for part in touched.split(max(1, MAX_BLOCK_ENTRIES // max(len(picks), self.rows.shape[1]))):
+            of_part = self.rows[part]
+            # the row's own norm changes no order
+            closest = torch.addmm(norms, of_part - self.center, chosen.T, alpha=-2).argmin(dim=1)
+            distance = (of_part - picked[closest]).square_().sum(dim=1)
+            self.nearest[part] = torch.minimum(self.nearest[part], distance)
+
+    def pick_among_farthest(self, wanted: int, candidates: int) -> tuple[Tensor, Tensor, float]:
+        """Run the greedy rule among the farthest rows as long as it is the global rule.
+
+        Returns:
+            K picks, at least one and at most `wanted`; their rows (K, D), none where all are copies of picked ones; the
+            least squared distance of one to those before it.
+        """
+        m = min(candidates, self.total - 1)
+        distance, index = self._farthest(m + 1)
+        if distance[0] <= 0:  # every row left is a copy of a picked one
+            copies = (self.nearest == 0).nonzero()[:wanted] + self.begin
+            picks = gather_rows(copies, self.group)[0][:wanted, 0]
+            return picks, self.rows[:0], 0.0  # nothing comes closer to anything by a copy
+        tau = distance[m]  # the best row outside the candidates
+        index, by_index = index[:m].sort()
+        among = self.fetch(index)
+        found = greedy_among(among, distance[:m][by_index], tau, wanted) if is_main(self.group) else None
+        positions, apart = from_main(found, self.group)  # processors may round differently
+        positions = positions.to(index.device)
+        return index[positions], among[positions], apart
+
+    def _farthest(self, m: int) -> tuple[Tensor, Tensor]:
+        """Squared distances and indices (m,) of the rows of all processes farthest from the selection.
+
+        They descend. Of those at the largest distance the lowest index is among them and comes first; topk promises no
+        order among ties.
+        """
+        values, index = self.nearest.topk(min(m, len(self.nearest)))
+        if len(values):
+            first = (self.nearest == values[0]).nonzero()[0]
+            others = index != first
+            values, index = torch.cat([values[:1], values[others]]), torch.cat([first, index[others]])
+        # Both are exact in float64.
+        offered = gather_rows(torch.stack([values.double(), (index + self.begin).double()], dim=1), self.group)[0]
+        order = offered[:, 0].sort(descending=True, stable=True).indices[:m]  # of equal ones that of the lowest rank
+        return offered[order, 0], offered[order, 1].long()
+
+    def _holds(self, index: Tensor) -> Tensor:
+        """Which of the indices (K,) are of rows of this process, (K,) bool."""
+        return (index >= self.begin) & (index < self.begin + len(self.rows))
 
 
-def _pick_among_farthest(nearest: Tensor, rows: Tensor, wanted: int, candidates: int) -> tuple[Tensor, float]:
-    """Run the greedy rule among the farthest rows as long as it is the global rule.
+def greedy_among(among: Tensor, nearest: Tensor, tau: Tensor, wanted: int) -> tuple[Tensor, float]:
+    """Run the greedy rule among some rows, as long as its choice is the global one.
+
+    Args:
+        among: (m, D) float32, in the order that decides ties.
+        nearest: (m,) float64, their squared distances to the selection.
+        tau: the largest of all other rows.
+        wanted: picks at most.
 
     Returns:
-        at least one and at most `wanted` picks, and the least squared distance of one to those before it.
+        positions (K,) int64 in `among`, K at least 1, on the CPU; the least squared distance of a pick to those before.
     """
-    farthest = nearest.max()
-    if farthest <= 0:  # every row left is a copy of a picked one
-        return (nearest == 0).nonzero()[:wanted, 0], 0.0
-    m = min(candidates, len(nearest) - 1)
-    values, index = nearest.topk(m + 1)
-    tau = values[m]  # the best row outside the candidates
-    first = (nearest == farthest).nonzero()[0]  # topk promises no order among ties
-    index = torch.cat([index[:m][index[:m] != first], first]).sort().values
-    among, remaining = rows[index].double(), nearest[index].double()
-    among -= among[0].clone()  # small norms again; in fp64 this rounds nothing
-    norms = among.square().sum(dim=1)
-    between = torch.addmm(norms, among, among.T, alpha=-2).add_(norms[:, None]).clamp_(min=0)
+    remaining = nearest.clone()
+    rows = among.double()
+    rows -= rows[0].clone()  # small norms again; in fp64 this rounds nothing
+    norms = rows.square().sum(dim=1)
+    between = torch.addmm(norms, rows, rows.T, alpha=-2).add_(norms[:, None]).clamp_(min=0)
     # What the product may be wrong by. So close, it cannot tell a copy from a neighbour (the next update can), and
     # copies of a row tie only up to it.
     rounding = norms.max() * rows.shape[1] * torch.finfo(norms.dtype).eps
-    floor = torch.maximum(tau.double(), rounding)
-    limit = min(wanted, len(index))
+    floor = torch.maximum(tau, rounding)
+    limit = min(wanted, len(rows))
     positions: list[Tensor] = []
     distances: list[Tensor] = []
     while len(positions) < limit:
@@ -150,4 +228,4 @@ def _pick_among_farthest(nearest: Tensor, rows: Tensor, wanted: int, candidates:
     # Distances descend: those above the floor come first. The first pick is the global one whatever the floor.
     squared = torch.stack(distances)
     good = max(1, int((squared > floor).sum()))
-    return index[torch.cat(positions)[:good]], float((squared[good - 1] - rounding).clamp_(min=0))
+    return torch.cat(positions)[:good].cpu(), float((squared[good - 1] - rounding).clamp_(min=0))

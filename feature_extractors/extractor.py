@@ -67,6 +67,15 @@ class PatchExtractor:
         round_weights(other.feature_fusion, self.precision)
         return other
 
+    @property
+    def no_patches(self) -> PatchFeatures:
+        """The features of a sample without patches: (0, C) of each bank."""
+        networks = {"xyz": self.xyz_backbone, "rgb": self.rgb_backbone}
+        widths = {name: network.embed_dim for name, network in networks.items() if network is not None}
+        if "fusion" in self.config.method.banks:
+            widths["fusion"] = sum(widths.values())
+        return PatchFeatures(**{name: torch.empty(0, width, device=self.device) for name, width in widths.items()})
+
     @torch.inference_mode()
     def __call__(self, sample: Sample) -> PatchFeatures:
         """Extract the features of one sample; errors as of `extract`."""

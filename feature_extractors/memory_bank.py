@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from feature_extractors.coreset import greedy_coreset, random_projection
 from feature_extractors.training_features import Rows
+from utils.distributed import Group, all_reduce_sum, from_main, sum_of_all, world_size
 from utils.precision import choose_precision, whole_sums
 
 # Bound the block of products of one search. On the CPU few queries at once leave it in the cache.
@@ -15,6 +17,9 @@ QUERIES_AT_ONCE_ON_CPU = 256
 # Where a distance is computed by expanded squares, as the reference does: where its square is below this share of the
 # squared norms. Below 2^-9 of them it keeps less than four digits there.
 EXPANDED_BELOW = {"nowhere": 0.0, "cancelling": 2.0**-9, "everywhere": torch.inf}
+# Where bf16 leaves a larger share of the rows as candidates of a query, and more than a few, their direct differences
+# would take longer than products in fp32, which leave hardly more than one.
+MOST_CANDIDATES, FEW_CANDIDATES = 1 / 256, 16
 # Bounds the direct differences that are computed at once, 64 MB.
 MAX_DIFFERENCE_ENTRIES = 1 << 24
 
@@ -36,22 +41,34 @@ class MemoryBank:
         rows: (N, D) float32, already normalised.
         statistics: what they were normalised with, for the queries.
         precision: of the products that look for candidates, see utils.precision; the result does not depend on it.
+            Where bf16 cannot tell the rows apart, the search goes on in fp32.
     """
 
     def __init__(self, rows: Tensor, statistics: BankStatistics | None = None, precision: str = "auto") -> None:
         self.rows = rows
         self.statistics = statistics or BankStatistics()
-        half = choose_precision(precision, rows.device) == "bf16"
         self._center = rows.mean(dim=0)
         centered = rows - self._center  # small norms: the product keeps more digits
         self._norms = centered.square().sum(dim=1)
         self._lengths = self._norms.sqrt()
+        self._search_in(choose_precision(precision, rows.device), centered)
+
+    def _search_in(self, precision: str, centered: Tensor) -> None:
+        """Look for candidates by products of the centred rows in this precision."""
+        half = precision == "bf16"
         self._candidates = centered.to(torch.bfloat16 if half else torch.float32)
         # A sum of D products in fp32 is wrong by less than D 2^-24 |q| |r|, and so are the squared distances that it is
         # held against; bf16 rounds both factors and the result, by 2^-8 each. The product counts twice in a squared
         # distance. This holds for values whose squares neither overflow nor underflow.
-        self._rounding = 2 * (rows.shape[1] + 64) * 2.0**-24
+        self._rounding = 2 * (centered.shape[1] + 64) * 2.0**-24
         self._product_error = 2 * (self._rounding + 3.03 * 2.0**-8 * half)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def with_rows(self, rows: Tensor) -> "MemoryBank":
+        """A bank of other rows in the place of these."""
+        return MemoryBank(rows, self.statistics)
 
     def nearest(self, queries: Tensor, expanded: str = "nowhere") -> tuple[Tensor, Tensor]:
         """The nearest bank row of each query; the full distance matrix never exists.
@@ -103,7 +120,13 @@ class MemoryBank:
             self._product_error * squares.sqrt()[:, None],
             self._lengths,
         ).add_(self._norms, alpha=self._rounding)
-        query, row = (partial <= limit).nonzero(as_tuple=True)  # (pairs,) each
+        close = partial <= limit
+        most = max(FEW_CANDIDATES, MOST_CANDIDATES * len(self.rows)) * len(queries)
+        if self._candidates.dtype == torch.bfloat16 and int(close.count_nonzero()) > most:
+            del partial, limit, close
+            self._search_in("fp32", self.rows - self._center)  # from now on
+            return self._nearest_of(queries)
+        query, row = close.nonzero(as_tuple=True)  # (pairs,) each
         squared = self._squared_distances(queries, query, row)
         best = found.scatter_reduce(0, query, squared, "amin")
         among_best = squared == best[query]
@@ -125,6 +148,10 @@ class MemoryBank:
         distance = torch.linalg.vector_norm(self.rows - self.rows[row], dim=1)
         return distance.sort(stable=True).indices[:k]
 
+    def neighborhood(self, row: int | Tensor, k: int) -> Tensor:
+        """The rows (k, D) at `neighbors`, the nearest first; fewer where the bank has fewer."""
+        return self.rows[self.neighbors(row, k)]
+
 
 def _squared_norms(rows: Tensor) -> Tensor:
     return rows.square().sum(dim=1, keepdim=True)
@@ -141,23 +168,35 @@ def _expanded_distances(queries: Tensor, rows: Tensor) -> Tensor:
     return (factors @ rows.T).clamp_min_(0).sqrt_()
 
 
-def mean_and_std(rows: Rows, step: int = 1 << 14) -> BankStatistics:
-    """Mean and unbiased standard deviation over all entries of (N, D) rows, accumulated in fp64, chunk by chunk."""
-    count = len(rows) * rows.shape[1]
-    mean = sum(float(chunk.double().sum()) for chunk in rows.split(step)) / count
+def mean_and_std(rows: Rows, step: int = 1 << 14, group: Group | None = None) -> BankStatistics:
+    """Mean and unbiased standard deviation over all entries of (N, D) rows, accumulated in fp64, chunk by chunk.
+
+    `rows` are those of this process; the result is that of the rows of all processes of the group.
+    """
+    device = torch.device("cpu")
+    total = sum(float(chunk.double().sum()) for chunk in rows.split(step))
+    total, count = all_reduce_sum((total, len(rows) * rows.shape[1]), device, group)
+    mean = total / count
     squares = sum(float((chunk.double() - mean).square().sum()) for chunk in rows.split(step))
+    (squares,) = all_reduce_sum((squares,), device, group)
     return BankStatistics(mean, (squares / (count - 1)) ** 0.5)
 
 
-def select_coreset(rows: Rows, statistics: BankStatistics, n: int, eps: float, random_state: int | None) -> Tensor:
+def select_coreset(
+    rows: Rows, statistics: BankStatistics, n: int, eps: float, random_state: int | None, group: Group | None = None
+) -> Tensor:
     """Choose n of the (N, D) raw rows: normalise, project at random, then greedy k-centre from index 0.
 
-    Normalisation and projection work chunk by chunk; besides `rows` only the projected rows exist.
+    Normalisation and projection work chunk by chunk; besides `rows` only the projected rows exist. Where several
+    processes hold the rows, they are those of this process, and N, n and the indices count those of all.
 
     Returns:
-        (n,) int64 indices in order of selection.
+        (n,) int64 indices in order of selection, the same in all processes of the group.
     """
-    projection = random_projection(len(rows), rows.shape[1], eps, random_state)
+    if random_state is None and world_size(group) > 1:  # all draw the same projection
+        random_state = from_main(int(np.random.default_rng().integers(2**32)), group)
+    count = int(sum_of_all(torch.tensor(len(rows)), group))
+    projection = random_projection(count, rows.shape[1], eps, random_state)
     if projection is not None:
         projection = projection.to(rows.device)
     projected = torch.empty(len(rows), rows.shape[1] if projection is None else projection.shape[1], device=rows.device)
@@ -167,4 +206,4 @@ def select_coreset(rows: Rows, statistics: BankStatistics, n: int, eps: float, r
         of_chunk = normalised if projection is None else normalised @ projection
         projected[begin : begin + len(chunk)] = of_chunk
         begin += len(chunk)
-    return greedy_coreset(projected, n)
+    return greedy_coreset(projected, n, group=group)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from feature_extractors.banks import Bank
 from feature_extractors.decision_fusion import DecisionFusion
 from feature_extractors.detector import Detector
 from feature_extractors.detector_record import (
@@ -85,7 +86,7 @@ def round_banks(detector: Detector, dtype: torch.dtype) -> None:
         InputError: a bank does not fit in the dtype.
     """
     for name, bank in detector.banks.items():
-        detector.banks[name] = MemoryBank(_rows_in(dtype, name, bank).to(bank.rows.dtype), bank.statistics)
+        detector.banks[name] = bank.with_rows(_rows_in(dtype, name, bank).to(bank.rows.dtype))
 
 
 def save_detector(
@@ -94,7 +95,7 @@ def save_detector(
     """Write a fitted detector as a folder; a detector that is there is replaced once the new one is whole.
 
     Args:
-        detector: fitted, its thresholds calibrated or not.
+        detector: fitted, its thresholds calibrated or not; its banks whole, see Detector.whole.
         folder: absent, empty, or a detector.
         class_name: what kind of part it judges; None: the folder's name.
         dtype: of the banks' rows, float32 or float16. Half precision halves the file and changes the scores slightly;
@@ -212,7 +213,7 @@ def _state_of(detector: Detector, dtype: torch.dtype) -> State:
     return state
 
 
-def _rows_in(dtype: torch.dtype, name: str, bank: MemoryBank) -> Tensor:
+def _rows_in(dtype: torch.dtype, name: str, bank: Bank) -> Tensor:
     rows = bank.rows.to(dtype)
     if bank.rows.isfinite().all() and not rows.isfinite().all():
         raise InputError(f"the {name} bank holds values that {dtype} cannot: save it in torch.float32 (fp32)")
@@ -248,7 +249,7 @@ def _restore(saved: SavedDetector, extractor: PatchExtractor) -> tuple[Detector,
     uff = {}
     if config.use_uff:
         uff = {key: state.pop(key) for key in sorted(state) if key.startswith("feature_fusion.")}
-    widths = _bank_widths(extractor)
+    widths = {name: patches.shape[1] for name, patches in extractor.no_patches._asdict().items() if patches is not None}
     _check_state(path, state, _expected_state(record, widths))
     fault = _fault_of_values(state | uff)
     if fault:
@@ -281,13 +282,6 @@ def _read_state(path: Path, sha256: str) -> State:
         return load(content)
     except SafetensorError as error:
         raise damaged(path, f"is no safetensors file ({error})") from None
-
-
-def _bank_widths(extractor: PatchExtractor) -> dict[str, int]:
-    """Width of a row of each bank."""
-    networks = {"rgb": extractor.rgb_backbone, "xyz": extractor.xyz_backbone}
-    widths = {name: network.embed_dim for name, network in networks.items() if network is not None}
-    return widths | {"fusion": sum(widths.values())}
 
 
 def _expected_state(

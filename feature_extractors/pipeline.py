@@ -1,30 +1,31 @@
-"""Fitting a detector on good parts, calibrating its thresholds, and running it over the test split."""
+"""Fitting a detector on good parts, calibrating its thresholds, and running it over the test split.
 
-import logging
+Several processes may share the work. Each then has samples of its own, in the order of the ranks, and all call these
+functions together.
+"""
+
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from feature_extractors.banks import build_banks
 from feature_extractors.config import DetectorConfig
 from feature_extractors.decision_fusion import DecisionFusion, fit_decision_fusion
 from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
-from feature_extractors.memory_bank import BankStatistics, MemoryBank, mean_and_std, select_coreset
 from feature_extractors.thresholds import calibrate
-from feature_extractors.training_features import PatchRows, TrainingFeatures
-from utils.errors import InputError
+from feature_extractors.training_features import TrainingFeatures
+from utils.distributed import Group, from_main, gather_items, in_step, is_main
 from utils.metrics import decision_metrics, latency_percentiles
 from utils.metrics import evaluate as compute_metrics
+from utils.progress import progress_bar
 from utils.records import PatchFeatures, Prediction, Sample
-
-logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -78,26 +79,28 @@ def collect_features(
     *,
     memory_budget: float = math.inf,
     dtype: torch.dtype = torch.float32,
+    group: Group | None = None,
 ) -> TrainingFeatures:
     """Extract every sample of good parts once.
 
     Args:
         extractor: see PatchExtractor.
-        samples: to fit on, or to calibrate with.
+        samples: to fit on, or to calibrate with; those of this process.
         count: how many there are.
         stopwatch: where the seconds are added.
         on_features: called with each sample and its features, to save them for instance.
         memory_budget: see TrainingFeatures.
         dtype: see TrainingFeatures.
+        group: the processes that share the class.
     """
-    collected = TrainingFeatures(count, memory_budget, dtype)
+    collected = TrainingFeatures(count, memory_budget, dtype, empty=extractor.no_patches, group=group)
     with (stopwatch or Stopwatch()).measure("extract"):
-        progress = tqdm(samples, total=count, desc="features", unit="sample", leave=False)
+        progress = progress_bar(samples, total=count, desc="features", unit="sample")
         for batch in batches(progress, extractor.batch_size):
             for sample, features in zip(batch, extractor.extract(batch), strict=True):
                 if on_features is not None:
                     on_features(sample, features)
-                collected.append(features)
+                collected.append(features, sample.path)
     return collected
 
 
@@ -115,62 +118,45 @@ def fit_detector(
     return detector
 
 
-def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str, MemoryBank]:
-    """Statistics, coreset and normalised rows of each bank of the method, in its order (xyz first)."""
-    method, protocol = config.method, config.protocol
-    drop_background = protocol.drop_background or config.rm_zero_for_project
-    rows = {name: features.rows(name, None if name == "rgb" else config.asy_memory_bank) for name in method.banks}
-    if "xyz" in rows and drop_background:
-        rows["xyz"] = _without_background(rows["xyz"], config)
-    statistics = _bank_statistics(config, rows)
-    banks: dict[str, MemoryBank] = {}
-    reduced_xyz = None
-    for name, raw in rows.items():
-        base = len(raw) if protocol.own_coreset_size or reduced_xyz is None else reduced_xyz
-        chosen = _select(config, features, name, raw, statistics[name], base)
-        if name == "xyz":
-            reduced_xyz = len(chosen)
-            if drop_background:
-                chosen = torch.cat([chosen, statistics[name].normalize(chosen.new_zeros(1, chosen.shape[1]))])
-            elif method.zero_row:  # zero after normalisation, so the mean patch and not the background: the reference's
-                chosen = chosen[(chosen != 0).all(dim=1)]
-                chosen = torch.cat([chosen, chosen.new_zeros(1, chosen.shape[1])])
-        banks[name] = MemoryBank(chosen, statistics[name])
-        logger.info("%s bank: %d of %d patches", name, len(chosen), len(raw))
-    return banks
-
-
 def calibrate_detectors(
     detectors: Mapping[str, Detector],
     features: Iterable[PatchFeatures],
     target_fpr: float,
     source: str,
     stopwatches: Mapping[str, Stopwatch] | None = None,
+    group: Group | None = None,
 ) -> None:
     """Set the thresholds of each detector, from what it says about good parts.
 
-    Keeps a map, img_size**2 float32, of each part and detector until all are judged.
+    Keeps a map, img_size**2 float32, of each part and detector until all are judged; the first process, of all parts.
 
     Args:
         detectors: by name of the method.
-        features: of the good parts, none of them of the banks' parts where there is a choice.
+        features: of the good parts, none of them of the banks' parts where there is a choice; those of this process.
         target_fpr: see thresholds.calibrate.
         source: see thresholds.calibrate.
         stopwatches: where the seconds of each detector are added.
+        group: the processes that share the class.
     """
     stopwatches = stopwatches or {name: Stopwatch() for name in detectors}
     scores: dict[str, list[float]] = {name: [] for name in detectors}
     maps: dict[str, list[Tensor]] = {name: [] for name in detectors}
-    for each in features:
+    for each in _together(detectors.values(), features, group):
         for name, detector in detectors.items():
+            if each is None:
+                detector.take_part()
+                continue
             with stopwatches[name].measure("calibrate"):
                 prediction = detector.predict_features(each)
             scores[name].append(prediction.score)
             maps[name].append(prediction.anomaly_map)
     for name, detector in detectors.items():
         with stopwatches[name].measure("calibrate"):
-            planes = [plane.numpy() for plane in maps.pop(name)]
-            detector.thresholds = calibrate(scores[name], planes, target_fpr, source)
+            scores_of_all, maps_of_all = gather_items(scores[name], group), gather_items(maps.pop(name), group)
+            thresholds = None
+            if is_main(group):
+                thresholds = calibrate(scores_of_all, [plane.numpy() for plane in maps_of_all], target_fpr, source)
+            detector.thresholds = from_main(thresholds, group)
 
 
 def evaluate(
@@ -178,6 +164,7 @@ def evaluate(
     samples: Iterable[Sample],
     count: int,
     stopwatches: Mapping[str, Stopwatch] | None = None,
+    group: Group | None = None,
 ) -> dict[str, Evaluation]:
     """Judge every test sample, in order, by each detector, and compute the metrics of the class.
 
@@ -186,24 +173,30 @@ def evaluate(
 
     Args:
         detectors: by name of the method.
-        samples: of the test split.
+        samples: of the test split; those of this process.
         count: how many there are.
         stopwatches: where the seconds of each detector are added.
+        group: the processes that share the class.
 
     Returns:
-        what each detector said.
+        what each detector said of the samples of all processes, in the first process of the group; nothing in others.
     """
     stopwatches = stopwatches or {name: Stopwatch() for name in detectors}
     extractor = next(iter(detectors.values())).extractor
     results: dict[str, list[SampleResult]] = {name: [] for name in detectors}
-    progress = tqdm(samples, total=count, desc="test", unit="sample", leave=False)
-    for batch in batches(progress, extractor.batch_size):
-        extracted, seconds = extract_timed(extractor, batch, stopwatches)
+    progress = progress_bar(samples, total=count, desc="test", unit="sample")
+    extracted = _extracted(extractor, progress, stopwatches)
+    for each in _together(detectors.values(), extracted, group):
         for name, detector in detectors.items():
-            for sample, features in zip(batch, extracted, strict=True):
-                results[name].append(_result(detector, sample, features, seconds / len(batch), stopwatches[name]))
+            if each is None:
+                detector.take_part()
+            else:
+                results[name].append(_result(detector, *each, stopwatches[name]))
     evaluations = {}
-    for name, of_detector in results.items():
+    for name in detectors:
+        of_detector = gather_items(results.pop(name), group)
+        if not is_main(group):
+            continue
         with stopwatches[name].measure("metrics"):
             metrics = compute_metrics(
                 [result.label for result in of_detector],
@@ -249,6 +242,23 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
+def _extracted(
+    extractor: PatchExtractor, samples: Iterable[Sample], stopwatches: Mapping[str, Stopwatch]
+) -> Iterator[tuple[Sample, PatchFeatures, float]]:
+    """Each sample, its features, and its share of the seconds that its batch took."""
+    for batch in batches(samples, extractor.batch_size):
+        extracted, seconds = extract_timed(extractor, batch, stopwatches)
+        for sample, features in zip(batch, extracted, strict=True):
+            yield sample, features, seconds / len(batch)
+
+
+def _together(
+    detectors: Collection[Detector], items: Iterable[Item], group: Group | None
+) -> Iterable[Item] | Iterator[Item | None]:
+    """The items, followed by None while other processes have items left, where these ask this one's shards of banks."""
+    return in_step(items, group) if any(detector.is_sharded for detector in detectors) else items
+
+
 def extract_timed(
     extractor: PatchExtractor, batch: Sequence[Sample], stopwatches: Mapping[str, Stopwatch]
 ) -> tuple[list[PatchFeatures], float]:
@@ -275,55 +285,21 @@ def _result(
     return SampleResult(sample.path, sample.label, sample.mask[0], prediction, extraction + seconds)
 
 
-def _bank_statistics(config: DetectorConfig, rows: dict[str, PatchRows]) -> dict[str, BankStatistics]:
-    if config.protocol.own_statistics or config.method.statistics == "own":
-        return {name: mean_and_std(raw) for name, raw in rows.items()}
-    if config.method.statistics == "shared":
-        shared = BankStatistics(mean_and_std(rows["xyz"]).mean, mean_and_std(rows["rgb"]).std)
-        return dict.fromkeys(rows, shared)
-    return dict.fromkeys(rows, BankStatistics())
-
-
-def _without_background(xyz: PatchRows, config: DetectorConfig) -> PatchRows:
-    """The rows of patches with a valid point. --rm_zero_for_project keeps only rows without any exact zero."""
-
-    def wanted(rows: Tensor) -> Tensor:
-        nonzero = rows != 0
-        return nonzero.all(dim=1) if config.rm_zero_for_project else nonzero.any(dim=1)
-
-    kept = xyz.where(wanted)
-    if len(kept) == 0:
-        raise InputError(
-            f"none of the {len(xyz)} xyz patches of the training samples is left without the background: "
-            "check the scans, or use --protocol reference without --rm_zero_for_project"
-        )
-    return kept
-
-
-def _select(
-    config: DetectorConfig, features: TrainingFeatures, name: str, raw: PatchRows, statistics: BankStatistics, base: int
-) -> Tensor:
-    """The normalised coreset of raw rows; its size is f_coreset of `base`, within 1 and all rows.
-
-    A coreset is chosen once for all methods that ask for the same one. Without a random_state each chooses its own.
-    """
-    if config.f_coreset == 1:
-        return statistics.normalize(raw[torch.arange(len(raw))])
-    n = min(max(int(config.f_coreset * base), 1), len(raw))
-    key = (name, len(raw), statistics, n, config.coreset_eps, config.random_state)
-    chosen = features.coresets.get(key)
-    if chosen is None:
-        chosen = select_coreset(raw, statistics, n, config.coreset_eps, config.random_state)
-        if config.random_state is not None:
-            features.coresets[key] = chosen
-    return statistics.normalize(raw[chosen])
-
-
 def _fit_fusion(detector: Detector, features: TrainingFeatures) -> DecisionFusion:
-    config = detector.config
-    scores, maps = [], []
-    for i in tqdm(range(len(features)), desc="decision fusion", unit="sample", leave=False):
+    config, group = detector.config, features.group
+    scores: list[list[float]] = []
+    maps: list[list[Tensor]] = []
+    samples = progress_bar(range(len(features)), desc="decision fusion", unit="sample")
+    for i in _together([detector], samples, group):
+        if i is None:
+            detector.take_part(to_fit=True)
+            continue
         bank_scores, bank_maps = detector.bank_results(features.sample(i))
         scores.append(list(bank_scores.values()))
         maps.append(list(bank_maps.values()))
-    return fit_decision_fusion(scores, maps, *config.lambdas_of_banks, config.ocsvm_nu, config.ocsvm_maxiter)
+    scores, maps = gather_items(scores, group), gather_items(maps, group)
+    fusion = None
+    if is_main(group):
+        lambdas = config.lambdas_of_banks
+        fusion = fit_decision_fusion(scores, maps, *lambdas, config.ocsvm_nu, config.ocsvm_maxiter)
+    return from_main(fusion, group)

@@ -1,4 +1,4 @@
-"""The raw patch features of all training samples, kept once: in memory as far as it goes, else in a mapped file."""
+"""The raw patch features of the training samples, kept once: in memory as far as it goes, else in a mapped file."""
 
 import logging
 import mmap
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from feature_extractors.config import BANKS
+from utils.distributed import Group, counts_of_all, rank
 from utils.errors import InputError
 from utils.feature_store import to_storage
 from utils.memory import MEMORY_FILE_SYSTEMS, file_system_of
@@ -70,6 +71,8 @@ class PatchRows:
 
     def where(self, wanted: Callable[[Tensor], Tensor], step: int = 1 << 14) -> "PatchRows":
         """The rows for which `wanted`, of (step, D), is True; nothing is copied."""
+        if len(self) == 0:
+            return self
         mask = torch.cat([wanted(part) for part in self.split(step)]).to(self.stored.device)
         kept = mask.nonzero()[:, 0] if self.kept is None else self.kept[mask]
         return PatchRows(self.stored, self.device, self.release, kept)
@@ -82,22 +85,37 @@ Rows = Tensor | PatchRows  # (N, D): both have len, shape, split and a choice of
 
 
 class TrainingFeatures:
-    """The features of all training samples: the banks are built from them and scored with them.
+    """The features of the training samples: the banks are built from them and scored with them.
 
     One array per bank, filled in place, so that nothing is ever concatenated. For M3DM's three banks a sample takes
     41 MB in float32: 3136 x 1152 + 784 x 768 + 3136 x 1920 numbers. Where all samples would take more than half of the
     memory budget, the arrays are files mapped into memory, in the folder for temporary files (the environment variable
     TMPDIR), which vanish with the process however it ends. What has been read of them is not held in memory.
 
+    Where several processes share a class, each keeps those of its own samples, which follow on those of the rank before
+    it, and the banks are built from all of them.
+
     Args:
-        capacity: number of training samples.
-        memory_budget: of the whole run, GB.
+        capacity: number of training samples, of this process.
+        memory_budget: of this process, GB.
         dtype: of the numbers kept, float32 or float16; zeros stay the only zeros.
+        empty: the features of a sample without patches, which a process may need that has no sample.
+        group: the processes that share the class.
     """
 
-    def __init__(self, capacity: int, memory_budget: float = float("inf"), dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        memory_budget: float = float("inf"),
+        dtype: torch.dtype = torch.float32,
+        *,
+        empty: PatchFeatures | None = None,
+        group: Group | None = None,
+    ) -> None:
         self.capacity = capacity
         self.count = 0
+        self.empty = empty or PatchFeatures()
+        self.group = group
         self.memory_budget = memory_budget
         self.dtype = dtype
         self.coresets: dict[tuple[Any, ...], Tensor] = {}  # what methods fitted on the same features share
@@ -112,8 +130,8 @@ class TrainingFeatures:
     def on_disk(self) -> bool:
         return bool(self._maps)
 
-    def append(self, features: PatchFeatures) -> None:
-        """Keep the features of the next sample.
+    def append(self, features: PatchFeatures, path: str | None = None) -> None:
+        """Keep the features of the next sample, which an error calls by its path, or else by its number.
 
         Raises:
             InputError: the file that is to hold them does not fit on its disk, or they hold NaN or infinity.
@@ -128,7 +146,7 @@ class TrainingFeatures:
                 if each.isfinite().all():
                     mend = "use --train_feature_dtype fp32"
                 raise InputError(
-                    f"the {name} features of good sample {self.count} hold NaN or infinity as "
+                    f"the {name} features of {path or f'good sample {self.count}'} hold NaN or infinity as "
                     f"{str(self.dtype).removeprefix('torch.')}: {mend}"
                 )
             self._arrays[name][self.count] = stored
@@ -144,7 +162,11 @@ class TrainingFeatures:
         return PatchFeatures(**features)
 
     def rows(self, name: str, samples: int | None = None) -> PatchRows:
-        """Patches (samples * patches, C) of the first `samples` samples (None: all)."""
+        """Those patches of the first `samples` samples of all processes (None: all) that are here, (rows, C)."""
+        if samples is not None:
+            samples = max(0, samples - sum(counts_of_all(self.count, self.group)[: rank(self.group)]))
+        if not self._arrays:
+            return PatchRows(getattr(self.empty, name))
         stored = self._arrays[name][: self.count][:samples].flatten(0, 1)
         return PatchRows(stored, self._device, lambda: self._release(name))
 

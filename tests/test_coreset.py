@@ -65,13 +65,13 @@ def set_candidates(monkeypatch: pytest.MonkeyPatch, candidates: int) -> None:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of new picks at each pass over all rows."""
     counts: list[int] = []
-    update = coreset._update_nearest
+    update = coreset._Shard.update
 
-    def counting(nearest: Tensor, rows: Tensor, center: Tensor, picks: Tensor, apart: float) -> None:
+    def counting(self: coreset._Shard, picks: Tensor, picked: Tensor, apart: float) -> None:
         counts.append(len(picks))
-        update(nearest, rows, center, picks, apart)
+        update(self, picks, picked, apart)
 
-    monkeypatch.setattr(coreset, "_update_nearest", counting)
+    monkeypatch.setattr(coreset._Shard, "update", counting)
     return counts
 
 

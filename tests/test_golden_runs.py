@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dataset import AnomalyDataset, index_split
-from feature_extractors import pipeline
+from feature_extractors import banks
 from feature_extractors.config import DetectorConfig
 from feature_extractors.detector import Detector
 from feature_extractors.memory_bank import MemoryBank, select_coreset
@@ -83,7 +83,7 @@ def run(
     for each in training:
         collected.append(each)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "select_coreset", recording)
+        patch.setattr(banks, "select_coreset", recording)
         detector = fit_detector(config, None, collected)
     files = {file.path: file for file in index_split(goldens / "data" / "bagel", "test", frozenset({"rgb"}))}
     dataset = AnomalyDataset([files[stem] for stem in stems], frozenset({"rgb"}), config.img_size)

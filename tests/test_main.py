@@ -32,6 +32,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import main
+import one_class
 from dataset import AnomalyDataset, index_split
 from feature_extractors import extractor as extractor_module
 from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
@@ -471,13 +472,13 @@ def test_the_memory_budget_decides_where_training_features_lie(
     base: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_disk: list[bool] = []
-    fit = main.fit_detector
+    fit = one_class.fit_detector
 
     def noticing(config: DetectorConfig, extractor: object, features: TrainingFeatures, *rest: object) -> object:
         on_disk.append(features.on_disk)
         return fit(config, extractor, features, *rest)
 
-    monkeypatch.setattr(main, "fit_detector", noticing)
+    monkeypatch.setattr(one_class, "fit_detector", noticing)
     for i, flags in enumerate(([], ["--memory_budget", 1e-6])):
         run_into(tmp_path / str(i), *base, *DOUBLE, *flags)
     assert on_disk == [False, True]

@@ -162,6 +162,20 @@ def test_half_precision_finds_what_full_precision_finds(kind: str, dim: int) -> 
     assert (half[1] == expected_index).float().mean() > 0.9  # others tie in fp32
 
 
+def test_rows_too_close_for_bf16_are_searched_in_fp32() -> None:
+    """Each of 2000 rows is a little off one of four, within what bf16 rounds: half a quarter of them are candidates."""
+    rows = random_rows(4, 64, 0).repeat(500, 1) + 1e-3 * random_rows(2000, 64, 1)
+    bank, asked = MemoryBank(rows, precision="bf16"), rows[::7] + 1e-4 * random_rows(286, 64, 2)
+    distance, index = bank.nearest(asked)
+    assert bank._candidates.dtype == torch.float32
+    expected, nearest = nearest_twin(asked, rows)
+    torch.testing.assert_close(distance, expected.float(), rtol=1e-5, atol=1e-7)
+    assert torch.equal(index, nearest)
+    spread = MemoryBank(random_rows(2000, 64, 3), precision="bf16")
+    spread.nearest(asked)
+    assert spread._candidates.dtype == torch.bfloat16
+
+
 def test_few_candidates_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hardly more than one a query, in either precision."""
     pairs: list[int] = []
@@ -180,7 +194,7 @@ def test_few_candidates_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_equal_queries_are_searched_for_once(blocks: list[int]) -> None:
     """Patches of the background, against a bank that holds many of them too."""
-    bank = MemoryBank(torch.cat([torch.zeros(200, 6), random_rows(50, 6, 0)]))
+    bank = MemoryBank(torch.cat([torch.zeros(200, 6), random_rows(50, 6, 0)]), precision="fp32")
     queries = torch.cat([torch.zeros(300, 6), random_rows(20, 6, 1), torch.zeros(10, 6)])
     distance, index = bank.nearest(queries)
     assert sum(blocks) == 21

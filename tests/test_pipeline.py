@@ -26,7 +26,8 @@ from tiny_networks import (
 )
 from torch import Tensor
 
-from feature_extractors import pipeline
+from feature_extractors import banks, pipeline
+from feature_extractors.banks import build_banks
 from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
 from feature_extractors.decision_fusion import fit_decision_fusion
 from feature_extractors.detector import Detector
@@ -36,7 +37,6 @@ from feature_extractors.pipeline import (
     Evaluation,
     SampleResult,
     Stopwatch,
-    build_banks,
     calibrate_detectors,
     collect_features,
     evaluate,
@@ -210,7 +210,7 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         counts.append((len(raw), n))
         return select_coreset(raw, statistics, n, *rest)
 
-    monkeypatch.setattr(pipeline, "select_coreset", counting)
+    monkeypatch.setattr(banks, "select_coreset", counting)
     return counts
 
 

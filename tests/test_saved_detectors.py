@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from tiny_networks import one_thread  # noqa: F401 (a fixture, of the module's runs too)
 
 import main
+import one_class
 from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
 from feature_extractors.detector_record import read_saved
 from models.feature_fusion import FeatureFusion
@@ -202,7 +203,7 @@ def test_several_methods_share_their_features(
 def test_nothing_is_fitted_or_written_beside_the_results(
     data: Path, single: tuple[Run, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(main, "fit_class", lambda *_: pytest.fail("fitted"))
+    monkeypatch.setattr(one_class, "fit_class", lambda *_: pytest.fail("fitted"))
     link = tmp_path / "data/bagel"
     link.mkdir(parents=True)
     (link / "test").symlink_to(data / "bagel/test")  # training scans are not needed
@@ -255,7 +256,7 @@ def test_a_validation_scan_at_fault_is_told_before_the_fit(
     capsys: pytest.CaptureFixture[str], base: list[object], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And an older detector there is found as before, also by a run of several methods that wanted to be beside it."""
-    monkeypatch.setattr(main, "fit_detector", lambda *_: pytest.fail("fitted"))
+    monkeypatch.setattr(one_class, "fit_detector", lambda *_: pytest.fail("fitted"))
     shutil.copytree(data / "bagel", tmp_path / "parts/bagel")
     write_cloud(tmp_path / "parts/bagel/validation/good/xyz/001.tiff", np.zeros((SIDE, SIDE, 3), np.float32))
     flags = [*base, "--dataset_path", tmp_path / "parts", "--method_name", "DINO", "Point_MAE"]

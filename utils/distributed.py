@@ -1,16 +1,32 @@
-"""One process or several: the torchrun environment, and collectives that are no-ops in a single process."""
+"""One process or several: the torchrun environment, and collectives that are no-ops in a single process.
 
+Every collective takes the group of processes that takes part in it, None for all. All of a group have to call it.
+"""
+
+import io
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from utils.errors import InputError
+
+Item = TypeVar("Item")
+Group = dist.ProcessGroup
+
+# How long a process waits for the others in a collective. They may have hours of work left; one that has died is
+# noticed by its closed connection, and by the launcher, at once.
+PATIENCE = timedelta(days=2)
+# How long a process that lost another leaves the word to that one, and to the launcher, which ends all.
+DEFERENCE = 5.0  # seconds
+SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
 
 
 @dataclass(frozen=True)
@@ -20,6 +36,7 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0  # on this machine: the index of its GPU
+    local_world_size: int = 1  # processes on this machine
 
 
 def find_ranks(local_rank: int | None = None, world_size: int | None = None, dist_url: str = "env://") -> Ranks:
@@ -38,7 +55,10 @@ def find_ranks(local_rank: int | None = None, world_size: int | None = None, dis
         raise InputError(f"the environment has {found[0]} but not both RANK and WORLD_SIZE: start with torchrun")
     if found:
         ranks = Ranks(
-            int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", local_rank or 0))
+            int(os.environ["RANK"]),
+            int(os.environ["WORLD_SIZE"]),
+            int(os.environ.get("LOCAL_RANK", local_rank or 0)),
+            int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         )
         if world_size not in (None, ranks.world_size):
             raise InputError(f"--world_size {world_size}, but the launcher started {ranks.world_size} processes")
@@ -50,7 +70,7 @@ def find_ranks(local_rank: int | None = None, world_size: int | None = None, dis
         raise InputError(f"--world_size {world_size} without torchrun needs --local_rank 0 ... {world_size - 1}")
     if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
         raise InputError("several processes without torchrun need --dist_url, for example tcp://localhost:29500")
-    return Ranks(local_rank, world_size, local_rank)
+    return Ranks(local_rank, world_size, local_rank, world_size)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -77,83 +97,228 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 @contextmanager
 def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") -> Iterator[None]:
-    """Connect the processes while the block runs (NCCL on GPUs, Gloo on CPUs); nothing to do for a single one."""
+    """Connect the processes while the block runs; nothing to do for a single one.
+
+    Tensors on GPUs travel by NCCL, those on CPUs by Gloo.
+
+    Raises:
+        LostProcess: in the block, a collective failed since another process has ended.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ranks.world_size == 1:
         yield
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=dist_url, rank=ranks.rank, world_size=ranks.world_size)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, init_method=dist_url, rank=ranks.rank, world_size=ranks.world_size, timeout=PATIENCE
+    )
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in SIGNS_OF_LOSS):
+            raise
+        time.sleep(DEFERENCE)
+        raise LostProcess("another process of the run has ended before its time: see its error") from None
+    # Not after an error: the others, who may be anywhere, would be waited for, and it would not be told.
+    dist.destroy_process_group()
 
 
-def is_main() -> bool:
-    """Whether this process is the one that reports and writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+@contextmanager
+def said_once(ranks: Ranks) -> Iterator[None]:
+    """For what all processes do alike before they are connected: the first alone speaks, others end silently."""
+    if ranks.rank == 0:
+        yield
+        return
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        try:
+            yield
+        except InputError:
+            raise SystemExit(2) from None
 
 
-def world_size() -> int:
-    """Number of processes of the run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+class LostProcess(InputError):
+    """Another process of the run has ended before its time; that one has said why."""
 
 
-def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+def make_groups(count: int) -> tuple[Group | None, int]:
+    """Divide the processes of the run into `count` groups of neighbouring ranks, as even as can be.
+
+    Returns:
+        the group of this process, None where it is that of all, and its number.
+    """
+    if count == 1:
+        return None, 0
+    members = [list(share(world_size(), count, number)) for number in range(count)]
+    groups = [dist.new_group(ranks, timeout=PATIENCE) for ranks in members]  # every process has to make every group
+    own = next(number for number, ranks in enumerate(members) if dist.get_rank() in ranks)
+    group = groups[own]
+    assert isinstance(group, Group)  # others get a number in its place
+    return group, own
+
+
+def share(count: int, shares: int, number: int, step: int = 1) -> range:
+    """The items of 0 ... count - 1 that fall to share `number` of `shares`: contiguous, as even as can be.
+
+    Every share begins at a multiple of `step`.
+    """
+    steps = -(-count // step)
+    begin, end = (steps * each // shares * step for each in (number, number + 1))
+    return range(min(begin, count), min(end, count))
+
+
+def own_share(count: int, group: Group | None = None, step: int = 1) -> range:
+    """`share` of this process in its group."""
+    return share(count, world_size(group), rank(group), step)
+
+
+def is_main(group: Group | None = None) -> bool:
+    """Whether this process is the first of its group: of all, the one that reports and writes."""
+    return rank(group) == 0
+
+
+def rank(group: Group | None = None) -> int:
+    """The number of this process in its group."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def world_size(group: Group | None = None) -> int:
+    """Number of processes of the group."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def counts_of_all(count: int, group: Group | None = None) -> list[int]:
+    """What each process counts, in the order of the ranks."""
+    if world_size(group) == 1:
+        return [count]
+    own = torch.tensor([count], dtype=torch.int64)
+    counts = [torch.zeros_like(own) for _ in range(world_size(group))]
+    dist.all_gather(counts, own, group=group)
+    return [int(each) for each in counts]
+
+
+def gather_rows(rows: Tensor, group: Group | None = None) -> tuple[Tensor, int]:
     """The rows of all processes, in the order of the ranks; gradients flow back to where each row came from.
 
     Args:
         rows: (n, D), n may differ between the processes and be 0.
+        group: those that take part.
 
     Returns:
         (sum of all n, D), the same everywhere, and the position of this process's first row in it.
     """
-    if world_size() == 1:
+    if world_size(group) == 1:
         return rows, 0
-    own = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.zeros_like(own) for _ in range(world_size())]
-    dist.all_gather(counts, own)
-    sizes = [int(count) for count in counts]
-    gathered: Tensor = _GatherRows.apply(rows, sizes)
-    return gathered, sum(sizes[: dist.get_rank()])
+    sizes = counts_of_all(len(rows), group)
+    gathered: Tensor = _GatherRows.apply(rows, sizes, group)
+    return gathered, sum(sizes[: rank(group)])
 
 
 class _GatherRows(torch.autograd.Function):
     """all_gather of (n, D) rows, n as in `sizes`; the gradient of a row is summed over the processes."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
-        ctx.sizes = sizes
+    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: Group | None) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
         padded = rows.new_zeros(max(sizes), rows.shape[1])
         padded[: len(rows)] = rows
         received = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(received, padded)
+        dist.all_gather(received, padded, group=group)
         return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.split(ctx.sizes)[dist.get_rank()], None
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.split(ctx.sizes)[rank(ctx.group)], None, None
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
+def lowest_of_all(distance: Tensor, index: Tensor, group: Group | None = None) -> tuple[Tensor, Tensor]:
+    """The least distance of all processes at each place and its index, the lowest where distances tie.
+
+    Args:
+        distance: (M,) float, not negative; as many in each process.
+        index: (M,) int64, not negative.
+        group: those that take part.
+
+    Returns:
+        distance (M,) and index (M,), the same everywhere.
+    """
+    if world_size(group) == 1:
+        return distance, index
+    least = distance.clone()
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+    index = torch.where(distance == least, index, torch.iinfo(torch.int64).max)
+    dist.all_reduce(index, op=dist.ReduceOp.MIN, group=group)
+    return least, index
+
+
+def sum_of_all(values: Tensor, group: Group | None = None) -> Tensor:
+    """Sums over the processes, entry by entry, the same in all of them."""
+    if world_size(group) == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values, group=group)
+    return values
+
+
+def place_rows(rows: Tensor, places: Tensor, count: int, group: Group | None = None) -> Tensor:
+    """One block of rows, to which every process gives those that it has.
+
+    Args:
+        rows: (n, D), n may differ between the processes and be 0.
+        places: (n,) int64, where they come to lie.
+        count: of rows of the block. The processes together fill each place once.
+        group: those that take part.
+
+    Returns:
+        (count, D), the same everywhere.
+    """
+    block = rows.new_zeros(count, rows.shape[1])
+    block[places] = rows
+    if world_size(group) > 1:
+        dist.all_reduce(block, group=group)
+    return block
+
+
+def any_process(flag: bool, device: torch.device, group: Group | None = None) -> bool:
     """Whether the flag is set in any of the processes; the same answer in all of them."""
-    if world_size() == 1:
-        return flag
-    value = torch.tensor([float(flag)], device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+    return sum_of_all(torch.tensor([float(flag)], device=device), group).item() > 0
 
 
-def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]:
+def in_step(items: Iterable[Item], group: Group | None = None) -> Iterator[Item | None]:
+    """The items of this process, then None for as long as another process of the group has items left."""
+    iterator = iter(items)
+    while True:
+        item = next(iterator, None)
+        if not any_process(item is not None, torch.device("cpu"), group):
+            return
+        yield item
+
+
+def all_reduce_sum(values: Sequence[float], device: torch.device, group: Group | None = None) -> list[float]:
     """Sums of numbers over the processes, in float64, the same in all of them."""
-    summed = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(summed)
-    return [float(value) for value in summed]
+    return sum_of_all(torch.tensor(values, dtype=torch.float64, device=device), group).tolist()
+
+
+def gather_items(items: Sequence[Item], group: Group | None = None) -> list[Item]:
+    """The items of all processes, in the order of the ranks, in the first process of the group; none in the others.
+
+    They travel pickled, between the processes of one run.
+    """
+    if world_size(group) == 1:
+        return list(items)
+    gathered: list[Any] | None = [None] * world_size(group) if is_main(group) else None
+    dist.gather_object(list(items), gathered, group=group, group_dst=0)
+    return [item for part in gathered or () for item in part]
+
+
+def from_main(value: Item | None, group: Group | None = None) -> Item:
+    """What `value` is in the first process of the group; what the others give is not looked at."""
+    carrier: list[Any] = [value]
+    if world_size(group) > 1:
+        dist.broadcast_object_list(carrier, group=group, group_src=0)
+    return carrier[0]
 
 
 def gather_names(names: Sequence[str]) -> list[str]:
@@ -167,8 +332,4 @@ def gather_names(names: Sequence[str]) -> list[str]:
 
 def all_reduce_mean(value: Tensor) -> float:
     """Mean of a scalar tensor over the processes, the same number on each of them."""
-    value = value.detach().clone()
-    if dist.is_initialized():
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value.item()
+    return sum_of_all(value.detach().clone()).item() / world_size()

@@ -109,7 +109,7 @@ def write_results(output_dir: Path | str, results: Mapping[str, Any]) -> None:
 
     Raises ValueError for NaN and infinity, which JSON cannot hold, TypeError for what is no data; nothing is written.
     """
-    text = json.dumps(results, indent=1, allow_nan=False, default=_plain)
+    text = json.dumps(results, indent=1, allow_nan=False, default=plain_json)
     with atomic_path(Path(output_dir) / "results.json") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -185,13 +185,13 @@ def _fenced(code: str) -> list[str]:
     return [f"{fence}text", code, fence]
 
 
-def _plain(value: object) -> object:
+def plain_json(value: object) -> object:
     """What json asks for a value it does not know."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, PurePath):
         return str(value)
-    raise TypeError(f"results.json cannot hold a {type(value).__name__}: {value!r}")
+    raise TypeError(f"JSON cannot hold a {type(value).__name__}: {value!r}")
 
 
 def check_output(path: Path, inputs: Sequence[Path]) -> None:

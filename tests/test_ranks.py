@@ -1,0 +1,356 @@
+"""The collectives, the coreset and the statistics of rows that lie in several processes."""
+
+import os
+import signal
+import time
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from process_runs import CPU, MEMBERS, PROCESSES, Call, in_groups, run_processes, saved, shard_of
+from test_coreset import KINDS, greedy_twin, random_rows, set_candidates
+from tiny_networks import one_thread  # noqa: F401 (a fixture)
+from torch import Tensor
+
+from feature_extractors import memory_bank
+from feature_extractors.coreset import FIRST_CANDIDATES, greedy_coreset
+from feature_extractors.memory_bank import BankStatistics, mean_and_std, select_coreset
+from utils.distributed import (
+    Group,
+    Ranks,
+    all_reduce_sum,
+    any_process,
+    counts_of_all,
+    from_main,
+    gather_items,
+    gather_rows,
+    in_step,
+    is_main,
+    lowest_of_all,
+    make_groups,
+    own_share,
+    process_group,
+    rank,
+    share,
+    sum_of_all,
+    world_size,
+)
+from utils.errors import InputError
+
+# In a single process
+
+
+@pytest.mark.parametrize("step", [1, 2, 7])
+def test_shares_are_contiguous_even_and_end_at_steps(step: int) -> None:
+    for count, shares in product(range(30), range(1, 9)):
+        ranges = [share(count, shares, number, step) for number in range(shares)]
+        assert [item for each in ranges for item in each] == list(range(count))
+        assert all(each.stop == after.start for each, after in pairwise(ranges))
+        assert all(border % step == 0 or border == count for each in ranges for border in (each.start, each.stop))
+        steps = [-(-len(each) // step) for each in ranges]
+        assert max(steps) - min(steps) <= 1
+
+
+def test_shares_by_hand() -> None:
+    assert [share(10, 4, number) for number in range(4)] == [range(2), range(2, 5), range(5, 7), range(7, 10)]
+    assert [share(10, 3, number, 4) for number in range(3)] == [range(4), range(4, 8), range(8, 10)]
+    assert [share(2, 3, number) for number in range(3)] == [range(0), range(1), range(1, 2)]
+
+
+def test_a_single_process_has_it_all() -> None:
+    assert own_share(5) == range(5)
+    assert counts_of_all(3) == [3]
+    assert gather_items((1, 2)) == [1, 2]
+    assert from_main("mine") == "mine"
+    assert list(in_step([1, 2])) == [1, 2]
+    assert make_groups(1) == (None, 0)
+    distance, index = torch.tensor([2.0, 1.0]), torch.tensor([5, 0])
+    assert lowest_of_all(distance, index) == (distance, index)
+
+
+# In groups of several processes
+
+# Kind of the rows; how many there are; picks; first pick; candidates of a pass; cut.
+SELECTIONS = [
+    *((kind, 60, 60, 0, FIRST_CANDIDATES, 0) for kind in [*KINDS, "background"]),
+    *((kind, 60, 60, 0, 3, 1) for kind in [*KINDS, "background"]),
+    *((kind, 50, 30, 0, 1, 0) for kind in [*KINDS, "background"]),
+    *((kind, 80, 50, start, 20, cut) for kind, start, cut in [("random", 79, 0), ("grid", 33, 1), ("copies", 1, 2)]),
+    ("background", 3, 3, 2, 2, 0),  # fewer rows than processes
+    ("random", 900, 200, 0, 256, 0),
+]
+
+
+def made_up_rows(kind: str, count: int) -> Tensor:
+    if kind != "background":
+        return KINDS[kind](count, 5, 0)
+    rows = random_rows(count, 5, 0)
+    rows[torch.rand(count, generator=torch.Generator().manual_seed(1)) < 0.5] = 0.0
+    return rows
+
+
+def wide_rows() -> Tensor:
+    """Of a width that is projected."""
+    return 2.0 + 3.0 * random_rows(350, 250, 1)
+
+
+def rivals(processes: int) -> tuple[Tensor, Tensor]:
+    """Distances (processes, 200) of three values, so that most tie, or infinite, and indices without order."""
+    generator = torch.Generator().manual_seed(processes)
+    distance = torch.tensor([0.0, 1.0, 2.5, torch.inf])[torch.randint(0, 4, (processes, 200), generator=generator)]
+    return distance, torch.randint(0, 1000, (processes, 200), generator=generator)
+
+
+def hear(group: Group | None) -> dict[str, Any]:
+    """What every collective says; process r of the group has r items."""
+    own = rank(group)
+    values = torch.tensor([0.1 * own, 1.0], dtype=torch.float64)
+    distance, index = rivals(world_size(group))
+    found = {
+        "place": (own, world_size(group), is_main(group)),
+        "share": [list(own_share(count, group, step)) for count, step in [(10, 1), (2, 1), (10, 4)]],
+        "counts": counts_of_all(10 * own, group),
+        "items": gather_items([f"{own}.{number}" for number in range(own)], group),
+        "no items": gather_items([], group),
+        "main": from_main((own, "heard"), group),
+        "lowest": lowest_of_all(distance[own], index[own], group),
+        "sum": (sum_of_all(values, group), values, sum_of_all(torch.tensor([2**60 + own]), group)),
+        "sums": all_reduce_sum((0.1 * own, 1), CPU, group),
+        "rows": gather_rows(torch.full((own, 2), own), group),
+        "any": [any_process(own == place, CPU, group) for place in range(world_size(group) + 1)],
+        "in step": list(in_step(iter(range(3 * own % 4)), group)),
+        "nothing in step": list(in_step([], group)),
+    }
+    # Items may be worked at together.
+    found["sums in step"] = [sum_of_all(torch.tensor(item or 0), group).item() for item in in_step(range(own), group)]
+    return found
+
+
+def select(group: Group | None) -> dict[str, Any]:
+    """Picks and statistics of rows of which each process has its shard."""
+    picks = []
+    for kind, count, n, start, candidates, cut in SELECTIONS:
+        rows = made_up_rows(kind, count)
+        with pytest.MonkeyPatch.context() as patch:
+            set_candidates(patch, candidates)
+            picks.append(greedy_coreset(rows[shard_of(count, group, cut)], n, start, group))
+    errors = []
+    for n, start in [(61, 0), (0, 0), (5, 60), (5, -1)]:
+        try:
+            greedy_coreset(made_up_rows("random", 60)[shard_of(60, group)], n, start, group)
+        except ValueError as error:
+            errors.append(str(error))
+    own = wide_rows()[shard_of(350, group)]
+    seeds: list[int] = []
+    projection = memory_bank.random_projection
+
+    def overheard(count: int, dim: int, eps: float, random_state: int) -> Tensor | None:
+        seeds.append(random_state)
+        return projection(count, dim, eps, random_state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory_bank, "random_projection", overheard)
+        raw = [select_coreset(own, BankStatistics(1.5, 2.5), 60, 0.9, state, group) for state in (4, None, None)]
+    statistics = [tuple(mean_and_std(own, step, group)) for step in (1 << 14, 7)]
+    return {"picks": picks, "errors": errors, "raw": raw, "seeds": seeds, "statistics": statistics}
+
+
+def work(rank: int, folder: Path) -> None:
+    found: dict[Any, Any] = {}
+    with in_groups(rank, folder) as groups:
+        for size, group in groups.items():
+            found[size] = hear(group) | select(group)
+        found["numbers"] = []
+        for count in (1, 2, 3, 4):
+            group, number = make_groups(count)
+            found["numbers"].append((number, group is None, gather_items([rank], group), from_main(rank, group)))
+    torch.save(found, folder / f"{rank}.pth")
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int | None]]:
+    """Where all processes of this module saved what they found, those of LOSSES too, and their exit codes."""
+    folder = tmp_path_factory.mktemp("work")
+    calls: list[Call] = [(work, (rank, folder)) for rank in range(PROCESSES)]
+    for lost, end, waiting in LOSSES:
+        (folder / end).mkdir()
+        calls += [(lose, (rank, folder / end, lost, end, waiting)) for rank in range(3)]
+    return folder, run_processes(calls)
+
+
+@pytest.fixture(scope="module")
+def by_process(ran: tuple[Path, list[int | None]]) -> list[dict[Any, Any]]:
+    folder, codes = ran
+    assert codes[:PROCESSES] == [0] * PROCESSES
+    return [saved(folder, rank) for rank in range(PROCESSES)]
+
+
+@pytest.fixture(params=[(0, 1), *MEMBERS[1:]], ids=str)
+def found(request: pytest.FixtureRequest, by_process: list[dict[Any, Any]]) -> list[dict[str, Any]]:
+    """What the processes of a group found, in the order of their ranks."""
+    return [by_process[rank][len(request.param)] for rank in request.param]
+
+
+def test_groups_are_of_neighbouring_ranks(by_process: list[dict[Any, Any]]) -> None:
+    """One group of all, two halves, three of which the last is larger, and each process alone."""
+    for count, groups in enumerate([[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1], [2, 3]], [[0], [1], [2], [3]]]):
+        for number, members in enumerate(groups):
+            for each in members:
+                heard = members if each == members[0] else []
+                assert by_process[each]["numbers"][count] == (number, len(groups) == 1, heard, members[0])
+
+
+@pytest.mark.parametrize("members", MEMBERS, ids=str)
+def test_a_process_has_its_place_and_share_in_its_group(
+    by_process: list[dict[Any, Any]], members: tuple[int, ...]
+) -> None:
+    size = len(members)
+    for number, each in enumerate(members):
+        found = by_process[each][size]
+        assert found["place"] == (number, size, number == 0)
+        assert found["share"] == [list(share(*each)) for each in [(10, size, number), (2, size, number)]] + [
+            list(share(10, size, number, 4))
+        ]
+
+
+def test_what_is_gathered_comes_in_the_order_of_the_ranks(found: list[dict[str, Any]]) -> None:
+    ranks = range(len(found))
+    for place, each in enumerate(found):
+        assert each["counts"] == [10 * other for other in ranks]
+        assert each["items"] == [f"{other}.{number}" for other in ranks for number in range(other) if place == 0]
+        assert each["no items"] == []
+        gathered, begin = each["rows"]
+        assert gathered.tolist() == [[other, other] for other in ranks for _ in range(other)]
+        assert begin == sum(range(place))
+
+
+def test_all_processes_hear_the_same(found: list[dict[str, Any]]) -> None:
+    count = len(found)
+    total = sum(range(count))
+    for place, each in enumerate(found):
+        assert each["main"] == (0, "heard")
+        assert each["any"] == [True] * count + [False]
+        sums, own, whole = each["sum"]
+        assert sums.tolist() == each["sums"] == pytest.approx([0.1 * total, count], rel=1e-15)
+        assert own.tolist() == [0.1 * place, 1.0]  # untouched
+        assert whole.tolist() == [count * 2**60 + total]
+
+
+def test_of_the_nearest_that_tie_the_lowest_index_wins(found: list[dict[str, Any]]) -> None:
+    distance, index = (each.tolist() for each in rivals(len(found)))
+    expected = [
+        min(zip(*each, strict=True)) for each in zip(zip(*distance, strict=True), zip(*index, strict=True), strict=True)
+    ]
+    for each in found:
+        least, lowest = each["lowest"]
+        assert list(zip(least.tolist(), lowest.tolist(), strict=True)) == expected
+
+
+def test_processes_without_items_keep_step_with_the_longest(found: list[dict[str, Any]]) -> None:
+    ranks = range(len(found))
+    for place, each in enumerate(found):
+        assert each["in step"] == [*range(3 * place % 4), *[None] * (3 - 3 * place % 4)]  # process 1 has three
+        assert each["nothing in step"] == []
+        assert each["sums in step"] == [number * (len(found) - number - 1) for number in ranks[:-1]]
+
+
+def expected_picks(kind: str, count: int, n: int, start: int) -> list[int]:
+    rows = made_up_rows(kind, count)
+    picks = greedy_coreset(rows, n, start).tolist()
+    assert picks == greedy_twin(rows, n, start)
+    return picks
+
+
+@pytest.mark.parametrize("number", range(len(SELECTIONS)), ids=[" ".join(map(str, each)) for each in SELECTIONS])
+def test_picks_are_those_of_one_process(found: list[dict[str, Any]], number: int) -> None:
+    """The same in the same order, in all processes, wherever the rows lie."""
+    kind, count, n, start, *_ = SELECTIONS[number]
+    expected = expected_picks(kind, count, n, start)
+    for each in found:
+        assert each["picks"][number].dtype == torch.int64
+        assert each["picks"][number].tolist() == expected
+
+
+def test_wrong_numbers_of_picks_are_an_error_in_all_processes(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        assert each["errors"] == [
+            "cannot pick 61 of 60 rows",
+            "cannot pick 0 of 60 rows",
+            "start is 60, expected an index below 60",
+            "start is -1, expected an index below 60",
+        ]
+
+
+def test_statistics_are_those_of_all_rows(found: list[dict[str, Any]]) -> None:
+    rows = wide_rows().double()
+    expected = (float(rows.mean()), float(rows.std(correction=1)))
+    for each in found:
+        for statistics in each["statistics"]:
+            assert statistics == pytest.approx(expected, rel=1e-12)
+            assert statistics == found[0]["statistics"][0]
+
+
+def test_coresets_of_raw_rows_are_those_of_one_process(found: list[dict[str, Any]]) -> None:
+    """Without a random_state the first process draws one for all, another each time."""
+    seeds = found[0]["seeds"]
+    assert seeds[0] == 4
+    assert len(set(seeds)) == 3
+    for number, seed in enumerate(seeds):
+        expected = select_coreset(wide_rows(), BankStatistics(1.5, 2.5), 60, 0.9, seed)
+        for each in found:
+            assert each["seeds"] == seeds
+            assert torch.equal(each["raw"][number], expected)
+    assert not torch.equal(found[0]["raw"][0], found[0]["raw"][1])
+
+
+# A process that ends
+
+# Its rank, how it ends, and in what collective the others wait.
+LOSSES = [(1, "input error", "in step"), (0, "failure", "main"), (2, "kill", "items")]
+WAITING = {
+    "in step": lambda: list(in_step([1, 2])),
+    "main": lambda: from_main("mine"),
+    "items": lambda: gather_items(["mine"]),
+}
+
+
+def end_by(end: str) -> None:
+    if end == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if end == "failure":
+        raise RuntimeError("no memory left")
+    raise InputError("its scan is empty")
+
+
+def lose(rank: int, folder: Path, lost: int, end: str, waiting: str) -> None:
+    """Process `lost` ends while the others are in a collective; saved is what each raises, after how many seconds."""
+    said, begin = "", 0.0
+    try:
+        with process_group(Ranks(rank, 3, rank), CPU, f"file://{folder}/meet"):
+            sum_of_all(torch.ones(1))  # all are there
+            begin = time.monotonic()
+            if rank == lost:
+                time.sleep(0.5)
+                end_by(end)
+            WAITING[waiting]()
+            sum_of_all(torch.ones(1))  # the first may be left by a process that has done its own part
+    except (RuntimeError, InputError) as error:
+        said = f"{type(error).__name__}: {error}"
+    torch.save((said, time.monotonic() - begin), folder / f"{rank}.pth")
+
+
+def test_the_end_of_a_process_is_told_to_those_that_wait(ran: tuple[Path, list[int | None]]) -> None:
+    """At once, by a sentence; the process itself raises its own error."""
+    folder, codes = ran
+    assert codes[PROCESSES:] == [0] * 8 + [-signal.SIGKILL]
+    own = {"input error": "InputError: its scan is empty", "failure": "RuntimeError: no memory left"}
+    for lost, end, _ in LOSSES:
+        if end in own:
+            assert saved(folder / end, lost)[0] == own[end]
+        for waiting in {0, 1, 2} - {lost}:
+            said, seconds = saved(folder / end, waiting)
+            assert said.startswith("LostProcess: another process of the run has ended before its time: see its error")
+            assert "\n" not in said
+            assert seconds < 30
