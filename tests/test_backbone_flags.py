@@ -218,6 +218,6 @@ def test_every_method_with_the_small_vision_transformer(bagels: Path, tmp_path: 
         assert len(set(run.scores)) == 2
         assert torch.tensor(run.scores).isfinite().all()
         assert all(0 <= figure <= 1 for figure in run.pixel_figures)
-    assert len(files_below(runs["Fusion"].folder)) == 2 + 2 * 2
+    assert len(files_below(runs["Fusion"].folder)) == 3 + 2 * 2
     assert f"Backbones: rgb {SMALL_VIT}, xyz Point_MAE." in stdout
     assert "Without --use_uff" not in stdout

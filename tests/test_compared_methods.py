@@ -36,6 +36,7 @@ from utils.feature_store import PatchFileDataset
 from utils.records import PatchFeatures, Sample
 
 ALL = tuple(METHODS)
+OF_A_METHOD = ("results.json", "report.html", "classes/bagel.json")  # in the folder of each
 SCANS = ("test/good/000", "test/hole/000")
 CURVES = ["0.3, 100 thresholds", *(f"{limit}, exact curve" for limit in ("0.3", "0.1", "0.05", "0.01"))]
 # Flags that are for some of the methods, and for which.
@@ -164,9 +165,7 @@ def test_the_features_are_those_of_no_more_banks_than_needed() -> None:
 def test_results_lie_in_a_folder_of_each_method_and_tables_above(compare: Comparer) -> None:
     runs = compare()
     folder = runs["DINO"].folder.parent
-    assert files_below(folder) == sorted(
-        [*TABLES, *(f"{method}/{name}" for method in ALL for name in ("results.json", "report.html"))]
-    )
+    assert files_below(folder) == sorted([*TABLES, *(f"{method}/{name}" for method in ALL for name in OF_A_METHOD)])
 
 
 def test_tables_have_a_row_of_each_method(compare: Comparer) -> None:
@@ -202,7 +201,7 @@ def test_a_method_named_twice_counts_once(
     single = tmp_path / "single"
     run = read_run(single, printed("--method_name", "DINO", "DINO", *base, "--output_dir", single))
     assert figures(run) == figures(alone("DINO"))
-    assert files_below(single) == sorted([*TABLES, "results.json", "report.html"])  # as of one method: no folder DINO
+    assert files_below(single) == sorted([*TABLES, *OF_A_METHOD])  # as of one method: no folder DINO
 
     stdout = printed("--method_name", "Point_MAE", "DINO", "Point_MAE", *base, "--output_dir", tmp_path / "two")
     assert [row[0] for row in table_rows(tmp_path / "two", TABLES[0])] == ["Method", "Point_MAE", "DINO"]
@@ -227,7 +226,7 @@ def test_predictions_of_the_named_methods_are_saved(
     runs = compare_into(tmp_path, base, ("DINO", "Point_MAE"), "--save_preds", *named)
     for method, run in runs.items():
         expected = prediction_files() if method in saved else []
-        assert files_below(run.folder) == sorted(["results.json", "report.html", *expected])
+        assert files_below(run.folder) == sorted([*OF_A_METHOD, *expected])
     assert {path for path in files_below(tmp_path) if "/" not in path} == set(TABLES)
     maps = [tifffile.imread(tmp_path / method / prediction_files()[1]) for method in saved]
     assert all(plane.shape == (SIDE, SIDE) and np.ptp(plane) > 0 for plane in maps)

@@ -107,7 +107,7 @@ def uff(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_method_leaves_the_files_of_a_run(runs: Runner, method: str) -> None:
     run = runs("--method_name", method, "--memory_bank", METHODS[method].memory_bank)
     entry, results = run.entry, run.results
-    assert files_below(run.folder) == sorted([*TABLES, "results.json", "report.html"])
+    assert files_below(run.folder) == sorted([*TABLES, "results.json", "report.html", "classes/gasket.json"])
 
     assert list(results) == ["schema", "command", "args", "versions", "classes", "mean"]
     assert results["schema"] == 1
@@ -209,7 +209,9 @@ def test_saved_predictions_have_the_size_of_the_ground_truth(parts: Path, runs: 
     assert run.entry["samples"] == runs("--method_name", "DINO+Point_MAE", "--memory_bank", "multiple").entry["samples"]
     pictures = [f"pred_maps/gasket/{path.removeprefix('test/')}.png" for path in TEST_PATHS]
     maps = [f"anomaly_maps/gasket/{path}.tiff" for path in TEST_PATHS]
-    assert files_below(run.folder) == sorted([*TABLES, "results.json", "report.html", *pictures, *maps])
+    assert files_below(run.folder) == sorted(
+        [*TABLES, "results.json", "report.html", "classes/gasket.json", *pictures, *maps]
+    )
 
     planes = [tifffile.imread(run.folder / path) for path in maps]
     truth = [parts / "gasket" / Path(path).parent / "gt" / f"{Path(path).name}.png" for path in TEST_PATHS]
@@ -305,7 +307,7 @@ def test_finished_classes_are_kept_when_a_later_one_fails(
     flags = [*PIP_BACKBONES, *POINTS, "--dataset_path", tmp_path, "--classes", "gasket", "torn", "--output_dir", out]
     message = refusal(capsys, *flags, "--random_state", 0)
     assert str(scan) in message
-    assert files_below(out) == ["report.html", "results.json"]
+    assert files_below(out) == ["classes/gasket.json", "report.html", "results.json"]
     assert ">gasket</h2>" in (out / "report.html").read_text()
     results = json.loads((out / "results.json").read_text())
     assert list(results["classes"]) == ["gasket"]
@@ -377,6 +379,8 @@ def test_defaults_are_those_of_the_original() -> None:
         "memory_budget": None,
         "train_feature_dtype": "fp32",
         "num_workers": 2,
+        "parallel": "auto",
+        "resume": False,
     }
     assert args == original | added
     assert detector_configs(parse_args([])) == {"DINO+Point_MAE+Fusion": DetectorConfig()}

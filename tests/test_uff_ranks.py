@@ -50,12 +50,12 @@ COUNTS = {2: [[5, 2], [0, 4]], 3: [[5, 1, 7], [3, 0, 4]]}
 
 
 def test_ranks_come_from_the_environment_or_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     assert is_main()
     assert find_ranks() == find_ranks(local_rank=-1) == find_ranks(world_size=1) == Ranks(0, 1, 0)
     assert find_ranks(local_rank=1) == Ranks(0, 1, 1)  # alone, on the second GPU
-    assert find_ranks(1, 2, "tcp://localhost:29500") == Ranks(1, 2, 1)
+    assert find_ranks(1, 2, "tcp://localhost:29500") == Ranks(1, 2, 1, 2)
     for flags in [(None, 2, "tcp://localhost:1"), (2, 2, "tcp://localhost:1"), (1, 2, "env://")]:
         with pytest.raises(InputError, match="without torchrun"):
             find_ranks(*flags)
