@@ -123,9 +123,8 @@ def draw_scaling(path: Path, machine: Machine, costs: Sequence[Any], details: Ma
         "ko",
         label=f"measured, {sizes[-1] / 1e6:.2g} million rows",
     )
-    memory.set(title="Memory of a process", xlabel="processes", ylabel="MB", xscale="log", yscale="log")
+    memory.set(title="Memory of a process", xlabel="processes", ylabel="MB", ylim=(0, None))
     memory.set_xticks([1, 2, 3, 4], labels=["1", "2", "3", "4"], minor=False)
-    memory.minorticks_off()
     traffic.set(title="Received by a process", xlabel="rows", ylabel="MB", ylim=(0, None), xlim=(0, None))
     time_axes.set(title="Coreset, model", xlabel="processes", ylabel="seconds", xscale="log", yscale="log")
     time_axes.set_xticks(PROCESSES, labels=[str(count) for count in PROCESSES], minor=False)
