@@ -92,9 +92,12 @@ def read_class(output_dir: Path, name: str, flags: Mapping[str, Any], inputs: st
             "--resume, or delete it, and its class is computed anew"
         )
     kept: Any = content.get("report")
-    if content.get("report_sha256") != _checksum(kept) or kept.get("name") != name:
+    if not isinstance(kept, dict) or content.get("report_sha256") != _checksum(kept) or kept.get("name") != name:
         raise _damaged(path)
-    return _report(**kept)
+    try:
+        return _report(**kept)
+    except (TypeError, ValueError):
+        raise _damaged(path) from None
 
 
 def _binding(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -144,7 +144,9 @@ def _remarks(published: Published | None, undefined: bool) -> str:
 
 
 def _class_section(each: ClassReport, place: str) -> str:
-    counts = [f"<b>{each.outcomes.get(name, 0)}</b> {_plural(name, each.outcomes.get(name, 0))}" for name in OUTCOMES]
+    counts = [
+        f"<b>{escape(each.outcomes.get(name, 0))}</b> {_plural(name, each.outcomes.get(name, 0))}" for name in OUTCOMES
+    ]
     if each.decision is None:
         counts = [f"<b>{each.total}</b> parts, no threshold"]
     else:
@@ -209,7 +211,7 @@ def _timing(classes: Sequence[ClassReport]) -> str:
     longest = max(sum(each.entry["seconds"].values()) for each in classes) or 1.0
     stages = dict.fromkeys(chain.from_iterable(each.entry["seconds"] for each in classes))
     latencies = [each.entry.get("latency") for each in classes]
-    heads = ["Class", "Seconds", *(stage.capitalize() for stage in stages)]
+    heads = ["Class", "Seconds", *(escape(stage.capitalize()) for stage in stages)]
     heads += ["Latency of a part<small>median · 95 % · 99 %</small>"] * any(latencies) + ["Peak memory"]
     rows = []
     for each, latency in zip(classes, latencies, strict=True):
