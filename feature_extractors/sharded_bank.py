@@ -73,7 +73,7 @@ class ShardedBank:
         by_place = place.argsort(dim=0)
         nearest = distance.gather(0, by_place).sort(dim=0, stable=True).indices[: min(k, len(self))]
         places = place.gather(0, by_place).gather(0, nearest)  # (k, queries of all): equal distances by their place
-        rows = self._rows_at(places.T.flatten()).view(len(asked), -1, self.rows.shape[1])
+        rows = self._rows_at(places.T.flatten()).view(len(asked), min(k, len(self)), self.rows.shape[1])
         return rows[own] if len(row) else self.rows[:0]
 
     def take_part(self, expanded: str, k: int) -> None:

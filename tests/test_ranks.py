@@ -31,6 +31,7 @@ from utils.distributed import (
     lowest_of_all,
     make_groups,
     own_share,
+    place_rows,
     process_group,
     rank,
     share,
@@ -108,6 +109,7 @@ def hear(group: Group | None) -> dict[str, Any]:
     own = rank(group)
     values = torch.tensor([0.1 * own, 1.0], dtype=torch.float64)
     distance, index = rivals(world_size(group))
+    places = torch.tensor([place for place in (5, 2, 0, 4, 1, 3) if place**2 % world_size(group) == own]).long()
     found = {
         "place": (own, world_size(group), is_main(group)),
         "share": [list(own_share(count, group, step)) for count, step in [(10, 1), (2, 1), (10, 4)]],
@@ -119,6 +121,7 @@ def hear(group: Group | None) -> dict[str, Any]:
         "sum": (sum_of_all(values, group), values, sum_of_all(torch.tensor([2**60 + own]), group)),
         "sums": all_reduce_sum((0.1 * own, 1), CPU, group),
         "rows": gather_rows(torch.full((own, 2), own), group),
+        "block": place_rows(torch.stack([places, torch.full_like(places, own)], dim=1), places, 6, group),
         "any": [any_process(own == place, CPU, group) for place in range(world_size(group) + 1)],
         "in step": list(in_step(iter(range(3 * own % 4)), group)),
         "nothing in step": list(in_step([], group)),
@@ -224,6 +227,8 @@ def test_what_is_gathered_comes_in_the_order_of_the_ranks(found: list[dict[str, 
         gathered, begin = each["rows"]
         assert gathered.tolist() == [[other, other] for other in ranks for _ in range(other)]
         assert begin == sum(range(place))
+        # Whoever has a row, and not all have one, puts it in its place.
+        assert each["block"].tolist() == [[row, row**2 % len(found)] for row in range(6)]
 
 
 def test_all_processes_hear_the_same(found: list[dict[str, Any]]) -> None:

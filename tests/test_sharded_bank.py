@@ -1,7 +1,8 @@
 """A bank spread over several processes, and whole runs by several of them, against those of one process."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,6 +177,21 @@ def memory_of(prediction: Prediction) -> int:
     return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
 
+@contextmanager
+def asked_distances() -> Iterator[list[str]]:
+    """Grows by the key of EXPANDED_BELOW of each search of a bank that is spread."""
+    asked: list[str] = []
+    nearest = ShardedBank.nearest
+
+    def overheard(bank: ShardedBank, queries: Tensor, expanded: str = "nowhere") -> tuple[Tensor, Tensor]:
+        asked.append(expanded)
+        return nearest(bank, queries, expanded)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardedBank, "nearest", overheard)
+        yield asked
+
+
 def work(rank: int, folder: Path) -> None:
     found: dict[int, dict[str, Any]] = {}
     with in_groups(rank, folder) as groups:
@@ -186,7 +202,8 @@ def work(rank: int, folder: Path) -> None:
                 for number, (name, run) in enumerate(RUNS.items()):
                     # Another process may have been told another budget: that of the first one counts.
                     budget = run.budget if is_main(group) else COPIED
-                    found[len(members)][name] = judge(run.configs, budget, group, number % 2)
+                    with asked_distances() as asked:
+                        found[len(members)][name] = judge(run.configs, budget, group, number % 2) | {"asked": asked}
     torch.save(found, folder / f"{rank}.pth")
 
 
@@ -304,6 +321,20 @@ def test_banks_are_spread_where_copies_would_take_too_much(found: list[dict[str,
                 assert all(torch.equal(each, whole) for each in rows)
             else:
                 assert sum(map(len, rows)) == len(whole)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_all_processes_search_by_the_same_arithmetic(found: list[dict[str, Any]], run: str) -> None:
+    """With a query or without: what decision fusion is fitted on cancels, under the reference protocol."""
+    configs, budget = RUNS[run]
+    asked = found[0][run]["asked"]
+    assert all(each[run]["asked"] == asked for each in found)
+    expected = set()
+    if budget != COPIED and len(found) > 1:
+        expected = {"nowhere"} if configs[0].protocol.exact_distances else {"cancelling"}
+        if expected == {"cancelling"} and configs[-1].method.fusion == "svm":
+            expected |= {"everywhere"}
+    assert set(asked) == expected
 
 
 def test_scans_of_background_only_are_an_error_in_all_processes(found: list[dict[str, Any]]) -> None:
