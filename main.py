@@ -24,8 +24,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-
 from dataset import (
     check_files,
     class_folders,
@@ -160,19 +158,19 @@ def prepare(
     return Prepared(settings, configs, indexed, saved)
 
 
-def build(prepared: Prepared, precision: str, device: torch.device) -> PatchExtractor:
+def build(prepared: Prepared, precision: str) -> PatchExtractor:
     settings = prepared.settings
     return build_extractor(
         replace(prepared.config, precision=precision),
         settings.checkpoint_dir,
         settings.fusion_module_path,
-        device,
+        settings.device,
         rgb_checkpoint=settings.rgb_checkpoint,
         xyz_checkpoint=settings.xyz_checkpoint,
     )
 
 
-def run(args: argparse.Namespace, given: frozenset[str], ranks: Ranks, device: torch.device) -> None:
+def run(args: argparse.Namespace, given: frozenset[str], ranks: Ranks) -> None:
     """Run in one of `ranks`.
 
     The first process checks everything before the others do, so that its error is the only one. What it finds of the
@@ -181,14 +179,14 @@ def run(args: argparse.Namespace, given: frozenset[str], ranks: Ranks, device: t
     if is_main():
         prepared = prepare(args, given, ranks)
         make_folders(prepared.settings, prepared.configs, list(prepared.indexed))
-        precision = choose_precision(prepared.config.precision, device)
-        extractor = build(prepared, precision, device)
+        precision = choose_precision(prepared.config.precision, prepared.settings.device)
+        extractor = build(prepared, precision)
         from_main((prepared.indexed, precision))
     else:
         found: tuple[dict[str, SplitFiles], str] = from_main(None)
         indexed, precision = found
         prepared = prepare(args, given, ranks, indexed)
-        extractor = build(prepared, precision, device)
+        extractor = build(prepared, precision)
     evaluate_classes(args, prepared, extractor)
 
 
@@ -226,7 +224,8 @@ def evaluate_classes(args: argparse.Namespace, prepared: Prepared, extractor: Pa
             results.keep(name, of_class)
             own.append((name, of_class))
         if is_main():
-            others = {each: results.kept(each) for each in results.missing() if each != name}
+            of_others = [each for each in results.missing() if each not in divided[number]]
+            others = {each: results.kept(each) for each in of_others}
             results.publish({name: of_class} | {each: reports for each, reports in others.items() if reports})
     gathered = dict(gather_items(own))  # of all groups: their files may be late on a shared disk
     if is_main():
@@ -260,7 +259,7 @@ def main() -> None:
         level = logging.INFO if ranks.rank == 0 else logging.ERROR
         logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
         with process_group(ranks, device):
-            run(args, given_flags(), ranks, device)
+            run(args, given_flags(), ranks)
 
 
 def look_up(args: argparse.Namespace) -> None:

@@ -42,6 +42,7 @@ class Results:
         self.flags = {
             method: dict(flags) | applied_flags(config) | {"precision": precision} for method, config in configs.items()
         }
+        self.exact = next(iter(configs.values())).protocol.exact_au_pro
         self.reports: dict[str, dict[str, ClassReport]] = {method: {} for method in configs}
 
     def keep(self, name: str, of_class: Mapping[str, ClassReport]) -> None:
@@ -70,12 +71,11 @@ class Results:
 
     def publish(self, finished: Mapping[str, Mapping[str, ClassReport]]) -> None:
         """Print the line of each newly finished class and method, and write results.json and report.html anew."""
-        exact = next(iter(self.configs.values())).protocol.exact_au_pro
         for name, of_class in finished.items():
             for method, report in of_class.items():
                 self.reports[method][name] = report
                 label = name if len(self.configs) == 1 else f"{name}, {method}"
-                print(result_line(label, report.entry, exact), flush=True)
+                print(result_line(label, report.entry, self.exact), flush=True)
         for method, config in self.configs.items():
             reports = [self.reports[method][name] for name in self.names if name in self.reports[method]]
             record = results_record(sys.argv, self.flags[method], {each.name: each.entry for each in reports})
@@ -88,12 +88,11 @@ class Results:
 
     def finish(self, note: str) -> None:
         """Append the tables to those of earlier runs, and print them."""
-        exact = next(iter(self.configs.values())).protocol.exact_au_pro
         methods = {
             method: {name: reports[name].entry for name in self.names} for method, reports in self.reports.items()
         }
-        append_tables(self.output_dir, methods, sys.argv, exact, note)
-        print(f"\n{format_tables(methods, exact, note)}\n\nwritten to {self.output_dir}/")
+        append_tables(self.output_dir, methods, sys.argv, self.exact, note)
+        print(f"\n{format_tables(methods, self.exact, note)}\n\nwritten to {self.output_dir}/")
 
 
 def table_note(config: DetectorConfig) -> str:

@@ -1,5 +1,6 @@
 """What the benchmarks share: alternating timings, the matrix product they are held against, memory, and files."""
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -52,6 +53,11 @@ def median_seconds(
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
+def median_seconds_of(work: Callable[[], object], repeats: int) -> float:
+    """Of a single piece of work, without a warm-up."""
+    return statistics.median(seconds_of(work) for _ in range(repeats))
+
+
 def matrix_product(precision: str, side: int = PRODUCT_SIDE) -> Callable[[], object]:
     """A product of two square matrices, 2 * side**3 floating-point operations."""
     generator = torch.Generator().manual_seed(0)
@@ -82,6 +88,11 @@ def describe_machine() -> dict[str, str | int]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def plain_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a script as JSON holds them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

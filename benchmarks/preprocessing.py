@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ import numpy as np
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from benchmarks.measuring import median_seconds_of
 from utils import preprocessing
 from utils.cloud_cleaning import CleaningRule, clean_scan, cluster_labels, fit_border_plane, remove_plane
 from utils.files import atomic_path
@@ -33,15 +33,6 @@ from utils.synthetic_scanner import Scan, make_scan
 
 LARGE_SIZE = 850  # pixels a side: some 184,000 points off the table
 REPEATS = 3
-
-
-def median_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
 
 
 def large_scan() -> tuple[Scan, np.ndarray]:
@@ -61,8 +52,10 @@ def cleaning_seconds() -> dict[str, float]:
         "cores": len(os.sched_getaffinity(0)),
         "pixels": scan.xyz[..., 0].size,
         "points_off_the_plane": len(points),
-        "clean_seconds": median_seconds(lambda: clean_scan(scan.xyz, scan.rgb, None, rule)),
-        "cluster_seconds": median_seconds(lambda: cluster_labels(points, rule.cluster_eps, rule.cluster_min_points)),
+        "clean_seconds": median_seconds_of(lambda: clean_scan(scan.xyz, scan.rgb, None, rule), REPEATS),
+        "cluster_seconds": median_seconds_of(
+            lambda: cluster_labels(points, rule.cluster_eps, rule.cluster_min_points), REPEATS
+        ),
     }
 
 
@@ -98,7 +91,7 @@ def throughput(raw: Path, scans: int, workers: int) -> float:
             job = preprocessing.Job(raw, Path(folder), CleaningRule(), keep_rgb=False, suffix=TEMPORARY)
             assert len(preprocessing.preprocess(job, workers).done) == scans
 
-    return scans / median_seconds(clean)
+    return scans / median_seconds_of(clean, REPEATS)
 
 
 def show(record: dict[str, float]) -> dict[str, float]:

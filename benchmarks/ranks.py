@@ -15,7 +15,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -26,7 +27,7 @@ from torch import Tensor
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.measuring import describe_machine, write_json
+from benchmarks.measuring import describe_machine, plain_arguments, write_json
 from benchmarks.scaling_model import Pass, draw_scaling, measure_machine
 from benchmarks.traffic import counted
 from benchmarks.workload import SEED, SIZES, build_networks, detector_config, made_up_samples
@@ -78,6 +79,17 @@ def own_rows(samples: int, width: int) -> Tensor:
     return rows
 
 
+@contextmanager
+def measured(before: float) -> Iterator[dict[str, Any]]:
+    """What the block receives, the peak of memory beyond `before`, MB, and its seconds."""
+    found: dict[str, Any] = {"passes": 1}
+    with counted() as traffic:
+        begin = time.perf_counter()
+        yield found
+        found["seconds"] = time.perf_counter() - begin
+    found |= {"received_mb": traffic.received / 1e6, "memory_mb": peak_memory_mb() - before}
+
+
 def run_coreset(args: argparse.Namespace, samples: int) -> dict[str, Any]:
     passes: list[Pass] = []
     pick = coreset._Shard.pick_among_farthest
@@ -90,17 +102,9 @@ def run_coreset(args: argparse.Namespace, samples: int) -> dict[str, Any]:
 
     before = resident_memory_mb()
     rows = own_rows(samples, WIDTHS["coreset"])
-    with patch.object(coreset._Shard, "pick_among_farthest", recording), counted() as traffic:
-        begin = time.perf_counter()
+    with patch.object(coreset._Shard, "pick_among_farthest", recording), measured(before) as found:
         greedy_coreset(rows, int(SHARE * samples * SAMPLE))
-        seconds = time.perf_counter() - begin
-    return {
-        "passes": len(passes),
-        "received_mb": traffic.received / 1e6,
-        "memory_mb": peak_memory_mb() - before,
-        "seconds": seconds,
-        "recorded": passes,
-    }
+    return found | {"passes": len(passes), "recorded": passes}
 
 
 def run_search(args: argparse.Namespace, samples: int) -> dict[str, Any]:
@@ -110,17 +114,10 @@ def run_search(args: argparse.Namespace, samples: int) -> dict[str, Any]:
     order = torch.arange(len(rows)) + own_share(samples).start * SAMPLE
     bank = ShardedBank(rows, order, BankStatistics(), None)
     queries = rows_of(10**6 + (own_share(samples).start), WIDTHS["search"])
-    with counted() as traffic:
-        begin = time.perf_counter()
+    with measured(before) as found:
         distance, index = bank.nearest(queries)
         bank.neighborhood(index[distance.argmax(dim=0, keepdim=True)], 3)
-        seconds = time.perf_counter() - begin
-    return {
-        "passes": 1,
-        "received_mb": traffic.received / 1e6,
-        "memory_mb": peak_memory_mb() - before,
-        "seconds": seconds,
-    }
+    return found
 
 
 def run_class(args: argparse.Namespace, samples: int) -> dict[str, Any]:
@@ -144,21 +141,12 @@ def run_class(args: argparse.Namespace, samples: int) -> dict[str, Any]:
     with (
         patch.object(pipeline, "fit_decision_fusion", timed("fuse", pipeline.fit_decision_fusion)),
         patch.object(pipeline, "compute_metrics", timed("metrics", pipeline.compute_metrics)),
-        counted() as traffic,
+        measured(before) as found,
     ):
-        begin = time.perf_counter()
         features = collect_features(extractor, train, len(train), stopwatch)
         detector = fit_detector(config, extractor, features, stopwatch)
         evaluate({METHOD: detector}, test, len(test), {METHOD: stopwatch})
-        seconds = time.perf_counter() - begin
-    return {
-        "passes": 1,
-        "received_mb": traffic.received / 1e6,
-        "memory_mb": peak_memory_mb() - before,
-        "seconds": seconds,
-        "stages": stopwatch.seconds,
-        "alone": alone.seconds,
-    }
+    return found | {"stages": stopwatch.seconds, "alone": alone.seconds}
 
 
 RUNS = {"coreset": run_coreset, "search": run_search, "class": run_class}
@@ -226,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     record: dict[str, Any] = {
         "schema": 1,
         "machine": description,
-        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "arguments": plain_arguments(args),
         "costs": [cost._asdict() for cost in costs],
         "details": details,
     }

@@ -1,18 +1,16 @@
 """The cost model of docs/SCALING.md: seconds of the distributed coreset from what a pass computes and sends."""
 
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.multiprocessing
-from torch import Tensor
 
 from benchmarks.figures import new_axes, save_figure
+from benchmarks.measuring import median_seconds_of
 from utils.distributed import Ranks, gather_rows, process_group, sum_of_all
 
 PROCESSES = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256])
@@ -21,6 +19,7 @@ LATENCY = 5e-5  # seconds of a collective over it
 GROWN = (1, 12)  # times the rows of the recorded passes
 PROBE = (8192, 1024)  # rows of an all-gather, 32 MB
 SIDE = 1536
+REPEATS = 9
 
 
 class Pass(NamedTuple):
@@ -66,11 +65,11 @@ def measure_machine(processes: int) -> Machine:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     left, right = torch.randn(2, SIDE, SIDE).unbind()
-    single = 2 * SIDE**3 / _median(lambda: left @ right)
+    single = 2 * SIDE**3 / median_seconds_of(lambda: left @ right, REPEATS)
     wide, other = left.double(), right.double()
-    double = 2 * SIDE**3 / _median(lambda: wide @ other)
+    double = 2 * SIDE**3 / median_seconds_of(lambda: wide @ other, REPEATS)
     minima = torch.rand(1 << 22, dtype=torch.float64)
-    stream = 3 * minima.nbytes / _median(lambda: torch.minimum(minima, minima, out=minima))
+    stream = 3 * minima.nbytes / median_seconds_of(lambda: torch.minimum(minima, minima, out=minima), REPEATS)
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_probe, (processes, folder), nprocs=processes)
@@ -82,19 +81,10 @@ def _probe(rank: int, count: int, folder: str) -> None:
     torch.set_num_threads(1)
     rows, flag = torch.zeros(PROBE[0] // count, PROBE[1]), torch.zeros(1)
     with process_group(Ranks(rank, count, rank, count), torch.device("cpu"), f"file://{folder}/meet"):
-        link = rows.nbytes * (count - 1) / _median(lambda: gather_rows(rows))
-        latency = _median(lambda: sum_of_all(flag))
+        link = rows.nbytes * (count - 1) / median_seconds_of(lambda: gather_rows(rows), REPEATS)
+        latency = median_seconds_of(lambda: sum_of_all(flag), REPEATS)
     if rank == 0:
         torch.save([link, latency], Path(folder, "0.pth"))
-
-
-def _median(work: Callable[[], Tensor | tuple[Tensor, int]], repeats: int = 9) -> float:
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
 
 
 def draw_scaling(path: Path, machine: Machine, costs: Sequence[Any], details: Mapping[str, Any], width: int) -> None:

@@ -22,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.class_run import ClassRun, run_class
 from benchmarks.curve import draw_curve
-from benchmarks.measuring import describe_machine, in_fresh_process, write_json
+from benchmarks.measuring import describe_machine, in_fresh_process, plain_arguments, write_json
 from benchmarks.rows import Row, coreset_row, feature_rows, metrics_row, scoring_row
 from benchmarks.workload import SIZES, build_networks, detector_config, grown, made_up_samples
 from feature_extractors.extractor import PatchExtractor
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     record: dict[str, Any] = {
         "schema": 1,
         "machine": machine,
-        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "arguments": plain_arguments(args),
         "stages": {row.name: row.record() for row in rows},
         "product_gflop_per_second": products,
     }

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -10,16 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+@dataclass
 class Traffic:
-    """Bytes that this process has received, and the collectives that it took part in."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self.calls = 0
-
-    def count(self, size: float) -> None:
-        self.received += int(size)
-        self.calls += 1
+    received: float = 0.0  # bytes, by this process
 
 
 @contextmanager
@@ -49,7 +43,7 @@ def counted() -> Iterator[Traffic]:
 
         def wrapper(*given: Any, **options: Any) -> Any:
             result = original(*given, **options)
-            traffic.count(size(*given[:arguments]))
+            traffic.received += size(*given[:arguments])
             return result
 
         return patch.object(dist, name, wrapper)

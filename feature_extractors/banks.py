@@ -10,7 +10,7 @@ from feature_extractors.config import DetectorConfig
 from feature_extractors.memory_bank import BankStatistics, MemoryBank, mean_and_std, select_coreset
 from feature_extractors.sharded_bank import ShardedBank
 from feature_extractors.training_features import PatchRows, TrainingFeatures
-from utils.distributed import Group, counts_of_all, from_main, gather_rows, place_rows, rank, world_size
+from utils.distributed import Group, from_main, gather_rows, held, place_in_all, place_rows, rank, world_size
 from utils.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -44,12 +44,11 @@ def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str,
     banks: dict[str, Bank] = {}
     reduced_xyz = None
     for name, raw in rows.items():
-        counts = counts_of_all(len(raw), features.group)
-        shard = _Shard(raw, sum(counts[: rank(features.group)]), sum(counts))
+        shard = _Shard(raw, *place_in_all(len(raw), features.group))
         base = shard.total if protocol.own_coreset_size or reduced_xyz is None else reduced_xyz
         picks = _select(config, features, name, shard, statistics[name], base)
-        own = ((picks >= shard.begin) & (picks < shard.begin + len(raw))).nonzero()[:, 0]
-        chosen = statistics[name].normalize(raw[picks[own] - shard.begin])
+        own, mine = held(picks, shard.begin, len(raw))
+        chosen = statistics[name].normalize(raw[mine])
         last = None  # a row that the bank ends with
         if name == "xyz":
             reduced_xyz = len(picks)
@@ -70,7 +69,7 @@ def _make_bank(chosen: Tensor, order: Tensor, statistics: BankStatistics, featur
     """The bank of all rows `chosen` of the processes, each with its place in the selection."""
     if world_size(features.group) == 1:
         return MemoryBank(chosen, statistics)
-    size = sum(counts_of_all(len(chosen), features.group)) * chosen.shape[1] * chosen.itemsize
+    size = place_in_all(len(chosen), features.group)[1] * chosen.shape[1] * chosen.itemsize
     if from_main(size > COPY_SHARE * features.memory_budget * 1e9, features.group):  # budgets may differ
         return ShardedBank(chosen, order, statistics, features.group)
     orders = gather_rows(order[:, None], features.group)[0][:, 0].sort().values
@@ -97,9 +96,9 @@ def _without_background(xyz: PatchRows, config: DetectorConfig, group: Group | N
         return nonzero.all(dim=1) if config.rm_zero_for_project else nonzero.any(dim=1)
 
     kept = xyz.where(wanted)
-    if sum(counts_of_all(len(kept), group)) == 0:
+    if place_in_all(len(kept), group)[1] == 0:
         raise InputError(
-            f"none of the {sum(counts_of_all(len(xyz), group))} xyz patches of the training samples is left without "
+            f"none of the {place_in_all(len(xyz), group)[1]} xyz patches of the training samples is left without "
             "the background: check the scans, or use --protocol reference without --rm_zero_for_project"
         )
     return kept

@@ -7,7 +7,7 @@ import torch
 from sklearn.random_projection import SparseRandomProjection, johnson_lindenstrauss_min_dim
 from torch import Tensor
 
-from utils.distributed import Group, counts_of_all, from_main, gather_rows, is_main, place_rows, rank, sum_of_all
+from utils.distributed import Group, from_main, gather_rows, held, is_main, place_in_all, place_rows, sum_of_all
 from utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -77,8 +77,7 @@ def greedy_coreset(rows: Tensor, n: int, start: int = 0, group: Group | None = N
 
     Peak memory: beside `rows` in fp32 a (m, m) fp64 block and a few blocks of MAX_BLOCK_ENTRIES.
     """
-    counts = counts_of_all(len(rows), group)
-    total, begin = sum(counts), sum(counts[: rank(group)])
+    begin, total = place_in_all(len(rows), group)
     if not 1 <= n <= total:
         raise ValueError(f"cannot pick {n} of {total} rows")
     if not 0 <= start < total:
@@ -124,8 +123,8 @@ class _Shard:
 
     def fetch(self, index: Tensor) -> Tensor:
         """The rows (K, D) of indices (K,), the same in every process."""
-        mine = self._holds(index)
-        return place_rows(self.rows[index[mine] - self.begin], mine.nonzero()[:, 0], len(index), self.group)
+        places, mine = held(index, self.begin, len(self.rows))
+        return place_rows(self.rows[mine], places, len(index), self.group)
 
     def update(self, picks: Tensor, picked: Tensor, apart: float) -> None:
         """Lower `nearest` to the squared distances to the new picks; these become -inf.
@@ -135,7 +134,7 @@ class _Shard:
             picked: (K, D), their rows.
             apart: the least squared distance of a new pick to those before it.
         """
-        self.nearest[picks[self._holds(picks)] - self.begin] = -torch.inf
+        self.nearest[held(picks, self.begin, len(self.rows))[1]] = -torch.inf
         touched = (self.nearest > SAFE_HALF * apart / 4).nonzero()[:, 0]
         if len(touched) == 0:
             return
@@ -184,10 +183,6 @@ class _Shard:
         offered = gather_rows(torch.stack([values.double(), (index + self.begin).double()], dim=1), self.group)[0]
         order = offered[:, 0].sort(descending=True, stable=True).indices[:m]  # of equal ones that of the lowest rank
         return offered[order, 0], offered[order, 1].long()
-
-    def _holds(self, index: Tensor) -> Tensor:
-        """Which of the indices (K,) are of rows of this process, (K,) bool."""
-        return (index >= self.begin) & (index < self.begin + len(self.rows))
 
 
 def greedy_among(among: Tensor, nearest: Tensor, tau: Tensor, wanted: int) -> tuple[Tensor, float]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from feature_extractors.coreset import greedy_coreset, random_projection
 from feature_extractors.training_features import Rows
-from utils.distributed import Group, all_reduce_sum, from_main, sum_of_all, world_size
+from utils.distributed import Group, all_reduce_sum, from_main, place_in_all, world_size
 from utils.precision import choose_precision, whole_sums
 
 # Bound the block of products of one search. On the CPU few queries at once leave it in the cache.
@@ -195,7 +195,7 @@ def select_coreset(
     """
     if random_state is None and world_size(group) > 1:  # all draw the same projection
         random_state = from_main(int(np.random.default_rng().integers(2**32)), group)
-    count = int(sum_of_all(torch.tensor(len(rows)), group))
+    _, count = place_in_all(len(rows), group)
     projection = random_projection(count, rows.shape[1], eps, random_state)
     if projection is not None:
         projection = projection.to(rows.device)

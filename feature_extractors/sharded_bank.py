@@ -4,7 +4,16 @@ import torch
 from torch import Tensor
 
 from feature_extractors.memory_bank import BankStatistics, MemoryBank
-from utils.distributed import Group, counts_of_all, gather_items, gather_rows, lowest_of_all, place_rows, world_size
+from utils.distributed import (
+    Group,
+    counts_of_all,
+    gather_items,
+    gather_rows,
+    lowest_of_all,
+    place_in_all,
+    place_rows,
+    world_size,
+)
 
 # Queries of all processes that are under way at once: 150 MB of M3DM's xyz patches, of which each holds a few copies.
 QUERIES_AT_ONCE = 1 << 15
@@ -26,7 +35,7 @@ class ShardedBank:
     def __init__(self, rows: Tensor, order: Tensor, statistics: BankStatistics, group: Group | None) -> None:
         self.rows, self.order, self.statistics, self.group = rows, order, statistics, group
         self._shard = MemoryBank(rows, statistics) if len(rows) else None
-        self._count = sum(counts_of_all(len(rows), group))
+        _, self._count = place_in_all(len(rows), group)
 
     def __len__(self) -> int:
         return self._count

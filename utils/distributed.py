@@ -197,6 +197,22 @@ def counts_of_all(count: int, group: Group | None = None) -> list[int]:
     return [int(each) for each in counts]
 
 
+def place_in_all(count: int, group: Group | None = None) -> tuple[int, int]:
+    """Where the `count` items of this process lie among those of all: the position of its first, the number of all."""
+    counts = counts_of_all(count, group)
+    return sum(counts[: rank(group)]), sum(counts)
+
+
+def held(index: Tensor, begin: int, count: int) -> tuple[Tensor, Tensor]:
+    """Those of the indices (K,) that are of the `count` items from `begin` on, which a process holds.
+
+    Returns:
+        int64 (n,) each: their places in `index`, and which of these items they are.
+    """
+    places = ((index >= begin) & (index < begin + count)).nonzero()[:, 0]
+    return places, index[places] - begin
+
+
 def gather_rows(rows: Tensor, group: Group | None = None) -> tuple[Tensor, int]:
     """The rows of all processes, in the order of the ranks; gradients flow back to where each row came from.
 
