@@ -58,10 +58,12 @@ def median_seconds_of(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(seconds_of(work) for _ in range(repeats))
 
 
-def matrix_product(precision: str, side: int = PRODUCT_SIDE) -> Callable[[], object]:
+def matrix_product(
+    precision: str, side: int = PRODUCT_SIDE, device: torch.device | str = "cpu"
+) -> Callable[[], object]:
     """A product of two square matrices, 2 * side**3 floating-point operations."""
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(side, side, generator=generator).to(DTYPES[precision]) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (torch.randn(side, side, generator=generator, device=device).to(DTYPES[precision]) for _ in range(2))
     return lambda: left @ right
 
 
@@ -77,11 +79,14 @@ def memory_slope(resident_mb: Sequence[tuple[int, float]]) -> float:
     return float(np.polyfit(settled[:, 0] / 1000, settled[:, 1], 1)[0])
 
 
-def describe_machine() -> dict[str, str | int]:
+def describe_machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
+    """What the figures were taken on; `device` adds the name of a GPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if torch.device(device).type == "cuda" else {}
     return {
+        **gpu,
         "cpu": models[0] if models else platform.processor() or platform.machine(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),

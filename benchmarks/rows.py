@@ -134,7 +134,7 @@ def _point_network_parts(
     slow: Networks, fast: Mapping[str, PatchExtractor], sample: Sample
 ) -> dict[str, dict[str, Work]]:
     """The parts of the 3D network alone, on the same input."""
-    groups, centers = slow.xyz.group(_points(sample))
+    ((groups, centers),) = slow.xyz.group([_points(sample)])
     tokens = slow.xyz.reduce_dim(plain.encode_groups(slow.xyz.encoder, groups))[None]
     position = slow.xyz.pos_embed(centers)[None]
     parts: dict[str, dict[str, Work]] = {
@@ -158,7 +158,7 @@ def _point_parts(slow: Networks, size: Size, sample: Sample) -> dict[str, dict[s
     return {
         "point search": {
             "plain": partial(plain.group, points, size.num_group, size.group_size),
-            "fp32": partial(slow.xyz.group, points),
+            "fp32": partial(slow.xyz.group, [points]),
         },
         "alignment": {
             "plain": partial(plain.pooled_plane, tokens, centers, sample.xyz, size.xyz_grid),

@@ -98,7 +98,7 @@ def grown(patches: Tensor, rows: int) -> Tensor:
     The patches are repeated, and every repetition but the first gets Gaussian noise of NOISE times the standard
     deviation of each column over the patches with a point; patches without one stay exactly zero, as in real scans.
     """
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator(patches.device).manual_seed(SEED)
     repetitions = [varied(patches, generator) for _ in range(math.ceil(rows / len(patches)) - 1)]
     return torch.cat([patches, *repetitions])[:rows]
 
@@ -106,7 +106,9 @@ def grown(patches: Tensor, rows: int) -> Tensor:
 def varied(patches: Tensor, generator: torch.Generator) -> Tensor:
     """Patches (N, C) with noise, see `grown`."""
     occupied = (patches != 0).any(dim=1)
-    noise = torch.randn(patches.shape, generator=generator).mul_(NOISE * patches[occupied].std(dim=0))
+    noise = torch.randn(patches.shape, generator=generator, device=patches.device).mul_(
+        NOISE * patches[occupied].std(dim=0)
+    )
     return noise.mul_(occupied[:, None]).add_(patches)
 
 

@@ -72,7 +72,7 @@ def pooling_weights(valid: Tensor, grid: int, masked: bool) -> tuple[Tensor, Ten
     Returns:
         patch (N, K) int64 and weight (N, K) float32, in the order of the valid pixels; unused places have weight 0.
     """
-    bins, shares = (torch.from_numpy(table).to(valid.device) for table in _axis_pooling(len(valid), grid, masked))
+    bins, shares = _axis_pooling(len(valid), grid, masked, valid.device)
     row, column = valid.nonzero(as_tuple=True)
     patch = (bins[row][:, :, None] * grid + bins[column][:, None, :]).flatten(1)
     weight = (shares[row][:, :, None] * shares[column][:, None, :]).flatten(1)
@@ -83,7 +83,7 @@ def pooling_weights(valid: Tensor, grid: int, masked: bool) -> tuple[Tensor, Ten
 
 
 @lru_cache(maxsize=8)
-def _axis_pooling(size: int, grid: int, masked: bool) -> tuple[np.ndarray, np.ndarray]:
+def _axis_pooling(size: int, grid: int, masked: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Both poolings along one axis: for each of `size` pixels its bins (size, m) int64 and shares (size, m) float64."""
     window = np.arange(size)[:, None] + np.arange(-1, 2)  # three pixels around each
     kept = window if masked else window[1:-1]  # without padding the two border windows are missing
@@ -97,7 +97,8 @@ def _axis_pooling(size: int, grid: int, masked: bool) -> tuple[np.ndarray, np.nd
     pooling = (second @ first).T  # (size, grid)
     width = int((pooling > 0).sum(axis=1).max())
     bins = np.argsort(-pooling, axis=1, kind="stable")[:, :width]
-    return bins, np.take_along_axis(pooling, bins, axis=1)
+    shares = np.take_along_axis(pooling, bins, axis=1)
+    return torch.from_numpy(bins).to(device), torch.from_numpy(shares).to(device)
 
 
 def _scatter(patch: Tensor, weight: Tensor, features: Tensor, patches: int) -> Tensor:

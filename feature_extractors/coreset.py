@@ -15,10 +15,8 @@ logger = logging.getLogger(__name__)
 # Rows that a pass can pick from: at first, and within which bounds the number follows how many it did pick. More mean
 # fewer passes and a larger matrix of mutual distances (134 MB in fp64 at most).
 FIRST_CANDIDATES, LEAST_CANDIDATES, MOST_CANDIDATES = 2048, 256, 4096
-# Picks between two looks at how far the rule may go: each look waits for a GPU.
-PICKS_PER_LOOK = 32
-# Bounds the distance block of one update to 4 million entries (16 MB): a larger one leaves the cache.
-MAX_BLOCK_ENTRIES = 1 << 22
+# Bound the distance block of one update: on a CPU 16 MB, since a larger one leaves the cache; on a GPU 1 GB.
+MAX_BLOCK_ENTRIES, MAX_BLOCK_ENTRIES_ON_GPU = 1 << 22, 1 << 28
 # Of half the distance between picks; less than 1 for the rounding of distances.
 SAFE_HALF = 0.999
 
@@ -140,7 +138,8 @@ class _Shard:
             return
         chosen = picked - self.center
         norms = chosen.square().sum(dim=1)
-        for part in touched.split(max(1, MAX_BLOCK_ENTRIES // max(len(picks), self.rows.shape[1]))):
+        entries = MAX_BLOCK_ENTRIES_ON_GPU if self.rows.is_cuda else MAX_BLOCK_ENTRIES
+        for part in touched.split(max(1, entries // max(len(picks), self.rows.shape[1]))):
             of_part = self.rows[part]
             # the row's own norm changes no order
             closest = torch.addmm(norms, of_part - self.center, chosen.T, alpha=-2).argmin(dim=1)
@@ -197,30 +196,26 @@ def greedy_among(among: Tensor, nearest: Tensor, tau: Tensor, wanted: int) -> tu
     Returns:
         positions (K,) int64 in `among`, K at least 1, on the CPU; the least squared distance of a pick to those before.
     """
-    remaining = nearest.clone()
     rows = among.double()
     rows -= rows[0].clone()  # small norms again; in fp64 this rounds nothing
     norms = rows.square().sum(dim=1)
-    between = torch.addmm(norms, rows, rows.T, alpha=-2).add_(norms[:, None]).clamp_(min=0)
+    between = torch.addmm(norms, rows, rows.T, alpha=-2).add_(norms[:, None]).clamp_(min=0).cpu().numpy()
     # What the product may be wrong by. So close, it cannot tell a copy from a neighbour (the next update can), and
     # copies of a row tie only up to it.
-    rounding = norms.max() * rows.shape[1] * torch.finfo(norms.dtype).eps
-    floor = torch.maximum(tau, rounding)
-    limit = min(wanted, len(rows))
-    positions: list[Tensor] = []
-    distances: list[Tensor] = []
-    while len(positions) < limit:
-        for _ in range(min(PICKS_PER_LOOK, limit - len(positions))):
-            best = remaining.max()
-            tie = remaining >= best - rounding if positions else remaining == best  # at first nothing is from a product
-            position = tie.to(torch.uint8).argmax(dim=0, keepdim=True)  # the first
-            positions.append(position)
-            distances.append(best)
-            torch.minimum(remaining, between.index_select(0, position)[0], out=remaining)
-            remaining.index_fill_(0, position, -torch.inf)
-        if distances[-1] <= floor:
+    rounding = float(norms.max()) * rows.shape[1] * torch.finfo(norms.dtype).eps
+    floor = max(float(tau), rounding)
+    remaining = nearest.cpu().numpy().copy()
+    positions: list[int] = []
+    apart = best = remaining.max()
+    # In NumPy: a thousand small steps wait for no pool of threads, and for no GPU.
+    for _ in range(min(wanted, len(remaining))):
+        # At first nothing is from a product, and the pick is the global one whatever the floor.
+        tie = best - rounding if positions else best
+        positions.append(int((remaining >= tie).argmax()))  # the first
+        apart = best
+        np.minimum(remaining, between[positions[-1]], out=remaining)
+        remaining[positions[-1]] = -np.inf
+        best = remaining.max()
+        if best <= floor:
             break
-    # Distances descend: those above the floor come first. The first pick is the global one whatever the floor.
-    squared = torch.stack(distances)
-    good = max(1, int((squared > floor).sum()))
-    return torch.cat(positions)[:good].cpu(), float((squared[good - 1] - rounding).clamp_(min=0))
+    return torch.tensor(positions), max(float(apart) - rounding, 0.0)

@@ -13,7 +13,7 @@ from feature_extractors.config import DetectorConfig
 from models import build_feature_fusion, build_rgb_backbone, build_xyz_backbone
 from models.checkpoints import weights_checksum
 from models.feature_fusion import FeatureFusion
-from models.point_transformer import PointBackbone, PointTransformer
+from models.point_transformer import PointBackbone, PointFeatures, PointTransformer
 from models.rgb_backbone import RgbBackbone
 from utils.errors import InputError
 from utils.feature_store import resize_patches
@@ -117,31 +117,44 @@ class PatchExtractor:
     def _extract_xyz(self, samples: Sequence[Sample]) -> Sequence[Tensor | None]:
         if self.xyz_backbone is None:
             return [None] * len(samples)
-        return [self._xyz_patches(self.xyz_backbone, sample) for sample in samples]
+        scans = [self._scan(sample) for sample in samples]
+        clouds = [xyz[:, valid_pixels(xyz)].T.contiguous() for xyz in scans]  # (N, 3) each
+        for sample, points in zip(samples, clouds, strict=True):
+            self._check_points(sample, len(points), self.xyz_backbone)
+        # On a CPU, where they would gain nothing together, one after the other: it does not matter then what a cloud
+        # comes with.
+        step = 1 if self.device.type == "cpu" else len(clouds)
+        found: list[PointFeatures] = []
+        with autocast(self.device, self.precision):
+            for begin in range(0, len(clouds), step):
+                found += self.xyz_backbone(clouds[begin : begin + step])
+        return [
+            align_to_patches(
+                of_points._replace(features=of_points.features.float()),
+                xyz,
+                self.config.xyz_grid,
+                exact_distances=self.config.protocol.exact_distances,
+                masked=self.config.protocol.masked_pooling,
+                point_ops=self.config.point_ops,
+            )
+            for of_points, xyz in zip(found, scans, strict=True)
+        ]
 
-    def _xyz_patches(self, backbone: PointBackbone, sample: Sample) -> Tensor:
+    def _scan(self, sample: Sample) -> Tensor:
+        """(3, S, S), on the device."""
         if sample.xyz is None:
             raise InputError(f"{sample.path} has no xyz scan, which {self.config.method_name} needs")
-        xyz = sample.xyz.to(self.device)
-        points = xyz[:, valid_pixels(xyz)].T.contiguous()  # (N, 3)
-        if len(points) < backbone.min_points:
-            mend = "mend the scan"
-            if isinstance(backbone, PointTransformer):
-                mend += ", or fit with lower --num_group and --group_size"
-            raise InputError(
-                f"{sample.path} has {len(points)} valid points at {self.config.img_size}x{self.config.img_size}, but "
-                f"{self.config.xyz_backbone_name} needs at least {backbone.min_points}: {mend}"
-            )
-        with autocast(self.device, self.precision):
-            point_features = backbone(points)
-        point_features = point_features._replace(features=point_features.features.float())
-        return align_to_patches(
-            point_features,
-            xyz,
-            self.config.xyz_grid,
-            exact_distances=self.config.protocol.exact_distances,
-            masked=self.config.protocol.masked_pooling,
-            point_ops=self.config.point_ops,
+        return sample.xyz.to(self.device)
+
+    def _check_points(self, sample: Sample, count: int, backbone: PointBackbone) -> None:
+        if count >= backbone.min_points:
+            return
+        mend = "mend the scan"
+        if isinstance(backbone, PointTransformer):
+            mend += ", or fit with lower --num_group and --group_size"
+        raise InputError(
+            f"{sample.path} has {count} valid points at {self.config.img_size}x{self.config.img_size}, but "
+            f"{self.config.xyz_backbone_name} needs at least {backbone.min_points}: {mend}"
         )
 
     def _fuse(self, xyz: Tensor | None, rgb: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """The memory bank: the patches that good parts were seen to have, and the search among them."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 from feature_extractors.coreset import greedy_coreset, random_projection
 from feature_extractors.training_features import Rows
 from utils.distributed import Group, all_reduce_sum, from_main, place_in_all, world_size
-from utils.precision import choose_precision, whole_sums
+from utils.precision import DTYPES, choose_precision
 
 # Bound the block of products of one search. On the CPU few queries at once leave it in the cache.
 MAX_BLOCK_ENTRIES, MAX_BLOCK_ENTRIES_ON_GPU = 1 << 24, 1 << 28
@@ -20,8 +21,8 @@ EXPANDED_BELOW = {"nowhere": 0.0, "cancelling": 2.0**-9, "everywhere": torch.inf
 # Where bf16 leaves a larger share of the rows as candidates of a query, and more than a few, their direct differences
 # would take longer than products in fp32, which leave hardly more than one.
 MOST_CANDIDATES, FEW_CANDIDATES = 1 / 256, 16
-# Bounds the direct differences that are computed at once, 64 MB.
-MAX_DIFFERENCE_ENTRIES = 1 << 24
+# Bound the direct differences that are computed at once: 64 MB, on a GPU 256.
+MAX_DIFFERENCE_ENTRIES, MAX_DIFFERENCE_ENTRIES_ON_GPU = 1 << 24, 1 << 26
 
 
 class BankStatistics(NamedTuple):
@@ -41,7 +42,8 @@ class MemoryBank:
         rows: (N, D) float32, already normalised.
         statistics: what they were normalised with, for the queries.
         precision: of the products that look for candidates, see utils.precision; the result does not depend on it.
-            Where bf16 cannot tell the rows apart, the search goes on in fp32.
+            Where bf16 cannot tell the rows apart, the search goes on in fp32 on a CPU; a GPU, where that takes fifteen
+            times as long, multiplies what bf16 rounds off as well.
     """
 
     def __init__(self, rows: Tensor, statistics: BankStatistics | None = None, precision: str = "auto") -> None:
@@ -55,13 +57,26 @@ class MemoryBank:
 
     def _search_in(self, precision: str, centered: Tensor) -> None:
         """Look for candidates by products of the centred rows in this precision."""
-        half = precision == "bf16"
-        self._candidates = centered.to(torch.bfloat16 if half else torch.float32)
+        self._splits = precision == "bf16" and centered.is_cuda
+        if self._splits:
+            high, low = _halves(centered)
+            self._candidates = torch.cat([high, low, high], dim=1)  # (N, 3 D)
+        else:
+            self._candidates = centered.to(DTYPES[precision])
         # A sum of D products in fp32 is wrong by less than D 2^-24 |q| |r|, and so are the squared distances that it is
-        # held against; bf16 rounds both factors and the result, by 2^-8 each. The product counts twice in a squared
-        # distance. This holds for values whose squares neither overflow nor underflow.
-        self._rounding = 2 * (centered.shape[1] + 64) * 2.0**-24
-        self._product_error = 2 * (self._rounding + 3.03 * 2.0**-8 * half)
+        # held against; bf16 rounds both factors and the result, by 2^-8 each. Of factors in halves the product of both
+        # low ones is left out, and each half rounds by 2^-16; the result is in fp32. The product counts twice in a
+        # squared distance. This holds for values whose squares neither overflow nor underflow.
+        self._rounding = 2 * (self._candidates.shape[1] + 64) * 2.0**-24
+        of_format = 0.0 if precision == "fp32" else 3.03 * 2.0 ** (-16 if self._splits else -8)
+        self._product_error = 2 * (self._rounding + of_format)
+
+    def _products(self, centered: Tensor) -> Tensor:
+        """The products (M, N), float32, of centred queries (M, D) and rows, wrong by what `_product_error` bounds."""
+        if not self._splits:
+            return (centered.to(self._candidates.dtype) @ self._candidates.T).float()
+        high, low = _halves(centered)
+        return torch.mm(torch.cat([high, high, low], dim=1), self._candidates.T, out_dtype=torch.float32)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,7 +104,7 @@ class MemoryBank:
         """
         on_cpu = queries.device.type == "cpu"
         step = max(1, (MAX_BLOCK_ENTRIES if on_cpu else MAX_BLOCK_ENTRIES_ON_GPU) // len(self.rows))
-        distinct, inverse = torch.unique(queries, dim=0, return_inverse=True)
+        distinct, inverse = distinct_rows(queries)
         below = EXPANDED_BELOW[expanded]
         if below < torch.inf:
             chunks = distinct.split(min(step, QUERIES_AT_ONCE_ON_CPU) if on_cpu else step)
@@ -110,9 +125,9 @@ class MemoryBank:
         """`nearest` of distinct queries (M, D), in one block of products."""
         centered = queries - self._center
         squares = centered.square().sum(dim=1)
-        with whole_sums():
-            products = (centered.to(self._candidates.dtype) @ self._candidates.T).float()
-        partial = products.mul_(-2).add_(self._norms)  # (chunk, N): |q - r|^2 - |q|^2, without what changes no order
+        partial = (
+            self._products(centered).mul_(-2).add_(self._norms)
+        )  # (chunk, N): |q - r|^2 - |q|^2, without what changes no order
         closest = partial.argmin(dim=1)
         found = (queries - self.rows[closest]).square().sum(dim=1)  # squared; no nearest row is farther
         limit = torch.addcmul(
@@ -122,7 +137,8 @@ class MemoryBank:
         ).add_(self._norms, alpha=self._rounding)
         close = partial <= limit
         most = max(FEW_CANDIDATES, MOST_CANDIDATES * len(self.rows)) * len(queries)
-        if self._candidates.dtype == torch.bfloat16 and int(close.count_nonzero()) > most:
+        rounds = self._candidates.dtype == torch.bfloat16 and not self._splits
+        if rounds and int(close.count_nonzero()) > most:
             del partial, limit, close
             self._search_in("fp32", self.rows - self._center)  # from now on
             return self._nearest_of(queries)
@@ -136,7 +152,8 @@ class MemoryBank:
 
     def _squared_distances(self, queries: Tensor, query: Tensor, row: Tensor) -> Tensor:
         """Squared distances (pairs,) of queries[query] and rows[row], by direct difference."""
-        step = max(1, MAX_DIFFERENCE_ENTRIES // self.rows.shape[1])
+        entries = MAX_DIFFERENCE_ENTRIES_ON_GPU if queries.is_cuda else MAX_DIFFERENCE_ENTRIES
+        step = max(1, entries // self.rows.shape[1])
         pairs = zip(query.split(step), row.split(step), strict=True)
         return torch.cat([(queries[of_query] - self.rows[of_row]).square_().sum(dim=1) for of_query, of_row in pairs])
 
@@ -151,6 +168,39 @@ class MemoryBank:
     def neighborhood(self, row: int | Tensor, k: int) -> Tensor:
         """The rows (k, D) at `neighbors`, the nearest first; fewer where the bank has fewer."""
         return self.rows[self.neighbors(row, k)]
+
+
+def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The different ones of (N, D) float32 rows, to the bit.
+
+    They are told apart by a hash of 64 bits: torch.unique sorts whole rows, which takes a GPU several times as long as
+    the search that follows.
+
+    Returns:
+        (K, D) rows, in no order; (N,) int64, which of them each row is.
+    """
+    bits = rows.contiguous().view(torch.int32).long()
+    hashes = (bits * _hash_factors(rows.shape[1], rows.device)).sum(dim=1)  # modulo 2^64
+    kinds, inverse = torch.unique(hashes, return_inverse=True)
+    number = torch.arange(len(rows), device=rows.device)
+    first = torch.full_like(kinds, len(rows)).scatter_reduce_(0, inverse, number, "amin")
+    unlike = (bits != bits[first[inverse]]).any(dim=1).nonzero()[:, 0]  # the first one of their hash
+    inverse[unlike] = len(kinds) + number[: len(unlike)]
+    return rows[torch.cat([first, unlike])], inverse
+
+
+@lru_cache(maxsize=8)
+def _hash_factors(width: int, device: torch.device) -> Tensor:
+    """(width,) int64, odd."""
+    ends = torch.iinfo(torch.int64)
+    drawn = torch.randint(ends.min, ends.max, (width,), generator=torch.Generator().manual_seed(0))
+    return (drawn | 1).to(device)
+
+
+def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Two bf16 tensors whose sum is `values`, float32, but for 2^-16 of it."""
+    high = values.bfloat16()
+    return high, (values - high.float()).bfloat16()
 
 
 def _squared_norms(rows: Tensor) -> Tensor:

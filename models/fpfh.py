@@ -3,6 +3,8 @@
 It is the 3D half of BTF (Horwitz and Hoshen, CVPRW 2023), the baseline that M3DM was built on.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,15 +29,18 @@ class FpfhBackbone(PointBackbone):
     embed_dim = 33
     min_points = 4  # fewer have no neighbourhood to fit a normal to
 
-    def forward(self, points: Tensor) -> PointFeatures:
-        """Describe one cloud.
+    def forward(self, clouds: Sequence[Tensor]) -> list[PointFeatures]:
+        """Describe some clouds.
 
         Args:
-            points: (N, 3) float32, metres, camera frame, valid points only.
+            clouds: (N, 3) float32 each, metres, camera frame, valid points only.
 
         Returns:
-            features (N, 33) float32 on the device of `points`; no centres: a row for each point.
+            of each, features (N, 33) float32 on its device; no centres: a row for each point.
         """
+        return [self._describe(points) for points in clouds]
+
+    def _describe(self, points: Tensor) -> PointFeatures:
         import open3d as o3d  # takes a second to import, and system libraries that the other backbones do not need
 
         cloud = o3d.geometry.PointCloud(o3d.utility.Vector3dVector(points.cpu().double().numpy()))

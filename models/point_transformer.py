@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from models.point_ops import farthest_point_sample, knn
 from models.transformer import TransformerEncoder
@@ -27,7 +28,10 @@ class PointFeatures(NamedTuple):
 
 
 class PointBackbone(nn.Module):
-    """A network of the 3D branch: valid points (N, 3) float32, metres, N >= min_points -> PointFeatures."""
+    """A network of the 3D branch: clouds of valid points (N, 3) float32, metres, N >= min_points -> PointFeatures each.
+
+    N may be another in each cloud; what is said of a cloud does not depend on the others but for rounding.
+    """
 
     embed_dim: int
     min_points: int
@@ -211,38 +215,43 @@ class PointTransformer(PointBackbone):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
         self.cls_pos = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
 
-    def group(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Divide a cloud (N, 3) into groups (G, K, 3), relative to their centres (G, 3); metres.
+    def group(self, clouds: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Divide each cloud (N, 3) into groups (G, K, 3), relative to their centres (G, 3); metres.
 
         Raises:
-            ValueError: the cloud has fewer points than `min_points`.
+            ValueError: a cloud has fewer points than `min_points`.
         """
-        if len(points) < self.min_points:
-            raise ValueError(
-                f"{len(points)} valid points, but {self.num_group} groups of {self.group_size} points need at least "
-                f"{self.min_points}"
-            )
-        picks = farthest_point_sample(points[None], self.num_group, self.point_ops)[0]
-        centers = points[picks]
-        _, neighbors = knn(centers[None], points[None], self.group_size, self.point_ops)
-        return points[neighbors[0]] - centers[:, None], centers
+        for points in clouds:
+            if len(points) < self.min_points:
+                raise ValueError(
+                    f"{len(points)} valid points, but {self.num_group} groups of {self.group_size} points need at "
+                    f"least {self.min_points}"
+                )
+        padded = pad_sequence(list(clouds), batch_first=True)  # with points that are never picked: zeros
+        divided = []
+        for points, picks in zip(clouds, farthest_point_sample(padded, self.num_group, self.point_ops), strict=True):
+            centers = points[picks]
+            _, neighbors = knn(centers[None], points[None], self.group_size, self.point_ops)
+            divided.append((points[neighbors[0]] - centers[:, None], centers))
+        return divided
 
-    def forward(self, points: Tensor) -> PointFeatures:
-        """Extract the tokens of one cloud.
+    def forward(self, clouds: Sequence[Tensor]) -> list[PointFeatures]:
+        """Extract the tokens of some clouds, which go through the blocks together.
 
         Args:
-            points: (N, 3) float32, metres, camera frame, valid points only.
+            clouds: (N, 3) float32 each, metres, camera frame, valid points only.
 
         Returns:
-            features (num_group, embed_dim): outputs of the three taken blocks through the final norm, concatenated;
-            centers (num_group, 3).
+            of each cloud, features (num_group, embed_dim): outputs of the three taken blocks through the final norm,
+            concatenated; centers (num_group, 3).
         """
-        groups, centers = self.group(points)
-        tokens = self.reduce_dim(self.encoder(groups))[None]
-        with torch.autocast(centers.device.type, enabled=False):  # in bf16 the centres would move by a millimetre
-            position = self.pos_embed(centers)[None]
+        groups, centers = zip(*self.group(clouds), strict=True)
+        tokens = torch.stack([self.reduce_dim(self.encoder(of_cloud)) for of_cloud in groups])  # (B, G, width)
+        with torch.autocast(tokens.device.type, enabled=False):  # in bf16 the centres would move by a millimetre
+            position = self.pos_embed(torch.stack(centers))
         if self.cls_token is not None and self.cls_pos is not None:
-            tokens = torch.cat([self.cls_token, tokens], dim=1)
-            position = torch.cat([self.cls_pos, position], dim=1)
-        outputs = [self.norm(output)[0, -self.num_group :] for output in self.blocks(tokens, position, self.taken)]
-        return PointFeatures(torch.cat(outputs, dim=1), centers)
+            size = (len(groups), -1, -1)
+            tokens = torch.cat([self.cls_token.expand(size), tokens], dim=1)
+            position = torch.cat([self.cls_pos.expand(size), position], dim=1)
+        outputs = [self.norm(output)[:, -self.num_group :] for output in self.blocks(tokens, position, self.taken)]
+        return [PointFeatures(*each) for each in zip(torch.cat(outputs, dim=2), centers, strict=True)]

@@ -1,7 +1,7 @@
 """From a sample to its patch features: which networks are built, what they are given, what is refused."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Barrier
 
@@ -121,7 +121,7 @@ def test_points_are_aligned_as_the_protocol_says(exact: bool, masked: bool) -> N
     sample = made_up_samples("train")[0]
     extractor = build(settings(SINGLE, protocol=Protocol(exact_distances=exact, masked_pooling=masked)))
     with torch.inference_mode():
-        point_features = extractor.xyz_backbone(sample.xyz[:, valid_pixels(sample.xyz)].T.contiguous())
+        (point_features,) = extractor.xyz_backbone([sample.xyz[:, valid_pixels(sample.xyz)].T.contiguous()])
     expected = align_to_patches(point_features, sample.xyz, GRID, exact_distances=exact, masked=masked)
     other = align_to_patches(point_features, sample.xyz, GRID, exact_distances=not exact, masked=masked)
     features = extractor(sample).xyz
@@ -189,8 +189,8 @@ class PointwiseStub(PointBackbone):
     embed_dim = 3
     min_points = 4
 
-    def forward(self, points: Tensor) -> PointFeatures:
-        return PointFeatures(1 + points.sin(), None)
+    def forward(self, clouds: Sequence[Tensor]) -> list[PointFeatures]:
+        return [PointFeatures(1 + points.sin(), None) for points in clouds]
 
 
 def test_a_backbone_with_features_of_every_point() -> None:

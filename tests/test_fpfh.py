@@ -36,7 +36,7 @@ def direct_fpfh(points: Tensor) -> NDArray:
 
 @pytest.fixture(scope="module")
 def features() -> Tensor:
-    return FpfhBackbone()(sheet()).features
+    return FpfhBackbone()([sheet()])[0].features
 
 
 def test_one_finite_row_of_thirty_three_for_each_point(features: Tensor) -> None:
@@ -45,7 +45,7 @@ def test_one_finite_row_of_thirty_three_for_each_point(features: Tensor) -> None
     assert features.shape == (900, 33)
     assert features.dtype == torch.float32
     assert torch.isfinite(features).all()
-    assert backbone(sheet()).centers is None
+    assert backbone([sheet()])[0].centers is None
     assert features.std(dim=0).max() > 0.01  # it tells places apart
 
 
@@ -65,18 +65,18 @@ def test_histograms_are_centred_and_never_exactly_zero(features: Tensor) -> None
 
 def test_rows_are_in_the_order_of_the_points(features: Tensor) -> None:
     order = torch.randperm(900, generator=torch.Generator().manual_seed(0))
-    shuffled = FpfhBackbone()(sheet()[order]).features
+    shuffled = FpfhBackbone()([sheet()[order]])[0].features
     close = torch.isclose(shuffled, features[order], atol=1e-3).all(dim=1)
     assert close.float().mean() > 0.9  # where a neighbourhood is cut off at 100 points, ties decide which
 
 
 def test_it_repeats_to_the_bit(features: Tensor) -> None:
-    assert torch.equal(FpfhBackbone()(sheet()).features, features)
+    assert torch.equal(FpfhBackbone()([sheet()])[0].features, features)
 
 
 def test_a_cloud_of_as_few_points_as_allowed_is_described() -> None:
     backbone = FpfhBackbone()
-    described = backbone(sheet()[: backbone.min_points]).features
+    described = backbone([sheet()[: backbone.min_points]])[0].features
     assert described.shape == (backbone.min_points, 33)
     assert torch.isfinite(described).all()
 

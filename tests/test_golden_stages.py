@@ -121,7 +121,8 @@ def run_points(golden_weights: Path, load_sample: Callable[[str], Sample]) -> Ca
             "reduce_dim": module.reduce_dim,
         }
         taps |= {f"block{i}": block for i, block in enumerate(module.blocks.blocks)}
-        return PointRun(*run_recording(module, taps, valid_points(load_sample(scan))))
+        (found,), outputs = run_recording(module, taps, [valid_points(load_sample(scan))])
+        return PointRun(found, outputs)
 
     return run
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from feature_extractors import memory_bank
-from feature_extractors.memory_bank import BankStatistics, MemoryBank, mean_and_std, select_coreset
+from feature_extractors.memory_bank import BankStatistics, MemoryBank, distinct_rows, mean_and_std, select_coreset
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -139,9 +139,10 @@ def test_no_block_is_above_its_bound(
     assert blocks == [queries] * whole + [rest] * (rest > 0)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["cluster", "shell", "far off", "one direction"])
 @pytest.mark.parametrize("dim", [3, 64, 700])
-def test_half_precision_finds_what_full_precision_finds(kind: str, dim: int) -> None:
+def test_half_precision_finds_what_full_precision_finds(kind: str, dim: int, device: str) -> None:
     """Bit for bit, where its products cannot tell the rows apart."""
     bank, queries = random_rows(400, dim, 2), random_rows(60, dim, 3)
     if kind == "cluster":  # all within the rounding of their norms
@@ -154,12 +155,26 @@ def test_half_precision_finds_what_full_precision_finds(kind: str, dim: int) -> 
         queries = queries + 100.0
     else:
         bank, queries = bank[:, :1] * torch.ones(dim), queries[:, :1] * torch.ones(dim)
+    bank, queries = bank.to(device), queries.to(device)
     half, full = (MemoryBank(bank, precision=precision).nearest(queries) for precision in ("bf16", "fp32"))
     assert torch.equal(half[0], full[0])
     assert torch.equal(half[1], full[1])
     expected_distance, expected_index = nearest_twin(queries, bank)
     torch.testing.assert_close(half[0], expected_distance.float(), rtol=2e-6, atol=1e-9)
     assert (half[1] == expected_index).float().mean() > 0.9  # others tie in fp32
+
+
+def test_halves_keep_what_the_bound_says() -> None:
+    """Of the product of both halves but the low ones, which stands in for the whole on a GPU."""
+    left, right = 3 + random_rows(50, 700, 0), random_rows(50, 700, 1).exp()
+    (high, low), (other_high, other_low) = (
+        [half.double() for half in memory_bank._halves(each)] for each in (left, right)
+    )
+    product = high @ other_high.T + high @ other_low.T + low @ other_high.T
+    bound = 3.03 * 2.0**-16 * left.double().norm(dim=1)[:, None] * right.double().norm(dim=1)
+    error = (product - left.double() @ right.double().T).abs()
+    assert (error < bound).all()
+    assert error.max() > 1e-3 * bound.min()  # it is there
 
 
 def test_rows_too_close_for_bf16_are_searched_in_fp32() -> None:
@@ -201,6 +216,22 @@ def test_equal_queries_are_searched_for_once(blocks: list[int]) -> None:
     torch.testing.assert_close(distance, nearest_twin(queries, bank.rows)[0].float())
     assert (index[:300] == 0).all()
     assert (index[320:] == 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("collide", [False, True])
+def test_distinct_rows_are_all_different_rows(collide: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where all hashes are the same, and where rows differ by a sign of zero or hold what is no number."""
+    if collide:
+        monkeypatch.setattr(
+            memory_bank, "_hash_factors", lambda width, at: torch.zeros(width, dtype=torch.int64).to(at)
+        )
+    rows = torch.tensor([[1.0, 2.0], [0.0, 3.0], [1.0, 2.0], [-0.0, 3.0], [2.0, 1.0], [float("nan"), 0.0], [0.0, 3.0]])
+    distinct, inverse = distinct_rows(rows.to(device))
+    assert torch.equal(distinct[inverse].cpu().view(torch.int32), rows.view(torch.int32))
+    assert len(distinct) == (6 if collide else 5)  # the two of one kind that are not the first's stay two
+    none, nowhere = distinct_rows(rows[:0])
+    assert (len(none), len(nowhere)) == (0, 0)
 
 
 def test_neighbors_by_hand() -> None:

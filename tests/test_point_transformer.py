@@ -131,7 +131,7 @@ def test_unknown_point_norm_is_refused() -> None:
 
 def test_groups_are_neighborhoods_relative_to_their_centers(transformer: PointTransformer) -> None:
     points = cloud(50)
-    groups, centers = transformer.group(points)
+    ((groups, centers),) = transformer.group([points])
     assert groups.shape == (16, 8, 3)
     assert torch.equal(centers, points[farthest_point_sample(points[None], 16)[0]])
     for group, center in zip(groups, centers, strict=True):
@@ -145,10 +145,10 @@ def test_too_few_points_are_refused(num_group: int, group_size: int, needed: int
     module = PointTransformer(**SMALL | {"num_group": num_group, "group_size": group_size}).eval()
     assert module.min_points == needed
     with torch.no_grad():
-        assert module(cloud(needed)).features.shape[0] == num_group
+        assert module([cloud(needed)])[0].features.shape[0] == num_group
     expected = f"{needed - 1} valid points, but {num_group} groups of {group_size} points need at least {needed}"
     with pytest.raises(ValueError, match=expected):
-        module(cloud(needed - 1))
+        module([cloud(needed - 1)])
 
 
 # Transformer
@@ -158,7 +158,7 @@ def test_too_few_points_are_refused(num_group: int, group_size: int, needed: int
 def test_forward_is_the_written_out_sequence(transformer: PointTransformer) -> None:
     """Blocks 1, 2 and 3 of three, each through the final norm, side by side; the position enters every block."""
     points = cloud(60)
-    groups, centers = transformer.group(points)
+    ((groups, centers),) = transformer.group([points])
     tokens, position = transformer.encoder(groups), transformer.pos_embed(centers)
     if transformer.cls_token is not None:
         tokens = torch.cat([transformer.cls_token[0], tokens])
@@ -168,7 +168,7 @@ def test_forward_is_the_written_out_sequence(transformer: PointTransformer) -> N
         tokens = slow_block(block, tokens + position)
         normed = F.layer_norm(tokens, (24,), transformer.norm.weight, transformer.norm.bias, 1e-5)
         taken.append(normed[1:] if transformer.cls_token is not None else normed)
-    features = transformer(points)
+    (features,) = transformer([points])
     torch.testing.assert_close(features.features, torch.cat(taken, dim=1), rtol=1e-4, atol=1e-4)
     assert torch.equal(features.centers, centers)
 
@@ -189,19 +189,29 @@ def slow_block(block: nn.Module, x: Tensor, num_heads: int = 2) -> Tensor:
 
 
 @torch.no_grad()
+def test_clouds_together_are_clouds_alone(transformer: PointTransformer) -> None:
+    """Of other sizes, so that the shorter ones are padded before their groups' centres are picked."""
+    clouds = [cloud(60), 1.5 * cloud(41), cloud(16)]
+    for together, points in zip(transformer(clouds), clouds, strict=True):
+        (alone,) = transformer([points])
+        assert torch.equal(together.centers, alone.centers)
+        torch.testing.assert_close(together.features, alone.features, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_class_token_takes_part_and_is_dropped() -> None:
     module = PointTransformer(**SMALL, class_token=True)
     randomize(module)
     module.eval()
-    before = module(cloud(60)).features
+    before = module([cloud(60)])[0].features
     assert before.shape == (16, 72)  # one row a group, none for the class token
     change = torch.randn(24, generator=torch.Generator().manual_seed(3))  # the norms would not see a constant
     module.cls_token += change
-    assert not torch.allclose(module(cloud(60)).features, before, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(module([cloud(60)])[0].features, before, rtol=1e-2, atol=1e-2)
     module.cls_token -= change
-    torch.testing.assert_close(module(cloud(60)).features, before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(module([cloud(60)])[0].features, before, rtol=1e-4, atol=1e-4)
     module.cls_pos += change
-    assert not torch.allclose(module(cloud(60)).features, before, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(module([cloud(60)])[0].features, before, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(("depth", "taken"), [(12, (3, 7, 11)), (3, (0, 1, 2)), (6, (1, 3, 5))])
@@ -217,7 +227,7 @@ def test_embed_dim_is_what_comes_out(width: int) -> None:
     assert isinstance(module.reduce_dim, nn.Linear)
     assert module.embed_dim == 3 * width
     with torch.no_grad():
-        assert module(cloud(60)).features.shape == (16, module.embed_dim)
+        assert module([cloud(60)])[0].features.shape == (16, module.embed_dim)
 
 
 def test_reference_numbers_are_the_defaults() -> None:
@@ -238,13 +248,13 @@ def test_point_norm_changes_the_features() -> None:
     for point_norm in POINT_NORMS:
         module = PointTransformer(**SMALL, point_norm=point_norm)
         randomize(module)
-        features.append(module.eval()(cloud(60)).features)
+        features.append(module.eval()([cloud(60)])[0].features)
     assert not torch.allclose(*features, rtol=1e-2)
 
 
 @torch.no_grad()
 def test_extraction_repeats_to_the_bit(transformer: PointTransformer) -> None:
     """No stochastic depth, no dropout, no state."""
-    first, second = transformer(cloud(60)), transformer(cloud(60))
+    (first,), (second,) = transformer([cloud(60)]), transformer([cloud(60)])
     assert torch.equal(first.features, second.features)
-    assert torch.equal(transformer.train()(cloud(60)).features, first.features)
+    assert torch.equal(transformer.train()([cloud(60)])[0].features, first.features)

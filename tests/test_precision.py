@@ -8,7 +8,7 @@ from torch import nn
 
 from utils import memory, precision
 from utils.memory import default_memory_budget, peak_memory_mb
-from utils.precision import DTYPES, PRECISIONS, autocast, choose_precision, round_weights, whole_sums
+from utils.precision import DTYPES, PRECISIONS, autocast, choose_precision, round_weights
 
 CPU = torch.device("cpu")
 
@@ -61,12 +61,9 @@ def test_layers_that_compute_with_their_weights_keep_them_whole() -> None:
     assert layer.weight.dtype == torch.float32
 
 
-def test_sums_are_whole_for_a_while() -> None:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction
-    with whole_sums():
-        assert not matmul.allow_bf16_reduced_precision_reduction
-    assert matmul.allow_bf16_reduced_precision_reduction == before
+def test_fp32_is_not_rounded_on_a_gpu() -> None:
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -100,7 +100,7 @@ def test_patch_features(
     points = xyz[:, valid].T.contiguous()
     assert 5_000 < len(points) < valid.numel()
     with torch.inference_mode():
-        patches = align_to_patches(build(backbone)(points), xyz, GRID)
+        patches = align_to_patches(build(backbone)([points])[0], xyz, GRID)
     assert patches.shape == (GRID**2, build(backbone).embed_dim)
     assert patches.isfinite().all()
 
