@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -170,7 +169,24 @@ def build(prepared: Prepared, precision: str) -> PatchExtractor:
     )
 
 
-def run(args: argparse.Namespace, given: frozenset[str], ranks: Ranks) -> None:
+class KeptWarnings(logging.Handler):
+    """What a process warns of while another is to speak for it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.ERROR:
+            self.messages.append(record.getMessage())
+
+    def take(self) -> list[str]:
+        """What came since the last call."""
+        messages, self.messages = self.messages, []
+        return messages
+
+
+def run(args: argparse.Namespace, given: frozenset[str], ranks: Ranks, kept: KeptWarnings) -> None:
     """Run in one of `ranks`.
 
     The first process checks everything before the others do, so that its error is the only one. What it finds of the
@@ -187,10 +203,20 @@ def run(args: argparse.Namespace, given: frozenset[str], ranks: Ranks) -> None:
         indexed, precision = found
         prepared = prepare(args, given, ranks, indexed)
         extractor = build(prepared, precision)
-    evaluate_classes(args, prepared, extractor)
+    evaluate_classes(args, prepared, extractor, kept)
 
 
-def evaluate_classes(args: argparse.Namespace, prepared: Prepared, extractor: PatchExtractor) -> None:
+class Finished(NamedTuple):
+    """A class, in the first process of the group that had it."""
+
+    name: str
+    reports: dict[str, ClassReport]  # by method
+    warnings: list[str]  # that were not shown
+
+
+def evaluate_classes(
+    args: argparse.Namespace, prepared: Prepared, extractor: PatchExtractor, kept: KeptWarnings
+) -> None:
     """Run the classes, writing the results so far after each, and all tables at the end."""
     settings, configs, indexed, saved = prepared
     note = table_note(extractor.config)
@@ -205,6 +231,8 @@ def evaluate_classes(args: argparse.Namespace, prepared: Prepared, extractor: Pa
             finished = {name: reports for name in indexed if (reports := results.kept(name))}
             for name in finished:
                 logger.info("%s: finished before", name)
+            if not finished:
+                logger.info("--resume: no class was finished before, with a file in %s", settings.output_dir / FOLDER)
         left = [name for name in indexed if name not in finished]
         results.forget(left)
         if finished:
@@ -213,8 +241,9 @@ def evaluate_classes(args: argparse.Namespace, prepared: Prepared, extractor: Pa
     costs = {name: float(sum(map(len, indexed[name]))) for name in left}
     divided = divide_classes(settings.parallel, costs)
     group, number = make_groups(len(divided))
-    own: list[tuple[str, dict[str, ClassReport]]] = []
+    own: list[Finished] = []
     for name in divided[number]:
+        kept.take()  # what was said of no class, the first process has said as well
         logger.info("%s: %d training, %d validation and %d test samples", name, *map(len, indexed[name]))
         try:
             of_class = run_class(name, indexed[name], settings, configs, extractor, saved.get(name), group)
@@ -222,15 +251,18 @@ def evaluate_classes(args: argparse.Namespace, prepared: Prepared, extractor: Pa
             raise InputError(f"{name}: {error}") from None  # a sample's path begins below its class
         if is_main(group):
             results.keep(name, of_class)
-            own.append((name, of_class))
+            own.append(Finished(name, of_class, kept.take()))
         if is_main():
             of_others = [each for each in results.missing() if each not in divided[number]]
             others = {each: results.kept(each) for each in of_others}
             results.publish({name: of_class} | {each: reports for each, reports in others.items() if reports})
-    gathered = dict(gather_items(own))  # of all groups: their files may be late on a shared disk
+    gathered = {each.name: each for each in gather_items(own)}  # of all groups: files may be late on a shared disk
     if is_main():
+        for each in gathered.values():
+            for message in each.warnings:
+                logger.warning("%s: %s", each.name, message)
         if missing := results.missing():
-            results.publish({name: gathered[name] for name in missing})
+            results.publish({name: gathered[name].reports for name in missing})
         results.finish(note)
 
 
@@ -255,11 +287,13 @@ def main() -> None:
                     f"--device {args.device} would put the {ranks.local_world_size} processes of this machine on one "
                     "GPU: give cuda, and each takes its own"
                 )
-        # What concerns all processes, the first one says.
-        level = logging.INFO if ranks.rank == 0 else logging.ERROR
-        logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
+        # What concerns all processes, the first one says; what another one warns of, it says at the end.
+        kept, spoken = KeptWarnings(), logging.StreamHandler()
+        spoken.setLevel(logging.INFO if ranks.rank == 0 else logging.ERROR)
+        handlers = [spoken] if ranks.rank == 0 else [spoken, kept]
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", handlers=handlers)
         with process_group(ranks, device):
-            run(args, given_flags(), ranks)
+            run(args, given_flags(), ranks, kept)
 
 
 def look_up(args: argparse.Namespace) -> None:

@@ -1,9 +1,9 @@
 """Which processes of a run do what: groups of them, and the classes of each group."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from utils.distributed import world_size
+from utils.distributed import share, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -25,26 +25,37 @@ def divide_classes(parallel: str, costs: Mapping[str, float]) -> list[list[str]]
     """
     most = max(1, min(len(costs), world_size()))
     if parallel == "auto":
-        groups = min(range(1, most + 1), key=lambda count: duration(costs, count, world_size()))
+        count = min(range(1, most + 1), key=lambda count: duration(costs, group_sizes(count)))
     else:
-        groups = most if parallel == "classes" else 1
+        count = most if parallel == "classes" else 1
     if world_size() > 1:
-        logger.info("%d processes, %d class%s at a time", world_size(), groups, "es" * (groups > 1))
-    return assign(costs, groups)
+        logger.info("%d processes, %d class%s at a time", world_size(), count, "es" * (count > 1))
+    return assign(costs, group_sizes(count))
 
 
-def assign(costs: Mapping[str, float], groups: int) -> list[list[str]]:
-    """The longest class first, each to the group that has least to do (Graham, 1969)."""
-    load = [0.0] * groups
-    assigned: list[list[str]] = [[] for _ in load]
+def group_sizes(count: int) -> list[int]:
+    """How many processes each of `count` groups has, as utils.distributed.make_groups divides them."""
+    return [len(share(world_size(), count, number)) for number in range(count)]
+
+
+def assign(costs: Mapping[str, float], sizes: Sequence[int]) -> list[list[str]]:
+    """The longest class first, each to the group of processes that would be done with it first (Graham, 1969)."""
+    busy_until = [0.0] * len(sizes)
+    assigned: list[list[str]] = [[] for _ in sizes]
     for name in sorted(costs, key=lambda each: -costs[each]):
-        least = load.index(min(load))
-        load[least] += costs[name]
-        assigned[least].append(name)
+        ends = [begin + costs[name] * time_share(size) for begin, size in zip(busy_until, sizes, strict=True)]
+        first = ends.index(min(ends))
+        busy_until[first] = ends[first]
+        assigned[first].append(name)
     return [[name for name in costs if name in chosen] for chosen in assigned]
 
 
-def duration(costs: Mapping[str, float], groups: int, processes: int) -> float:
-    """When the last group is done, in the unit of `costs`; within a group by Amdahl's law."""
-    longest = max((sum(costs[name] for name in chosen) for chosen in assign(costs, groups)), default=0.0)
-    return longest * (ALONE + (1 - ALONE) / (processes // groups))
+def duration(costs: Mapping[str, float], sizes: Sequence[int]) -> float:
+    """When the last group is done, in the unit of `costs`."""
+    assigned = zip(assign(costs, sizes), sizes, strict=True)
+    return max(sum(costs[name] for name in chosen) * time_share(size) for chosen, size in assigned)
+
+
+def time_share(processes: int) -> float:
+    """What a class takes several processes, of what it takes one (Amdahl's law)."""
+    return ALONE + (1 - ALONE) / processes

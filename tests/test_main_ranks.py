@@ -267,6 +267,12 @@ def test_the_log_says_how_the_classes_are_divided(several: Shared) -> None:
     assert "Traceback" not in several.left.stderr
 
 
+def test_what_other_processes_warn_of_is_said_once(several: Shared) -> None:
+    """Cookies have no validation scans, and all classes too few for the false-alarm rate that is asked for."""
+    assert several.left.stderr.count("no validation/good: the thresholds") == 1
+    assert several.left.stderr.count("a false-alarm rate of 0.01 needs 99") == len(SCANS) * len(METHODS)
+
+
 def test_anomaly_maps_are_those_of_one_process(several: Shared, alone: Left) -> None:
     maps = [path for path in files_below(alone.folder) if "/anomaly_maps/" in path]
     assert len(maps) == sum(good + defective for _, _, good, defective in SCANS.values())

@@ -6,8 +6,7 @@ from itertools import chain
 import pytest
 
 import work_division
-from utils.distributed import share
-from work_division import PARALLEL, assign, divide_classes, duration
+from work_division import PARALLEL, assign, divide_classes, duration, group_sizes
 
 TEN = {f"class {i}": 1.0 for i in range(10)}
 
@@ -50,7 +49,16 @@ def uneven(count: int) -> dict[str, float]:
 def test_the_longest_class_goes_first_to_whoever_has_least(
     costs: dict[str, float], groups: int, expected: list[list[str]]
 ) -> None:
-    assert assign(costs, groups) == expected
+    assert assign(costs, [1] * groups) == expected
+    assert assign(costs, [3] * groups) == expected
+
+
+def test_a_class_goes_to_the_group_that_would_be_done_first() -> None:
+    """On one process a class takes its cost, on two 0.55 of it, on three 0.4 of it."""
+    assert assign({"a": 10, "b": 4}, [1, 2]) == [["b"], ["a"]]
+    # c 6 to the three (2.4); b 5 to the one (5 > 2.4 + 2 = 4.4)? No: to the three again, and a 4 to the one (4 < 6).
+    assert assign({"a": 4, "b": 5, "c": 6}, [1, 3]) == [["a"], ["b", "c"]]
+    assert duration({"a": 4, "b": 5, "c": 6}, [1, 3]) == pytest.approx(4.4)
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)
@@ -67,8 +75,9 @@ def test_every_class_is_done_once_and_in_order(
         assert chosen == sorted(chosen, key=order.index)
     assert 1 <= len(groups) <= processes
     assert all(groups) or count == 0  # no group of processes is idle
-    # Each process is in one group, and no group is without.
-    assert all(len(share(processes, len(groups), number)) for number in range(len(groups)))
+    sizes = group_sizes(len(groups))
+    assert sum(sizes) == processes
+    assert all(sizes)
 
 
 # How many groups
@@ -96,8 +105,10 @@ def test_classes_are_as_many_groups_as_there_are_classes_or_processes(
         (TEN, 2, [5.5, 5.0]),
         # Two on four: 2 (0.1 + 0.9 / 4), or each on two processes.
         (dict.fromkeys("ab", 1.0), 4, [0.65, 0.55]),
-        # Three on four: 3 * 0.325; two groups of two, one of which has two classes; or one process each at least.
+        # Three on four: 3 * 0.325; two groups of two, one of which has two classes; or one process each, or two.
         (dict.fromkeys("abc", 1.0), 4, [0.975, 1.1, 1.0]),
+        # A long one and a short one on three: (10 + 4) 0.4; or the long one on two, the short one alone.
+        ({"a": 4.0, "b": 10.0}, 3, [5.6, 5.5]),
         # A long one beside short ones on two: 14 * 0.55, or 10 alone.
         ({"a": 10.0, "b": 2.0, "c": 2.0}, 2, [7.7, 10.0]),
         ({}, 2, [0.0]),
@@ -106,7 +117,9 @@ def test_classes_are_as_many_groups_as_there_are_classes_or_processes(
 def test_auto_takes_the_number_of_groups_that_ends_soonest(
     monkeypatch: pytest.MonkeyPatch, costs: dict[str, float], processes: int, of_groups: list[float]
 ) -> None:
-    assert [duration(costs, groups, processes) for groups in range(1, len(of_groups) + 1)] == pytest.approx(of_groups)
+    monkeypatch.setattr(work_division, "world_size", lambda: processes)
+    found = [duration(costs, group_sizes(groups)) for groups in range(1, len(of_groups) + 1)]
+    assert found == pytest.approx(of_groups)
     soonest = 1 + of_groups.index(min(of_groups))
     assert len(divided(monkeypatch, "auto", costs, processes)) == soonest
 
@@ -122,8 +135,8 @@ def test_what_a_process_does_alone_speaks_for_classes(monkeypatch: pytest.Monkey
     costs = dict.fromkeys("abc", 1.0)
     for alone, groups in ((0.0, 1), (0.3, 1), (0.4, 2), (1.0, 2)):
         monkeypatch.setattr(work_division, "ALONE", alone)
-        assert duration(costs, 1, 2) == pytest.approx(3 * (alone + (1 - alone) / 2))
-        assert duration(costs, 2, 2) == 2
+        assert duration(costs, [2]) == pytest.approx(3 * (alone + (1 - alone) / 2))
+        assert duration(costs, [1, 1]) == 2
         assert len(divided(monkeypatch, "auto", costs, 2)) == groups
 
 
