@@ -28,7 +28,7 @@ from torch import Tensor
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.measuring import describe_machine, plain_arguments, write_json
-from benchmarks.scaling_model import Pass, draw_scaling, measure_machine
+from benchmarks.scaling_model import Machine, Pass, coreset_seconds, draw_scaling, measure_machine
 from benchmarks.traffic import counted
 from benchmarks.workload import SEED, SIZES, build_networks, detector_config, made_up_samples
 from feature_extractors import coreset, pipeline
@@ -97,7 +97,7 @@ def run_coreset(args: argparse.Namespace, samples: int) -> dict[str, Any]:
     def recording(shard: Any, wanted: int, candidates: int) -> tuple[Tensor, Tensor, float]:
         found = pick(shard, wanted, candidates)
         touched = int((shard.nearest > coreset.SAFE_HALF * found[2] / 4).sum())
-        passes.append(Pass(candidates, len(found[0]), touched))
+        passes.append(Pass(len(shard.rows), candidates, len(found[0]), touched))
         return found
 
     before = resident_memory_mb()
@@ -178,6 +178,18 @@ def print_cost(cost: Cost) -> None:
     )
 
 
+def compare_model(costs: list[Cost], details: dict[str, Any], machine: Machine) -> dict[str, float]:
+    """Modelled over measured seconds of each coreset, from the passes that the fewest processes recorded."""
+    ratios = {}
+    for cost in costs:
+        fewest = min(each.processes for each in costs)
+        passes = [Pass(*each) for each in details[f"coreset {cost.rows} {fewest}"]["recorded"]]
+        seconds = coreset_seconds(passes, WIDTHS["coreset"], cost.processes, machine)
+        ratios[f"{cost.rows} {cost.processes}"] = seconds / cost.seconds
+        print(f"model    {cost.rows:10,}{cost.processes:11}{seconds:10.2f} s, {seconds / cost.seconds:.0%} of measured")
+    return ratios
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
@@ -224,9 +236,10 @@ def main(argv: list[str] | None = None) -> None:
         record["alone"] = share
         print(f"of a class of {args.train} + {args.test}, one process does {share:.1%} of the work alone")
     if "coreset" in args.stages:
-        machine = measure_machine(args.processes[-1])
+        machine = measure_machine(WIDTHS["coreset"], args.processes[-1])
         record["rates"] = machine._asdict()
         of_coreset = [cost for cost in costs if cost.stage == "coreset"]
+        record["model"] = compare_model(of_coreset, details, machine)
         draw_scaling(args.figure, machine, of_coreset, details, WIDTHS["coreset"])
     write_json(args.output, record)
 

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,43 +12,49 @@ import torch.multiprocessing
 
 from benchmarks.figures import new_axes, save_figure
 from benchmarks.measuring import median_seconds_of
+from feature_extractors.coreset import MOST_CANDIDATES, _Shard, greedy_among
 from utils.distributed import Ranks, gather_rows, process_group, sum_of_all
 
 PROCESSES = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256])
 ETHERNET = 10e9 / 8  # bytes a second of a link of 10 Gbit/s
 LATENCY = 5e-5  # seconds of a collective over it
+COLLECTIVES = 6  # of a pass
 GROWN = (1, 12)  # times the rows of the recorded passes
-PROBE = (8192, 1024)  # rows of an all-gather, 32 MB
-SIDE = 1536
+PROBED_BYTES = 1 << 25  # of an all-gather
+PROBED_ROWS, PROBED_PICKS, PROBED_SCAN = 1 << 14, (64, 1024), 1 << 20
 REPEATS = 9
 
 
 class Pass(NamedTuple):
     """What one pass of the greedy rule did, in one process; the picks do not depend on how many hold the rows."""
 
+    rows: int  # R
     candidates: int  # m
     picks: int  # p
-    touched: int  # rows that the picks could come close to
+    touched: int  # rows that the picks could come close to, t
 
 
 class Machine(NamedTuple):
-    """Rates of one process."""
+    """Seconds that one process takes for the parts of a pass, each measured by itself at one width of rows."""
 
-    single: float  # fp32 operations a second of a matrix product
-    double: float  # fp64
-    stream: float  # bytes a second through fp64 minima, as the selection reads them
-    link: float  # bytes a second received in an all-gather between processes
-    latency: float  # seconds of the smallest collective
+    touched: float  # a touched row: read, and held against its nearest pick by direct difference
+    pair: float  # a touched row and a pick: their product, and the least of these
+    scanned: float  # a row: told whether it is touched, and whether it is among the farthest
+    mutual: float  # two candidates: their distance
+    choice: float  # a pick and a candidate: the candidate's distance brought up to date
+    byte: float  # received in an all-gather
+    latency: float  # of the smallest collective
 
 
 def pass_seconds(each: Pass, width: int, processes: int, machine: Machine) -> dict[str, float]:
     """Seconds of a pass by what it does; rows and touched ones are taken to be spread evenly."""
     m, p = each.candidates, each.picks
-    sent = m * width * 8 * (processes - 1) / processes + 16 * (m + 1) * (processes - 1)
+    received = m * width * 8 * (processes - 1) / processes + 16 * (m + 1) * (processes - 1)
     return {
-        "update": 2 * each.touched / processes * p * width / machine.single,
-        "select": 2 * m * m * width / machine.double + 4 * 8 * p * m / machine.stream,
-        "send": (sent / machine.link + 6 * machine.latency) if processes > 1 else 0.0,
+        "update": each.touched / processes * (machine.touched + p * machine.pair),
+        "scan": each.rows / processes * machine.scanned,
+        "select": m * m * machine.mutual + p * m * machine.choice,
+        "send": (received * machine.byte + COLLECTIVES * machine.latency) if processes > 1 else 0.0,
     }
 
 
@@ -57,34 +64,58 @@ def coreset_seconds(passes: Sequence[Pass], width: int, processes: int, machine:
 
 def grown_passes(passes: Sequence[Pass], factor: int) -> list[Pass]:
     """The passes of `factor` times as many rows and picks: as many more, each touching as many more rows."""
-    return [each._replace(touched=each.touched * factor) for each in passes for _ in range(factor)]
+    return [
+        each._replace(rows=each.rows * factor, touched=each.touched * factor) for each in passes for _ in range(factor)
+    ]
 
 
-def measure_machine(processes: int) -> Machine:
-    """Rates of one thread, while as many processes as there are cores compute; of the link by `processes` processes."""
+def measure_machine(width: int, processes: int) -> Machine:
+    """Seconds of one thread; of the link by `processes` processes of this machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    left, right = torch.randn(2, SIDE, SIDE).unbind()
-    single = 2 * SIDE**3 / median_seconds_of(lambda: left @ right, REPEATS)
-    wide, other = left.double(), right.double()
-    double = 2 * SIDE**3 / median_seconds_of(lambda: wide @ other, REPEATS)
-    minima = torch.rand(1 << 22, dtype=torch.float64)
-    stream = 3 * minima.nbytes / median_seconds_of(lambda: torch.minimum(minima, minima, out=minima), REPEATS)
+    rows = torch.randn(PROBED_ROWS, width)
+    shard = _Shard(rows, 0, len(rows), None)
+
+    def update(picks: int) -> None:
+        shard.nearest.fill_(torch.inf)
+        shard.update(torch.arange(picks), rows[:picks], 0.0)
+
+    few, many = (median_seconds_of(partial(update, picks), REPEATS) / len(rows) for picks in PROBED_PICKS)
+    pair = (many - few) / (PROBED_PICKS[1] - PROBED_PICKS[0])
+    scan = _Shard(torch.rand(PROBED_SCAN, 1), 0, PROBED_SCAN, None)
+    scan.nearest = scan.rows[:, 0]
+
+    def look() -> None:
+        (scan.nearest > 2).nonzero()
+        scan._farthest(MOST_CANDIDATES)
+
+    among, nearest = rows[:MOST_CANDIDATES], torch.full((MOST_CANDIDATES,), torch.inf, dtype=torch.float64)
+    choose = partial(greedy_among, among, nearest, torch.tensor(0.0))
+    one, more = (median_seconds_of(partial(choose, picks), REPEATS) for picks in (1, PROBED_PICKS[1]))
+    scanned = median_seconds_of(look, REPEATS) / PROBED_SCAN
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_probe, (processes, folder), nprocs=processes)
-        link, latency = torch.load(Path(folder, "0.pth"), weights_only=True)
-    return Machine(single, double, stream, link, latency)
+        torch.multiprocessing.spawn(_probe, (processes, width, folder), nprocs=processes)
+        byte, latency = torch.load(Path(folder, "0.pth"), weights_only=True)
+    return Machine(
+        touched=few - PROBED_PICKS[0] * pair,
+        pair=pair,
+        scanned=scanned,
+        mutual=one / len(among) ** 2,
+        choice=(more - one) / (PROBED_PICKS[1] - 1) / len(among),
+        byte=byte,
+        latency=latency,
+    )
 
 
-def _probe(rank: int, count: int, folder: str) -> None:
+def _probe(rank: int, count: int, width: int, folder: str) -> None:
     torch.set_num_threads(1)
-    rows, flag = torch.zeros(PROBE[0] // count, PROBE[1]), torch.zeros(1)
+    rows, flag = torch.zeros(PROBED_BYTES // (4 * width * count), width), torch.zeros(1)
     with process_group(Ranks(rank, count, rank, count), torch.device("cpu"), f"file://{folder}/meet"):
-        link = rows.nbytes * (count - 1) / median_seconds_of(lambda: gather_rows(rows), REPEATS)
+        byte = median_seconds_of(lambda: gather_rows(rows), REPEATS) / (rows.nbytes * (count - 1))
         latency = median_seconds_of(lambda: sum_of_all(flag), REPEATS)
     if rank == 0:
-        torch.save([link, latency], Path(folder, "0.pth"))
+        torch.save([byte, latency], Path(folder, "0.pth"))
 
 
 def draw_scaling(path: Path, machine: Machine, costs: Sequence[Any], details: Mapping[str, Any], width: int) -> None:
@@ -98,9 +129,10 @@ def draw_scaling(path: Path, machine: Machine, costs: Sequence[Any], details: Ma
     largest = [cost for cost in costs if cost.rows == sizes[-1]]
     for count in sorted({cost.processes for cost in costs} - {1}):
         of_count = [cost for cost in costs if cost.processes == count]
-        traffic.plot([c.rows for c in of_count], [c.received_mb for c in of_count], "o-", label=f"{count} processes")
+        thousands = [cost.rows / 1000 for cost in of_count]
+        traffic.plot(thousands, [cost.received_mb for cost in of_count], "o-", label=f"{count} processes")
     passes = [Pass(*each) for each in details[f"coreset {sizes[-1]} {largest[0].processes}"]["recorded"]]
-    slow = machine._replace(link=ETHERNET, latency=LATENCY)
+    slow = machine._replace(byte=1 / ETHERNET, latency=LATENCY)
     for colour, factor in zip(("tab:blue", "tab:orange"), GROWN, strict=True):
         grown = grown_passes(passes, factor)
         for line, link in (("-", machine), ("--", slow)):
@@ -115,7 +147,7 @@ def draw_scaling(path: Path, machine: Machine, costs: Sequence[Any], details: Ma
     )
     memory.set(title="Memory of a process", xlabel="processes", ylabel="MB", ylim=(0, None))
     memory.set_xticks([1, 2, 3, 4], labels=["1", "2", "3", "4"], minor=False)
-    traffic.set(title="Received by a process", xlabel="rows", ylabel="MB", ylim=(0, None), xlim=(0, None))
+    traffic.set(title="Received by a process", xlabel="thousand rows", ylabel="MB", ylim=(0, None), xlim=(0, None))
     time_axes.set(title="Coreset, model", xlabel="processes", ylabel="seconds", xscale="log", yscale="log")
     time_axes.set_xticks(PROCESSES, labels=[str(count) for count in PROCESSES], minor=False)
     time_axes.xaxis.minorticks_off()

@@ -21,6 +21,7 @@ from benchmarks.class_run import ClassRun, count_operations, run_class
 from benchmarks.curve import memory_law, seconds_law
 from benchmarks.measuring import median_seconds, memory_slope
 from benchmarks.rows import CORESET_EPS, Row
+from benchmarks.scaling_model import Machine, Pass, coreset_seconds, grown_passes, pass_seconds
 from benchmarks.workload import (
     SEED,
     SIZES,
@@ -119,12 +120,12 @@ def test_the_plain_features_are_ours(sample: Sample, slow: Networks) -> None:
 def test_the_plain_parts_are_ours(sample: Sample, slow: Networks) -> None:
     ours, points = build_networks(TINY).xyz, sample_points(sample)
     groups, centers = plain.group(points, TINY.num_group, TINY.group_size)
-    for twin, fast in zip((groups, centers), ours.group(points), strict=True):
+    for twin, fast in zip((groups, centers), ours.group([points])[0], strict=True):
         assert torch.equal(twin, fast)
     encoded = plain.encode_groups(slow.xyz.encoder, groups)
     torch.testing.assert_close(encoded, ours.encoder(groups), rtol=1e-3, atol=1e-4)
     tokens, _ = plain.point_tokens(slow.xyz, points)
-    found = ours(points)
+    (found,) = ours([points])
     torch.testing.assert_close(tokens, found.features, rtol=1e-4, atol=1e-4)
     plane = plain.pooled_plane(found.features, centers, sample.xyz, TINY.xyz_grid)
     torch.testing.assert_close(plane, align_to_patches(found, sample.xyz, TINY.xyz_grid), rtol=1e-3, atol=1e-4)
@@ -183,7 +184,7 @@ def test_a_plain_class_has_our_figures() -> None:
 @torch.inference_mode()
 def test_operations_are_those_that_pytorch_counts(sample: Sample, slow: Networks) -> None:
     ours = build_networks(TINY).xyz
-    groups, _ = slow.xyz.group(sample_points(sample))
+    ((groups, _),) = slow.xyz.group([sample_points(sample)])
     tokens = torch.zeros(1, TINY.num_group, TINY.point_numbers["width"])
     assert sample.rgb is not None
     counted: list[tuple[float, Callable[[], object]]] = [
@@ -324,3 +325,60 @@ def test_judging_is_measured(tmp_path: Path) -> None:
         assert found[stage]["parts_per_second"] > 0
     assert [count for count, _ in found["memory"]["resident_mb"]] == list(range(1, 21))
     assert "20 parts in a row" in told and "MB per 1000 parts" in told
+
+
+def test_what_processes_share_is_measured(tmp_path: Path) -> None:
+    """Coreset, search and class of two processes beside one; the model from what this machine takes for its parts."""
+    sizes = ["--samples", 1, 2, "--processes", 1, 2, "--networks", "tiny", "--train", 8, "--test", 4]
+    text = run_benchmark("ranks", *sizes, "--output", tmp_path / "ranks.json", "--figure", tmp_path / "scaling.png")
+    found = json.loads((tmp_path / "ranks.json").read_text())
+    costs = {(cost["stage"], cost["rows"], cost["processes"]): cost for cost in found["costs"]}
+    assert set(costs) == {
+        *((stage, rows, count) for stage in ("coreset", "search") for rows in (3136, 6272) for count in (1, 2)),
+        ("class", 12, 1),
+        ("class", 12, 2),
+    }
+    for (stage, rows, count), cost in costs.items():
+        assert (cost["received_mb"] > 0) == (count > 1)
+        assert cost["passes"] == costs[stage, rows, 1]["passes"]
+    picks = [[each[2] for each in found["details"][f"coreset 6272 {count}"]["recorded"]] for count in (1, 2)]
+    assert picks[0] == picks[1]
+    assert sum(picks[0]) == 626  # a tenth, but for the first one
+    assert set(found["model"]) == {f"{rows} {count}" for rows in (3136, 6272) for count in (1, 2)}
+    assert all(value > 0 for value in found["rates"].values())
+    assert 0 < found["alone"] < 1
+    assert "of measured" in text
+    with Image.open(tmp_path / "scaling.png") as figure:
+        assert figure.size[0] > figure.size[1]
+
+
+def test_a_pass_costs_what_its_parts_cost() -> None:
+    """By hand, with numbers that keep the parts apart."""
+    machine = Machine(touched=1e3, pair=1.0, scanned=1e-3, mutual=1e-6, choice=1e-5, byte=1e-9, latency=1e-12)
+    one = Pass(rows=100, candidates=10, picks=4, touched=50)
+    assert pass_seconds(one, 3, 1, machine) == pytest.approx(
+        {"update": 50 * 1004, "scan": 0.1, "select": 1e-4 + 4e-4, "send": 0}
+    )
+    shared = pass_seconds(one, 3, 2, machine)
+    assert shared["update"] == pytest.approx(25 * 1004)
+    assert shared["scan"] == pytest.approx(0.05)
+    assert shared["send"] == pytest.approx(1e-9 * (10 * 3 * 8 / 2 + 16 * 11) + 6e-12)
+    assert coreset_seconds([one, one], 3, 2, machine) == pytest.approx(2 * sum(shared.values()))
+    assert grown_passes([one], 3) == [one._replace(rows=300, touched=150)] * 3
+
+
+def test_a_gpu_is_measured_without_one(tmp_path: Path) -> None:
+    """The same steps on the CPU, small."""
+    flags = ["--device", "cpu", "--networks", "tiny", "--train", 4, "--batch", 2, "--repeats", 1]
+    text = run_benchmark("gpu", *flags, "--output", tmp_path / "gpu.json")
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    steps = found["steps"]
+    assert all(step.get("seconds", 1) > 0 for step in steps.values())
+    for precision in ("fp32", "bf16"):
+        assert steps[f"parts per second, {precision}"]["rate"] == pytest.approx(
+            1 / steps[f"a part from scan to map, {precision}"]["seconds"]
+        )
+        assert f"UFF, a batch of 2 parts, {precision}" in steps
+    assert f"coreset {4 * TINY.xyz_grid**2} x 192 to 102" in steps
+    assert found["peak_mb"] > 0
+    assert "parts per second, bf16" in text
