@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --device cpu --networks tiny --train 4 --batch 2 --repeats 1  # to try the script
 
 Random weights and made-up scans, in memory, so that nothing is read while the clock runs. The xyz bank is the coreset
-that is timed; the others, as large as the reference protocol has them, are patches drawn at random. A time ends when
-the device has finished; the median counts. Prints a table; writes JSON.
+that is timed; the others, as large as the reference protocol has them, are the first patches of the parts. All banks
+are of features in fp32. A time ends when the device has finished; the median counts. Prints a table; writes JSON.
 """
 
 import argparse
@@ -131,18 +131,22 @@ def make_banks(bench: Bench, seen: list[PatchFeatures], train: int) -> dict[str,
 @torch.inference_mode()
 def time_judging(bench: Bench, detector: Detector, samples: list[Sample]) -> None:
     """Searches, all that follows on the features, and the whole way of a sample from main memory and back."""
-    features = detector.extractor.extract(samples)
+    features, precision = detector.extractor.extract(samples), detector.extractor.precision
     for name, bank in detector.banks.items():
         queries = bank.statistics.normalize(getattr(features[0], name))
-        flops = search_flops(*queries.shape[:1], *bank.rows.shape)
-        bench.time(f"search in {len(bank)} rows, {name}", partial(bank.nearest, queries, "cancelling"), flops=flops)
-    bench.time("score and map", lambda: [detector.predict_features(each) for each in features], pieces=len(samples))
+        search, flops = partial(bank.nearest, queries, "cancelling"), search_flops(len(queries), *bank.rows.shape)
+        bench.time(f"search in {len(bank)} rows, {name}, {precision}", search, flops=flops)
+
+    def scored() -> None:
+        for each in features:
+            detector.predict_features(each)
+
+    bench.time(f"score and map, {precision}", scored, pieces=len(samples))
 
     def judged() -> None:
         for each in detector.extractor.extract(samples):
             detector.predict_features(each)
 
-    precision = detector.extractor.precision
     seconds = bench.time(f"a part from scan to map, {precision}", judged, pieces=len(samples))
     bench.steps[f"parts per second, {precision}"] = {"rate": 1 / seconds}
     print(f"{f'parts per second, {precision}':44}{1 / seconds:12.1f}")
@@ -155,9 +159,8 @@ def time_training(bench: Bench, model: FeatureFusion, seen: list[PatchFeatures],
         assert each.xyz is not None
         assert each.rgb is not None
         rgb = resize_patches(each.rgb, math.isqrt(len(each.xyz)))
-        items.append(
-            (each.xyz.clone(), rgb.clone(), number)
-        )  # clones: tensors of inference mode cannot be trained with
+        # Clones, since tensors of inference mode cannot be trained with.
+        items.append((each.xyz.clone(), rgb.clone(), number))
     loader = make_loader(
         items, batch_size=len(items), accum_iter=1, ranks=Ranks(), seed=SEED, num_workers=0, pin_memory=False
     )
@@ -207,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     time_extraction(bench, extractors, samples)
     seen = extractors["fp32"].extract(learned)
     banks = make_banks(bench, seen, args.train)
-    weights = np.ones(len(banks))  # of the fusion of decisions; fitting it takes other machines as long
+    weights = np.ones(len(banks))  # as quick as fitted ones
     fusion_of_decisions = DecisionFusion(weights, weights, (1.0, 0.1, 1.0), (1.0, 0.1, 1.0))
     for extractor in extractors.values():
         time_judging(bench, Detector(extractor.config, extractor, banks, fusion_of_decisions), samples)

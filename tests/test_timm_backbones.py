@@ -504,7 +504,7 @@ def test_listed_widths_are_those_of_the_xyz_features(
     grouping = {"num_group": 8, "group_size": 4, "point_norm": "cloud", "point_ops": "auto"}
     backbone = build_xyz_backbone(name, Path(), **grouping, checkpoint=given)
     points = 0.01 * torch.rand(40, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 0.0, 0.5])
-    features = backbone(points).features
+    features = backbone([points])[0].features
     of_points = isinstance(backbone, FpfhBackbone)
     assert features.shape == (40 if of_points else 8, listed[name].width)
     assert listed[name].grid == ("every point" if of_points else "every group")
