@@ -23,6 +23,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+
 from dataset import (
     check_files,
     class_folders,
@@ -30,6 +32,7 @@ from dataset import (
     index_split,
 )
 from feature_extractors.config import DetectorConfig
+from feature_extractors.detector_record import SavedDetector
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.persistence import check_target
 from inspection import print_inspection, warn_of_raw_scans, warn_of_unfinished_scans
@@ -54,8 +57,9 @@ from utils.distributed import (
     gather_items,
     is_main,
     make_groups,
+    named_device,
     process_group,
-    said_once,
+    said_by,
 )
 from utils.errors import InputError, exit_on_input_error
 from utils.files import make_folder
@@ -170,7 +174,7 @@ def build(prepared: Prepared, precision: str) -> PatchExtractor:
 
 
 class KeptWarnings(logging.Handler):
-    """What a process warns of while another is to speak for it."""
+    """What a process warns of, for the first one to say where it has not said the same."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -211,7 +215,7 @@ class Finished(NamedTuple):
 
     name: str
     reports: dict[str, ClassReport]  # by method
-    warnings: list[str]  # that were not shown
+    warnings: list[str]  # of all of the group, that were not shown
 
 
 def evaluate_classes(
@@ -222,7 +226,7 @@ def evaluate_classes(
     note = table_note(extractor.config)
     logger.info(note)
     flags = vars(args) | (dict.fromkeys(FITTING_FLAGS) if saved else {})
-    inputs = {name: inputs_checksum(files, extractor) for name, files in indexed.items()}
+    inputs = {name: inputs_checksum(files, extractor, saved.get(name, {})) for name, files in indexed.items()}
     results = Results(settings.output_dir, configs, inputs, flags, extractor.precision)
     left = list(indexed)
     if is_main():
@@ -249,9 +253,11 @@ def evaluate_classes(
             of_class = run_class(name, indexed[name], settings, configs, extractor, saved.get(name), group)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None  # a sample's path begins below its class
+        warnings = kept.take()
+        told, said = gather_items(warnings, group), warnings if is_main() else []
         if is_main(group):
             results.keep(name, of_class)
-            own.append(Finished(name, of_class, kept.take()))
+            own.append(Finished(name, of_class, [each for each in dict.fromkeys(told) if each not in said]))
         if is_main():
             of_others = [each for each in results.missing() if each not in divided[number]]
             others = {each: results.kept(each) for each in of_others}
@@ -266,32 +272,36 @@ def evaluate_classes(
         results.finish(note)
 
 
-def inputs_checksum(files: SplitFiles, extractor: PatchExtractor) -> str:
-    """Of the names of a class's files and of the networks' weights, for --resume to notice others."""
+def inputs_checksum(files: SplitFiles, extractor: PatchExtractor, saved: Mapping[str, SavedDetector]) -> str:
+    """Of a class's file names, of the networks' weights and of loaded detectors, for --resume to notice others."""
     names = [[each.path for each in split] for split in files]
-    return hashlib.sha256(json.dumps([names, sorted(extractor.checksums.items())]).encode()).hexdigest()
+    detectors = sorted((method, each.record.config_sha256, each.record.state_sha256) for method, each in saved.items())
+    known = [names, sorted(extractor.checksums.items()), detectors]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def main() -> None:
     with exit_on_input_error():
         ranks = find_ranks()
-        with said_once(ranks):
+        with said_by(ranks.rank == 0):
             args = parse_args()
             if args.list_backbones or args.inspect_dataset:
                 if ranks.rank == 0:
                     look_up(args)
                 return
-            device = choose_device(args.device, ranks.local_rank)
+            named_device(args.device)
             if ranks.local_world_size > 1 and args.device.startswith("cuda:"):
                 raise InputError(
                     f"--device {args.device} would put the {ranks.local_world_size} processes of this machine on one "
                     "GPU: give cuda, and each takes its own"
                 )
+        # On each machine the first process that lacks its GPU speaks for the next ones.
+        with said_by(ranks.local_rank <= torch.cuda.device_count()):
+            device = choose_device(args.device, ranks.local_rank)
         # What concerns all processes, the first one says; what another one warns of, it says at the end.
         kept, spoken = KeptWarnings(), logging.StreamHandler()
         spoken.setLevel(logging.INFO if ranks.rank == 0 else logging.ERROR)
-        handlers = [spoken] if ranks.rank == 0 else [spoken, kept]
-        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", handlers=handlers)
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", handlers=[spoken, kept])
         with process_group(ranks, device):
             run(args, given_flags(), ranks, kept)
 

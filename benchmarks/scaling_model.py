@@ -18,7 +18,7 @@ from utils.distributed import Ranks, gather_rows, process_group, sum_of_all
 PROCESSES = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256])
 ETHERNET = 10e9 / 8  # bytes a second of a link of 10 Gbit/s
 LATENCY = 5e-5  # seconds of a collective over it
-COLLECTIVES = 6  # of a pass
+COLLECTIVES = 5  # of a pass: two of the offers, the rows, two of the picks
 GROWN = (1, 12)  # times the rows of the recorded passes
 PROBED_BYTES = 1 << 25  # of an all-gather
 PROBED_ROWS, PROBED_PICKS, PROBED_SCAN = 1 << 14, (64, 1024), 1 << 20

@@ -17,7 +17,7 @@ from models.point_transformer import PointBackbone, PointFeatures, PointTransfor
 from models.rgb_backbone import RgbBackbone
 from utils.errors import InputError
 from utils.feature_store import resize_patches
-from utils.precision import autocast, choose_precision, round_weights
+from utils.precision import autocast, choose_precision, round_weights, whole_factors
 from utils.records import PatchFeatures, Sample
 
 # Pictures that go through the RGB backbone together.
@@ -47,10 +47,10 @@ class PatchExtractor:
         self.device = torch.device(device)
         self.precision = choose_precision(config.precision, self.device)
         self.batch_size = PICTURES_ON_CPU if self.device.type == "cpu" else PICTURES_ON_GPU
-        # What a saved detector is tied to. Now, since rounding loses the weights as they were read: hashing ViT-B/8 and
-        # Point-MAE, 430 MB, takes 0.3 s.
-        backbones = {"rgb": rgb_backbone, "xyz": xyz_backbone}
-        self.checksums = {name: weights_checksum(network) for name, network in backbones.items() if network is not None}
+        # What a saved detector, or a class that is kept, is tied to. Now, since rounding loses the weights as they were
+        # read: hashing ViT-B/8 and Point-MAE, 430 MB, takes 0.3 s.
+        networks = {"rgb": rgb_backbone, "xyz": xyz_backbone, "fusion": feature_fusion}
+        self.checksums = {name: weights_checksum(network) for name, network in networks.items() if network is not None}
         self.rgb_backbone = rgb_backbone.to(self.device).eval() if rgb_backbone else None
         self.xyz_backbone = xyz_backbone.to(self.device).eval() if xyz_backbone else None
         self.feature_fusion = feature_fusion.to(self.device).eval() if feature_fusion else None
@@ -63,6 +63,7 @@ class PatchExtractor:
     def with_fusion(self, feature_fusion: FeatureFusion) -> "PatchExtractor":
         """An extractor of the same backbones with another UFF, which becomes its own."""
         other = copy(self)
+        other.checksums = self.checksums | {"fusion": weights_checksum(feature_fusion)}
         other.feature_fusion = feature_fusion.to(self.device).eval()
         round_weights(other.feature_fusion, self.precision)
         return other
@@ -111,7 +112,7 @@ class PatchExtractor:
             if sample.rgb is None:
                 raise InputError(f"{sample.path} has no rgb picture, which {self.config.method_name} needs")
             pictures.append(sample.rgb)
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.precision), whole_factors():
             return list(self.rgb_backbone(torch.stack(pictures).to(self.device)).float())
 
     def _extract_xyz(self, samples: Sequence[Sample]) -> Sequence[Tensor | None]:

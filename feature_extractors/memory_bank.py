@@ -170,14 +170,19 @@ class MemoryBank:
 
 
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The different ones of (N, D) float32 rows, to the bit.
-
-    They are told apart by a hash of 64 bits: torch.unique sorts whole rows, which takes a GPU several times as long as
-    the search that follows.
+    """The different ones of (N, D) float32 rows.
 
     Returns:
         (K, D) rows, in no order; (N,) int64, which of them each row is.
     """
+    if rows.is_cuda:  # torch.unique would sort whole rows, which takes several times as long as the search that follows
+        return _distinct_by_hash(rows)
+    distinct, inverse = torch.unique(rows, dim=0, return_inverse=True)
+    return distinct, inverse
+
+
+def _distinct_by_hash(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`distinct_rows`, to the bit, by a hash of 64 bits."""
     bits = rows.contiguous().view(torch.int32).long()
     hashes = (bits * _hash_factors(rows.shape[1], rows.device)).sum(dim=1)  # modulo 2^64
     kinds, inverse = torch.unique(hashes, return_inverse=True)

@@ -15,7 +15,7 @@ from utils.distributed import (
     world_size,
 )
 
-# Queries of all processes that are under way at once: 150 MB of M3DM's xyz patches, of which each holds a few copies.
+# Queries of all processes under way at once: 150 MB of M3DM's xyz patches, of which each process holds four copies.
 QUERIES_AT_ONCE = 1 << 15
 
 

@@ -362,7 +362,7 @@ def test_a_pass_costs_what_its_parts_cost() -> None:
     shared = pass_seconds(one, 3, 2, machine)
     assert shared["update"] == pytest.approx(25 * 1004)
     assert shared["scan"] == pytest.approx(0.05)
-    assert shared["send"] == pytest.approx(1e-9 * (10 * 3 * 8 / 2 + 16 * 11) + 6e-12)
+    assert shared["send"] == pytest.approx(1e-9 * (10 * 3 * 8 / 2 + 16 * 11) + 5e-12)
     assert coreset_seconds([one, one], 3, 2, machine) == pytest.approx(2 * sum(shared.values()))
     assert grown_passes([one], 3) == [one._replace(rows=300, touched=150)] * 3
 

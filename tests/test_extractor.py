@@ -115,6 +115,13 @@ def test_both_backbones_run_at_the_same_time() -> None:
         assert torch.equal(ours.xyz, theirs.xyz)
 
 
+def test_convolutions_of_the_rgb_backbone_are_not_rounded() -> None:
+    extractor, seen = build(settings(DOUBLE)), []
+    extractor.rgb_backbone.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    extractor(made_up_samples("train")[0])
+    assert seen == [False]
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("exact", [False, True])
 def test_points_are_aligned_as_the_protocol_says(exact: bool, masked: bool) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -121,11 +122,11 @@ def outputs(folder: Path) -> list[object]:
     return [*flags, "--save_preds", METHODS[1], "--save_feature", "--save_feature_path", folder / "patches"]
 
 
-def launch(processes: int, *flags: object) -> "subprocess.Popen[str]":
+def launch(processes: int, *flags: object, meeting: Sequence[str] = ("--standalone",)) -> "subprocess.Popen[str]":
     """The script under its launcher, on a thread each and without a network."""
     own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in own}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc_per_node={processes}"]
     return subprocess.Popen(
         [*launcher, str(ROOT / "main.py"), *map(str, flags)],
         env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -389,6 +390,45 @@ def test_a_fault_of_the_command_line_is_told_by_the_first_process_alone(
         assert (told in capsys.readouterr().err) == (rank == "0")
 
 
+def changed_processes(folder: Path, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each Python process begins with a program."""
+    (folder / "sitecustomize.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def test_a_process_without_a_gpu_of_its_own_says_so(
+    base: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three processes on a machine of one: the first of those that have none speaks."""
+    program = """
+import os
+if "RANK" in os.environ:
+    import time, torch
+    torch.cuda.device_count = lambda: 1
+    if os.environ["RANK"] == "0":  # which would go on
+        time.sleep(600)
+"""
+    changed_processes(tmp_path, program, monkeypatch)
+    message = refusal_of_ranks(3, *base, "--device", "cuda", "--output_dir", tmp_path / "out")
+    assert message.startswith("cuda:1 was asked for, but 1 GPU is there: give --device cpu, or start no more processes")
+
+
+def test_what_one_process_alone_warns_of_is_said(
+    base: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one writes its features to memory that passes for a disk."""
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("no file system in memory")
+    changed_processes(
+        tmp_path, 'import os\nif os.environ.get("RANK") == "1":\n    os.environ["TMPDIR"] = "/dev/shm"\n', monkeypatch
+    )
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    flags = ["--classes", "bagel", "--parallel", "samples", *NO_MEMORY, "--output_dir", tmp_path / "out"]
+    _, stderr = run_ranks(2, *base, *flags)
+    assert stderr.count("the training features go to /dev/shm, which is memory and no disk") == 1
+    assert stderr.count("a false-alarm rate of 0.01 needs 99") == len(METHODS)
+
+
 def spoil_cloud(data: Path) -> Path:
     """Without a valid point, which only shows when it is read."""
     path = data / "test/good/xyz/000.tiff"
@@ -516,6 +556,28 @@ def test_a_killed_process_ends_the_others(stopped: Stopped) -> None:
     assert len(stopped.workers) == 2
     assert stopped.seconds < 60
     assert not [worker for worker in stopped.workers if Path(f"/proc/{worker}").exists()]
+
+
+def test_a_killed_process_ends_those_of_other_machines(base: list[object], tmp_path: Path) -> None:
+    """Two launchers, each of which knows of its own process alone; the other one works on a class of its own."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    meeting = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=m3dm"]
+    machines = [launch(1, *base, *outputs(tmp_path), "--parallel", "classes", meeting=meeting) for _ in range(2)]
+    deadline = time.monotonic() + PATIENCE
+    workers: list[list[int]] = [[], []]
+    while not (all(workers) and (tmp_path / "out").exists()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        workers = [workers_of(machine.pid) for machine in machines]
+    time.sleep(2)  # for them to be at work
+    begin = time.monotonic()
+    os.kill(workers[1][0], signal.SIGKILL)
+    for machine in machines:
+        _, stderr = finish(machine)
+        assert machine.returncode not in (0, None), stderr
+    assert time.monotonic() - begin < 60
+    assert not [worker for of_machine in workers for worker in of_machine if Path(f"/proc/{worker}").exists()]
 
 
 def test_what_a_killed_run_leaves_is_whole(stopped: Stopped) -> None:
@@ -649,9 +711,7 @@ def test_other_test_parts_than_before_are_refused(
     finally:
         for path in added:
             path.unlink(missing_ok=True)
-    assert message.startswith(
-        f"{whole / METHODS[0] / 'classes' / 'dowel.json'} was computed from other scans or with other "
-    )
+    assert message.startswith(f"{whole / METHODS[0] / 'classes' / 'dowel.json'} was computed from other scans, ")
 
 
 def test_a_damaged_class_is_refused_and_computed_anew_once_it_is_deleted(
@@ -683,3 +743,25 @@ def test_without_resume_what_was_kept_is_forgotten(base: list[object], alone: Le
     assert stopped.value.code == 130
     for method in METHODS:
         assert [path.name for path in (whole / method / "classes").iterdir()] == ["bagel.json"]
+
+
+@pytest.mark.parametrize("changed", ["uff", "detector"])
+def test_other_weights_than_before_are_noticed(
+    base: list[object], data: Path, changed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the UFF, at the same path, or of the detector that is loaded."""
+    out, detectors = tmp_path / "out", tmp_path / "detectors"
+    place = base.index("--fusion_module_path") + 1
+    torch.manual_seed(1)
+    torch.save({"model": FeatureFusion(XYZ_DIM, RGB_DIM).state_dict()}, tmp_path / "uff.pth")
+    fitting = [*base[:place], tmp_path / "uff.pth", *base[place + 1 :], "--classes", "cookie"]
+    if changed == "detector":
+        call(*fitting, "--output_dir", tmp_path / "fit", "--save_detector", detectors)
+        run = ["--load_detector", detectors, "--dataset_path", data, "--classes", "cookie", "--output_dir", out]
+        call(*run)
+        call(*fitting, "--max_sample", 3, "--output_dir", tmp_path / "fit", "--save_detector", detectors)
+    else:
+        run = [*fitting, "--output_dir", out]
+        call(*run)
+        torch.save({"model": FeatureFusion(XYZ_DIM, RGB_DIM).state_dict()}, tmp_path / "uff.pth")
+    assert "other scans, weights of networks or saved detectors" in refusal(capsys, *run, "--resume")

@@ -219,18 +219,26 @@ def test_equal_queries_are_searched_for_once(blocks: list[int]) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_distinct_rows_are_all_different_rows(device: str) -> None:
+    rows = random_rows(40, 3, 0).repeat(3, 1)[torch.randperm(120, generator=torch.Generator().manual_seed(0))]
+    distinct, inverse = distinct_rows(rows.to(device))
+    assert len(distinct) == 40
+    assert torch.equal(distinct[inverse].cpu(), rows)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("collide", [False, True])
-def test_distinct_rows_are_all_different_rows(collide: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_told_apart_by_a_hash(collide: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where all hashes are the same, and where rows differ by a sign of zero or hold what is no number."""
     if collide:
         monkeypatch.setattr(
             memory_bank, "_hash_factors", lambda width, at: torch.zeros(width, dtype=torch.int64).to(at)
         )
     rows = torch.tensor([[1.0, 2.0], [0.0, 3.0], [1.0, 2.0], [-0.0, 3.0], [2.0, 1.0], [float("nan"), 0.0], [0.0, 3.0]])
-    distinct, inverse = distinct_rows(rows.to(device))
+    distinct, inverse = memory_bank._distinct_by_hash(rows.to(device))
     assert torch.equal(distinct[inverse].cpu().view(torch.int32), rows.view(torch.int32))
     assert len(distinct) == (6 if collide else 5)  # the two of one kind that are not the first's stay two
-    none, nowhere = distinct_rows(rows[:0])
+    none, nowhere = memory_bank._distinct_by_hash(rows[:0])
     assert (len(none), len(nowhere)) == (0, 0)
 
 

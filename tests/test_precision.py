@@ -8,7 +8,7 @@ from torch import nn
 
 from utils import memory, precision
 from utils.memory import default_memory_budget, peak_memory_mb
-from utils.precision import DTYPES, PRECISIONS, autocast, choose_precision, round_weights
+from utils.precision import DTYPES, PRECISIONS, autocast, choose_precision, round_weights, whole_factors
 
 CPU = torch.device("cpu")
 
@@ -61,9 +61,12 @@ def test_layers_that_compute_with_their_weights_keep_them_whole() -> None:
     assert layer.weight.dtype == torch.float32
 
 
-def test_fp32_is_not_rounded_on_a_gpu() -> None:
-    assert not torch.backends.cudnn.allow_tf32
-    assert not torch.backends.cuda.matmul.allow_tf32
+def test_convolutions_are_not_rounded_for_a_while() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    with whole_factors():
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 == before
+    assert not torch.backends.cuda.matmul.allow_tf32  # PyTorch's default, which the searches count on
 
 
 @pytest.mark.parametrize("name", DTYPES)

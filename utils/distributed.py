@@ -11,21 +11,21 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from utils.errors import InputError
+from utils.watch import DEFERENCE, LOST, start_watch
 
 Item = TypeVar("Item")
 Group = dist.ProcessGroup
 
 # How long a process waits for the others in a collective. They may have hours of work left; one that has died is
-# noticed by its closed connection, and by the launcher, at once.
+# noticed by its closed connection, by the watch over it, and by the launcher.
 PATIENCE = timedelta(days=2)
-# How long a process that lost another leaves the word to that one, and to the launcher, which ends all.
-DEFERENCE = 5.0  # seconds
 SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
 
 
@@ -79,6 +79,24 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     Raises:
         InputError: an unknown name, or a GPU that is not there.
     """
+    device = named_device(name)
+    if device.type == "cpu":
+        return device
+    device = torch.device("cuda", local_rank if device.index is None else device.index)
+    if device.index >= (count := torch.cuda.device_count()):
+        raise InputError(
+            f"{device} was asked for, but {count} GPU{'s are' if count != 1 else ' is'} there: give --device cpu, or "
+            "start no more processes on a machine than it has GPUs"
+        )
+    return device
+
+
+def named_device(name: str) -> torch.device:
+    """The device of this name, whether it is there or not; "auto" as of `choose_device`.
+
+    Raises:
+        InputError: an unknown name.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -87,11 +105,6 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise InputError(f"unknown device {name!r}: give auto, cpu, cuda or cuda:<number>") from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device {name!r} is not supported: give auto, cpu, cuda or cuda:<number>")
-    if device.type == "cpu":
-        return device
-    device = torch.device("cuda", local_rank if device.index is None else device.index)
-    if device.index >= torch.cuda.device_count():
-        raise InputError(f"{device} was asked for, but {torch.cuda.device_count()} GPUs are there: give --device cpu")
     return device
 
 
@@ -113,21 +126,33 @@ def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") 
     dist.init_process_group(
         backend, init_method=dist_url, rank=ranks.rank, world_size=ranks.world_size, timeout=PATIENCE
     )
+    watch = start_watch(_meeting_host(dist_url), ranks.rank == 0, ranks.world_size - 1, from_main)
     try:
         yield
     except RuntimeError as error:
+        watch.close(last_word=False)
         if not any(sign in str(error) for sign in SIGNS_OF_LOSS):
             raise
         time.sleep(DEFERENCE)
-        raise LostProcess("another process of the run has ended before its time: see its error") from None
+        raise LostProcess(LOST) from None
+    except BaseException:
+        watch.close(last_word=False)
+        raise
+    watch.close()
     # Not after an error: the others, who may be anywhere, would be waited for, and it would not be told.
     dist.destroy_process_group()
 
 
+def _meeting_host(dist_url: str) -> str:
+    """The machine of the first process."""
+    host = os.environ.get("MASTER_ADDR") if dist_url == "env://" else urlsplit(dist_url).hostname
+    return host or "localhost"
+
+
 @contextmanager
-def said_once(ranks: Ranks) -> Iterator[None]:
-    """For what all processes do alike before they are connected: the first alone speaks, others end silently."""
-    if ranks.rank == 0:
+def said_by(speaker: bool) -> Iterator[None]:
+    """For what several processes find alike before they are connected: one of them speaks, others end silently."""
+    if speaker:
         yield
         return
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):

@@ -88,8 +88,8 @@ def read_class(output_dir: Path, name: str, flags: Mapping[str, Any], inputs: st
         )
     if content.get("inputs") != inputs:
         raise InputError(
-            f"{path} was computed from other scans or with other weights of the networks than are there now: leave out "
-            "--resume, or delete it, and its class is computed anew"
+            f"{path} was computed from other scans, weights of networks or saved detectors than are there now: leave "
+            "out --resume, or delete it, and its class is computed anew"
         )
     kept: Any = content.get("report")
     if not isinstance(kept, dict) or content.get("report_sha256") != _checksum(kept) or kept.get("name") != name:

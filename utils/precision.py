@@ -1,6 +1,8 @@
 """Which numbers the networks compute in."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -11,10 +13,6 @@ PRECISIONS = (*DTYPES, "auto")
 # Of the time of a product in fp32: processors without instructions for bf16 take longer, others less than half.
 WORTHWHILE = 0.67
 MEASURED_SIDE = 1024  # of the product: some 20 ms in all
-
-# PyTorch lets cuDNN's convolutions round their factors to 10 bits (TF32) where fp32 is asked for: by its first layer
-# alone, patches of the ViT were 3e-4 off.
-torch.backends.cudnn.allow_tf32 = False
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -32,6 +30,22 @@ def choose_precision(name: str, device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """What the forward pass runs in; `precision` is a key of DTYPES."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def whole_factors() -> Iterator[None]:
+    """Convolutions in fp32 on a GPU are that.
+
+    Else PyTorch lets cuDNN round their factors to 10 bits (TF32): by its first layer alone, patches of the ViT were
+    3e-4 off.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
 
 
 def round_weights(network: nn.Module, precision: str) -> None:
