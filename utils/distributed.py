@@ -112,7 +112,8 @@ def named_device(name: str) -> torch.device:
 def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") -> Iterator[None]:
     """Connect the processes while the block runs; nothing to do for a single one.
 
-    Tensors on GPUs travel by NCCL, those on CPUs by Gloo.
+    Tensors on GPUs travel by NCCL, those on CPUs by Gloo. A process that is busy while another one ends before its time
+    is ended, too, see utils.watch.
 
     Raises:
         LostProcess: in the block, a collective failed since another process has ended.
