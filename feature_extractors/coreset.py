@@ -73,6 +73,9 @@ def greedy_coreset(rows: Tensor, n: int, start: int = 0, group: Group | None = N
         (n,) int64 indices in order of selection, all different, on the device of `rows`. They count the rows of all
         processes, and are the same in each.
 
+    Raises:
+        ValueError: n or start is out of range, or a row holds NaN or infinity; in all processes.
+
     Peak memory: beside `rows` in fp32 a (m, m) fp64 block and a few blocks of MAX_BLOCK_ENTRIES.
     """
     begin, total = place_in_all(len(rows), group)
@@ -116,6 +119,8 @@ class _Shard:
         for part in rows.split(1 << 14):  # else all rows would be copied in fp64
             sums += part.sum(dim=0, dtype=torch.float64)
         self.center = (sum_of_all(sums, group) / total).float()
+        if not torch.isfinite(self.center).all():  # in all processes alike
+            raise ValueError("a row of which the coreset is to be chosen holds NaN or infinity")
         # Squared distance to the selection; -inf marks a picked row.
         self.nearest = rows.new_full((len(rows),), torch.inf)
 

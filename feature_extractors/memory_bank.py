@@ -182,7 +182,7 @@ def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _distinct_by_hash(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """`distinct_rows`, to the bit, by a hash of 64 bits."""
+    """`distinct_rows`, to the bit, by a hash of 64 bits; where two kinds share one, copies of the second may stay."""
     bits = rows.contiguous().view(torch.int32).long()
     hashes = (bits * _hash_factors(rows.shape[1], rows.device)).sum(dim=1)  # modulo 2^64
     kinds, inverse = torch.unique(hashes, return_inverse=True)

@@ -265,3 +265,11 @@ def test_recorded_selection(goldens: Path) -> None:
     picks = select_coreset(torch.from_numpy(rows), BankStatistics(), meta["n"], meta["eps"], meta["random_state"])
     np.testing.assert_array_equal(picks, recorded["coreset_idx_nohalf_float64"])
     assert (picks.numpy() != recorded["coreset_idx_half"]).any()  # the half-precision selection is another
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_are_no_numbers_are_refused(value: float) -> None:
+    rows = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    rows[7, 1] = value
+    with pytest.raises(ValueError, match="a row of which the coreset is to be chosen holds NaN or infinity"):
+        greedy_coreset(rows, 20)
