@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from datetime import timedelta
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from feature_extractors import memory_bank
 from feature_extractors.coreset import FIRST_CANDIDATES, greedy_coreset
 from feature_extractors.memory_bank import BankStatistics, mean_and_std, select_coreset
+from utils import distributed
 from utils.distributed import (
     Group,
     Ranks,
@@ -359,3 +361,10 @@ def test_the_end_of_a_process_is_told_to_those_that_wait(ran: tuple[Path, list[i
             assert said.startswith("LostProcess: another process of the run has ended before its time: see its error")
             assert "\n" not in said
             assert seconds < 30
+
+
+def test_a_process_that_does_not_come_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "MEETING_TIME", timedelta(seconds=1))
+    told = r"of 3 processes, these did not come within 1 seconds: 0, 2; see their errors, on their machines"
+    with pytest.raises(InputError, match=told), process_group(Ranks(1, 3, 1), CPU, f"file://{tmp_path}/meet"):
+        raise AssertionError("they have met")

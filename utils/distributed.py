@@ -26,6 +26,8 @@ Group = dist.ProcessGroup
 # How long a process waits for the others in a collective. They may have hours of work left; one that has died is
 # noticed by its closed connection, by the watch over it, and by the launcher.
 PATIENCE = timedelta(days=2)
+# How long the processes wait for each other to come: one of another machine may have ended before.
+MEETING_TIME = timedelta(minutes=2)
 SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
 
 
@@ -116,6 +118,7 @@ def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") 
     is ended, too, see utils.watch.
 
     Raises:
+        InputError: others have not come within MEETING_TIME.
         LostProcess: in the block, a collective failed since another process has ended.
     """
     if device.type == "cuda":
@@ -124,9 +127,8 @@ def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") 
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, init_method=dist_url, rank=ranks.rank, world_size=ranks.world_size, timeout=PATIENCE
-    )
+    store = _meet(ranks, dist_url)
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=PATIENCE)
     watch = start_watch(_meeting_host(dist_url), ranks.rank == 0, ranks.world_size - 1, from_main)
     try:
         yield
@@ -142,6 +144,25 @@ def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") 
     watch.close()
     # Not after an error: the others, who may be anywhere, would be waited for, and it would not be told.
     dist.destroy_process_group()
+
+
+def _meet(ranks: Ranks, dist_url: str) -> dist.Store:
+    """Wait until all processes are there; what they then connect by."""
+    places = [f"here/{rank}" for rank in range(ranks.world_size)]
+    try:
+        store, _, _ = next(dist.rendezvous(dist_url, ranks.rank, ranks.world_size, timeout=MEETING_TIME))
+    except RuntimeError as error:
+        raise InputError(f"the first process of the run cannot be reached by {dist_url}: {error}") from None
+    store.set(places[ranks.rank], "")
+    try:
+        store.wait(places, MEETING_TIME)
+    except RuntimeError:
+        missing = [str(rank) for rank, place in enumerate(places) if not store.check([place])]
+        raise InputError(
+            f"of {ranks.world_size} processes, these did not come within {MEETING_TIME.seconds} seconds: "
+            f"{', '.join(missing)}; see their errors, on their machines"
+        ) from None
+    return store
 
 
 def _meeting_host(dist_url: str) -> str:
