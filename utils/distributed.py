@@ -132,15 +132,12 @@ def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") 
     watch = start_watch(_meeting_host(dist_url), ranks.rank == 0, ranks.world_size - 1, from_main)
     try:
         yield
-    except RuntimeError as error:
+    except BaseException as error:
         watch.close(last_word=False)
-        if not any(sign in str(error) for sign in SIGNS_OF_LOSS):
+        if not (isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS_OF_LOSS)):
             raise
         time.sleep(DEFERENCE)
         raise LostProcess(LOST) from None
-    except BaseException:
-        watch.close(last_word=False)
-        raise
     watch.close()
     # Not after an error: the others, who may be anywhere, would be waited for, and it would not be told.
     dist.destroy_process_group()

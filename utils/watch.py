@@ -1,7 +1,7 @@
 """Notice that another process of a run has ended before its time, whatever this one is doing meanwhile.
 
 Every process but the first keeps a connection to the first one open, over which nothing is said but a last word. The
-operating system closes it with its process, however that ends, or when a machine has not answered for a minute.
+operating system closes it with its process, however that ends, or once a machine has not answered for 40 seconds.
 """
 
 import logging
