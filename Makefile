@@ -1,5 +1,6 @@
 # make demo    made-up parts from scan to tables, in minutes, nothing to download but pip packages
-# make test    the tests
+# make test    the tests of every feature, parity with the original's recorded numbers among them, in minutes
+# make test-slow  the other tests: benchmarks, several processes, a browser, whole runs
 # make lint    ruff and mypy
 # make browser  a headless browser, for the tests of report.html (with apt, as root)
 # make bench   every stage beside a plain twin of it, and the small steps; nothing else should run meanwhile
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 APT_PACKAGES := libusb-1.0-0 libgl1 libegl1 libx11-6 libudev1 libidn2-0 libgomp1
 
-.PHONY: demo test browser lint bench setup clean
+.PHONY: demo test test-slow browser lint bench setup clean
 
 setup: $(VENV)/.installed
 
@@ -37,8 +38,15 @@ system-libraries:
 		exit 1; \
 	fi
 
+# Two tests at a time, each on one thread: PYTEST_WORKERS=0 runs them one by one, on all threads.
+PYTEST_WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(PYTEST_WORKERS) --dist loadgroup --durations 10
+
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: setup
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 # For the tests of report.html, which skip without it.
 browser:

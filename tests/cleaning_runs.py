@@ -1,19 +1,22 @@
 """Raw scans that take no time to clean, and the preprocessing scripts in processes of their own that may be killed."""
 
+import inspect
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from io import BytesIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tifffile
 from PIL import Image
 
 from utils.cloud_cleaning import CleaningRule
+from utils.errors import exit_on_input_error
 from utils.preprocessing import Job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +63,20 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 STAMPS = re.compile(rb',\s*"mtime_ns": \d+,\s*"sources": \[[^"]*\](?=\s*\})')
+
+
+def call_script(main: Callable[[], int | None], *args: object) -> subprocess.CompletedProcess:
+    """The main function of a script, called in this process as if it had been started with these arguments."""
+    stdout, stderr, code = StringIO(), StringIO(), 0
+    script = Path(inspect.getfile(main))
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
+        patch.setattr(sys, "argv", [str(script), *map(str, args)])
+        try:
+            with exit_on_input_error():
+                code = main() or 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return subprocess.CompletedProcess(args, code, stdout.getvalue(), stderr.getvalue())
 
 
 def run_script(name: str, *args: object) -> subprocess.CompletedProcess:

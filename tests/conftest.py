@@ -1,66 +1,94 @@
-"""Shared fixtures: where the recorded numbers and the real data lie, and the stand-in weights."""
+"""Shared fixtures: the recorded numbers, the stand-in weights, and the order in which test files run in parallel."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-# huggingface_hub reads it when it is first imported: no test may reach the network, or wait for one that is not there.
+# Read when huggingface_hub is first imported: no test may reach the network, or wait for one that is not there.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads of their own would only compete
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+import torch
+from golden_weights import write_golden_weights
 
 from dataset import AnomalyDataset, index_split
 from feature_extractors.config import DetectorConfig
 from feature_extractors.extractor import build_extractor
-from utils.records import PatchFeatures
+from models import build_feature_fusion
+from utils.feature_store import resize_patches
+from utils.records import PatchFeatures, Sample
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
+GOLDENS = Path(__file__).parent / "goldens"
+REAL_DATA = ROOT.parent / "shared"
+GOLDEN_METHOD = "DINO+Point_MAE+Fusion"  # its features hold those of every other method
 
 
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of recorded numbers and real data beside the checkout; a test that needs it skips without it.
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one worker, and all that need the stand-in weights in one, which starts with them.
 
-    Where M3DM_REQUIRE_SHARED is set (continuous integration), its absence is a failure instead.
+    So each fixture is set up once, and the longest job does not begin last.
     """
-    if not SHARED.is_dir():
-        reason = f"{SHARED} is absent: recorded numbers and real data are not part of the repository"
-        if os.environ.get("M3DM_REQUIRE_SHARED"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return SHARED
+    needs_weights = {id(item) for item in items if "golden_weights" in getattr(item, "fixturenames", ())}
+    for item in items:
+        group = "golden weights" if id(item) in needs_weights else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: id(item) not in needs_weights)
 
 
 @pytest.fixture(scope="session")
-def goldens(shared: Path) -> Path:
-    return shared / "goldens"
+def real_data() -> Path:
+    """Folder of real images and clouds, which are not part of the repository: their licenses do not allow it."""
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"{REAL_DATA} is absent: real images are not part of the repository, for their license")
+    return REAL_DATA
 
 
 @pytest.fixture(scope="session")
-def golden_weights(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the reproducible random checkpoints that the goldens were recorded with (570 MB)."""
+def goldens() -> Path:
+    """Folder of the numbers recorded from the original computation; its README says what each file holds."""
+    return GOLDENS
+
+
+@pytest.fixture(scope="session")
+def golden_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the stand-in checkpoints that the goldens were recorded with (570 MB)."""
     folder = tmp_path_factory.mktemp("weights")
-    subprocess.run([sys.executable, goldens / "make_weights.py", folder], check=True, stdout=subprocess.DEVNULL)
+    write_golden_weights(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def golden_features(goldens: Path, golden_weights: Path) -> Callable[[str], dict[str, PatchFeatures]]:
-    """Patch features of all golden training and test samples by path, for a --point_norm; each computed once."""
+def golden_samples() -> dict[str, Sample]:
+    """The six training and ten test samples of the recorded class by path."""
+    modalities = DetectorConfig(GOLDEN_METHOD).method.modalities
+    splits = (index_split(GOLDENS / "data" / "bagel", split, modalities) for split in ("train", "test"))
+    return {sample.path: sample for files in splits for sample in AnomalyDataset(files, modalities, 224)}
+
+
+@pytest.fixture(scope="session")
+def golden_features(
+    golden_weights: Path, golden_samples: dict[str, Sample]
+) -> Callable[[str], dict[str, PatchFeatures]]:
+    """Patch features of all golden samples by path, for a --point_norm; each network runs once on each sample."""
 
     @cache
     def extract(point_norm: str) -> dict[str, PatchFeatures]:
-        config = DetectorConfig(use_uff=True, point_norm=point_norm)
-        extractor = build_extractor(config, golden_weights, golden_weights / "uff.pth")
+        if point_norm == "cloud":
+            extractor = build_extractor(DetectorConfig(use_uff=True), golden_weights, golden_weights / "uff.pth")
+            return {path: extractor(sample) for path, sample in golden_samples.items()}
+        extractor = build_extractor(DetectorConfig("Point_MAE", point_norm=point_norm), golden_weights, None)
+        fusion = build_feature_fusion(golden_weights / "uff.pth", xyz_dim=1152, rgb_dim=768)
         features = {}
-        for split in ("train", "test"):
-            files = index_split(goldens / "data" / "bagel", split, config.method.modalities)
-            for sample in AnomalyDataset(files, config.method.modalities, config.img_size):
-                features[sample.path] = extractor(sample)
+        for path, known in extract("cloud").items():
+            xyz = extractor(golden_samples[path]).xyz
+            with torch.inference_mode():
+                fused = fusion.fuse(xyz, resize_patches(known.rgb, 56))
+            features[path] = PatchFeatures(rgb=known.rgb, xyz=xyz, fusion=fused)
         return features
 
     return extract

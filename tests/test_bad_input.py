@@ -532,6 +532,7 @@ def test_a_first_call_without_data_says_what_to_do(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_error_in_mid_run_is_the_last_line(bagels: Path, tmp_path: Path) -> None:
     write_cloud(bagels / "bagel/train/good/xyz/001.tiff", sparse(0))
     done = process(tmp_path, ROOT / "main.py", "--method_name", "Point_MAE", "--dataset_path", bagels, *SMALL)

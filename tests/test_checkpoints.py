@@ -75,7 +75,6 @@ def small_point_transformer() -> PointTransformer:
 
 
 @pytest.mark.golden
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "file", "prefix", "ignored"),
     [
@@ -108,7 +107,6 @@ def test_point_transformer_files(
 
 
 @pytest.mark.golden
-@pytest.mark.slow
 def test_dino_file(golden_weights: Path) -> None:
     backbone = build_rgb_backbone("vit_base_patch8_224_dino", golden_weights, 224)
     assert isinstance(backbone, VisionTransformerBackbone)
@@ -120,7 +118,6 @@ def test_dino_file(golden_weights: Path) -> None:
 
 
 @pytest.mark.golden
-@pytest.mark.slow
 def test_feature_fusion_file(golden_weights: Path) -> None:
     path = golden_weights / "uff.pth"
     module = build_feature_fusion(path, xyz_dim=1152, rgb_dim=768)
@@ -133,7 +130,6 @@ def test_feature_fusion_file(golden_weights: Path) -> None:
 
 
 @pytest.mark.golden
-@pytest.mark.slow
 def test_files_of_other_models_are_refused(golden_weights: Path) -> None:
     mae, bert = golden_weights / "pointmae_pretrain.pth", golden_weights / "Point-BERT.pth"
     fusion = golden_weights / "uff.pth"

@@ -1,20 +1,19 @@
 """python -m utils.report A B: the difference of each metric, and what the runs do not share."""
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from cleaning_runs import ROOT, call_script
 from report_pages import read_page
 
+from utils import report
 from utils.comparison import compare, format_comparison, read_results, signed
 from utils.errors import InputError
 from utils.html_report.comparison_page import comparison_page
 from utils.report import SCHEMA, results_record, write_results
 
-ROOT = Path(__file__).resolve().parent.parent
 EVIL = "<script>alert(1)</script>"
 
 
@@ -42,11 +41,8 @@ def runs_fixture(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def call(folder: Path, *arguments: object, output: str | None = None) -> "subprocess.CompletedProcess[str]":
-    """As a user starts it, with the checkout as the current folder."""
     output = str(folder / "compare.html") if output is None else output
-    command = [sys.executable, "-m", "utils.report", *map(str, arguments), "--output", output]
-    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
-    return subprocess.run(command, cwd=ROOT, env=strict, capture_output=True, text=True, timeout=120)
+    return call_script(report.main, *arguments, "--output", output)
 
 
 def blocks_of(text: str) -> dict[str, list[list[str]]]:

@@ -26,6 +26,7 @@ from dataset import (
     read_photo,
 )
 from utils.errors import InputError
+from utils.records import Sample
 
 RGB, XYZ, BOTH = frozenset({"rgb"}), frozenset({"xyz"}), frozenset({"rgb", "xyz"})
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
@@ -324,23 +325,18 @@ def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("name", ["train_good_000", "test_hole_000"])
-def test_sample_equals_the_recorded_one(goldens: Path, name: str) -> None:
-    split = name.split("_")[0]
-    scans = index_split(goldens / "data/bagel", split, BOTH)
-    scan = next(scan for scan in scans if scan.path == name.replace("_", "/"))
-    sample = AnomalyDataset([scan], BOTH, 224)[0]
-    with np.load(goldens / f"stages_bagel_{name}.npz") as golden:
+def test_sample_equals_the_recorded_one(goldens: Path, golden_samples: dict[str, Sample]) -> None:
+    sample = golden_samples["test/hole/000"]
+    with np.load(goldens / "stages_bagel_test_hole_000.npz") as golden:
         assert sample.rgb is not None and sample.xyz is not None
         np.testing.assert_array_equal(sample.rgb.numpy(), golden["img"])
         np.testing.assert_array_equal(sample.xyz.numpy(), golden["resized_pc"])
         valid = np.flatnonzero((sample.xyz.numpy() != 0).all(axis=0))
         np.testing.assert_array_equal(valid, golden["nonzero_indices"])
-        if split == "train":
-            assert sample.mask is None and sample.label is None
-        else:
-            assert sample.mask is not None and sample.label == 1
-            np.testing.assert_array_equal(sample.mask.numpy(), golden["gt"])
+        assert sample.mask is not None and sample.label == 1
+        np.testing.assert_array_equal(sample.mask.numpy(), golden["gt"])
+    assert golden_samples["train/good/000"].mask is None
+    assert golden_samples["train/good/000"].label is None
 
 
 @pytest.mark.golden
@@ -348,16 +344,17 @@ def test_recorded_dataset_is_indexed_whole(goldens: Path) -> None:
     root = goldens / "data"
     assert find_classes(root, "mvtec3d", None) == ["bagel"]
     counts = {}
-    for split in ("train", "validation", "test"):
+    for split in ("train", "test"):
         scans = index_split(root / "bagel", split, BOTH)
         check_files(scans, BOTH)
         counts[split] = len(scans)
-        assert all(original_size(scan) == (400, 400) for scan in scans)
-    assert counts == {"train": 6, "validation": 2, "test": 10}
+        whole = {scan.path for scan in scans if original_size(scan) == (400, 400)}
+        assert whole == ({"test/hole/000"} if split == "test" else set())
+    assert counts == {"train": 6, "test": 10}
 
 
-def test_real_pictures_without_clouds(shared: Path) -> None:
-    root = shared / "mvtec3d_tire_rgb"
+def test_real_pictures_without_clouds(real_data: Path) -> None:
+    root = real_data / "mvtec3d_tire_rgb"
     assert find_classes(root, "mvtec3d", None) == ["tire"]
     splits = {split: index_split(root / "tire", split, RGB) for split in ("train", "validation", "test")}
     assert [len(scans) for scans in splits.values()] == [42, 6, 39]

@@ -117,10 +117,10 @@ def test_initial_parameters_are_those_of_the_original(goldens: Path) -> None:
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("sample", ["train_good_000", "test_hole_000"])
-def test_fused_patches_are_those_of_the_original(goldens: Path, golden_weights: Path, sample: str) -> None:
+def test_fused_patches_are_those_of_the_original(goldens: Path, golden_weights: Path) -> None:
     module = build_feature_fusion(golden_weights / "uff.pth", xyz_dim=1152, rgb_dim=768)
-    stages = {key: torch.from_numpy(value) for key, value in np.load(goldens / f"stages_bagel_{sample}.npz").items()}
+    recorded = np.load(goldens / "stages_bagel_test_hole_000.npz")
+    stages = {key: torch.from_numpy(value) for key, value in recorded.items() if value.dtype == np.float32}
     # Recorded are every 49th fused row and its rgb patch, every 25th xyz patch, every 12th rgb patch on the rgb grid,
     # and the norms of all rows: a background row is known throughout, any other row where the strides meet.
     fused_rows = stages["uff_patch_s"]

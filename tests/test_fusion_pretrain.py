@@ -391,7 +391,7 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(
     assert_refused(capsys, lib, tmp_path, flags, message)
 
 
-@pytest.mark.parametrize("num_workers", ["0", "1"])
+@pytest.mark.parametrize("num_workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

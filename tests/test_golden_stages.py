@@ -1,4 +1,4 @@
-"""Each stage from file to patch against the recorded stages of the original computation, on two scans."""
+"""Each stage from file to patch against the recorded stages of the original computation, on one sample."""
 
 from collections.abc import Callable
 from functools import cache
@@ -11,7 +11,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from dataset import AnomalyDataset, index_split
 from feature_extractors.alignment import align_to_patches, valid_pixels
 from models import build_feature_fusion, build_rgb_backbone, build_xyz_backbone
 from models.point_ops import three_nn_interpolate, three_nn_weights_expanded
@@ -20,9 +19,8 @@ from models.rgb_backbone import VisionTransformerBackbone
 from utils.feature_store import resize_patches
 from utils.records import Sample
 
-pytestmark = [pytest.mark.golden, pytest.mark.slow]
+pytestmark = pytest.mark.golden
 
-SCANS = ("train/good/000", "test/hole/000")
 POINT_BACKBONES = ("Point_MAE", "Point_Bert")
 RECORDED_AS = {"running": "eval", "cloud": "bntrain"}  # by --point_norm
 XYZ_GRID = 56
@@ -39,7 +37,7 @@ class PointRun(NamedTuple):
 
 
 class RgbRun(NamedTuple):
-    """One picture through the vision transformer."""
+    """One image through the vision transformer."""
 
     tokens: Tensor  # (784, 768)
     outputs: Outputs
@@ -74,63 +72,42 @@ def run_recording(module: nn.Module, taps: dict[str, nn.Module], *inputs: Tensor
             handle.remove()
 
 
-@pytest.fixture(scope="module", params=SCANS)
-def scan(request: pytest.FixtureRequest) -> str:
-    return request.param
+@pytest.fixture(scope="module")
+def recorded(goldens: Path) -> dict[str, NDArray]:
+    return dict(np.load(goldens / "stages_bagel_test_hole_000.npz"))
 
 
 @pytest.fixture(scope="module")
-def recorded(scan: str, goldens: Path) -> dict[str, NDArray]:
-    return dict(np.load(goldens / f"stages_bagel_{scan.replace('/', '_')}.npz"))
+def sample(golden_samples: dict[str, Sample]) -> Sample:
+    return golden_samples["test/hole/000"]
 
 
 @pytest.fixture(scope="module")
-def load_sample(goldens: Path) -> Callable[[str], Sample]:
-    @cache
-    def load(scan: str) -> Sample:
-        modalities = frozenset({"rgb", "xyz"})
-        files = index_split(goldens / "data" / "bagel", scan.split("/")[0], modalities)
-        return AnomalyDataset([file for file in files if file.path == scan], modalities, 224)[0]
-
-    return load
-
-
-@pytest.fixture(scope="module")
-def sample(scan: str, load_sample: Callable[[str], Sample]) -> Sample:
-    return load_sample(scan)
-
-
-@pytest.fixture(scope="module")
-def run_points(golden_weights: Path, load_sample: Callable[[str], Sample]) -> Callable[[str, str, str], PointRun]:
-    """(scan, --xyz_backbone_name, --point_norm) -> PointRun; each computed once."""
+def run_points(golden_weights: Path, sample: Sample) -> Callable[[str, str], PointRun]:
+    """(--xyz_backbone_name, --point_norm) -> PointRun; each computed once."""
 
     @cache
-    def build(name: str, point_norm: str) -> PointTransformer:
+    def run(name: str, point_norm: str) -> PointRun:
         module = build_xyz_backbone(
             name, golden_weights, num_group=1024, group_size=128, point_norm=point_norm, point_ops="auto"
         )
         assert isinstance(module, PointTransformer)
-        return module
-
-    @cache
-    def run(scan: str, name: str, point_norm: str) -> PointRun:
-        module = build(name, point_norm)
         taps: dict[str, nn.Module] = {
             "tokens": module.encoder,
             "pos": module.pos_embed,
             "reduce_dim": module.reduce_dim,
         }
         taps |= {f"block{i}": block for i, block in enumerate(module.blocks.blocks)}
-        (found,), outputs = run_recording(module, taps, [valid_points(load_sample(scan))])
+        (found,), outputs = run_recording(module, taps, [valid_points(sample)])
         return PointRun(found, outputs)
 
     return run
 
 
 @pytest.fixture(scope="module")
-def running(scan: str, run_points: Callable[[str, str, str], PointRun]) -> PointRun:
-    """Point-MAE on running statistics: what the recorded stages behind the point transformer were computed from."""
-    return run_points(scan, "Point_MAE", "running")
+def running(run_points: Callable[[str, str], PointRun]) -> PointRun:
+    """Point-MAE on running statistics: the recorded stages behind the point transformer were computed from it."""
+    return run_points("Point_MAE", "running")
 
 
 @pytest.fixture(scope="module")
@@ -168,23 +145,21 @@ def valid_points(sample: Sample) -> Tensor:
 # Files to tensors
 
 
-def test_picture(sample: Sample, recorded: dict[str, NDArray]) -> None:
+def test_image(sample: Sample, recorded: dict[str, NDArray]) -> None:
     assert sample.rgb is not None
     assert_close(sample.rgb, recorded["img"], 1e-6)
 
 
-def test_scan(sample: Sample, recorded: dict[str, NDArray]) -> None:
+def test_cloud(sample: Sample, recorded: dict[str, NDArray]) -> None:
     np.testing.assert_array_equal(xyz_of(sample), recorded["resized_pc"])
     pixels = valid_pixels(xyz_of(sample)).flatten().nonzero()[:, 0]
     np.testing.assert_array_equal(pixels, recorded["nonzero_indices"])
 
 
-def test_ground_truth(load_sample: Callable[[str], Sample], goldens: Path) -> None:
-    sample = load_sample("test/hole/000")
-    theirs = np.load(goldens / "stages_bagel_test_hole_000.npz")["gt"]
-    assert theirs.any()
+def test_ground_truth(sample: Sample, recorded: dict[str, NDArray]) -> None:
+    assert recorded["gt"].any()
     assert sample.mask is not None
-    np.testing.assert_array_equal(sample.mask, theirs)
+    np.testing.assert_array_equal(sample.mask, recorded["gt"])
 
 
 # Point transformers
@@ -193,23 +168,22 @@ def test_ground_truth(load_sample: Callable[[str], Sample], goldens: Path) -> No
 @pytest.mark.parametrize("point_norm", RECORDED_AS)
 @pytest.mark.parametrize("name", POINT_BACKBONES)
 def test_point_features(
-    scan: str,
     name: str,
     point_norm: str,
-    run_points: Callable[[str, str, str], PointRun],
+    run_points: Callable[[str, str], PointRun],
     recorded: dict[str, NDArray],
 ) -> None:
-    features = run_points(scan, name, point_norm).features.features.T  # (1152, 1024), as recorded
+    features = run_points(name, point_norm).features.features.T  # (1152, 1024), as recorded
     kind = RECORDED_AS[point_norm]
-    assert_close(features[:, :: {"eval": 16, "bntrain": 64}[kind]], recorded[f"{name}_{kind}_feat_s"])
+    assert_close(features[:, ::64], recorded[f"{name}_{kind}_feat_s"])
     np.testing.assert_allclose(features.norm(dim=0), recorded[f"{name}_{kind}_feat_norms"], rtol=TOLERANCE)
 
 
-def test_point_norms_differ(scan: str, run_points: Callable[[str, str, str], PointRun]) -> None:
+def test_point_norms_differ(run_points: Callable[[str, str], PointRun]) -> None:
     """The recordings can tell one --point_norm from the other."""
     for name in POINT_BACKBONES:
-        ours = run_points(scan, name, "running").features.features
-        assert (ours - run_points(scan, name, "cloud").features.features).norm() > 10 * TOLERANCE * ours.norm()
+        ours = run_points(name, "running").features.features
+        assert (ours - run_points(name, "cloud").features.features).norm() > 10 * TOLERANCE * ours.norm()
 
 
 @pytest.mark.parametrize(
@@ -222,14 +196,13 @@ def test_point_norms_differ(scan: str, run_points: Callable[[str, str, str], Poi
     ],
 )
 def test_point_stages(
-    scan: str,
     name: str,
     stage: str,
     stride: int,
-    run_points: Callable[[str, str, str], PointRun],
+    run_points: Callable[[str, str], PointRun],
     recorded: dict[str, NDArray],
 ) -> None:
-    output = run_points(scan, name, "running").outputs[stage]
+    output = run_points(name, "running").outputs[stage]
     assert_close(output[::stride], recorded[f"{name}_eval_{stage}_s"])
 
 
@@ -246,24 +219,17 @@ def test_exact_interpolation(running: PointRun, sample: Sample, recorded: dict[s
     assert centers is not None
     points = valid_points(sample)[torch.from_numpy(recorded["interp_cols"]).long()]
     carried = three_nn_interpolate(points[None], centers[None], features[None])[0]  # (79, 1152)
-    assert_close(carried.T, recorded["Point_MAE_eval_interp_exact64_s"])
+    assert_close(carried.T[::16], recorded["Point_MAE_eval_interp_exact64_s"])
 
 
-@pytest.mark.parametrize("name", POINT_BACKBONES)
-def test_interpolation_by_expanded_squares(
-    scan: str,
-    name: str,
-    run_points: Callable[[str, str, str], PointRun],
-    sample: Sample,
-    recorded: dict[str, NDArray],
-) -> None:
-    features, centers = run_points(scan, name, "running").features
+def test_interpolation_by_expanded_squares(running: PointRun, sample: Sample, recorded: dict[str, NDArray]) -> None:
+    features, centers = running.features
     assert centers is not None
     weight, index = three_nn_weights_expanded(valid_points(sample)[None], centers[None])
     carried = (features[index[0]] * weight[0, :, :, None]).sum(dim=1)  # (N, 1152)
     columns = torch.from_numpy(recorded["interp_cols"]).long()
-    assert_close(carried[columns].T, recorded[f"{name}_eval_interp_s"])
-    np.testing.assert_allclose(carried.norm(dim=1), recorded[f"{name}_eval_interp_norms"], rtol=TOLERANCE)
+    assert_close(carried[columns].T[::16], recorded["Point_MAE_eval_interp_s"])
+    np.testing.assert_allclose(carried.norm(dim=1), recorded["Point_MAE_eval_interp_norms"], rtol=TOLERANCE)
 
 
 def test_xyz_patches(xyz_patches: Tensor, recorded: dict[str, NDArray]) -> None:

@@ -4,6 +4,7 @@ import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from main_runs import (
     METRICS,
     PIP_BACKBONES,
     RGB_DIM,
+    SMALL,
     TABLES,
     XYZ_DIM,
     Run,
+    bagels_fixture,  # noqa: F401 (a fixture)
     call,
     files_below,
     folder_of_its_own,  # noqa: F401 (a fixture)
@@ -24,19 +27,21 @@ from main_runs import (
     no_download,  # noqa: F401 (a fixture)
     one_thread,  # noqa: F401 (a fixture)
     process,
+    read_run,
     refusal,
     run_into,
     table_rows,
 )
 from PIL import Image
 from sklearn.metrics import roc_auc_score
+from test_golden_runs import SVM_TOLERANCE
 
 import main
 import one_class
 from dataset import AnomalyDataset, index_split
 from feature_extractors import extractor as extractor_module
 from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
-from feature_extractors.extractor import build_extractor
+from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.training_features import TrainingFeatures
 from models.feature_fusion import FeatureFusion
 from settings import detector_configs, parse_args
@@ -44,6 +49,7 @@ from utils.cloud_cleaning import CleaningRule
 from utils.feature_store import PatchFileDataset, pair_rgb
 from utils.precision import choose_precision
 from utils.preprocessing import Job, preprocess
+from utils.records import PatchFeatures
 from utils.synthetic import Plan, make_dataset
 from utils.synthetic_parts import DEFECTS
 
@@ -528,6 +534,19 @@ def test_a_fusion_bank_without_uff_says_so(runs: Runner, uff: Path) -> None:
 # Real processes
 
 
+def test_torchrun_gives_the_results_of_one_process(bagels: Path, tmp_path: Path) -> None:
+    """To the bit: each sample and each search is one process's; test_main_ranks has more processes and more classes."""
+    flags = ["--method_name", "DINO+Point_MAE", *SMALL, "--dataset_path", bagels, "--random_state", 0]
+    alone = run_into(tmp_path / "alone", *flags)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = process(tmp_path, "-m", *launcher, ROOT / "main.py", *flags, "--output_dir", tmp_path / "shared")
+    assert done.returncode == 0, done.stderr
+    shared = read_run(tmp_path / "shared", done.stdout)
+    assert shared.entry["samples"] == alone.entry["samples"]
+    assert shared.pixel_figures == alone.pixel_figures
+    assert done.stdout.count("bagel: I-AUROC") == 1
+
+
 @pytest.mark.slow
 def test_the_three_steps_of_the_readme(parts: Path, tmp_path: Path) -> None:
     """With their default paths, in a folder of their own, on the class of the made-up parts that is a published one."""
@@ -580,10 +599,10 @@ def assert_finite(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_real_pictures(shared: Path, tmp_path: Path) -> None:
+def test_real_pictures(real_data: Path, tmp_path: Path) -> None:
     """The tires of MVTec 3D-AD, of which only the pictures are here."""
     flags = ["--method_name", "DINO", "--rgb_backbone_name", "efficientnet_lite0", "--random_state", 0]
-    run = run_into(tmp_path, *flags, "--dataset_path", shared / "mvtec3d_tire_rgb", "--save_preds")
+    run = run_into(tmp_path, *flags, "--dataset_path", real_data / "mvtec3d_tire_rgb", "--save_preds")
     assert list(run.results["classes"]) == ["tire"]
     labels = [sample["label"] for sample in run.entry["samples"]]
     assert len(labels) == 39
@@ -593,12 +612,12 @@ def test_real_pictures(shared: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_real_pictures_through_the_vision_transformer(shared: Path, golden_weights: Path, tmp_path: Path) -> None:
-    for folder in sorted((shared / "mvtec3d_tire_rgb/tire").glob("*/*")):
+def test_real_pictures_through_the_vision_transformer(real_data: Path, golden_weights: Path, tmp_path: Path) -> None:
+    for folder in sorted((real_data / "mvtec3d_tire_rgb/tire").glob("*/*")):
         for path in sorted(path for stem in ("rgb", "gt") for path in (folder / stem).glob("*.png")):
             kept = sorted(each.name for each in path.parent.iterdir())[: 2 if folder.parent.name == "train" else 1]
             if path.name in kept:
-                link = tmp_path / "data" / path.relative_to(shared / "mvtec3d_tire_rgb")
+                link = tmp_path / "data" / path.relative_to(real_data / "mvtec3d_tire_rgb")
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(path)
     flags = ["--method_name", "DINO", "--rgb_backbone_name", "vit_base_patch8_224_dino", "--max_sample", 2]
@@ -608,18 +627,47 @@ def test_real_pictures_through_the_vision_transformer(shared: Path, golden_weigh
 
 
 @pytest.mark.golden
+def test_recorded_runs_from_the_command_line(
+    goldens: Path,
+    golden_weights: Path,
+    golden_features: Callable[[str], dict[str, PatchFeatures]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the patch features that the networks gave before; test_golden_runs has the other methods."""
+    known = golden_features("cloud")
+    monkeypatch.setattr(PatchExtractor, "extract", lambda self, samples: [known[sample.path] for sample in samples])
+    methods = ("DINO", "DINO+Point_MAE+Fusion")
+    flags = ["--method_name", *methods, "--use_uff", "--fusion_module_path", golden_weights / "uff.pth"]
+    call(*flags, *golden_flags(goldens, golden_weights), "--output_dir", tmp_path)
+    for method in methods:
+        assert_recorded(json.loads((tmp_path / method / "results.json").read_text()), method, goldens)
+
+
+@pytest.mark.golden
 @pytest.mark.slow
-def test_recorded_run_from_the_command_line(goldens: Path, golden_weights: Path, tmp_path: Path) -> None:
-    flags = ["--method_name", "DINO+Point_MAE", "--protocol", "reference", "--random_state", 0, "--classes", "bagel"]
-    run = run_into(tmp_path, *flags, "--checkpoint_dir", golden_weights, "--dataset_path", goldens / "data")
-    meta = json.loads((goldens / "runs_meta.json").read_text())["bn/DINO+Point_MAE/bagel"]
+def test_recorded_run_from_files_to_results(goldens: Path, golden_weights: Path, tmp_path: Path) -> None:
+    run = run_into(tmp_path, "--method_name", "DINO+Point_MAE", *golden_flags(goldens, golden_weights))
+    assert_recorded(run.results, "DINO+Point_MAE", goldens)
+
+
+def golden_flags(goldens: Path, weights: Path) -> list[object]:
+    paths = ["--dataset_path", goldens / "data", "--checkpoint_dir", weights]
+    return [*paths, "--classes", "bagel", "--protocol", "reference", "--random_state", 0]
+
+
+def assert_recorded(results: dict[str, Any], method: str, goldens: Path) -> None:
+    """Metrics and image scores are the recorded ones, within the tolerances of test_golden_runs."""
+    meta = json.loads((goldens / "runs_meta.json").read_text())[f"bn_{method}"]
+    recorded = np.load(goldens / f"run_bn_{method}.npz")
+    entry = results["classes"]["bagel"]
     for key in METRICS:
-        assert run.entry[key] == pytest.approx(meta["metrics"][key], abs=1e-3), key
-        assert run.results["mean"][key] == run.entry[key]
-    recorded = np.load(goldens / "run_bn_DINO+Point_MAE_bagel.npz")
+        assert entry[key] == pytest.approx(meta["metrics"][key], abs=1e-3), (method, key)
+        assert results["mean"][key] == entry[key]
     paths = [path.removeprefix("bagel/").removesuffix(".png").replace("/rgb/", "/") for path in meta["test_paths"]]
+    scores = {sample["path"]: sample["score"] for sample in entry["samples"]}
+    tolerance = SVM_TOLERANCE if METHODS[method].fusion == "svm" else 1e-3
     expected = dict(zip(paths, recorded["image_preds"].tolist(), strict=True))
-    assert {sample["path"]: sample["score"] for sample in run.entry["samples"]} == pytest.approx(expected, rel=1e-3)
-    assert [sample["label"] for sample in run.entry["samples"]] == [
-        int(label) for _, label in sorted(zip(paths, recorded["image_labels"].tolist(), strict=True))
-    ]
+    assert scores == pytest.approx(expected, rel=tolerance), method
+    labels = dict(zip(paths, recorded["image_labels"].tolist(), strict=True))
+    assert {sample["path"]: sample["label"] for sample in entry["samples"]} == labels

@@ -46,19 +46,19 @@ import main
 from feature_extractors.persistence import load_detector
 from models.feature_fusion import FeatureFusion
 
+pytestmark = pytest.mark.slow
+
 # Scans of each class: training, validation, good and defective test scans. Pictures go through their network by four,
 # and four are never divided: of bagels all processes have some, of cookies and dowels some have none.
 SCANS = {"dowel": (1, 1, 1, 1), "cookie": (5, 0, 4, 2), "bagel": (9, 2, 4, 4)}
 METHODS = ("DINO", "DINO+Point_MAE+Fusion")
 DECISIONS = ("f1", "f1_threshold", "precision", "recall", "false_alarm_rate")
 PATIENCE = 120  # seconds for a run that takes ten; one that hangs would wait for hours
-NO_MEMORY = ["--memory_budget", 1e-6]  # GB, so that no process gets a copy of a bank
+NO_MEMORY = ["--memory_budget", 1e-6]  # GB, so that training features go to the disk
 # By which flags how many processes give the results of one.
 WAYS: dict[str, tuple[int, list[object]]] = {
     "2, samples": (2, ["--parallel", "samples"]),
     "3, samples": (3, ["--parallel", "samples"]),
-    "2, banks spread": (2, ["--parallel", "samples", *NO_MEMORY]),
-    "3, banks spread": (3, ["--parallel", "samples", *NO_MEMORY]),
     "2, classes": (2, ["--parallel", "classes"]),
     "3, classes, nothing to resume": (3, ["--parallel", "classes", "--resume"]),
 }

@@ -148,16 +148,15 @@ def test_recorded_pixel_rocauc(goldens: Path) -> None:
 @pytest.mark.golden
 def test_recorded_image_rocauc(goldens: Path) -> None:
     for key, run in json.loads((goldens / "runs_meta.json").read_text()).items():
-        mode, method, name = key.split("/")
-        with np.load(goldens / f"run_{mode}_{method}_{name}.npz") as arrays:
+        with np.load(goldens / f"run_{key}.npz") as arrays:
             value = image_rocauc(arrays["image_labels"], arrays["image_preds"])
         assert value == pytest.approx(run["metrics"]["image_rocauc"], abs=1e-12), key
 
 
 @pytest.mark.golden
 def test_recorded_run_as_a_whole(goldens: Path) -> None:
-    recorded = json.loads((goldens / "runs_meta.json").read_text())["bn/DINO/bagel"]["metrics"]
-    with np.load(goldens / "run_bn_DINO_bagel.npz") as run:
+    recorded = json.loads((goldens / "runs_meta.json").read_text())["bn_DINO"]["metrics"]
+    with np.load(goldens / "run_bn_DINO.npz") as run:
         maps = run["blurq_test_rgb"] / np.float32(255) * run["blurscale_test_rgb"][:, None, None]
         masks = np.unpackbits(run["gts_packed"]).reshape(maps.shape)
         metrics = evaluate(run["image_labels"], run["image_preds"], masks, maps)

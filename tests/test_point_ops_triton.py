@@ -59,6 +59,7 @@ def interpreted() -> dict[str, str]:
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_in_the_interpreter(case: str, interpreted: dict[str, str]) -> None:
     if "interpreter.py" in interpreted[case] and INTERPRETER_FAULT in interpreted[case]:
@@ -74,6 +75,7 @@ def test_on_a_gpu(case: str) -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", LAUNCHES)
 def test_kernels_compile_for_a_gpu_without_one(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To PTX of compute capability 9.0; only the expanded squares have fused multiply-adds."""
@@ -93,6 +95,7 @@ def test_kernels_compile_for_a_gpu_without_one(kernel: str, tmp_path: Path, monk
     assert "fma.rn.f32" not in ptx if kernel != "three, expanded" else ptx.count("fma.rn.f32") == 2
 
 
+@pytest.mark.slow
 def test_the_module_can_be_imported_without_triton() -> None:
     program = """
 import sys

@@ -97,6 +97,7 @@ def test_the_budget_is_half_of_what_the_container_has(
     assert default_memory_budget(CPU) == 0.1
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_this_process() -> None:
     before = peak_memory_mb(CPU)
     kept = torch.ones(int(before + 64) << 18)  # MB: more than there ever was

@@ -333,7 +333,11 @@ def test_geometry_of_the_original(goldens: Path, sample: str) -> None:
 
 @pytest.mark.golden
 def test_script_converts_what_was_published_to_what_the_dataset_reads(goldens: Path, tmp_path: Path) -> None:
-    source, target = goldens / "eyecandies", tmp_path / "deep" / "out"
+    source, target = tmp_path / "published", tmp_path / "deep" / "out"
+    shutil.copytree(goldens / "eyecandies", source)
+    for seed, depth in enumerate(sorted(source.rglob("*_depth.png"))):  # the goldens hold no images
+        noise = np.random.default_rng(seed).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(depth.with_name(depth.name.replace("depth", "image_4")))
     result = run_script("preprocess_eyecandies", "--dataset_path", source, "--target_dir", target, "--workers", 2)
     assert result.returncode == 0, result.stderr
     assert "done 3, skipped 0 (done before), failed 0" in result.stdout

@@ -249,6 +249,7 @@ def work_or_be_killed(scan: Scan, log: Path) -> Record:
     return {}
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_only_the_scan_that_it_dies_of(tmp_path: Path) -> None:
     names = ["0", "once", "1", "raises", *map(str, range(2, 15)), "always", *map(str, range(15, 20))]
     work = partial(work_or_be_killed, log=tmp_path / "log")
@@ -302,6 +303,7 @@ def is_running(process: int) -> bool:
     return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks for processes in /proc")
 def test_workers_end_with_a_killed_main_process(dataset: Path, tmp_path: Path) -> None:
     folder = dataset / "bagel" / "train" / "good"

@@ -3,13 +3,24 @@
 import signal
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import tifffile
-from cleaning_runs import ALL, contents, job_for, raw_cloud, run_killed_at, run_script, write_dataset, write_scan
+from cleaning_runs import (
+    ALL,
+    call_script,
+    contents,
+    job_for,
+    raw_cloud,
+    run_killed_at,
+    run_script,
+    write_dataset,
+    write_scan,
+)
 from PIL import Image
 
 from dataset import index_split
@@ -17,7 +28,7 @@ from utils import preprocessing_progress
 from utils.cloud_cleaning import CleaningRule, clean_scan, pad_to_square
 from utils.errors import InputError
 from utils.organized_pc import read_organized_pc, zero_invalid
-from utils.preprocessing import preprocess
+from utils.preprocessing import main, preprocess
 
 BOTH = frozenset({"rgb", "xyz"})
 Files = dict[str, Path]  # of one scan, by modality
@@ -123,10 +134,11 @@ def faulty_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     original = contents(root)
     output = root if request.param == "in place" else root.parent / "out"
     flags = (root, "--output_dir", output, "--workers", 2 if request.param == "in place" else 1)
-    result = run_script("preprocessing", *flags)
+    run = partial(run_script, "preprocessing") if request.param == "in place" else partial(call_script, main)
+    result = run(*flags)
     after = contents(root)
     write_scan(root / "bagel" / "test" / "hole", "cut_rgb", 0, with_gt=True)
-    return FaultyRun(original, after, result, output, run_script("preprocessing", *flags).stdout)
+    return FaultyRun(original, after, result, output, call_script(main, *flags).stdout)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -154,7 +166,7 @@ def test_the_other_scans_are_done_and_a_mended_one_follows(faulty_run: FaultyRun
 def test_a_dry_run_finds_what_headers_tell(tmp_path: Path) -> None:
     make_faulty(tmp_path / "parts")
     before = contents(tmp_path)
-    result = run_script("preprocessing", tmp_path / "parts", "--dry_run")
+    result = call_script(main, tmp_path / "parts", "--dry_run")
     named = {line.split(": ")[0].rpartition("/")[2] for line in result.stdout.splitlines() if line.startswith("  ")}
     assert (result.returncode, named) == (1, FOUND_BY_HEADERS)
     assert contents(tmp_path) == before

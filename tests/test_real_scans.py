@@ -42,8 +42,8 @@ def without_plane(xyz: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def load(shared: Path) -> Callable[[str], np.ndarray]:
-    return cache(lambda name: measured_area(read_organized_pc(shared / "scans" / "xyz" / f"{name}.tiff")))
+def load(real_data: Path) -> Callable[[str], np.ndarray]:
+    return cache(lambda name: measured_area(read_organized_pc(real_data / "scans" / "xyz" / f"{name}.tiff")))
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,7 @@ def test_every_part_has_a_card_with_pictures(report: webdriver.Chrome) -> None:
     assert not report.find_elements(By.CSS_SELECTOR, "img[src=x]")
 
 
+@pytest.mark.slow
 def test_filters_leave_what_fits(report: webdriver.Chrome) -> None:
     def choose(name: str, value: str) -> list[str]:
         Select(report.find_element(By.CSS_SELECTOR, f"[data-filter={name}]")).select_by_value(value)
@@ -123,6 +124,7 @@ def test_filters_leave_what_fits(report: webdriver.Chrome) -> None:
     assert len(choose("defect", EVIL)) == 2
 
 
+@pytest.mark.slow
 def test_the_keyboard_walks_through_cards_and_viewer(report: webdriver.Chrome) -> None:
     texts = [card.text for card in cards(report)]
     report.execute_script("document.querySelector('#cards button').focus()")
@@ -143,6 +145,7 @@ def test_the_keyboard_walks_through_cards_and_viewer(report: webdriver.Chrome) -
     assert report.switch_to.active_element.text == texts[-1]
 
 
+@pytest.mark.slow
 def test_the_viewer_walks_through_filtered_parts_only(report: webdriver.Chrome) -> None:
     Select(report.find_element(By.CSS_SELECTOR, "[data-filter=defect]")).select_by_value("good")
     count = len(cards(report))
@@ -153,6 +156,7 @@ def test_the_viewer_walks_through_filtered_parts_only(report: webdriver.Chrome) 
     assert report.find_element(By.ID, "position").text == f"{count} / {count}"
 
 
+@pytest.mark.slow
 def test_the_viewer_shows_every_panel(report: webdriver.Chrome) -> None:
     next(card for card in cards(report) if card.text.startswith("miss")).click()
     panels = [each.text for each in report.find_elements(By.CSS_SELECTOR, "#panels figcaption")]
@@ -160,6 +164,7 @@ def test_the_viewer_shows_every_panel(report: webdriver.Chrome) -> None:
     assert "score" in report.find_element(By.ID, "viewer-facts").text
 
 
+@pytest.mark.slow
 def test_a_defective_part_is_never_called_good(report: webdriver.Chrome) -> None:
     def truth(text: str) -> str:
         next(card for card in cards(report) if text in card.text).click()
@@ -171,6 +176,7 @@ def test_a_defective_part_is_never_called_good(report: webdriver.Chrome) -> None
     assert truth("good/") == "ground truth: good"
 
 
+@pytest.mark.slow
 def test_the_3d_view_draws_by_photo_and_by_score(report: webdriver.Chrome) -> None:
     assert report.execute_script("return typeof Plotly") == "undefined"  # nothing is started before it is asked for
     cards(report)[0].click()
@@ -197,6 +203,7 @@ def camera(report: webdriver.Chrome) -> dict[str, np.ndarray]:
     return {name: np.array([found[name][axis] for axis in "xyz"]) for name in ("eye", "up")}
 
 
+@pytest.mark.slow
 def test_the_keyboard_turns_the_3d_view_and_the_next_part_keeps_it(report: webdriver.Chrome) -> None:
     def press_shifted(key: str) -> None:
         ActionChains(report).key_down(Keys.SHIFT).send_keys(key).key_up(Keys.SHIFT).perform()
@@ -231,6 +238,7 @@ def test_the_keyboard_turns_the_3d_view_and_the_next_part_keeps_it(report: webdr
     assert camera(report)["eye"] == pytest.approx(closer["eye"])
 
 
+@pytest.mark.slow
 def test_a_browser_without_webgl_is_told_so(report: webdriver.Chrome) -> None:
     report.execute_script("HTMLCanvasElement.prototype.getContext = () => null")
     cards(report)[0].click()
@@ -240,6 +248,7 @@ def test_a_browser_without_webgl_is_told_so(report: webdriver.Chrome) -> None:
     assert "points" not in note.text
 
 
+@pytest.mark.slow
 def test_a_step_is_said_aloud(report: webdriver.Chrome) -> None:
     cards(report)[0].click()
     facts = report.find_element(By.ID, "viewer-facts")
@@ -250,6 +259,7 @@ def test_a_step_is_said_aloud(report: webdriver.Chrome) -> None:
     assert title(report) in facts.get_property("textContent") != first
 
 
+@pytest.mark.slow
 def test_only_opening_the_3d_view_scrolls_to_it(report: webdriver.Chrome) -> None:
     report.execute_script(
         "window.scrolls = 0; document.getElementById('plot').scrollIntoView = () => { window.scrolls += 1; }"
@@ -262,6 +272,7 @@ def test_only_opening_the_3d_view_scrolls_to_it(report: webdriver.Chrome) -> Non
     assert report.execute_script("return window.scrolls") == 1
 
 
+@pytest.mark.slow
 def test_nothing_is_wider_than_a_phone(report: webdriver.Chrome) -> None:
     report.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
@@ -275,6 +286,7 @@ def test_nothing_is_wider_than_a_phone(report: webdriver.Chrome) -> None:
         report.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.mark.slow
 def test_dark_mode_is_dark(report: webdriver.Chrome) -> None:
     def brightness(scheme: str) -> float:
         feature = {"name": "prefers-color-scheme", "value": scheme}
@@ -286,6 +298,7 @@ def test_dark_mode_is_dark(report: webdriver.Chrome) -> None:
     report.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
+@pytest.mark.slow
 def test_tables_and_charts_need_no_script(report: webdriver.Chrome) -> None:
     report.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:

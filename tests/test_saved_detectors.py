@@ -122,10 +122,15 @@ def test_a_folder_of_two_files_per_class(single: tuple[Run, Path], every: tuple[
     assert files_below(every[1]) == sorted(f"{method}/bagel/{file}" for method in METHODS for file in files)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_predicts_what_the_evaluation_said(
     data: Path, every: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Of all methods, the image score and every pixel, within 1e-6."""
+    """Image scores within 1e-6 and maps within a level of the blur.
+
+    Predicting takes one image at a time where the evaluation takes four, so products round differently. The blur
+    truncates to 255 levels, and a pixel beside the edge of a level may then land on its other side.
+    """
     fitted, detectors = every
     folders = {str(detectors / method / "bagel"): method for method in METHODS}
     done = process(ROOT, "-W", "ignore", "-c", PREDICT, data / "bagel", *folders)
@@ -140,16 +145,14 @@ def test_a_fresh_process_predicts_what_the_evaluation_said(
             assert score == pytest.approx(sample["score"], rel=1e-6)
             written = tifffile.imread(run.folder / f"anomaly_maps/bagel/{sample['path']}.tiff")
             assert np.array(plane).shape == written.shape == (SIDE, SIDE)
-            assert np.array(plane) == pytest.approx(written, rel=1e-6)
+            difference = np.abs(np.array(plane) - written)
+            assert (difference > 1e-6 * written).mean() < 0.01
+            assert difference.max() < 2 * np.ptp(written) / 255
 
 
 def test_loading_gives_the_results_of_the_fitting_run(data: Path, single: tuple[Run, Path], tmp_path: Path) -> None:
     fitted, detectors = single
-    done = process(
-        ROOT, "main.py", "--dataset_path", data, "--load_detector", detectors, "--output_dir", tmp_path / "out"
-    )
-    assert done.returncode == 0, done.stderr
-    loaded = read_run(tmp_path / "out", done.stdout)
+    loaded = run_into(tmp_path / "out", "--dataset_path", data, "--load_detector", detectors)
     assert list(loaded.results["classes"]) == ["bagel", "cookie"]
     for name, entry in fitted.results["classes"].items():
         again = loaded.results["classes"][name]

@@ -129,17 +129,16 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("kind", IMAGES)
-@pytest.mark.parametrize(
-    ("height", "width"),
-    [(1, 1), (1, 2), (1, 60), (60, 1), (2, 3), (4, 4), (7, 8), (9, 9), (33, 50), (101, 37), (224, 224)],
-)
-def test_8_bit_blur_is_that_of_pil_to_the_bit(height: int, width: int, kind: str) -> None:
-    images = IMAGES[kind]((8, height, width), torch.Generator().manual_seed(height + width)).byte()
-    before = images.clone()
-    blurred = blur_8_bit(images)
-    assert blurred.dtype == torch.uint8
-    assert torch.equal(blurred, pil_blur(images))
-    assert torch.equal(images, before)
+def test_8_bit_blur_is_that_of_pil_to_the_bit(kind: str) -> None:
+    """Sides from 1 pixel on: below 9 the kernel is wider than the image."""
+    sides = [(1, 1), (1, 2), (1, 60), (60, 1), (2, 3), (4, 4), (7, 8), (9, 9), (33, 50), (101, 37), (224, 224)]
+    for height, width in sides:
+        images = IMAGES[kind]((8, height, width), torch.Generator().manual_seed(height + width)).byte()
+        before = images.clone()
+        blurred = blur_8_bit(images)
+        assert blurred.dtype == torch.uint8
+        assert torch.equal(blurred, pil_blur(images)), (height, width)
+        assert torch.equal(images, before)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 40), (50, 33), (224, 224)])

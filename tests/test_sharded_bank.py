@@ -25,6 +25,8 @@ from utils.distributed import Group, is_main, rank, world_size
 from utils.errors import InputError
 from utils.records import PatchFeatures, Prediction
 
+pytestmark = pytest.mark.slow
+
 # The bank
 
 STATISTICS = BankStatistics(1.5, 2.5)

@@ -4,9 +4,8 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Which parts of the project each part may import, itself included. Tests and benchmarks may import all.
@@ -60,7 +59,7 @@ MODULES = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") 
 def imported(path: str, source: str) -> Iterator[str]:
     """Dotted names of all imports, wherever in the file; relative ones resolved."""
     package = Path(path).parent.parts
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -75,10 +74,15 @@ def upward_imports(path: str, source: str) -> list[str]:
     return sorted(name for part, name in parts.items() if part in forbidden)
 
 
+@cache
+def parse(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 def calls(source: str, function: str) -> list[ast.Call]:
     """Calls of a dotted function such as torch.load, also under other names of its module or of its own."""
     module, name = function.rsplit(".", 1)
-    tree = ast.parse(source)
+    tree = parse(source)
     aliases = {function}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -100,17 +104,17 @@ def test_the_sources_are_found() -> None:
     assert {"models", "feature_extractors.detector"} <= set(MODULES)
 
 
-@pytest.mark.parametrize("path", LAYERED)
-def test_imports_go_down_only(path: str) -> None:
-    assert part_of(path) in MAY_IMPORT, f"{path} has no place in the layout"
-    assert upward_imports(path, SOURCES[path]) == []
+def test_imports_go_down_only() -> None:
+    for path in LAYERED:
+        assert part_of(path) in MAY_IMPORT, f"{path} has no place in the layout"
+        assert upward_imports(path, SOURCES[path]) == [], path
 
 
 def test_no_star_imports() -> None:
     stars = [
         path
         for path, source in SOURCES.items()
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(parse(source))
         if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
     ]
     assert stars == []
@@ -155,30 +159,27 @@ for module in {MODULES}:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("path", SOURCES)
-def test_pickles_are_read_safely_or_not_at_all(path: str) -> None:
-    source = SOURCES[path]
-    loads = [*calls(source, "torch.load"), *calls(source, "torch.serialization.load")]
-    assert all(has_true(call, "weights_only") for call in loads), (
-        "torch.load without weights_only=True runs what it reads"
-    )
-    if path in LAYERED:
-        assert not loads or path in READERS_OF_CHECKPOINTS
+def test_torch_load_never_runs_what_it_reads() -> None:
+    for path, source in SOURCES.items():
+        loads = [*calls(source, "torch.load"), *calls(source, "torch.serialization.load")]
+        assert all(has_true(call, "weights_only") for call in loads), f"{path}: torch.load without weights_only=True"
+        assert not loads or path in READERS_OF_CHECKPOINTS or path not in LAYERED, path
+    assert all(calls(SOURCES[path], "torch.load") for path in READERS_OF_CHECKPOINTS)
+
+
+def test_nothing_is_pickled() -> None:
+    """Tensors and JSON on disk, never pickled objects."""
+    for path in LAYERED:
         for function in ("pickle.load", "pickle.loads", "pickle.dump", "pickle.dumps", "joblib.load", "joblib.dump"):
-            assert calls(source, function) == [], f"{function}: tensors and JSON on disk, never pickled objects"
-        assert not any(has_true(call, "allow_pickle") for call in calls(source, "numpy.load"))
-
-
-def test_the_readers_of_checkpoints_are_the_named_ones() -> None:
-    assert {path for path in LAYERED if calls(SOURCES[path], "torch.load")} == READERS_OF_CHECKPOINTS
+            assert calls(SOURCES[path], function) == [], (path, function)
+        assert not any(has_true(call, "allow_pickle") for call in calls(SOURCES[path], "numpy.load")), path
 
 
 # The checks themselves
 
 
-@pytest.mark.parametrize(
-    ("path", "source", "found"),
-    [
+def test_upward_imports_are_noticed() -> None:
+    for path, source, found in (
         ("utils/a.py", "import models.point_ops", ["models.point_ops"]),
         ("utils/a.py", "def f():\n    from dataset import AnomalyDataset", ["dataset"]),
         ("utils/a.py", "from utils.errors import InputError\nimport torch", []),
@@ -194,24 +195,19 @@ def test_the_readers_of_checkpoints_are_the_named_ones() -> None:
         ("settings.py", "from main import run", ["main"]),
         ("main.py", "from tests.conftest import ROOT", ["tests.conftest"]),
         ("main.py", "from dataset import a\nfrom models import b\nfrom utils.c import d", []),
-    ],
-)
-def test_upward_imports_are_noticed(path: str, source: str, found: list[str]) -> None:
-    assert upward_imports(path, source) == found
+    ):
+        assert upward_imports(path, source) == found, (path, source)
 
 
-@pytest.mark.parametrize(
-    ("source", "count", "safe"),
-    [
+def test_calls_are_noticed() -> None:
+    for source, count, safe in (
         ("import torch\ntorch.load(path, weights_only=True)", 1, True),
         ("import torch\ntorch.load(path)", 1, False),
         ("import torch\ntorch.load(path, weights_only=False)", 1, False),
         ("import torch as t\nt.load(path)", 1, False),
         ("from torch import load as read\nread(path)", 1, False),
         ("import torch\nmodel.load(path)\ntorch.save(x, path)", 0, True),
-    ],
-)
-def test_calls_are_noticed(source: str, count: int, safe: bool) -> None:
-    found = calls(source, "torch.load")
-    assert len(found) == count
-    assert all(has_true(call, "weights_only") for call in found) == safe
+    ):
+        found = calls(source, "torch.load")
+        assert len(found) == count, source
+        assert all(has_true(call, "weights_only") for call in found) == safe, source

@@ -143,7 +143,7 @@ def test_progress_follows_the_updates_and_sums_up_the_batches(tmp_path: Path) ->
     assert progress == Progress(epoch=1, updates=3, grad_norm=progress.grad_norm)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_epoch_goes_on_at_its_next_batch_and_reads_nothing_twice(tmp_path: Path, num_workers: int) -> None:
     dataset = constant_parts(tmp_path, 7)
     whole, rest = Slope(), Slope()
@@ -194,7 +194,7 @@ def test_too_few_files_are_told_with_the_mend(tmp_path: Path) -> None:
     assert len(loader_of(dataset, 1, 2, drop_last_group=True)) == 5
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, num_workers: int) -> None:
     dataset = constant_parts(tmp_path, 2)
     (tmp_path / "bagel" / "001.safetensors").unlink()
@@ -390,7 +390,6 @@ def test_order_rates_and_updates_are_those_of_the_original(goldens: Path, tmp_pa
 
 
 @pytest.mark.golden
-@pytest.mark.slow
 def test_training_is_that_of_the_original(
     goldens: Path, tmp_path: Path, golden_double_features: list[PatchFeatures]
 ) -> None:

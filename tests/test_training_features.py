@@ -187,6 +187,7 @@ print(json.dumps({"mb": (peak() - before) / 1024, "left": [str(path) for path in
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("budget", "least", "most"), [(10.0, 390, 600), (0.1, 0, 200)])
 def test_what_is_resident(budget: float, least: float, most: float, tmp_path: Path) -> None:
     """Of 400 MB: all of it, or a few samples and the parts that are worked on; no file has a name."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.multiprocessing
+from process_runs import run_processes, saved
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from uff_runs import (
@@ -147,15 +147,12 @@ class Found(NamedTuple):
     by_rank: list[dict[str, Any]]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     folder = tmp_path_factory.mktemp("work")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        torch.multiprocessing.spawn(work, (request.param, str(folder)), nprocs=request.param)
-    return Found(
-        request.param, [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(request.param)]
-    )
+    count = request.param
+    assert run_processes([(work, (rank, count, str(folder))) for rank in range(count)]) == [0] * count
+    return Found(count, [saved(folder, rank) for rank in range(count)])
 
 
 def test_rows_are_gathered_in_order_and_gradients_flow_back(found: Found) -> None:
@@ -238,6 +235,7 @@ def assert_same_run(ours: Path, expected: Path) -> None:
         assert entry == pytest.approx(other, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_readme_commands_train_in_one_process(lib: Path, tmp_path: Path) -> None:
     expected = run_main(lib, tmp_path / "expected")
     flags = [*SMALL, "--device", "cpu", "--data_path", lib]
@@ -249,6 +247,7 @@ def test_the_readme_commands_train_in_one_process(lib: Path, tmp_path: Path) -> 
     assert_same_run(tmp_path / "launched", expected)
 
 
+@pytest.mark.slow
 def test_two_processes_average_the_gradients_of_their_own_batches(lib: Path, tmp_path: Path) -> None:
     """Two processes that see every other file take the steps of one process that accumulates two files."""
     expected = run_main(lib, tmp_path / "expected", "--batch_size", "1", "--accum_iter", "4")
@@ -260,6 +259,7 @@ def test_two_processes_average_the_gradients_of_their_own_batches(lib: Path, tmp
     assert_same_run(tmp_path / "hand", expected)
 
 
+@pytest.mark.slow
 def test_global_negatives_of_two_processes_are_a_batch_of_twice_the_size(tmp_path: Path) -> None:
     """With a smaller last group (5 batches of accum 2), and validation shared by the processes."""
     lib = write_parts(tmp_path / "lib", 13)
@@ -273,6 +273,7 @@ def test_global_negatives_of_two_processes_are_a_batch_of_twice_the_size(tmp_pat
     assert {"val_loss", "val_retrieval", "val_chance"} < log_of(expected)[0].keys()
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_and_costs_nothing(tmp_path: Path) -> None:
     lib = write_parts(tmp_path / "lib", 40)
     flags = [*SMALL, "--batch_size", "1", "--accum_iter", "1", "--save_steps", "1", "--device", "cpu"]
@@ -302,6 +303,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_costs_nothing(tmp_path:
     assert log_of(last.parent) == log_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_bad_loss_in_one_process_ends_both_and_names_its_file(tmp_path: Path) -> None:
     """The rate makes the second batch diverge in both; each process names its own file."""
     lib = write_parts(tmp_path / "lib", 8)

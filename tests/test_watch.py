@@ -13,6 +13,8 @@ from conftest import ROOT
 from utils import watch
 from utils.watch import LOST, start_watch
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 30  # seconds; they take one
 PROGRAM = """
 import json, os, sys, time

@@ -1,7 +1,7 @@
 """Which processes of a run take which classes: rules small enough to follow by hand."""
 
 import logging
-from itertools import chain
+from itertools import chain, product
 
 import pytest
 
@@ -62,22 +62,20 @@ def test_a_class_goes_to_the_group_that_would_be_done_first() -> None:
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)
-@pytest.mark.parametrize("processes", [1, 2, 3, 7, 16])
-@pytest.mark.parametrize("count", [0, 1, 2, 5, 10])
-def test_every_class_is_done_once_and_in_order(
-    monkeypatch: pytest.MonkeyPatch, parallel: str, processes: int, count: int
-) -> None:
-    costs = uneven(count)
-    groups = divided(monkeypatch, parallel, costs, processes)
-    assert sorted(chain.from_iterable(groups)) == sorted(costs)
-    order = list(costs)
-    for chosen in groups:
-        assert chosen == sorted(chosen, key=order.index)
-    assert 1 <= len(groups) <= processes
-    assert all(groups) or count == 0  # no group of processes is idle
-    sizes = group_sizes(len(groups))
-    assert sum(sizes) == processes
-    assert all(sizes)
+def test_every_class_is_done_once_and_in_order(monkeypatch: pytest.MonkeyPatch, parallel: str) -> None:
+    for processes, count in product([1, 2, 3, 7, 16], [0, 1, 2, 5, 10]):
+        case = f"{count} classes on {processes} processes"
+        costs = uneven(count)
+        groups = divided(monkeypatch, parallel, costs, processes)
+        assert sorted(chain.from_iterable(groups)) == sorted(costs), case
+        order = list(costs)
+        for chosen in groups:
+            assert chosen == sorted(chosen, key=order.index), case
+        assert 1 <= len(groups) <= processes, case
+        assert all(groups) or count == 0, case  # no group of processes is idle
+        sizes = group_sizes(len(groups))
+        assert sum(sizes) == processes, case
+        assert all(sizes), case
 
 
 # How many groups

@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -116,13 +117,15 @@ def write_results(output_dir: Path | str, results: Mapping[str, Any]) -> None:
 
 def package_versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that decide the figures; None for one that is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in DISTRIBUTIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+    return {"python": platform.python_version()} | {name: _installed_version(name) for name in DISTRIBUTIONS}
+
+
+@cache
+def _installed_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _tables(methods: Methods, exact_headline: bool, note: str | None) -> list[_Table]:
