@@ -1,11 +1,15 @@
 """Raw scans that take no time to clean, and the preprocessing scripts in processes of their own that may be killed."""
 
+import importlib
 import inspect
+import itertools
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -104,28 +108,29 @@ def tifffile_bytes() -> bytes:
     return buffer.getvalue()
 
 
-KILL = """
-import importlib, os, signal, sys
-from pathlib import Path
-script, steps, count = sys.argv[1], sys.argv[2].split(), int(sys.argv[3])
-def counted(function):
-    def step(self, *args, **kwargs):
-        global count
-        count -= 1
-        if count == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(self, *args, **kwargs)
-    return step
-for name in steps:
-    setattr(Path, name, counted(getattr(Path, name)))
-sys.exit(importlib.import_module(f"utils.{script}").main([*sys.argv[4:], "--workers", "1"]))
-"""
-
-
 def run_killed_at(step: int, script: str, *args: object, steps: str = "replace") -> int:
     """Run a script that is killed in place of its n-th rename (kill -9: no clean-up whatever); returns the exit code.
 
     `steps`: the methods of Path that count as a step.
     """
-    command = [sys.executable, "-c", KILL, script, steps, str(step), *map(str, args)]
-    return subprocess.run(command, cwd=ROOT).returncode
+    process = multiprocessing.get_context("fork").Process(target=_run_until, args=(step, script, args, steps.split()))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _run_until(step: int, script: str, args: Sequence[object], steps: Sequence[str]) -> None:
+    left = itertools.count(step - 1, -1)
+
+    def counted(function: Callable) -> Callable:
+        def run(self: Path, *args: object, **kwargs: object) -> object:
+            if next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(self, *args, **kwargs)
+
+        return run
+
+    for name in steps:
+        setattr(Path, name, counted(getattr(Path, name)))
+    sys.exit(importlib.import_module(f"utils.{script}").main([*map(str, args), "--workers", "1"]))

@@ -11,19 +11,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads of t
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import torch
 from golden_weights import write_golden_weights
 
 from dataset import AnomalyDataset, index_split
 from feature_extractors.config import DetectorConfig
-from feature_extractors.extractor import build_extractor
-from models import build_feature_fusion
-from utils.feature_store import resize_patches
+from feature_extractors.extractor import PatchExtractor, build_extractor
 from utils.records import PatchFeatures, Sample
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
 REAL_DATA = ROOT.parent / "shared"
+GoldenFeatures = Callable[..., PatchFeatures]
 GOLDEN_METHOD = "DINO+Point_MAE+Fusion"  # its features hold those of every other method
 
 
@@ -71,30 +69,16 @@ def golden_samples() -> dict[str, Sample]:
 
 
 @pytest.fixture(scope="session")
-def golden_features(
-    golden_weights: Path, golden_samples: dict[str, Sample]
-) -> Callable[[str], dict[str, PatchFeatures]]:
-    """Patch features of all golden samples by path, for a --point_norm; each network runs once on each sample."""
+def golden_features(golden_weights: Path, golden_samples: dict[str, Sample]) -> GoldenFeatures:
+    """(path, --point_norm) -> patch features of a golden sample; each is extracted once, when it is asked for."""
 
     @cache
-    def extract(point_norm: str) -> dict[str, PatchFeatures]:
-        if point_norm == "cloud":
-            extractor = build_extractor(DetectorConfig(use_uff=True), golden_weights, golden_weights / "uff.pth")
-            return {path: extractor(sample) for path, sample in golden_samples.items()}
-        extractor = build_extractor(DetectorConfig("Point_MAE", point_norm=point_norm), golden_weights, None)
-        fusion = build_feature_fusion(golden_weights / "uff.pth", xyz_dim=1152, rgb_dim=768)
-        features = {}
-        for path, known in extract("cloud").items():
-            xyz = extractor(golden_samples[path]).xyz
-            with torch.inference_mode():
-                fused = fusion.fuse(xyz, resize_patches(known.rgb, 56))
-            features[path] = PatchFeatures(rgb=known.rgb, xyz=xyz, fusion=fused)
-        return features
+    def extractor(point_norm: str) -> PatchExtractor:
+        config = DetectorConfig(GOLDEN_METHOD, use_uff=True, point_norm=point_norm)
+        return build_extractor(config, golden_weights, golden_weights / "uff.pth")
 
-    return extract
+    @cache
+    def features(path: str, point_norm: str) -> PatchFeatures:
+        return extractor(point_norm)(golden_samples[path])
 
-
-@pytest.fixture(scope="session")
-def golden_double_features(golden_features: Callable[[str], dict[str, PatchFeatures]]) -> list[PatchFeatures]:
-    """Features of the six golden training samples under the reference protocol."""
-    return [features for path, features in golden_features("cloud").items() if path.startswith("train/")]
+    return lambda path, point_norm="cloud": features(path, point_norm)

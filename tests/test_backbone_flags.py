@@ -164,6 +164,7 @@ def test_downloaded_weights_are_used_where_the_folder_holds_none(
     assert fetched == [TINY_VIT]
 
 
+@pytest.mark.slow
 def test_an_xyz_checkpoint_of_any_name(bagels: Path, tmp_path: Path, point_mae: Path) -> None:
     weights = tmp_path / "weights"
     flags = ["--method_name", "Point_MAE", *GROUPS, "--img_size", SIDE, "--random_state", 0]

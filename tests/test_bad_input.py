@@ -499,6 +499,7 @@ def test_damage_inside_a_picture_is_named(bagels: Path, tmp_path: Path, capsys: 
     assert f"{path} is no complete PNG" in refusal(capsys, *flags)
 
 
+@pytest.mark.slow
 def test_nan_and_infinity_count_as_missing(tmp_path: Path) -> None:
     """A run with them equals the run with zeros there, and not the run on whole scans."""
     hole = np.zeros((SIDE, SIDE), bool)

@@ -2,13 +2,13 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import GoldenFeatures
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,7 +18,6 @@ from models.contrastive import contrastive_loss, retrieval
 from models.feature_fusion import FeatureFusion
 from utils.errors import InputError
 from utils.feature_store import pair_rgb
-from utils.records import PatchFeatures
 
 
 def slow_loss(xyz: Tensor, rgb: Tensor) -> float:
@@ -191,12 +190,10 @@ def test_retrieval_of_one_and_of_no_patch() -> None:
 
 
 @pytest.mark.golden
-def test_loss_is_that_of_the_original(
-    goldens: Path, golden_weights: Path, golden_features: Callable[[str], dict[str, PatchFeatures]]
-) -> None:
+def test_loss_is_that_of_the_original(goldens: Path, golden_weights: Path, golden_features: GoldenFeatures) -> None:
     recorded = json.loads((goldens / "stages_meta.json").read_text())["bagel_test_hole_000"]
     module = build_feature_fusion(golden_weights / "uff.pth", xyz_dim=1152, rgb_dim=768)
-    features = golden_features("running")["test/hole/000"]
+    features = golden_features("test/hole/000", "running")
     for pairing, name in [("reference", "saved"), ("aligned", "aligned")]:
         with torch.inference_mode():
             outputs = module(features.xyz, pair_rgb(features.rgb, len(features.xyz), pairing))

@@ -1,13 +1,13 @@
 """Every method, from features to metrics, against the recorded runs of the original computation."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from conftest import GoldenFeatures
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from feature_extractors.pipeline import fit_detector
 from feature_extractors.scoring import image_score
 from feature_extractors.training_features import TrainingFeatures
 from utils.metrics import evaluate
-from utils.records import PatchFeatures, Prediction, Sample
+from utils.records import Prediction, Sample
 
 RUNS = {
     "bn_DINO": {"method_name": "DINO"},
@@ -69,19 +69,22 @@ def relative(ours: object, theirs: object) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-@pytest.fixture(scope="module", params=RUNS)
+# Extracting all features a second time, on running statistics, takes a minute; test_golden_stages has one sample.
+PARAMS = [pytest.param(name, marks=pytest.mark.slow if name.startswith("eval") else ()) for name in RUNS]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def run(
     request: pytest.FixtureRequest,
     goldens: Path,
     golden_samples: dict[str, Sample],
-    golden_features: Callable[[str], dict[str, PatchFeatures]],
+    golden_features: GoldenFeatures,
 ) -> Run:
     """Fit on the recorded features and predict, keeping the coresets and the distances that come up on the way."""
     meta = json.loads((goldens / "runs_meta.json").read_text())[request.param]
     recorded = dict(np.load(goldens / f"run_{request.param}.npz"))
     config = DetectorConfig(random_state=0, **RUNS[request.param])
-    features = golden_features(config.point_norm)
-    training = [value for path, value in features.items() if path.startswith("train/")]
+    training = [golden_features(path, config.point_norm) for path in golden_samples if path.startswith("train/")]
     stems = [path.removeprefix("bagel/").removesuffix(".png").replace("/rgb/", "/") for path in meta["test_paths"]]
     collected = TrainingFeatures(len(training))
     for each in training:
@@ -109,7 +112,7 @@ def run(
         predictions = []
         for stem in stems:
             distances.clear()
-            predictions.append(detector.predict_features(features[stem]))
+            predictions.append(detector.predict_features(golden_features(stem, config.point_norm)))
             results["test"].append(by_bank(distances, predictions[-1].bank_scores, predictions[-1].bank_maps))
     masks = np.stack([golden_samples[stem].mask[0].numpy() for stem in stems])
     return Run(recorded, meta, detector, selections, results, predictions, masks)

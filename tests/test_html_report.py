@@ -265,6 +265,7 @@ def test_the_3d_script_is_there_where_there_is_a_cloud(cloud: bool) -> None:
     assert all((part["cloud"] is not None) is cloud for part in parts_of(page))
 
 
+@pytest.mark.slow
 def test_the_page_stays_small() -> None:
     parts = made_up_parts(60, side=224)
     page = made_up_page(made_up_class("gasket", parts, limit=24))

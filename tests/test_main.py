@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import ROOT
+from conftest import ROOT, GoldenFeatures
 from main_runs import (
     METRICS,
     PIP_BACKBONES,
@@ -49,7 +49,6 @@ from utils.cloud_cleaning import CleaningRule
 from utils.feature_store import PatchFileDataset, pair_rgb
 from utils.precision import choose_precision
 from utils.preprocessing import Job, preprocess
-from utils.records import PatchFeatures
 from utils.synthetic import Plan, make_dataset
 from utils.synthetic_parts import DEFECTS
 
@@ -61,11 +60,11 @@ TRAIN, TEST_GOOD = 3, 2  # scans of a made-up class, beside one of each defect
 TEST_PATHS = sorted([f"test/good/{i:03d}" for i in range(TEST_GOOD)] + [f"test/{defect}/000" for defect in DEFECTS])
 PADDED = (300, 300)  # cleaning pads 224 pixels to a multiple of 100
 
-# Flags of runs that tests share. The small picture is for speed.
-DOUBLE = ("--method_name", "DINO+Point_MAE", "--img_size", 112)
-TRIPLE = ("--method_name", "DINO+Point_MAE+Fusion", "--img_size", 112)
-POINTS = ("--method_name", "Point_MAE", "--img_size", 112)
-PROJECTED = ("--method_name", "DINO", "--img_size", 112, "--max_sample", 1)  # so few rows that the coreset projects
+# Flags of runs that tests share.
+DOUBLE = ("--method_name", "DINO+Point_MAE")
+TRIPLE = ("--method_name", "DINO+Point_MAE+Fusion")
+POINTS = ("--method_name", "Point_MAE")
+PROJECTED = ("--method_name", "DINO", "--max_sample", 1)  # so few rows that the coreset projects
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +79,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(parts: Path) -> list[object]:
-    """Flags of every run on the gaskets."""
-    return ["--dataset_path", parts, "--classes", "gasket", *PIP_BACKBONES, "--random_state", 0]
+    """Flags of every run on the gaskets. The small image is for speed."""
+    return ["--dataset_path", parts, "--classes", "gasket", *PIP_BACKBONES, "--random_state", 0, "--img_size", 112]
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +310,7 @@ def test_finished_classes_are_kept_when_a_later_one_fails(
     tifffile.imwrite(scan, np.zeros((*PADDED, 3), np.float32), photometric="rgb")
     out = tmp_path / "out"
     flags = [*PIP_BACKBONES, *POINTS, "--dataset_path", tmp_path, "--classes", "gasket", "torn", "--output_dir", out]
-    message = refusal(capsys, *flags, "--random_state", 0)
+    message = refusal(capsys, *flags, "--random_state", 0, "--img_size", 112)
     assert str(scan) in message
     assert files_below(out) == ["classes/gasket.json", "report.html", "results.json"]
     assert ">gasket</h2>" in (out / "report.html").read_text()
@@ -457,7 +456,7 @@ def test_a_flag_changes_what_it_is_for(
     assert (given.pixel_figures != without.pixel_figures) == maps_change
 
 
-@pytest.mark.parametrize("flags", [TRIPLE, PROJECTED])
+@pytest.mark.parametrize("flags", [pytest.param(TRIPLE, marks=pytest.mark.slow), PROJECTED])
 def test_the_same_random_state_gives_the_same_scores(
     base: list[object], runs: Runner, tmp_path: Path, flags: tuple[object, ...]
 ) -> None:
@@ -630,16 +629,14 @@ def test_real_pictures_through_the_vision_transformer(real_data: Path, golden_we
 def test_recorded_runs_from_the_command_line(
     goldens: Path,
     golden_weights: Path,
-    golden_features: Callable[[str], dict[str, PatchFeatures]],
+    golden_features: GoldenFeatures,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On the patch features that the networks gave before; test_golden_runs has the other methods."""
-    known = golden_features("cloud")
-    monkeypatch.setattr(PatchExtractor, "extract", lambda self, samples: [known[sample.path] for sample in samples])
-    methods = ("DINO", "DINO+Point_MAE+Fusion")
-    flags = ["--method_name", *methods, "--use_uff", "--fusion_module_path", golden_weights / "uff.pth"]
-    call(*flags, *golden_flags(goldens, golden_weights), "--output_dir", tmp_path)
+    monkeypatch.setattr(PatchExtractor, "extract", lambda self, samples: [golden_features(s.path) for s in samples])
+    methods = ("DINO", "DINO+Point_MAE")
+    call("--method_name", *methods, *golden_flags(goldens, golden_weights), "--output_dir", tmp_path)
     for method in methods:
         assert_recorded(json.loads((tmp_path / method / "results.json").read_text()), method, goldens)
 

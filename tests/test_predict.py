@@ -604,6 +604,7 @@ class Fixed:
         return Prediction(0.5, torch.rand(SIDE, SIDE), {}, {})
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_parts(fitted: Fitted, tmp_path: Path) -> None:
     """Nor does it wait for the garbage collection, which is rare in a process that holds networks."""
     folder = fitted.data / "test/hole"

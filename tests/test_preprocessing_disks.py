@@ -46,6 +46,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing_and_the_rest_follows(small_disk: Path, tmp_path: Path) -> None:
     root = write_dataset(small_disk / "parts")
     preprocess(job_for(root, tmp_path / "expected"), workers=1)

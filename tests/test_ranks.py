@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from process_runs import CPU, MEMBERS, PROCESSES, Call, in_groups, run_processes, saved, shard_of
+from process_runs import CPU, MEMBERS, PROCESSES, in_groups, run_processes, saved, shard_of
 from test_coreset import KINDS, greedy_twin, random_rows, set_candidates
 from tiny_networks import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor
@@ -176,19 +176,15 @@ def work(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int | None]]:
-    """Where all processes of this module saved what they found, those of LOSSES too, and their exit codes."""
+    """Where the processes of this module saved what they found, and their exit codes."""
     folder = tmp_path_factory.mktemp("work")
-    calls: list[Call] = [(work, (rank, folder)) for rank in range(PROCESSES)]
-    for lost, end, waiting in LOSSES:
-        (folder / end).mkdir()
-        calls += [(lose, (rank, folder / end, lost, end, waiting)) for rank in range(3)]
-    return folder, run_processes(calls)
+    return folder, run_processes([(work, (rank, folder)) for rank in range(PROCESSES)])
 
 
 @pytest.fixture(scope="module")
 def by_process(ran: tuple[Path, list[int | None]]) -> list[dict[Any, Any]]:
     folder, codes = ran
-    assert codes[:PROCESSES] == [0] * PROCESSES
+    assert codes == [0] * PROCESSES
     return [saved(folder, rank) for rank in range(PROCESSES)]
 
 
@@ -348,10 +344,14 @@ def lose(rank: int, folder: Path, lost: int, end: str, waiting: str) -> None:
     torch.save((said, time.monotonic() - begin), folder / f"{rank}.pth")
 
 
-def test_the_end_of_a_process_is_told_to_those_that_wait(ran: tuple[Path, list[int | None]]) -> None:
+@pytest.mark.slow
+def test_the_end_of_a_process_is_told_to_those_that_wait(tmp_path: Path) -> None:
     """At once, by a sentence; the process itself raises its own error."""
-    folder, codes = ran
-    assert codes[PROCESSES:] == [0] * 8 + [-signal.SIGKILL]
+    folder, calls = tmp_path, []
+    for lost, end, waiting in LOSSES:
+        (folder / end).mkdir()
+        calls += [(lose, (rank, folder / end, lost, end, waiting)) for rank in range(3)]
+    assert run_processes(calls) == [0] * 8 + [-signal.SIGKILL]
     own = {"input error": "InputError: its scan is empty", "failure": "RuntimeError: no memory left"}
     for lost, end, _ in LOSSES:
         if end in own:

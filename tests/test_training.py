@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import GoldenFeatures
 from torch import nn
 from uff_runs import (
     BACKBONES,
@@ -390,13 +391,11 @@ def test_order_rates_and_updates_are_those_of_the_original(goldens: Path, tmp_pa
 
 
 @pytest.mark.golden
-def test_training_is_that_of_the_original(
-    goldens: Path, tmp_path: Path, golden_double_features: list[PatchFeatures]
-) -> None:
+def test_training_is_that_of_the_original(goldens: Path, tmp_path: Path, golden_features: GoldenFeatures) -> None:
     recorded = json.loads((goldens / "uff_train.json").read_text())["bagel"]
     parameters = np.load(goldens / "uff_train_params.npz")
     for place, name in enumerate(recorded["listdir_order"]):  # ours sorts: names that sort as the original listed
-        features = golden_double_features[int(name.removeprefix("bagel").removesuffix(".pt"))]
+        features = golden_features(f"train/good/{int(name.removeprefix('bagel').removesuffix('.pt')):03d}")
         write_features(tmp_path, "bagel", f"{place:03d}", features, **BACKBONES, dtype=torch.float32)
     dataset = PatchFileDataset(tmp_path, "reference")
     schedule, progress = Schedule(0.002 * 2 * 2 / 256, 0.0, 1, 2), Progress()

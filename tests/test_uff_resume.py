@@ -224,13 +224,10 @@ def interrupt(process: "subprocess.Popen[str]", written: Path, number: signal.Si
     os.kill(process.pid, number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
-    [
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
-        (signal.SIGTERM, 130),
-        pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow),
-    ],
+    [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)],
 )
 def test_a_signal_in_mid_epoch_costs_nothing(
     many: Path, uninterrupted: Path, tmp_path: Path, number: signal.Signals, code: int

@@ -194,6 +194,7 @@ def test_a_missing_or_empty_scale_is_refused(tmp_path: Path, scale: dict) -> Non
     assert not (tmp_path / "figure.png").exists()
 
 
+@pytest.mark.slow
 def test_figures_leave_no_global_state(tmp_path: Path) -> None:
     def alive() -> int:
         gc.collect()
