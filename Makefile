@@ -1,5 +1,5 @@
 # make demo    made-up parts from scan to tables, in minutes, nothing to download but pip packages
-# make test    the tests of every feature, parity with the original's recorded numbers among them, in minutes
+# make test    the fast tests, including parity with the original's recorded numbers (minutes)
 # make test-slow  the other tests: benchmarks, several processes, a browser, whole runs
 # make lint    ruff and mypy
 # make browser  a headless browser, for the tests of report.html (with apt, as root)
@@ -38,9 +38,9 @@ system-libraries:
 		exit 1; \
 	fi
 
-# Two tests at a time, each on one thread: PYTEST_WORKERS=0 runs them one by one, on all threads.
+# Two workers of one thread each. PYTEST_WORKERS=0 runs everything in one process on all threads.
 PYTEST_WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(PYTEST_WORKERS) --dist loadgroup --durations 10
+PYTEST := $(BIN)/python -m pytest --numprocesses $(PYTEST_WORKERS) --dist loadgroup --no-loadscope-reorder --durations 10
 
 test: setup
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)

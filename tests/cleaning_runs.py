@@ -70,7 +70,7 @@ STAMPS = re.compile(rb',\s*"mtime_ns": \d+,\s*"sources": \[[^"]*\](?=\s*\})')
 
 
 def call_script(main: Callable[[], int | None], *args: object) -> subprocess.CompletedProcess:
-    """The main function of a script, called in this process as if it had been started with these arguments."""
+    """Call a script's main in this process with these arguments; capture its output and exit code."""
     stdout, stderr, code = StringIO(), StringIO(), 0
     script = Path(inspect.getfile(main))
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
@@ -79,7 +79,7 @@ def call_script(main: Callable[[], int | None], *args: object) -> subprocess.Com
             with exit_on_input_error():
                 code = main() or 0
         except SystemExit as stop:
-            code = int(stop.code or 0)
+            code = stop.code if isinstance(stop.code, int) else 1
     return subprocess.CompletedProcess(args, code, stdout.getvalue(), stderr.getvalue())
 
 
@@ -114,9 +114,9 @@ def run_killed_at(step: int, script: str, *args: object, steps: str = "replace")
     `steps`: the methods of Path that count as a step.
     """
     process = multiprocessing.get_context("fork").Process(target=_run_until, args=(step, script, args, steps.split()))
-    process.start()
-    process.join()
-    assert process.exitcode is not None
+    process.start()  # forked, which is safe here: preprocessing uses no thread of the test process
+    process.join(60)
+    assert process.exitcode is not None, "still running after a minute"
     return process.exitcode
 
 

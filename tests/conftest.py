@@ -27,9 +27,9 @@ GOLDEN_METHOD = "DINO+Point_MAE+Fusion"  # its features hold those of every othe
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one worker, and all that need the stand-in weights in one, which starts with them.
+    """Run each file's tests on one worker, and all tests that need the stand-in weights on one worker, first.
 
-    So each fixture is set up once, and the longest job does not begin last.
+    Fixtures are then set up once, and the longest group does not start last.
     """
     needs_weights = {id(item) for item in items if "golden_weights" in getattr(item, "fixturenames", ())}
     for item in items:
@@ -40,9 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder of real images and clouds, which are not part of the repository: their licenses do not allow it."""
-    if not REAL_DATA.is_dir():
-        pytest.skip(f"{REAL_DATA} is absent: real images are not part of the repository, for their license")
+    """Folder of real images and clouds, which are not in the repository because of their licenses."""
+    for folder in ("mvtec3d_tire_rgb", "scans"):
+        if not (REAL_DATA / folder).is_dir():
+            pytest.skip(
+                f"{REAL_DATA / folder} not found. Real images are not in the repository because of their license"
+            )
     return REAL_DATA
 
 

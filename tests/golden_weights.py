@@ -42,7 +42,7 @@ def seeded_tensor(file: str, key: str, shape: list[int], dtype: str) -> Tensor:
         values = generator.uniform(0.7, 1.3, shape)
     else:
         values = generator.standard_normal(shape) * 0.1
-    # Neighbors lie millimeters from their center, in meters: without a gain the encoder's output would be constant.
+    # Neighbor offsets are millimeters expressed in meters. Without this gain the encoder's output would hardly vary.
     if key.endswith("encoder.first_conv.0.weight"):
         values = values * 200.0
     if key.endswith("pos_embed.0.weight") and "decoder" not in key:

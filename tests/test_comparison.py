@@ -1,11 +1,14 @@
 """python -m utils.report A B: the difference of each metric, and what the runs do not share."""
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from cleaning_runs import ROOT, call_script
+from cleaning_runs import call_script
+from conftest import ROOT
 from report_pages import read_page
 
 from utils import report
@@ -184,7 +187,10 @@ def test_no_text_is_taken_for_markup(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_and_renders(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    done = call(tmp_path, *runs)
+    """As a user starts it, with the checkout as the current folder."""
+    command = [sys.executable, "-m", "utils.report", *map(str, runs), "--output", str(tmp_path / "compare.html")]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, cwd=ROOT, env=strict, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     comparison = compare(*runs, SCHEMA)
     assert done.stdout == f"{format_comparison(comparison)}\n\nwritten to {tmp_path / 'compare.html'}\n"
@@ -250,7 +256,7 @@ def test_an_output_that_would_replace_something_else_is_refused(
 ) -> None:
     before = runs[1].read_text()
     (runs[1].parent / "x").mkdir()
-    done = call(ROOT, *runs, output=str(tmp_path / output) if output.startswith("B") else output)
+    done = call(tmp_path, *runs, output=str(tmp_path / output) if output.startswith("B") else output)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
     assert done.stderr.count("\n") == 1

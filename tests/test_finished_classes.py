@@ -283,48 +283,47 @@ def test_parts_of_another_type_are_refused(tmp_path: Path, key: str, value: obje
     assert refused(tmp_path).endswith(f" is damaged: {MEND}")
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("name", 3),
-        ("name", None),
-        ("entry", None),
-        ("entry", []),
-        ("entry", {}),
-        ("entry", {"samples": []}),
-        ("decision", 3),
-        ("decision", "ab"),
-        ("decision", [0.5]),
-        ("decision", ["text", "text"]),
-        ("decision", [None, "text"]),
-        ("decision", {"threshold": 0.5, "source": "text"}),
-        ("outcomes", None),
-        ("outcomes", []),
-        ("outcomes", {"hit": "3"}),
-        ("outcomes", {"hit": None}),
-        ("roc", 3),
-        ("roc", "ab"),
-        ("roc", [[0, 1]]),
-        ("roc", [[0, 1], [0]]),
-        ("roc", [[0, "text"], [0, 1]]),
-        ("roc", [[0, None], [0, 1]]),
-        ("pro", {"0": [0], "1": [1]}),
-        ("good_scores", None),
-        ("good_scores", "text"),
-        ("good_scores", ["text"]),
-        ("good_scores", [None]),
-        ("defective_scores", [{}]),
-        ("parts", {}),
-        ("parts", None),
-        ("parts", [3]),
-        ("parts", [{}]),
-    ],
-)
-def test_a_value_of_another_type_is_refused(tmp_path: Path, field: str, value: object) -> None:
-    content = content_of(tmp_path, made_up_class(limit=1, cloud=False))
-    content["report"][field] = value
-    path = put(tmp_path, content)
-    assert refused(tmp_path) == f"{path} is damaged: {MEND}"
+OTHER_TYPES: list[tuple[str, object]] = [
+    ("name", 3),
+    ("name", None),
+    ("entry", None),
+    ("entry", []),
+    ("entry", {}),
+    ("entry", {"samples": []}),
+    ("decision", 3),
+    ("decision", "ab"),
+    ("decision", [0.5]),
+    ("decision", ["text", "text"]),
+    ("decision", [None, "text"]),
+    ("decision", {"threshold": 0.5, "source": "text"}),
+    ("outcomes", None),
+    ("outcomes", []),
+    ("outcomes", {"hit": "3"}),
+    ("outcomes", {"hit": None}),
+    ("roc", 3),
+    ("roc", "ab"),
+    ("roc", [[0, 1]]),
+    ("roc", [[0, 1], [0]]),
+    ("roc", [[0, "text"], [0, 1]]),
+    ("roc", [[0, None], [0, 1]]),
+    ("pro", {"0": [0], "1": [1]}),
+    ("good_scores", None),
+    ("good_scores", "text"),
+    ("good_scores", ["text"]),
+    ("good_scores", [None]),
+    ("defective_scores", [{}]),
+    ("parts", {}),
+    ("parts", None),
+    ("parts", [3]),
+    ("parts", [{}]),
+]
+
+
+def test_a_value_of_another_type_is_refused(tmp_path: Path) -> None:
+    sound = content_of(tmp_path, made_up_class(limit=1, cloud=False))
+    for field, value in OTHER_TYPES:
+        path = put(tmp_path, sound | {"report": sound["report"] | {field: value}})
+        assert refused(tmp_path) == f"{path} is damaged: {MEND}", (field, value)
 
 
 def test_a_class_under_another_name_is_refused(tmp_path: Path) -> None:

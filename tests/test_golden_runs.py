@@ -69,7 +69,7 @@ def relative(ours: object, theirs: object) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-# Extracting all features a second time, on running statistics, takes a minute; test_golden_stages has one sample.
+# Extracting all features again with running statistics takes a minute. test_golden_stages covers one sample.
 PARAMS = [pytest.param(name, marks=pytest.mark.slow if name.startswith("eval") else ()) for name in RUNS]
 
 
@@ -80,7 +80,7 @@ def run(
     golden_samples: dict[str, Sample],
     golden_features: GoldenFeatures,
 ) -> Run:
-    """Fit on the recorded features and predict, keeping the coresets and the distances that come up on the way."""
+    """Fit on the golden training samples, predict the test samples, and keep each coreset and all patch distances."""
     meta = json.loads((goldens / "runs_meta.json").read_text())[request.param]
     recorded = dict(np.load(goldens / f"run_{request.param}.npz"))
     config = DetectorConfig(random_state=0, **RUNS[request.param])
@@ -132,6 +132,22 @@ def test_ground_truth_is_the_recorded_one(run: Run, goldens: Path) -> None:
         run.masks.shape
     )
     np.testing.assert_array_equal(run.masks, packed)
+
+
+def test_every_bank_was_recorded(run: Run) -> None:
+    banks = set(run.detector.banks)
+    assert set(run.bank("test")) == banks
+    assert set(run.bank("late")) == (set() if run.detector.config.method.fusion == "none" else banks)
+
+
+def test_input_of_the_image_svm(run: Run) -> None:
+    """Scores of the training samples times the lambdas, within what a cancelled distance amounts to."""
+    if run.detector.decision_fusion is None:
+        assert run.detector.config.method.fusion != "svm"
+        return
+    ours = [[result.score for result in sample.values()] for sample in run.results["late"]]
+    scaled = np.array(ours) * run.detector.decision_fusion.score_lambdas
+    np.testing.assert_allclose(scaled, run.recorded["s_lib"], rtol=5e-3)
 
 
 def test_statistics(run: Run) -> None:

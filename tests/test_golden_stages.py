@@ -106,7 +106,7 @@ def run_points(golden_weights: Path, sample: Sample) -> Callable[[str, str], Poi
 
 @pytest.fixture(scope="module")
 def running(run_points: Callable[[str, str], PointRun]) -> PointRun:
-    """Point-MAE on running statistics: the recorded stages behind the point transformer were computed from it."""
+    """Point-MAE with running statistics. The recorded later stages were computed from its output."""
     return run_points("Point_MAE", "running")
 
 

@@ -1,6 +1,7 @@
 """The command line: what a run leaves and what each flag does."""
 
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,9 @@ from main_runs import (
     read_run,
     refusal,
     run_into,
+    surface,
     table_rows,
+    write_cloud,
 )
 from PIL import Image
 from sklearn.metrics import roc_auc_score
@@ -49,6 +52,7 @@ from utils.cloud_cleaning import CleaningRule
 from utils.feature_store import PatchFileDataset, pair_rgb
 from utils.precision import choose_precision
 from utils.preprocessing import Job, preprocess
+from utils.records import Sample
 from utils.synthetic import Plan, make_dataset
 from utils.synthetic_parts import DEFECTS
 
@@ -456,7 +460,7 @@ def test_a_flag_changes_what_it_is_for(
     assert (given.pixel_figures != without.pixel_figures) == maps_change
 
 
-@pytest.mark.parametrize("flags", [pytest.param(TRIPLE, marks=pytest.mark.slow), PROJECTED])
+@pytest.mark.parametrize("flags", [pytest.param(TRIPLE, marks=pytest.mark.slow), DOUBLE, PROJECTED])
 def test_the_same_random_state_gives_the_same_scores(
     base: list[object], runs: Runner, tmp_path: Path, flags: tuple[object, ...]
 ) -> None:
@@ -534,7 +538,11 @@ def test_a_fusion_bank_without_uff_says_so(runs: Runner, uff: Path) -> None:
 
 
 def test_torchrun_gives_the_results_of_one_process(bagels: Path, tmp_path: Path) -> None:
-    """To the bit: each sample and each search is one process's; test_main_ranks has more processes and more classes."""
+    """Bit-equal: one process extracts and scores each sample. test_main_ranks has more processes and classes."""
+    for i in range(2, 5):  # a fifth sample, so that both processes have some: four make a batch
+        for folder in ("train/good", "test/good"):
+            write_cloud(bagels / f"bagel/{folder}/xyz/{i:03d}.tiff", surface(10 * i + len(folder)))
+            shutil.copy(bagels / "bagel/train/good/rgb/001.png", bagels / f"bagel/{folder}/rgb/{i:03d}.png")
     flags = ["--method_name", "DINO+Point_MAE", *SMALL, "--dataset_path", bagels, "--random_state", 0]
     alone = run_into(tmp_path / "alone", *flags)
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -629,12 +637,14 @@ def test_real_pictures_through_the_vision_transformer(real_data: Path, golden_we
 def test_recorded_runs_from_the_command_line(
     goldens: Path,
     golden_weights: Path,
+    golden_samples: dict[str, Sample],
     golden_features: GoldenFeatures,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On the patch features that the networks gave before; test_golden_runs has the other methods."""
-    monkeypatch.setattr(PatchExtractor, "extract", lambda self, samples: [golden_features(s.path) for s in samples])
+    """main.py on known features in place of the networks; test_golden_runs covers the other methods."""
+    features = {path: golden_features(path) for path in golden_samples}
+    monkeypatch.setattr(PatchExtractor, "extract", lambda self, samples: [features[s.path] for s in samples])
     methods = ("DINO", "DINO+Point_MAE")
     call("--method_name", *methods, *golden_flags(goldens, golden_weights), "--output_dir", tmp_path)
     for method in methods:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -419,15 +420,15 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_named_with_its_fault(tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    content, pattern = BROKEN[name]
-    path = write(tmp_path / name, content)
-    with pytest.raises(InputError, match=pattern) as error:
-        read_cloud(path, photo_size=(H, W))
-    message = str(error.value)
-    assert str(path) in message and "\n" not in message and len(message) - len(str(path)) < 400
-    assert capfd.readouterr() == ("", ""), "the sentence is all that is said"
+def test_a_broken_file_is_named_with_its_fault(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name, (content, pattern) in BROKEN.items():
+        path = write(tmp_path / name, content)
+        with pytest.raises(InputError) as error:
+            read_cloud(path, photo_size=(H, W))
+        message = str(error.value)
+        assert re.search(pattern, message), name
+        assert str(path) in message and "\n" not in message and len(message) - len(str(path)) < 400
+        assert capfd.readouterr() == ("", ""), f"{name}: the error is the only output"
 
 
 def test_a_ply_without_a_size(tmp_path: Path) -> None:

@@ -176,6 +176,7 @@ def test_bad_arguments_and_folders_exit_with_2(dataset: Path, tmp_path: Path) ->
         result = call_script(main, *args)
         assert (result.returncode, result.stdout) == (2, "")
         assert message in result.stderr.splitlines()[-1]
+    assert run_script("preprocessing", tmp_path / "none").returncode == 2
 
 
 def test_two_runs_on_one_folder_do_not_meet(dataset: Path) -> None:

@@ -176,7 +176,7 @@ def work(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int | None]]:
-    """Where the processes of this module saved what they found, and their exit codes."""
+    """Folder where each rank saved its results, and the exit codes."""
     folder = tmp_path_factory.mktemp("work")
     return folder, run_processes([(work, (rank, folder)) for rank in range(PROCESSES)])
 
