@@ -73,7 +73,7 @@ def golden_samples() -> dict[str, Sample]:
 
 @pytest.fixture(scope="session")
 def golden_features(golden_weights: Path, golden_samples: dict[str, Sample]) -> GoldenFeatures:
-    """(path, --point_norm) -> patch features of a golden sample; each is extracted once, when it is asked for."""
+    """Patch features of a golden sample by (path, --point_norm), extracted on first use and then cached."""
 
     @cache
     def extractor(point_norm: str) -> PatchExtractor:

@@ -1,4 +1,4 @@
-"""The seeded stand-in checkpoints that the goldens were recorded with, in the formats that their authors publish.
+"""The seeded stand-in checkpoints that the goldens were recorded with, in the formats of the published checkpoints.
 
 Each tensor is drawn by NumPy's legacy generator, whose stream never changes, seeded by the CRC-32 of "<file>/<key>".
 So the values depend on nothing but this file and `goldens/weights_inventory.json`. Scores computed with them say
@@ -42,7 +42,7 @@ def seeded_tensor(file: str, key: str, shape: list[int], dtype: str) -> Tensor:
         values = generator.uniform(0.7, 1.3, shape)
     else:
         values = generator.standard_normal(shape) * 0.1
-    # Neighbor offsets are millimeters expressed in meters. Without this gain the encoder's output would hardly vary.
+    # Neighbor offsets are a few thousandths (of a meter). Without this gain the encoder's output would hardly vary.
     if key.endswith("encoder.first_conv.0.weight"):
         values = values * 200.0
     if key.endswith("pos_embed.0.weight") and "decoder" not in key:
@@ -51,7 +51,7 @@ def seeded_tensor(file: str, key: str, shape: list[int], dtype: str) -> Tensor:
 
 
 def wrapped(file: str, state: dict[str, Tensor]) -> dict[str, object]:
-    """The state dict as its authors store it."""
+    """State dict wrapped as in the published checkpoint."""
     if file.startswith("dino"):
         return dict(state)
     if file == "uff.pth":

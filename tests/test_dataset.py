@@ -353,7 +353,7 @@ def test_recorded_dataset_is_indexed_whole(goldens: Path) -> None:
     assert counts == {"train": 6, "test": 10}
 
 
-def test_real_pictures_without_clouds(real_data: Path) -> None:
+def test_real_images_without_clouds(real_data: Path) -> None:
     root = real_data / "mvtec3d_tire_rgb"
     assert find_classes(root, "mvtec3d", None) == ["tire"]
     splits = {split: index_split(root / "tire", split, RGB) for split in ("train", "validation", "test")}

@@ -40,9 +40,9 @@ RUNS = {
 
 
 class BankResult(NamedTuple):
-    """One sample against one bank."""
+    """Result of scoring one sample against one bank."""
 
-    distances: Tensor  # (N,) of its patches to the nearest row
+    distances: Tensor  # (N,) from each patch to its nearest row of the bank
     score: float
     anomaly_map: Tensor  # (224, 224)
 
@@ -54,7 +54,7 @@ class Run(NamedTuple):
     meta: dict
     detector: Detector
     selections: list[NDArray]  # indices of each coreset, in the order of the banks
-    results: dict[str, list[dict[str, BankResult]]]  # by phase ("late": training samples, "test"), sample and bank
+    results: dict[str, list[dict[str, BankResult]]]  # [phase][sample][bank]; phase: "late" (training samples), "test"
     predictions: list[Prediction]  # of the test samples
     masks: NDArray
 
@@ -141,7 +141,7 @@ def test_every_bank_was_recorded(run: Run) -> None:
 
 
 def test_input_of_the_image_svm(run: Run) -> None:
-    """Scores of the training samples times the lambdas, within what a cancelled distance amounts to."""
+    """Scores of the training samples times the lambdas, within the error that cancellation causes."""
     if run.detector.decision_fusion is None:
         assert run.detector.config.method.fusion != "svm"
         return

@@ -538,8 +538,8 @@ def test_a_fusion_bank_without_uff_says_so(runs: Runner, uff: Path) -> None:
 
 
 def test_torchrun_gives_the_results_of_one_process(bagels: Path, tmp_path: Path) -> None:
-    """Bit-equal: one process extracts and scores each sample. test_main_ranks has more processes and classes."""
-    for i in range(2, 5):  # a fifth sample, so that both processes have some: four make a batch
+    """Bit-equal, because each sample is extracted and scored by a single process. See test_main_ranks for more."""
+    for i in range(2, 5):  # a batch is four samples, so a fifth gives the second process work
         for folder in ("train/good", "test/good"):
             write_cloud(bagels / f"bagel/{folder}/xyz/{i:03d}.tiff", surface(10 * i + len(folder)))
             shutil.copy(bagels / "bagel/train/good/rgb/001.png", bagels / f"bagel/{folder}/rgb/{i:03d}.png")
@@ -606,7 +606,7 @@ def assert_finite(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_real_pictures(real_data: Path, tmp_path: Path) -> None:
+def test_real_images(real_data: Path, tmp_path: Path) -> None:
     """The tires of MVTec 3D-AD, of which only the pictures are here."""
     flags = ["--method_name", "DINO", "--rgb_backbone_name", "efficientnet_lite0", "--random_state", 0]
     run = run_into(tmp_path, *flags, "--dataset_path", real_data / "mvtec3d_tire_rgb", "--save_preds")
@@ -619,7 +619,7 @@ def test_real_pictures(real_data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_real_pictures_through_the_vision_transformer(real_data: Path, golden_weights: Path, tmp_path: Path) -> None:
+def test_real_images_through_the_vision_transformer(real_data: Path, golden_weights: Path, tmp_path: Path) -> None:
     for folder in sorted((real_data / "mvtec3d_tire_rgb/tire").glob("*/*")):
         for path in sorted(path for stem in ("rgb", "gt") for path in (folder / stem).glob("*.png")):
             kept = sorted(each.name for each in path.parent.iterdir())[: 2 if folder.parent.name == "train" else 1]

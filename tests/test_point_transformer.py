@@ -62,7 +62,7 @@ def test_group_encoder_equals_its_twin(encoder: GroupEncoder, groups: int, point
     with torch.no_grad():
         tokens = encoder(neighborhoods)
         assert tokens.shape == (groups, 20)
-        # The standard deviation of two points may be tiny, and batch norm divides by it: rounding grows.
+        # The standard deviation of two points may be tiny, and batch norm divides by it, which amplifies rounding.
         rounding = 1e-3 if groups * points == 2 else 1e-4
         expected = slow_encoder(encoder, neighborhoods)
         torch.testing.assert_close(tokens, expected, rtol=rounding, atol=rounding / 10)

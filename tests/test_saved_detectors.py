@@ -128,8 +128,8 @@ def test_a_fresh_process_predicts_what_the_evaluation_said(
 ) -> None:
     """Image scores within 1e-6, maps within one level of the 8-bit blur.
 
-    Prediction runs one image at a time and the evaluation four, so products round differently. A value next to the
-    edge of a level may then be truncated to the level beside it.
+    Prediction runs one image at a time and the evaluation four, so products round differently. A value near
+    a level boundary may then be truncated to the neighboring level.
     """
     fitted, detectors = every
     folders = {str(detectors / method / "bagel"): method for method in METHODS}

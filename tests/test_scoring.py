@@ -130,7 +130,7 @@ IMAGES = {
 
 @pytest.mark.parametrize("kind", IMAGES)
 def test_8_bit_blur_is_that_of_pil_to_the_bit(kind: str) -> None:
-    """Images from one pixel up, also smaller than one box of the blur."""
+    """Image sizes from one pixel up, including images smaller than the blur's box."""
     sides = [(1, 1), (1, 2), (1, 60), (60, 1), (2, 3), (4, 4), (7, 8), (9, 9), (33, 50), (101, 37), (224, 224)]
     for height, width in sides:
         images = IMAGES[kind]((8, height, width), torch.Generator().manual_seed(height + width)).byte()

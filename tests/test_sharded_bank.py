@@ -284,8 +284,8 @@ def alone() -> Callable[[tuple[DetectorConfig, ...]], dict[str, Any]]:
     return cache(lambda configs: judge(configs, COPIED, None, 0))
 
 
-# Spread banks multiply other blocks of rows. Their rounding differs, and the one-class SVMs amplify it, so these runs
-# are not compared.
+# Runs with spread banks are not compared: they multiply different blocks of rows, so rounding differs, and the
+# one-class SVMs amplify the difference.
 @pytest.mark.parametrize("run", [name for name in RUNS if "spread" not in name])
 def test_a_run_of_several_processes_says_what_one_process_says(
     found: list[dict[str, Any]], alone: Callable[[tuple[DetectorConfig, ...]], dict[str, Any]], run: str

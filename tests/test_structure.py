@@ -159,7 +159,7 @@ for module in {MODULES}:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_torch_load_never_runs_what_it_reads() -> None:
+def test_torch_load_is_safe_and_only_in_checkpoint_readers() -> None:
     for path, source in SOURCES.items():
         loads = [*calls(source, "torch.load"), *calls(source, "torch.serialization.load")]
         assert all(has_true(call, "weights_only") for call in loads), f"{path}: torch.load without weights_only=True"

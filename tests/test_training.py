@@ -277,7 +277,7 @@ def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def test_the_optimizer_has_the_betas_of_the_recipe_and_the_weight_decay_asked_for() -> None:
+def test_the_optimizer_uses_the_recipe_betas_and_the_given_weight_decay() -> None:
     (parameters,) = make_optimizer(nn.Linear(2, 2), 0.1).param_groups
     assert (parameters["betas"], parameters["weight_decay"]) == ((0.9, 0.95), 0.1)
 
