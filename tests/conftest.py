@@ -44,7 +44,7 @@ def real_data() -> Path:
     for folder in ("mvtec3d_tire_rgb", "scans"):
         if not (REAL_DATA / folder).is_dir():
             pytest.skip(
-                f"{REAL_DATA / folder} not found. Real images are not in the repository because of their license"
+                f"{REAL_DATA / folder} not found. Real images are not in the repository because of their licenses"
             )
     return REAL_DATA
 
