@@ -147,7 +147,8 @@ def test_a_fresh_process_predicts_what_the_evaluation_said(
             assert np.array(plane).shape == written.shape == (SIDE, SIDE)
             difference = np.abs(np.array(plane) - written)
             assert (difference > 1e-6 * np.abs(written)).mean() < 0.01
-            assert difference.max() < 1.01 * np.abs(written).max() / 255
+            # A level is a 255th of the maximum before the blur, which is above that of the map.
+            assert difference.max() < 2 * np.abs(written).max() / 255
 
 
 def test_loading_gives_the_results_of_the_fitting_run(data: Path, single: tuple[Run, Path], tmp_path: Path) -> None:
