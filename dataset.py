@@ -28,10 +28,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from utils.errors import InputError
-from utils.files import FILE_SUFFIXES, files_by_stem, subfolders
-from utils.images import defect_mask, open_image, to_rgb
-from utils.organized_pc import check_organized, organized_pc_header, read_organized_pc, resize_nearest, valid_mask
 from utils.records import Sample
+from utils.scans.files import FILE_SUFFIXES, files_by_stem, subfolders
+from utils.scans.images import defect_mask, open_image, to_rgb
+from utils.scans.organized_pc import check_organized, organized_pc_header, read_organized_pc, resize_nearest, valid_mask
 
 Item = TypeVar("Item", covariant=True)
 

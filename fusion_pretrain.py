@@ -52,8 +52,8 @@ from utils.distributed import (
 )
 from utils.errors import InputError, exit_on_input_error
 from utils.feature_store import PAIRINGS, PatchFileDataset
-from utils.files import make_folder
 from utils.precision import DTYPES, autocast
+from utils.scans.files import make_folder
 from utils.training import (
     Progress,
     Schedule,

@@ -35,12 +35,14 @@ from feature_extractors.config import DetectorConfig
 from feature_extractors.detector_record import SavedDetector
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.persistence import check_target
-from inspection import print_inspection, warn_of_raw_scans, warn_of_unfinished_scans
 from models import BackboneRow, list_backbones
-from one_class import SplitFiles, run_class, shown_modalities
-from publishing import Results, table_note
-from saved_detectors import FITTING_FLAGS, Saved, check_layout, read_detectors
-from settings import (
+from runner.class_run import SplitFiles, run_class, shown_modalities
+from runner.dataset_check import print_inspection, warn_of_raw_scans, warn_of_unfinished_scans
+from runner.finished_classes import FOLDER
+from runner.results import Results, table_note
+from runner.saved_detectors import FITTING_FLAGS, Saved, check_layout, read_detectors
+from runner.scheduling import divide_classes
+from runner.settings import (
     RunSettings,
     detector_configs,
     extraction_config,
@@ -62,13 +64,11 @@ from utils.distributed import (
     said_by,
 )
 from utils.errors import InputError, exit_on_input_error
-from utils.files import make_folder
-from utils.finished_classes import FOLDER
-from utils.html_report.class_report import ClassReport
-from utils.html_report.report_page import FILE_NAME
 from utils.precision import choose_precision
 from utils.report import print_columns
-from work_division import divide_classes
+from utils.reporting.html_report.class_report import ClassReport
+from utils.reporting.html_report.report_page import FILE_NAME
+from utils.scans.files import make_folder
 
 logger = logging.getLogger("main")
 

@@ -27,12 +27,12 @@ from tqdm import tqdm
 
 from feature_extractors.detector import Detector
 from feature_extractors.persistence import load_detector
-from inspection import CLEANING_COMMAND
-from judging import PREDICTIONS, LoadedPart, Output, PartReader, Reading, Verdict, judge_parts, output_paths
-from utils.depth_camera import read_camera
+from runner.dataset_check import CLEANING_COMMAND
+from runner.prediction import PREDICTIONS, LoadedPart, Output, PartReader, Reading, Verdict, judge_parts, output_paths
 from utils.errors import InputError, exit_on_input_error
-from utils.files import make_folder
-from utils.part_files import DEPTH_SUFFIXES, UNITS, Found, cloud_suffixes, find_parts
+from utils.scans.depth_camera import read_camera
+from utils.scans.files import make_folder
+from utils.scans.sample_files import DEPTH_SUFFIXES, UNITS, Found, cloud_suffixes, find_parts
 
 logger = logging.getLogger("predict")
 

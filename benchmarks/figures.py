@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from utils.files import atomic_path
+from utils.scans.files import atomic_path
 
 
 def new_axes(width: float, height: float, columns: int = 1) -> list[Axes]:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.files import atomic_path
 from utils.precision import DTYPES
+from utils.scans.files import atomic_path
 
 Result = TypeVar("Result")
 

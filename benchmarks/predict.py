@@ -37,14 +37,14 @@ from feature_extractors.extractor import build_extractor
 from feature_extractors.memory_bank import BankStatistics, MemoryBank, select_coreset
 from feature_extractors.persistence import load_detector, save_detector
 from feature_extractors.pipeline import calibrate_detectors
-from judging import Output, PartReader, Reading, Verdict, judge_parts
 from models import RGB_BACKBONES, XYZ_BACKBONES
-from utils.cloud_cleaning import CleaningRule, clean_scan
+from runner.prediction import Output, PartReader, Reading, Verdict, judge_parts
+from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
 from utils.memory import resident_memory_mb
 from utils.metrics import latency_percentiles
-from utils.organized_pc import write_organized_pc
-from utils.part_files import PartFiles
-from utils.synthetic_scanner import make_scan
+from utils.scans.organized_pc import write_organized_pc
+from utils.scans.sample_files import PartFiles
+from utils.synthetic_data.scanner import make_scan
 
 STAGES = ("cold", "latency", "memory")
 # What differs from the reference configuration.

@@ -24,12 +24,12 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.measuring import median_seconds_of
 from utils import preprocessing
-from utils.cloud_cleaning import CleaningRule, clean_scan, cluster_labels, fit_border_plane, remove_plane
-from utils.files import atomic_path
-from utils.organized_pc import valid_mask
-from utils.preprocessing_progress import TEMPORARY
+from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, cluster_labels, fit_border_plane, remove_plane
+from utils.cleaning.progress import TEMPORARY
+from utils.scans.files import atomic_path
+from utils.scans.organized_pc import valid_mask
 from utils.synthetic import Plan, make_dataset
-from utils.synthetic_scanner import Scan, make_scan
+from utils.synthetic_data.scanner import Scan, make_scan
 
 LARGE_SIZE = 850  # pixels a side: some 184,000 points off the table
 REPEATS = 3

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from feature_extractors.config import DetectorConfig
 from models.point_transformer import PointTransformer
 from models.rgb_backbone import VisionTransformerBackbone
-from utils.cloud_cleaning import CleaningRule, clean_scan
-from utils.organized_pc import resize_nearest
+from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
 from utils.records import Sample
-from utils.synthetic_parts import DEFECTS
-from utils.synthetic_scanner import make_scan
+from utils.scans.organized_pc import resize_nearest
+from utils.synthetic_data.parts import DEFECTS
+from utils.synthetic_data.scanner import make_scan
 
 METHOD = "DINO+Point_MAE"
 SEED = 0

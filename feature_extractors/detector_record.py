@@ -15,7 +15,7 @@ from feature_extractors.config import DetectorConfig, Protocol
 from feature_extractors.thresholds import SOURCES, Thresholds
 from utils.errors import InputError
 from utils.feature_store import STORAGE_DTYPES
-from utils.files import cannot_read, set_aside
+from utils.scans.files import cannot_read, set_aside
 
 SCHEMA = 1
 CONFIG_FILE = "config.json"

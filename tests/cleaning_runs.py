@@ -19,7 +19,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from utils.cloud_cleaning import CleaningRule
+from utils.cleaning.cloud_cleaning import CleaningRule
 from utils.errors import exit_on_input_error
 from utils.preprocessing import Job
 

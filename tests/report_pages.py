@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.html_report.class_report import ClassReport, report_class
-from utils.html_report.report_page import report_page
 from utils.metrics import evaluate
 from utils.records import Prediction
 from utils.report import results_record
+from utils.reporting.html_report.class_report import ClassReport, report_class
+from utils.reporting.html_report.report_page import report_page
 
 SIDE = 64
 COMMAND = ["main.py", "--method_name", "DINO+Point_MAE"]

@@ -1,4 +1,4 @@
-"""utils/cloud_cleaning.py: clusters against the textbook and open3d, the plane, the padding, whole scans."""
+"""utils/cleaning/cloud_cleaning.py: clusters against the textbook and open3d, the plane, the padding, whole scans."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.cloud_cleaning import (
+from utils.cleaning.cloud_cleaning import (
     CleaningRule,
     clean_scan,
     cluster_labels,
@@ -18,7 +18,7 @@ from utils.cloud_cleaning import (
     shows_table,
 )
 from utils.errors import InputError
-from utils.organized_pc import read_organized_pc, valid_mask
+from utils.scans.organized_pc import read_organized_pc, valid_mask
 
 RULE = CleaningRule()
 

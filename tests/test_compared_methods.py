@@ -31,7 +31,7 @@ from main_runs import (
 from feature_extractors.config import METHODS
 from feature_extractors.extractor import PatchExtractor
 from models.feature_fusion import FeatureFusion
-from settings import detector_configs, extraction_config, parse_args
+from runner.settings import detector_configs, extraction_config, parse_args
 from utils.feature_store import PatchFileDataset
 from utils.records import PatchFeatures, Sample
 

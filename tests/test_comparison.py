@@ -12,10 +12,10 @@ from conftest import ROOT
 from report_pages import read_page
 
 from utils import report
-from utils.comparison import compare, format_comparison, read_results, signed
 from utils.errors import InputError
-from utils.html_report.comparison_page import comparison_page
 from utils.report import SCHEMA, results_record, write_results
+from utils.reporting.comparison import compare, format_comparison, read_results, signed
+from utils.reporting.html_report.comparison_page import comparison_page
 
 EVIL = "<script>alert(1)</script>"
 

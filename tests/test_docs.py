@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from utils.depth_camera import Camera, back_project
-from utils.organized_pc import read_organized_pc, valid_mask
-from utils.part_files import CLOUD_SUFFIXES
+from utils.scans.depth_camera import Camera, back_project
+from utils.scans.organized_pc import read_organized_pc, valid_mask
+from utils.scans.sample_files import CLOUD_SUFFIXES
 
 
 def blocks(language: str) -> list[str]:

@@ -24,14 +24,14 @@ from report_pages import (
 )
 
 from feature_extractors.config import DetectorConfig
-from settings import applied_flags, parse_args
-from utils import finished_classes
+from runner import finished_classes
+from runner.finished_classes import FREE_FLAGS, SCHEMA, class_file, read_class, write_class
+from runner.settings import applied_flags, parse_args
 from utils.errors import InputError
-from utils.finished_classes import FREE_FLAGS, SCHEMA, class_file, read_class, write_class
-from utils.html_report import report_page as report_page_module
-from utils.html_report.class_report import ClassReport
-from utils.html_report.report_page import report_page
 from utils.report import results_record, write_results
+from utils.reporting.html_report import report_page as report_page_module
+from utils.reporting.html_report.class_report import ClassReport
+from utils.reporting.html_report.report_page import report_page
 
 FLAGS = ARGS | {"img_size": 224, "f_coreset": 0.1, "random_state": None, "rgb_checkpoint": Path("a/b.pth")}
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\u2028"

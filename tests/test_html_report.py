@@ -20,14 +20,14 @@ from report_pages import (
 )
 
 from utils.au_pro import area_to_limit, pro_curve
-from utils.html_report.charts import LEFT, RIGHT, WIDTH, Axis, Point, curve_chart, histogram
-from utils.html_report.class_report import CURVE_POINTS, PRO_LIMIT, ClassReport, decide, thin_curve
-from utils.html_report.gallery import CLOUD_POINTS, WRONG
-from utils.html_report.markup import ASSETS, asset, data_element, script_hash
-from utils.html_report.published import CLASSES, PAPER_ARGS, TEST_PARTS, published_figures
-from utils.html_report.report_page import write_report
 from utils.metrics import EXACT_LIMITS
 from utils.report import results_record
+from utils.reporting.html_report.charts import LEFT, RIGHT, WIDTH, Axis, Point, curve_chart, histogram
+from utils.reporting.html_report.class_report import CURVE_POINTS, PRO_LIMIT, ClassReport, decide, thin_curve
+from utils.reporting.html_report.gallery import CLOUD_POINTS, WRONG
+from utils.reporting.html_report.markup import ASSETS, asset, data_element, script_hash
+from utils.reporting.html_report.published import CLASSES, PAPER_ARGS, TEST_PARTS, published_figures
+from utils.reporting.html_report.report_page import write_report
 
 PAPER = {
     "method_name": "DINO+Point_MAE+Fusion", "use_uff": True, "protocol": "reference", "dataset_type": "mvtec3d",

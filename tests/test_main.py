@@ -40,21 +40,21 @@ from sklearn.metrics import roc_auc_score
 from test_golden_runs import SVM_TOLERANCE
 
 import main
-import one_class
 from dataset import AnomalyDataset, index_split
 from feature_extractors import extractor as extractor_module
 from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.training_features import TrainingFeatures
 from models.feature_fusion import FeatureFusion
-from settings import detector_configs, parse_args
-from utils.cloud_cleaning import CleaningRule
+from runner import class_run
+from runner.settings import detector_configs, parse_args
+from utils.cleaning.cloud_cleaning import CleaningRule
 from utils.feature_store import PatchFileDataset, pair_rgb
 from utils.precision import choose_precision
 from utils.preprocessing import Job, preprocess
 from utils.records import Sample
 from utils.synthetic import Plan, make_dataset
-from utils.synthetic_parts import DEFECTS
+from utils.synthetic_data.parts import DEFECTS
 
 Runner = Callable[..., Run]
 
@@ -485,13 +485,13 @@ def test_the_memory_budget_decides_where_training_features_lie(
     base: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_disk: list[bool] = []
-    fit = one_class.fit_detector
+    fit = class_run.fit_detector
 
     def noticing(config: DetectorConfig, extractor: object, features: TrainingFeatures, *rest: object) -> object:
         on_disk.append(features.on_disk)
         return fit(config, extractor, features, *rest)
 
-    monkeypatch.setattr(one_class, "fit_detector", noticing)
+    monkeypatch.setattr(class_run, "fit_detector", noticing)
     for i, flags in enumerate(([], ["--memory_budget", 1e-6])):
         run_into(tmp_path / str(i), *base, *DOUBLE, *flags)
     assert on_disk == [False, True]

@@ -1,4 +1,4 @@
-"""utils/organized_pc.py: tiff files of any flavour and fault, the valid mask, the nearest resize."""
+"""utils/scans/organized_pc.py: tiff files of any flavour and fault, the valid mask, the nearest resize."""
 
 import struct
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import tifffile
 
 from utils.errors import InputError
-from utils.organized_pc import (
+from utils.scans.organized_pc import (
     MOST_PIXELS,
     check_organized,
     organized_pc_header,

@@ -40,7 +40,7 @@ from feature_extractors.thresholds import Thresholds
 from models.checkpoints import weights_checksum
 from models.fpfh import FpfhBackbone
 from utils.errors import InputError
-from utils.files import atomic_folder, make_folder
+from utils.scans.files import atomic_folder, make_folder
 
 THRESHOLDS = Thresholds(0.1 + 0.2, 1 / 3, 0.01, "validation", 22, 1e-7)
 Change = Callable[[dict[str, Any]], object]

@@ -22,21 +22,21 @@ from main_runs import call as call_main
 from PIL import Image
 from tiny_networks import one_thread, stub_fusion, stub_rgb, stub_xyz  # noqa: F401 (one_thread is a fixture)
 
-import judging
 import predict
 from dataset import AnomalyDataset, index_split, make_sample
 from feature_extractors import extractor as extractor_module
 from feature_extractors.detector import Detector
 from feature_extractors.persistence import load_detector, save_detector
-from judging import LoadedPart, Output, PartReader, Reading, Verdict, judge_parts
+from runner import prediction
+from runner.prediction import LoadedPart, Output, PartReader, Reading, Verdict, judge_parts
 from utils import preprocessing
-from utils.cloud_cleaning import crop_padding, pad_to_square
+from utils.cleaning.cloud_cleaning import crop_padding, pad_to_square
 from utils.errors import InputError
-from utils.organized_pc import read_organized_pc, write_organized_pc
-from utils.part_files import PartFiles
 from utils.records import Prediction
-from utils.synthetic_scanner import make_scan
-from utils.visualization import resize_map
+from utils.reporting.visualization import resize_map
+from utils.scans.organized_pc import read_organized_pc, write_organized_pc
+from utils.scans.sample_files import PartFiles
+from utils.synthetic_data.scanner import make_scan
 
 SIDE = 64
 BOTH = frozenset({"rgb", "xyz"})
@@ -283,7 +283,7 @@ def test_each_line_is_there_before_the_next_part_is_judged(
     fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts, seen = many_parts(fitted, tmp_path / "parts"), []
-    plain = judging.judge
+    plain = prediction.judge
 
     def judge(*arguments: Any) -> list[Verdict | str]:
         seen.append(len(lines_of(tmp_path / "out")))
@@ -291,7 +291,7 @@ def test_each_line_is_there_before_the_next_part_is_judged(
             raise KeyboardInterrupt
         return plain(*arguments)
 
-    monkeypatch.setattr(judging, "judge", judge)
+    monkeypatch.setattr(prediction, "judge", judge)
     with pytest.raises(KeyboardInterrupt):
         run(*flags_for(fitted, parts, tmp_path / "out"), "--batch_size", 1)
     assert seen == [0, 1, 2, 3]

@@ -21,8 +21,8 @@ from PIL import Image
 from dataset import AnomalyDataset, index_split
 from utils import preprocess_eyecandies as eyecandies
 from utils.errors import InputError
-from utils.organized_pc import read_organized_pc
 from utils.preprocess_eyecandies import background, main, metres_of, organized_cloud, preprocess, unproject
+from utils.scans.organized_pc import read_organized_pc
 
 HEIGHT, WIDTH = 48, 64  # not square, so that rows and columns cannot be mistaken for each other
 TILT = np.deg2rad(-40)  # of the table about x: its far end is higher in the image, and y points down
@@ -722,7 +722,7 @@ def test_a_killed_run_of_one_class_is_continued_by_a_run_of_another(published: P
 SLOW = """
 import sys, time
 from utils.preprocess_eyecandies import main
-from utils.preprocessing_progress import Progress
+from utils.cleaning.progress import Progress
 commit = Progress.commit
 def commit_and_wait(self, *args):
     commit(self, *args)

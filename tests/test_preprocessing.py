@@ -10,11 +10,11 @@ import pytest
 from cleaning_runs import ALL, call_script, contents, job_for, run_killed_at, run_script, write_dataset, write_scan
 from PIL import Image
 
-from utils.cloud_cleaning import CleaningRule, clean_scan
+from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
+from utils.cleaning.progress import locked
 from utils.errors import InputError
-from utils.organized_pc import read_organized_pc, valid_mask, write_organized_pc
 from utils.preprocessing import find_scans, main, preprocess
-from utils.preprocessing_progress import locked
+from utils.scans.organized_pc import read_organized_pc, valid_mask, write_organized_pc
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ import tifffile
 from cleaning_runs import ALL, ROOT, contents, job_for, run_script, write_dataset
 from PIL import Image
 
-from utils import preprocessing_progress, scan_processing
+from utils.cleaning import progress, scan_processing
+from utils.cleaning.journal import Record, Scan
 from utils.errors import InputError
 from utils.preprocessing import preprocess
-from utils.preprocessing_record import Record, Scan
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: i
         (tifffile, "imwrite", 1, "bagel/test/hole/xyz/000.tiff"),
         (Image.Image, "save", 2, "bagel/test/hole/gt/000.png"),
         (scan_processing, "sync", 2, "bagel/test/hole/rgb/000.png"),
-        (preprocessing_progress.os, "fsync", 5, "preprocessing.journal"),
+        (progress.os, "fsync", 5, "preprocessing.journal"),
     ],
 )
 def test_a_write_that_fails_is_one_failed_scan(
@@ -149,10 +149,10 @@ def test_a_line_of_the_journal_is_there_whole_or_not_at_all(tmp_path: Path) -> N
     journal, limits = tmp_path / "journal", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # the second line is cut short, as on a full disk
     try:
-        preprocessing_progress._append(journal, b"a" * 59 + b"\n")
+        progress._append(journal, b"a" * 59 + b"\n")
         with pytest.raises(OSError, match="No space left"):
-            preprocessing_progress._append(journal, b"b" * 59 + b"\n")
-        preprocessing_progress._append(journal, b"c" * 29 + b"\n")
+            progress._append(journal, b"b" * 59 + b"\n")
+        progress._append(journal, b"c" * 29 + b"\n")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert journal.read_bytes() == b"a" * 59 + b"\n" + b"c" * 29 + b"\n"
@@ -163,7 +163,7 @@ def test_a_manifest_that_cannot_be_written_at_the_end_is_made_of_the_journal(
 ) -> None:
     preprocess(job_for(dataset, tmp_path / "expected"), workers=1)
     with monkeypatch.context() as patch:
-        fail_once(patch, preprocessing_progress, "sync", 2)  # the first is of the empty manifest at the start
+        fail_once(patch, progress, "sync", 2)  # the first is of the empty manifest at the start
         summary = preprocess(job_for(dataset), workers=1)
     assert (summary.done, list(summary.failed)) == (ALL, ["preprocessing.json"])
     assert "preprocessing.journal keeps what is done" in summary.failed["preprocessing.json"]

@@ -24,11 +24,11 @@ from cleaning_runs import (
 from PIL import Image
 
 from dataset import index_split
-from utils import preprocessing_progress
-from utils.cloud_cleaning import CleaningRule, clean_scan, pad_to_square
+from utils.cleaning import progress
+from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, pad_to_square
 from utils.errors import InputError
-from utils.organized_pc import read_organized_pc, zero_invalid
 from utils.preprocessing import main, preprocess
+from utils.scans.organized_pc import read_organized_pc, zero_invalid
 
 BOTH = frozenset({"rgb", "xyz"})
 Files = dict[str, Path]  # of one scan, by modality
@@ -318,13 +318,13 @@ def test_an_original_that_changed_meanwhile_is_not_deleted(
     other_suffixes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photo = other_suffixes / "bagel/test/hole/rgb/000.jpg"
-    append = preprocessing_progress._append
+    append = progress._append
 
     def change_and_append(path: Path, line: bytes) -> None:
         Image.new("RGB", (44, 40), "red").save(photo)
         append(path, line)
 
-    monkeypatch.setattr(preprocessing_progress, "_append", change_and_append)
+    monkeypatch.setattr(progress, "_append", change_and_append)
     preprocess(job_for(other_suffixes), workers=1)
     assert np.asarray(Image.open(photo))[0, 0, 0] > 200
     with pytest.raises(InputError, match=r"000.jpg and 000.png are two files of one scan"):

@@ -11,10 +11,10 @@ import pytest
 from cleaning_runs import ALL, STAMPS, contents, job_for, raw_cloud, unprivileged, write_dataset
 from PIL import Image
 
-from utils import preprocessing_progress
+from utils.cleaning import progress
 from utils.errors import InputError
-from utils.organized_pc import read_organized_pc, write_organized_pc
 from utils.preprocessing import Job, preprocess
+from utils.scans.organized_pc import read_organized_pc, write_organized_pc
 
 CHANGED = "its files changed after preprocessing: restore the originals or the results"
 
@@ -34,7 +34,7 @@ def skips_unread(monkeypatch: pytest.MonkeyPatch) -> Callable[[Job], None]:
     def check(job: Job) -> None:
         before = {path: path.stat().st_mtime_ns for path in job.output.rglob("*")}
         with monkeypatch.context() as patch:
-            patch.setattr(preprocessing_progress, "sha256", read)
+            patch.setattr(progress, "sha256", read)
             assert preprocess(job, workers=1) == ([], ALL, {})
         assert {path: path.stat().st_mtime_ns for path in job.output.rglob("*")} == before
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 
 from dataset import DATASET_CLASSES
-from settings import applied_flags, detector_configs, parse_args
-from utils.html_report.published import CLASSES, FIGURES, TEST_PARTS, published_figures
+from runner.settings import applied_flags, detector_configs, parse_args
+from utils.reporting.html_report.published import CLASSES, FIGURES, TEST_PARTS, published_figures
 
 FULL = ["--method_name", "DINO+Point_MAE+Fusion", "--use_uff"]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from feature_extractors.alignment import align_to_patches, valid_pixels
 from models import build_xyz_backbone
 from models.point_transformer import PointBackbone
-from utils.cloud_cleaning import CleaningRule, clean_scan, fit_border_plane, remove_plane
-from utils.organized_pc import read_organized_pc, resize_nearest, valid_mask
+from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, fit_border_plane, remove_plane
+from utils.scans.organized_pc import read_organized_pc, resize_nearest, valid_mask
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from report_pages import SIDE, made_up_cloud, made_up_part, made_up_parts, made_up_photo
 
-from utils.html_report.gallery import (
+from utils.reporting.html_report.gallery import (
     CLOUD_POINTS,
     CORRECT_PASS,
     FALSE_ALARM,

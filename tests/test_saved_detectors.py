@@ -36,13 +36,13 @@ from safetensors.torch import save_file
 from tiny_networks import one_thread  # noqa: F401 (a fixture, of the module's runs too)
 
 import main
-import one_class
 from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
 from feature_extractors.detector_record import read_saved
 from models.feature_fusion import FeatureFusion
 from models.rgb_backbone import VisionTransformerBackbone
-from saved_detectors import FITTING_FLAGS
-from settings import applied_flags, detector_configs, given_flags, parse_args
+from runner import class_run
+from runner.saved_detectors import FITTING_FLAGS
+from runner.settings import applied_flags, detector_configs, given_flags, parse_args
 
 TINY_VIT = "test_vit.r160_in1k"  # timm's smallest
 SCANS = ("test/good/000", "test/hole/000")
@@ -207,7 +207,7 @@ def test_several_methods_share_their_features(
 def test_nothing_is_fitted_or_written_beside_the_results(
     data: Path, single: tuple[Run, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one_class, "fit_class", lambda *_: pytest.fail("fitted"))
+    monkeypatch.setattr(class_run, "fit_class", lambda *_: pytest.fail("fitted"))
     link = tmp_path / "data/bagel"
     link.mkdir(parents=True)
     (link / "test").symlink_to(data / "bagel/test")  # training scans are not needed
@@ -261,7 +261,7 @@ def test_a_validation_scan_at_fault_is_told_before_the_fit(
     capsys: pytest.CaptureFixture[str], base: list[object], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And an older detector there is found as before, also by a run of several methods that wanted to be beside it."""
-    monkeypatch.setattr(one_class, "fit_detector", lambda *_: pytest.fail("fitted"))
+    monkeypatch.setattr(class_run, "fit_detector", lambda *_: pytest.fail("fitted"))
     shutil.copytree(data / "bagel", tmp_path / "parts/bagel")
     write_cloud(tmp_path / "parts/bagel/validation/good/xyz/001.tiff", np.zeros((SIDE, SIDE, 3), np.float32))
     flags = [*base, "--dataset_path", tmp_path / "parts", "--method_name", "DINO", "Point_MAE"]

@@ -12,10 +12,10 @@ from conftest import ROOT
 from PIL import Image
 from scipy import ndimage
 
-from utils.cloud_cleaning import CleaningRule, clean_scan
+from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
 from utils.synthetic import Plan, main, make_dataset
-from utils.synthetic_parts import CELL, DEFECTS, GRID, HOLE_FLOOR, PARTS, TOP, Part, smooth_noise
-from utils.synthetic_scanner import (
+from utils.synthetic_data.parts import CELL, DEFECTS, GRID, HOLE_FLOOR, PARTS, TOP, Part, smooth_noise
+from utils.synthetic_data.scanner import (
     DEPTH_CHANGE,
     FIELD_OF_VIEW,
     View,

@@ -8,7 +8,7 @@ import pytest
 from cleaning_runs import ALL, job_for, unprivileged, write_dataset, write_scan
 
 from dataset import class_folders, find_classes, index_split
-from inspection import inspect_split
+from runner.dataset_check import inspect_split
 from utils.errors import InputError
 from utils.preprocessing import preprocess
 
@@ -72,7 +72,7 @@ def test_a_finished_scan_that_may_not_be_read_is_told_by_its_size(dataset: Path)
         assert preprocess(job_for(dataset), workers=1).failed == {ALL[1]: f"{tiff} cannot be read {MEND}"}
 
 
-def test_inspection_names_what_it_may_not_read(dataset: Path) -> None:
+def test_dataset_check_names_what_it_may_not_read(dataset: Path) -> None:
     folder = "bagel/train/good/xyz"
     for locked, named, scans in (
         (folder, folder, 0),

@@ -10,7 +10,7 @@ import tifffile
 from matplotlib.figure import Figure
 from PIL import Image
 
-from utils.visualization import (
+from utils.reporting.visualization import (
     FUSED,
     OVERLAY_SIDE,
     color_scale,

@@ -29,8 +29,8 @@ from torch.utils.data import Dataset
 
 from utils.checkpoint_files import read_checkpoint
 from utils.errors import InputError
-from utils.files import atomic_path
 from utils.records import PatchFeatures
+from utils.scans.files import atomic_path
 
 SCHEMA = "m3dm-patches/1"
 SUFFIX, ORIGINAL_SUFFIX = ".safetensors", ".pt"

@@ -26,12 +26,12 @@ if __name__ == "__main__":
 import numpy as np
 import yaml
 
+from utils.cleaning.journal import Record, Scan, has_results, read_recorded
+from utils.cleaning.progress import TEMPORARY, Progress
+from utils.cleaning.scan_processing import Summary, process_scans, report, write_results
 from utils.errors import InputError, exit_on_input_error
-from utils.files import cannot_read, subfolders
-from utils.images import defect_mask, open_image, to_rgb
-from utils.preprocessing_progress import TEMPORARY, Progress
-from utils.preprocessing_record import Record, Scan, has_results, read_recorded
-from utils.scan_processing import Summary, process_scans, report, write_results
+from utils.scans.files import cannot_read, subfolders
+from utils.scans.images import defect_mask, open_image, to_rgb
 
 VERSION = 2  # of the conversion: raise it when the same sample gives another result, or another record of its sources
 

@@ -1,8 +1,8 @@
 """Clean the scans of a dataset in the layout of MVTec 3D-AD, once, before anything is trained on it.
 
 Every <class>/<split>/<defect>/{rgb,xyz,gt} triple of the same stem loses the plane the part lies on and all but its
-largest cluster, and is padded to a square (utils/cloud_cleaning.py). Written are .tiff and .png; in place they take the
-room of .tif and .jpg files.
+largest cluster, and is padded to a square (utils/cleaning/cloud_cleaning.py). Written are .tiff and .png; in place they
+take the room of .tif and .jpg files.
 
     python utils/preprocessing.py datasets/mvtec3d/ --dry_run        # check and count, write nothing
     python utils/preprocessing.py datasets/mvtec3d/ --dry_run --preview before_after.png   # and show what it would do
@@ -27,15 +27,22 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
-from utils.cloud_cleaning import CleaningRule, clean_scan
+from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
+from utils.cleaning.journal import MANIFEST, Record, Scan
+from utils.cleaning.preview import FORMATS, Pair, check_format, write_preview
+from utils.cleaning.progress import TEMPORARY, Progress
+from utils.cleaning.scan_processing import (
+    Summary,
+    process_scans,
+    report,
+    require_own_folder,
+    split_scans,
+    write_results,
+)
 from utils.errors import InputError, exit_on_input_error
-from utils.files import FILE_SUFFIXES, cannot_write, files_by_stem, make_folder, subfolders
-from utils.images import defect_mask, open_image, to_rgb
-from utils.organized_pc import organized_pc_header, read_organized_pc
-from utils.preprocessing_preview import FORMATS, Pair, check_format, write_preview
-from utils.preprocessing_progress import TEMPORARY, Progress
-from utils.preprocessing_record import MANIFEST, Record, Scan
-from utils.scan_processing import Summary, process_scans, report, require_own_folder, split_scans, write_results
+from utils.scans.files import FILE_SUFFIXES, cannot_write, files_by_stem, make_folder, subfolders
+from utils.scans.images import defect_mask, open_image, to_rgb
+from utils.scans.organized_pc import organized_pc_header, read_organized_pc
 
 VERSION = 1  # of the cleaning: raise it when the same scan and rule give another result
 

@@ -23,12 +23,12 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from utils.comparison import compare, format_comparison
 from utils.errors import InputError, exit_on_input_error
-from utils.files import atomic_path
-from utils.html_report.comparison_page import write_comparison
 from utils.metrics import EXACT_LIMITS, REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_over_classes
-from utils.text_tables import UNDEFINED, aligned, number, one_line, printable
+from utils.reporting.comparison import compare, format_comparison
+from utils.reporting.html_report.comparison_page import write_comparison
+from utils.reporting.text_tables import UNDEFINED, aligned, number, one_line, printable
+from utils.scans.files import atomic_path
 
 SCHEMA = 1
 DISTRIBUTIONS = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "open3d", "pillow")

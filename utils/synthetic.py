@@ -37,10 +37,10 @@ if __name__ == "__main__":  # run by path: utils/ itself must not be searched fo
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from utils.errors import InputError, exit_on_input_error
-from utils.files import atomic_path
-from utils.organized_pc import read_organized_pc, valid_mask, write_organized_pc
-from utils.synthetic_parts import DEFECTS, PARTS
-from utils.synthetic_scanner import make_scan
+from utils.scans.files import atomic_path
+from utils.scans.organized_pc import read_organized_pc, valid_mask, write_organized_pc
+from utils.synthetic_data.parts import DEFECTS, PARTS
+from utils.synthetic_data.scanner import make_scan
 
 SIZES = (64, 2048)  # pixels; on a smaller image a defect is less than a pixel
 RELIEF_COLOURS = ("#2b3446", "#5f7f95", "#cfb98c", "#fff0cf")  # from the table up

@@ -20,8 +20,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from utils.checkpoint_files import read_checkpoint
 from utils.distributed import Ranks, all_reduce_mean, gather_names
 from utils.errors import InputError
-from utils.files import atomic_path
 from utils.precision import autocast
+from utils.scans.files import atomic_path
 
 BETAS = (0.9, 0.95)  # of AdamW, as in masked autoencoders, from which the recipe comes
 

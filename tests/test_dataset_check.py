@@ -1,0 +1,333 @@
+"""What a look at a dataset tells: --inspect_dataset, the warning of raw scans, the contact sheet before and after."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from main_runs import printed, refusal
+from PIL import Image
+
+import main
+from dataset import index_split
+from runner.dataset_check import inspect_split, warn_of_raw_scans, warn_of_unfinished_scans
+from utils import preprocessing
+from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, shows_table
+from utils.cleaning.preview import Pair, check_format, write_preview
+from utils.errors import InputError
+from utils.scans.organized_pc import read_organized_pc, write_organized_pc
+from utils.synthetic import Plan, make_dataset
+from utils.synthetic_data.scanner import make_scan
+
+BOTH = frozenset({"rgb", "xyz"})
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Raw scans of two classes, 224 pixels a side."""
+    root = tmp_path_factory.mktemp("raw") / "parts"
+    make_dataset(Plan(root, ("cookie", "gasket"), train=2, validation=0, test_good=1, test_defective=1, size=224))
+    return root
+
+
+@pytest.fixture(scope="module")
+def cleaned(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cleaned") / "parts"
+    assert preprocessing.main([str(raw), "--output_dir", str(root), "--workers", "1"]) == 0
+    return root
+
+
+def test_a_table_is_told_by_its_border() -> None:
+    scan = make_scan("bracket", "train/good/000", 224, seed=3)
+    rule = CleaningRule()
+    assert shows_table(scan.xyz, rule)
+    assert not shows_table(clean_scan(scan.xyz, scan.rgb, None, rule)[0], rule)
+    assert not shows_table(np.zeros_like(scan.xyz), rule)
+    rough = np.random.default_rng(0).uniform(0.3, 0.9, scan.xyz.shape).astype(np.float32)
+    assert not shows_table(rough, rule)
+    sparse = scan.xyz * (np.random.default_rng(0).random(scan.xyz.shape[:2]) < 0.2)[..., None]
+    assert not shows_table(sparse.astype(np.float32), rule)
+
+
+def test_a_split_is_described(raw: Path, cleaned: Path) -> None:
+    for root, raws in ((raw, 7), (cleaned, 0)):
+        report = inspect_split(root / "cookie", "test", BOTH, num_workers=2)
+        assert (report.class_name, report.split, report.scans, report.defective) == ("cookie", "test", 7, 6)
+        assert (report.raw, report.problems) == (raws, ())
+        clouds = [read_organized_pc(path) for path in (root / "cookie" / "test").rglob("*.tiff")]
+        assert report.sizes == (clouds[0].shape[:2],)
+        shares = [float((cloud != 0).all(axis=2).mean()) for cloud in clouds]
+        assert report.valid == pytest.approx((min(shares), max(shares)))
+        depths = [cloud[..., 2][cloud[..., 2] != 0] for cloud in clouds]
+        assert report.depth == pytest.approx((min(map(np.min, depths)), max(map(np.max, depths))))
+    absent = inspect_split(raw / "cookie", "validation", BOTH, num_workers=0)
+    assert (absent.scans, absent.problems) == (0, ())
+    for split, scans in (("train", 2), ("test", 7)):
+        without_clouds = inspect_split(raw / "cookie", split, frozenset({"rgb"}), num_workers=0)
+        assert (without_clouds.scans, without_clouds.sizes) == (scans, ((224, 224),))
+        assert (without_clouds.valid, without_clouds.depth, without_clouds.problems) == (None, None, ())
+
+
+def test_every_fault_is_collected(cleaned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "parts" / "cookie" / "train" / "good"
+    for name in ("000", "001", "002", "003"):
+        write_organized_pc(folder / "xyz" / f"{name}.tiff", np.full((8, 8, 3), 0.4, np.float32))
+        (folder / "rgb").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / "rgb" / f"{name}.png")
+    write_organized_pc(folder / "xyz" / "001.tiff", np.zeros((8, 8, 3), np.float32))
+    (folder / "rgb" / "002.png").write_bytes((folder / "rgb" / "002.png").read_bytes()[:60])
+    Image.new("RGB", (9, 8)).save(folder / "rgb" / "003.png")
+    report = inspect_split(tmp_path / "parts" / "cookie", "train", BOTH, num_workers=2)
+    assert report.scans == 4
+    assert len(report.problems) == 3
+    for problem, part in zip(report.problems, ("001.tiff has no valid point", "002.png", "003.png"), strict=True):
+        assert part in problem
+    flags = ["--inspect_dataset", "--dataset_path", str(tmp_path / "parts"), "--classes", "cookie"]
+    with pytest.raises(SystemExit) as stop:
+        printed(*flags)
+    assert stop.value.code == 1
+    assert "no test scans" in inspect_split(tmp_path / "parts" / "cookie", "test", BOTH, 0).problems[0]
+
+
+def test_a_fault_of_pairing_hides_no_other_scan(tmp_path: Path) -> None:
+    test = tmp_path / "parts/cookie/test"
+    for name in ("good/000", "good/001", "hole/000", "hole/001", "hole/002"):
+        folder, stem = test / name.split("/")[0], name.split("/")[1]
+        write_organized_pc(folder / f"xyz/{stem}.tiff", np.full((8, 8, 3), 0.4, np.float32))
+        for modality in ("rgb", "gt"):
+            (folder / modality).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8)).save(folder / modality / f"{stem}.png")
+    (test / "good/rgb/001.png").unlink()
+    (test / "hole/gt/000.png").unlink()
+    Image.new("RGB", (8, 8)).save(test / "hole/rgb/001.jpg")
+    (test / "hole/rgb/002.png").write_bytes(b"no picture")
+    (test / "crack").mkdir()
+    report = inspect_split(tmp_path / "parts/cookie", "test", BOTH, num_workers=0)
+    assert (report.scans, report.defective, report.sizes) == (2, 1, ((8, 8),))
+    parts = (
+        "no test files in",
+        "001.png is missing",
+        "001.jpg and 001.png are two",
+        "000.png is missing",
+        "002.png is no",
+    )
+    assert len(report.problems) == len(parts)
+    for problem, part in zip(report.problems, parts, strict=True):
+        assert part in problem
+    with pytest.raises(InputError, match="no test files in"):
+        index_split(tmp_path / "parts/cookie", "test", BOTH)
+
+
+def test_every_class_folder_is_inspected(cleaned: Path, tmp_path: Path) -> None:
+    for name in ("cookie", "bracket_7"):
+        (tmp_path / "parts" / name).parent.mkdir(exist_ok=True)
+        shutil.copytree(cleaned / "gasket", tmp_path / "parts" / name)
+    shutil.copytree(cleaned / "gasket", tmp_path / "parts/.Trash")
+    (tmp_path / "parts/notes/old").mkdir(parents=True)
+    text = printed("--inspect_dataset", "--dataset_path", tmp_path / "parts")
+    assert [line.split()[0] for line in text.splitlines()[1:]] == ["bracket_7"] * 3 + ["cookie"] * 3
+
+
+def test_photographs_alone_are_checked_against_the_ground_truth_and_each_other(tmp_path: Path) -> None:
+    good, hole = (tmp_path / "parts" / name for name in ("test/good", "test/hole"))
+    for path, size in [
+        (good / "rgb/000.png", (8, 6)),
+        (good / "rgb/001.jpg", (9, 6)),
+        (hole / "rgb/000.png", (8, 6)),
+        (hole / "gt/000.png", (8, 5)),
+    ]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", size).save(path)
+    report = inspect_split(tmp_path / "parts", "test", frozenset({"rgb"}), num_workers=0)
+    assert report.sizes == ((6, 8), (6, 9))
+    assert len(report.problems) == 1
+    assert "hole/rgb/000.png has 6 x 8 pixels" in report.problems[0]
+
+
+def test_the_table_of_a_dataset(raw: Path, cleaned: Path) -> None:
+    text = printed("--inspect_dataset", "--dataset_path", cleaned, "--classes", "cookie", "gasket")
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[1][:5] == ["cookie", "train", "2", "0", "300x300"]
+    assert [line[:2] for line in lines[1:]] == [
+        [name, split] for name in ("cookie", "gasket") for split in ("train", "validation", "test")
+    ]
+    assert "not cleaned" not in text
+    text = printed("--inspect_dataset", "--dataset_path", cleaned, "--classes", "cookie", "--method_name", "DINO")
+    assert text.splitlines()[1].split() == ["cookie", "train", "2", "0", "300x300", "0"]  # of the photographs
+    text = printed("--inspect_dataset", "--dataset_path", raw, "--classes", "gasket")
+    assert "not 7" in text
+    assert f"python utils/preprocessing.py {raw}" in text
+
+
+def test_a_missing_dataset_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere is not a folder" in refusal(capsys, "--inspect_dataset", "--dataset_path", tmp_path / "nowhere")
+
+
+def test_a_run_on_raw_scans_is_warned_of(raw: Path, cleaned: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        warn_of_raw_scans(index_split(cleaned / "cookie", "train", BOTH))
+        assert not caplog.records
+        warn_of_raw_scans(index_split(raw / "cookie", "train", BOTH)[:1])
+    assert len(caplog.records) == 1
+    assert "shows the table that the part lies on" in caplog.text
+
+
+@pytest.mark.parametrize("position", [0, 5, 10])
+def test_a_raw_scan_among_cleaned_ones_is_warned_of(
+    raw: Path, cleaned: Path, caplog: pytest.LogCaptureFixture, position: int
+) -> None:
+    scans = index_split(cleaned / "cookie", "train", BOTH)[:1] * 11
+    scans[position] = index_split(raw / "cookie", "test", BOTH)[0]
+    with caplog.at_level(logging.WARNING):
+        warn_of_raw_scans(scans)
+    assert f"{raw}/cookie/test/bump/xyz/000.tiff shows the table" in caplog.text
+    assert f"(1 of 5 scans looked at): clean the scans first (python utils/preprocessing.py {raw})" in caplog.text
+    warn_of_raw_scans([])
+
+
+def test_scans_that_a_preprocessing_left_out_are_warned_of(
+    cleaned: Path, raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "parts"
+    shutil.copytree(raw, root)
+    index = {name: index_split(root / name, "train", BOTH) for name in ("cookie", "gasket")}
+    warn_of_unfinished_scans(root, index)  # without a record
+    for name in ("cookie", "gasket"):
+        shutil.copytree(cleaned / name, root / name, dirs_exist_ok=True)
+    record = json.loads((cleaned / "preprocessing.json").read_text())
+    (root / "preprocessing.json").write_text(json.dumps(record))
+    warn_of_unfinished_scans(root, index)
+    assert not caplog.records
+    shutil.copy(raw / "gasket/train/good/xyz/001.tiff", root / "gasket/train/good/xyz/001.tiff")  # of another size
+    del record["scans"]["cookie/train/good/000"]
+    (root / "preprocessing.json").write_text(json.dumps(record))
+    warn_of_unfinished_scans(root, index)
+    assert "2 of 4 scans were not preprocessed" in caplog.text
+    assert "(cookie/train/good/000, gasket/train/good/001): run" in caplog.text
+    assert caplog.text.count("(python utils/preprocessing.py)") == 1
+    record["settings"] = {"converter": "eyecandies"}
+    (root / "preprocessing.json").write_text(json.dumps(record))
+    warn_of_unfinished_scans(root, index)
+    assert "(python utils/preprocess_eyecandies.py)" in caplog.text
+    (root / "preprocessing.json").write_text("{")
+    warn_of_unfinished_scans(root, index)
+    assert "is damaged" in caplog.text
+
+
+def test_a_run_looks_at_both_splits_and_at_the_record(
+    raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(raw, tmp_path / "parts")
+    (tmp_path / "parts/preprocessing.json").write_text('{"schema": 1, "settings": {}, "scans": {}}')
+
+    def stop(*_: object, **__: object) -> None:
+        raise InputError("far enough")
+
+    monkeypatch.setattr(main, "build_extractor", stop)
+    flags = ("--dataset_path", tmp_path / "parts", "--classes", "cookie", "--output_dir", tmp_path / "out")
+    with caplog.at_level(logging.WARNING), pytest.raises(SystemExit):
+        printed(*flags, "--method_name", "DINO+Point_MAE")
+    for split in ("train", "test"):
+        assert f"cookie/{split}/" in "".join(text for text in caplog.messages if "shows the table" in text)
+    assert "9 of 9 scans were not preprocessed" in caplog.text
+
+
+def test_the_preview_shows_each_class_before_and_after(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: dict[str, Pair] = {}
+    monkeypatch.setattr(
+        preprocessing, "write_preview", lambda path, pairs: (shown.update(pairs), write_preview(path, pairs))
+    )
+    before = {path: path.read_bytes() for path in raw.rglob("*.*")}
+    assert preprocessing.main([str(raw), "--dry_run", "--preview", str(tmp_path / "sheet.png")]) == 0
+    assert {path: path.read_bytes() for path in raw.rglob("*.*")} == before
+    assert list(shown) == ["cookie/test/bump/000", "gasket/test/bump/000"]
+    for name, pair in shown.items():
+        folder, _, stem = name.rpartition("/")
+        np.testing.assert_array_equal(pair.xyz, read_organized_pc(raw / folder / "xyz" / f"{stem}.tiff"))
+        assert 0 < (pair.clean_xyz != 0).sum() < (pair.xyz != 0).sum()
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert np.asarray(sheet.convert("L")).std() > 20
+    assert "before and after" in capsys.readouterr().out
+
+
+def test_the_preview_leaves_out_scans_at_fault_and_says_so(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "parts"
+    shutil.copytree(raw, root)
+    (root / "cookie/test/bump/rgb/000.png").write_bytes(b"no picture")
+    for path in (root / "gasket").rglob("*.tiff"):
+        write_organized_pc(path, np.zeros((224, 224, 3), np.float32))
+    shown: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocessing, "write_preview", lambda _, pairs: shown.extend(pairs))
+        preprocessing.main([str(root), "--dry_run", "--preview", str(tmp_path / "sheet.png")])
+    assert [name.split("/")[0] for name in shown] == ["cookie"]
+    assert shown[0] > "cookie/test/bump/000"
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out of the preview: ")]
+    assert "cookie/test/bump/000: " in said[0] and "000.png is no complete PNG" in said[0]
+    scans = len(list((root / "gasket").rglob("*.tiff")))
+    assert len(said) == 1 + scans
+    assert all("gasket/" in line and "has a measurement" in line for line in said[1:])
+
+    shutil.rmtree(root / "cookie")
+    with pytest.raises(
+        InputError, match=rf"none of {scans} scans can be shown .*gasket/test/bump/000, because none of"
+    ):
+        preprocessing.main([str(root), "--preview", str(tmp_path / "sheet.png")])
+    assert not (root / "preprocessing.json").exists()
+
+
+FIRST_BYTES = {
+    "sheet.png": b"\x89PNG",
+    "sheet.PNG": b"\x89PNG",
+    "new/sheet.jpg": b"\xff\xd8",
+    "sheet.jpeg": b"\xff\xd8",
+    "sheet.pdf": b"%PDF",
+    "sheet.svg": b"<?xml",
+    "sheet.webp": b"RIFF",
+}
+
+
+@pytest.mark.parametrize("name", FIRST_BYTES)
+def test_the_preview_has_the_format_of_its_suffix(tmp_path: Path, name: str) -> None:
+    scan = make_scan("bracket", "train/good/000", 64, seed=3)
+    check_format(tmp_path / name)
+    write_preview(tmp_path / name, {"a": Pair(scan.rgb, scan.xyz, scan.rgb, scan.xyz)})
+    assert (tmp_path / name).read_bytes().startswith(FIRST_BYTES[name])
+    assert [path.name for path in (tmp_path / name).parent.iterdir()] == [Path(name).name]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("sheet.txt", r"--preview .*sheet.txt names no picture format: end it in .png, .jpg, .* or .webp$"),
+        ("sheet", "names no picture format"),
+        ("file/sheet.png", r"file cannot be made \(File exists\): choose another --preview"),
+        ("folder.png", r"folder.png cannot be written \(Is a directory\)"),
+    ],
+)
+def test_a_preview_that_cannot_be_written_is_refused_before_anything_is_cleaned(
+    raw: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InputError, match=message):
+        preprocessing.main([str(raw), "--output_dir", str(tmp_path / "out"), "--preview", str(tmp_path / name)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_the_preview_needs_a_scan_that_is_not_cleaned(cleaned: Path, raw: Path, tmp_path: Path) -> None:
+    root = tmp_path / "parts"
+    assert preprocessing.main([str(raw), "--output_dir", str(root), "--workers", "1"]) == 0
+    job = preprocessing.Job(root, root, CleaningRule(), False, ".x")
+    (root / "preprocessing.json").rename(root / "kept.json")
+    with pytest.raises(InputError, match="pixels within 10 of the image border"):  # cleaned, and nothing says so
+        preprocessing.preview(job, tmp_path / "sheet.png")
+    (root / "kept.json").rename(root / "preprocessing.json")
+    with pytest.raises(InputError, match="is cleaned already"):
+        preprocessing.preview(job, tmp_path / "sheet.png")

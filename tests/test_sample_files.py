@@ -1,0 +1,592 @@
+"""Files of parts: every format by exact values, every fault by its sentence, and what is paired with what."""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.errors import InputError
+from utils.scans.depth_camera import OFF_AXIS, Camera, back_project, read_camera, read_depth_png
+from utils.scans.files import atomic_path
+from utils.scans.organized_pc import write_organized_pc
+from utils.scans.point_files import decompress_lzf, read_pcd, read_ply
+from utils.scans.sample_files import (
+    CLOUD_SUFFIXES,
+    DEPTH_SUFFIXES,
+    LONGEST_NAME,
+    PartFiles,
+    check_same_view,
+    cloud_suffixes,
+    find_parts,
+    read_cloud,
+)
+
+H, W = 3, 5
+PCD_ENCODINGS = ("ascii", "binary", "binary_compressed")
+PLY_ENCODINGS = ("ascii", "binary_little_endian", "binary_big_endian")
+# Fields before, between and after the coordinates, which are not in their usual order.
+MIXED = (("intensity", "u2", 1), ("z", "f4", 1), ("normal", "f4", 3), ("x", "f4", 1), ("y", "f8", 1), ("rgb", "u4", 1))
+PLAIN = (("x", "f4", 1), ("y", "f4", 1), ("z", "f4", 1))
+PLY_NAMES = {"u1": "uchar", "u2": "ushort", "u4": "uint", "f4": "float", "f8": "double"}
+
+
+def cloud() -> np.ndarray:
+    """(H, W, 3) float32 as stored, with every kind of missing point."""
+    xyz = np.random.default_rng(0).uniform(-0.2, 0.8, (H, W, 3)).astype(np.float32)
+    xyz[0, 1] = np.nan
+    xyz[1, 0, 2] = np.inf
+    xyz[1, 3] = 0
+    xyz[2, 4, 0] = -np.inf
+    return xyz
+
+
+def expected() -> np.ndarray:
+    """The same as read."""
+    xyz = cloud()
+    for row, column in ((0, 1), (1, 0), (1, 3), (2, 4)):
+        xyz[row, column] = 0
+    return xyz
+
+
+def table(xyz: np.ndarray, fields: Sequence[tuple[str, str, int]], order: str = "<") -> np.ndarray:
+    """The points (N,) as records with these fields; what is no coordinate holds other numbers."""
+    rows = np.zeros(xyz.size // 3, [(name, order + code, (length,)) for name, code, length in fields])
+    for name, _, length in fields:
+        values = xyz[..., "xyz".index(name)].ravel() if name in "xyz" else np.arange(len(rows)) + 7
+        rows[name] = np.repeat(values[:, None], length, axis=1)
+    return rows
+
+
+def ascii_lines(rows: np.ndarray) -> bytes:
+    assert rows.dtype.names
+    lines = [" ".join(f"{value:.9g}" for name in rows.dtype.names for value in row[name]) for row in rows]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def literal_lzf(content: bytes) -> bytes:
+    """An LZF stream that repeats nothing: runs of up to 32 bytes, each behind its length less one."""
+    runs = [content[i : i + 32] for i in range(0, len(content), 32)]
+    return b"".join(bytes([len(run) - 1]) + run for run in runs)
+
+
+def pcd_bytes(
+    encoding: str, fields: Sequence[tuple[str, str, int]] = PLAIN, height: int = H, width: int = W, newline: str = "\n"
+) -> bytes:
+    rows = table(cloud(), fields)
+    names, codes, lengths = zip(*fields, strict=True)
+    header = [
+        "# .PCD v0.7 - Point Cloud Data file format",
+        "VERSION 0.7",
+        f"FIELDS {' '.join(names)}",
+        f"SIZE {' '.join(code[1] for code in codes)}",
+        f"TYPE {' '.join(code[0].upper() for code in codes)}",
+        f"COUNT {' '.join(map(str, lengths))}",
+        f"WIDTH {width}",
+        f"HEIGHT {height}",
+        "VIEWPOINT 0 0 0 1 0 0 0",
+        f"POINTS {height * width}",
+        f"DATA {encoding}",
+    ]
+    body = {"ascii": ascii_lines(rows), "binary": rows.tobytes()}.get(encoding)
+    if body is None:  # field by field, then compressed
+        whole = b"".join(rows[name].tobytes() for name in names)
+        packed = literal_lzf(whole)
+        body = struct.pack("<II", len(packed), len(whole)) + packed
+    return (newline.join(header) + newline).encode() + body
+
+
+def ply_bytes(
+    encoding: str, fields: Sequence[tuple[str, str, int]] = PLAIN, remarks: Sequence[str] = (), points: int = H * W
+) -> bytes:
+    order = ">" if encoding == "binary_big_endian" else "<"
+    single = [(f"{name}{i}" if length > 1 else name, code, 1) for name, code, length in fields for i in range(length)]
+    rows = table(cloud(), single, order)
+    properties = [f"property {PLY_NAMES[code]} {name}" for name, code, _ in single]
+    header = ["ply", f"format {encoding} 1.0", *remarks, f"element vertex {points}", *properties]
+    header += ["element face 1", "property list uchar int vertex_indices", "end_header"]
+    body = ascii_lines(rows) if encoding == "ascii" else rows.tobytes()
+    return ("\n".join(header) + "\n").encode() + body + (b"3 0 1 2\n" if encoding == "ascii" else b"\3" + bytes(12))
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def sentence(read: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as error:
+        read()
+    message = str(error.value)
+    assert "\n" not in message and 40 < len(message) < 500 and ":" in message
+    return message
+
+
+# Formats
+
+
+@pytest.mark.parametrize("fields", [PLAIN, MIXED])
+@pytest.mark.parametrize("encoding", PCD_ENCODINGS)
+def test_pcd(tmp_path: Path, encoding: str, fields: Sequence[tuple[str, str, int]]) -> None:
+    path = write(tmp_path / "a.pcd", pcd_bytes(encoding, fields))
+    read = read_cloud(path)
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, expected())
+
+
+@pytest.mark.parametrize("encoding", PCD_ENCODINGS)
+def test_pcd_keeps_missing_points_until_they_are_zeroed(tmp_path: Path, encoding: str) -> None:
+    read = read_pcd(write(tmp_path / "a.pcd", pcd_bytes(encoding)))
+    np.testing.assert_array_equal(read.astype(np.float32), cloud())
+
+
+def test_pcd_of_another_system(tmp_path: Path) -> None:
+    content = pcd_bytes("binary", newline="\r\n").replace(b"COUNT 1 1 1\r\n", b"")
+    np.testing.assert_array_equal(read_cloud(write(tmp_path / "a.PCD", content)), expected())
+
+
+def test_lzf_by_hand() -> None:
+    assert decompress_lzf(b"\x02abc", 3) == b"abc"
+    assert decompress_lzf(b"\x02abc\x20\x02", 6) == b"abcabc"  # 3 bytes from 3 back
+    assert decompress_lzf(b"\x00a\xe0\x05\x00", 15) == b"a" * 15  # 7 + 5 + 2 bytes from 1 back: of itself
+    assert decompress_lzf(b"\x01ab\x40\x01", 6) == b"ababab"
+    for packed, length in (
+        (b"\x02abc", 4),
+        (b"\x02abc", 2),
+        (b"\x00a\x20\x01", 4),
+        (b"\x00a\x20", 4),
+        (b"\x00a\xe0", 4),
+    ):
+        with pytest.raises(ValueError, match="it "):
+            decompress_lzf(packed, length)
+
+
+def test_pcd_as_open3d_compresses_it(tmp_path: Path) -> None:
+    import open3d
+
+    path = tmp_path / "a.pcd"
+    big = np.tile(cloud(), (40, 40, 1))  # repeats itself, so that there is something to compress
+    written = open3d.t.geometry.PointCloud(big.reshape(-1, 3))
+    open3d.t.io.write_point_cloud(path, written, write_ascii=False, compressed=True)
+    content = path.read_bytes()
+    assert len(content) < big.nbytes / 2
+    size = f"WIDTH {big.shape[1]}\nHEIGHT {big.shape[0]}\n"
+    path.write_bytes(content.replace(f"WIDTH {big.size // 3}\nHEIGHT 1\n".encode(), size.encode()))
+    np.testing.assert_array_equal(read_cloud(path), np.tile(expected(), (40, 40, 1)))
+
+
+@pytest.mark.parametrize("fields", [PLAIN, MIXED])
+@pytest.mark.parametrize("encoding", PLY_ENCODINGS)
+def test_ply_sized_by_its_photo(tmp_path: Path, encoding: str, fields: Sequence[tuple[str, str, int]]) -> None:
+    path = write(tmp_path / "a.ply", ply_bytes(encoding, fields))
+    read = read_cloud(path, photo_size=(H, W))
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, expected())
+
+
+@pytest.mark.parametrize("word", ["obj_info", "comment"])
+@pytest.mark.parametrize("encoding", PLY_ENCODINGS)
+def test_ply_sized_by_its_header(tmp_path: Path, encoding: str, word: str) -> None:
+    remarks = [f"{word} num_cols {W}", "comment num_cols and num_rows follow", f"{word} num_rows {H}"]
+    remarks += ["comment num_rows first"]
+    path = write(tmp_path / "a.ply", ply_bytes(encoding, remarks=remarks))
+    np.testing.assert_array_equal(read_cloud(path), expected())
+    np.testing.assert_array_equal(read_cloud(path, photo_size=(2 * H, 2 * W)), expected())
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
+def test_npy(tmp_path: Path, dtype: str | type) -> None:
+    stored = np.asfortranarray(cloud().astype(dtype))
+    np.save(tmp_path / "a.npy", stored)
+    read = read_cloud(tmp_path / "a.npy")
+    assert read.dtype == np.float32
+    as_stored = np.where(expected() == 0, 0, stored.astype(np.float32))
+    np.testing.assert_array_equal(read, as_stored)
+    np.save(tmp_path / "a.npy", np.asfortranarray((1000 * cloud()).astype(dtype)))
+    stored = np.load(tmp_path / "a.npy").astype(np.float64) / 1000  # no digit is lost in the precision of the file
+    in_metres = np.where(expected() == 0, 0, stored)
+    np.testing.assert_allclose(read_cloud(tmp_path / "a.npy", unit="mm"), in_metres, rtol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".tiff", ".TIF"])
+def test_tiff(tmp_path: Path, suffix: str) -> None:
+    write_organized_pc(tmp_path / f"a{suffix}", cloud())
+    np.testing.assert_array_equal(read_cloud(tmp_path / f"a{suffix}"), expected())
+
+
+def test_millimetres(tmp_path: Path) -> None:
+    millimetres = np.full((4, 4, 3), (1.5, -2.25, 480.0), np.float32)
+    np.save(tmp_path / "a.npy", millimetres)
+    write_organized_pc(tmp_path / "a.tiff", millimetres)
+    for name in ("a.npy", "a.tiff"):
+        message = sentence(lambda name=name: read_cloud(tmp_path / name))  # type: ignore[misc]
+        assert "480 m" in message and "--xyz_unit mm" in message
+        read = read_cloud(tmp_path / name, unit="mm")
+        np.testing.assert_allclose(read, millimetres / 1000, rtol=1e-6)
+    np.save(tmp_path / "b.npy", millimetres * 1000)
+    assert "--xyz_unit" not in sentence(lambda: read_cloud(tmp_path / "b.npy", unit="mm"))
+
+
+def test_metres_are_not_taken_for_millimetres(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.full((4, 4, 3), (0.1, -0.1, 0.5), np.float32))
+    message = sentence(lambda: read_cloud(tmp_path / "a.npy", unit="mm"))
+    assert "0.0005196 m away" in message and "leave out --xyz_unit mm" in message
+    np.save(tmp_path / "b.npy", np.full((4, 4, 3), (0.001, 0.001, 0.031), np.float32))
+    assert "--xyz_unit" not in sentence(lambda: read_cloud(tmp_path / "b.npy"))
+    np.save(tmp_path / "b.npy", np.full((4, 4, 3), (0.001, 0.001, 0.033), np.float32))
+    assert read_cloud(tmp_path / "b.npy").shape == (4, 4, 3)
+    Image.fromarray(np.full((H, W), 500, np.uint16)).save(tmp_path / "a.png")
+    message = sentence(lambda: read_cloud(tmp_path / "a.png", CAMERA._replace(depth_scale=1e-6)))
+    assert "correct the depth_scale" in message
+
+
+def test_a_few_far_points_are_no_other_unit(tmp_path: Path) -> None:
+    xyz = np.full((4, 4, 3), 0.5, np.float32)
+    xyz[0, :, 2] = 99
+    np.save(tmp_path / "a.npy", xyz)
+    np.testing.assert_array_equal(read_cloud(tmp_path / "a.npy"), xyz)
+
+
+@pytest.mark.parametrize("wild", [101, -1000, 2e19, 3e38])
+def test_a_single_wild_coordinate_is_told(tmp_path: Path, wild: float) -> None:
+    xyz = np.full((4, 4, 3), 0.5, np.float32)
+    xyz[1, 2, 0] = wild
+    np.save(tmp_path / "a.npy", xyz)
+    message = sentence(lambda: read_cloud(tmp_path / "a.npy"))
+    assert f"reach {abs(wild):.4g} m, expected at most 100" in message and "--xyz_unit" not in message
+
+
+# Depth pictures
+
+CAMERA = Camera(fx=600.0, fy=500.0, cx=2.0, cy=0.75, depth_scale=0.001, width=W, height=H)
+
+
+def write_camera(path: Path, **changed: object) -> Path:
+    path.write_text(json.dumps({**CAMERA._asdict(), **changed}))
+    return path
+
+
+def test_a_depth_picture_is_back_projected(tmp_path: Path) -> None:
+    depth = np.arange(400, 400 + H * W, dtype=np.uint16).reshape(H, W)
+    depth[1, 1] = 0
+    Image.fromarray(depth).save(tmp_path / "a.png")
+    read = read_cloud(tmp_path / "a.png", read_camera(write_camera(tmp_path / "camera.json")))
+    assert read.shape == (H, W, 3) and read.dtype == np.float32
+    for v in range(H):
+        for u in range(W):
+            z = float(depth[v, u]) * 0.001
+            x = (u - 2.0) * z / 600.0 if u != 2 else OFF_AXIS
+            y = (v - 0.75) * z / 500.0
+            by_hand = (0, 0, 0) if (v, u) == (1, 1) else (x, y, z)
+            np.testing.assert_array_equal(read[v, u], np.array(by_hand, np.float32))
+
+
+def test_the_axes_of_the_camera_are_measured(tmp_path: Path) -> None:
+    read = back_project(np.ones((3, 3)), Camera(100.0, 100.0, 1.0, 1.0, 1.0))
+    assert (read != 0).all()
+    np.testing.assert_allclose(read[1, 1], (OFF_AXIS, OFF_AXIS, 1))
+    nothing = back_project(np.full((3, 3), np.nan), Camera(100.0, 100.0, 1.0, 1.0, 1.0))
+    np.testing.assert_array_equal(nothing, np.zeros((3, 3, 3)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        ({"fx": 0}, ["fx of", "is 0", "above 0"]),
+        ({"fy": "600"}, ["fy of", '"600"']),
+        ({"cx": None}, ["cx of", "null"]),
+        ({"cy": math.nan}, ["cy of", "NaN"]),
+        ({"depth_scale": True}, ["depth_scale of", "true"]),
+        ({"width": 5.5}, ["width of", "whole number"]),
+        ({"fx": 10**400}, ["fx of", "is 1000", "above 0"]),
+        ({"k1": 0.1, "p2": 0.0}, ["'k1', 'p2'", "distortion"]),
+    ],
+)
+def test_intrinsics_that_cannot_be(tmp_path: Path, changed: dict[str, object], parts: list[str]) -> None:
+    message = sentence(lambda: read_camera(write_camera(tmp_path / "camera.json", **changed)))
+    assert all(part in message for part in [*parts, "camera.json"]), message
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[1]", b'{"fx": 1}'])
+def test_intrinsics_that_are_none(tmp_path: Path, content: bytes) -> None:
+    message = sentence(lambda: read_camera(write(tmp_path / "camera.json", content)))
+    assert "camera.json" in message and "depth_scale" in message
+
+
+def test_intrinsics_that_are_not_there(tmp_path: Path) -> None:
+    message = sentence(lambda: read_camera(tmp_path / "camera.json"))
+    assert "camera.json is missing: write" in message and "scan" not in message
+
+
+def test_intrinsics_that_windows_wrote(tmp_path: Path) -> None:
+    path = write_camera(tmp_path / "camera.json")
+    assert read_camera(write(path, b"\xef\xbb\xbf" + path.read_bytes())) == CAMERA
+
+
+@pytest.mark.parametrize(
+    ("pixels", "part"),
+    [
+        (np.zeros((H, W), np.uint8), "holds L pixels"),
+        (np.zeros((H, W, 3), np.uint8), "holds RGB pixels"),
+        (np.ones((H + 1, W), np.uint16), f"{H + 1} pixels high, the intrinsics are for {H}"),
+        (np.ones((H, W + 1), np.uint16), f"{W + 1} pixels wide, the intrinsics are for {W}"),
+    ],
+)
+def test_a_picture_that_is_no_depth(tmp_path: Path, pixels: np.ndarray, part: str) -> None:
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert part in sentence(lambda: read_depth_png(tmp_path / "a.png", CAMERA))
+
+
+def test_a_depth_picture_needs_a_camera_of_its_scale(tmp_path: Path) -> None:
+    Image.fromarray(np.full((H, W), 500, np.uint16)).save(tmp_path / "a.png")
+    assert "--intrinsics" in sentence(lambda: read_cloud(tmp_path / "a.png"))
+    message = sentence(lambda: read_cloud(tmp_path / "a.png", CAMERA._replace(depth_scale=1.0)))
+    assert "500 m" in message and "depth_scale" in message
+
+
+# Faults
+
+
+def without(content: bytes, *lines: bytes) -> bytes:
+    for line in lines:
+        assert line in content
+        content = content.replace(line, b"")
+    return content
+
+
+BROKEN = {
+    "empty.pcd": (b"", "no PCD file"),
+    "rubbish.pcd": (bytes(range(256)) * 600, "no PCD file"),
+    "header_only.pcd": (pcd_bytes("binary")[:100], "no PCD file"),
+    "flat.pcd": (pcd_bytes("binary", height=1, width=H * W), f"{H * W} x 1 points.*unorganised.*NaN"),
+    "cut.pcd": (pcd_bytes("binary")[:-1], f"{H * W - 1} points where its header promises {H * W}"),
+    "cut_ascii.pcd": (pcd_bytes("ascii").rsplit(b"\n", 3)[0], f"{H * W - 2} points where"),
+    "short_line.pcd": (pcd_bytes("ascii").rsplit(b" ", 1)[0] + b"\n", "a line that is no point"),
+    "words.pcd": (pcd_bytes("ascii").rsplit(b"\n", 2)[0] + b"\na b c\n", "a line that is no point"),
+    "blank.pcd": (pcd_bytes("ascii").split(b"DATA ascii\n")[0] + b"DATA ascii\n" + b"\n" * H * W, "0 points where"),
+    "cut_packed.pcd": (pcd_bytes("binary_compressed")[:-1], "compressed bytes"),
+    "no_packed.pcd": (pcd_bytes("binary_compressed").split(b"compressed\n")[0] + b"compressed\n123", "0 points where"),
+    "few_packed.pcd": (
+        pcd_bytes("binary_compressed").replace(f"WIDTH {W}".encode(), f"WIDTH {W + 1}".encode()),
+        f"{H * W} points where its header promises {H * (W + 1)}",
+    ),
+    "bad_packed.pcd": (
+        pcd_bytes("binary_compressed")[:-170] + b"\xff" * 170,
+        "cannot be decompressed",
+    ),
+    "no_width.pcd": (without(pcd_bytes("binary"), f"WIDTH {W}\n".encode()), "WIDTH"),
+    "word_width.pcd": (pcd_bytes("binary").replace(f"WIDTH {W}".encode(), b"WIDTH many"), "many"),
+    "sizes.pcd": (pcd_bytes("binary").replace(b"SIZE 4 4 4", b"SIZE 4 4"), "header"),
+    "strange_size.pcd": (pcd_bytes("binary").replace(b"SIZE 4 4 4", b"SIZE 4 4 3"), "header"),
+    "strange_data.pcd": (pcd_bytes("binary").replace(b"DATA binary", b"DATA base64"), "base64.*binary_compressed"),
+    "whole_numbers.pcd": (pcd_bytes("binary").replace(b"TYPE F F F", b"TYPE I I I"), "floating-point"),
+    "no_z.pcd": (pcd_bytes("binary").replace(b"FIELDS x y z", b"FIELDS x y w"), r"1 w \(f4\), expected x, y and z"),
+    "no_x.pcd": (pcd_bytes("binary").replace(b"COUNT 1 1 1", b"COUNT 0 1 1"), r"0 x \(f4\), .*expected x, y and z"),
+    "many.pcd": (pcd_bytes("binary", MIXED).replace(b"COUNT 1", b"COUNT 1" + bytes(22).replace(b"\0", b"0")), "header"),
+    "vast.pcd": (pcd_bytes("binary", height=8193, width=8192), "promises 8193 x 8192 points.*at most"),
+    "remark.pcd": (pcd_bytes("ascii").rsplit(b"\n", 2)[0] + b"\n# 1 2 3\n", "no point.*convert string '#'"),
+    "empty.ply": (b"", "no PLY file"),
+    "pcd.ply": (pcd_bytes("binary"), "no PLY file"),
+    "header_only.ply": (ply_bytes("ascii")[:80], "no PLY file"),
+    "other_size.ply": (ply_bytes("ascii", points=H * W - 1), f"{H * W - 1} points, expected {H} x {W}"),
+    "fewer_points.ply": (
+        ply_bytes("ascii", remarks=[f"obj_info num_cols {W + 1}", f"obj_info num_rows {H}"]),
+        f"expected {H} x {W + 1}.*NaN",
+    ),
+    "cut.ply": (ply_bytes("binary_little_endian")[:-14], f"{H * W - 1} points where"),
+    "cut_ascii.ply": (ply_bytes("ascii").rsplit(b"\n", 5)[0], f"{H * W - 3} points where"),
+    "no_format.ply": (without(ply_bytes("ascii"), b"format ascii 1.0\n"), "header"),
+    "strange_format.ply": (ply_bytes("ascii").replace(b"format ascii", b"format text"), "'text'.*ascii"),
+    "strange_type.ply": (ply_bytes("ascii").replace(b"property float x", b"property quad x"), "quad"),
+    "no_z.ply": (without(ply_bytes("ascii"), b"property float z\n"), "expected x, y and z"),
+    "list.ply": (
+        ply_bytes("ascii").replace(b"property float x", b"property list uchar int near\nproperty float x"),
+        "points with a list, near",
+    ),
+    "faces_first.ply": (
+        ply_bytes("ascii").replace(b"element vertex", b"element face 0\nelement vertex"),
+        "begins with the element face",
+    ),
+    "no_points.ply": (ply_bytes("ascii").replace(b"element vertex 15", b"element vertex"), "header"),
+    "empty.npy": (b"", "no complete"),
+    "rubbish.npy": (b"\x93NUMPY\x01\x00" + bytes(200), "no complete"),
+    "zip.npy": (b"PK\x03\x04" + bytes(200), "no complete"),
+    "empty.tiff": (b"", "cannot be read as a tiff"),
+}
+
+
+def test_a_broken_file_is_named_with_its_fault(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name, (content, pattern) in BROKEN.items():
+        path = write(tmp_path / name, content)
+        with pytest.raises(InputError) as error:
+            read_cloud(path, photo_size=(H, W))
+        message = str(error.value)
+        assert re.search(pattern, message), name
+        assert str(path) in message and "\n" not in message and len(message) - len(str(path)) < 400
+        assert capfd.readouterr() == ("", ""), f"{name}: the error is the only output"
+
+
+def test_a_ply_without_a_size(tmp_path: Path) -> None:
+    message = sentence(lambda: read_ply(write(tmp_path / "a.ply", ply_bytes("ascii"))))
+    assert "num_rows and num_cols" in message and ".npy" in message
+
+
+@pytest.mark.parametrize(
+    ("array", "part"),
+    [
+        (np.ones((4, 4), np.float32), "4 x 4, expected H x W x 3"),
+        (np.ones((4, 0, 3), np.float32), "4 x 0 x 3, expected H x W x 3"),
+        (np.ones((16, 3), np.float32), "16 x 3, expected H x W x 3"),
+        (np.ones((4, 4, 3), np.uint16), "uint16 numbers, expected floating-point"),
+        (np.array([[["a", None, 1]]], dtype=object), "no complete .npy array"),
+    ],
+)
+def test_an_array_that_is_no_cloud(tmp_path: Path, array: np.ndarray, part: str) -> None:
+    np.save(tmp_path / "a.npy", array)
+    message = sentence(lambda: read_cloud(tmp_path / "a.npy"))
+    assert part in message and "a.npy" in message
+
+
+def test_arrays_that_are_no_single_complete_one(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", cloud())
+    content = (tmp_path / "a.npy").read_bytes()
+    assert "no complete" in sentence(lambda: read_cloud(write(tmp_path / "a.npy", content[:-1])))
+    with (tmp_path / "b.npy").open("wb") as file:
+        np.savez(file, cloud(), cloud())
+    assert "no complete" in sentence(lambda: read_cloud(tmp_path / "b.npy"))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pcd", ".ply", ".tiff"])
+def test_a_file_that_is_not_there(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    assert str(path) in sentence(lambda: read_cloud(path))
+
+
+def test_views_that_differ() -> None:
+    def differ(photo: tuple[int, int], scan: tuple[int, int], same_pixels: bool = False) -> None:
+        check_same_view("a", np.zeros((*photo, 3), np.uint8), np.zeros((*scan, 3), np.float32), same_pixels)
+
+    differ((480, 640), (480, 640), same_pixels=True)
+    differ((960, 1280), (480, 640))
+    differ((963, 1280), (480, 640))  # rounded somewhere
+    message = sentence(lambda: differ((960, 1280), (640, 480)))
+    assert "960 x 1280" in message and "640 x 480" in message
+    assert "cleaning" in sentence(lambda: differ((960, 1280), (480, 640), same_pixels=True))
+    sentence(lambda: differ((480, 640), (480, 480)))
+
+
+# Pairing
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def names(parts: Sequence[PartFiles]) -> list[str]:
+    return [part.name for part in parts]
+
+
+def test_folders_are_paired_by_stem(tmp_path: Path) -> None:
+    touch(tmp_path / "rgb", "10.png", "2.JPG", "lone.jpeg", ".hidden.png", "notes.txt", "sub.png/x.png")
+    touch(tmp_path / "xyz", "2.npy", "10.PLY", "stray.pcd", "notes.json")
+    found = find_parts(str(tmp_path / "rgb"), str(tmp_path / "xyz"))
+    assert found.parts == [
+        PartFiles("10", tmp_path / "rgb/10.png", tmp_path / "xyz/10.PLY"),
+        PartFiles("2", tmp_path / "rgb/2.JPG", tmp_path / "xyz/2.npy"),
+    ]
+    assert [part for part, _ in found.incomplete] == [
+        PartFiles("lone", tmp_path / "rgb/lone.jpeg"),
+        PartFiles("stray", None, tmp_path / "xyz/stray.pcd"),
+    ]
+    faults = [fault for _, fault in found.incomplete]
+    assert "lone.jpeg has no scan of the same stem" in faults[0]
+    assert "stray.pcd has no photo of the same stem" in faults[1]
+
+
+def test_one_kind_alone(tmp_path: Path) -> None:
+    touch(tmp_path, "b.png", "a.png", "c.tiff")
+    assert find_parts(str(tmp_path), None).parts == [
+        PartFiles("a", tmp_path / "a.png"),
+        PartFiles("b", tmp_path / "b.png"),
+    ]
+    assert find_parts(None, str(tmp_path)).parts == [PartFiles("c", None, tmp_path / "c.tiff")]
+
+
+def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "line/1/photo_a.png", "line/2/photo_b.png", "line/2/depth_b.png", "line/2/other.png", "x[1].png")
+    for pattern in (str(tmp_path / "line/*/photo_*.png"), str(tmp_path / "**/photo_[ab].png")):
+        assert names(find_parts(pattern, None).parts) == ["photo_a", "photo_b"]
+    monkeypatch.chdir(tmp_path / "line/1")
+    assert find_parts("../*/photo_?.png", None).parts[1].rgb == Path("../2/photo_b.png")
+    assert names(find_parts("../../x[1].png", None).parts) == ["x[1]"], "a file that is there is no pattern"
+
+
+def test_two_files_need_no_common_stem(tmp_path: Path) -> None:
+    touch(tmp_path, "photo.png", "scan.tiff")
+    found = find_parts(str(tmp_path / "photo.png"), str(tmp_path / "scan.tiff"))
+    assert found == ([PartFiles("photo", tmp_path / "photo.png", tmp_path / "scan.tiff")], [])
+
+
+def test_a_file_and_a_folder_are_paired_by_stem(tmp_path: Path) -> None:
+    touch(tmp_path, "rgb/a.png", "xyz/a.tiff", "xyz/b.tiff")
+    found = find_parts(str(tmp_path / "rgb/a.png"), str(tmp_path / "xyz"))
+    assert names(found.parts) == ["a"]
+    assert names([part for part, _ in found.incomplete]) == ["b"]
+
+
+def test_stems_that_are_not_unique(tmp_path: Path) -> None:
+    touch(tmp_path, "rgb/a.png", "rgb/b.png", "xyz/a.npy", "xyz/a.tiff", "xyz/b.npy")
+    found = find_parts(str(tmp_path / "rgb"), str(tmp_path / "xyz"))
+    assert names(found.parts) == ["b"]
+    ((part, fault),) = found.incomplete
+    assert part.name == "a"
+    assert "a.npy" in fault and "a.tiff share a stem" in fault
+
+
+def test_depth_pictures_count_with_a_camera(tmp_path: Path) -> None:
+    touch(tmp_path, "rgb/a.png", "depth/a.png")
+    assert cloud_suffixes(None) == CLOUD_SUFFIXES
+    assert set(cloud_suffixes(CAMERA)) == {*CLOUD_SUFFIXES, *DEPTH_SUFFIXES}
+    found = find_parts(str(tmp_path / "rgb"), str(tmp_path / "depth"), cloud_suffixes(CAMERA))
+    assert found.parts == [PartFiles("a", tmp_path / "rgb/a.png", tmp_path / "depth/a.png")]
+    for given in (tmp_path / "depth", tmp_path / "depth/a.png"):
+        assert "--intrinsics" in sentence(lambda given=given: find_parts(None, str(given)))  # type: ignore[misc]
+
+
+def test_nothing_to_judge(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    touch(tmp_path, "rgb/a.png", "xyz/b.tiff", "text/a.txt")
+    for rgb, xyz, parts in (
+        ("empty", None, ["--rgb", "empty folder"]),
+        ("absent", None, ["--rgb", "no file, no folder"]),
+        ("rgb/*.jpg", None, ["no pattern"]),
+        ("text", None, ["holds none of .png", "a.txt"]),
+        ("text/a.txt", None, ["is none of .png"]),
+        ("rgb/**.png", None, ["--rgb", "no pattern", "**"]),
+        ("x" * 256 + ".png", None, ["too long", "shorten"]),
+        (None, "rgb/a.png", ["--xyz", ".pcd", "--intrinsics"]),
+        ("rgb", "xyz", ["none of 2 parts", "a.png has no scan"]),
+    ):
+        given = [None if each is None else str(tmp_path / each) for each in (rgb, xyz)]
+        message = sentence(lambda given=given: find_parts(*given))  # type: ignore[misc]
+        assert all(part in message for part in parts), message
+    for given in (("", None), (None, "")):
+        assert "is empty" in sentence(lambda given=given: find_parts(*given))  # type: ignore[misc]
+
+
+def test_a_name_that_leaves_no_room_for_those_of_its_maps(tmp_path: Path) -> None:
+    longest, longer = "ä" * (LONGEST_NAME // 2), "ä" * (LONGEST_NAME // 2) + "a"
+    touch(tmp_path, f"{longest}.png", f"{longer}.png")
+    with atomic_path(tmp_path / f"{longest}_overlay.png") as temporary:
+        temporary.touch()
+    found = find_parts(str(tmp_path / "[aä]*[aä].png"), None)
+    assert names(found.parts) == [longest]
+    ((part, fault),) = found.incomplete
+    assert part.name == longer and f"{LONGEST_NAME + 1} bytes" in fault

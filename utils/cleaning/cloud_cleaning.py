@@ -1,0 +1,318 @@
+"""Cleaning of a raw scan: the plane it lies on removed, the largest cluster kept, padded to a square.
+
+Pure functions of arrays, deterministic: the same scan and rule give the same result on every machine, in any order.
+Clouds are organised, float32, metres, camera frame; a missing pixel is exactly (0, 0, 0) (see
+utils/scans/organized_pc.py).
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import KDTree
+
+from utils.errors import InputError
+from utils.scans.organized_pc import valid_mask
+
+
+@dataclass(frozen=True)
+class CleaningRule:
+    """The numbers of the cleaning; the defaults are those of the reference. Lengths in metres, borders in pixels."""
+
+    border: int = 10  # the plane is fitted to this frame of the image, where the part rarely reaches
+    fit_distance: float = 0.004  # a border point within it supports a candidate plane
+    fit_sample: int = 50  # border points that make up one candidate plane
+    fit_iterations: int = 1000  # candidates at most
+    fit_confidence: float = 1 - 1e-8  # stop early when a better candidate is less likely than 1 minus this
+    seed: int = 0  # of the candidates; the same for every scan, so that the order of the scans does not matter
+    plane_distance: float = 0.005  # what lies within it of the plane is removed
+    cluster_eps: float = 0.006  # radius of a point's neighbourhood
+    cluster_min_points: int = 30  # neighbours, the point itself counted, that make it part of a cluster's core
+    side_multiple: int = 100  # the padded side is the larger image side rounded up to this, in pixels
+    max_extent: float = 100.0  # no part is larger: beyond it the coordinates are in another unit than metres
+    min_border: float = 0.25  # share of the border pixels that must be measured: a raw scan sees the table there
+    min_support: float = 0.5  # more than this share of the measured border points lie on the plane, or it is no table
+
+    def settings(self) -> dict[str, Any]:
+        """What results depend on, for the manifest; the demands on the border only refuse, and changed no result."""
+        return {name: value for name, value in asdict(self).items() if name not in ("min_border", "min_support")}
+
+
+def clean_scan(
+    xyz: np.ndarray, rgb: np.ndarray, gt: np.ndarray | None, rule: CleaningRule, keep_rgb: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Clean one scan: remove its plane, keep its largest cluster, pad to a square of side S.
+
+    Args:
+        xyz: (H, W, 3) float32, metres, camera frame; missing pixels exactly 0.
+        rgb: (H, W, C) uint8 photograph of the same view.
+        gt: (H, W) ground truth of any dtype, only padded; None where the scan has none.
+        rule: the numbers of the cleaning.
+        keep_rgb: the photograph keeps its background and is only padded.
+
+    Returns:
+        xyz (S, S, 3), rgb (S, S, C) and gt (S, S) or None, dtypes as given. What was removed is 0 in xyz and rgb;
+        the photograph keeps its pixels without a measurement (an oddity of the reference), the padding is 0.
+
+    Raises:
+        InputError: sizes differ, there is no measurement, the coordinates are not in metres, the border shows no
+            table (see `fit_border_plane`), or nothing is left.
+    """
+    for name, image in (("photograph", rgb), ("ground truth", gt)):
+        if image is not None and image.shape[:2] != xyz.shape[:2]:
+            raise InputError(
+                f"the {name} is {_size(image)} and the point cloud {_size(xyz)} (H x W): "
+                "the files of one scan must show the same pixels, restore them from the dataset"
+            )
+    measured = valid_mask(xyz)
+    if not measured.any():
+        raise InputError(
+            f"none of the {measured.size} pixels has a measurement (three finite non-zero coordinates): "
+            "the scan is empty, restore its xyz file from the dataset or leave the scan out"
+        )
+    reach = float(np.abs(xyz[measured]).max())
+    if reach > rule.max_extent:
+        raise InputError(
+            f"the coordinates reach {reach:g}, expected metres and at most {rule.max_extent:g}: "
+            "convert the units of the xyz file"
+        )
+    plane = fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
+    part = largest_cluster(remove_plane(xyz, plane, rule.plane_distance), rule)
+    clean_xyz = np.where(part[..., None], xyz, xyz.dtype.type(0))
+    clean_rgb = rgb if keep_rgb else np.where((measured & ~part)[..., None], rgb.dtype.type(0), rgb)
+    padded_gt = None if gt is None else pad_to_square(gt, rule.side_multiple)
+    return pad_to_square(clean_xyz, rule.side_multiple), pad_to_square(clean_rgb, rule.side_multiple), padded_gt
+
+
+def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRule) -> np.ndarray:
+    """Fit the plane the part lies on to the measurements in a frame along the image border (RANSAC).
+
+    The best of many planes through small random samples gets refitted to its supporters until these no longer
+    change. The reference refits once; going on makes the result independent of the random samples, unless the part
+    covers so much of the border (from about a quarter) that hardly a sample of `rule.fit_sample` points lies on the
+    plane; smaller samples then help.
+
+    Args:
+        xyz: (H, W, 3) float32, metres; missing pixels exactly 0.
+        rng: draws the samples.
+        rule: the numbers of the fit.
+
+    Returns:
+        (4,) float64: unit normal n and offset d of the plane n . p + d = 0, sign of n arbitrary.
+
+    Raises:
+        InputError: the border shows no table: too little of it is measured, which is how a cleaned scan looks, too
+            few of its points lie on the plane, or these lie on a line.
+    """
+    frame = _frame(xyz, rule)
+    points = xyz[frame & valid_mask(xyz)].astype(np.float64)
+    if len(points) < max(rule.fit_sample, rule.min_border * frame.sum()):
+        raise InputError(
+            f"{len(points)} of the {frame.sum()} pixels within {rule.border} of the image border have a measurement, "
+            f"expected {rule.min_border:.0%} and at least {rule.fit_sample} to find the plane the part lies on: take "
+            "the original scan if this one was cleaned before, or else crop it to its measured area"
+        )
+    support = _best_support(points, rng, rule)
+    for _ in range(rule.fit_iterations):
+        if support.sum() < 3:
+            break
+        plane = _least_squares_plane(points[support])
+        previous, support = support, _distance(points, plane) < rule.fit_distance
+        if np.array_equal(support, previous):
+            break
+    _require_table(points, support, rule)
+    return plane
+
+
+def _require_table(points: np.ndarray, support: np.ndarray, rule: CleaningRule) -> None:
+    """Refuse a plane that too few of the border's points (N, 3) support, or whose supporters do not determine it."""
+    if not support.mean() > rule.min_support:
+        raise InputError(
+            f"{support.mean():.0%} of the {len(points)} measurements within {rule.border} pixels of the image border "
+            f"lie on one plane, expected more than {rule.min_support:.0%}, the table under the part: take the original "
+            "scan if this one was cleaned before, or else leave it out"
+        )
+    across = float(np.sqrt(np.linalg.eigvalsh(np.cov(points[support].T))[1].clip(0)))
+    if across < rule.fit_distance:
+        raise InputError(
+            f"the measurements within {rule.border} pixels of the image border lie on a line or a point, {across:.2g} "
+            f"m wide, expected at least {rule.fit_distance:g} m to find the plane the part lies on: restore the xyz "
+            "file or leave the scan out"
+        )
+
+
+def shows_table(xyz: np.ndarray, rule: CleaningRule) -> bool:
+    """Tell a raw scan, whose border shows the table as `fit_border_plane` demands, from a cleaned one.
+
+    Args:
+        xyz: (H, W, 3) float32, metres; missing pixels exactly 0.
+        rule: the numbers of the cleaning.
+    """
+    try:
+        fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
+    except InputError:
+        return False
+    return True
+
+
+def remove_plane(xyz: np.ndarray, plane: np.ndarray, distance: float) -> np.ndarray:
+    """Return a copy of `xyz` (H, W, 3) with every pixel nearer than `distance` metres to `plane` (4,) set to 0."""
+    near = _distance(xyz.astype(np.float64), plane) < distance
+    return np.where(near[..., None], xyz.dtype.type(0), xyz)
+
+
+def largest_cluster(xyz: np.ndarray, rule: CleaningRule) -> np.ndarray:
+    """Find the largest cluster of a cloud; noise is no cluster, of equally large ones the first in row-major order.
+
+    Args:
+        xyz: (H, W, 3) float, metres; missing and removed pixels exactly 0.
+        rule: radius and size of a neighbourhood.
+
+    Returns:
+        (H, W) bool, True for the pixels of the largest cluster.
+
+    Raises:
+        InputError: no pixel is left, or all of them are noise.
+    """
+    present = valid_mask(xyz)
+    labels = cluster_labels(xyz[present].astype(np.float64), rule.cluster_eps, rule.cluster_min_points)
+    sizes = np.bincount(labels[labels >= 0])
+    if not sizes.size:
+        raise InputError(
+            f"nothing is left of the scan: {len(labels)} pixels lie off the plane and none has "
+            f"{rule.cluster_min_points} neighbours within {rule.cluster_eps:g} m, expected a part on a plane: "
+            "check that the coordinates are in metres and that the part is in view"
+        )
+    mask = np.zeros_like(present)
+    mask[present] = labels == sizes.argmax()
+    return mask
+
+
+def pad_to_square(image: np.ndarray, multiple: int) -> np.ndarray:
+    """Pad (H, W, ...) with zeros to (S, S, ...), S = the larger side rounded up to `multiple`.
+
+    The image is centred; where the difference is odd, the bottom or right gets the larger share.
+    """
+    side = math.ceil(max(image.shape[:2]) / multiple) * multiple
+    (top, left) = ((side - length) // 2 for length in image.shape[:2])
+    padded = np.zeros((side, side, *image.shape[2:]), dtype=image.dtype)
+    padded[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return padded
+
+
+def crop_padding(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The (H, W, ...) in the middle of (S, S, ...) that `pad_to_square` made it of; `size` = (H, W)."""
+    top, left = ((padded - length) // 2 for padded, length in zip(image.shape[:2], size, strict=True))
+    return image[top : top + size[0], left : left + size[1]]
+
+
+def cluster_labels(points: np.ndarray, eps: float, min_points: int) -> np.ndarray:
+    """Cluster points by density (DBSCAN), exactly, with the label order of open3d's `cluster_dbscan`.
+
+    A core point has at least `min_points` points within `eps`, itself counted. Core points within `eps` of each
+    other share a cluster, numbered by its first core point; another point joins the lowest cluster with a core point
+    within `eps`. The usual way visits every pair of neighbours, hundreds per point in a dense scan. Here space
+    is cut into cells so small that the points of one cell are all neighbours: what a full cell holds is core without
+    a distance, and clusters grow cell by cell. The pip package `dbscan` is not exact: on some sets of points it misses
+    core points.
+
+    Args:
+        points: (N, 3) float64, metres; finite, within a million eps of each other.
+        eps: radius of a neighbourhood, metres.
+        min_points: size of the neighbourhood that makes a core point.
+
+    Returns:
+        (N,) int64 cluster number of each point, -1 for noise.
+    """
+    labels = np.full(len(points), -1)
+    if not len(points):
+        return labels
+    cell = np.floor((points - points.min(axis=0)) / (eps / math.sqrt(3) * (1 - 1e-9))).astype(np.int64)
+    cell_id = np.ravel_multi_index(tuple(cell.T), tuple(cell.max(axis=0) + 1))
+    _, inverse, counts = np.unique(cell_id, return_inverse=True, return_counts=True)
+    tree = KDTree(points)
+    core = counts[inverse] >= min_points
+    sparse = np.flatnonzero(~core)
+    core[sparse] = tree.query_ball_point(points[sparse], eps, return_length=True) >= min_points
+    if not core.any():
+        return labels
+    labels[core] = _core_labels(points[core], cell[core], cell_id[core], eps)
+    edge = KDTree(points[~core]).sparse_distance_matrix(KDTree(points[core]), eps, output_type="ndarray")
+    lowest = np.full(len(points) - core.sum(), labels.max() + 1)
+    np.minimum.at(lowest, edge["i"], labels[core][edge["j"]])
+    labels[~core] = np.where(lowest > labels.max(), -1, lowest)
+    return labels
+
+
+def _core_labels(points: np.ndarray, cell: np.ndarray, cell_id: np.ndarray, eps: float) -> np.ndarray:
+    """Label core points (N, 3), of the cells (N, 3), by connected component, numbered by first appearance."""
+    _, first, inverse = np.unique(cell_id, return_index=True, return_inverse=True)
+    # Cells three or more apart along an axis are further apart than eps.
+    pairs = KDTree(cell[first]).query_pairs(2, p=np.inf, output_type="ndarray")
+    # One point of each cell joins most of them; only cells still apart after that need all their points compared.
+    near = np.linalg.norm(points[first[pairs[:, 0]]] - points[first[pairs[:, 1]]], axis=1) <= eps
+    component = _components(pairs[near], len(first))
+    members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(np.bincount(inverse))[:-1])
+    apart = pairs[component[pairs[:, 0]] != component[pairs[:, 1]]]
+    bridges = [pair for pair in apart if _touch(points[members[pair[0]]], points[members[pair[1]]], eps)]
+    joined = np.concatenate([pairs[near], np.reshape(bridges, (-1, 2)).astype(pairs.dtype)])
+    component = _components(joined, len(first))[inverse]
+    _, first_point, renumbered = np.unique(component, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first_point))[renumbered]
+
+
+def _frame(xyz: np.ndarray, rule: CleaningRule) -> np.ndarray:
+    """(H, W) bool, True for the pixels within `rule.border` of the image border."""
+    frame = np.ones(xyz.shape[:2], dtype=bool)
+    frame[rule.border : -rule.border, rule.border : -rule.border] = False
+    return frame
+
+
+def _components(edges: np.ndarray, n: int) -> np.ndarray:
+    """Return the component number (n,) of each node of an undirected graph with edges (E, 2)."""
+    graph = coo_array((np.ones(len(edges), dtype=bool), (edges[:, 0], edges[:, 1])), shape=(n, n))
+    return connected_components(graph, directed=False)[1]
+
+
+def _touch(a: np.ndarray, b: np.ndarray, eps: float) -> bool:
+    return bool((KDTree(a).query(b, distance_upper_bound=np.nextafter(eps, np.inf))[0] <= eps).any())
+
+
+def _best_support(points: np.ndarray, rng: np.random.Generator, rule: CleaningRule) -> np.ndarray:
+    """Return the mask (N,) of the points that support the best of the sampled planes: most points, then least error."""
+    best, best_support = (-1, 0.0), np.ones(len(points), dtype=bool)
+    needed = float(rule.fit_iterations)
+    iteration = 0
+    while iteration < needed:
+        iteration += 1
+        sample = points[rng.choice(len(points), rule.fit_sample, replace=False)]
+        distance = _distance(points, _least_squares_plane(sample))
+        support = distance < rule.fit_distance
+        quality = (int(support.sum()), -float(np.square(distance[support]).sum()))
+        if quality > best:
+            best, best_support = quality, support
+            missed = 1 - support.mean() ** rule.fit_sample  # chance that a sample is not of supporters alone
+            if missed < 1:
+                enough = 0.0 if missed == 0 else math.log(1 - rule.fit_confidence) / math.log(missed)
+                needed = min(needed, enough)
+    return best_support
+
+
+def _least_squares_plane(points: np.ndarray) -> np.ndarray:
+    """Return the plane (4,) of least squared distance to points (N, 3): the direction they vary least in."""
+    centre = points.mean(axis=0)
+    offset = points - centre
+    normal = np.linalg.eigh(offset.T @ offset)[1][:, 0]
+    return np.append(normal, -normal @ centre)
+
+
+def _distance(points: np.ndarray, plane: np.ndarray) -> np.ndarray:
+    """Return the distance (...), metres, of points (..., 3) to a plane (4,)."""
+    return np.abs(points @ plane[:3] + plane[3])
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[0]} x {image.shape[1]}"

@@ -1,0 +1,61 @@
+"""A contact sheet of what cleaning does: one scan of each class before and after."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from utils.errors import InputError
+from utils.scans.files import atomic_path
+from utils.scans.organized_pc import valid_mask
+
+FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
+COLUMNS = ("photo", "depth", "cleaned photo", "cleaned depth")
+
+
+class Pair(NamedTuple):
+    """A scan before and after; the sizes differ by the padding."""
+
+    rgb: np.ndarray  # (H, W, 3) uint8
+    xyz: np.ndarray  # (H, W, 3) float32, metres
+    clean_rgb: np.ndarray  # (S, S, 3)
+    clean_xyz: np.ndarray  # (S, S, 3)
+
+
+def check_format(path: Path) -> None:
+    """Refuse a contact sheet whose suffix names no format that can be written; InputError."""
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(
+            f"--preview {path} names no picture format: end it in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        )
+
+
+def write_preview(path: Path, pairs: Mapping[str, Pair]) -> None:
+    """Draw a row for each named scan, in the format of the suffix; both depths share the colours of the cleaned one."""
+    figure = Figure(figsize=(2.6 * len(COLUMNS), 2.6 * len(pairs) + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(pairs), len(COLUMNS), squeeze=False)
+    for axes, (name, pair) in zip(rows, pairs.items(), strict=True):
+        depth = pair.clean_xyz[..., 2][valid_mask(pair.clean_xyz)]
+        limits = (float(depth.min()), float(depth.max()))
+        axes[0].imshow(pair.rgb)
+        _draw_depth(axes[1], pair.xyz, limits)
+        axes[2].imshow(pair.clean_rgb)
+        _draw_depth(axes[3], pair.clean_xyz, limits)
+        axes[0].set_ylabel(name, fontsize=8, parse_math=False)
+    for each, title in zip(rows[0], COLUMNS, strict=True):
+        each.set_title(title, fontsize=10)
+    for each in rows.flat:
+        each.set(xticks=[], yticks=[])
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def _draw_depth(axes: Axes, xyz: np.ndarray, limits: tuple[float, float]) -> None:
+    depth = np.where(valid_mask(xyz), xyz[..., 2], np.nan)
+    axes.set_facecolor("black")  # no measurement
+    axes.imshow(depth, cmap="viridis_r", vmin=limits[0], vmax=limits[1])

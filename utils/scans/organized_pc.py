@@ -1,0 +1,168 @@
+"""Organised point clouds: tiff files of H x W x 3 coordinates, their valid pixels and their nearest resize.
+
+Everywhere in the project a cloud is float32 in metres in the camera frame, and a pixel without a measurement is
+exactly (0, 0, 0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import tifffile
+
+from utils.errors import InputError
+from utils.scans.files import atomic_path, cannot_read
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_PIXELS = 1 << 26  # of a cloud, 0.8 GB of float32: no depth camera has more, but a damaged header may say so
+
+
+def valid_mask(xyz: np.ndarray) -> np.ndarray:
+    """Tell measured pixels from missing ones: all three coordinates non-zero and finite.
+
+    Args:
+        xyz: (..., 3) float, metres; (H, W, 3) for an organised cloud, (N, 3) for a list of points.
+
+    Returns:
+        (...) bool, True where the pixel holds a measurement.
+    """
+    return ((xyz != 0) & np.isfinite(xyz)).all(axis=-1)
+
+
+def zero_invalid(xyz: np.ndarray) -> np.ndarray:
+    """Return a copy of `xyz` (..., 3) whose missing pixels (see `valid_mask`) are exactly (0, 0, 0)."""
+    return np.where(valid_mask(xyz)[..., None], xyz, xyz.dtype.type(0))
+
+
+def check_organized(name: Path | str, shape: Sequence[int], dtype: np.dtype | None) -> None:
+    """Refuse an array that is no organised point cloud, H x W x 3 floating-point numbers; InputError names it.
+
+    One of more than MOST_PIXELS pixels is refused too, before memory is asked for.
+    """
+    if len(shape) != 3 or shape[2] != 3 or not all(shape):
+        found = " x ".join(map(str, shape))
+        raise InputError(
+            f"{name} holds an array of {found}, expected H x W x 3 (x, y, z of every pixel): "
+            "store the coordinates as the last axis"
+        )
+    if dtype is None or dtype.kind != "f":
+        raise InputError(
+            f"{name} holds {dtype} numbers, expected floating-point coordinates in metres: "
+            "convert the units and store float32"
+        )
+    if shape[0] * shape[1] > MOST_PIXELS:
+        raise InputError(
+            f"{name} promises {shape[0]} x {shape[1]} points (H x W), expected at most {MOST_PIXELS} in all: its "
+            "header is damaged, or it has to be scaled down"
+        )
+
+
+def as_cloud(xyz: np.ndarray) -> np.ndarray:
+    """`xyz` (..., 3) of any float type as float32, missing pixels (see `valid_mask`) exactly (0, 0, 0)."""
+    with np.errstate(over="ignore"):  # a float64 beyond the range of float32 becomes infinite, which is missing
+        return zero_invalid(xyz.astype(np.float32))
+
+
+def organized_pc_header(path: Path | str) -> tuple[int, int]:
+    """Return (H, W) of a cloud from the header of its file alone: cheap enough for thousands of files.
+
+    Raises:
+        InputError: the file cannot be opened as a tiff, is shorter than its header promises, is not H x W x 3, or
+            does not hold floating-point numbers. Damage inside the pixel data shows only in `read_organized_pc`.
+    """
+    with _open_checked(path) as tif:
+        height, width, _ = tif.series[0].shape
+        return height, width
+
+
+def read_organized_pc(path: Path | str) -> np.ndarray:
+    """Read an organised point cloud.
+
+    Args:
+        path: tiff of H x W x 3 numbers, metres, float16, float32 or float64.
+
+    Returns:
+        (H, W, 3) float32, metres, camera frame; a missing pixel (any coordinate zero, NaN or infinite) is exactly
+        (0, 0, 0), all others are as in the file.
+
+    Raises:
+        InputError: what `organized_pc_header` raises, or the pixel data cannot be decoded.
+    """
+    with _open_checked(path) as tif:
+        return as_cloud(tif.series[0].asarray())
+
+
+def write_organized_pc(path: Path | str, xyz: np.ndarray) -> None:
+    """Write `xyz` (H, W, 3), metres, as an uncompressed float32 tiff, atomically; folders are made as needed."""
+    if xyz.ndim != 3 or xyz.shape[2] != 3:
+        raise ValueError(f"an organised point cloud is (H, W, 3), got {xyz.shape}")
+    with atomic_path(path) as temporary:
+        # "rgb" means three interleaved samples per pixel: one image, not one page per row.
+        tifffile.imwrite(temporary, xyz.astype(np.float32, copy=False), photometric="rgb")
+
+
+def resize_nearest(xyz: np.ndarray, size: int) -> Tensor:
+    """Resize a cloud to size x size by picking pixels, so that no coordinate is ever averaged with a missing one.
+
+    Args:
+        xyz: (H, W, 3) float, metres.
+        size: side of the result in pixels.
+
+    Returns:
+        (3, size, size) float32, metres; row i shows source row floor(i * H / size), columns likewise.
+    """
+    import torch  # here, because preprocessing starts a process per core and needs none of it
+
+    with np.errstate(over="ignore"):  # beyond the range of float32: infinite
+        planes = torch.from_numpy(np.ascontiguousarray(xyz.transpose(2, 0, 1), dtype=np.float32))
+    return torch.nn.functional.interpolate(planes[None], size=(size, size), mode="nearest")[0]
+
+
+@contextmanager
+def _open_checked(path: Path | str) -> Iterator[tifffile.TiffFile]:
+    """Open a tiff whose header is that of an organised point cloud; turn every fault into an InputError."""
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise InputError(f"{path} is not there: expected the tiff file of an organised point cloud")
+        with tifffile.TiffFile(path) as tif:
+            _check_header(path, tif)
+            yield tif
+    except InputError:
+        raise
+    except PermissionError as error:
+        raise cannot_read(path, error) from error
+    except Exception as error:  # rubbish bytes make the decoder raise almost anything
+        raise InputError(
+            f"{path} cannot be read as a tiff file ({type(error).__name__}: {error}): "
+            "it is damaged or of another format, copy it again from the dataset"
+        ) from error
+
+
+def _check_header(path: Path, tif: tifffile.TiffFile) -> None:
+    series = tif.series[0]
+    check_organized(path, series.shape, series.dtype)
+    if len(tif.series) > 1:
+        raise InputError(f"{path} holds {len(tif.series)} pictures, expected one cloud: store it alone")
+    pages = [page for page in series.pages if page is not None]  # those without a gap share the first one's header
+    if any(len(page.dataoffsets) != math.prod(page.chunked) or 0 in page.databytecounts for page in pages):
+        raise InputError(
+            f"{path} lacks strips or tiles that its header promises, which would read as zeros: it is damaged, copy it "
+            "again from the dataset"
+        )
+    if series.dataoffset is not None:
+        end = series.dataoffset + series.nbytes
+    else:
+        end = max(o + n for page in pages for o, n in zip(page.dataoffsets, page.databytecounts, strict=True))
+    size = path.stat().st_size
+    if size < end:
+        raise InputError(
+            f"{path} has {size} bytes where its header promises {end}: it is cut short, copy it again from the dataset"
+        )

@@ -1,0 +1,260 @@
+"""A made-up structured-light scanner: what it sees of a part on a table, as a photo and as an organised point cloud.
+
+Camera frame: x right, y down, z away from the camera, metres. The camera hangs half a metre above a slightly tilted
+table, the projector beside it. The light is diffuse and frontal and everything is matt, so that relief shows in the
+photo by a faint shading only. Within this module vectors run along the first axis: (3, S, S), rows of pixels last.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from numpy.random import Generator
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+from utils.synthetic_data.parts import CELL, DEFECTS, GRID, PARTS, TOP, smooth_noise
+
+FIELD_OF_VIEW = 0.32  # image width over distance: 16 cm at half a metre, around parts of 9 to 10 cm
+DISTANCE = 0.5  # metres from the camera to the table
+PROJECTOR = (-0.09, 0.01, 0.0)  # metres, camera frame; the baseline is why a scanner has shadows
+LIGHT = (-0.12, -0.22, -1.0)  # towards the light, camera frame
+TILT = (4.0, -1.5)  # degrees about x and y; the rig is fixed, so scans differ by a fraction of a degree
+DEPTH_NOISE = 0.00012  # metres, of one pixel; neighbours share about as much again
+SPECKLE = 0.0004  # share of pixels without a value for no reason: of the order seen in real scans
+DEPTH_CHANGE = 0.0002  # metres; ground truth is where the surface moved by more than the noise ...
+COLOUR_CHANGE = 0.04  # ... or where the photo changed colour by more than ten grey levels of 255
+
+
+class Scan(NamedTuple):
+    """What is stored of one view; all three of the same size."""
+
+    rgb: np.ndarray  # (S, S, 3) uint8
+    xyz: np.ndarray  # (S, S, 3) float32, metres, camera frame; missing pixels exactly 0
+    gt: np.ndarray  # (S, S) uint8, 255 = defect, 0 = good
+
+
+class Pose(NamedTuple):
+    """How the part lies before the camera: a point p of the part frame is at `rotation @ p + origin`."""
+
+    rotation: np.ndarray  # (3, 3); its columns are the axes u, v and height in the camera frame
+    origin: np.ndarray  # (3,) metres, camera frame
+
+
+class View(NamedTuple):
+    """What every pixel of a noise-free scanner sees; float32."""
+
+    depth: np.ndarray  # (S, S) metres along the optical axis
+    point: np.ndarray  # (3, S, S) u, v and height above the table, metres, part frame
+    normal: np.ndarray  # (3, S, S) unit, part frame
+
+
+def make_scan(part_class: str, path: str, size: int, seed: int, damaged: bool = True) -> Scan:
+    """Make one scan.
+
+    Args:
+        part_class: a key of PARTS.
+        path: "split/defect/stem", like "test/dent/003"; the defect is "good" or a key of DEFECTS.
+        size: side of the image in pixels.
+        seed: of the dataset; with class and path it determines everything.
+        damaged: False leaves the defect out and all else (part, pose, noise) as it is: the good twin of the scan.
+    """
+    stream = partial(random_stream, seed, part_class, path)
+    defect = path.split("/")[1]
+    good = PARTS[part_class](stream("part"))
+    part = DEFECTS[defect](good, stream("defect")) if damaged and defect != "good" else good
+    pose, rays = lay_down(stream("pose")), pixel_rays(size)
+    view = look(part.height, pose, rays)
+    changed = np.zeros((size, size), bool)
+    if part.height is not good.height:
+        changed |= np.abs(view.depth - look(good.height, pose, rays).depth) > DEPTH_CHANGE
+    if part.albedo is not good.albedo:
+        recoloured = np.abs(_display(part.albedo) - _display(good.albedo)).max(0) > COLOUR_CHANGE
+        changed |= on_part(view) & (_lookup(recoloured.astype(np.float32), view.point) > 0.5)
+    rgb = photograph(view, part.albedo, good.height, pose, stream("photo"))
+    xyz = measure(view, part.height, pose, rays, stream("scanner"))
+    return Scan(rgb, xyz, changed.astype(np.uint8) * 255)
+
+
+def random_stream(seed: int, part_class: str, path: str, use: str) -> Generator:
+    """The random numbers of one scan for one use: the same whatever else is drawn, in whatever order."""
+    key = f"{part_class}/{path}/{use}".encode()
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=tuple(key)))
+
+
+def pixel_rays(size: int) -> np.ndarray:
+    """Directions (3, size, size) of the pixels with z = 1, camera frame, float32: a point is depth * ray.
+
+    The optical axis passes between pixels: x or y of exactly zero would read as a missing measurement.
+    """
+    focal = size / FIELD_OF_VIEW
+    pixel = np.arange(size) - (size - 1) / 2
+    rays = np.ones((3, size, size), np.float32)
+    rays[0] = (pixel + 0.37) / focal
+    rays[1] = (pixel[:, None] - 0.29) / focal
+    return rays
+
+
+def lay_down(rng: Generator) -> Pose:
+    """Lay a part on the table by hand: nearly the same place and turn each time."""
+    tilt = Rotation.from_euler("xy", rng.normal(TILT, 0.5), degrees=True).as_matrix()
+    turn = Rotation.from_euler("z", rng.uniform(-12, 12), degrees=True).as_matrix()
+    facing = tilt @ np.diag([1.0, -1.0, -1.0])  # v up in the image, height towards the camera
+    shift = facing[:, :2] @ rng.uniform(-0.005, 0.005, 2)
+    return Pose(facing @ turn, shift + np.array([0, 0, rng.normal(DISTANCE, 0.002)]))
+
+
+def look(height: np.ndarray, pose: Pose, rays: np.ndarray) -> View:
+    """Cast the rays (3, S, S), camera frame, on a height field (GRID, GRID), metres, that lies in `pose`."""
+    eye = _in_part_frame((0, 0, 0), pose)
+    directions = np.einsum("ji,j...->i...", pose.rotation.astype(np.float32), rays)
+    slant = directions[:2] / directions[2]  # metres sideways for each metre up
+    foot = eye[:2, None, None] - eye[2] * slant  # where the ray would meet the table
+    level = np.zeros(rays.shape[1:], np.float32)
+    near = _near_part(height, foot)
+    level[near] = _first_hit(height, foot[:, near], slant[:, near])
+    point = np.stack([*(foot + level * slant), level])
+    normal = np.zeros_like(point)
+    normal[2] = 1
+    slope_v, slope_u = np.gradient(height, CELL)
+    normal[:2, near] = -_lookup(np.stack([slope_u, slope_v]).astype(np.float32), point[:, near])
+    return View((level - eye[2]) / directions[2], point, normal / _length(normal))
+
+
+def _in_part_frame(point: tuple[float, float, float], pose: Pose) -> np.ndarray:
+    """A point (3,) of the camera frame in the part frame, float32."""
+    return ((np.array(point) - pose.origin) @ pose.rotation).astype(np.float32)
+
+
+def _near_part(height: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Places (2, S, S) in a box around the part wide enough for its shadow and for the slant of every ray, bool."""
+    reach = CELL * np.abs(np.argwhere(height) - (GRID - 1) / 2).max() + 0.01
+    return (np.abs(place) < reach).all(0)
+
+
+def _first_hit(height: np.ndarray, foot: np.ndarray, slant: np.ndarray) -> np.ndarray:
+    """Height (N,) at which rays from above, foot and slant (2, N), meet the height field: steps, then bisection.
+
+    A step is 2 mm of height and, as the rays are steep, half a millimetre sideways: nothing is thinner. What is found
+    in the lowest step is the table. The bisection ends at 8 micrometres, well below the noise.
+    """
+    hit = np.zeros(foot.shape[1], np.float32)
+    falling, way = np.arange(len(hit)), np.concatenate([foot, slant])
+    step = TOP / 16
+    for level in np.arange(15, 0, -1) * np.float32(step):
+        inside = _lookup(height, way[:2] + level * way[2:]) >= level
+        hit[falling[inside]] = level
+        falling, way = falling[~inside], way.compress(~inside, axis=1)
+    above = hit > 0
+    low, foot, slant = hit[above], foot[:, above], slant[:, above]
+    for halving in range(1, 9):
+        middle = low + np.float32(step / 2**halving)
+        low = np.where(_lookup(height, foot + middle * slant) >= middle, middle, low)
+    hit[above] = low
+    return hit
+
+
+def _lookup(field: np.ndarray, point: np.ndarray) -> np.ndarray:
+    """Interpolate a field (..., GRID, GRID) linearly at points (2 or 3, *P) of the part frame; result (..., *P).
+
+    Outside the grid lies what is on its border: no part.
+    """
+    column, row = (np.clip(axis / np.float32(CELL) + (GRID - 1) / 2, 0, GRID - 1.001) for axis in point[:2])
+    i, j = row.astype(np.int32), column.astype(np.int32)
+    row, column = row - i.astype(np.float32), column - j.astype(np.float32)
+    flat, index = field.reshape(*field.shape[:-2], GRID * GRID), i * GRID + j
+    top, bottom = (
+        left + column * (flat.take(at + 1, axis=-1) - left)
+        for at in (index, index + GRID)
+        for left in (flat.take(at, axis=-1),)
+    )
+    return top + row * (bottom - top)
+
+
+def _length(vectors: np.ndarray) -> np.ndarray:
+    """Lengths (*P) of vectors (3, *P)."""
+    return np.sqrt(np.square(vectors).sum(0))
+
+
+def on_part(view: View) -> np.ndarray:
+    """Pixels (S, S) that see the part, bool: anything above the table."""
+    return view.point[2] > 0.0005
+
+
+def _display(linear: np.ndarray) -> np.ndarray:
+    """Values of a photo in [0, 1] of linear light."""
+    return np.clip(linear, 0, 1) ** np.float32(1 / 2.2)
+
+
+def photograph(view: View, albedo: np.ndarray, surroundings: np.ndarray, pose: Pose, rng: Generator) -> np.ndarray:
+    """Take the photo (S, S, 3) uint8.
+
+    Args:
+        view: what the pixels see.
+        albedo: (3, GRID, GRID) of the part.
+        surroundings: (GRID, GRID) height of the undamaged part, metres. What lies lower than its surroundings gets
+            less of the diffuse light; leaving defects out of this keeps them faint.
+        pose: as for `look`.
+        rng: of light, table and sensor; the draws do not depend on the part.
+    """
+    size = len(view.depth)
+    table = np.array([0.022, 0.025, 0.030], np.float32)[:, None, None] * (
+        1 + 0.06 * smooth_noise(rng, 0.02, size, _spacing(size)) + 0.10 * rng.standard_normal((size, size), np.float32)
+    )
+    part = on_part(view)
+    table[:, part] = _lookup(albedo, view.point[:, part])
+    light = ((np.array(LIGHT) + rng.normal(0, 0.03, 3)) @ pose.rotation).astype(np.float32)
+    shade = 0.65 + 0.35 * np.clip(np.einsum("i,i...", light / _length(light), view.normal), 0, 1)
+    blurred = ndimage.uniform_filter(ndimage.uniform_filter(surroundings, 0.012 / CELL), 0.012 / CELL)
+    near = _near_part(surroundings, view.point[:2])
+    shade[near] /= 1 + _lookup(np.clip(blurred - surroundings, 0, None), view.point[:, near]) / 0.008
+    across = np.linspace(-1, 1, size, dtype=np.float32)
+    shade *= 1 - 0.10 * (across**2 + across[:, None] ** 2) + rng.normal(0, 0.02) * across
+    exposure = 1.4 * rng.normal(1, 0.03) * rng.normal(1, 0.01, 3)
+    sharp = _display(table * shade * exposure[:, None, None].astype(np.float32))
+    lens = ndimage.gaussian_filter(sharp, (0, 0.6, 0.6), truncate=3)
+    noise = 0.008 * rng.standard_normal(lens.shape, np.float32)
+    grey_levels = np.rint(np.clip(lens + noise, 0, 1) * 255).astype(np.uint8)
+    return np.ascontiguousarray(grey_levels.transpose(1, 2, 0))
+
+
+def _spacing(size: int) -> float:
+    """Metres on the table between the pixels of an image of that size."""
+    return FIELD_OF_VIEW * DISTANCE / size
+
+
+def measure(view: View, height: np.ndarray, pose: Pose, rays: np.ndarray, rng: Generator) -> np.ndarray:
+    """Measure the cloud (S, S, 3) float32, metres, camera frame; what the scanner misses is exactly 0.
+
+    Args:
+        view: what the pixels see.
+        height: (GRID, GRID) of the part, metres.
+        pose, rays: as for `look`.
+        rng: of the noise; the draws do not depend on the part.
+    """
+    size = len(view.depth)
+    ripple = smooth_noise(rng, 0.004, size, _spacing(size))
+    depth = view.depth + np.float32(DEPTH_NOISE) * (ripple + rng.standard_normal((size, size), np.float32))
+    luck = rng.random((size, size), np.float32)
+    smudge = smooth_noise(rng, 0.003, size, _spacing(size)) > 3.3  # small patches without a value
+    lamp = _in_part_frame(PROJECTOR, pose)
+    ways = [source[:, None, None] - view.point for source in (_in_part_frame((0, 0, 0), pose), lamp)]
+    facing = np.minimum(*[(view.normal * way).sum(0) / _length(way) for way in ways])  # cosine of the incidence
+    grazing = luck < np.clip((0.45 - facing) / 0.2, SPECKLE, 1)
+    jump = ndimage.maximum_filter(view.depth, 3) - ndimage.minimum_filter(view.depth, 3)
+    edge = (jump > 0.003 + _spacing(size)) & (luck < 0.6)  # a pixel that sees two surfaces
+    missing = grazing | edge | smudge | _in_shadow(view, height, lamp)
+    return np.ascontiguousarray(np.where(missing, 0, depth * rays).transpose(1, 2, 0))
+
+
+def _in_shadow(view: View, height: np.ndarray, lamp: np.ndarray) -> np.ndarray:
+    """Pixels (S, S) whose way to the projector, at `lamp` (3,) in the part frame, the part bars, bool."""
+    shadow = _near_part(height, view.point[:2])
+    start = view.point[:, shadow]
+    slant = (lamp[:2, None] - start[:2]) / (lamp[2] - start[2])
+    barred = np.zeros(start.shape[1], bool)
+    for share in np.arange(1, 13, dtype=np.float32) / 12:
+        rise = share * (TOP - start[2])
+        barred |= _lookup(height, start[:2] + rise * slant) > start[2] + rise + 0.0004
+    shadow[shadow] = barred
+    return shadow
