@@ -250,8 +250,8 @@ def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_s
     Args:
         path: what the sample is called, in errors too.
         rgb: (H, W, 3) uint8 photograph, or None where the method needs none; resized bicubic (antialiased), then
-            ImageNet-normalised.
-        xyz: (H, W, 3) float, metres, camera frame, or None likewise; resized nearest. A pixel with a coordinate that is
+            ImageNet-normalized.
+        xyz: (H, W, 3) float, meters, camera frame, or None likewise; resized nearest. A pixel with a coordinate that is
             zero, NaN or infinite has no measurement.
         img_size: side of the result, pixels: that of the detector's config.
 

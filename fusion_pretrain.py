@@ -14,7 +14,7 @@ Several processes, one per GPU (or `python -m torch.distributed.launch --nproc_p
     torchrun --nproc_per_node=4 fusion_pretrain.py --data_path datasets/patch_lib --output_dir checkpoints
 
 The paper's length: --max_steps 750 --warmup_steps 250 --lr 0.003. With --val_fraction 0.1 a tenth of the files shows
-after each epoch how often the rgb patch of the same place is found, which tells whether anything is learnt.
+after each epoch how often the rgb patch of the same place is found, which tells whether anything is learned.
 
 --output_dir receives checkpoint-<epoch>.pth, checkpoint-last.pth (also within an epoch, and on Ctrl-C),
 checkpoint-best.pth and log.txt. After an interruption: --resume checkpoints/checkpoint-last.pth, all other flags as

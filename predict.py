@@ -46,7 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("which parts").add_argument
     add("--detector", type=Path, required=True, help="folder of a fitted detector (main.py --save_detector)")
     add("--rgb", help="photo, folder of photos, or pattern in quotes: .png, .jpg")
-    add("--xyz", help="organised point cloud, folder or pattern: .tiff, .npy, .pcd, .ply, or depth .png (--intrinsics)")
+    add("--xyz", help="organized point cloud, folder or pattern: .tiff, .npy, .pcd, .ply, or depth .png (--intrinsics)")
     add(
         "--intrinsics", type=Path, help="of the camera of depth pictures, see docs/DATA.md: fx, fy, cx, cy, depth_scale"
     )
@@ -156,9 +156,9 @@ def write_parts(
 def part_line(record: dict[str, Any], width: int) -> str:
     """A part on one line; the decision last but one, so that columns stay aligned."""
     decision = {True: "anomalous", False: "good", None: "no threshold"}[record["anomalous"]]
-    normalised = "" if record["normalised"] is None else f"{record['normalised']:.3f}"
+    normalized = "" if record["normalised"] is None else f"{record['normalised']:.3f}"
     return (
-        f"{record['name']:{width}}  {record['score']:12.6g}  {normalised:5}  {decision:12}  {record['seconds']:.3f} s"
+        f"{record['name']:{width}}  {record['score']:12.6g}  {normalized:5}  {decision:12}  {record['seconds']:.3f} s"
     )
 
 
@@ -185,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
     check_flags_of(detector, args)
     if detector.thresholds is None:
         logger.warning(
-            "%s was saved without thresholds: there are scores but no decisions, and each overlay has its own colours",
+            "%s was saved without thresholds: there are scores but no decisions, and each overlay has its own colors",
             args.detector,
         )
     config = detector.config

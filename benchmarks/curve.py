@@ -39,7 +39,7 @@ def draw_curve(path: Path, runs: Mapping[str, Sequence[ClassRun]]) -> None:
     _draw_law(left, beyond, seconds_law(runs["plain"])(beyond), _duration)
     _draw_law(right, beyond, memory_law(runs["plain"])(beyond), lambda value: f"{value:.2g} GB")
     for form, found in runs.items():
-        colour, marker = STYLES[form]
+        color, marker = STYLES[form]
         label = "plain twin" if form == "plain" else f"this repository, {form}"
         samples = [run.train for run in found]
         line = "" if form == "plain" else "-"
@@ -47,7 +47,7 @@ def draw_curve(path: Path, runs: Mapping[str, Sequence[ClassRun]]) -> None:
             (left, [run.seconds["fit"] for run in found]),
             (right, [run.peak_mb / 1024 for run in found]),
         ):
-            axes.plot(samples, values, line + marker, color=colour, label=label, markersize=6)
+            axes.plot(samples, values, line + marker, color=color, label=label, markersize=6)
     left.yaxis.set_major_locator(FixedLocator(DURATIONS))
     right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.set_title("Time to fit a class")
@@ -57,10 +57,10 @@ def draw_curve(path: Path, runs: Mapping[str, Sequence[ClassRun]]) -> None:
 
 
 def _draw_law(axes: Axes, samples: np.ndarray, values: np.ndarray, tell: Callable[[float], str]) -> None:
-    colour, _ = STYLES["plain"]
-    axes.plot(samples, values, "--", color=colour, linewidth=1.2, zorder=1, label="scaling law of the plain twin")
+    color, _ = STYLES["plain"]
+    axes.plot(samples, values, "--", color=color, linewidth=1.2, zorder=1, label="scaling law of the plain twin")
     axes.annotate(
-        tell(values[-1]), (samples[-1], values[-1]), (-4, 4), textcoords="offset points", ha="right", color=colour
+        tell(values[-1]), (samples[-1], values[-1]), (-4, 4), textcoords="offset points", ha="right", color=color
     )
     axes.set(xscale="log", yscale="log", xlabel="training samples")
     axes.set_xticks([10, 20, 40, 100, 200, 400])

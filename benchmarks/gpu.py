@@ -99,7 +99,7 @@ def time_extraction(bench: Bench, extractors: dict[str, PatchExtractor], samples
         sampling = partial(farthest_point_sample, points, config.num_group, backend)
         bench.time(f"farthest point sampling of a cloud, {backend}", sampling)
         centers = points[:, sampling()[0]]
-        bench.time(f"neighbours of a cloud, {backend}", partial(knn, centers, points, config.group_size, backend))
+        bench.time(f"neighbors of a cloud, {backend}", partial(knn, centers, points, config.group_size, backend))
     for precision, extractor in extractors.items():
         rgb, xyz = extractor.rgb_backbone, extractor.xyz_backbone
         assert isinstance(rgb, VisionTransformerBackbone)
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
     parser.add_argument("--train", type=int, default=244, help="good parts whose patches the coreset is chosen from")
-    parser.add_argument("--batch", type=int, default=16, help="parts that are judged, and others that are learnt")
+    parser.add_argument("--batch", type=int, default=16, help="parts that are judged, and others that are learned")
     parser.add_argument("--repeats", type=int, default=5, help="of which the median counts")
     parser.add_argument("--networks", choices=SIZES, default="published", help="tiny: to try the script")
     parser.add_argument("--output", type=Path, default=Path("results/benchmark_gpu.json"))

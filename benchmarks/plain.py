@@ -51,14 +51,14 @@ def rgb_patches(backbone: VisionTransformerBackbone, rgb: Tensor) -> Tensor:
 
 
 def point_tokens(network: PointTransformer, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (G, C) and centres (G, 3) of points (N, 3)."""
+    """Tokens (G, C) and centers (G, 3) of points (N, 3)."""
     groups, centers = group(points, network.num_group, network.group_size)
     tokens = network.reduce_dim(encode_groups(network.encoder, groups))[None]
     return transform(network, tokens, centers), centers
 
 
 def group(points: Tensor, num_group: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """Groups (G, K, 3) relative to their centres, and centres (G, 3): sampling, then the sorted distance matrix."""
+    """Groups (G, K, 3) relative to their centers, and centers (G, 3): sampling, then the sorted distance matrix."""
     centers = points[farthest_points(points, num_group)]
     distances = torch.cdist(centers, points, compute_mode="donot_use_mm_for_euclid_dist")
     neighbors = distances.sort(dim=1).indices[:, :group_size]
@@ -121,7 +121,7 @@ def project(rows: Tensor, eps: float, random_state: int | None) -> Tensor:
 
 
 def greedy_coreset(rows: Tensor, n: int, stop: int | None = None) -> Tensor:
-    """Greedy k-centre from row 0: each pick reads all rows.
+    """Greedy k-center from row 0: each pick reads all rows.
 
     Args:
         rows: (N, D) float32.
@@ -149,7 +149,7 @@ def greedy_coreset(rows: Tensor, n: int, stop: int | None = None) -> Tensor:
 def score_bank(
     patches: Tensor, bank: Tensor, size: int, divisor: float = 1.0, epsilon: float = 0.0
 ) -> tuple[float, Tensor]:
-    """Image score, and map (size, size), of normalised patches (M, D) against a bank (N, D)."""
+    """Image score, and map (size, size), of normalized patches (M, D) against a bank (N, D)."""
     distances, order = torch.cdist(patches, bank).sort(dim=1)
     nearest = distances[:, 0]
     m_test = int(nearest.argmax())
@@ -167,8 +167,8 @@ def blurred_map(distances: Tensor, size: int) -> Tensor:
     side = math.isqrt(len(distances))
     plane = F.interpolate(distances.view(1, 1, side, side), size=(size, size), mode="bilinear")[0, 0]
     peak = plane.max()
-    grey = Image.fromarray((plane / peak * 255).to(torch.uint8).numpy())
-    return torch.from_numpy(np.array(grey.filter(ImageFilter.GaussianBlur(radius=4)))) / 255 * peak
+    gray = Image.fromarray((plane / peak * 255).to(torch.uint8).numpy())
+    return torch.from_numpy(np.array(gray.filter(ImageFilter.GaussianBlur(radius=4)))) / 255 * peak
 
 
 # Metrics

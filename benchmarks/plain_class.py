@@ -19,7 +19,7 @@ STAGES = ("extract", "project", "pick xyz", "pick rgb", "score", "fuse", "metric
 
 
 class Fitted(NamedTuple):
-    """Two banks, the statistics they were normalised with, two one-class SVMs."""
+    """Two banks, the statistics they were normalized with, two one-class SVMs."""
 
     banks: dict[str, Tensor]
     mean: Tensor

@@ -36,7 +36,7 @@ REPEATS = 3
 
 
 def large_scan() -> tuple[Scan, np.ndarray]:
-    """A raw scan, and its points (N, 3) float64 off the plane, metres."""
+    """A raw scan, and its points (N, 3) float64 off the plane, meters."""
     rule = CleaningRule()
     scan = make_scan("cookie", "train/good/000", LARGE_SIZE, seed=0)
     left = remove_plane(

@@ -179,7 +179,7 @@ def print_cost(cost: Cost) -> None:
 
 
 def compare_model(costs: list[Cost], details: dict[str, Any], machine: Machine) -> dict[str, float]:
-    """Modelled over measured seconds of each coreset, from the passes that the fewest processes recorded."""
+    """Modeled over measured seconds of each coreset, from the passes that the fewest processes recorded."""
     ratios = {}
     for cost in costs:
         fewest = min(each.processes for each in costs)

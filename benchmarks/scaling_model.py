@@ -119,7 +119,7 @@ def _probe(rank: int, count: int, width: int, folder: str) -> None:
 
 
 def draw_scaling(path: Path, machine: Machine, costs: Sequence[Any], details: Mapping[str, Any], width: int) -> None:
-    """Memory and traffic of a process as measured; modelled seconds against processes, with the measured ones."""
+    """Memory and traffic of a process as measured; modeled seconds against processes, with the measured ones."""
     memory, traffic, time_axes = new_axes(12.8, 4.0, columns=3)
     sizes = sorted({cost.rows for cost in costs})
     for rows in sizes:
@@ -133,12 +133,12 @@ def draw_scaling(path: Path, machine: Machine, costs: Sequence[Any], details: Ma
         traffic.plot(thousands, [cost.received_mb for cost in of_count], "o-", label=f"{count} processes")
     passes = [Pass(*each) for each in details[f"coreset {sizes[-1]} {largest[0].processes}"]["recorded"]]
     slow = machine._replace(byte=1 / ETHERNET, latency=LATENCY)
-    for colour, factor in zip(("tab:blue", "tab:orange"), GROWN, strict=True):
+    for color, factor in zip(("tab:blue", "tab:orange"), GROWN, strict=True):
         grown = grown_passes(passes, factor)
         for line, link in (("-", machine), ("--", slow)):
             seconds = [coreset_seconds(grown, width, int(count), link) for count in PROCESSES]
             label = f"{factor * sizes[-1] / 1e6:.2g} million rows, {'10 Gbit/s' if link is slow else 'this machine'}"
-            time_axes.plot(PROCESSES, seconds, line, color=colour, label=label)
+            time_axes.plot(PROCESSES, seconds, line, color=color, label=label)
     time_axes.plot(
         [c.processes for c in largest],
         [c.seconds for c in largest],

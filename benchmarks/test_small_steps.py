@@ -68,7 +68,7 @@ def test_farthest_point_sampling(benchmark: Benchmark, points: Tensor, form: str
     assert len(picks.unique()) == SIZE.num_group
 
 
-@pytest.mark.benchmark(group="128 nearest neighbours")
+@pytest.mark.benchmark(group="128 nearest neighbors")
 def test_nearest_128(benchmark: Benchmark, points: Tensor, centers: Tensor) -> None:
     distance, _ = benchmark(knn, centers[None], points[None], SIZE.group_size)
     assert (distance.diff(dim=-1) >= 0).all()

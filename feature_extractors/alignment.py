@@ -1,6 +1,6 @@
-"""Point feature alignment (PFA): features of points and group centres become a grid of xyz patches.
+"""Point feature alignment (PFA): features of points and group centers become a grid of xyz patches.
 
-Interpolation to the points and both poolings are linear, so they are one matrix from centres to patches:
+Interpolation to the points and both poolings are linear, so they are one matrix from centers to patches:
 the (C, S, S) feature plane of the paper is never made.
 """
 
@@ -34,8 +34,8 @@ def align_to_patches(
     where no point is.
 
     Args:
-        point_features: features (G, C) at centres (G, 3), or (N, C) at the valid points themselves.
-        xyz: (3, S, S) float32, metres, invalid pixels exactly 0, holding N valid points.
+        point_features: features (G, C) at centers (G, 3), or (N, C) at the valid points themselves.
+        xyz: (3, S, S) float32, meters, invalid pixels exactly 0, holding N valid points.
         grid: patches along a side.
         exact_distances: interpolate by direct differences, instead of the reference's expanded squares.
         masked: pad the first pooling by one and leave the background out of the mean of a patch.

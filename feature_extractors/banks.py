@@ -30,7 +30,7 @@ class _Shard(NamedTuple):
 
 
 def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str, Bank]:
-    """Statistics, coreset and normalised rows of each bank of the method, in its order (xyz first).
+    """Statistics, coreset and normalized rows of each bank of the method, in its order (xyz first).
 
     Where several processes share the class, no process holds the patches of another. The bank that the coreset leaves
     goes to all of them, or stays spread over them where it would take too much memory.
@@ -54,7 +54,7 @@ def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str,
             reduced_xyz = len(picks)
             if drop_background:
                 last = statistics[name].normalize(chosen.new_zeros(1, chosen.shape[1]))
-            elif method.zero_row:  # zero after normalisation, so the mean patch and not the background: the reference's
+            elif method.zero_row:  # zero after normalization, so the mean patch and not the background: the reference's
                 without_zero = (chosen != 0).all(dim=1)
                 chosen, own = chosen[without_zero], own[without_zero]
                 last = chosen.new_zeros(1, chosen.shape[1])

@@ -55,7 +55,7 @@ def covering_method(names: Iterable[str]) -> str:
 
 
 class Protocol(NamedTuple):
-    """Behaviours on which the published tables and what was meant differ; the defaults are the published ones."""
+    """Behaviors on which the published tables and what was meant differ; the defaults are the published ones."""
 
     own_statistics: bool = False  # each bank its own mean and std, instead of the method's rule
     own_coreset_size: bool = False  # f_coreset of each bank, instead of rgb and fusion from the reduced xyz bank
@@ -142,7 +142,7 @@ class DetectorConfig:
             f"at least {least} for {self.xyz_grid} xyz patches a side",
         )
         _within(
-            "num_group", self.num_group, self.num_group >= 3, "at least 3: features are interpolated from 3 centres"
+            "num_group", self.num_group, self.num_group >= 3, "at least 3: features are interpolated from 3 centers"
         )
         _within("group_size", self.group_size, self.group_size >= 1, "at least 1")
         for name, value in zip(BANKS * 2, self.score_lambdas + self.map_lambdas, strict=True):

@@ -1,4 +1,4 @@
-"""Coreset selection: random projection, then greedy k-centre at the speed of a matrix product."""
+"""Coreset selection: random projection, then greedy k-center at the speed of a matrix product."""
 
 import logging
 
@@ -42,7 +42,7 @@ def random_projection(num_rows: int, dim: int, eps: float, random_state: int | N
 
 
 def greedy_coreset(rows: Tensor, n: int, start: int = 0, group: Group | None = None) -> Tensor:
-    """Greedy k-centre: from `start` on, pick the row farthest from all picked ones; the lowest index wins a tie.
+    """Greedy k-center: from `start` on, pick the row farthest from all picked ones; the lowest index wins a tie.
 
     Instead of reading all rows once a pick, each pass takes the m rows farthest from the selection and runs the rule
     inside them. Let tau be the largest distance outside them. Distances only ever shrink, so as long as the best
@@ -205,7 +205,7 @@ def greedy_among(among: Tensor, nearest: Tensor, tau: Tensor, wanted: int) -> tu
     rows -= rows[0].clone()  # small norms again; in fp64 this rounds nothing
     norms = rows.square().sum(dim=1)
     between = torch.addmm(norms, rows, rows.T, alpha=-2).add_(norms[:, None]).clamp_(min=0).cpu().numpy()
-    # What the product may be wrong by. So close, it cannot tell a copy from a neighbour (the next update can), and
+    # What the product may be wrong by. So close, it cannot tell a copy from a neighbor (the next update can), and
     # copies of a row tie only up to it.
     rounding = float(norms.max()) * rows.shape[1] * torch.finfo(norms.dtype).eps
     floor = max(float(tau), rounding)

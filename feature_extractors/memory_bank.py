@@ -26,7 +26,7 @@ MAX_DIFFERENCE_ENTRIES, MAX_DIFFERENCE_ENTRIES_ON_GPU = 1 << 24, 1 << 26
 
 
 class BankStatistics(NamedTuple):
-    """The scalars that a bank's patches are normalised with."""
+    """The scalars that a bank's patches are normalized with."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -36,11 +36,11 @@ class BankStatistics(NamedTuple):
 
 
 class MemoryBank:
-    """Selected patches of good parts, normalised.
+    """Selected patches of good parts, normalized.
 
     Args:
-        rows: (N, D) float32, already normalised.
-        statistics: what they were normalised with, for the queries.
+        rows: (N, D) float32, already normalized.
+        statistics: what they were normalized with, for the queries.
         precision: of the products that look for candidates, see utils.precision; the result does not depend on it.
             Where bf16 cannot tell the rows apart, the search goes on in fp32 on a CPU; a GPU, where that takes fifteen
             times as long, multiplies what bf16 rounds off as well.
@@ -56,7 +56,7 @@ class MemoryBank:
         self._search_in(choose_precision(precision, rows.device), centered)
 
     def _search_in(self, precision: str, centered: Tensor) -> None:
-        """Look for candidates by products of the centred rows in this precision."""
+        """Look for candidates by products of the centered rows in this precision."""
         self._splits = precision == "bf16" and centered.is_cuda
         if self._splits:
             high, low = _halves(centered)
@@ -72,7 +72,7 @@ class MemoryBank:
         self._product_error = 2 * (self._rounding + of_format)
 
     def _products(self, centered: Tensor) -> Tensor:
-        """The products (M, N), float32, of centred queries (M, D) and rows, wrong by what `_product_error` bounds."""
+        """The products (M, N), float32, of centered queries (M, D) and rows, wrong by what `_product_error` bounds."""
         if not self._splits:
             return (centered.to(self._candidates.dtype) @ self._candidates.T).float()
         high, low = _halves(centered)
@@ -93,7 +93,7 @@ class MemoryBank:
         which loses no digits where query and row are close. On a GPU their number is waited for, block by block.
 
         Args:
-            queries: (M, D) float32, normalised with `statistics`. Equal ones, as those of the background, are searched
+            queries: (M, D) float32, normalized with `statistics`. Equal ones, as those of the background, are searched
                 for once.
             expanded: a key of EXPANDED_BELOW: where the distance is the reference's instead, |q|^2 + |r|^2 - 2 q r by a
                 product in fp32, which cancels. A patch of the bank may be at 0.04 from itself, which the one-class
@@ -239,9 +239,9 @@ def mean_and_std(rows: Rows, step: int = 1 << 14, group: Group | None = None) ->
 def select_coreset(
     rows: Rows, statistics: BankStatistics, n: int, eps: float, random_state: int | None, group: Group | None = None
 ) -> Tensor:
-    """Choose n of the (N, D) raw rows: normalise, project at random, then greedy k-centre from index 0.
+    """Choose n of the (N, D) raw rows: normalize, project at random, then greedy k-center from index 0.
 
-    Normalisation and projection work chunk by chunk; besides `rows` only the projected rows exist. Where several
+    Normalization and projection work chunk by chunk; besides `rows` only the projected rows exist. Where several
     processes hold the rows, they are those of this process, and N, n and the indices count those of all.
 
     Returns:
@@ -256,8 +256,8 @@ def select_coreset(
     projected = torch.empty(len(rows), rows.shape[1] if projection is None else projection.shape[1], device=rows.device)
     begin = 0
     for chunk in rows.split(1 << 14):
-        normalised = statistics.normalize(chunk)
-        of_chunk = normalised if projection is None else normalised @ projection
+        normalized = statistics.normalize(chunk)
+        of_chunk = normalized if projection is None else normalized @ projection
         projected[begin : begin + len(chunk)] = of_chunk
         begin += len(chunk)
     return greedy_coreset(projected, n, group=group)

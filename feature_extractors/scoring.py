@@ -36,7 +36,7 @@ def image_score(
     nearest to m*, m* itself left out: w = 1 - exp(s* / sqrt(D)) / sum_{m in N_b} exp(|m_test - m| / sqrt(D)); s = w s*.
 
     Args:
-        patches: (M, D) float32, normalised.
+        patches: (M, D) float32, normalized.
         distances: (M,) to the nearest bank row of each patch.
         index: (M,) that row.
         bank: the memory bank.

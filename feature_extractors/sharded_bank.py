@@ -26,9 +26,9 @@ class ShardedBank:
     that has none meanwhile calls `take_part` instead.
 
     Args:
-        rows: (n, D) float32, normalised, of this process; n may be 0.
+        rows: (n, D) float32, normalized, of this process; n may be 0.
         order: (n,) int64, ascending: the places of these rows in the whole bank. No place is in two processes.
-        statistics: what the rows were normalised with, for the queries.
+        statistics: what the rows were normalized with, for the queries.
         group: the processes that hold the bank.
     """
 

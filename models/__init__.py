@@ -38,7 +38,7 @@ class RgbSpec(NamedTuple):
 
     timm_name: str
     files: CheckpointFiles
-    own_normalization: bool = False  # the reference gives ImageNet-normalised pictures to every network
+    own_normalization: bool = False  # the reference gives ImageNet-normalized pictures to every network
 
 
 class XyzSpec(NamedTuple):

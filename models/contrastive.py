@@ -1,6 +1,6 @@
-"""The contrastive loss that UFF is trained with, and how well it has been learnt.
+"""The contrastive loss that UFF is trained with, and how well it has been learned.
 
-q are the rgb heads' outputs and k the xyz heads', both L2-normalised: each rgb patch has to find its xyz patch.
+q are the rgb heads' outputs and k the xyz heads', both L2-normalized: each rgb patch has to find its xyz patch.
 """
 
 from typing import Any

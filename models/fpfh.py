@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.point_transformer import PointBackbone, PointFeatures
 
-NORMAL_RADIUS, NORMAL_NEIGHBORS = 0.01, 30  # metres, points
+NORMAL_RADIUS, NORMAL_NEIGHBORS = 0.01, 30  # meters, points
 FEATURE_RADIUS, FEATURE_NEIGHBORS = 0.02, 100
 # open3d's histograms sum to 200 each. With a tenth of that they spread (deviation 4) about as widely as the features
 # of the RGB networks, by whose deviation the reference protocol divides every bank.
@@ -27,16 +27,16 @@ class FpfhBackbone(PointBackbone):
     """
 
     embed_dim = 33
-    min_points = 4  # fewer have no neighbourhood to fit a normal to
+    min_points = 4  # fewer have no neighborhood to fit a normal to
 
     def forward(self, clouds: Sequence[Tensor]) -> list[PointFeatures]:
         """Describe some clouds.
 
         Args:
-            clouds: (N, 3) float32 each, metres, camera frame, valid points only.
+            clouds: (N, 3) float32 each, meters, camera frame, valid points only.
 
         Returns:
-            of each, features (N, 33) float32 on its device; no centres: a row for each point.
+            of each, features (N, 33) float32 on its device; no centers: a row for each point.
         """
         return [self._describe(points) for points in clouds]
 
@@ -45,7 +45,7 @@ class FpfhBackbone(PointBackbone):
 
         cloud = o3d.geometry.PointCloud(o3d.utility.Vector3dVector(points.cpu().double().numpy()))
         cloud.estimate_normals(o3d.geometry.KDTreeSearchParamHybrid(NORMAL_RADIUS, NORMAL_NEIGHBORS))
-        cloud.orient_normals_towards_camera_location(np.zeros(3))
+        cloud.orient_normals_toward_camera_location(np.zeros(3))
         search = o3d.geometry.KDTreeSearchParamHybrid(FEATURE_RADIUS, FEATURE_NEIGHBORS)
         fpfh = o3d.pipelines.registration.compute_fpfh_feature(cloud, search)  # type: ignore[call-arg]
         histograms = np.asarray(fpfh.data).T

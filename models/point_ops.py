@@ -1,4 +1,4 @@
-"""Point searches: farthest point sampling, nearest neighbours, inverse-distance interpolation.
+"""Point searches: farthest point sampling, nearest neighbors, inverse-distance interpolation.
 
 Each public function checks its input once and then calls its back-end:
 
@@ -23,7 +23,7 @@ BACKENDS = ("auto", "torch", "triton", "extension")
 # What these back-ends import; they work on CUDA tensors only.
 CUDA_MODULES = {"triton": ("triton",), "extension": ("pointnet2_ops.pointnet2_utils", "knn_cuda")}
 
-# The customary CUDA op passes over points this close to the origin (squared metres): they are padding there.
+# The customary CUDA op passes over points this close to the origin (squared meters): they are padding there.
 FPS_IGNORED_SQUARED_NORM = 1e-3
 FPS_INITIAL_SQUARED_DISTANCE = 1e10
 INTERPOLATION_EPSILON = 1e-8
@@ -38,7 +38,7 @@ def farthest_point_sample(points: Tensor, n: int, backend: str = "auto") -> Tens
     |p|^2 <= 1e-3 are never picked (but for index 0); once every other point is picked, picks repeat.
 
     Args:
-        points: (B, N, 3) float, metres.
+        points: (B, N, 3) float, meters.
         n: number of picks, 1 <= n <= N.
 
     Returns:
@@ -62,12 +62,12 @@ def knn(queries: Tensor, points: Tensor, k: int, backend: str = "auto") -> tuple
     """The k nearest points of each query.
 
     Args:
-        queries: (B, M, 3) float, metres.
-        points: (B, N, 3) float, metres, N >= k.
-        k: neighbours per query.
+        queries: (B, M, 3) float, meters.
+        points: (B, N, 3) float, meters, N >= k.
+        k: neighbors per query.
 
     Returns:
-        distance (B, M, k), Euclidean (not squared), ascending, metres; index (B, M, k) int64 into the N points.
+        distance (B, M, k), Euclidean (not squared), ascending, meters; index (B, M, k) int64 into the N points.
     """
     _check_search(queries, points, k)
     backend = _choose_backend(backend, points)
@@ -83,14 +83,14 @@ def knn(queries: Tensor, points: Tensor, k: int, backend: str = "auto") -> tuple
 
 
 def three_nn_weights(points: Tensor, centers: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """The three nearest centres of each point and their inverse-squared-distance weights.
+    """The three nearest centers of each point and their inverse-squared-distance weights.
 
     Args:
-        points: (B, N, 3) float, metres.
-        centers: (B, G, 3) float, metres, G >= 3.
+        points: (B, N, 3) float, meters.
+        centers: (B, G, 3) float, meters, G >= 3.
 
     Returns:
-        weight (B, N, 3), positive, summing to 1: 1 / (d^2 + 1e-8), normalised; index (B, N, 3) int64 into the centres.
+        weight (B, N, 3), positive, summing to 1: 1 / (d^2 + 1e-8), normalized; index (B, N, 3) int64 into the centers.
     """
     distance, index = knn(points, centers, 3, backend)
     return _inverse_distance_weights(distance.square()), index
@@ -99,10 +99,10 @@ def three_nn_weights(points: Tensor, centers: Tensor, backend: str = "auto") -> 
 def three_nn_weights_expanded(points: Tensor, centers: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """`three_nn_weights` from |p|^2 + |c|^2 - 2 p c in fp32: the arithmetic of the reference.
 
-    For points millimetres apart and half a metre from the camera the difference of squares is wrong by up to 6e-8 m^2,
+    For points millimeters apart and half a meter from the camera the difference of squares is wrong by up to 6e-8 m^2,
     more than the 1e-8 added to it, so that it can be negative: weights then lie slightly outside 0 and 1. That moves
-    features by up to 0.4 % near the centres, which is enough to change a few coreset picks in a hundred. The squares
-    are also so coarse that centres tie for the third place at two points in a thousand.
+    features by up to 0.4 % near the centers, which is enough to change a few coreset picks in a hundred. The squares
+    are also so coarse that centers tie for the third place at two points in a thousand.
 
     No extension has this arithmetic: "extension" is "torch" here.
     """
@@ -123,15 +123,15 @@ def three_nn_weights_expanded(points: Tensor, centers: Tensor, backend: str = "a
 
 
 def three_nn_interpolate(points: Tensor, centers: Tensor, features: Tensor) -> Tensor:
-    """Carry features from centres to points (PointNet++, Qi et al. 2017, Eq. 2 with k = 3, p = 2).
+    """Carry features from centers to points (PointNet++, Qi et al. 2017, Eq. 2 with k = 3, p = 2).
 
     Args:
-        points: (B, N, 3) float, metres.
-        centers: (B, G, 3) float, metres.
-        features: (B, G, C) features of the centres.
+        points: (B, N, 3) float, meters.
+        centers: (B, G, 3) float, meters.
+        features: (B, G, C) features of the centers.
 
     Returns:
-        (B, N, C) weighted means of the features of each point's three nearest centres.
+        (B, N, C) weighted means of the features of each point's three nearest centers.
     """
     weight, index = three_nn_weights(points, centers)
     batch = torch.arange(len(features), device=features.device)[:, None, None]
@@ -149,7 +149,7 @@ def _check_search(queries: Tensor, points: Tensor, k: int) -> None:
     if queries.shape[0] != points.shape[0]:
         raise ValueError(f"queries and points differ in batch size: {queries.shape[0]} and {points.shape[0]}")
     if not 1 <= k <= points.shape[1]:
-        raise ValueError(f"cannot find {k} neighbours among {points.shape[1]} points")
+        raise ValueError(f"cannot find {k} neighbors among {points.shape[1]} points")
 
 
 def _choose_backend(backend: str, points: Tensor) -> str:

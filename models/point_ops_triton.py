@@ -36,7 +36,7 @@ def farthest_point_sample(coordinates: Tensor, nearest: Tensor, n: int, block: i
     """See models.point_ops.farthest_point_sample; one program a cloud, which picks without the host.
 
     Args:
-        coordinates: (B, 3, N) float32, contiguous, metres.
+        coordinates: (B, 3, N) float32, contiguous, meters.
         nearest: (B, N) float32, contiguous: the running minimum of the squared distances at the start, negative for
             points that are never picked; overwritten.
         n: number of picks.
@@ -57,13 +57,13 @@ def farthest_point_sample(coordinates: Tensor, nearest: Tensor, n: int, block: i
 def knn(queries: Tensor, points: Tensor, k: int, block: int = KEYS_BLOCK) -> tuple[Tensor, Tensor]:
     """See models.point_ops.knn; of equally near points the lower index comes first.
 
-    More than three neighbours are the smallest of keys, which hold the bits of a squared distance above the index of
+    More than three neighbors are the smallest of keys, which hold the bits of a squared distance above the index of
     its point. Peak memory is one block of MAX_KEYS of them.
 
     Args:
-        queries: (B, M, 3) float32, metres.
-        points: (B, N, 3) float32, metres.
-        k: neighbours per query.
+        queries: (B, M, 3) float32, meters.
+        points: (B, N, 3) float32, meters.
+        k: neighbors per query.
         block: points to a program, a power of two.
     """
     if k <= 3:
@@ -79,8 +79,8 @@ def three_nearest(
     """The three nearest points of each query; of equally near ones the lower index comes first.
 
     Args:
-        queries: (B, M, 3) float32, metres.
-        points: (B, N, 3) float32, metres. Where N < 3 the last places hold infinity and index 0.
+        queries: (B, M, 3) float32, meters.
+        points: (B, N, 3) float32, meters. Where N < 3 the last places hold infinity and index 0.
         expanded: squared distances from |q|^2 + |p|^2 - 2 q p, which cancels and may be negative.
         block: queries to a program, a power of two.
 

@@ -1,7 +1,7 @@
 """Point-MAE and Point-BERT as feature extractors: a cloud becomes groups, groups become tokens.
 
 Point-MAE: Pang et al., ECCV 2022. Point-BERT: Yu et al., CVPR 2022. Module names are those of the published
-checkpoints. Coordinates are raw metres: nothing is scaled to the unit sphere.
+checkpoints. Coordinates are raw meters: nothing is scaled to the unit sphere.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,14 +21,14 @@ BLOCK_GROUPS = 16
 
 
 class PointFeatures(NamedTuple):
-    """Features of a cloud, at group centres or at every point."""
+    """Features of a cloud, at group centers or at every point."""
 
     features: Tensor  # (G, C), or (N, C) where centers is None
-    centers: Tensor | None  # (G, 3) metres; None: one feature row for each point, in the points' order
+    centers: Tensor | None  # (G, 3) meters; None: one feature row for each point, in the points' order
 
 
 class PointBackbone(nn.Module):
-    """A network of the 3D branch: clouds of valid points (N, 3) float32, metres, N >= min_points -> PointFeatures each.
+    """A network of the 3D branch: clouds of valid points (N, 3) float32, meters, N >= min_points -> PointFeatures each.
 
     N may be another in each cloud; what is said of a cloud does not depend on the others but for rounding.
     """
@@ -51,7 +51,7 @@ class GroupEncoder(nn.Module):
 
     Args:
         out_dim: C, width of the token.
-        point_norm: "cloud" normalises with the statistics of the current cloud's groups, as the reference does (it
+        point_norm: "cloud" normalizes with the statistics of the current cloud's groups, as the reference does (it
             leaves batch norm in training mode); "running" with the checkpoint's running statistics.
     """
 
@@ -69,7 +69,7 @@ class GroupEncoder(nn.Module):
         """Encode groups.
 
         Args:
-            groups: (G, K, 3) float32, metres, relative to each group's centre.
+            groups: (G, K, 3) float32, meters, relative to each group's center.
 
         Returns:
             (G, C) float32 tokens.
@@ -216,7 +216,7 @@ class PointTransformer(PointBackbone):
         self.cls_pos = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
 
     def group(self, clouds: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Divide each cloud (N, 3) into groups (G, K, 3), relative to their centres (G, 3); metres.
+        """Divide each cloud (N, 3) into groups (G, K, 3), relative to their centers (G, 3); meters.
 
         Raises:
             ValueError: a cloud has fewer points than `min_points`.
@@ -239,7 +239,7 @@ class PointTransformer(PointBackbone):
         """Extract the tokens of some clouds, which go through the blocks together.
 
         Args:
-            clouds: (N, 3) float32 each, metres, camera frame, valid points only.
+            clouds: (N, 3) float32 each, meters, camera frame, valid points only.
 
         Returns:
             of each cloud, features (num_group, embed_dim): outputs of the three taken blocks through the final norm,
@@ -247,7 +247,7 @@ class PointTransformer(PointBackbone):
         """
         groups, centers = zip(*self.group(clouds), strict=True)
         tokens = torch.stack([self.reduce_dim(self.encoder(of_cloud)) for of_cloud in groups])  # (B, G, width)
-        with torch.autocast(tokens.device.type, enabled=False):  # in bf16 the centres would move by a millimetre
+        with torch.autocast(tokens.device.type, enabled=False):  # in bf16 the centers would move by a millimeter
             position = self.pos_embed(torch.stack(centers))
         if self.cls_token is not None and self.cls_pos is not None:
             size = (len(groups), -1, -1)

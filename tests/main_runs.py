@@ -142,7 +142,7 @@ SMALL = [*PIP_BACKBONES, "--img_size", SIDE]
 
 
 def surface(seed: int) -> np.ndarray:
-    """A bumpy surface (SIDE, SIDE, 3) float32, metres, a point per millimetre, seen from half a metre."""
+    """A bumpy surface (SIDE, SIDE, 3) float32, meters, a point per millimeter, seen from half a meter."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:SIDE, :SIDE] * 0.001 + 0.001
     z = 0.5 + 0.002 * np.sin(x * 300 + seed) * np.cos(y * 200) + rng.normal(0, 1e-4, x.shape)

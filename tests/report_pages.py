@@ -73,7 +73,7 @@ def made_up_photo(number: int, side: int = 2 * SIDE) -> np.ndarray:
 
 
 def made_up_cloud(number: int, side: int = 2 * SIDE) -> np.ndarray:
-    """(side, side, 3) float32, metres: a dome of 84 mm, half a metre away, no background."""
+    """(side, side, 3) float32, meters: a dome of 84 mm, half a meter away, no background."""
     row, column = np.mgrid[:side, :side] / side - 0.5
     inside = np.hypot(row, column) < 0.42
     height = 0.02 * np.sqrt(np.clip(1 - (np.hypot(row, column) / 0.45) ** 2, 0, 1))

@@ -20,7 +20,7 @@ POOLINGS = [pytest.param(False, id="plain"), pytest.param(True, id="masked")]
 
 
 def made_up_scan(size: int, share: float = 0.6, seed: int = 0) -> Tensor:
-    """(3, S, S): a bumpy surface half a metre away, 2 mm between pixels, without border and with holes."""
+    """(3, S, S): a bumpy surface half a meter away, 2 mm between pixels, without border and with holes."""
     generator = torch.Generator().manual_seed(seed)
     row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     depth = 0.5 + 0.01 * torch.sin(row / 5) + 0.003 * torch.rand(size, size, generator=generator)
@@ -120,7 +120,7 @@ def test_a_patch_comes_out_at_its_place(size: int, grid: int) -> None:
 
 @pytest.mark.parametrize("masked", POOLINGS)
 def test_interpolated_coordinates_come_out_at_their_place(masked: bool) -> None:
-    """Every point is a centre that carries its own pixel coordinates, on a scan with a border and holes."""
+    """Every point is a center that carries its own pixel coordinates, on a scan with a border and holes."""
     size, grid = 64, 16
     xyz = made_up_scan(size)
     coordinates = valid_pixels(xyz).nonzero().float()

@@ -84,7 +84,7 @@ def test_reference_curve_by_hand() -> None:
     np.testing.assert_allclose(pros, [0.25, 1, 1, 1])
 
 
-def test_diagonal_neighbours_are_one_region() -> None:
+def test_diagonal_neighbors_are_one_region() -> None:
     mask = np.array([[1, 0, 0, 1], [0, 1, 0, 0]])  # two regions: the diagonal pair, the corner
     _, pros = pro_curve(mask[None], np.array([[[9, 0, 0, 8], [0, 7, 0, 0]]]))
     np.testing.assert_allclose(pros, [0, 0.25, 0.75, 1, 1])

@@ -159,7 +159,7 @@ def test_the_plain_scoring_is_ours(method: str) -> None:
     row = config.method
     score, plane = plain.score_bank(queries, bank, TINY.img_size, row.score_divisor, row.weight_epsilon)
     assert score == pytest.approx(scores["xyz"], rel=1e-4)
-    torch.testing.assert_close(plane, maps["xyz"], rtol=0, atol=1.5 / 255 * float(plane.max()))  # one grey level
+    torch.testing.assert_close(plane, maps["xyz"], rtol=0, atol=1.5 / 255 * float(plane.max()))  # one gray level
 
 
 def test_the_plain_metrics_are_ours() -> None:

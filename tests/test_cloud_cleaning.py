@@ -231,7 +231,7 @@ def faulty(fault: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         xyz[:] = 0
     elif fault == "nan":
         xyz[:] = np.nan
-    elif fault == "millimetres":
+    elif fault == "millimeters":
         xyz *= 1000
     elif fault == "no border":
         xyz[:10], xyz[-10:], xyz[:, :10], xyz[:, -9:], xyz[50:, -10:] = 0, 0, 0, 0, 0  # 40 pixels left of one column
@@ -252,7 +252,7 @@ def faulty(fault: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     [
         ("empty", "none of the 7200 pixels has a measurement"),
         ("nan", "none of the 7200 pixels has a measurement"),
-        ("millimetres", r"reach 5\d\d.*, expected metres and at most 100"),
+        ("millimeters", r"reach 5\d\d.*, expected meters and at most 100"),
         ("no border", r"^\d\d of the 3000 pixels within 10 of the image border .* expected 25% and at least 50"),
         ("all plane", "nothing is left of the scan: 0 pixels lie off the plane"),
         ("dust", "^60 of the 3000 pixels .* take the original scan if this one was cleaned before"),

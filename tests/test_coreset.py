@@ -1,4 +1,4 @@
-"""Greedy k-centre against the loop that reads every row once a pick, and the random projection against scikit-learn."""
+"""Greedy k-center against the loop that reads every row once a pick, and the random projection against scikit-learn."""
 
 import json
 from pathlib import Path
@@ -236,7 +236,7 @@ def test_no_projection_where_it_would_be_wider() -> None:
     assert random_projection(400, width + 1, 0.9, 0).shape == (width + 1, width)
 
 
-def test_coreset_of_raw_rows_is_that_of_normalised_and_projected_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coreset_of_raw_rows_is_that_of_normalized_and_projected_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, statistics = 2.0 + 3.0 * random_rows(350, 250, 1), BankStatistics(1.5, 2.5)
     projected = SparseRandomProjection(eps=0.9, random_state=4).fit_transform(((rows - 1.5) / 2.5).double().numpy())
     assert projected.shape[1] < 250

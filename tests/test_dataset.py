@@ -305,7 +305,7 @@ def test_truncated_jpeg(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("array", [np.ones((12, 12, 3), np.uint16), np.ones((12, 12), np.float32)])
-def test_tiff_that_is_no_organised_cloud(part: Path, array: np.ndarray) -> None:
+def test_tiff_that_is_no_organized_cloud(part: Path, array: np.ndarray) -> None:
     path = save_cloud(part / "train/good/xyz/002.tiff", array)
     scans = index_split(part, "train", BOTH)
     with pytest.raises(InputError, match=str(path)):
@@ -376,7 +376,7 @@ def test_real_images_without_clouds(real_data: Path) -> None:
     assert values == {0, 253, 254, 255}
 
 
-def test_rgb_is_resized_and_normalised_as_by_torchvision(part: Path) -> None:
+def test_rgb_is_resized_and_normalized_as_by_torchvision(part: Path) -> None:
     transforms = pytest.importorskip("torchvision.transforms")
     reference = transforms.Compose(
         [
@@ -401,11 +401,11 @@ def photo_and_sample(scan: SampleFiles) -> np.ndarray:
     return photo
 
 
-def test_grey_picture_of_16_bits_is_scaled_not_clipped(tmp_path: Path) -> None:
-    grey = np.array([[0, 256, 257], [5140, 32896, 40000], [65278, 65534, 65535]], dtype=np.uint16)
-    photo = photo_and_sample(one_scan(tmp_path, "000.png", grey))
+def test_gray_picture_of_16_bits_is_scaled_not_clipped(tmp_path: Path) -> None:
+    gray = np.array([[0, 256, 257], [5140, 32896, 40000], [65278, 65534, 65535]], dtype=np.uint16)
+    photo = photo_and_sample(one_scan(tmp_path, "000.png", gray))
     assert photo.dtype == np.uint8 and photo.shape == (3, 3, 3)
-    expected = np.rint(grey / 257.0).astype(np.uint8)
+    expected = np.rint(gray / 257.0).astype(np.uint8)
     np.testing.assert_array_equal(photo, np.repeat(expected[..., None], 3, axis=2))
 
 
@@ -505,20 +505,20 @@ def test_any_value_but_zero_is_a_defect(tmp_path: Path, dtype: type) -> None:
 
 
 @pytest.mark.parametrize("channels", [3, 4])
-def test_mask_in_colours(tmp_path: Path, channels: int) -> None:
-    colours = np.zeros((4, 4, channels), np.uint8)
-    colours[..., 2] = IDS  # one channel is enough, and opaque is no defect
-    colours[..., 3:] = 255
-    np.testing.assert_array_equal(load_mask(save_picture(tmp_path / "000.png", colours)), IDS != 0)
+def test_mask_in_colors(tmp_path: Path, channels: int) -> None:
+    colors = np.zeros((4, 4, channels), np.uint8)
+    colors[..., 2] = IDS  # one channel is enough, and opaque is no defect
+    colors[..., 3:] = 255
+    np.testing.assert_array_equal(load_mask(save_picture(tmp_path / "000.png", colors)), IDS != 0)
 
 
 @pytest.mark.parametrize(
     ("palette", "background"),
     [
-        ([(0, 0, 0), (255, 0, 0), (0, 255, 0)], 0),  # class ids in colours
-        ([(0, 0, 0), (0, 0, 0), (0, 0, 0)], 0),  # class ids without colours
+        ([(0, 0, 0), (255, 0, 0), (0, 255, 0)], 0),  # class ids in colors
+        ([(0, 0, 0), (0, 0, 0), (0, 0, 0)], 0),  # class ids without colors
         ([(255, 255, 255), (0, 0, 0), (9, 9, 9)], 1),  # a black-and-white picture as some writers reduce it
-        ([(0, 0, 128), (255, 0, 0), (0, 255, 0)], 0),  # class ids, background in a colour of its own
+        ([(0, 0, 128), (255, 0, 0), (0, 255, 0)], 0),  # class ids, background in a color of its own
     ],
 )
 def test_palette_mask(tmp_path: Path, palette: list[tuple[int, int, int]], background: int) -> None:

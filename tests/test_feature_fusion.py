@@ -1,4 +1,4 @@
-"""UFF module against a plain twin and the recorded initialisation and outputs."""
+"""UFF module against a plain twin and the recorded initialization and outputs."""
 
 import json
 import math

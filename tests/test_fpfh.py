@@ -1,4 +1,4 @@
-"""FPFH against open3d called directly, on a wavy sheet half a metre from the camera."""
+"""FPFH against open3d called directly, on a wavy sheet half a meter from the camera."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from models.fpfh import FpfhBackbone
 
 
 def sheet(side: int = 30, step: float = 0.002) -> Tensor:
-    """(side**2, 3) float32, metres: points `step` apart, so that every neighbourhood is filled."""
+    """(side**2, 3) float32, meters: points `step` apart, so that every neighborhood is filled."""
     x, y = torch.meshgrid(torch.arange(side) * step, torch.arange(side) * step, indexing="ij")
     z = 0.5 + 0.005 * torch.sin(x * 120) * torch.cos(y * 90)
     return torch.stack([x, y, z], dim=2).reshape(-1, 3)
@@ -26,7 +26,7 @@ def direct_fpfh(points: Tensor) -> NDArray:
     cloud = o3d.geometry.PointCloud()
     cloud.points = o3d.utility.Vector3dVector(points.double().numpy())
     cloud.estimate_normals(o3d.geometry.KDTreeSearchParamHybrid(radius=0.01, max_nn=30))
-    cloud.orient_normals_towards_camera_location(np.zeros(3))
+    cloud.orient_normals_toward_camera_location(np.zeros(3))
     return np.asarray(
         o3d.pipelines.registration.compute_fpfh_feature(
             cloud, o3d.geometry.KDTreeSearchParamHybrid(radius=0.02, max_nn=100)
@@ -56,7 +56,7 @@ def test_distances_between_points_are_those_of_open3d(features: Tensor) -> None:
     np.testing.assert_allclose(features.double().numpy(), theirs - 20 / 11, atol=1e-5)
 
 
-def test_histograms_are_centred_and_never_exactly_zero(features: Tensor) -> None:
+def test_histograms_are_centered_and_never_exactly_zero(features: Tensor) -> None:
     """An exact zero marks a patch without a point."""
     torch.testing.assert_close(features.reshape(900, 3, 11).mean(dim=2), torch.zeros(900, 3), rtol=0, atol=1e-5)
     assert (direct_fpfh(sheet()) == 0).any()  # empty bins there are
@@ -67,7 +67,7 @@ def test_rows_are_in_the_order_of_the_points(features: Tensor) -> None:
     order = torch.randperm(900, generator=torch.Generator().manual_seed(0))
     shuffled = FpfhBackbone()([sheet()[order]])[0].features
     close = torch.isclose(shuffled, features[order], atol=1e-3).all(dim=1)
-    assert close.float().mean() > 0.9  # where a neighbourhood is cut off at 100 points, ties decide which
+    assert close.float().mean() > 0.9  # where a neighborhood is cut off at 100 points, ties decide which
 
 
 def test_it_repeats_to_the_bit(features: Tensor) -> None:

@@ -156,7 +156,7 @@ def test_statistics(run: Run) -> None:
         mean, std = (stats.get(f"{name}_{which}", 0.0) for which in ("mean", "std"))
         if run.detector.config.method_name == "DINO":
             mean, std = stats["mean"], stats["std"]
-        if std == 0.0:  # this bank is not normalised
+        if std == 0.0:  # this bank is not normalized
             mean, std = 0.0, 1.0
         assert bank.statistics == pytest.approx((mean, std), rel=1e-3)
 
@@ -180,7 +180,7 @@ def test_bank_sizes(run: Run) -> None:
 DISTANCE_TOLERANCES = {"test": 5e-3, "late": 0.03}
 # Where squared distances cancel, their last digits are those of the squared norms, and hang on how the processor's
 # matrix product rounds: twelve were seen between two processors.
-CANCELLED_ULPS = 16
+CANCELED_ULPS = 16
 # How many epochs an SVM takes hangs on such digits of the training samples: coefficients, and scores with them, were
 # seen to move by 0.3 % from one processor to another.
 SVM_TOLERANCE = 5e-3
@@ -197,7 +197,7 @@ def test_nearest_distances(run: Run, phase: str, tolerance: float) -> None:
         theirs = run.recorded[f"minval_{phase}_{name}"].astype(np.float64)
         ours = torch.stack([result[name].distances for result in run.results[phase]])
         found = ours.view(theirs.shape).double().numpy()
-        lost = np.abs(found**2 - theirs**2) <= CANCELLED_ULPS * squared_norm_ulp(run.detector.banks[name])
+        lost = np.abs(found**2 - theirs**2) <= CANCELED_ULPS * squared_norm_ulp(run.detector.banks[name])
         np.testing.assert_allclose(np.where(lost, theirs, found), theirs, rtol=0, atol=tolerance)
 
 

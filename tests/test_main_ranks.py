@@ -629,7 +629,7 @@ def test_a_resumed_run_has_the_results_of_an_uninterrupted_one(stopped: Stopped,
 
 def assert_same_page(ours: str, expected: str) -> None:
     """Two reports say the same but for date, command, time, and what rounding does to numbers of the gallery."""
-    changing = r"<time .*?</time>|<details>.*?</details>|<section aria-labelledby=\"timing\">.*?</section>"
+    changing = r"<time .*?</time>|<details>.*?</details>|<section aria-labeledby=\"timing\">.*?</section>"
     numbers = r'<script type="application/json" id="parts">.*?</script>'
     ours_, expected_ = (re.sub(f"{changing}|{numbers}", "", page, flags=re.DOTALL) for page in (ours, expected))
     assert read_page(ours_) == read_page(expected_)

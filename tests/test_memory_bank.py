@@ -274,7 +274,7 @@ def test_small_spread_around_a_large_mean() -> None:
     assert mean_and_std(rows, 64).std == pytest.approx(float(rows.std(correction=1)), rel=1e-9)
 
 
-def test_statistics_normalise() -> None:
+def test_statistics_normalize() -> None:
     assert BankStatistics().normalize(torch.tensor([5.0, -1.0])).tolist() == [5.0, -1.0]
     assert BankStatistics(2.0, 4.0).normalize(torch.tensor([10.0, -2.0])).tolist() == [2.0, -1.0]
     assert MemoryBank(torch.ones(1, 1)).statistics == BankStatistics(0.0, 1.0)
@@ -282,14 +282,14 @@ def test_statistics_normalise() -> None:
 
 @pytest.mark.parametrize("dim", [3, 250])
 def test_coreset_of_more_rows_than_a_chunk(dim: int) -> None:
-    """16,500 rows cross the border of the chunks in which they are normalised and projected."""
+    """16,500 rows cross the border of the chunks in which they are normalized and projected."""
     rows, statistics = 4.0 + random_rows(16_500, dim, 6), BankStatistics(4.0, 0.5)
     rows[-6:] *= 3  # far from all others, and behind the border
     projection = memory_bank.random_projection(len(rows), dim, 0.999, 0)
     picks = select_coreset(rows, statistics, 12, 0.999, 0)
-    normalised = statistics.normalize(rows).double()
+    normalized = statistics.normalize(rows).double()
     assert (projection is None) == (dim == 3)
-    space = normalised if projection is None else normalised @ projection.double()
+    space = normalized if projection is None else normalized @ projection.double()
     nearest = torch.full((len(rows),), torch.inf, dtype=torch.float64)
     expected = [0]
     while len(expected) < 12:

@@ -130,7 +130,7 @@ def test_statistics(method_name: str) -> None:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_banks_are_the_normalised_coresets(protocol: str) -> None:
+def test_banks_are_the_normalized_coresets(protocol: str) -> None:
     config = settings(TRIPLE, protocol=PROTOCOLS[protocol])
     outcome = run(config)
     for name, bank in outcome.detector.banks.items():
@@ -143,7 +143,7 @@ def test_banks_are_the_normalised_coresets(protocol: str) -> None:
 
 
 def test_the_reference_triple_appends_a_zero_row() -> None:
-    """Zero after normalisation; the background rows stay, with other values."""
+    """Zero after normalization; the background rows stay, with other values."""
     outcome = run(settings(TRIPLE, f_coreset=1.0))
     bank = outcome.detector.banks["xyz"]
     assert (bank.rows[-1] == 0).all()
@@ -153,7 +153,7 @@ def test_the_reference_triple_appends_a_zero_row() -> None:
         assert not (run(settings(name)).detector.banks["xyz"].rows[-1] == 0).all()
 
 
-def test_the_reference_triple_drops_rows_that_hold_a_zero_once_normalised() -> None:
+def test_the_reference_triple_drops_rows_that_hold_a_zero_once_normalized() -> None:
     """By hand: the mean of xyz is 0, so that one row of three keeps its zero, and the zero row takes its place."""
     features = TrainingFeatures(1)
     xyz = torch.tensor([[1.0, -1.0], [2.0, 0.0], [-1.0, -1.0]])

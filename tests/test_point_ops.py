@@ -26,7 +26,7 @@ SEARCHES = {"k-d tree": point_ops._knn_kd_tree, "direct": point_ops._knn_direct}
 
 
 def cloud(points: int, seed: int = 0, batch: int = 1) -> Tensor:
-    """(batch, points, 3): a box 0.2 m wide, half a metre in front of the camera, so that no point is ignored."""
+    """(batch, points, 3): a box 0.2 m wide, half a meter in front of the camera, so that no point is ignored."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(batch, points, 3, generator=generator) * 0.2 + torch.tensor([0.0, 0.0, 0.5])
 
@@ -56,7 +56,7 @@ def slow_neighbors(queries: Tensor, points: Tensor) -> NDArray:
 
 
 def slow_three_weights(point: Tensor, centers: Tensor) -> tuple[list[int], list[float]]:
-    """The three nearest centres of one point, nearest first, and their normalised 1 / (d^2 + 1e-8)."""
+    """The three nearest centers of one point, nearest first, and their normalized 1 / (d^2 + 1e-8)."""
     squared = [math.dist(point.tolist(), center) ** 2 for center in centers.tolist()]
     three = sorted(range(len(squared)), key=squared.__getitem__)[:3]
     weights = [1 / (squared[i] + 1e-8) for i in three]
@@ -149,7 +149,7 @@ def test_farthest_points_with_ignored_ones_are_the_recorded_ones(goldens: Path) 
     np.testing.assert_array_equal(farthest_point_sample(points[None], len(recorded))[0], recorded)
 
 
-# Nearest neighbours
+# Nearest neighbors
 
 
 @pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES.keys())
@@ -232,7 +232,7 @@ def test_a_gpu_finds_the_same_points(backend: str) -> None:
     distance, index = knn(queries.cuda(), scan.cuda(), 32, backend)
     assert distance.is_cuda
     all_distances = slow_neighbors(queries[0], scan[0])
-    near = np.sort(all_distances, axis=1)[:, :32]  # neighbours nearer to each other than rounding may swap
+    near = np.sort(all_distances, axis=1)[:, :32]  # neighbors nearer to each other than rounding may swap
     np.testing.assert_allclose(distance[0].cpu(), near, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(np.take_along_axis(all_distances, index[0].cpu().numpy(), 1), near, rtol=1e-5, atol=1e-7)
     weight, three = three_nn_weights(scan.cuda(), queries.cuda(), backend)
@@ -391,7 +391,7 @@ def test_interpolation_at_a_center_is_that_center_feature() -> None:
 
 
 def test_interpolation_by_hand() -> None:
-    """Squared distances 1, 4 and 4 of the three nearest; the fourth centre has no part."""
+    """Squared distances 1, 4 and 4 of the three nearest; the fourth center has no part."""
     middle = torch.tensor([[[9.0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 2]]])
     features = torch.tensor([[[1000.0], [6.0], [12.0], [24.0]]])
     carried = three_nn_interpolate(torch.zeros(1, 1, 3), middle, features)
@@ -435,13 +435,13 @@ def test_more_picks_than_points_are_refused(n: int) -> None:
 
 @pytest.mark.parametrize("k", [0, -1, 6])
 def test_more_neighbors_than_points_are_refused(k: int) -> None:
-    with pytest.raises(ValueError, match=f"cannot find {k} neighbours among 5 points"):
+    with pytest.raises(ValueError, match=f"cannot find {k} neighbors among 5 points"):
         knn(cloud(2), cloud(5), k)
 
 
 @pytest.mark.parametrize("weights", [three_nn_weights, three_nn_weights_expanded])
 def test_fewer_than_three_centers_are_refused(weights: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
-    with pytest.raises(ValueError, match="cannot find 3 neighbours among 2 points"):
+    with pytest.raises(ValueError, match="cannot find 3 neighbors among 2 points"):
         weights(cloud(5), cloud(2))
 
 
@@ -527,7 +527,7 @@ def test_expanded_weights_are_the_recorded_ones_to_the_bit(
     assert torch.equal(weight[0], inverse / inverse.sum(dim=1, keepdim=True))
     differs = (index[0].numpy() != stages["interp_idx3"]).any(axis=1)
     assert differs.mean() < 0.005
-    for row in differs.nonzero()[0]:  # the same centres with the same weights, in another order among equal ones
+    for row in differs.nonzero()[0]:  # the same centers with the same weights, in another order among equal ones
         ours = sorted(zip(weight[0, row].tolist(), index[0, row].tolist(), strict=True))
         theirs = sorted(zip(weight[0, row].tolist(), stages["interp_idx3"][row].tolist(), strict=True))
         assert ours == theirs

@@ -24,7 +24,7 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
 
 
 def cloud(points: int, seed: int = 0) -> Tensor:
-    """(points, 3) half a metre from the camera: outside the radius that the sampling ignores."""
+    """(points, 3) half a meter from the camera: outside the radius that the sampling ignores."""
     return torch.rand(points, 3, generator=torch.Generator().manual_seed(seed)) + torch.tensor([0.0, 0.0, 0.5])
 
 
@@ -140,7 +140,7 @@ def test_groups_are_neighborhoods_relative_to_their_centers(transformer: PointTr
     for group, center in zip(groups, centers, strict=True):
         nearest = points[(points - center).norm(dim=1).argsort()[:8]]
         torch.testing.assert_close(group, nearest - center)
-        assert torch.equal(group[0], torch.zeros(3))  # the centre is its own nearest point
+        assert torch.equal(group[0], torch.zeros(3))  # the center is its own nearest point
 
 
 @pytest.mark.parametrize(("num_group", "group_size", "needed"), [(16, 8, 16), (4, 30, 30), (12, 12, 12)])
@@ -193,7 +193,7 @@ def slow_block(block: nn.Module, x: Tensor, num_heads: int = 2) -> Tensor:
 
 @torch.no_grad()
 def test_clouds_together_are_clouds_alone(transformer: PointTransformer) -> None:
-    """Of other sizes, so that the shorter ones are padded before their groups' centres are picked."""
+    """Of other sizes, so that the shorter ones are padded before their groups' centers are picked."""
     clouds = [cloud(60), 1.5 * cloud(41), cloud(16)]
     for together, points in zip(transformer(clouds), clouds, strict=True):
         (alone,) = transformer([points])

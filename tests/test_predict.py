@@ -200,7 +200,7 @@ def test_a_depth_picture(fitted: Fitted, tmp_path: Path) -> None:
     assert scores[0] == scores[1]
 
 
-def test_millimetres_are_refused_or_converted(fitted: Fitted, tmp_path: Path) -> None:
+def test_millimeters_are_refused_or_converted(fitted: Fitted, tmp_path: Path) -> None:
     xyz = read_organized_pc(fitted.data / "test/hole/xyz/000.tiff")
     np.save(tmp_path / "000.npy", xyz * 1000)
     flags = ["--detector", fitted.detectors["Point_MAE"], "--device", "cpu", "--output_dir", tmp_path / "out"]

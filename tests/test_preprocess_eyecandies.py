@@ -21,7 +21,7 @@ from PIL import Image
 from dataset import AnomalyDataset, index_split
 from utils import preprocess_eyecandies as eyecandies
 from utils.errors import InputError
-from utils.preprocess_eyecandies import background, main, metres_of, organized_cloud, preprocess, unproject
+from utils.preprocess_eyecandies import background, main, meters_of, organized_cloud, preprocess, unproject
 from utils.scans.organized_pc import read_organized_pc
 
 HEIGHT, WIDTH = 48, 64  # not square, so that rows and columns cannot be mistaken for each other
@@ -48,7 +48,7 @@ def camera_pose() -> np.ndarray:
 
 
 class View(NamedTuple):
-    """What the camera sees of a scene, all (H, W, ...) float64 and in metres."""
+    """What the camera sees of a scene, all (H, W, ...) float64 and in meters."""
 
     points: np.ndarray  # (H, W, 3) in the frame of the pose
     on_table: np.ndarray  # the same (x, y, z): y down from the table, z along it, 0 where the last row's middle sees it
@@ -64,7 +64,7 @@ def render(boxes: list[Box], pose: np.ndarray, focal_length: float) -> View:
     """Follow the ray of each pixel to the table, or to the first box that it meets.
 
     The boxes stand on the table around the point of it that is 3 m before the camera. The rays are made without the
-    projection matrix of the code under test: from the camera's centre, through the pixel, turned by the transposed
+    projection matrix of the code under test: from the camera's center, through the pixel, turned by the transposed
     rotation.
     """
     to_table = rotation(0, TILT)
@@ -72,7 +72,7 @@ def render(boxes: list[Box], pose: np.ndarray, focal_length: float) -> View:
     in_camera = np.stack(
         [(u - WIDTH / 2) / focal_length, (v - HEIGHT / 2) / focal_length, np.ones((HEIGHT, WIDTH))], -1
     )
-    centre = -pose[:3, :3].T @ pose[:3, 3]
+    center = -pose[:3, :3].T @ pose[:3, 3]
     rays = in_camera @ pose[:3, :3]
     start, direction = -3 * to_table @ pose[2, :3], rays @ to_table.T
     depth = -start[1] / direction[..., 1]
@@ -82,7 +82,7 @@ def render(boxes: list[Box], pose: np.ndarray, focal_length: float) -> View:
         enter = np.minimum(*to_sides).max(-1)
         leave = np.maximum(*to_sides).min(-1)
         depth = np.where((enter < leave) & (enter > 0), np.minimum(depth, enter), depth)
-    points = centre + depth[..., None] * rays
+    points = center + depth[..., None] * rays
     from_last = points - [0, 1, 1] * points[-1, WIDTH // 2]  # x stays that of the pose
     return View(points, from_last @ to_table.T, depth)
 
@@ -149,11 +149,11 @@ def run(root: Path, target: Path, *flags: object) -> int:
 # ---- geometry
 
 
-def test_metres_of_stored_depth() -> None:
+def test_meters_of_stored_depth() -> None:
     stored = np.array([[0, 1, 13107], [32768, 65535, 0]], np.uint16)
     expected = [[0, 2 + 3 / 65535, 2.6], [2 + 3 * 32768 / 65535, 5, 0]]
-    np.testing.assert_allclose(metres_of(stored, 2, 5), expected, rtol=1e-14)
-    assert metres_of(stored.astype(np.float64), 2, 5).dtype == np.float64
+    np.testing.assert_allclose(meters_of(stored, 2, 5), expected, rtol=1e-14)
+    assert meters_of(stored.astype(np.float64), 2, 5).dtype == np.float64
 
 
 def unproject_pixel_by_pixel(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
@@ -321,7 +321,7 @@ def test_geometry_of_the_original(goldens: Path, sample: str) -> None:
     prefix = goldens / "eyecandies/Confetto" / split / "data" / number
     limits = yaml.safe_load(Path(f"{prefix}_info_depth.yaml").read_text())["normalization"]
     pose = np.loadtxt(f"{prefix}_pose.txt")
-    depth = metres_of(np.asarray(Image.open(f"{prefix}_depth.png")).astype(np.float64), limits["min"], limits["max"])
+    depth = meters_of(np.asarray(Image.open(f"{prefix}_depth.png")).astype(np.float64), limits["min"], limits["max"])
     with np.load(goldens / "eyecandies_Confetto.npz") as original:
         expected = original[f"{split}_{int(number)}_xyz"]
         packed = original[f"{split}_{int(number)}_background"]
@@ -501,7 +501,7 @@ def truncate(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
-def grey(path: Path) -> None:
+def gray(path: Path) -> None:
     Image.fromarray(np.full((HEIGHT, WIDTH), 99, np.uint8)).save(path)
 
 
@@ -541,7 +541,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {  # file, what h
     "short depth": ("depth.png", lambda path: truncate(path, 900), "depth.png is no complete PNG"),
     "no picture": ("depth.png", lambda path: path.write_bytes(b"depth"), "depth.png is no complete PNG"),
     "no depth": ("depth.png", Path.unlink, "00_depth.png is missing: restore it"),
-    "8-bit depth": ("depth.png", grey, "holds an image of mode L, expected 16-bit grey"),
+    "8-bit depth": ("depth.png", gray, "holds an image of mode L, expected 16-bit gray"),
     "zero depth": ("depth.png", zero_depth, "the table cannot be found"),
     "no image": ("image_4.png", Path.unlink, "_image_4.png"),
     "short image": ("image_4.png", lambda path: truncate(path, 900), "image_4.png is no complete PNG"),

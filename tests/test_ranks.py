@@ -194,7 +194,7 @@ def found(request: pytest.FixtureRequest, by_process: list[dict[Any, Any]]) -> l
     return [by_process[rank][len(request.param)] for rank in request.param]
 
 
-def test_groups_are_of_neighbouring_ranks(by_process: list[dict[Any, Any]]) -> None:
+def test_groups_are_of_neighboring_ranks(by_process: list[dict[Any, Any]]) -> None:
     """One group of all, two halves, three of which the last is larger, and each process alone."""
     for count, groups in enumerate([[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1], [2, 3]], [[0], [1], [2], [3]]]):
         for number, members in enumerate(groups):

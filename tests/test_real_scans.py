@@ -26,7 +26,7 @@ SCANS = {
 }
 SIZE, GRID = 224, 56
 # The plane is looked for everywhere, since none of these scans has a border that holds nothing else. Candidates are of
-# few points, as it may hold few of all; the tolerances are for a sensor a metre away and more.
+# few points, as it may hold few of all; the tolerances are for a sensor a meter away and more.
 WHOLE_IMAGE = CleaningRule(border=SIZE, fit_sample=8, fit_distance=0.01, plane_distance=0.02, min_support=0)
 
 
@@ -80,8 +80,8 @@ def test_the_largest_plane_is_taken_out(load: Callable[[str], np.ndarray], name:
 def test_an_object_on_a_real_table(load: Callable[[str], np.ndarray]) -> None:
     """The whole cleaning, whose rule allows for the noise of this sensor: what remains is one carton."""
     xyz = load("milk_cartoon_all_small_clorox")
-    grey = np.full(xyz.shape, 5, np.uint8)
-    clean, photograph, _ = clean_scan(xyz, grey, None, CleaningRule(plane_distance=0.01))
+    gray = np.full(xyz.shape, 5, np.uint8)
+    clean, photograph, _ = clean_scan(xyz, gray, None, CleaningRule(plane_distance=0.01))
     kept = valid_mask(clean)
     assert clean.shape == (700, 700, 3)
     assert 5_000 < kept.sum() < 0.1 * valid_mask(xyz).sum()
@@ -110,7 +110,7 @@ def test_patch_features(
     assert (patches[share == 0] == 0).all()
     assert (patches[share > 0] != 0).any(dim=1).all()
 
-    # Places differ, and the closer they are the less: neighbours from side to side against any two of the same patches.
+    # Places differ, and the closer they are the less: neighbors from side to side against any two of the same patches.
     whole = (share > 0.999).view(GRID, GRID)
     left = (whole[:, :-1] & whole[:, 1:]).nonzero()
     index = left[:, 0] * GRID + left[:, 1]

@@ -163,7 +163,7 @@ def test_the_smallest_defect_keeps_its_outline() -> None:
     assert tuple(outline[100, 100]) == (0, 229, 255, 255)
 
 
-def test_one_colour_scale_for_all_parts_of_a_class() -> None:
+def test_one_color_scale_for_all_parts_of_a_class() -> None:
     weak, strong = made_up_part("test/hole/000", 0.1), made_up_part("test/hole/001", 0.9)
     views = {view["path"]: np.asarray(opened(view["maps"]["fused"])).astype(int) for view in shown([weak, strong], 2)}
     assert views[strong.path].max() > 1.5 * views[weak.path].max()
@@ -174,7 +174,7 @@ def test_without_a_photo_the_depths_are_shown() -> None:
     assert view["view"]["name"] == "depth"
     depth = np.asarray(opened(view["view"]["picture"]).convert("L")).astype(int)
     assert depth[VIEW_SIDE // 2, VIEW_SIDE // 2] > depth[VIEW_SIDE // 2, VIEW_SIDE // 6] > depth[2, 2]
-    assert view["cloud"]["coloured"] is False
+    assert view["cloud"]["colored"] is False
 
 
 def test_without_photo_and_cloud_the_maps_are_shown() -> None:
@@ -202,7 +202,7 @@ def test_files_are_read_by_the_number_of_the_part() -> None:
 def unpacked(cloud: dict) -> dict[str, np.ndarray]:
     data, n = gzip.decompress(base64.b64decode(cloud["data"])), cloud["points"]
     whole = np.frombuffer(data, dtype="<i2", count=3 * n).reshape(3, n).T
-    planes = 4 if cloud["coloured"] else 1
+    planes = 4 if cloud["colored"] else 1
     colors = np.frombuffer(data, dtype=np.uint8, offset=6 * n, count=planes * n).reshape(planes, n)
     bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8, offset=(6 + planes) * n))
     points = np.array(cloud["origin"]) + cloud["step"] * whole
@@ -210,7 +210,7 @@ def unpacked(cloud: dict) -> dict[str, np.ndarray]:
     return {"xyz": points / 1000, "score": colors[0], "rgb": colors[1:].T, "grid": grid}
 
 
-def test_a_cloud_keeps_its_places_colours_and_scores() -> None:
+def test_a_cloud_keeps_its_places_colors_and_scores() -> None:
     side = 40
     row, column = np.mgrid[:side, :side].astype(np.float32)
     cloud = np.stack([column * 0.001 - 0.0105, row * 0.001 + 0.001, 0.5 + 0 * row], axis=-1)
@@ -236,7 +236,7 @@ def test_a_cloud_is_thinned_to_the_limit_and_not_far_below(size: tuple[int, int]
     assert packed is not None
     valid = int(size[0] * share) * size[1]
     assert min(0.9 * CLOUD_POINTS, 0.97 * valid) <= packed["points"] <= min(CLOUD_POINTS, valid)
-    assert packed["coloured"] is False
+    assert packed["colored"] is False
     assert unpacked(packed)["rgb"].size == 0
 
 
@@ -254,7 +254,7 @@ def test_photo_and_map_of_other_sizes_are_read_at_the_same_places() -> None:
 
 
 @pytest.mark.parametrize("side", [800, 801, 90])
-def test_a_thinned_cloud_takes_colours_and_scores_where_its_points_are(side: int) -> None:
+def test_a_thinned_cloud_takes_colors_and_scores_where_its_points_are(side: int) -> None:
     row, column = np.mgrid[:side, :side] / side
     cloud = np.stack([row + 1, column + 1, row + 1], axis=-1).astype(np.float32)
     photo = np.stack([255 * row, 255 * column, 0 * row], axis=-1).astype(np.uint8)
@@ -278,7 +278,7 @@ def test_a_single_point_is_packed() -> None:
     assert unpacked(packed)["xyz"] == pytest.approx(np.array([[0.1, 0.2, 0.3]]), abs=1e-6)
 
 
-def test_the_heat_colours_of_the_script_are_those_of_the_maps() -> None:
+def test_the_heat_colors_of_the_script_are_those_of_the_maps() -> None:
     colors = heat_colors()
     assert colors[0] == "#000003" or colors[0] == "#000004"
     assert all(len(color) == 7 for color in colors)

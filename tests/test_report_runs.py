@@ -53,7 +53,7 @@ def test_files_that_the_run_reads_are_shown(
 ) -> None:
     for part in run_report(tmp_path / "out", bagels, *flags):
         assert part["view"]["name"] == view
-        assert (part["cloud"] and part["cloud"]["coloured"]) == cloud
+        assert (part["cloud"] and part["cloud"]["colored"]) == cloud
 
 
 def test_methods_side_by_side_show_the_same_files(bagels: Path, tmp_path: Path) -> None:

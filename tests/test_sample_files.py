@@ -209,8 +209,8 @@ def test_npy(tmp_path: Path, dtype: str | type) -> None:
     np.testing.assert_array_equal(read, as_stored)
     np.save(tmp_path / "a.npy", np.asfortranarray((1000 * cloud()).astype(dtype)))
     stored = np.load(tmp_path / "a.npy").astype(np.float64) / 1000  # no digit is lost in the precision of the file
-    in_metres = np.where(expected() == 0, 0, stored)
-    np.testing.assert_allclose(read_cloud(tmp_path / "a.npy", unit="mm"), in_metres, rtol=1e-6)
+    in_meters = np.where(expected() == 0, 0, stored)
+    np.testing.assert_allclose(read_cloud(tmp_path / "a.npy", unit="mm"), in_meters, rtol=1e-6)
 
 
 @pytest.mark.parametrize("suffix", [".tiff", ".TIF"])
@@ -219,20 +219,20 @@ def test_tiff(tmp_path: Path, suffix: str) -> None:
     np.testing.assert_array_equal(read_cloud(tmp_path / f"a{suffix}"), expected())
 
 
-def test_millimetres(tmp_path: Path) -> None:
-    millimetres = np.full((4, 4, 3), (1.5, -2.25, 480.0), np.float32)
-    np.save(tmp_path / "a.npy", millimetres)
-    write_organized_pc(tmp_path / "a.tiff", millimetres)
+def test_millimeters(tmp_path: Path) -> None:
+    millimeters = np.full((4, 4, 3), (1.5, -2.25, 480.0), np.float32)
+    np.save(tmp_path / "a.npy", millimeters)
+    write_organized_pc(tmp_path / "a.tiff", millimeters)
     for name in ("a.npy", "a.tiff"):
         message = sentence(lambda name=name: read_cloud(tmp_path / name))  # type: ignore[misc]
         assert "480 m" in message and "--xyz_unit mm" in message
         read = read_cloud(tmp_path / name, unit="mm")
-        np.testing.assert_allclose(read, millimetres / 1000, rtol=1e-6)
-    np.save(tmp_path / "b.npy", millimetres * 1000)
+        np.testing.assert_allclose(read, millimeters / 1000, rtol=1e-6)
+    np.save(tmp_path / "b.npy", millimeters * 1000)
     assert "--xyz_unit" not in sentence(lambda: read_cloud(tmp_path / "b.npy", unit="mm"))
 
 
-def test_metres_are_not_taken_for_millimetres(tmp_path: Path) -> None:
+def test_meters_are_not_taken_for_millimeters(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.full((4, 4, 3), (0.1, -0.1, 0.5), np.float32))
     message = sentence(lambda: read_cloud(tmp_path / "a.npy", unit="mm"))
     assert "0.0005196 m away" in message and "leave out --xyz_unit mm" in message
@@ -363,7 +363,7 @@ BROKEN = {
     "empty.pcd": (b"", "no PCD file"),
     "rubbish.pcd": (bytes(range(256)) * 600, "no PCD file"),
     "header_only.pcd": (pcd_bytes("binary")[:100], "no PCD file"),
-    "flat.pcd": (pcd_bytes("binary", height=1, width=H * W), f"{H * W} x 1 points.*unorganised.*NaN"),
+    "flat.pcd": (pcd_bytes("binary", height=1, width=H * W), f"{H * W} x 1 points.*unorganized.*NaN"),
     "cut.pcd": (pcd_bytes("binary")[:-1], f"{H * W - 1} points where its header promises {H * W}"),
     "cut_ascii.pcd": (pcd_bytes("ascii").rsplit(b"\n", 3)[0], f"{H * W - 2} points where"),
     "short_line.pcd": (pcd_bytes("ascii").rsplit(b" ", 1)[0] + b"\n", "a line that is no point"),

@@ -50,7 +50,7 @@ PATCHES = torch.zeros(3, 4).index_put((torch.arange(3), torch.tensor(0)), torch.
 @pytest.mark.parametrize(
     ("divisor", "epsilon", "expected"),
     [
-        # s* = 1, neighbours at 3 and 6: 1 - e^0.5 / (e^1.5 + e^3) = 1 - 1.6487213 / 24.5672260
+        # s* = 1, neighbors at 3 and 6: 1 - e^0.5 / (e^1.5 + e^3) = 1 - 1.6487213 / 24.5672260
         (1.0, 0.0, 0.9328894),
         # all distances a tenth: 0.1 (1 - e^0.05 / (e^0.15 + e^0.3)) = 0.1 (1 - 1.0512711 / 2.5116930)
         (10.0, 0.0, 0.05814492),
@@ -77,8 +77,8 @@ def test_a_bank_of_one_row_gives_the_distance_itself() -> None:
     assert score_of(PATCHES, LINE[:1], divisor=10.0) == pytest.approx(10.02)
 
 
-def test_a_bank_of_two_rows_has_one_neighbour() -> None:
-    """The patch at 100.2 is nearest to 2, at 98.2; the neighbour 0 is at 100.2: 98.2 (1 - e^((98.2 - 100.2) / 2))."""
+def test_a_bank_of_two_rows_has_one_neighbor() -> None:
+    """The patch at 100.2 is nearest to 2, at 98.2; the neighbor 0 is at 100.2: 98.2 (1 - e^((98.2 - 100.2) / 2))."""
     assert score_of(PATCHES, LINE[:2]) == pytest.approx(98.2 * (1 - math.exp(-1.0)), rel=1e-5)
 
 
@@ -87,13 +87,13 @@ def test_nearest_of_all_is_no_anomaly() -> None:
 
 
 def test_huge_distances_do_not_overflow() -> None:
-    """exp(1e5) has no float; the fraction of two of them has: at s* = 1e5 + 1, neighbours 1 and 4 farther."""
+    """exp(1e5) has no float; the fraction of two of them has: at s* = 1e5 + 1, neighbors 1 and 4 farther."""
     rows = torch.tensor([[0.0], [-1.0], [-4.0], [-100.0]])
     patch = torch.tensor([[1e5]])
     expected = (1 - 1 / (math.exp(1) + math.exp(4))) * 1e5
     assert score_of(patch, rows) == pytest.approx(expected, rel=1e-6)
     assert score_of(patch, rows, epsilon=1e-5) == pytest.approx(expected, rel=1e-6)
-    apart = torch.tensor([[0.0], [1e6], [2e6]])  # the neighbours are far beyond what exp can take
+    apart = torch.tensor([[0.0], [1e6], [2e6]])  # the neighbors are far beyond what exp can take
     assert score_of(torch.tensor([[-1e3]]), apart) == pytest.approx(1e3)
 
 
@@ -245,10 +245,10 @@ def test_a_hot_patch_appears_at_its_place(grid: int, size: int, float_blur: bool
 
 
 def test_map_is_the_bilinear_resize_then_the_blur() -> None:
-    """Patch centres lie at pixels 7.5, 23.5, ...: a ramp over the patches is a ramp over the pixels."""
+    """Patch centers lie at pixels 7.5, 23.5, ...: a ramp over the patches is a ramp over the pixels."""
     ramp = torch.arange(4.0).expand(4, 4)  # (row, column): grows along the columns
     heat = anomaly_map(ramp.flatten(), 64, float_blur=True)
-    inner = slice(24, 40)  # the blur reaches 16 pixels, and the ramp ends at the outer patches' centres
+    inner = slice(24, 40)  # the blur reaches 16 pixels, and the ramp ends at the outer patches' centers
     expected = (torch.arange(64.0) - 7.5) / 16
     torch.testing.assert_close(heat[inner, inner], expected[inner].expand(16, 16), rtol=1e-4, atol=1e-4)
 

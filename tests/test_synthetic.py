@@ -27,7 +27,7 @@ from utils.synthetic_data.scanner import (
 )
 
 SIZE = 96
-IN_3D, IN_COLOUR = ("dent", "bump", "hole"), ("stain", "contamination")
+IN_3D, IN_COLOR = ("dent", "bump", "hole"), ("stain", "contamination")
 
 
 def noise_free(part_class: str, path: str, size: int, damaged: bool = True) -> tuple[Part, View]:
@@ -89,8 +89,8 @@ def test_another_seed_gives_another_scan() -> None:
 
 
 @pytest.mark.parametrize("part_class", PARTS)
-@pytest.mark.parametrize("defect", IN_COLOUR)
-def test_colour_defects_leave_the_cloud_alone(part_class: str, defect: str) -> None:
+@pytest.mark.parametrize("defect", IN_COLOR)
+def test_color_defects_leave_the_cloud_alone(part_class: str, defect: str) -> None:
     scan = make_scan(part_class, f"test/{defect}/000", SIZE, 0)
     twin = make_scan(part_class, f"test/{defect}/000", SIZE, 0, damaged=False)
     inside = scan.gt > 0
@@ -98,19 +98,19 @@ def test_colour_defects_leave_the_cloud_alone(part_class: str, defect: str) -> N
     difference = np.abs(scan.rgb.astype(int) - twin.rgb).max(2)
     assert difference[inside].mean() > 15
     blurred = ndimage.binary_dilation(inside, iterations=3)
-    assert difference[~blurred].max() <= 11  # colour changes below the threshold of the ground truth
+    assert difference[~blurred].max() <= 11  # color changes below the threshold of the ground truth
     assert not twin.gt.any()
 
 
 @pytest.mark.parametrize("part_class", PARTS)
 @pytest.mark.parametrize("defect", IN_3D)
-def test_3d_defects_keep_the_colour(part_class: str, defect: str) -> None:
+def test_3d_defects_keep_the_color(part_class: str, defect: str) -> None:
     path = f"test/{defect}/000"
     scan, twin = make_scan(part_class, path, 224, 0), make_scan(part_class, path, 224, 0, damaged=False)
     inside = ndimage.binary_dilation(scan.gt > 0, iterations=3)
     difference = np.abs(scan.rgb.astype(int) - twin.rgb).max(2)
     assert difference[~inside].max() <= 6
-    assert difference[inside].mean() < 12  # shading, and the grain of the colour that moves with the surface
+    assert difference[inside].mean() < 12  # shading, and the grain of the color that moves with the surface
     np.testing.assert_array_equal(
         noise_free(part_class, path, 8)[0].albedo, noise_free(part_class, path, 8, damaged=False)[0].albedo
     )
@@ -130,7 +130,7 @@ def test_the_mask_is_where_the_surface_moved(part_class: str, defect: str) -> No
     if defect in IN_3D:
         assert (moved[mask] > DEPTH_CHANGE).all()
     extent = np.ptp(np.argwhere(mask), axis=0) * 1000 * FIELD_OF_VIEW * 0.5 / 160
-    assert 2 <= extent.max() <= 20  # millimetres
+    assert 2 <= extent.max() <= 20  # millimeters
     assert ndimage.label(mask, np.ones((3, 3)))[1] == 1
 
 
@@ -154,7 +154,7 @@ def test_defects_change_the_part_as_they_say() -> None:
             hole = changed["hole"].height[rise["hole"] < 0]
             assert hole.min() == pytest.approx(HOLE_FLOOR)
             assert 0.001 < np.abs(rise["combined"]).max() < 0.004
-            assert not any(rise[name].any() for name in IN_COLOUR)
+            assert not any(rise[name].any() for name in IN_COLOR)
             for name, damaged in changed.items():
                 assert (damaged.albedo is part.albedo) == (name in IN_3D), name
                 assert ((damaged.height > 0) == (part.height > 0)).all(), (part_class, name)

@@ -1,4 +1,4 @@
-"""Thresholds: ranks and quantiles by hand, the normalised score, and what good parts they come from."""
+"""Thresholds: ranks and quantiles by hand, the normalized score, and what good parts they come from."""
 
 import logging
 import math
@@ -106,7 +106,7 @@ def test_scores_and_maps_that_do_not_fit_are_refused() -> None:
             calibrate(scores, maps, 0.1, "training")
 
 
-# The normalised score
+# The normalized score
 
 
 def thresholds_at(image: float, typical: float) -> Thresholds:

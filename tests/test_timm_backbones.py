@@ -43,7 +43,7 @@ def picture(size: int) -> Tensor:
     return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
+def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
     """Every parameter has values of its own, norms and biases too."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -53,14 +53,14 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def random_backbone(name: str, img_size: int, seed: int = 0) -> VisionTransformerBackbone:
-    backbone = randomised(VisionTransformerBackbone(name, img_size), seed)
+    backbone = randomized(VisionTransformerBackbone(name, img_size), seed)
     assert isinstance(backbone, VisionTransformerBackbone)
     return backbone
 
 
 def hub_file(path: Path, name: str = SMALLEST) -> State:
     """What timm publishes on the hub: the whole model with its classifier, at its own size."""
-    state = randomised(timm.create_model(name)).state_dict()
+    state = randomized(timm.create_model(name)).state_dict()
     save_file(state, path)
     return state
 
@@ -144,7 +144,7 @@ def test_weights_are_read_back(tmp_path: Path, name: str, img_size: int, suffix:
     (save_file if suffix == ".safetensors" else torch.save)(written.model.state_dict(), path)
     read = build_rgb_backbone(name, tmp_path, img_size)
     assert not read.training
-    # the same network but for the normalisation, which the factory adds
+    # the same network but for the normalization, which the factory adds
     again = VisionTransformerBackbone(name, img_size, own_normalization=True).eval()
     again.model.load_state_dict(written.model.state_dict())
     assert_equal_features(read, again, img_size)
@@ -419,7 +419,7 @@ def received(name: str, given: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tenso
     return seen[0]
 
 
-def normalised(pixels: Tensor) -> Tensor:
+def normalized(pixels: Tensor) -> Tensor:
     return (pixels - IMAGENET_MEAN[:, None, None]) / IMAGENET_STD[:, None, None]
 
 
@@ -427,18 +427,18 @@ def normalised(pixels: Tensor) -> Tensor:
 def test_a_network_is_given_pictures_as_it_was_trained_with(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert timm.get_pretrained_cfg(name).mean == timm.get_pretrained_cfg(name).std == (0.5, 0.5, 0.5)
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    found = received(name, normalised(pixels), monkeypatch)
+    found = received(name, normalized(pixels), monkeypatch)
     torch.testing.assert_close(found, (pixels - 0.5) / 0.5, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [*TRANSFORMERS, DINO, DINOV3])
 def test_pictures_for_the_named_transformers_are_unchanged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the reference, though two of them were trained with 0.5; those of DINO were trained so."""
-    given = normalised(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    given = normalized(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(received(name, given, monkeypatch), given)
 
 
-def test_normalisation_is_no_part_of_the_weights() -> None:
+def test_normalization_is_no_part_of_the_weights() -> None:
     with torch.device("meta"):
         backbone = VisionTransformerBackbone(SMALLEST, 48, own_normalization=True)
     assert all(key.startswith("model.") for key in backbone.state_dict())

@@ -440,7 +440,7 @@ def retrieval_accuracy(model: FeatureFusion, held_out: list[PatchFeatures]) -> f
 
 
 @pytest.mark.parametrize("pairing", ["aligned", "reference"])
-def test_aligned_pairs_are_learnt_and_scrambled_ones_are_not(tmp_path: Path, pairing: str) -> None:
+def test_aligned_pairs_are_learned_and_scrambled_ones_are_not(tmp_path: Path, pairing: str) -> None:
     dataset = PatchFileDataset(write_parts(tmp_path, 32), pairing)
     held_out = [related_features(seed) for seed in range(1000, 1008)]
     loader, schedule, progress = loader_of(dataset, 8, 1), Schedule(3e-3, 0.0, 1, 12), Progress()

@@ -62,7 +62,7 @@ def test_anomaly_map_keeps_its_size_bit_by_bit(tmp_path: Path) -> None:
 
 
 def test_anomaly_map_is_resized_bilinearly_by_pixel_areas(tmp_path: Path) -> None:
-    # align_corners False: the centres of four pixels over two lie at -0.25, 0.25, 0.75 and 1.25
+    # align_corners False: the centers of four pixels over two lie at -0.25, 0.25, 0.75 and 1.25
     save_anomaly_map(tmp_path / "a.tiff", np.array([[0.0, 4.0], [8.0, 12.0]]), (2, 4))
     np.testing.assert_allclose(tifffile.imread(tmp_path / "a.tiff"), [[0, 1, 3, 4], [8, 9, 11, 12]])
 
@@ -189,7 +189,7 @@ def test_title_is_plain_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", [{"rgb": (0.0, 1.0), "xyz": (0.0, 1.0)}, {**SCALE, FUSED: (1.0, 1.0)}])
 def test_a_missing_or_empty_scale_is_refused(tmp_path: Path, scale: dict) -> None:
-    with pytest.raises(ValueError, match="colour scale of fused"):
+    with pytest.raises(ValueError, match="color scale of fused"):
         drawn(tmp_path, scale=scale)
     assert not (tmp_path / "figure.png").exists()
 
@@ -217,7 +217,7 @@ def overlay(folder: Path, photo: np.ndarray | None, anomaly_map: np.ndarray, thr
 
 
 @pytest.mark.parametrize(("threshold", "scale"), [(1.5, (0, 3)), (-2.0, (-4, 0)), (0.0, (-1, 1))])
-def test_the_threshold_is_the_middle_of_the_colours(threshold: float, scale: tuple[float, float]) -> None:
+def test_the_threshold_is_the_middle_of_the_colors(threshold: float, scale: tuple[float, float]) -> None:
     assert threshold_scale(threshold) == scale
 
 
@@ -252,7 +252,7 @@ def test_what_is_far_below_the_threshold_shows_the_photo_alone(tmp_path: Path) -
         assert np.abs(drawn - 128).max() >= shown and (shown or (drawn == 128).all()), value
 
 
-def test_equal_values_have_equal_colours_on_every_part(tmp_path: Path) -> None:
+def test_equal_values_have_equal_colors_on_every_part(tmp_path: Path) -> None:
     photo = np.full((16, 16, 3), 128, np.uint8)
     calm, wild = np.full((8, 8), 0.9), np.full((8, 8), 0.9)
     wild[4:] = 40.0

@@ -88,7 +88,7 @@ def settings(method_name: str = DOUBLE, **changed: object) -> DetectorConfig:
 
 @cache
 def made_up_samples(split: str, size: int = SIZE) -> list[Sample]:
-    """A bumpy part half a metre away, 2 mm between pixels, with background above and to the right of it.
+    """A bumpy part half a meter away, 2 mm between pixels, with background above and to the right of it.
 
     Half of the test samples have a defect: a dent that is bright as well.
     """

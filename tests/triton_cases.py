@@ -31,7 +31,7 @@ def case(check: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def cloud(points: int, seed: int = 0, batch: int = 2) -> Tensor:
-    """(batch, points, 3): a box 0.2 m wide, half a metre in front of the camera, so that no point is ignored."""
+    """(batch, points, 3): a box 0.2 m wide, half a meter in front of the camera, so that no point is ignored."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(batch, points, 3, generator=generator) * 0.2 + torch.tensor([0.0, 0.0, 0.5])
 
@@ -146,7 +146,7 @@ def three_nearest_equal_their_twin(device: str) -> None:
 
 @case
 def expanded_squares_are_those_of_the_torch_path(device: str) -> None:
-    """Within the rounding of squares half a metre from the camera, and as exact where nothing cancels."""
+    """Within the rounding of squares half a meter from the camera, and as exact where nothing cancels."""
     for queries, points in [(1, 3), (17, 40), (40, 5)]:
         asked, among = cloud(queries, seed=1), cloud(points)
         squared, index = kernels.three_nearest(asked.to(device), among.to(device), expanded=True, block=16)

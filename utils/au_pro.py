@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
+EIGHT_NEIGHBORS = np.ones((3, 3), dtype=int)
 
 Images = Sequence[ArrayLike] | NDArray  # (N, H, W), or N arrays (H, W) of any sizes
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -112,7 +112,7 @@ def _scores_and_weights(masks: Images, anomaly_maps: Images) -> tuple[NDArray, N
     """All pixels in one row: score (P,) and weight (P,), 1 / size of the pixel's region, 0 where anomaly-free."""
     scores, weights = [], []
     for mask, anomaly_map in checked_pixels(masks, anomaly_maps):
-        regions, _ = ndimage.label(mask, structure=EIGHT_NEIGHBOURS)
+        regions, _ = ndimage.label(mask, structure=EIGHT_NEIGHBORS)
         weight_of = 1.0 / np.maximum(np.bincount(regions.ravel()), 1)
         weight_of[0] = 0.0  # label 0 is the anomaly-free part
         weights.append(weight_of[regions.ravel()])

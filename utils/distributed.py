@@ -186,7 +186,7 @@ class LostProcess(InputError):
 
 
 def make_groups(count: int) -> tuple[Group | None, int]:
-    """Divide the processes of the run into `count` groups of neighbouring ranks, as even as can be.
+    """Divide the processes of the run into `count` groups of neighboring ranks, as even as can be.
 
     Returns:
         the group of this process, None where it is that of all, and its number.

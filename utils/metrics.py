@@ -92,7 +92,7 @@ def decision_metrics(labels: ArrayLike, scores: ArrayLike, threshold: float | No
 
 
 def latency_percentiles(seconds: Iterable[float]) -> dict[str, float]:
-    """{"p50", "p95", "p99"} of the seconds that parts took, between neighbours by linear interpolation."""
+    """{"p50", "p95", "p99"} of the seconds that parts took, between neighbors by linear interpolation."""
     values = np.percentile(list(seconds), LATENCY_PERCENTILES).tolist()
     return {f"p{percent}": value for percent, value in zip(LATENCY_PERCENTILES, values, strict=True)}
 

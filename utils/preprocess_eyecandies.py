@@ -1,4 +1,4 @@
-"""Convert Eyecandies, as published, to organised point clouds in the layout of MVTec 3D-AD, background removed.
+"""Convert Eyecandies, as published, to organized point clouds in the layout of MVTec 3D-AD, background removed.
 
     python utils/preprocess_eyecandies.py --dataset_path Eyecandies --target_dir datasets/eyecandies
     python utils/preprocess_eyecandies.py --dataset_path Eyecandies --target_dir datasets/eyecandies \
@@ -38,14 +38,14 @@ VERSION = 2  # of the conversion: raise it when the same sample gives another re
 # Numbers of Bonfiglioli et al., ACCV 2022, and of the background rule that M3DM's published results were made with.
 FOCAL_LENGTH = 711.11  # pixels
 LIGHTS = range(6)
-BOX_TOP, BOX_DEPTH, BOX_HALF_WIDTH = -0.02, 1.8, 1.0  # metres, in the frame of the table, see `background`
+BOX_TOP, BOX_DEPTH, BOX_HALF_WIDTH = -0.02, 1.8, 1.0  # meters, in the frame of the table, see `background`
 SCALE = (0.1, -0.1, 0.1)  # of the reordered axes
 SPLITS = {"train": "train", "val": "validation", "test_public": "test"}  # folder there: folder here
 _SAMPLE_FILE = re.compile(r"(\d+)_(?:depth\.png|info_depth\.yaml|pose\.txt|image_\d\.png|mask\.png)")
 
 
-def metres_of(stored: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Depth (H, W) float64 in metres of 16-bit numbers; 0 stays 0, which is missing."""
+def meters_of(stored: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Depth (H, W) float64 in meters of 16-bit numbers; 0 stays 0, which is missing."""
     return np.where(stored == 0, 0.0, stored / 65535 * (high - low) + low)
 
 
@@ -53,14 +53,14 @@ def unproject(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
     """The point that each pixel sees.
 
     depth * inv(K pose) (u, v, 1, 1 / depth), with K the pinhole camera of FOCAL_LENGTH whose principal point is the
-    image centre (w / 2, h / 2); u counts columns and v rows.
+    image center (w / 2, h / 2); u counts columns and v rows.
 
     Args:
-        depth: (H, W) float64, metres; 0 = missing.
+        depth: (H, W) float64, meters; 0 = missing.
         pose: (4, 4) of the camera.
 
     Returns:
-        (H, W, 3) float64, metres, in the frame of the pose; NaN where missing.
+        (H, W, 3) float64, meters, in the frame of the pose; NaN where missing.
     """
     height, width = depth.shape
     camera = np.array([[FOCAL_LENGTH, 0, width / 2, 0], [0, FOCAL_LENGTH, height / 2, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
@@ -78,7 +78,7 @@ def background(points: np.ndarray) -> np.ndarray:
     z > 1.8 or |x| > 1 there.
 
     Args:
-        points: (H, W, 3) float64, metres, as `unproject` gives them.
+        points: (H, W, 3) float64, meters, as `unproject` gives them.
 
     Returns:
         (H, W) bool, True also where the measurement is missing.
@@ -265,12 +265,12 @@ def _read_depth(path: Path, limits: Path) -> np.ndarray:
             f"{limits} cannot be read ({type(error).__name__}), expected normalization: min, max: copy it again"
         ) from None
     if not 0 < low < high < np.inf:
-        raise InputError(f"{limits} has the depths {low} to {high}, expected 0 < min < max in metres: copy it again")
+        raise InputError(f"{limits} has the depths {low} to {high}, expected 0 < min < max in meters: copy it again")
     with open_image(path) as image:
         stored, mode = np.asarray(image), image.mode
     if not mode.startswith("I"):
-        raise InputError(f"{path} holds an image of mode {mode}, expected 16-bit grey: copy it again from the dataset")
-    return metres_of(stored.astype(np.float64), low, high)
+        raise InputError(f"{path} holds an image of mode {mode}, expected 16-bit gray: copy it again from the dataset")
+    return meters_of(stored.astype(np.float64), low, high)
 
 
 def _read_pose(path: Path) -> np.ndarray:

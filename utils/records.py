@@ -9,8 +9,8 @@ class Sample(NamedTuple):
     """One view of one part, S = img_size. A modality that the method does not need is None."""
 
     path: str  # "test/hole/000": split, defect, stem, relative to the class folder
-    rgb: Tensor | None = None  # (3, S, S) float32, ImageNet-normalised
-    xyz: Tensor | None = None  # (3, S, S) float32, metres, camera frame; an invalid pixel is exactly 0
+    rgb: Tensor | None = None  # (3, S, S) float32, ImageNet-normalized
+    xyz: Tensor | None = None  # (3, S, S) float32, meters, camera frame; an invalid pixel is exactly 0
     mask: Tensor | None = None  # (1, S, S) uint8, 1 = defect; test split only
     label: int | None = None  # 1 = defective part, 0 = good; test split only
 

@@ -1,4 +1,4 @@
-"""Make a dataset of made-up parts in the layout of MVTec 3D-AD: a photo and an organised point cloud of each.
+"""Make a dataset of made-up parts in the layout of MVTec 3D-AD: a photo and an organized point cloud of each.
 
     python utils/synthetic.py datasets/synthetic                        # three classes, 44 scans each, 400 x 400
     python utils/synthetic.py datasets/tiny --size 224 --train 4 --validation 1 --test_good 2 --test_defective 1
@@ -8,7 +8,7 @@ Written are raw scans (`OUTPUT_DIR/<class>/{train,validation,test}/<defect>/{rgb
 cleaned by `utils/preprocessing.py` like the real ones, and `preview.png`, a contact sheet of what was made. Below 224
 pixels a side, points lie too far apart for that cleaning, which then takes the borders of a part for noise.
 
-A structured-light scanner hangs half a metre above a slightly tilted table. Its cloud has depth noise, pixels without a
+A structured-light scanner hangs half a meter above a slightly tilted table. Its cloud has depth noise, pixels without a
 value, shadows where the projector cannot reach, and losses at edges and steep walls. The light is diffuse and frontal
 and the parts are matt, so that dents, bumps and holes show in the photo by a faint shading at most; stains and
 contaminations leave the cloud as it is, to the bit. The same seed gives the same files under the same versions of the
@@ -43,7 +43,7 @@ from utils.synthetic_data.parts import DEFECTS, PARTS
 from utils.synthetic_data.scanner import make_scan
 
 SIZES = (64, 2048)  # pixels; on a smaller image a defect is less than a pixel
-RELIEF_COLOURS = ("#2b3446", "#5f7f95", "#cfb98c", "#fff0cf")  # from the table up
+RELIEF_COLORS = ("#2b3446", "#5f7f95", "#cfb98c", "#fff0cf")  # from the table up
 MOST_SCANS = 1000  # of one kind: the names have three digits
 
 
@@ -149,12 +149,12 @@ def _draw_pair(photo: Axes, relief: Axes, folder: Path) -> None:
     """Draw scan 000 of a folder, cut to the part, on two axes, with the ground truth where there is one."""
     height, spacing = _height_above_table(read_organized_pc(folder / "xyz" / "000.tiff"))
     rows, columns = np.nonzero(ndimage.median_filter(np.nan_to_num(height), 5) > 0.005)
-    centre, reach = ((np.ptp(rows) / 2 + rows.min()), (np.ptp(columns) / 2 + columns.min())), 0.066 / spacing
+    center, reach = ((np.ptp(rows) / 2 + rows.min()), (np.ptp(columns) / 2 + columns.min())), 0.066 / spacing
     with Image.open(folder / "rgb" / "000.png") as picture:
         photo.imshow(picture, interpolation="antialiased")
     relief.imshow(_shaded(height, spacing), interpolation="antialiased")
     for ax in (photo, relief):
-        ax.set(xlim=(centre[1] - reach, centre[1] + reach), ylim=(centre[0] + reach, centre[0] - reach))
+        ax.set(xlim=(center[1] - reach, center[1] + reach), ylim=(center[0] + reach, center[0] - reach))
     if (folder / "gt" / "000.png").is_file():
         with Image.open(folder / "gt" / "000.png") as picture:
             mask = np.asarray(picture) > 0
@@ -165,7 +165,7 @@ def _draw_pair(photo: Axes, relief: Axes, folder: Path) -> None:
 
 
 def _height_above_table(xyz: np.ndarray) -> tuple[np.ndarray, float]:
-    """Height (H, W) over the plane of the outermost pixels, metres, NaN where missing; and the spacing of pixels."""
+    """Height (H, W) over the plane of the outermost pixels, meters, NaN where missing; and the spacing of pixels."""
     valid = valid_mask(xyz)
     frame = valid.copy()
     margin = len(xyz) // 20
@@ -176,12 +176,12 @@ def _height_above_table(xyz: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _shaded(height: np.ndarray, spacing: float) -> np.ndarray:
-    """Picture (H, W, 3) of a height map (H, W), metres: colour by height, lit from the upper left, black where NaN."""
+    """Picture (H, W, 3) of a height map (H, W), meters: color by height, lit from the upper left, black where NaN."""
     known = np.isfinite(height)
     sigma = 0.0006 / spacing  # takes the noise out of the slopes
     weight = np.maximum(ndimage.gaussian_filter(known.astype(float), sigma), 1e-6)
     smooth = ndimage.gaussian_filter(np.nan_to_num(height), sigma) / weight
-    tones = LinearSegmentedColormap.from_list("relief", RELIEF_COLOURS)(np.clip(smooth / 0.028, 0, 1))[..., :3]
+    tones = LinearSegmentedColormap.from_list("relief", RELIEF_COLORS)(np.clip(smooth / 0.028, 0, 1))[..., :3]
     lit = LightSource(azdeg=315, altdeg=45).hillshade(smooth, dx=spacing, dy=spacing, vert_exag=2)
     return np.where(known[..., None], tones * (0.2 + 0.95 * lit[..., None]), 0).clip(0, 1)
 

@@ -1,7 +1,7 @@
 """Cleaning of a raw scan: the plane it lies on removed, the largest cluster kept, padded to a square.
 
 Pure functions of arrays, deterministic: the same scan and rule give the same result on every machine, in any order.
-Clouds are organised, float32, metres, camera frame; a missing pixel is exactly (0, 0, 0) (see
+Clouds are organized, float32, meters, camera frame; a missing pixel is exactly (0, 0, 0) (see
 utils/scans/organized_pc.py).
 """
 
@@ -20,7 +20,7 @@ from utils.scans.organized_pc import valid_mask
 
 @dataclass(frozen=True)
 class CleaningRule:
-    """The numbers of the cleaning; the defaults are those of the reference. Lengths in metres, borders in pixels."""
+    """The numbers of the cleaning; the defaults are those of the reference. Lengths in meters, borders in pixels."""
 
     border: int = 10  # the plane is fitted to this frame of the image, where the part rarely reaches
     fit_distance: float = 0.004  # a border point within it supports a candidate plane
@@ -29,10 +29,10 @@ class CleaningRule:
     fit_confidence: float = 1 - 1e-8  # stop early when a better candidate is less likely than 1 minus this
     seed: int = 0  # of the candidates; the same for every scan, so that the order of the scans does not matter
     plane_distance: float = 0.005  # what lies within it of the plane is removed
-    cluster_eps: float = 0.006  # radius of a point's neighbourhood
-    cluster_min_points: int = 30  # neighbours, the point itself counted, that make it part of a cluster's core
+    cluster_eps: float = 0.006  # radius of a point's neighborhood
+    cluster_min_points: int = 30  # neighbors, the point itself counted, that make it part of a cluster's core
     side_multiple: int = 100  # the padded side is the larger image side rounded up to this, in pixels
-    max_extent: float = 100.0  # no part is larger: beyond it the coordinates are in another unit than metres
+    max_extent: float = 100.0  # no part is larger: beyond it the coordinates are in another unit than meters
     min_border: float = 0.25  # share of the border pixels that must be measured: a raw scan sees the table there
     min_support: float = 0.5  # more than this share of the measured border points lie on the plane, or it is no table
 
@@ -47,7 +47,7 @@ def clean_scan(
     """Clean one scan: remove its plane, keep its largest cluster, pad to a square of side S.
 
     Args:
-        xyz: (H, W, 3) float32, metres, camera frame; missing pixels exactly 0.
+        xyz: (H, W, 3) float32, meters, camera frame; missing pixels exactly 0.
         rgb: (H, W, C) uint8 photograph of the same view.
         gt: (H, W) ground truth of any dtype, only padded; None where the scan has none.
         rule: the numbers of the cleaning.
@@ -58,7 +58,7 @@ def clean_scan(
         the photograph keeps its pixels without a measurement (an oddity of the reference), the padding is 0.
 
     Raises:
-        InputError: sizes differ, there is no measurement, the coordinates are not in metres, the border shows no
+        InputError: sizes differ, there is no measurement, the coordinates are not in meters, the border shows no
             table (see `fit_border_plane`), or nothing is left.
     """
     for name, image in (("photograph", rgb), ("ground truth", gt)):
@@ -76,7 +76,7 @@ def clean_scan(
     reach = float(np.abs(xyz[measured]).max())
     if reach > rule.max_extent:
         raise InputError(
-            f"the coordinates reach {reach:g}, expected metres and at most {rule.max_extent:g}: "
+            f"the coordinates reach {reach:g}, expected meters and at most {rule.max_extent:g}: "
             "convert the units of the xyz file"
         )
     plane = fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
@@ -96,7 +96,7 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
     plane; smaller samples then help.
 
     Args:
-        xyz: (H, W, 3) float32, metres; missing pixels exactly 0.
+        xyz: (H, W, 3) float32, meters; missing pixels exactly 0.
         rng: draws the samples.
         rule: the numbers of the fit.
 
@@ -148,7 +148,7 @@ def shows_table(xyz: np.ndarray, rule: CleaningRule) -> bool:
     """Tell a raw scan, whose border shows the table as `fit_border_plane` demands, from a cleaned one.
 
     Args:
-        xyz: (H, W, 3) float32, metres; missing pixels exactly 0.
+        xyz: (H, W, 3) float32, meters; missing pixels exactly 0.
         rule: the numbers of the cleaning.
     """
     try:
@@ -159,7 +159,7 @@ def shows_table(xyz: np.ndarray, rule: CleaningRule) -> bool:
 
 
 def remove_plane(xyz: np.ndarray, plane: np.ndarray, distance: float) -> np.ndarray:
-    """Return a copy of `xyz` (H, W, 3) with every pixel nearer than `distance` metres to `plane` (4,) set to 0."""
+    """Return a copy of `xyz` (H, W, 3) with every pixel nearer than `distance` meters to `plane` (4,) set to 0."""
     near = _distance(xyz.astype(np.float64), plane) < distance
     return np.where(near[..., None], xyz.dtype.type(0), xyz)
 
@@ -168,8 +168,8 @@ def largest_cluster(xyz: np.ndarray, rule: CleaningRule) -> np.ndarray:
     """Find the largest cluster of a cloud; noise is no cluster, of equally large ones the first in row-major order.
 
     Args:
-        xyz: (H, W, 3) float, metres; missing and removed pixels exactly 0.
-        rule: radius and size of a neighbourhood.
+        xyz: (H, W, 3) float, meters; missing and removed pixels exactly 0.
+        rule: radius and size of a neighborhood.
 
     Returns:
         (H, W) bool, True for the pixels of the largest cluster.
@@ -183,8 +183,8 @@ def largest_cluster(xyz: np.ndarray, rule: CleaningRule) -> np.ndarray:
     if not sizes.size:
         raise InputError(
             f"nothing is left of the scan: {len(labels)} pixels lie off the plane and none has "
-            f"{rule.cluster_min_points} neighbours within {rule.cluster_eps:g} m, expected a part on a plane: "
-            "check that the coordinates are in metres and that the part is in view"
+            f"{rule.cluster_min_points} neighbors within {rule.cluster_eps:g} m, expected a part on a plane: "
+            "check that the coordinates are in meters and that the part is in view"
         )
     mask = np.zeros_like(present)
     mask[present] = labels == sizes.argmax()
@@ -194,7 +194,7 @@ def largest_cluster(xyz: np.ndarray, rule: CleaningRule) -> np.ndarray:
 def pad_to_square(image: np.ndarray, multiple: int) -> np.ndarray:
     """Pad (H, W, ...) with zeros to (S, S, ...), S = the larger side rounded up to `multiple`.
 
-    The image is centred; where the difference is odd, the bottom or right gets the larger share.
+    The image is centered; where the difference is odd, the bottom or right gets the larger share.
     """
     side = math.ceil(max(image.shape[:2]) / multiple) * multiple
     (top, left) = ((side - length) // 2 for length in image.shape[:2])
@@ -214,15 +214,15 @@ def cluster_labels(points: np.ndarray, eps: float, min_points: int) -> np.ndarra
 
     A core point has at least `min_points` points within `eps`, itself counted. Core points within `eps` of each
     other share a cluster, numbered by its first core point; another point joins the lowest cluster with a core point
-    within `eps`. The usual way visits every pair of neighbours, hundreds per point in a dense scan. Here space
-    is cut into cells so small that the points of one cell are all neighbours: what a full cell holds is core without
+    within `eps`. The usual way visits every pair of neighbors, hundreds per point in a dense scan. Here space
+    is cut into cells so small that the points of one cell are all neighbors: what a full cell holds is core without
     a distance, and clusters grow cell by cell. The pip package `dbscan` is not exact: on some sets of points it misses
     core points.
 
     Args:
-        points: (N, 3) float64, metres; finite, within a million eps of each other.
-        eps: radius of a neighbourhood, metres.
-        min_points: size of the neighbourhood that makes a core point.
+        points: (N, 3) float64, meters; finite, within a million eps of each other.
+        eps: radius of a neighborhood, meters.
+        min_points: size of the neighborhood that makes a core point.
 
     Returns:
         (N,) int64 cluster number of each point, -1 for noise.
@@ -303,14 +303,14 @@ def _best_support(points: np.ndarray, rng: np.random.Generator, rule: CleaningRu
 
 def _least_squares_plane(points: np.ndarray) -> np.ndarray:
     """Return the plane (4,) of least squared distance to points (N, 3): the direction they vary least in."""
-    centre = points.mean(axis=0)
-    offset = points - centre
+    center = points.mean(axis=0)
+    offset = points - center
     normal = np.linalg.eigh(offset.T @ offset)[1][:, 0]
-    return np.append(normal, -normal @ centre)
+    return np.append(normal, -normal @ center)
 
 
 def _distance(points: np.ndarray, plane: np.ndarray) -> np.ndarray:
-    """Return the distance (...), metres, of points (..., 3) to a plane (4,)."""
+    """Return the distance (...), meters, of points (..., 3) to a plane (4,)."""
     return np.abs(points @ plane[:3] + plane[3])
 
 

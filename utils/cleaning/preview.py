@@ -21,7 +21,7 @@ class Pair(NamedTuple):
     """A scan before and after; the sizes differ by the padding."""
 
     rgb: np.ndarray  # (H, W, 3) uint8
-    xyz: np.ndarray  # (H, W, 3) float32, metres
+    xyz: np.ndarray  # (H, W, 3) float32, meters
     clean_rgb: np.ndarray  # (S, S, 3)
     clean_xyz: np.ndarray  # (S, S, 3)
 
@@ -35,7 +35,7 @@ def check_format(path: Path) -> None:
 
 
 def write_preview(path: Path, pairs: Mapping[str, Pair]) -> None:
-    """Draw a row for each named scan, in the format of the suffix; both depths share the colours of the cleaned one."""
+    """Draw a row for each named scan, in the format of the suffix; both depths share the colors of the cleaned one."""
     figure = Figure(figsize=(2.6 * len(COLUMNS), 2.6 * len(pairs) + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(pairs), len(COLUMNS), squeeze=False)

@@ -21,7 +21,7 @@ from utils.scans.files import atomic_path
 
 FUSED = "fused"  # the key of the fused map in `scale`, beside the names of the banks
 HEAT = "inferno"
-OUTLINE = "#00e5ff"  # cyan: absent from the heat colours, so it shows on photo and heat alike
+OUTLINE = "#00e5ff"  # cyan: absent from the heat colors, so it shows on photo and heat alike
 OVERLAY_OPACITY = 0.85  # at the upper end of the scale
 FAINT = 0.8  # of the way from the lower end to the threshold: what is below lets the photo show, as on all good parts
 PANEL_INCHES, GAP, HEAD, FOOT = 2.1, 0.08, 0.52, 0.36  # inches: a panel, between panels, above and below the row
@@ -33,7 +33,7 @@ class _Panel(NamedTuple):
     title: str
     photo: NDArray | None = None  # (H, W, 3) uint8, at the bottom
     heat: NDArray | None = None  # (S, S) float, above it
-    limits: tuple[float, float] = (0.0, 1.0)  # of the heat colours
+    limits: tuple[float, float] = (0.0, 1.0)  # of the heat colors
     outlined: NDArray | None = None  # (S, S) bool, on top
 
 
@@ -54,9 +54,9 @@ def save_anomaly_map(path: Path | str, anomaly_map: NDArray, size: tuple[int, in
 
 
 def color_scale(maps: Iterable[NDArray]) -> tuple[float, float]:
-    """The colour limits (lo, hi) for all maps (S, S) of one class: the lowest value and the 99.9 % quantile.
+    """The color limits (lo, hi) for all maps (S, S) of one class: the lowest value and the 99.9 % quantile.
 
-    The quantile keeps a few hot pixels from darkening every figure of the class; they get the last colour.
+    The quantile keeps a few hot pixels from darkening every figure of the class; they get the last color.
     """
     values = np.concatenate([np.ravel(each) for each in maps])
     lo, hi = float(values.min()), float(np.quantile(values, 0.999))
@@ -66,7 +66,7 @@ def color_scale(maps: Iterable[NDArray]) -> tuple[float, float]:
 
 
 def threshold_scale(threshold: float) -> tuple[float, float]:
-    """Colour limits (lo, hi) with a detector's pixel threshold in the middle, the same for every part it judges."""
+    """Color limits (lo, hi) with a detector's pixel threshold in the middle, the same for every part it judges."""
     reach = abs(threshold) or 1.0
     return threshold - reach, threshold + reach
 
@@ -78,13 +78,13 @@ def save_overlay(
     scale: tuple[float, float],
     threshold: float | None,
 ) -> None:
-    """Write one picture as PNG, without margin or text: the map in heat colours over the grey photo.
+    """Write one picture as PNG, without margin or text: the map in heat colors over the gray photo.
 
     Args:
         photo: (H, W, 3) uint8, or None: the map alone.
         anomaly_map: (h, w) float, of the same view; the picture has the size of the photo, else of the map, but at most
             OVERLAY_SIDE pixels a side.
-        scale: colour limits (lo, hi), see `threshold_scale`.
+        scale: color limits (lo, hi), see `threshold_scale`.
         threshold: what is above it is outlined, and what is far below it shows the photo alone; None: nothing is
             outlined, and the heat begins at lo.
 
@@ -95,24 +95,24 @@ def save_overlay(
     size = max(1, round(height * shrink)), max(1, round(width * shrink))
     heat = resize_map(anomaly_map, size)
     strength = np.clip((heat - scale[0]) / (scale[1] - scale[0]), 0, 1)[..., None]
-    colours = matplotlib.colormaps[HEAT](strength[..., 0])[..., :3] * 255
+    colors = matplotlib.colormaps[HEAT](strength[..., 0])[..., :3] * 255
     if photo is not None:
         smaller = Image.fromarray(photo).resize(size[::-1], Image.Resampling.BOX) if shrink < 1 else photo
         start = scale[0] if threshold is None else scale[0] + FAINT * (threshold - scale[0])
         opacity = OVERLAY_OPACITY * np.clip((heat - start) / (scale[1] - start), 0, 1)[..., None]
-        colours = opacity * colours + (1 - opacity) * _gray(np.asarray(smaller))
+        colors = opacity * colors + (1 - opacity) * _gray(np.asarray(smaller))
     if threshold is not None:
-        _outline_pixels(colours, heat > threshold)
+        _outline_pixels(colors, heat > threshold)
     with atomic_path(path) as temporary:
-        Image.fromarray(colours.round().astype(np.uint8)).save(temporary)
+        Image.fromarray(colors.round().astype(np.uint8)).save(temporary)
 
 
-def _outline_pixels(colours: NDArray, mask: NDArray[np.bool_]) -> None:
+def _outline_pixels(colors: NDArray, mask: NDArray[np.bool_]) -> None:
     """Draw the border of each region (H, W) into the picture (H, W, 3), within it; a dark line beside it as above."""
     width = max(1, round(max(mask.shape) / 200))
     inner = ndimage.binary_erosion(mask, iterations=width)
-    colours[ndimage.binary_dilation(mask, iterations=width) & ~mask] = 0
-    colours[mask & ~inner] = np.array(to_rgb(OUTLINE)) * 255
+    colors[ndimage.binary_dilation(mask, iterations=width) & ~mask] = 0
+    colors[mask & ~inner] = np.array(to_rgb(OUTLINE)) * 255
 
 
 def save_prediction_figure(
@@ -142,7 +142,7 @@ def save_prediction_figure(
         banks = {}
     for name in (*banks, FUSED):
         if name not in scale or not scale[name][0] < scale[name][1]:
-            raise ValueError(f"the colour scale of {name} is {scale.get(name)}; expected (lo, hi) with lo below hi")
+            raise ValueError(f"the color scale of {name} is {scale.get(name)}; expected (lo, hi) with lo below hi")
 
     defect = None if mask is None else np.asarray(mask) > 0.5
     panels = [] if photo is None else [_Panel("photo", photo)]
@@ -188,7 +188,7 @@ def _box(left: float, bottom: float, width: float, height: float, inches: NDArra
 
 
 def _draw_layers(axes: Axes, panel: _Panel, extent: tuple[int, int, int, int]) -> AxesImage | None:
-    """Photo, heat and outline of one panel, stretched over the same extent; the heat is returned for its colour bar."""
+    """Photo, heat and outline of one panel, stretched over the same extent; the heat is returned for its color bar."""
     heat = None
     if panel.photo is not None:
         axes.imshow(panel.photo, extent=extent, aspect="auto")
@@ -210,13 +210,13 @@ def _outline(axes: Axes, mask: NDArray[np.bool_], extent: tuple[int, int, int, i
         return
     _, width, height, _ = extent
     rows, columns = mask.shape
-    x = (np.arange(-1, columns + 1) + 0.5) * width / columns  # pixel centres
+    x = (np.arange(-1, columns + 1) + 0.5) * width / columns  # pixel centers
     y = (np.arange(-1, rows + 1) + 0.5) * height / rows
     axes.contour(x, y, padded, levels=[0.5], colors="black", linewidths=2.2)
     axes.contour(x, y, padded, levels=[0.5], colors=OUTLINE, linewidths=1.1)
 
 
 def _gray(photo: NDArray) -> NDArray:
-    """The photo (H, W, 3) without colour, so that the colours of the heat are its own."""
+    """The photo (H, W, 3) without color, so that the colors of the heat are its own."""
     luma = np.asarray(photo) @ np.array([0.299, 0.587, 0.114])
     return np.repeat(luma[..., None], 3, axis=2).round().astype(np.uint8)

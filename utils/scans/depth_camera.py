@@ -1,4 +1,4 @@
-"""Depth pictures of a pinhole camera: its intrinsics, and the organised point cloud that a depth picture stands for.
+"""Depth pictures of a pinhole camera: its intrinsics, and the organized point cloud that a depth picture stands for.
 
 The intrinsics are a JSON file, all in pixels but the scale:
 
@@ -19,17 +19,17 @@ from utils.scans.organized_pc import as_cloud
 
 REQUIRED = ("fx", "fy", "cx", "cy", "depth_scale")
 SIZE = ("width", "height")
-OFF_AXIS = 1e-6  # metres, far below what a camera resolves
+OFF_AXIS = 1e-6  # meters, far below what a camera resolves
 
 
 class Camera(NamedTuple):
     """A pinhole camera without distortion."""
 
-    fx: float  # focal lengths and centre, pixels
+    fx: float  # focal lengths and center, pixels
     fy: float
     cx: float
     cy: float
-    depth_scale: float  # metres per unit of the depth picture
+    depth_scale: float  # meters per unit of the depth picture
     width: int | None = None  # of its pictures, pixels; None: not checked
     height: int | None = None
 
@@ -78,11 +78,11 @@ def _check_number(path: Path, name: str, value: Any) -> None:
 
 
 def _example() -> str:
-    return '{"fx": .., "fy": .., "cx": .., "cy": .., "depth_scale": metres per unit}'
+    return '{"fx": .., "fy": .., "cx": .., "cy": .., "depth_scale": meters per unit}'
 
 
 def read_depth_png(path: Path, camera: Camera) -> np.ndarray:
-    """Read a 16-bit depth picture as an organised point cloud, (H, W, 3) float32, metres; 0 is no measurement.
+    """Read a 16-bit depth picture as an organized point cloud, (H, W, 3) float32, meters; 0 is no measurement.
 
     Raises:
         InputError: no complete PNG, not one channel of 16 bits, or not of the camera's size.
@@ -110,7 +110,7 @@ def back_project(depth: np.ndarray, camera: Camera) -> np.ndarray:
         camera: its intrinsics.
 
     Returns:
-        (H, W, 3) float32, metres, camera frame (x right, y down, z away); no measurement is exactly 0. A pixel on an
+        (H, W, 3) float32, meters, camera frame (x right, y down, z away); no measurement is exactly 0. A pixel on an
         axis of the camera, whose x or y would be exactly 0 and read as missing, is put OFF_AXIS beside it.
     """
     z = np.asarray(depth, dtype=np.float64) * camera.depth_scale

@@ -14,7 +14,7 @@ from utils.scans.files import cannot_read
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PNG or JPEG as 8-bit RGB; transparency is dropped."""
-    if image.mode.startswith("I"):  # 16-bit grey: scaled here, because PIL's own conversion clips at 255
+    if image.mode.startswith("I"):  # 16-bit gray: scaled here, because PIL's own conversion clips at 255
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.mode == "P":  # by way of RGBA, for PIL warns of palettes with transparency otherwise
         image = image.convert("RGBA")

@@ -1,6 +1,6 @@
-"""Organised point clouds: tiff files of H x W x 3 coordinates, their valid pixels and their nearest resize.
+"""Organized point clouds: tiff files of H x W x 3 coordinates, their valid pixels and their nearest resize.
 
-Everywhere in the project a cloud is float32 in metres in the camera frame, and a pixel without a measurement is
+Everywhere in the project a cloud is float32 in meters in the camera frame, and a pixel without a measurement is
 exactly (0, 0, 0).
 """
 
@@ -28,7 +28,7 @@ def valid_mask(xyz: np.ndarray) -> np.ndarray:
     """Tell measured pixels from missing ones: all three coordinates non-zero and finite.
 
     Args:
-        xyz: (..., 3) float, metres; (H, W, 3) for an organised cloud, (N, 3) for a list of points.
+        xyz: (..., 3) float, meters; (H, W, 3) for an organized cloud, (N, 3) for a list of points.
 
     Returns:
         (...) bool, True where the pixel holds a measurement.
@@ -42,7 +42,7 @@ def zero_invalid(xyz: np.ndarray) -> np.ndarray:
 
 
 def check_organized(name: Path | str, shape: Sequence[int], dtype: np.dtype | None) -> None:
-    """Refuse an array that is no organised point cloud, H x W x 3 floating-point numbers; InputError names it.
+    """Refuse an array that is no organized point cloud, H x W x 3 floating-point numbers; InputError names it.
 
     One of more than MOST_PIXELS pixels is refused too, before memory is asked for.
     """
@@ -54,7 +54,7 @@ def check_organized(name: Path | str, shape: Sequence[int], dtype: np.dtype | No
         )
     if dtype is None or dtype.kind != "f":
         raise InputError(
-            f"{name} holds {dtype} numbers, expected floating-point coordinates in metres: "
+            f"{name} holds {dtype} numbers, expected floating-point coordinates in meters: "
             "convert the units and store float32"
         )
     if shape[0] * shape[1] > MOST_PIXELS:
@@ -83,13 +83,13 @@ def organized_pc_header(path: Path | str) -> tuple[int, int]:
 
 
 def read_organized_pc(path: Path | str) -> np.ndarray:
-    """Read an organised point cloud.
+    """Read an organized point cloud.
 
     Args:
-        path: tiff of H x W x 3 numbers, metres, float16, float32 or float64.
+        path: tiff of H x W x 3 numbers, meters, float16, float32 or float64.
 
     Returns:
-        (H, W, 3) float32, metres, camera frame; a missing pixel (any coordinate zero, NaN or infinite) is exactly
+        (H, W, 3) float32, meters, camera frame; a missing pixel (any coordinate zero, NaN or infinite) is exactly
         (0, 0, 0), all others are as in the file.
 
     Raises:
@@ -100,9 +100,9 @@ def read_organized_pc(path: Path | str) -> np.ndarray:
 
 
 def write_organized_pc(path: Path | str, xyz: np.ndarray) -> None:
-    """Write `xyz` (H, W, 3), metres, as an uncompressed float32 tiff, atomically; folders are made as needed."""
+    """Write `xyz` (H, W, 3), meters, as an uncompressed float32 tiff, atomically; folders are made as needed."""
     if xyz.ndim != 3 or xyz.shape[2] != 3:
-        raise ValueError(f"an organised point cloud is (H, W, 3), got {xyz.shape}")
+        raise ValueError(f"an organized point cloud is (H, W, 3), got {xyz.shape}")
     with atomic_path(path) as temporary:
         # "rgb" means three interleaved samples per pixel: one image, not one page per row.
         tifffile.imwrite(temporary, xyz.astype(np.float32, copy=False), photometric="rgb")
@@ -112,11 +112,11 @@ def resize_nearest(xyz: np.ndarray, size: int) -> Tensor:
     """Resize a cloud to size x size by picking pixels, so that no coordinate is ever averaged with a missing one.
 
     Args:
-        xyz: (H, W, 3) float, metres.
+        xyz: (H, W, 3) float, meters.
         size: side of the result in pixels.
 
     Returns:
-        (3, size, size) float32, metres; row i shows source row floor(i * H / size), columns likewise.
+        (3, size, size) float32, meters; row i shows source row floor(i * H / size), columns likewise.
     """
     import torch  # here, because preprocessing starts a process per core and needs none of it
 
@@ -127,11 +127,11 @@ def resize_nearest(xyz: np.ndarray, size: int) -> Tensor:
 
 @contextmanager
 def _open_checked(path: Path | str) -> Iterator[tifffile.TiffFile]:
-    """Open a tiff whose header is that of an organised point cloud; turn every fault into an InputError."""
+    """Open a tiff whose header is that of an organized point cloud; turn every fault into an InputError."""
     path = Path(path)
     try:
         if not path.is_file():
-            raise InputError(f"{path} is not there: expected the tiff file of an organised point cloud")
+            raise InputError(f"{path} is not there: expected the tiff file of an organized point cloud")
         with tifffile.TiffFile(path) as tif:
             _check_header(path, tif)
             yield tif

@@ -1,4 +1,4 @@
-"""Organised point clouds in files of other programs: .npy arrays, .pcd of PCL, .ply of scanners.
+"""Organized point clouds in files of other programs: .npy arrays, .pcd of PCL, .ply of scanners.
 
 Every reader returns (H, W, 3) float in the units of the file, a point for each pixel, NaN or zeros where there is none.
 Points are kept in the order of the file, which is that of the pixels, row by row. open3d is not used: it does not tell
@@ -58,10 +58,10 @@ def read_npy(path: Path) -> np.ndarray:
 
 
 def read_pcd(path: Path) -> np.ndarray:
-    """Read an organised PCD file: ascii, binary or binary_compressed, with x, y, z and any other fields.
+    """Read an organized PCD file: ascii, binary or binary_compressed, with x, y, z and any other fields.
 
     Raises:
-        InputError: no PCD file, an unorganised cloud (HEIGHT 1), no floating-point x, y, z, or fewer points than the
+        InputError: no PCD file, an unorganized cloud (HEIGHT 1), no floating-point x, y, z, or fewer points than the
             header promises.
     """
     lines, body = _split_header(path, "PCD", b"", b"DATA ")
@@ -74,8 +74,8 @@ def read_pcd(path: Path) -> np.ndarray:
         record = _record(path, [_Property(*each) for each in zip(names, codes, lengths, strict=True)], "<")
     if min(size) <= 1:
         raise InputError(
-            f"{path} holds {size[1]} x {size[0]} points (WIDTH x HEIGHT), an unorganised cloud, expected one point per "
-            "pixel: export the cloud organised, with NaN for pixels without a measurement"
+            f"{path} holds {size[1]} x {size[0]} points (WIDTH x HEIGHT), an unorganized cloud, expected one point per "
+            "pixel: export the cloud organized, with NaN for pixels without a measurement"
         )
     decoders = {"ascii": _from_ascii, "binary": _from_binary, "binary_compressed": _from_compressed}
     return _decode(path, body, record, size, encoding, decoders)
@@ -93,7 +93,7 @@ def read_ply(path: Path, photo_size: tuple[int, int] | None = None) -> np.ndarra
         photo_size: (H, W) of the photo of the same view, if there is one.
 
     Raises:
-        InputError: no PLY file, a cloud that is not organised, no floating-point x, y, z, or fewer points than the
+        InputError: no PLY file, a cloud that is not organized, no floating-point x, y, z, or fewer points than the
             header promises.
     """
     lines, body = _split_header(path, "PLY", b"ply", b"end_header")
@@ -105,7 +105,7 @@ def read_ply(path: Path, photo_size: tuple[int, int] | None = None) -> np.ndarra
     if size is None or min(size) < 1 or size[0] * size[1] != number:
         expected = "num_rows and num_cols in its header" if size is None else f"{size[0]} x {size[1]}, one a pixel"
         raise InputError(
-            f"{path} holds {number} points, expected {expected}: export the cloud organised, with NaN for pixels "
+            f"{path} holds {number} points, expected {expected}: export the cloud organized, with NaN for pixels "
             "without a measurement, or as .tiff or .npy of H x W x 3"
         )
     binary = dict.fromkeys(("binary_little_endian", "binary_big_endian"), _from_binary)

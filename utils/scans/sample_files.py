@@ -21,9 +21,9 @@ from utils.scans.point_files import read_npy, read_pcd, read_ply
 PHOTO_SUFFIXES = FILE_SUFFIXES["rgb"]
 CLOUD_SUFFIXES = (*FILE_SUFFIXES["xyz"], ".npy", ".pcd", ".ply")
 DEPTH_SUFFIXES = (".png",)  # with the intrinsics of the camera
-UNITS = {"m": 1.0, "mm": 0.001}  # metres
-NEAREST = 0.032  # metres; points nearer than this are left out (see docs/DATA.md), so no part lies there
-FARTHEST = 20.0  # metres; a part that is farther away than this is not, its coordinates are in another unit
+UNITS = {"m": 1.0, "mm": 0.001}  # meters
+NEAREST = 0.032  # meters; points nearer than this are left out (see docs/DATA.md), so no part lies there
+FARTHEST = 20.0  # meters; a part that is farther away than this is not, its coordinates are in another unit
 ASPECT_TOLERANCE = 0.01
 LONGEST_NAME = 220  # bytes of a stem: a file name has 255, and those of maps and overlays are longer
 
@@ -144,7 +144,7 @@ def _matches(pattern: Path) -> list[Path]:
 def read_cloud(
     path: Path, camera: Camera | None = None, unit: str = "m", photo_size: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """Read an organised point cloud, the format told by the suffix.
+    """Read an organized point cloud, the format told by the suffix.
 
     Args:
         path: .tiff, .tif, .npy, .pcd, .ply, or, with a camera, a depth .png.
@@ -153,16 +153,16 @@ def read_cloud(
         photo_size: (H, W) of the photo of the same view, see `read_ply`.
 
     Returns:
-        (H, W, 3) float32, metres, camera frame; a pixel without a measurement is exactly (0, 0, 0).
+        (H, W, 3) float32, meters, camera frame; a pixel without a measurement is exactly (0, 0, 0).
 
     Raises:
-        InputError: what the reader of the format raises, or coordinates that cannot be metres.
+        InputError: what the reader of the format raises, or coordinates that cannot be meters.
     """
     suffix = path.suffix.lower()
     if suffix in DEPTH_SUFFIXES:
         if camera is None:
             raise InputError(f"{path} is a depth picture: give the intrinsics of its camera with --intrinsics")
-        return _in_metres(path, read_depth_png(path, camera), *["correct the depth_scale of its camera"] * 2)
+        return _in_meters(path, read_depth_png(path, camera), *["correct the depth_scale of its camera"] * 2)
     if suffix == ".npy":
         xyz = read_npy(path)
     elif suffix == ".pcd":
@@ -171,14 +171,14 @@ def read_cloud(
         xyz = read_ply(path, photo_size)
     else:
         xyz = read_organized_pc(path)
-    metres = as_cloud(np.multiply(xyz, UNITS[unit], dtype=np.result_type(xyz.dtype, np.float32)))
+    meters = as_cloud(np.multiply(xyz, UNITS[unit], dtype=np.result_type(xyz.dtype, np.float32)))
     if unit == "m":
-        return _in_metres(path, metres, "give --xyz_unit mm if its numbers are millimetres", "convert its coordinates")
-    return _in_metres(path, metres, "convert its coordinates", f"leave out --xyz_unit {unit} if its numbers are metres")
+        return _in_meters(path, meters, "give --xyz_unit mm if its numbers are millimeters", "convert its coordinates")
+    return _in_meters(path, meters, "convert its coordinates", f"leave out --xyz_unit {unit} if its numbers are meters")
 
 
-def _in_metres(path: Path, xyz: np.ndarray, if_far: str, if_near: str) -> np.ndarray:
-    """`xyz` if its coordinates can be metres, else an InputError with one of these mends."""
+def _in_meters(path: Path, xyz: np.ndarray, if_far: str, if_near: str) -> np.ndarray:
+    """`xyz` if its coordinates can be meters, else an InputError with one of these mends."""
     points = xyz[valid_mask(xyz)].astype(np.float64)
     if not len(points):
         return xyz

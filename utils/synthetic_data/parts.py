@@ -1,8 +1,8 @@
-"""Made-up parts and their defects: height fields and colours on a grid in the frame of the part.
+"""Made-up parts and their defects: height fields and colors on a grid in the frame of the part.
 
-Part frame: u and v on the table, height above it; metres. Row i of a grid lies at v = (i - (GRID - 1) / 2) * CELL,
-column j at u = (j - (GRID - 1) / 2) * CELL. Colours are linear reflectances, red, green, blue. Good parts vary a
-little in shape and colour, as castings, mouldings and bakery do: a defect is not simply whatever differs.
+Part frame: u and v on the table, height above it; meters. Row i of a grid lies at v = (i - (GRID - 1) / 2) * CELL,
+column j at u = (j - (GRID - 1) / 2) * CELL. Colors are linear reflectances, red, green, blue. Good parts vary a
+little in shape and color, as castings, mouldings and bakery do: a defect is not simply whatever differs.
 """
 
 import math
@@ -14,30 +14,30 @@ import numpy as np
 from numpy.random import Generator
 from scipy import sparse
 
-CELL = 0.0003  # metres; about one pixel of the finest scanners
+CELL = 0.0003  # meters; about one pixel of the finest scanners
 GRID = 480  # cells a side: 144 mm
-TOP = 0.032  # metres; no part is taller, its bumps included
+TOP = 0.032  # meters; no part is taller, its bumps included
 SPLINE_GAIN = 1.41  # along each axis, for a smooth random field of deviation 1
 HOLE_FLOOR = (
-    0.0025  # metres; a hole ends on this thin floor, of the colour of the part: a colour change would show in rgb
+    0.0025  # meters; a hole ends on this thin floor, of the color of the part: a color change would show in rgb
 )
 
 
 class Part(NamedTuple):
     """A part that lies on the table."""
 
-    height: np.ndarray  # (GRID, GRID) float32, metres above the table, below TOP; exactly 0 where there is no part
+    height: np.ndarray  # (GRID, GRID) float32, meters above the table, below TOP; exactly 0 where there is no part
     albedo: np.ndarray  # (3, GRID, GRID) float32, linear reflectance in [0, 1]; undefined where there is no part
 
 
 def grid() -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates u (1, GRID) and v (GRID, 1) of the cells, float32 metres."""
+    """Coordinates u (1, GRID) and v (GRID, 1) of the cells, float32 meters."""
     axis = ((np.arange(GRID) - (GRID - 1) / 2) * CELL).astype(np.float32)
     return axis[None, :], axis[:, None]
 
 
 def smooth_noise(rng: Generator, wavelength: float, size: int = GRID, cell: float = CELL) -> np.ndarray:
-    """A random field (size, size) float32 of mean 0 and deviation 1 that changes over `wavelength` metres.
+    """A random field (size, size) float32 of mean 0 and deviation 1 that changes over `wavelength` meters.
 
     Random knots under a cubic B-spline; the weights are sparse, as this is most of the work of a part.
     """
@@ -70,7 +70,7 @@ def _step(x: np.ndarray, start: float, stop: float) -> np.ndarray:
 
 
 def _extrude(inside: np.ndarray, height: float | np.ndarray, fillet: float) -> np.ndarray:
-    """A plate with vertical walls and a rounded upper edge; `inside` is the distance from its outline, metres."""
+    """A plate with vertical walls and a rounded upper edge; `inside` is the distance from its outline, meters."""
     rounding = fillet - np.sqrt(np.clip(fillet**2 - np.square(np.clip(fillet - inside, 0, fillet)), 0, None))
     return np.where(inside > 0, height - rounding, 0).astype(np.float32)
 
@@ -80,9 +80,9 @@ def _box(u: np.ndarray, v: np.ndarray, left: float, right: float, low: float, hi
     return np.minimum(np.minimum(u - left, right - u), np.minimum(v - low, high - v))
 
 
-def _paint(rng: Generator, colour: tuple[float, float, float], mottle: float, grain: float) -> np.ndarray:
-    """A colour (3, GRID, GRID) with the variation of one material: from part to part, over centimetres and as grain."""
-    base = np.array(colour) * (1 + rng.normal(0, 0.03)) * (1 + rng.normal(0, 0.012, 3))
+def _paint(rng: Generator, color: tuple[float, float, float], mottle: float, grain: float) -> np.ndarray:
+    """A color (3, GRID, GRID) with the variation of one material: from part to part, over centimeters and as grain."""
+    base = np.array(color) * (1 + rng.normal(0, 0.03)) * (1 + rng.normal(0, 0.012, 3))
     field = 1 + mottle * smooth_noise(rng, 0.012) + grain * smooth_noise(rng, 0.0008)
     return base.astype(np.float32)[:, None, None] * field
 
@@ -107,7 +107,7 @@ def gasket(rng: Generator) -> Part:
 
 
 def bracket(rng: Generator) -> Part:
-    """A cast grey L-shaped angle with an upright flange along its outer edges and three machined bosses with bores."""
+    """A cast gray L-shaped angle with an upright flange along its outer edges and three machined bosses with bores."""
     u, v = grid()
     thick, tall, width, *end = rng.normal([0.0155, 0.0255, 0.034, 0.046, 0.046], 2e-4).tolist()
     arms = np.maximum(
@@ -121,8 +121,8 @@ def bracket(rng: Generator) -> Part:
     height = np.maximum(height, _extrude(flange, ramp, 0.0018))
     height += 0.00008 * smooth_noise(rng, 0.0025) * (height > 0)
     albedo = _paint(rng, (0.23, 0.255, 0.25), mottle=0.03, grain=0.06)
-    for centre in ((-0.025, -0.025), (0.030, -0.025), (-0.025, 0.030)):
-        place = np.hypot(u - centre[0] - rng.normal(0, 2e-4), v - centre[1] - rng.normal(0, 2e-4))
+    for center in ((-0.025, -0.025), (0.030, -0.025), (-0.025, 0.030)):
+        place = np.hypot(u - center[0] - rng.normal(0, 2e-4), v - center[1] - rng.normal(0, 2e-4))
         height = np.maximum(height, _extrude(0.0085 - place, thick + 0.0025, 0.0008))
         height[place < 0.0038] = 0
         turned = 0.12 + 0.03 * np.sin(place * (2 * np.pi / 0.0011))  # tool marks of the facing cut
@@ -156,7 +156,7 @@ PARTS: dict[str, Callable[[Generator], Part]] = {"gasket": gasket, "bracket": br
 def _spot(part: Part, rng: Generator, radius: float) -> np.ndarray:
     """Distance (GRID, GRID) from a random place on the part, in units of an irregular outline: 1 on the outline.
 
-    The outline is a wobbly ellipse; nine tenths of a circle of the same mean radius (metres) lie on the part.
+    The outline is a wobbly ellipse; nine tenths of a circle of the same mean radius (meters) lie on the part.
     """
     u, v = grid()
     cells = rng.choice(np.flatnonzero(part.height), 256)
@@ -176,7 +176,7 @@ def _spot(part: Part, rng: Generator, radius: float) -> np.ndarray:
 
 
 def _relief(part: Part, spot: np.ndarray, amount: float) -> Part:
-    """Raise (amount > 0, metres) or lower the surface of the part inside the spot, with a soft edge."""
+    """Raise (amount > 0, meters) or lower the surface of the part inside the spot, with a soft edge."""
     return part._replace(height=np.where(part.height > 0, part.height + amount * _bell(spot), 0).astype(np.float32))
 
 
@@ -188,15 +188,15 @@ def _stain(part: Part, spot: np.ndarray, rng: Generator) -> Part:
 
 
 def _contaminate(part: Part, spot: np.ndarray, rng: Generator) -> Part:
-    """Cover the spot with an opaque foreign colour, one of those that differ from the colour of the part."""
+    """Cover the spot with an opaque foreign color, one of those that differ from the color of the part."""
     foreign = np.array(
         [(0.05, 0.12, 0.40), (0.06, 0.25, 0.10), (0.60, 0.60, 0.56), (0.03, 0.03, 0.03), (0.55, 0.42, 0.05)], np.float32
     )
     usual = part.albedo[:, part.height > 0].mean(1)
     contrast = np.abs(np.sqrt(foreign) - np.sqrt(usual)).max(1)
-    colour = rng.choice(foreign[contrast > 0.2])
+    color = rng.choice(foreign[contrast > 0.2])
     cover = rng.uniform(0.85, 1.0) * _step(spot, 1.0, 0.8)
-    return part._replace(albedo=part.albedo * (1 - cover) + colour[:, None, None] * cover)
+    return part._replace(albedo=part.albedo * (1 - cover) + color[:, None, None] * cover)
 
 
 def dent(part: Part, rng: Generator) -> Part:
@@ -210,25 +210,25 @@ def bump(part: Part, rng: Generator) -> Part:
 
 
 def hole(part: Part, rng: Generator) -> Part:
-    """3D only: a bore that leaves a thin floor (HOLE_FLOOR) of the same colour."""
+    """3D only: a bore that leaves a thin floor (HOLE_FLOOR) of the same color."""
     depth = _step(_spot(part, rng, rng.uniform(0.0025, 0.0045)), 1.0, 0.85)
     return part._replace(height=np.where(part.height > 0, part.height * (1 - depth) + HOLE_FLOOR * depth, 0))
 
 
 def stain(part: Part, rng: Generator) -> Part:
-    """Colour only: a smooth translucent discolouration."""
+    """Color only: a smooth translucent discoloration."""
     return _stain(part, _spot(part, rng, rng.uniform(0.004, 0.0075)), rng)
 
 
 def contamination(part: Part, rng: Generator) -> Part:
-    """Colour only: one to three blobs of a foreign colour, too thin to be measured."""
+    """Color only: one to three blobs of a foreign color, too thin to be measured."""
     for _ in range(rng.integers(1, 4)):
         part = _contaminate(part, _spot(part, rng, rng.uniform(0.0018, 0.0038)), rng)
     return part
 
 
 def combined(part: Part, rng: Generator) -> Part:
-    """3D and colour in one place: a stained dent, or a lump of foreign matter."""
+    """3D and color in one place: a stained dent, or a lump of foreign matter."""
     spot = _spot(part, rng, rng.uniform(0.003, 0.006))
     if rng.random() < 0.5:
         return _stain(_relief(part, spot, -rng.uniform(0.0015, 0.0035)), spot, rng)

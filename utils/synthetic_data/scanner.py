@@ -1,6 +1,6 @@
-"""A made-up structured-light scanner: what it sees of a part on a table, as a photo and as an organised point cloud.
+"""A made-up structured-light scanner: what it sees of a part on a table, as a photo and as an organized point cloud.
 
-Camera frame: x right, y down, z away from the camera, metres. The camera hangs half a metre above a slightly tilted
+Camera frame: x right, y down, z away from the camera, meters. The camera hangs half a meter above a slightly tilted
 table, the projector beside it. The light is diffuse and frontal and everything is matt, so that relief shows in the
 photo by a faint shading only. Within this module vectors run along the first axis: (3, S, S), rows of pixels last.
 """
@@ -15,22 +15,22 @@ from scipy.spatial.transform import Rotation
 
 from utils.synthetic_data.parts import CELL, DEFECTS, GRID, PARTS, TOP, smooth_noise
 
-FIELD_OF_VIEW = 0.32  # image width over distance: 16 cm at half a metre, around parts of 9 to 10 cm
-DISTANCE = 0.5  # metres from the camera to the table
-PROJECTOR = (-0.09, 0.01, 0.0)  # metres, camera frame; the baseline is why a scanner has shadows
-LIGHT = (-0.12, -0.22, -1.0)  # towards the light, camera frame
+FIELD_OF_VIEW = 0.32  # image width over distance: 16 cm at half a meter, around parts of 9 to 10 cm
+DISTANCE = 0.5  # meters from the camera to the table
+PROJECTOR = (-0.09, 0.01, 0.0)  # meters, camera frame; the baseline is why a scanner has shadows
+LIGHT = (-0.12, -0.22, -1.0)  # toward the light, camera frame
 TILT = (4.0, -1.5)  # degrees about x and y; the rig is fixed, so scans differ by a fraction of a degree
-DEPTH_NOISE = 0.00012  # metres, of one pixel; neighbours share about as much again
+DEPTH_NOISE = 0.00012  # meters, of one pixel; neighbors share about as much again
 SPECKLE = 0.0004  # share of pixels without a value for no reason: of the order seen in real scans
-DEPTH_CHANGE = 0.0002  # metres; ground truth is where the surface moved by more than the noise ...
-COLOUR_CHANGE = 0.04  # ... or where the photo changed colour by more than ten grey levels of 255
+DEPTH_CHANGE = 0.0002  # meters; ground truth is where the surface moved by more than the noise ...
+COLOR_CHANGE = 0.04  # ... or where the photo changed color by more than ten gray levels of 255
 
 
 class Scan(NamedTuple):
     """What is stored of one view; all three of the same size."""
 
     rgb: np.ndarray  # (S, S, 3) uint8
-    xyz: np.ndarray  # (S, S, 3) float32, metres, camera frame; missing pixels exactly 0
+    xyz: np.ndarray  # (S, S, 3) float32, meters, camera frame; missing pixels exactly 0
     gt: np.ndarray  # (S, S) uint8, 255 = defect, 0 = good
 
 
@@ -38,14 +38,14 @@ class Pose(NamedTuple):
     """How the part lies before the camera: a point p of the part frame is at `rotation @ p + origin`."""
 
     rotation: np.ndarray  # (3, 3); its columns are the axes u, v and height in the camera frame
-    origin: np.ndarray  # (3,) metres, camera frame
+    origin: np.ndarray  # (3,) meters, camera frame
 
 
 class View(NamedTuple):
     """What every pixel of a noise-free scanner sees; float32."""
 
-    depth: np.ndarray  # (S, S) metres along the optical axis
-    point: np.ndarray  # (3, S, S) u, v and height above the table, metres, part frame
+    depth: np.ndarray  # (S, S) meters along the optical axis
+    point: np.ndarray  # (3, S, S) u, v and height above the table, meters, part frame
     normal: np.ndarray  # (3, S, S) unit, part frame
 
 
@@ -69,8 +69,8 @@ def make_scan(part_class: str, path: str, size: int, seed: int, damaged: bool = 
     if part.height is not good.height:
         changed |= np.abs(view.depth - look(good.height, pose, rays).depth) > DEPTH_CHANGE
     if part.albedo is not good.albedo:
-        recoloured = np.abs(_display(part.albedo) - _display(good.albedo)).max(0) > COLOUR_CHANGE
-        changed |= on_part(view) & (_lookup(recoloured.astype(np.float32), view.point) > 0.5)
+        recolored = np.abs(_display(part.albedo) - _display(good.albedo)).max(0) > COLOR_CHANGE
+        changed |= on_part(view) & (_lookup(recolored.astype(np.float32), view.point) > 0.5)
     rgb = photograph(view, part.albedo, good.height, pose, stream("photo"))
     xyz = measure(view, part.height, pose, rays, stream("scanner"))
     return Scan(rgb, xyz, changed.astype(np.uint8) * 255)
@@ -99,16 +99,16 @@ def lay_down(rng: Generator) -> Pose:
     """Lay a part on the table by hand: nearly the same place and turn each time."""
     tilt = Rotation.from_euler("xy", rng.normal(TILT, 0.5), degrees=True).as_matrix()
     turn = Rotation.from_euler("z", rng.uniform(-12, 12), degrees=True).as_matrix()
-    facing = tilt @ np.diag([1.0, -1.0, -1.0])  # v up in the image, height towards the camera
+    facing = tilt @ np.diag([1.0, -1.0, -1.0])  # v up in the image, height toward the camera
     shift = facing[:, :2] @ rng.uniform(-0.005, 0.005, 2)
     return Pose(facing @ turn, shift + np.array([0, 0, rng.normal(DISTANCE, 0.002)]))
 
 
 def look(height: np.ndarray, pose: Pose, rays: np.ndarray) -> View:
-    """Cast the rays (3, S, S), camera frame, on a height field (GRID, GRID), metres, that lies in `pose`."""
+    """Cast the rays (3, S, S), camera frame, on a height field (GRID, GRID), meters, that lies in `pose`."""
     eye = _in_part_frame((0, 0, 0), pose)
     directions = np.einsum("ji,j...->i...", pose.rotation.astype(np.float32), rays)
-    slant = directions[:2] / directions[2]  # metres sideways for each metre up
+    slant = directions[:2] / directions[2]  # meters sideways for each meter up
     foot = eye[:2, None, None] - eye[2] * slant  # where the ray would meet the table
     level = np.zeros(rays.shape[1:], np.float32)
     near = _near_part(height, foot)
@@ -135,8 +135,8 @@ def _near_part(height: np.ndarray, place: np.ndarray) -> np.ndarray:
 def _first_hit(height: np.ndarray, foot: np.ndarray, slant: np.ndarray) -> np.ndarray:
     """Height (N,) at which rays from above, foot and slant (2, N), meet the height field: steps, then bisection.
 
-    A step is 2 mm of height and, as the rays are steep, half a millimetre sideways: nothing is thinner. What is found
-    in the lowest step is the table. The bisection ends at 8 micrometres, well below the noise.
+    A step is 2 mm of height and, as the rays are steep, half a millimeter sideways: nothing is thinner. What is found
+    in the lowest step is the table. The bisection ends at 8 micrometers, well below the noise.
     """
     hit = np.zeros(foot.shape[1], np.float32)
     falling, way = np.arange(len(hit)), np.concatenate([foot, slant])
@@ -192,7 +192,7 @@ def photograph(view: View, albedo: np.ndarray, surroundings: np.ndarray, pose: P
     Args:
         view: what the pixels see.
         albedo: (3, GRID, GRID) of the part.
-        surroundings: (GRID, GRID) height of the undamaged part, metres. What lies lower than its surroundings gets
+        surroundings: (GRID, GRID) height of the undamaged part, meters. What lies lower than its surroundings gets
             less of the diffuse light; leaving defects out of this keeps them faint.
         pose: as for `look`.
         rng: of light, table and sensor; the draws do not depend on the part.
@@ -214,21 +214,21 @@ def photograph(view: View, albedo: np.ndarray, surroundings: np.ndarray, pose: P
     sharp = _display(table * shade * exposure[:, None, None].astype(np.float32))
     lens = ndimage.gaussian_filter(sharp, (0, 0.6, 0.6), truncate=3)
     noise = 0.008 * rng.standard_normal(lens.shape, np.float32)
-    grey_levels = np.rint(np.clip(lens + noise, 0, 1) * 255).astype(np.uint8)
-    return np.ascontiguousarray(grey_levels.transpose(1, 2, 0))
+    gray_levels = np.rint(np.clip(lens + noise, 0, 1) * 255).astype(np.uint8)
+    return np.ascontiguousarray(gray_levels.transpose(1, 2, 0))
 
 
 def _spacing(size: int) -> float:
-    """Metres on the table between the pixels of an image of that size."""
+    """Meters on the table between the pixels of an image of that size."""
     return FIELD_OF_VIEW * DISTANCE / size
 
 
 def measure(view: View, height: np.ndarray, pose: Pose, rays: np.ndarray, rng: Generator) -> np.ndarray:
-    """Measure the cloud (S, S, 3) float32, metres, camera frame; what the scanner misses is exactly 0.
+    """Measure the cloud (S, S, 3) float32, meters, camera frame; what the scanner misses is exactly 0.
 
     Args:
         view: what the pixels see.
-        height: (GRID, GRID) of the part, metres.
+        height: (GRID, GRID) of the part, meters.
         pose, rays: as for `look`.
         rng: of the noise; the draws do not depend on the part.
     """

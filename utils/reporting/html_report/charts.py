@@ -1,4 +1,4 @@
-"""Charts as inline SVG: readable without a script, coloured by the style sheet, so that they follow dark mode."""
+"""Charts as inline SVG: readable without a script, colored by the style sheet, so that they follow dark mode."""
 
 import math
 from collections.abc import Sequence

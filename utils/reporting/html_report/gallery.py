@@ -112,7 +112,7 @@ def gallery(
         decision: what makes a part a hit or a miss.
         limit: how many are shown at most.
         read_photo: (H, W, 3) uint8 of a part, or None; called once for each shown part.
-        read_cloud: (H, W, 3) float, metres, an invalid pixel exactly 0, or None; likewise.
+        read_cloud: (H, W, 3) float, meters, an invalid pixel exactly 0, or None; likewise.
     """
     chosen = choose_parts(parts, decision, limit)
     if not chosen:
@@ -124,7 +124,7 @@ def gallery(
 
 
 def _scale(maps: list[NDArray]) -> tuple[float, float]:
-    """The colour limits of all maps of a class, the lower half of their values in one colour: the rest stands out."""
+    """The color limits of all maps of a class, the lower half of their values in one color: the rest stands out."""
     low, high = color_scale(maps)
     median = float(np.median(np.stack(maps)))
     return (median, high) if median < high else (low, high)
@@ -165,8 +165,8 @@ def pack_cloud(
 
     Returns:
         "points": N; "grid": rows and columns, R and C; "data": base64 of gzip of x, y, z (N int16 each, little-endian),
-        score (N uint8), where "coloured" red, green, blue (N uint8 each), and the pixels of the grid that hold a point
-        (R * C bits, the highest of a byte first): the points are these in their order. A coordinate in millimetres is
+        score (N uint8), where "colored" red, green, blue (N uint8 each), and the pixels of the grid that hold a point
+        (R * C bits, the highest of a byte first): the points are these in their order. A coordinate in millimeters is
         "origin" + value * "step". "limits": the scores of 0 and 255. None where no point is valid.
     """
     cloud = _thinned(cloud)
@@ -189,13 +189,13 @@ def pack_cloud(
         "origin": origin.round(3).tolist(),
         "step": step,
         "limits": list(scale),
-        "coloured": photo is not None,
+        "colored": photo is not None,
         "data": base64.b64encode(packed).decode(),
     }
 
 
 def heat_colors() -> list[str]:
-    """The colours of the maps from lowest to highest, as a style sheet writes them."""
+    """The colors of the maps from lowest to highest, as a style sheet writes them."""
     colors = matplotlib.colormaps[HEAT](np.linspace(0, 1, 32), bytes=True)[:, :3]
     return ["#" + bytes(color).hex() for color in colors]
 

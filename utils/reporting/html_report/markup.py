@@ -72,7 +72,7 @@ def write_page(path: Path | str, text: str) -> None:
 def bar_cell(value: float | None, beside: str = "", kind: str = "more") -> str:
     """A table cell with a figure in [0, 1] and a bar of that length.
 
-    `beside` is a remark in plain text; `kind` "less" colours the bar of a figure of which less is better.
+    `beside` is a remark in plain text; `kind` "less" colors the bar of a figure of which less is better.
     """
     remark = f"<small>{escape(beside)}</small>" if beside else ""
     if value is None:

@@ -109,8 +109,8 @@ def _summary(record: Mapping[str, Any], classes: Sequence[ClassReport]) -> str:
         mean[key] = mean_of_known(each.entry.get(key) for each in classes)
     rows.append(_row("Mean", mean, published.mean if published else None, 'class="mean"'))
     return (
-        '<section aria-labelledby="summary"><h2 id="summary">Summary</h2>'
-        '<div class="scroll" tabindex="0" role="region" aria-labelledby="summary"><table class="figures"><thead><tr>'
+        '<section aria-labeledby="summary"><h2 id="summary">Summary</h2>'
+        '<div class="scroll" tabindex="0" role="region" aria-labeledby="summary"><table class="figures"><thead><tr>'
         f'<th scope="col">Class</th>{"".join(f"<th scope=col>{head}</th>" for head in heads)}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>{_remarks(published, UNDEFINED in ''.join(rows))}</section>"
     )
@@ -153,7 +153,7 @@ def _class_section(each: ClassReport, place: str) -> str:
         counts[-1] += f"<br>Threshold {each.decision.threshold:.4g}: {escape(each.decision.source)}"
     figures = [_roc_figure(each), _pro_figure(each), _histogram_figure(each)]
     return (
-        f'<section aria-labelledby="{place}"><h2 id="{place}">{escape(each.name)}</h2>'
+        f'<section aria-labeledby="{place}"><h2 id="{place}">{escape(each.name)}</h2>'
         f'<p class="counts">{" · ".join(counts)}</p><div class="figures-row">{"".join(figures)}</div></section>'
     )
 
@@ -233,8 +233,8 @@ def _timing(classes: Sequence[ClassReport]) -> str:
     head = "".join(f"<th scope=col>{head}</th>" for head in heads)
     remarks = [f"{stage.capitalize()}: {STAGES[stage]}." for stage in stages if stage in STAGES]
     return (
-        '<section aria-labelledby="timing"><h2 id="timing">Time and memory</h2>'
-        '<div class="scroll" tabindex="0" role="region" aria-labelledby="timing"><table class="timing">'
+        '<section aria-labeledby="timing"><h2 id="timing">Time and memory</h2>'
+        '<div class="scroll" tabindex="0" role="region" aria-labeledby="timing"><table class="timing">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         f'<p class="remarks">{" ".join(remarks)} Peak memory: of the run so far.</p></section>'
     )
@@ -255,7 +255,7 @@ def _gallery(classes: Sequence[ClassReport]) -> str:
         for name, values in filters.items()
     )
     return (
-        '<section aria-labelledby="gallery"><h2 id="gallery">Parts</h2>'
+        '<section aria-labeledby="gallery"><h2 id="gallery">Parts</h2>'
         f'<p class="remarks">Shown: {shown}. Misses and false alarms come first, class by class, the worst of each '
         "ahead, then the others, nearest to the threshold first. Arrow keys walk from part to part, Enter opens one, "
         "Esc closes it.</p>"

@@ -8,7 +8,7 @@ const CAMERA = { eye: { x: 0.2, y: -0.6, z: 1.2 }, up: { x: 0, y: 1, z: 0 }, cen
 const LIGHT = { diffuse: 0.5, specular: 0.1, roughness: 0.8, fresnel: 0.1 };
 let shown = []; // numbers of the parts that the filters leave
 let current = -1; // where the viewer stands in `shown`
-let space = { open: false, colour: "photo", drawing: 0 }; // of the 3D view; drawing counts the requests
+let space = { open: false, color: "photo", drawing: 0 }; // of the 3D view; drawing counts the requests
 
 // Elements
 
@@ -151,8 +151,8 @@ function viewerKeys(event) {
     ArrowLeft: () => step(-1),
     ArrowRight: () => step(1),
     3: toggleSpace,
-    p: () => colourSpace("photo"),
-    s: () => colourSpace("score"),
+    p: () => colorSpace("photo"),
+    s: () => colorSpace("score"),
   };
   if (!actions[key]) return;
   event.preventDefault();
@@ -186,7 +186,7 @@ function loadLibrary() {
   return library;
 }
 
-// Positions in millimetres as the camera sees them: x to the right, y up, z towards it.
+// Positions in millimeters as the camera sees them: x to the right, y up, z toward it.
 async function unpack(cloud) {
   const buffer = await inflate(cloud.data);
   const n = cloud.points;
@@ -195,15 +195,15 @@ async function unpack(cloud) {
     Array.from({ length: n }, (_, i) => sign * (cloud.origin[k] + cloud.step * numbers.getInt16(2 * (k * n + i), true)));
   const plane = (k) => new Uint8Array(buffer, (6 + k) * n, n);
   const unpacked = { x: axis(0, 1), y: axis(1, -1), z: axis(2, -1), score: Array.from(plane(0)) };
-  if (cloud.coloured) {
+  if (cloud.colored) {
     const [red, green, blue] = [plane(1), plane(2), plane(3)];
     unpacked.photo = Array.from(red, (value, i) => `rgb(${value},${green[i]},${blue[i]})`);
   }
-  const bits = new Uint8Array(buffer, (cloud.coloured ? 10 : 7) * n);
+  const bits = new Uint8Array(buffer, (cloud.colored ? 10 : 7) * n);
   return { ...unpacked, ...surface(unpacked, cloud.grid, bits) };
 }
 
-// Triangles between neighbours on the scan's grid, but across no gap and no jump in depth.
+// Triangles between neighbors on the scan's grid, but across no gap and no jump in depth.
 function surface(points, [rows, columns], bits) {
   const at = new Int32Array(rows * columns).fill(-1);
   for (let pixel = 0, point = 0; pixel < at.length; pixel++) {
@@ -236,15 +236,15 @@ function surface(points, [rows, columns], bits) {
   return { i, j, k };
 }
 
-function colours(part, points) {
-  if (points.photo && space.colour === "photo") return { vertexcolor: points.photo, lighting: { ...LIGHT, ambient: 0.7 } };
+function colors(part, points) {
+  if (points.photo && space.color === "photo") return { vertexcolor: points.photo, lighting: { ...LIGHT, ambient: 0.7 } };
   const [low, high] = part.cloud.limits;
   return {
     intensity: points.score,
-    colorscale: heat.map((colour, i) => [i / (heat.length - 1), colour]),
+    colorscale: heat.map((color, i) => [i / (heat.length - 1), color]),
     cmin: 0,
     cmax: 255,
-    lighting: { ...LIGHT, ambient: 0.85, diffuse: 0.3 }, // flatter, so that the colours are those of the bar
+    lighting: { ...LIGHT, ambient: 0.85, diffuse: 0.3 }, // flatter, so that the colors are those of the bar
     colorbar: { tickvals: [0, 255], ticktext: [low, high].map((limit) => score(limit, 3)), thickness: 12, len: 0.7, outlinewidth: 0 },
   };
 }
@@ -289,16 +289,16 @@ async function draw(part) {
     await loadLibrary();
     const points = await unpack(part.cloud);
     if (request !== space.drawing) return; // another part was asked for meanwhile
-    const trace = { type: "mesh3d", ...points, ...colours(part, points), hoverinfo: "skip" };
+    const trace = { type: "mesh3d", ...points, ...colors(part, points), hoverinfo: "skip" };
     await Plotly.react(plot, [trace], layout(points), { displayModeBar: false, responsive: true });
     note.textContent = `${part.cloud.points.toLocaleString("en")} points. Drag or Shift + arrow keys to turn; scroll, pinch or + and − to zoom.`;
   } catch (error) {
     note.textContent = `This browser cannot draw it (${error.message}).`;
   }
-  byId("colours").hidden = !part.cloud.coloured;
-  const colour = part.cloud.coloured ? space.colour : "score";
-  for (const button of byId("colours").children) {
-    button.setAttribute("aria-pressed", String(button.dataset.colour === colour));
+  byId("colors").hidden = !part.cloud.colored;
+  const color = part.cloud.colored ? space.color : "score";
+  for (const button of byId("colors").children) {
+    button.setAttribute("aria-pressed", String(button.dataset.color === color));
   }
 }
 
@@ -331,7 +331,7 @@ function moveCamera(right, upwards, distance) {
 function clear() {
   space.drawing++;
   if (window.Plotly) Plotly.purge(plot);
-  plot.hidden = byId("colours").hidden = true;
+  plot.hidden = byId("colors").hidden = true;
   byId("space-note").textContent = "";
   byId("draw").textContent = "3D view";
   byId("draw").setAttribute("aria-pressed", "false");
@@ -345,8 +345,8 @@ function toggleSpace() {
   else clear();
 }
 
-function colourSpace(colour) {
-  space.colour = colour;
+function colorSpace(color) {
+  space.color = color;
   redraw();
 }
 
@@ -366,6 +366,6 @@ byId("next").addEventListener("click", () => step(1));
 byId("close").addEventListener("click", () => viewer.close());
 byId("draw").addEventListener("click", toggleSpace);
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-for (const button of byId("colours").children) {
-  button.addEventListener("click", () => colourSpace(button.dataset.colour));
+for (const button of byId("colors").children) {
+  button.addEventListener("click", () => colorSpace(button.dataset.color));
 }
