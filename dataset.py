@@ -236,7 +236,7 @@ def _image_size(path: Path) -> tuple[int, int]:
     return height, width
 
 
-def read_photo(files: SampleFiles) -> np.ndarray | None:
+def read_rgb(files: SampleFiles) -> np.ndarray | None:
     """The scan's photo, (H, W, 3) uint8, or None where it has none; InputError when it cannot be decoded."""
     if files.rgb is None:
         return None
@@ -320,7 +320,7 @@ class AnomalyDataset(Dataset[Sample]):
         files, size = self.files[index], self.img_size
         sample = make_sample(
             str(files.xyz or files.rgb or files.path),  # an error names the file
-            read_photo(files) if "rgb" in self.modalities else None,
+            read_rgb(files) if "rgb" in self.modalities else None,
             read_organized_pc(files.xyz) if "xyz" in self.modalities and files.xyz else None,
             size,
         )

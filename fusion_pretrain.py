@@ -43,8 +43,8 @@ from models.contrastive import NEGATIVES, contrastive_loss, retrieval
 from models.feature_fusion import FeatureFusion
 from utils.distributed import (
     Ranks,
-    all_reduce_sum,
-    any_process,
+    all_reduce_any,
+    all_reduce_floats,
     choose_device,
     find_ranks,
     is_main,
@@ -286,7 +286,7 @@ def pretrain(settings: PretrainSettings, ranks: Ranks, device: torch.device) -> 
                         board.add_scalar(f"train_{name}", getattr(step, name), int(step.epoch * 1000))
                 if number == batches:
                     continue  # what follows is done below, once the epoch is complete
-                if any_process(stop_requested(), device):
+                if all_reduce_any(stop_requested(), device):
                     save("checkpoint-last.pth")
                     stop()
                 if progress.updates % settings.save_steps == 0:
@@ -312,7 +312,7 @@ def pretrain(settings: PretrainSettings, ranks: Ranks, device: torch.device) -> 
                         board.add_scalar(name, value, progress.epoch * 1000)
                 told = "".join(f", {name} {value:.4f}" for name, value in found.items())
                 logger.info("epoch %d: mean loss %.4f%s%s", epoch, means["train_loss"], told, ", the best" * better)
-            if not finished() and any_process(stop_requested(), device):
+            if not finished() and all_reduce_any(stop_requested(), device):
                 stop()
 
 
@@ -375,7 +375,7 @@ def validate(
         found, by_chance = retrieval(*heads)
         rows, hits, chance = rows + len(heads[0]), hits + found, chance + by_chance
         loss += len(heads[0]) * float(contrastive_loss(*heads))
-    rows, hits, chance, loss = all_reduce_sum((rows, hits, chance, loss), device)
+    rows, hits, chance, loss = all_reduce_floats((rows, hits, chance, loss), device)
     if rows == 0:
         raise InputError("no file of the validation split has a patch free of exact zeros in xyz: lower --val_fraction")
     if not math.isfinite(loss):

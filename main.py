@@ -37,7 +37,7 @@ from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.persistence import check_target
 from models import BackboneRow, list_backbones
 from runner.class_run import SplitFiles, run_class, shown_modalities
-from runner.dataset_check import print_inspection, warn_of_raw_scans, warn_of_unfinished_scans
+from runner.dataset_check import print_dataset_check, warn_of_raw_scans, warn_of_unfinished_scans
 from runner.finished_classes import FOLDER
 from runner.results import Results, table_note
 from runner.saved_detectors import FITTING_FLAGS, Saved, check_layout, read_detectors
@@ -53,15 +53,15 @@ from runner.settings import (
 )
 from utils.distributed import (
     Ranks,
+    broadcast_object,
     choose_device,
     find_ranks,
-    from_main,
-    gather_items,
+    gather_objects,
     is_main,
     make_groups,
     named_device,
+    print_only_if,
     process_group,
-    said_by,
 )
 from utils.errors import InputError, exit_on_input_error
 from utils.precision import choose_precision
@@ -119,7 +119,7 @@ def inspect(args: argparse.Namespace) -> None:
     modalities = extraction_config(detector_configs(args)).method.modalities
     chosen = args.classes or class_folders(args.dataset_path)
     classes = find_classes(args.dataset_path, args.dataset_type, chosen)
-    if print_inspection(args.dataset_path, classes, modalities, args.num_workers):
+    if print_dataset_check(args.dataset_path, classes, modalities, args.num_workers):
         raise SystemExit(1)
 
 
@@ -201,9 +201,9 @@ def run(args: argparse.Namespace, given: frozenset[str], ranks: Ranks, kept: Kep
         make_folders(prepared.settings, prepared.configs, list(prepared.indexed))
         precision = choose_precision(prepared.config.precision, prepared.settings.device)
         extractor = build(prepared, precision)
-        from_main((prepared.indexed, precision))
+        broadcast_object((prepared.indexed, precision))
     else:
-        found: tuple[dict[str, SplitFiles], str] = from_main(None)
+        found: tuple[dict[str, SplitFiles], str] = broadcast_object(None)
         indexed, precision = found
         prepared = prepare(args, given, ranks, indexed)
         extractor = build(prepared, precision)
@@ -241,7 +241,7 @@ def evaluate_classes(
         results.forget(left)
         if finished:
             results.publish(finished)
-    left = from_main(left)
+    left = broadcast_object(left)
     costs = {name: float(sum(map(len, indexed[name]))) for name in left}
     divided = divide_classes(settings.parallel, costs)
     group, number = make_groups(len(divided))
@@ -254,7 +254,7 @@ def evaluate_classes(
         except InputError as error:
             raise InputError(f"{name}: {error}") from None  # a sample's path begins below its class
         warnings = kept.take()
-        told, said = gather_items(warnings, group), warnings if is_main() else []
+        told, said = gather_objects(warnings, group), warnings if is_main() else []
         if is_main(group):
             results.keep(name, of_class)
             own.append(Finished(name, of_class, [each for each in dict.fromkeys(told) if each not in said]))
@@ -262,7 +262,7 @@ def evaluate_classes(
             of_others = [each for each in results.missing() if each not in divided[number]]
             others = {each: results.kept(each) for each in of_others}
             results.publish({name: of_class} | {each: reports for each, reports in others.items() if reports})
-    gathered = {each.name: each for each in gather_items(own)}  # of all groups: files may be late on a shared disk
+    gathered = {each.name: each for each in gather_objects(own)}  # of all groups: files may be late on a shared disk
     if is_main():
         for each in gathered.values():
             for message in each.warnings:
@@ -283,7 +283,7 @@ def inputs_checksum(files: SplitFiles, extractor: PatchExtractor, saved: Mapping
 def main() -> None:
     with exit_on_input_error():
         ranks = find_ranks()
-        with said_by(ranks.rank == 0):
+        with print_only_if(ranks.rank == 0):
             args = parse_args()
             if args.list_backbones or args.inspect_dataset:
                 if ranks.rank == 0:
@@ -296,7 +296,7 @@ def main() -> None:
                     "GPU: give cuda, and each takes its own"
                 )
         # On each machine the first process that lacks its GPU speaks for the next ones.
-        with said_by(ranks.local_rank <= torch.cuda.device_count()):
+        with print_only_if(ranks.local_rank <= torch.cuda.device_count()):
             device = choose_device(args.device, ranks.local_rank)
         # What concerns all processes, the first one says; what another one warns of, it says at the end.
         kept, spoken = KeptWarnings(), logging.StreamHandler()

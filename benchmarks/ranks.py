@@ -37,7 +37,7 @@ from feature_extractors.extractor import PatchExtractor
 from feature_extractors.memory_bank import BankStatistics
 from feature_extractors.pipeline import Stopwatch, collect_features, evaluate, fit_detector
 from feature_extractors.sharded_bank import ShardedBank
-from utils.distributed import Ranks, own_share, process_group
+from utils.distributed import Ranks, process_group, shard_range
 from utils.memory import peak_memory_mb, resident_memory_mb
 
 STAGES = ("coreset", "search", "class")
@@ -72,7 +72,7 @@ def rows_of(sample: int, width: int) -> Tensor:
 
 def own_rows(samples: int, width: int) -> Tensor:
     """Those of this process, filled in place."""
-    own = own_share(samples)
+    own = shard_range(samples)
     rows = torch.empty(len(own) * SAMPLE, width)
     for place, sample in enumerate(own):
         rows[place * SAMPLE : (place + 1) * SAMPLE] = rows_of(sample, width)
@@ -111,9 +111,9 @@ def run_search(args: argparse.Namespace, samples: int) -> dict[str, Any]:
     """A sample of each process against a bank that lies spread over them."""
     before = resident_memory_mb()
     rows = own_rows(samples, WIDTHS["search"])
-    order = torch.arange(len(rows)) + own_share(samples).start * SAMPLE
+    order = torch.arange(len(rows)) + shard_range(samples).start * SAMPLE
     bank = ShardedBank(rows, order, BankStatistics(), None)
-    queries = rows_of(10**6 + (own_share(samples).start), WIDTHS["search"])
+    queries = rows_of(10**6 + (shard_range(samples).start), WIDTHS["search"])
     with measured(before) as found:
         distance, index = bank.nearest(queries)
         bank.neighborhood(index[distance.argmax(dim=0, keepdim=True)], 3)
@@ -125,7 +125,7 @@ def run_class(args: argparse.Namespace, samples: int) -> dict[str, Any]:
     size = SIZES[args.networks]
     config = detector_config(size, "fp32", method_name=METHOD)
     extractor = PatchExtractor(config, *build_networks(size))
-    own_train, own_test = own_share(args.train, step=4), own_share(args.test, step=4)
+    own_train, own_test = shard_range(args.train, step=4), shard_range(args.test, step=4)
     train = made_up_samples(args.train, "train", size.img_size)[own_train.start : own_train.stop]
     test = made_up_samples(args.test, "test", size.img_size)[own_test.start : own_test.stop]
     alone, before = Stopwatch(), resident_memory_mb()

@@ -13,7 +13,7 @@ import torch.multiprocessing
 from benchmarks.figures import new_axes, save_figure
 from benchmarks.measuring import median_seconds_of
 from feature_extractors.coreset import MOST_CANDIDATES, _Shard, greedy_among
-from utils.distributed import Ranks, gather_rows, process_group, sum_of_all
+from utils.distributed import Ranks, all_gather_rows, all_reduce_sum, process_group
 
 PROCESSES = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256])
 ETHERNET = 10e9 / 8  # bytes a second of a link of 10 Gbit/s
@@ -112,8 +112,8 @@ def _probe(rank: int, count: int, width: int, folder: str) -> None:
     torch.set_num_threads(1)
     rows, flag = torch.zeros(PROBED_BYTES // (4 * width * count), width), torch.zeros(1)
     with process_group(Ranks(rank, count, rank, count), torch.device("cpu"), f"file://{folder}/meet"):
-        byte = median_seconds_of(lambda: gather_rows(rows), REPEATS) / (rows.nbytes * (count - 1))
-        latency = median_seconds_of(lambda: sum_of_all(flag), REPEATS)
+        byte = median_seconds_of(lambda: all_gather_rows(rows), REPEATS) / (rows.nbytes * (count - 1))
+        latency = median_seconds_of(lambda: all_reduce_sum(flag), REPEATS)
     if rank == 0:
         torch.save([byte, latency], Path(folder, "0.pth"))
 

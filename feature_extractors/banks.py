@@ -10,7 +10,16 @@ from feature_extractors.config import DetectorConfig
 from feature_extractors.memory_bank import BankStatistics, MemoryBank, mean_and_std, select_coreset
 from feature_extractors.sharded_bank import ShardedBank
 from feature_extractors.training_features import PatchRows, TrainingFeatures
-from utils.distributed import Group, from_main, gather_rows, held, place_in_all, place_rows, rank, world_size
+from utils.distributed import (
+    Group,
+    all_gather_rows,
+    broadcast_object,
+    local_indices,
+    place_rows,
+    rank,
+    shard_offset,
+    world_size,
+)
 from utils.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -44,10 +53,10 @@ def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str,
     banks: dict[str, Bank] = {}
     reduced_xyz = None
     for name, raw in rows.items():
-        shard = _Shard(raw, *place_in_all(len(raw), features.group))
+        shard = _Shard(raw, *shard_offset(len(raw), features.group))
         base = shard.total if protocol.own_coreset_size or reduced_xyz is None else reduced_xyz
         picks = _select(config, features, name, shard, statistics[name], base)
-        own, mine = held(picks, shard.begin, len(raw))
+        own, mine = local_indices(picks, shard.begin, len(raw))
         chosen = statistics[name].normalize(raw[mine])
         last = None  # a row that the bank ends with
         if name == "xyz":
@@ -69,10 +78,10 @@ def _make_bank(chosen: Tensor, order: Tensor, statistics: BankStatistics, featur
     """The bank of all rows `chosen` of the processes, each with its place in the selection."""
     if world_size(features.group) == 1:
         return MemoryBank(chosen, statistics)
-    size = place_in_all(len(chosen), features.group)[1] * chosen.shape[1] * chosen.itemsize
-    if from_main(size > COPY_SHARE * features.memory_budget * 1e9, features.group):  # budgets may differ
+    size = shard_offset(len(chosen), features.group)[1] * chosen.shape[1] * chosen.itemsize
+    if broadcast_object(size > COPY_SHARE * features.memory_budget * 1e9, features.group):  # budgets may differ
         return ShardedBank(chosen, order, statistics, features.group)
-    orders = gather_rows(order[:, None], features.group)[0][:, 0].sort().values
+    orders = all_gather_rows(order[:, None], features.group)[0][:, 0].sort().values
     places = torch.searchsorted(orders, order)
     return MemoryBank(place_rows(chosen, places, len(orders), features.group), statistics)
 
@@ -96,9 +105,9 @@ def _without_background(xyz: PatchRows, config: DetectorConfig, group: Group | N
         return nonzero.all(dim=1) if config.rm_zero_for_project else nonzero.any(dim=1)
 
     kept = xyz.where(wanted)
-    if place_in_all(len(kept), group)[1] == 0:
+    if shard_offset(len(kept), group)[1] == 0:
         raise InputError(
-            f"none of the {place_in_all(len(xyz), group)[1]} xyz patches of the training samples is left without "
+            f"none of the {shard_offset(len(xyz), group)[1]} xyz patches of the training samples is left without "
             "the background: check the scans, or use --protocol reference without --rm_zero_for_project"
         )
     return kept

@@ -7,7 +7,16 @@ import torch
 from sklearn.random_projection import SparseRandomProjection, johnson_lindenstrauss_min_dim
 from torch import Tensor
 
-from utils.distributed import Group, from_main, gather_rows, held, is_main, place_in_all, place_rows, sum_of_all
+from utils.distributed import (
+    Group,
+    all_gather_rows,
+    all_reduce_sum,
+    broadcast_object,
+    is_main,
+    local_indices,
+    place_rows,
+    shard_offset,
+)
 from utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -78,7 +87,7 @@ def greedy_coreset(rows: Tensor, n: int, start: int = 0, group: Group | None = N
 
     Peak memory: beside `rows` in fp32 a (m, m) fp64 block and a few blocks of MAX_BLOCK_ENTRIES.
     """
-    begin, total = place_in_all(len(rows), group)
+    begin, total = shard_offset(len(rows), group)
     if not 1 <= n <= total:
         raise ValueError(f"cannot pick {n} of {total} rows")
     if not 0 <= start < total:
@@ -118,7 +127,7 @@ class _Shard:
         sums = rows.new_zeros(rows.shape[1], dtype=torch.float64)
         for part in rows.split(1 << 14):  # else all rows would be copied in fp64
             sums += part.sum(dim=0, dtype=torch.float64)
-        self.center = (sum_of_all(sums, group) / total).float()
+        self.center = (all_reduce_sum(sums, group) / total).float()
         if not torch.isfinite(self.center).all():  # in all processes alike
             raise ValueError("a row of which the coreset is to be chosen holds NaN or infinity")
         # Squared distance to the selection; -inf marks a picked row.
@@ -126,7 +135,7 @@ class _Shard:
 
     def fetch(self, index: Tensor) -> Tensor:
         """The rows (K, D) of indices (K,), the same in every process."""
-        places, mine = held(index, self.begin, len(self.rows))
+        places, mine = local_indices(index, self.begin, len(self.rows))
         return place_rows(self.rows[mine], places, len(index), self.group)
 
     def update(self, picks: Tensor, picked: Tensor, apart: float) -> None:
@@ -137,7 +146,7 @@ class _Shard:
             picked: (K, D), their rows.
             apart: the least squared distance of a new pick to those before it.
         """
-        self.nearest[held(picks, self.begin, len(self.rows))[1]] = -torch.inf
+        self.nearest[local_indices(picks, self.begin, len(self.rows))[1]] = -torch.inf
         touched = (self.nearest > SAFE_HALF * apart / 4).nonzero()[:, 0]
         if len(touched) == 0:
             return
@@ -162,13 +171,13 @@ class _Shard:
         distance, index = self._farthest(m + 1)
         if distance[0] <= 0:  # every row left is a copy of a picked one
             copies = (self.nearest == 0).nonzero()[:wanted] + self.begin
-            picks = gather_rows(copies, self.group)[0][:wanted, 0]
+            picks = all_gather_rows(copies, self.group)[0][:wanted, 0]
             return picks, self.rows[:0], 0.0  # nothing comes closer to anything by a copy
         tau = distance[m]  # the best row outside the candidates
         index, by_index = index[:m].sort()
         among = self.fetch(index)
         found = greedy_among(among, distance[:m][by_index], tau, wanted) if is_main(self.group) else None
-        positions, apart = from_main(found, self.group)  # processors may round differently
+        positions, apart = broadcast_object(found, self.group)  # processors may round differently
         positions = positions.to(index.device)
         return index[positions], among[positions], apart
 
@@ -184,7 +193,7 @@ class _Shard:
             others = index != first
             values, index = torch.cat([values[:1], values[others]]), torch.cat([first, index[others]])
         # Both are exact in float64.
-        offered = gather_rows(torch.stack([values.double(), (index + self.begin).double()], dim=1), self.group)[0]
+        offered = all_gather_rows(torch.stack([values.double(), (index + self.begin).double()], dim=1), self.group)[0]
         order = offered[:, 0].sort(descending=True, stable=True).indices[:m]  # of equal ones that of the lowest rank
         return offered[order, 0], offered[order, 1].long()
 

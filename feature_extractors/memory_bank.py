@@ -9,7 +9,7 @@ from torch import Tensor
 
 from feature_extractors.coreset import greedy_coreset, random_projection
 from feature_extractors.training_features import Rows
-from utils.distributed import Group, all_reduce_sum, from_main, place_in_all, world_size
+from utils.distributed import Group, all_reduce_floats, broadcast_object, shard_offset, world_size
 from utils.precision import DTYPES, choose_precision
 
 # Bound the block of products of one search. On the CPU few queries at once leave it in the cache.
@@ -229,10 +229,10 @@ def mean_and_std(rows: Rows, step: int = 1 << 14, group: Group | None = None) ->
     """
     device = torch.device("cpu")
     total = sum(float(chunk.double().sum()) for chunk in rows.split(step))
-    total, count = all_reduce_sum((total, len(rows) * rows.shape[1]), device, group)
+    total, count = all_reduce_floats((total, len(rows) * rows.shape[1]), device, group)
     mean = total / count
     squares = sum(float((chunk.double() - mean).square().sum()) for chunk in rows.split(step))
-    (squares,) = all_reduce_sum((squares,), device, group)
+    (squares,) = all_reduce_floats((squares,), device, group)
     return BankStatistics(mean, (squares / (count - 1)) ** 0.5)
 
 
@@ -248,8 +248,8 @@ def select_coreset(
         (n,) int64 indices in order of selection, the same in all processes of the group.
     """
     if random_state is None and world_size(group) > 1:  # all draw the same projection
-        random_state = from_main(int(np.random.default_rng().integers(2**32)), group)
-    _, count = place_in_all(len(rows), group)
+        random_state = broadcast_object(int(np.random.default_rng().integers(2**32)), group)
+    _, count = shard_offset(len(rows), group)
     projection = random_projection(count, rows.shape[1], eps, random_state)
     if projection is not None:
         projection = projection.to(rows.device)

@@ -21,7 +21,7 @@ from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.thresholds import calibrate
 from feature_extractors.training_features import TrainingFeatures
-from utils.distributed import Group, from_main, gather_items, in_step, is_main
+from utils.distributed import Group, broadcast_object, gather_objects, in_step, is_main
 from utils.metrics import decision_metrics, latency_percentiles
 from utils.metrics import evaluate as compute_metrics
 from utils.progress import progress_bar
@@ -152,11 +152,11 @@ def calibrate_detectors(
             maps[name].append(prediction.anomaly_map)
     for name, detector in detectors.items():
         with stopwatches[name].measure("calibrate"):
-            scores_of_all, maps_of_all = gather_items(scores[name], group), gather_items(maps.pop(name), group)
+            scores_of_all, maps_of_all = gather_objects(scores[name], group), gather_objects(maps.pop(name), group)
             thresholds = None
             if is_main(group):
                 thresholds = calibrate(scores_of_all, [plane.numpy() for plane in maps_of_all], target_fpr, source)
-            detector.thresholds = from_main(thresholds, group)
+            detector.thresholds = broadcast_object(thresholds, group)
 
 
 def evaluate(
@@ -194,7 +194,7 @@ def evaluate(
                 results[name].append(_result(detector, *each, stopwatches[name]))
     evaluations = {}
     for name in detectors:
-        of_detector = gather_items(results.pop(name), group)
+        of_detector = gather_objects(results.pop(name), group)
         if not is_main(group):
             continue
         with stopwatches[name].measure("metrics"):
@@ -297,9 +297,9 @@ def _fit_fusion(detector: Detector, features: TrainingFeatures) -> DecisionFusio
         bank_scores, bank_maps = detector.bank_results(features.sample(i))
         scores.append(list(bank_scores.values()))
         maps.append(list(bank_maps.values()))
-    scores, maps = gather_items(scores, group), gather_items(maps, group)
+    scores, maps = gather_objects(scores, group), gather_objects(maps, group)
     fusion = None
     if is_main(group):
         lambdas = config.lambdas_of_banks
         fusion = fit_decision_fusion(scores, maps, *lambdas, config.ocsvm_nu, config.ocsvm_maxiter)
-    return from_main(fusion, group)
+    return broadcast_object(fusion, group)

@@ -6,12 +6,12 @@ from torch import Tensor
 from feature_extractors.memory_bank import BankStatistics, MemoryBank
 from utils.distributed import (
     Group,
-    counts_of_all,
-    gather_items,
-    gather_rows,
+    all_gather_counts,
+    all_gather_rows,
+    gather_objects,
     lowest_of_all,
-    place_in_all,
     place_rows,
+    shard_offset,
     world_size,
 )
 
@@ -35,7 +35,7 @@ class ShardedBank:
     def __init__(self, rows: Tensor, order: Tensor, statistics: BankStatistics, group: Group | None) -> None:
         self.rows, self.order, self.statistics, self.group = rows, order, statistics, group
         self._shard = MemoryBank(rows, statistics) if len(rows) else None
-        _, self._count = place_in_all(len(rows), group)
+        _, self._count = shard_offset(len(rows), group)
 
     def __len__(self) -> int:
         return self._count
@@ -54,14 +54,14 @@ class ShardedBank:
         Returns:
             distance (M,); index (M,) int64, places in the whole bank.
         """
-        most = max(counts_of_all(len(queries), self.group))
+        most = max(all_gather_counts(len(queries), self.group))
         step = max(1, QUERIES_AT_ONCE // world_size(self.group))
         # As many parts in every process, of which the last may be empty.
         parts = [self._nearest_of(queries[begin : begin + step], expanded) for begin in range(0, max(most, 1), step)]
         return torch.cat([distance for distance, _ in parts]), torch.cat([index for _, index in parts])
 
     def _nearest_of(self, queries: Tensor, expanded: str) -> tuple[Tensor, Tensor]:
-        asked, begin = gather_rows(queries, self.group)
+        asked, begin = all_gather_rows(queries, self.group)
         distance, index = asked.new_full((len(asked),), torch.inf), self.order.new_zeros(len(asked))
         if self._shard is not None and len(asked):
             distance, found = self._shard.nearest(asked, expanded)
@@ -71,14 +71,14 @@ class ShardedBank:
 
     def neighborhood(self, row: Tensor, k: int) -> Tensor:
         """As MemoryBank.neighborhood; `row` is (1,), or (0,) in a process without a query, which gets (0, D)."""
-        asked, own = gather_rows(row[:, None], self.group)
+        asked, own = all_gather_rows(row[:, None], self.group)
         centers = self._rows_at(asked[:, 0])
         distance = torch.full((k, len(asked)), torch.inf, device=self.rows.device)
         place = torch.full_like(distance, torch.iinfo(torch.int64).max, dtype=torch.int64)
         for i, center in enumerate(centers if self._shard is not None else ()):
             apart, found = torch.linalg.vector_norm(self.rows - center, dim=1).sort(stable=True)
             distance[: len(apart), i], place[: len(apart), i] = apart[:k], self.order[found[:k]]
-        distance, place = gather_rows(distance, self.group)[0], gather_rows(place, self.group)[0]
+        distance, place = all_gather_rows(distance, self.group)[0], all_gather_rows(place, self.group)[0]
         by_place = place.argsort(dim=0)
         nearest = distance.gather(0, by_place).sort(dim=0, stable=True).indices[: min(k, len(self))]
         places = place.gather(0, by_place).gather(0, nearest)  # (k, queries of all): equal distances by their place
@@ -92,7 +92,7 @@ class ShardedBank:
 
     def whole(self) -> MemoryBank | None:
         """The bank in one piece, in the first process of the group; None in the others."""
-        shards = gather_items([(self.order.cpu(), self.rows.cpu())], self.group)
+        shards = gather_objects([(self.order.cpu(), self.rows.cpu())], self.group)
         if not shards:
             return None
         order = torch.cat([places for places, _ in shards]).argsort()

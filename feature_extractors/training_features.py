@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from feature_extractors.config import BANKS
-from utils.distributed import Group, place_in_all
+from utils.distributed import Group, shard_offset
 from utils.errors import InputError
 from utils.feature_store import to_storage
 from utils.memory import MEMORY_FILE_SYSTEMS, file_system_of
@@ -164,7 +164,7 @@ class TrainingFeatures:
     def rows(self, name: str, samples: int | None = None) -> PatchRows:
         """Those patches of the first `samples` samples of all processes (None: all) that are here, (rows, C)."""
         if samples is not None:
-            samples = max(0, samples - place_in_all(self.count, self.group)[0])
+            samples = max(0, samples - shard_offset(self.count, self.group)[0])
         if not self._arrays:
             return PatchRows(getattr(self.empty, name))
         stored = self._arrays[name][: self.count][:samples].flatten(0, 1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from utils.distributed import gather_rows, world_size
+from utils.distributed import all_gather_rows, world_size
 from utils.errors import InputError
 
 NEGATIVES = ("local", "global")
@@ -43,7 +43,7 @@ def contrastive_loss(xyz_head_out: Tensor, rgb_head_out: Tensor, negatives: str 
     k = F.normalize(xyz_head_out.to(dtype), dim=-1)
     first, processes = 0, 1
     if negatives == "global":
-        k, first = gather_rows(k)
+        k, first = all_gather_rows(k)
         processes = world_size()
     rows = len(k)
     if rows == 0:

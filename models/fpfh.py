@@ -45,7 +45,7 @@ class FpfhBackbone(PointBackbone):
 
         cloud = o3d.geometry.PointCloud(o3d.utility.Vector3dVector(points.cpu().double().numpy()))
         cloud.estimate_normals(o3d.geometry.KDTreeSearchParamHybrid(NORMAL_RADIUS, NORMAL_NEIGHBORS))
-        cloud.orient_normals_toward_camera_location(np.zeros(3))
+        cloud.orient_normals_towards_camera_location(np.zeros(3))
         search = o3d.geometry.KDTreeSearchParamHybrid(FEATURE_RADIUS, FEATURE_NEIGHBORS)
         fpfh = o3d.pipelines.registration.compute_fpfh_feature(cloud, search)  # type: ignore[call-arg]
         histograms = np.asarray(fpfh.data).T

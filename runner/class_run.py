@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from dataset import AnomalyDataset, SampleFiles, load_samples, read_photo
+from dataset import AnomalyDataset, SampleFiles, load_samples, read_rgb
 from feature_extractors.config import DetectorConfig
 from feature_extractors.detector import Detector
 from feature_extractors.detector_record import SavedDetector
@@ -25,7 +25,7 @@ from feature_extractors.pipeline import (
 from feature_extractors.training_features import TrainingFeatures
 from runner.results import save_predictions
 from runner.settings import RunSettings, method_folder
-from utils.distributed import Group, gather_items, is_main, own_share
+from utils.distributed import Group, gather_objects, is_main, shard_range
 from utils.feature_store import write_features
 from utils.memory import peak_memory_mb
 from utils.records import PatchFeatures, Sample
@@ -68,8 +68,8 @@ def run_class(
         AnomalyDataset(test, extractor.config.method.modalities, extractor.config.img_size), settings.num_workers
     )
     evaluations = evaluate(detectors, samples, len(test), stopwatches, group)
-    peaks = gather_items([peak_memory_mb(settings.device)], group)
-    clocks = gather_items([{method: each.seconds for method, each in stopwatches.items()}], group)
+    peaks = gather_objects([peak_memory_mb(settings.device)], group)
+    clocks = gather_objects([{method: each.seconds for method, each in stopwatches.items()}], group)
     reports = {}
     for method, evaluation in evaluations.items():
         if method in settings.save_preds:
@@ -89,7 +89,7 @@ def own_files(files: list[SampleFiles], batch_size: int, group: Group | None) ->
     Batches of pictures begin where they begin in a single process: their products round a little differently when they
     are composed otherwise, and how many epochs the one-class SVMs take may hang on that.
     """
-    own = own_share(len(files), group, batch_size)
+    own = shard_range(len(files), group, batch_size)
     return files[own.start : own.stop]
 
 
@@ -99,7 +99,7 @@ def part_readers(
     """What reads photo and scan of a test part by its number, of those kinds of files that the run has checked."""
 
     def photo(number: int) -> NDArray | None:
-        return read_photo(files[number]) if "rgb" in shown_modalities(settings, config) else None
+        return read_rgb(files[number]) if "rgb" in shown_modalities(settings, config) else None
 
     def cloud(number: int) -> NDArray | None:
         path = files[number].xyz

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from dataset import SampleFiles, check_scan, pair_split, read_photo
+from dataset import SampleFiles, check_scan, pair_split, read_rgb
 from utils.cleaning.cloud_cleaning import CleaningRule, shows_table
 from utils.cleaning.journal import Scan, has_results, read_recorded
 from utils.errors import InputError
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class SplitReport(NamedTuple):
-    """What `inspect_split` found in the files of one split of a class; of scans at fault only their number."""
+    """What `check_split` found in the files of one split of a class; of scans at fault only their number."""
 
     class_name: str
     split: str
@@ -51,7 +51,7 @@ class _ScanReport(NamedTuple):
     cloud: _CloudReport | None
 
 
-def inspect_split(class_folder: Path | str, split: str, modalities: frozenset[str], num_workers: int) -> SplitReport:
+def check_split(class_folder: Path | str, split: str, modalities: frozenset[str], num_workers: int) -> SplitReport:
     """Decode every file of a split and report what is in it; faults are collected, not raised.
 
     A validation split that is not there is no fault. Files are read by `num_workers` threads, or none for 0.
@@ -81,7 +81,7 @@ def _inspect_scan(scan: SampleFiles, modalities: frozenset[str]) -> _ScanReport 
     """What a scan holds, or what is wrong with one of its files."""
     try:
         check_scan(scan, modalities)
-        photo = read_photo(scan) if "rgb" in modalities else None
+        photo = read_rgb(scan) if "rgb" in modalities else None
         xyz = read_organized_pc(scan.xyz) if "xyz" in modalities and scan.xyz is not None else None
         if scan.label is not None and scan.mask is not None:
             with open_image(scan.mask) as image:
@@ -99,10 +99,12 @@ def _inspect_scan(scan: SampleFiles, modalities: frozenset[str]) -> _ScanReport 
     return _ScanReport(xyz.shape[:2], _CloudReport(float(valid.mean()), float(depth.min()), float(depth.max()), raw))
 
 
-def print_inspection(dataset_path: Path, classes: Sequence[str], modalities: frozenset[str], num_workers: int) -> bool:
+def print_dataset_check(
+    dataset_path: Path, classes: Sequence[str], modalities: frozenset[str], num_workers: int
+) -> bool:
     """Print a table of what every split holds, then each fault; tells whether there is one."""
     reports = [
-        inspect_split(dataset_path / name, split, modalities, num_workers)
+        check_split(dataset_path / name, split, modalities, num_workers)
         for name in classes
         for split in ("train", "validation", "test")
     ]
@@ -133,8 +135,8 @@ def warn_of_raw_scans(scans: Sequence[SampleFiles]) -> None:
     raw = [path for path in looked_at if shows_table(read_organized_pc(path), CleaningRule())]
     if raw:
         logger.warning(
-            "%s shows the table that the part lies on, which is learned too (%d of %d scans looked at): clean the scans "
-            "first (%s %s)",
+            "%s shows the table that the part lies on, which is learned too (%d of %d scans looked at): clean the "
+            "scans first (%s %s)",
             *(raw[0], len(raw), len(looked_at), CLEANING_COMMAND, raw[0].parents[4]),
         )
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset import SampleFiles, load_samples, make_sample, read_photo
+from dataset import SampleFiles, load_samples, make_sample, read_rgb
 from feature_extractors.detector import Detector
 from feature_extractors.pipeline import batches, extract_timed
 from feature_extractors.thresholds import Thresholds
@@ -91,7 +91,7 @@ class PartReader:
 
     def _read(self, part: PartFiles) -> LoadedPart:
         how = self.reading
-        photo = read_photo(SampleFiles(part.name, part.rgb))
+        photo = read_rgb(SampleFiles(part.name, part.rgb))
         photo_size = None if photo is None else photo.shape[:2]
         xyz = None if part.xyz is None else read_cloud(part.xyz, how.camera, how.unit, photo_size)
         if photo is not None and xyz is not None:

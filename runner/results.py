@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dataset import SampleFiles, original_size, read_photo
+from dataset import SampleFiles, original_size, read_rgb
 from feature_extractors.config import DetectorConfig
 from feature_extractors.pipeline import SampleResult
 from runner.finished_classes import class_file, read_class, write_class
@@ -116,7 +116,7 @@ def save_predictions(class_name: str, files: list[SampleFiles], results: list[Sa
         save_anomaly_map(output_dir / "anomaly_maps" / class_name / f"{file.path}.tiff", plane, original_size(file))
         save_prediction_figure(
             output_dir / "pred_maps" / class_name / f"{file.path.removeprefix('test/')}.png",
-            read_photo(file),
+            read_rgb(file),
             result.mask.numpy(),
             {bank: bank_map.numpy() for bank, bank_map in prediction.bank_maps.items()},
             plane,

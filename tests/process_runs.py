@@ -64,10 +64,10 @@ def saved(folder: Path, rank: int) -> Any:
 @contextmanager
 def in_groups(rank: int, folder: Path) -> Iterator[dict[int, Group | None]]:
     """The groups of a process by their size, while the block runs."""
-    distributed.PATIENCE = timedelta(seconds=120)  # a process that waits in vain is to fail
+    distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=120)  # a process that waits in vain is to fail
     with process_group(Ranks(rank, PROCESSES, rank), CPU, f"file://{folder}/meet"):
         groups: dict[int, Group | None] = {size: make_groups(PROCESSES // size)[0] for size in (1, 2)}
-        first_three = dist.new_group([0, 1, 2], timeout=distributed.PATIENCE)
+        first_three = dist.new_group([0, 1, 2], timeout=distributed.COLLECTIVE_TIMEOUT)
         if rank < 3:
             groups[3] = first_three
         yield groups | {4: None}

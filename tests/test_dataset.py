@@ -23,7 +23,7 @@ from dataset import (
     load_samples,
     make_sample,
     original_size,
-    read_photo,
+    read_rgb,
 )
 from utils.errors import InputError
 from utils.records import Sample
@@ -299,7 +299,7 @@ def test_truncated_jpeg(tmp_path: Path) -> None:
     scan.rgb.write_bytes(content + b"\0" * 100)  # bytes behind the end do no harm
     check_files([scan], RGB)
     scan.rgb.write_bytes(content[: len(content) // 2])
-    for read in (lambda: check_files([scan], RGB), lambda: AnomalyDataset([scan], RGB, 8)[0], lambda: read_photo(scan)):
+    for read in (lambda: check_files([scan], RGB), lambda: AnomalyDataset([scan], RGB, 8)[0], lambda: read_rgb(scan)):
         with pytest.raises(InputError, match=r"000.jpg is no complete"):
             read()
 
@@ -395,7 +395,7 @@ def test_rgb_is_resized_and_normalized_as_by_torchvision(part: Path) -> None:
 
 def photo_and_sample(scan: SampleFiles) -> np.ndarray:
     """The photo, after a check that the sample is made of the same pixels."""
-    photo = read_photo(scan)
+    photo = read_rgb(scan)
     sample = AnomalyDataset([scan], RGB, photo.shape[0])[0]
     np.testing.assert_array_equal(((sample.rgb * STD + MEAN) * 255).round().byte().permute(1, 2, 0).numpy(), photo)
     return photo
@@ -553,8 +553,8 @@ def test_original_size_and_photo(tmp_path: Path) -> None:
     assert original_size(SampleFiles("x", rgb, xyz, mask)) == (5, 7)
     assert original_size(SampleFiles("x", rgb, xyz)) == (6, 8)
     assert original_size(SampleFiles("x", xyz=xyz)) == (3, 9)
-    assert read_photo(SampleFiles("x", xyz=xyz)) is None
-    np.testing.assert_array_equal(read_photo(SampleFiles("x", rgb)), noise_picture((6, 8)))
+    assert read_rgb(SampleFiles("x", xyz=xyz)) is None
+    np.testing.assert_array_equal(read_rgb(SampleFiles("x", rgb)), noise_picture((6, 8)))
 
 
 def test_a_damaged_header_names_the_file(tmp_path: Path) -> None:
@@ -570,7 +570,7 @@ def test_a_damaged_header_names_the_file(tmp_path: Path) -> None:
             broken[place] = rng.integers(256)
         scan.rgb.write_bytes(broken)
         try:
-            read_photo(scan)
+            read_rgb(scan)
         except InputError as error:
             assert "000.png" in str(error)
             damaged += 1

@@ -12,7 +12,7 @@ from PIL import Image
 
 import main
 from dataset import index_split
-from runner.dataset_check import inspect_split, warn_of_raw_scans, warn_of_unfinished_scans
+from runner.dataset_check import check_split, warn_of_raw_scans, warn_of_unfinished_scans
 from utils import preprocessing
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, shows_table
 from utils.cleaning.preview import Pair, check_format, write_preview
@@ -53,7 +53,7 @@ def test_a_table_is_told_by_its_border() -> None:
 
 def test_a_split_is_described(raw: Path, cleaned: Path) -> None:
     for root, raws in ((raw, 7), (cleaned, 0)):
-        report = inspect_split(root / "cookie", "test", BOTH, num_workers=2)
+        report = check_split(root / "cookie", "test", BOTH, num_workers=2)
         assert (report.class_name, report.split, report.scans, report.defective) == ("cookie", "test", 7, 6)
         assert (report.raw, report.problems) == (raws, ())
         clouds = [read_organized_pc(path) for path in (root / "cookie" / "test").rglob("*.tiff")]
@@ -62,10 +62,10 @@ def test_a_split_is_described(raw: Path, cleaned: Path) -> None:
         assert report.valid == pytest.approx((min(shares), max(shares)))
         depths = [cloud[..., 2][cloud[..., 2] != 0] for cloud in clouds]
         assert report.depth == pytest.approx((min(map(np.min, depths)), max(map(np.max, depths))))
-    absent = inspect_split(raw / "cookie", "validation", BOTH, num_workers=0)
+    absent = check_split(raw / "cookie", "validation", BOTH, num_workers=0)
     assert (absent.scans, absent.problems) == (0, ())
     for split, scans in (("train", 2), ("test", 7)):
-        without_clouds = inspect_split(raw / "cookie", split, frozenset({"rgb"}), num_workers=0)
+        without_clouds = check_split(raw / "cookie", split, frozenset({"rgb"}), num_workers=0)
         assert (without_clouds.scans, without_clouds.sizes) == (scans, ((224, 224),))
         assert (without_clouds.valid, without_clouds.depth, without_clouds.problems) == (None, None, ())
 
@@ -79,7 +79,7 @@ def test_every_fault_is_collected(cleaned: Path, tmp_path: Path, capsys: pytest.
     write_organized_pc(folder / "xyz" / "001.tiff", np.zeros((8, 8, 3), np.float32))
     (folder / "rgb" / "002.png").write_bytes((folder / "rgb" / "002.png").read_bytes()[:60])
     Image.new("RGB", (9, 8)).save(folder / "rgb" / "003.png")
-    report = inspect_split(tmp_path / "parts" / "cookie", "train", BOTH, num_workers=2)
+    report = check_split(tmp_path / "parts" / "cookie", "train", BOTH, num_workers=2)
     assert report.scans == 4
     assert len(report.problems) == 3
     for problem, part in zip(report.problems, ("001.tiff has no valid point", "002.png", "003.png"), strict=True):
@@ -88,7 +88,7 @@ def test_every_fault_is_collected(cleaned: Path, tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit) as stop:
         printed(*flags)
     assert stop.value.code == 1
-    assert "no test scans" in inspect_split(tmp_path / "parts" / "cookie", "test", BOTH, 0).problems[0]
+    assert "no test scans" in check_split(tmp_path / "parts" / "cookie", "test", BOTH, 0).problems[0]
 
 
 def test_a_fault_of_pairing_hides_no_other_scan(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_fault_of_pairing_hides_no_other_scan(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(test / "hole/rgb/001.jpg")
     (test / "hole/rgb/002.png").write_bytes(b"no picture")
     (test / "crack").mkdir()
-    report = inspect_split(tmp_path / "parts/cookie", "test", BOTH, num_workers=0)
+    report = check_split(tmp_path / "parts/cookie", "test", BOTH, num_workers=0)
     assert (report.scans, report.defective, report.sizes) == (2, 1, ((8, 8),))
     parts = (
         "no test files in",
@@ -140,7 +140,7 @@ def test_photographs_alone_are_checked_against_the_ground_truth_and_each_other(t
     ]:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", size).save(path)
-    report = inspect_split(tmp_path / "parts", "test", frozenset({"rgb"}), num_workers=0)
+    report = check_split(tmp_path / "parts", "test", frozenset({"rgb"}), num_workers=0)
     assert report.sizes == ((6, 8), (6, 9))
     assert len(report.problems) == 1
     assert "hole/rgb/000.png has 6 x 8 pixels" in report.problems[0]

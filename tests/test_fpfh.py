@@ -26,7 +26,7 @@ def direct_fpfh(points: Tensor) -> NDArray:
     cloud = o3d.geometry.PointCloud()
     cloud.points = o3d.utility.Vector3dVector(points.double().numpy())
     cloud.estimate_normals(o3d.geometry.KDTreeSearchParamHybrid(radius=0.01, max_nn=30))
-    cloud.orient_normals_toward_camera_location(np.zeros(3))
+    cloud.orient_normals_towards_camera_location(np.zeros(3))
     return np.asarray(
         o3d.pipelines.registration.compute_fpfh_feature(
             cloud, o3d.geometry.KDTreeSearchParamHybrid(radius=0.02, max_nn=100)

@@ -53,7 +53,7 @@ pytestmark = pytest.mark.slow
 SCANS = {"dowel": (1, 1, 1, 1), "cookie": (5, 0, 4, 2), "bagel": (9, 2, 4, 4)}
 METHODS = ("DINO", "DINO+Point_MAE+Fusion")
 DECISIONS = ("f1", "f1_threshold", "precision", "recall", "false_alarm_rate")
-PATIENCE = 120  # seconds for a run that takes ten; one that hangs would wait for hours
+COLLECTIVE_TIMEOUT = 120  # seconds for a run that takes ten; one that hangs would wait for hours
 NO_MEMORY = ["--memory_budget", 1e-6]  # GB, so that training features go to the disk
 # By which flags how many processes give the results of one.
 WAYS: dict[str, tuple[int, list[object]]] = {
@@ -139,7 +139,7 @@ def launch(processes: int, *flags: object, meeting: Sequence[str] = ("--standalo
 def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
     """What a run said on stdout and stderr, once it has ended."""
     try:
-        return process.communicate(timeout=PATIENCE)
+        return process.communicate(timeout=COLLECTIVE_TIMEOUT)
     finally:
         process.kill()  # one that hangs: its workers end with it
 
@@ -527,7 +527,7 @@ def stop(base: list[object], folder: Path, killed: int, *flags: object) -> Stopp
     flags = (*base, *outputs(folder), *flags)
     process = launch(2, *flags)
     try:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + COLLECTIVE_TIMEOUT
         while not class_files(folder, "dowel"):
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
@@ -565,7 +565,7 @@ def test_a_killed_process_ends_those_of_other_machines(base: list[object], tmp_p
         port = server.getsockname()[1]
     meeting = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=m3dm"]
     machines = [launch(1, *base, *outputs(tmp_path), "--parallel", "classes", meeting=meeting) for _ in range(2)]
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + COLLECTIVE_TIMEOUT
     workers: list[list[int]] = [[], []]
     while not (all(workers) and (tmp_path / "out").exists()):
         assert time.monotonic() < deadline

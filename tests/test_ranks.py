@@ -22,22 +22,22 @@ from utils import distributed
 from utils.distributed import (
     Group,
     Ranks,
+    all_gather_counts,
+    all_gather_rows,
+    all_reduce_any,
+    all_reduce_floats,
     all_reduce_sum,
-    any_process,
-    counts_of_all,
-    from_main,
-    gather_items,
-    gather_rows,
+    broadcast_object,
+    gather_objects,
     in_step,
     is_main,
     lowest_of_all,
     make_groups,
-    own_share,
     place_rows,
     process_group,
     rank,
+    shard_range,
     share,
-    sum_of_all,
     world_size,
 )
 from utils.errors import InputError
@@ -63,10 +63,10 @@ def test_shares_by_hand() -> None:
 
 
 def test_a_single_process_has_it_all() -> None:
-    assert own_share(5) == range(5)
-    assert counts_of_all(3) == [3]
-    assert gather_items((1, 2)) == [1, 2]
-    assert from_main("mine") == "mine"
+    assert shard_range(5) == range(5)
+    assert all_gather_counts(3) == [3]
+    assert gather_objects((1, 2)) == [1, 2]
+    assert broadcast_object("mine") == "mine"
     assert list(in_step([1, 2])) == [1, 2]
     assert make_groups(1) == (None, 0)
     distance, index = torch.tensor([2.0, 1.0]), torch.tensor([5, 0])
@@ -114,22 +114,24 @@ def hear(group: Group | None) -> dict[str, Any]:
     places = torch.tensor([place for place in (5, 2, 0, 4, 1, 3) if place**2 % world_size(group) == own]).long()
     found = {
         "place": (own, world_size(group), is_main(group)),
-        "share": [list(own_share(count, group, step)) for count, step in [(10, 1), (2, 1), (10, 4)]],
-        "counts": counts_of_all(10 * own, group),
-        "items": gather_items([f"{own}.{number}" for number in range(own)], group),
-        "no items": gather_items([], group),
-        "main": from_main((own, "heard"), group),
+        "share": [list(shard_range(count, group, step)) for count, step in [(10, 1), (2, 1), (10, 4)]],
+        "counts": all_gather_counts(10 * own, group),
+        "items": gather_objects([f"{own}.{number}" for number in range(own)], group),
+        "no items": gather_objects([], group),
+        "main": broadcast_object((own, "heard"), group),
         "lowest": lowest_of_all(distance[own], index[own], group),
-        "sum": (sum_of_all(values, group), values, sum_of_all(torch.tensor([2**60 + own]), group)),
-        "sums": all_reduce_sum((0.1 * own, 1), CPU, group),
-        "rows": gather_rows(torch.full((own, 2), own), group),
+        "sum": (all_reduce_sum(values, group), values, all_reduce_sum(torch.tensor([2**60 + own]), group)),
+        "sums": all_reduce_floats((0.1 * own, 1), CPU, group),
+        "rows": all_gather_rows(torch.full((own, 2), own), group),
         "block": place_rows(torch.stack([places, torch.full_like(places, own)], dim=1), places, 6, group),
-        "any": [any_process(own == place, CPU, group) for place in range(world_size(group) + 1)],
+        "any": [all_reduce_any(own == place, CPU, group) for place in range(world_size(group) + 1)],
         "in step": list(in_step(iter(range(3 * own % 4)), group)),
         "nothing in step": list(in_step([], group)),
     }
     # Items may be worked at together.
-    found["sums in step"] = [sum_of_all(torch.tensor(item or 0), group).item() for item in in_step(range(own), group)]
+    found["sums in step"] = [
+        all_reduce_sum(torch.tensor(item or 0), group).item() for item in in_step(range(own), group)
+    ]
     return found
 
 
@@ -170,7 +172,9 @@ def work(rank: int, folder: Path) -> None:
         found["numbers"] = []
         for count in (1, 2, 3, 4):
             group, number = make_groups(count)
-            found["numbers"].append((number, group is None, gather_items([rank], group), from_main(rank, group)))
+            found["numbers"].append(
+                (number, group is None, gather_objects([rank], group), broadcast_object(rank, group))
+            )
     torch.save(found, folder / f"{rank}.pth")
 
 
@@ -314,8 +318,8 @@ def test_coresets_of_raw_rows_are_those_of_one_process(found: list[dict[str, Any
 LOSSES = [(1, "input error", "in step"), (0, "failure", "main"), (2, "kill", "items")]
 WAITING = {
     "in step": lambda: list(in_step([1, 2])),
-    "main": lambda: from_main("mine"),
-    "items": lambda: gather_items(["mine"]),
+    "main": lambda: broadcast_object("mine"),
+    "items": lambda: gather_objects(["mine"]),
 }
 
 
@@ -332,13 +336,13 @@ def lose(rank: int, folder: Path, lost: int, end: str, waiting: str) -> None:
     said, begin = "", 0.0
     try:
         with process_group(Ranks(rank, 3, rank), CPU, f"file://{folder}/meet"):
-            sum_of_all(torch.ones(1))  # all are there
+            all_reduce_sum(torch.ones(1))  # all are there
             begin = time.monotonic()
             if rank == lost:
                 time.sleep(0.5)
                 end_by(end)
             WAITING[waiting]()
-            sum_of_all(torch.ones(1))  # the first may be left by a process that has done its own part
+            all_reduce_sum(torch.ones(1))  # the first may be left by a process that has done its own part
     except (RuntimeError, InputError) as error:
         said = f"{type(error).__name__}: {error}"
     torch.save((said, time.monotonic() - begin), folder / f"{rank}.pth")

@@ -191,7 +191,7 @@ def test_upward_imports_are_noticed() -> None:
         ("models/a.py", "from . import transformer", []),
         ("dataset.py", "from models import build_rgb_backbone", ["models"]),
         ("models/a.py", "from models import b\nimport numpy", []),
-        ("dataset.py", "from runner.dataset_check import inspect_split", ["runner.dataset_check"]),
+        ("dataset.py", "from runner.dataset_check import check_split", ["runner.dataset_check"]),
         ("runner/dataset_check.py", "from main import parse_args", ["main"]),
         ("feature_extractors/a.py", "import main", ["main"]),
         ("fusion_pretrain.py", "from runner.settings import parse_args", []),

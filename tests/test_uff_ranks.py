@@ -29,13 +29,13 @@ from models.contrastive import contrastive_loss
 from models.feature_fusion import FeatureFusion
 from utils.distributed import (
     Ranks,
+    all_gather_rows,
+    all_reduce_any,
+    all_reduce_floats,
     all_reduce_mean,
-    all_reduce_sum,
-    any_process,
     choose_device,
     find_ranks,
     gather_names,
-    gather_rows,
     is_main,
     process_group,
     world_size,
@@ -84,10 +84,10 @@ def test_device_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_collectives_of_one_process_change_nothing() -> None:
     rows = torch.randn(3, 2)
     assert world_size() == 1
-    assert gather_rows(rows) == (rows, 0)
-    assert any_process(True, CPU)
-    assert not any_process(False, CPU)
-    assert all_reduce_sum((0.1, 2), CPU) == [0.1, 2.0]
+    assert all_gather_rows(rows) == (rows, 0)
+    assert all_reduce_any(True, CPU)
+    assert not all_reduce_any(False, CPU)
+    assert all_reduce_floats((0.1, 2), CPU) == [0.1, 2.0]
     assert gather_names(("a", "b")) == ["a", "b"]
     assert all_reduce_mean(torch.tensor(0.5)) == 0.5
 
@@ -120,11 +120,11 @@ def work(rank: int, count: int, folder: str) -> None:
         found["place"] = (is_main(), world_size())
         own = torch.arange(2.0 * rank).reshape(rank, 2) + 10 * rank  # process 0 has no row
         own.requires_grad_()
-        gathered, first = gather_rows(own)
+        gathered, first = all_gather_rows(own)
         (gathered * torch.arange(len(gathered))[:, None] * (rank + 1)).sum().backward()
         found["rows"] = (gathered.detach(), first, own.detach(), own.grad)
-        found["any"] = [any_process(rank == place, CPU) for place in range(count + 1)]
-        found["sum"] = all_reduce_sum((0.1 * rank, 1, 2.0**60 * (rank == 0) + 2.0**8), CPU)
+        found["any"] = [all_reduce_any(rank == place, CPU) for place in range(count + 1)]
+        found["sum"] = all_reduce_floats((0.1 * rank, 1, 2.0**60 * (rank == 0) + 2.0**8), CPU)
         found["names"] = gather_names([f"{rank}.{number}" for number in range(rank)])
         found["mean"] = all_reduce_mean(torch.tensor(float(rank)))
         for negatives in ("local", "global"):

@@ -8,7 +8,7 @@ import pytest
 from cleaning_runs import ALL, job_for, unprivileged, write_dataset, write_scan
 
 from dataset import class_folders, find_classes, index_split
-from runner.dataset_check import inspect_split
+from runner.dataset_check import check_split
 from utils.errors import InputError
 from utils.preprocessing import preprocess
 
@@ -82,7 +82,7 @@ def test_dataset_check_names_what_it_may_not_read(dataset: Path) -> None:
         (dataset / locked).chmod(0)
         with unprivileged():
             assert class_folders(dataset) == find_classes(dataset, "mvtec3d") == ["bagel", "dowel"]
-            report = inspect_split(dataset / "bagel", "train", BOTH, num_workers=0)
+            report = check_split(dataset / "bagel", "train", BOTH, num_workers=0)
         assert (report.scans, report.problems) == (scans, (f"{dataset / named} cannot be read {MEND}",))
         (dataset / locked).chmod(0o777)
     dataset.chmod(0)

@@ -15,7 +15,7 @@ from utils.watch import LOST, start_watch
 
 pytestmark = pytest.mark.slow
 
-PATIENCE = 30  # seconds; they take one
+COLLECTIVE_TIMEOUT = 30  # seconds; they take one
 PROGRAM = """
 import json, os, sys, time
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_the_end_of_a_process_ends_the_others(tmp_path: Path, lost: int, end: si
     processes = start(tmp_path / "meet", 3, seconds=600)
     processes[lost].send_signal(end)
     for rank, process in enumerate(processes):
-        _, said = process.communicate(timeout=PATIENCE)
+        _, said = process.communicate(timeout=COLLECTIVE_TIMEOUT)
         assert process.returncode == (-end if rank == lost else 2)
         assert said == ("" if rank == lost else f"-c: error: {LOST}\n")
 
@@ -76,7 +76,7 @@ def test_processes_that_are_done_end_as_they_like(tmp_path: Path) -> None:
     """The first one long before the others, which work on without it."""
     first, *others = start(tmp_path / "meet", 3, seconds=0.5)
     for process in (first, *others):
-        assert process.communicate(timeout=PATIENCE) == ("", "")
+        assert process.communicate(timeout=COLLECTIVE_TIMEOUT) == ("", "")
         assert process.returncode == 0
 
 
@@ -94,7 +94,7 @@ def test_a_stranger_is_not_watched_over(tmp_path: Path) -> None:
         stranger.sendall(bytes(len(greeting)))
         assert stranger.recv(1) == b""  # sent away
     second = start_watch("localhost", False, 1, lambda _: (port, greeting))
-    assert first._complete.wait(PATIENCE)
+    assert first._complete.wait(COLLECTIVE_TIMEOUT)
     assert len(first._connections) == 1
     second.close()
     first.close()

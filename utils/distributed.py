@@ -25,7 +25,7 @@ Group = dist.ProcessGroup
 
 # How long a process waits for the others in a collective. They may have hours of work left; one that has died is
 # noticed by its closed connection, by the watch over it, and by the launcher.
-PATIENCE = timedelta(days=2)
+COLLECTIVE_TIMEOUT = timedelta(days=2)
 # How long the processes wait for each other to come: one of another machine may have ended before.
 MEETING_TIME = timedelta(minutes=2)
 SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
@@ -128,8 +128,10 @@ def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") 
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = _meet(ranks, dist_url)
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=PATIENCE)
-    watch = start_watch(_meeting_host(dist_url), ranks.rank == 0, ranks.world_size - 1, from_main)
+    dist.init_process_group(
+        backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=COLLECTIVE_TIMEOUT
+    )
+    watch = start_watch(_meeting_host(dist_url), ranks.rank == 0, ranks.world_size - 1, broadcast_object)
     try:
         yield
     except BaseException as error:
@@ -169,7 +171,7 @@ def _meeting_host(dist_url: str) -> str:
 
 
 @contextmanager
-def said_by(speaker: bool) -> Iterator[None]:
+def print_only_if(speaker: bool) -> Iterator[None]:
     """For what several processes find alike before they are connected: one of them speaks, others end silently."""
     if speaker:
         yield
@@ -194,7 +196,9 @@ def make_groups(count: int) -> tuple[Group | None, int]:
     if count == 1:
         return None, 0
     members = [list(share(world_size(), count, number)) for number in range(count)]
-    groups = [dist.new_group(ranks, timeout=PATIENCE) for ranks in members]  # every process has to make every group
+    groups = [
+        dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT) for ranks in members
+    ]  # every process has to make every group
     own = next(number for number, ranks in enumerate(members) if dist.get_rank() in ranks)
     group = groups[own]
     assert isinstance(group, Group)  # others get a number in its place
@@ -211,7 +215,7 @@ def share(count: int, shares: int, number: int, step: int = 1) -> range:
     return range(min(begin, count), min(end, count))
 
 
-def own_share(count: int, group: Group | None = None, step: int = 1) -> range:
+def shard_range(count: int, group: Group | None = None, step: int = 1) -> range:
     """`share` of this process in its group."""
     return share(count, world_size(group), rank(group), step)
 
@@ -231,7 +235,7 @@ def world_size(group: Group | None = None) -> int:
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
-def counts_of_all(count: int, group: Group | None = None) -> list[int]:
+def all_gather_counts(count: int, group: Group | None = None) -> list[int]:
     """What each process counts, in the order of the ranks."""
     if world_size(group) == 1:
         return [count]
@@ -241,13 +245,13 @@ def counts_of_all(count: int, group: Group | None = None) -> list[int]:
     return [int(each) for each in counts]
 
 
-def place_in_all(count: int, group: Group | None = None) -> tuple[int, int]:
+def shard_offset(count: int, group: Group | None = None) -> tuple[int, int]:
     """Where the `count` items of this process lie among those of all: the position of its first, the number of all."""
-    counts = counts_of_all(count, group)
+    counts = all_gather_counts(count, group)
     return sum(counts[: rank(group)]), sum(counts)
 
 
-def held(index: Tensor, begin: int, count: int) -> tuple[Tensor, Tensor]:
+def local_indices(index: Tensor, begin: int, count: int) -> tuple[Tensor, Tensor]:
     """Those of the indices (K,) that are of the `count` items from `begin` on, which a process holds.
 
     Returns:
@@ -257,7 +261,7 @@ def held(index: Tensor, begin: int, count: int) -> tuple[Tensor, Tensor]:
     return places, index[places] - begin
 
 
-def gather_rows(rows: Tensor, group: Group | None = None) -> tuple[Tensor, int]:
+def all_gather_rows(rows: Tensor, group: Group | None = None) -> tuple[Tensor, int]:
     """The rows of all processes, in the order of the ranks; gradients flow back to where each row came from.
 
     Args:
@@ -269,7 +273,7 @@ def gather_rows(rows: Tensor, group: Group | None = None) -> tuple[Tensor, int]:
     """
     if world_size(group) == 1:
         return rows, 0
-    sizes = counts_of_all(len(rows), group)
+    sizes = all_gather_counts(len(rows), group)
     gathered: Tensor = _GatherRows.apply(rows, sizes, group)
     return gathered, sum(sizes[: rank(group)])
 
@@ -313,7 +317,7 @@ def lowest_of_all(distance: Tensor, index: Tensor, group: Group | None = None) -
     return least, index
 
 
-def sum_of_all(values: Tensor, group: Group | None = None) -> Tensor:
+def all_reduce_sum(values: Tensor, group: Group | None = None) -> Tensor:
     """Sums over the processes, entry by entry, the same in all of them."""
     if world_size(group) == 1:
         return values
@@ -341,9 +345,9 @@ def place_rows(rows: Tensor, places: Tensor, count: int, group: Group | None = N
     return block
 
 
-def any_process(flag: bool, device: torch.device, group: Group | None = None) -> bool:
+def all_reduce_any(flag: bool, device: torch.device, group: Group | None = None) -> bool:
     """Whether the flag is set in any of the processes; the same answer in all of them."""
-    return sum_of_all(torch.tensor([float(flag)], device=device), group).item() > 0
+    return all_reduce_sum(torch.tensor([float(flag)], device=device), group).item() > 0
 
 
 def in_step(items: Iterable[Item], group: Group | None = None) -> Iterator[Item | None]:
@@ -351,17 +355,17 @@ def in_step(items: Iterable[Item], group: Group | None = None) -> Iterator[Item 
     iterator = iter(items)
     while True:
         item = next(iterator, None)
-        if not any_process(item is not None, torch.device("cpu"), group):
+        if not all_reduce_any(item is not None, torch.device("cpu"), group):
             return
         yield item
 
 
-def all_reduce_sum(values: Sequence[float], device: torch.device, group: Group | None = None) -> list[float]:
+def all_reduce_floats(values: Sequence[float], device: torch.device, group: Group | None = None) -> list[float]:
     """Sums of numbers over the processes, in float64, the same in all of them."""
-    return sum_of_all(torch.tensor(values, dtype=torch.float64, device=device), group).tolist()
+    return all_reduce_sum(torch.tensor(values, dtype=torch.float64, device=device), group).tolist()
 
 
-def gather_items(items: Sequence[Item], group: Group | None = None) -> list[Item]:
+def gather_objects(items: Sequence[Item], group: Group | None = None) -> list[Item]:
     """The items of all processes, in the order of the ranks, in the first process of the group; none in the others.
 
     They travel pickled, between the processes of one run.
@@ -373,7 +377,7 @@ def gather_items(items: Sequence[Item], group: Group | None = None) -> list[Item
     return [item for part in gathered or () for item in part]
 
 
-def from_main(value: Item | None, group: Group | None = None) -> Item:
+def broadcast_object(value: Item | None, group: Group | None = None) -> Item:
     """What `value` is in the first process of the group; what the others give is not looked at."""
     carrier: list[Any] = [value]
     if world_size(group) > 1:
@@ -392,4 +396,4 @@ def gather_names(names: Sequence[str]) -> list[str]:
 
 def all_reduce_mean(value: Tensor) -> float:
     """Mean of a scalar tensor over the processes, the same number on each of them."""
-    return sum_of_all(value.detach().clone()).item() / world_size()
+    return all_reduce_sum(value.detach().clone()).item() / world_size()

@@ -40,7 +40,7 @@ def report_class(
     name: str,
     entry: Mapping[str, Any],
     parts: Sequence[JudgedPart],
-    read_photo: ReadArray,
+    read_rgb: ReadArray,
     read_cloud: ReadArray,
     limit: int,
 ) -> ClassReport:
@@ -57,7 +57,7 @@ def report_class(
         _pro(parts),
         scores[labels == 0],
         scores[labels == 1],
-        gallery(parts, decision, limit, read_photo, read_cloud),
+        gallery(parts, decision, limit, read_rgb, read_cloud),
     )
 
 

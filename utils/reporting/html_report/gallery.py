@@ -102,7 +102,7 @@ def gallery(
     parts: Sequence[JudgedPart],
     decision: Decision | None,
     limit: int,
-    read_photo: ReadArray,
+    read_rgb: ReadArray,
     read_cloud: ReadArray,
 ) -> list[dict[str, Any]]:
     """The shown parts as plain data for the script of the page, some 115 kB each.
@@ -111,7 +111,7 @@ def gallery(
         parts: the whole test split of a class.
         decision: what makes a part a hit or a miss.
         limit: how many are shown at most.
-        read_photo: (H, W, 3) uint8 of a part, or None; called once for each shown part.
+        read_rgb: (H, W, 3) uint8 of a part, or None; called once for each shown part.
         read_cloud: (H, W, 3) float, meters, an invalid pixel exactly 0, or None; likewise.
     """
     chosen = choose_parts(parts, decision, limit)
@@ -120,7 +120,7 @@ def gallery(
     scales = {FUSED: _scale([part.prediction.anomaly_map.numpy() for part in parts])}
     for bank in parts[0].prediction.bank_maps:
         scales[bank] = _scale([part.prediction.bank_maps[bank].numpy() for part in parts])
-    return [_view(parts[i], decision, read_photo(i), read_cloud(i), scales) for i in chosen]
+    return [_view(parts[i], decision, read_rgb(i), read_cloud(i), scales) for i in chosen]
 
 
 def _scale(maps: list[NDArray]) -> tuple[float, float]:
