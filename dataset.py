@@ -12,19 +12,18 @@ no files of the other:
 A part that lies in memory becomes a sample by `make_sample`.
 """
 
+from __future__ import annotations
+
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from utils.errors import InputError
@@ -32,6 +31,9 @@ from utils.records import Sample
 from utils.scans.files import FILE_SUFFIXES, files_by_stem, subfolders
 from utils.scans.images import defect_mask, open_image, to_rgb
 from utils.scans.organized_pc import check_organized, organized_pc_header, read_organized_pc, resize_nearest, valid_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Item = TypeVar("Item", covariant=True)
 
@@ -271,6 +273,8 @@ def _rgb_tensor(path: str, rgb: np.ndarray, img_size: int) -> Tensor:
             f"the photograph of {path} is an array of {' x '.join(map(str, rgb.shape))} {rgb.dtype}, expected "
             "H x W x 3 uint8: convert it to 8-bit RGB"
         )
+    import torch  # here, because the class lists above are read where flags are parsed
+
     image = Image.fromarray(rgb).resize((img_size, img_size), Image.Resampling.BICUBIC)
     # NumPy, not torch: in a loader thread each torch operation would start a pool of threads of its own.
     pixels = (np.asarray(image, dtype=np.float32) / 255 - _IMAGENET_MEAN) / _IMAGENET_STD
@@ -293,6 +297,8 @@ def _xyz_tensor(path: str, xyz: np.ndarray, img_size: int) -> Tensor:
 
 def _load_mask(path: Path | None, img_size: int) -> Tensor:
     """Ground truth as (1, S, S) uint8: whatever is neither zero nor black is a defect."""
+    import torch
+
     if path is None:
         return torch.zeros(1, img_size, img_size, dtype=torch.uint8)
     with open_image(path) as image:
@@ -301,7 +307,7 @@ def _load_mask(path: Path | None, img_size: int) -> Tensor:
     return torch.from_numpy(np.array(resized)[None])
 
 
-class AnomalyDataset(Dataset[Sample]):
+class AnomalyDataset:
     """The scans of one split as Samples (see `make_sample`), with only the modalities that the method needs.
 
     Mask (resized nearest) and label are those of the test split. An item raises InputError when a file cannot be read,

@@ -1,8 +1,11 @@
 """The records that travel between the stages: named tuples of tensors, with their shapes and units."""
 
-from typing import NamedTuple
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Sample(NamedTuple):
