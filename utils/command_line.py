@@ -1,0 +1,78 @@
+"""Command lines of the scripts: help with defaults, --version, short usage errors, and flags as dataclasses."""
+
+import argparse
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+Settings = TypeVar("Settings")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser with defaults in its help, a --version flag, and errors of two lines: usage and problem.
+
+    Args:
+        description: shown above the flags, with its line breaks; for example the docstring of the script.
+    """
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        self.add_argument("--version", action=_Version, help="print the version and exit")
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line of usage and the problem, and exit with code 2. Of several processes only the first prints."""
+        usage = f"usage: {self.prog} [--flag value ...]  (--help lists all flags)"
+        first = os.environ.get("RANK", "0") == "0"
+        self.exit(2, f"{usage}\n{self.prog}: error: {message}\n" if first else None)
+
+    def given_flags(self, argv: Sequence[str] | None = None) -> frozenset[str]:
+        """Names of the flags on the command line, also where they have their default value."""
+        absent = object()
+        namespace = argparse.Namespace(**{action.dest: absent for action in self._actions})
+        parsed = vars(self.parse_args(argv, namespace))
+        return frozenset(name for name, value in parsed.items() if value is not absent)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Description as it is written, and the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class _Version(argparse.Action):
+    """Print the version and exit."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"{parser.prog} {version()}")
+        parser.exit()
+
+
+def version() -> str:
+    """Version of CITATION.cff, followed by the commit in a git checkout: "1.0.0 (1a2b3c4)"."""
+    lines = (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
+    number = next(line.removeprefix("version:").strip() for line in lines if line.startswith("version:"))
+    if not (ROOT / ".git").exists():
+        return number
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return number
+    return f"{number} ({commit})"
+
+
+def from_flags(kind: type[Settings], args: argparse.Namespace, **others: Any) -> Settings:
+    """An instance of the dataclass `kind`: each field is the flag of the same name, or one of `others`."""
+    names = {field.name for field in fields(kind)} - others.keys()  # type: ignore[arg-type]
+    return kind(**{name: getattr(args, name) for name in names}, **others)
