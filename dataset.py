@@ -20,14 +20,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from utils.errors import InputError
-from utils.records import Sample
+from utils.records import Sample, SampleFiles
 from utils.scans.files import FILE_SUFFIXES, files_by_stem, subfolders
 from utils.scans.images import defect_mask, open_image, to_rgb
 from utils.scans.organized_pc import check_organized, organized_pc_header, read_organized_pc, resize_nearest, valid_mask
@@ -52,16 +52,6 @@ _END_MARKERS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9
 _TAIL_BYTES = 65536  # some writers put a trailer of their own behind the end marker
 _IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
 _IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
-
-
-class SampleFiles(NamedTuple):
-    """The files of one scan; None where there is none."""
-
-    path: str  # "test/hole/000": split, defect, stem
-    rgb: Path | None = None
-    xyz: Path | None = None
-    mask: Path | None = None
-    label: int | None = None  # 1 = defective, 0 = good; test split only
 
 
 def find_classes(dataset_path: Path | str, dataset_type: str, chosen: Sequence[str] | None = None) -> list[str]:

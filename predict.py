@@ -32,7 +32,7 @@ from runner.prediction import PREDICTIONS, LoadedPart, Output, PartReader, Readi
 from utils.errors import InputError, exit_on_input_error
 from utils.scans.depth_camera import read_camera
 from utils.scans.files import make_folder
-from utils.scans.sample_files import DEPTH_SUFFIXES, UNITS, Found, cloud_suffixes, find_parts
+from utils.scans.sample_files import DEPTH_SUFFIXES, UNITS, FoundSamples, cloud_suffixes, find_samples
 
 logger = logging.getLogger("predict")
 
@@ -98,25 +98,25 @@ def check_flags_of(detector: Detector, args: argparse.Namespace) -> None:
         raise InputError(f"--xyz is not used: {args.detector} ({method}) looks at photos alone; leave it out")
 
 
-def check_found(found: Found, args: argparse.Namespace) -> None:
+def check_found(found: FoundSamples, args: argparse.Namespace) -> None:
     """Whether the flags about point clouds are about any of those that were found; raises InputError."""
-    of_depth = {part.xyz.suffix.lower() in DEPTH_SUFFIXES for part in found.parts if part.xyz is not None}
+    of_depth = {part.xyz.suffix.lower() in DEPTH_SUFFIXES for part in found.samples if part.xyz is not None}
     if args.intrinsics is not None and True not in of_depth:
         raise InputError("--intrinsics is of depth pictures, and --xyz names none: leave it out, or name some")
     if args.xyz_unit != "m" and False not in of_depth:
         raise InputError("--xyz_unit is of point clouds, and --xyz names none: depth pictures have a depth_scale")
 
 
-def check_output(found: Found, output_dir: Path) -> None:
+def check_output(found: FoundSamples, output_dir: Path) -> None:
     """Refuse a folder with files, of these parts or of others, that maps would replace; raises InputError."""
     folder = output_dir.resolve()
-    for part in (*found.parts, *(part for part, _ in found.incomplete)):
+    for part in (*found.samples, *(part for part, _ in found.incomplete)):
         for path in (part.rgb, part.xyz):
             if path is not None and folder in (path.resolve().parent, path.parent.resolve()):
                 raise InputError(f"{path} lies in --output_dir, where its map could take its place: choose another one")
     if (folder / PREDICTIONS).exists():
         return
-    for path in (path for part in found.parts for path in output_paths(folder, part.name)):
+    for path in (path for part in found.samples for path in output_paths(folder, part.path)):
         if path.exists():
             raise InputError(
                 f"{path} is in the way, and without a {PREDICTIONS} beside it was not written by this script: choose "
@@ -134,7 +134,7 @@ def write_parts(
     """
     decisions, warned = [], False
     for part, verdict in tqdm(judged, total=count, desc="parts", unit="part", leave=False, disable=None):
-        name = part.files.name
+        name = part.files.path
         if isinstance(verdict, str):
             output.add_fault(part.files, verdict)
             print_fault(name, verdict)
@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     check_args(args)
     camera = None if args.intrinsics is None else read_camera(args.intrinsics)
-    found = find_parts(args.rgb, args.xyz, cloud_suffixes(camera))
+    found = find_samples(args.rgb, args.xyz, cloud_suffixes(camera))
     check_found(found, args)
     check_output(found, args.output_dir)
     detector = load_detector(
@@ -202,11 +202,11 @@ def run(args: argparse.Namespace) -> int:
     output = Output(folder, detector.thresholds, not args.no_images, args.append)
     for part, fault in found.incomplete:
         output.add_fault(part, fault)
-        print_fault(part.name, fault)
+        print_fault(part.path, fault)
     batch_size = args.batch_size or detector.extractor.batch_size
-    judged = judge_parts(detector, PartReader(found.parts, reading), batch_size, args.num_workers)
-    decisions = write_parts(judged, output, len(found.parts), max(len(part.name) for part in found.parts))
-    failed = len(found.parts) + len(found.incomplete) - len(decisions)
+    judged = judge_parts(detector, PartReader(found.samples, reading), batch_size, args.num_workers)
+    decisions = write_parts(judged, output, len(found.samples), max(len(part.path) for part in found.samples))
+    failed = len(found.samples) + len(found.incomplete) - len(decisions)
     summary = f"{len(decisions)} parts judged in {time.perf_counter() - begin:.1f} s"
     if detector.thresholds is not None:
         summary += f": {sum(decisions)} anomalous, {len(decisions) - sum(decisions)} good"

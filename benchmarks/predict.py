@@ -42,8 +42,8 @@ from runner.prediction import Output, PartReader, Reading, Verdict, judge_parts
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
 from utils.memory import resident_memory_mb
 from utils.metrics import latency_percentiles
+from utils.records import SampleFiles
 from utils.scans.organized_pc import write_organized_pc
-from utils.scans.sample_files import PartFiles
 from utils.synthetic_data.scanner import make_scan
 
 STAGES = ("cold", "latency", "memory")
@@ -74,8 +74,10 @@ class Workplace(NamedTuple):
     def output(self) -> Path:
         return self.folder / "predictions"
 
-    def part(self, number: int) -> PartFiles:
-        return PartFiles(f"{number:04d}", self.folder / f"rgb/{number:04d}.png", self.folder / f"xyz/{number:04d}.tiff")
+    def part(self, number: int) -> SampleFiles:
+        return SampleFiles(
+            f"{number:04d}", self.folder / f"rgb/{number:04d}.png", self.folder / f"xyz/{number:04d}.tiff"
+        )
 
 
 def prepare(place: Workplace, networks: str, train: int, distinct: int) -> None:
@@ -90,12 +92,12 @@ def prepare(place: Workplace, networks: str, train: int, distinct: int) -> None:
     samples = []
     for part in map(place.part, range(2 * distinct)):  # the second half is not judged
         assert part.rgb is not None and part.xyz is not None
-        scan = make_scan(PART, f"test/good/{part.name}", SCAN_SIZE, SEED)
+        scan = make_scan(PART, f"test/good/{part.path}", SCAN_SIZE, SEED)
         xyz, rgb, _ = clean_scan(scan.xyz, scan.rgb, None, CleaningRule())
         write_organized_pc(part.xyz, xyz)
         part.rgb.parent.mkdir(exist_ok=True)
         Image.fromarray(rgb).save(part.rgb)
-        samples.append(make_sample(part.name, rgb, xyz, config.img_size))
+        samples.append(make_sample(part.path, rgb, xyz, config.img_size))
     extractor = build_extractor(config, place.checkpoints, Path("none"))
     judged, learned = extractor.extract(samples[:distinct]), extractor.extract(samples[distinct:])
     rows = {"xyz": int(config.f_coreset * train * config.xyz_grid**2)}
@@ -133,7 +135,7 @@ def cold_start(place: Workplace) -> dict[str, float]:
         line = process.stdout.readline()
         first = time.perf_counter() - begin
         process.stdout.read()
-    if not line.startswith(part.name) or process.returncode:
+    if not line.startswith(part.path) or process.returncode:
         raise RuntimeError(f"predict.py ended with {process.returncode} after {line!r}")
     return {"first_part": first, "end": time.perf_counter() - begin}
 
@@ -150,7 +152,7 @@ def judge_in_a_row(place: Workplace, count: int, distinct: int, batch_size: int 
     """Judge `count` parts; the first few are not timed."""
     detector = load_detector(place.detector, place.device, checkpoint_dir=place.checkpoints)
     config = detector.config
-    files = [place.part(i % distinct)._replace(name=f"{i:04d}") for i in range(WARM_UP + count)]
+    files = [place.part(i % distinct)._replace(path=f"{i:04d}") for i in range(WARM_UP + count)]
     reader = PartReader(files, Reading(config.method.modalities, config.img_size))
     place.output.mkdir(exist_ok=True)
     output = Output(place.output, detector.thresholds, images=True)
@@ -158,7 +160,7 @@ def judge_in_a_row(place: Workplace, count: int, distinct: int, batch_size: int 
     judged = judge_parts(detector, reader, batch_size or detector.extractor.batch_size, workers)
     for i, (part, verdict) in enumerate(tqdm(judged, total=len(files), desc="parts", leave=False)):
         if not isinstance(verdict, Verdict):
-            raise RuntimeError(f"{part.files.name}: {verdict}")
+            raise RuntimeError(f"{part.files.path}: {verdict}")
         output.add(part, verdict)
         if i + 1 == WARM_UP:
             begin = time.perf_counter()

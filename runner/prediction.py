@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset import SampleFiles, load_samples, make_sample, read_rgb
+from dataset import load_samples, make_sample, read_rgb
 from feature_extractors.detector import Detector
 from feature_extractors.pipeline import batches, extract_timed
 from feature_extractors.thresholds import Thresholds
 from runner.dataset_check import spread
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, crop_padding, shows_table
 from utils.errors import InputError
-from utils.records import Prediction, Sample
+from utils.records import Prediction, Sample, SampleFiles
 from utils.reporting.visualization import color_scale, resize_map, save_anomaly_map, save_overlay, threshold_scale
 from utils.scans.depth_camera import Camera
 from utils.scans.files import cannot_write
-from utils.scans.sample_files import PartFiles, check_same_view, read_cloud
+from utils.scans.sample_files import check_same_view, read_cloud
 
 PREDICTIONS = "predictions.jsonl"
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Reading:
 class LoadedPart(NamedTuple):
     """A part, read and ready to be judged, or what is wrong with it."""
 
-    files: PartFiles
+    files: SampleFiles
     fault: str = ""
     sample: Sample | None = None  # None where there is a fault
     photo: np.ndarray | None = None  # (h, w, 3) uint8 as it was taken, to be drawn
@@ -73,11 +73,11 @@ class PartReader:
         reading: how.
     """
 
-    def __init__(self, parts: Sequence[PartFiles], reading: Reading) -> None:
+    def __init__(self, parts: Sequence[SampleFiles], reading: Reading) -> None:
         self.parts = parts
         self.reading = reading
         raw_is_wrong = "xyz" in reading.modalities and not reading.preprocess
-        self.looked_at = {part.name for part in spread(parts)} if raw_is_wrong else set()
+        self.looked_at = {part.path for part in spread(parts)} if raw_is_wrong else set()
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -89,13 +89,13 @@ class PartReader:
         except InputError as error:
             return LoadedPart(part, str(error))
 
-    def _read(self, part: PartFiles) -> LoadedPart:
+    def _read(self, part: SampleFiles) -> LoadedPart:
         how = self.reading
-        photo = read_rgb(SampleFiles(part.name, part.rgb))
-        photo_size = None if photo is None else photo.shape[:2]
-        xyz = None if part.xyz is None else read_cloud(part.xyz, how.camera, how.unit, photo_size)
+        photo = read_rgb(part)
+        image_size = None if photo is None else photo.shape[:2]
+        xyz = None if part.xyz is None else read_cloud(part.xyz, how.camera, how.unit, image_size)
         if photo is not None and xyz is not None:
-            check_same_view(part.name, photo, xyz, same_pixels=how.preprocess)
+            check_same_view(part.path, photo, xyz, same_pixels=how.preprocess)
         rgb, cloud, side = photo, xyz, None
         if how.preprocess and xyz is not None:
             view = np.zeros_like(xyz, dtype=np.uint8) if photo is None else photo
@@ -118,7 +118,7 @@ class PartReader:
             photo=photo if how.photos else None,
             size=scan.shape[:2],
             side=side,
-            shows_table=part.name in self.looked_at and xyz is not None and shows_table(xyz, CleaningRule()),
+            shows_table=part.path in self.looked_at and xyz is not None and shows_table(xyz, CleaningRule()),
         )
 
 
@@ -205,7 +205,7 @@ class Output:
         self._write(record)
         return record
 
-    def add_fault(self, part: PartFiles, fault: str) -> None:
+    def add_fault(self, part: SampleFiles, fault: str) -> None:
         """Write why a part was not judged."""
         self._write({**_paths(part), "error": fault})
 
@@ -219,7 +219,7 @@ class Output:
         plane = crop_padding(resize_map(prediction.anomaly_map.numpy(), padded), part.size)
         pixel = None if self.thresholds is None else self.thresholds.pixel
         scale = color_scale([plane]) if pixel is None else threshold_scale(pixel)
-        map_path, overlay_path = output_paths(self.folder, part.files.name)
+        map_path, overlay_path = output_paths(self.folder, part.files.path)
         with _writing(map_path):
             save_anomaly_map(map_path, plane, part.size)
         with _writing(overlay_path):
@@ -249,5 +249,6 @@ def _writing(path: Path) -> Iterator[None]:
         raise cannot_write(path, error) from error
 
 
-def _paths(part: PartFiles) -> dict[str, str | None]:
-    return {name: None if path is None else str(path) for name, path in part._asdict().items()}
+def _paths(part: SampleFiles) -> dict[str, str | None]:
+    rgb, xyz = (None if path is None else str(path) for path in (part.rgb, part.xyz))
+    return {"name": part.path, "rgb": rgb, "xyz": xyz}

@@ -32,10 +32,9 @@ from runner.prediction import LoadedPart, Output, PartReader, Reading, Verdict, 
 from utils import preprocessing
 from utils.cleaning.cloud_cleaning import crop_padding, pad_to_square
 from utils.errors import InputError
-from utils.records import Prediction
+from utils.records import Prediction, SampleFiles
 from utils.reporting.visualization import resize_map
 from utils.scans.organized_pc import read_organized_pc, write_organized_pc
-from utils.scans.sample_files import PartFiles
 from utils.synthetic_data.scanner import make_scan
 
 SIDE = 64
@@ -533,7 +532,7 @@ def test_cleaning_gives_what_preprocessing_gives(raw: Path, tmp_path: Path, flag
     assert preprocessing.main([str(raw), "--output_dir", str(tmp_path / "clean"), "--workers", "1", *flags]) == 0
     cleaned = AnomalyDataset(index_split(tmp_path / "clean/cookie", "test", BOTH), BOTH, SIDE)
     good = raw / "cookie/test/good"
-    files = [PartFiles(f"00{i}", good / f"rgb/00{i}.png", good / f"xyz/00{i}.tiff") for i in range(2)]
+    files = [SampleFiles(f"00{i}", good / f"rgb/00{i}.png", good / f"xyz/00{i}.tiff") for i in range(2)]
     reader = PartReader(files, Reading(BOTH, SIDE, preprocess=True, keep_rgb=bool(flags)))
     for expected, part in zip(cleaned, reader, strict=True):
         assert part.sample is not None, part.fault
@@ -549,7 +548,7 @@ def test_maps_of_cleaned_scans_lie_on_the_pixels_of_the_raw_ones(fitted: Fitted,
     flags = [*flags_for(fitted, good, tmp_path), "--preprocess"]
     assert run(*flags) == 0
     detector = load_detector(fitted.detectors["DINO+Point_MAE"], "cpu")
-    files = PartFiles("000", good / "rgb/000.png", good / "xyz/000.tiff")
+    files = SampleFiles("000", good / "rgb/000.png", good / "xyz/000.tiff")
     part = PartReader([files], Reading(BOTH, SIDE, preprocess=True))[0]
     assert part.sample is not None
     whole = resize_map(detector.predict(part.sample).anomaly_map.numpy(), (300, 300))
@@ -608,7 +607,7 @@ class Fixed:
 def test_memory_does_not_grow_with_the_parts(fitted: Fitted, tmp_path: Path) -> None:
     """Nor does it wait for the garbage collection, which is rare in a process that holds networks."""
     folder = fitted.data / "test/hole"
-    files = [PartFiles(f"{i:04d}", folder / "rgb/000.png", folder / "xyz/000.tiff") for i in range(300)]
+    files = [SampleFiles(f"{i:04d}", folder / "rgb/000.png", folder / "xyz/000.tiff") for i in range(300)]
     output = Output(tmp_path, None, images=True)
     held: list[int] = []
     gc.collect()
@@ -631,12 +630,12 @@ def test_memory_does_not_grow_with_the_parts(fitted: Fitted, tmp_path: Path) -> 
 
 def test_reading_ahead_is_bounded(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = fitted.data / "test/hole"
-    files = [PartFiles(f"{i:04d}", folder / "rgb/000.png", folder / "xyz/000.tiff") for i in range(40)]
+    files = [SampleFiles(f"{i:04d}", folder / "rgb/000.png", folder / "xyz/000.tiff") for i in range(40)]
     read: list[str] = []
     plain = PartReader.__getitem__
 
     def counted(self: PartReader, index: int) -> LoadedPart:
-        read.append(self.parts[index].name)
+        read.append(self.parts[index].path)
         return plain(self, index)
 
     monkeypatch.setattr(PartReader, "__getitem__", counted)
@@ -658,7 +657,7 @@ def test_a_thing_that_is_no_fault_of_a_file_is_not_hidden(fitted: Fitted, monkey
 
 
 def test_a_reader_tells_faults_instead_of_raising(tmp_path: Path) -> None:
-    (part,) = PartReader([PartFiles("a", tmp_path / "a.png")], Reading(frozenset({"rgb"}), SIDE))
+    (part,) = PartReader([SampleFiles("a", tmp_path / "a.png")], Reading(frozenset({"rgb"}), SIDE))
     assert part.sample is None and "a.png is missing" in part.fault
     with pytest.raises(InputError):
         Output(tmp_path / "absent", None, images=False)

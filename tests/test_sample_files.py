@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from utils.errors import InputError
+from utils.records import SampleFiles
 from utils.scans.depth_camera import OFF_AXIS, Camera, back_project, read_camera, read_depth_png
 from utils.scans.files import atomic_path
 from utils.scans.organized_pc import write_organized_pc
@@ -20,10 +21,9 @@ from utils.scans.sample_files import (
     CLOUD_SUFFIXES,
     DEPTH_SUFFIXES,
     LONGEST_NAME,
-    PartFiles,
     check_same_view,
     cloud_suffixes,
-    find_parts,
+    find_samples,
     read_cloud,
 )
 
@@ -184,7 +184,7 @@ def test_pcd_as_open3d_compresses_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", PLY_ENCODINGS)
 def test_ply_sized_by_its_photo(tmp_path: Path, encoding: str, fields: Sequence[tuple[str, str, int]]) -> None:
     path = write(tmp_path / "a.ply", ply_bytes(encoding, fields))
-    read = read_cloud(path, photo_size=(H, W))
+    read = read_cloud(path, image_size=(H, W))
     assert read.dtype == np.float32
     np.testing.assert_array_equal(read, expected())
 
@@ -196,7 +196,7 @@ def test_ply_sized_by_its_header(tmp_path: Path, encoding: str, word: str) -> No
     remarks += ["comment num_rows first"]
     path = write(tmp_path / "a.ply", ply_bytes(encoding, remarks=remarks))
     np.testing.assert_array_equal(read_cloud(path), expected())
-    np.testing.assert_array_equal(read_cloud(path, photo_size=(2 * H, 2 * W)), expected())
+    np.testing.assert_array_equal(read_cloud(path, image_size=(2 * H, 2 * W)), expected())
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
@@ -424,7 +424,7 @@ def test_a_broken_file_is_named_with_its_fault(tmp_path: Path, capfd: pytest.Cap
     for name, (content, pattern) in BROKEN.items():
         path = write(tmp_path / name, content)
         with pytest.raises(InputError) as error:
-            read_cloud(path, photo_size=(H, W))
+            read_cloud(path, image_size=(H, W))
         message = str(error.value)
         assert re.search(pattern, message), name
         assert str(path) in message and "\n" not in message and len(message) - len(str(path)) < 400
@@ -489,21 +489,21 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).touch()
 
 
-def names(parts: Sequence[PartFiles]) -> list[str]:
-    return [part.name for part in parts]
+def names(parts: Sequence[SampleFiles]) -> list[str]:
+    return [part.path for part in parts]
 
 
 def test_folders_are_paired_by_stem(tmp_path: Path) -> None:
     touch(tmp_path / "rgb", "10.png", "2.JPG", "lone.jpeg", ".hidden.png", "notes.txt", "sub.png/x.png")
     touch(tmp_path / "xyz", "2.npy", "10.PLY", "stray.pcd", "notes.json")
-    found = find_parts(str(tmp_path / "rgb"), str(tmp_path / "xyz"))
-    assert found.parts == [
-        PartFiles("10", tmp_path / "rgb/10.png", tmp_path / "xyz/10.PLY"),
-        PartFiles("2", tmp_path / "rgb/2.JPG", tmp_path / "xyz/2.npy"),
+    found = find_samples(str(tmp_path / "rgb"), str(tmp_path / "xyz"))
+    assert found.samples == [
+        SampleFiles("10", tmp_path / "rgb/10.png", tmp_path / "xyz/10.PLY"),
+        SampleFiles("2", tmp_path / "rgb/2.JPG", tmp_path / "xyz/2.npy"),
     ]
     assert [part for part, _ in found.incomplete] == [
-        PartFiles("lone", tmp_path / "rgb/lone.jpeg"),
-        PartFiles("stray", None, tmp_path / "xyz/stray.pcd"),
+        SampleFiles("lone", tmp_path / "rgb/lone.jpeg"),
+        SampleFiles("stray", None, tmp_path / "xyz/stray.pcd"),
     ]
     faults = [fault for _, fault in found.incomplete]
     assert "lone.jpeg has no scan of the same stem" in faults[0]
@@ -512,41 +512,41 @@ def test_folders_are_paired_by_stem(tmp_path: Path) -> None:
 
 def test_one_kind_alone(tmp_path: Path) -> None:
     touch(tmp_path, "b.png", "a.png", "c.tiff")
-    assert find_parts(str(tmp_path), None).parts == [
-        PartFiles("a", tmp_path / "a.png"),
-        PartFiles("b", tmp_path / "b.png"),
+    assert find_samples(str(tmp_path), None).samples == [
+        SampleFiles("a", tmp_path / "a.png"),
+        SampleFiles("b", tmp_path / "b.png"),
     ]
-    assert find_parts(None, str(tmp_path)).parts == [PartFiles("c", None, tmp_path / "c.tiff")]
+    assert find_samples(None, str(tmp_path)).samples == [SampleFiles("c", None, tmp_path / "c.tiff")]
 
 
 def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "line/1/photo_a.png", "line/2/photo_b.png", "line/2/depth_b.png", "line/2/other.png", "x[1].png")
     for pattern in (str(tmp_path / "line/*/photo_*.png"), str(tmp_path / "**/photo_[ab].png")):
-        assert names(find_parts(pattern, None).parts) == ["photo_a", "photo_b"]
+        assert names(find_samples(pattern, None).samples) == ["photo_a", "photo_b"]
     monkeypatch.chdir(tmp_path / "line/1")
-    assert find_parts("../*/photo_?.png", None).parts[1].rgb == Path("../2/photo_b.png")
-    assert names(find_parts("../../x[1].png", None).parts) == ["x[1]"], "a file that is there is no pattern"
+    assert find_samples("../*/photo_?.png", None).samples[1].rgb == Path("../2/photo_b.png")
+    assert names(find_samples("../../x[1].png", None).samples) == ["x[1]"], "a file that is there is no pattern"
 
 
 def test_two_files_need_no_common_stem(tmp_path: Path) -> None:
     touch(tmp_path, "photo.png", "scan.tiff")
-    found = find_parts(str(tmp_path / "photo.png"), str(tmp_path / "scan.tiff"))
-    assert found == ([PartFiles("photo", tmp_path / "photo.png", tmp_path / "scan.tiff")], [])
+    found = find_samples(str(tmp_path / "photo.png"), str(tmp_path / "scan.tiff"))
+    assert found == ([SampleFiles("photo", tmp_path / "photo.png", tmp_path / "scan.tiff")], [])
 
 
 def test_a_file_and_a_folder_are_paired_by_stem(tmp_path: Path) -> None:
     touch(tmp_path, "rgb/a.png", "xyz/a.tiff", "xyz/b.tiff")
-    found = find_parts(str(tmp_path / "rgb/a.png"), str(tmp_path / "xyz"))
-    assert names(found.parts) == ["a"]
+    found = find_samples(str(tmp_path / "rgb/a.png"), str(tmp_path / "xyz"))
+    assert names(found.samples) == ["a"]
     assert names([part for part, _ in found.incomplete]) == ["b"]
 
 
 def test_stems_that_are_not_unique(tmp_path: Path) -> None:
     touch(tmp_path, "rgb/a.png", "rgb/b.png", "xyz/a.npy", "xyz/a.tiff", "xyz/b.npy")
-    found = find_parts(str(tmp_path / "rgb"), str(tmp_path / "xyz"))
-    assert names(found.parts) == ["b"]
+    found = find_samples(str(tmp_path / "rgb"), str(tmp_path / "xyz"))
+    assert names(found.samples) == ["b"]
     ((part, fault),) = found.incomplete
-    assert part.name == "a"
+    assert part.path == "a"
     assert "a.npy" in fault and "a.tiff share a stem" in fault
 
 
@@ -554,10 +554,10 @@ def test_depth_pictures_count_with_a_camera(tmp_path: Path) -> None:
     touch(tmp_path, "rgb/a.png", "depth/a.png")
     assert cloud_suffixes(None) == CLOUD_SUFFIXES
     assert set(cloud_suffixes(CAMERA)) == {*CLOUD_SUFFIXES, *DEPTH_SUFFIXES}
-    found = find_parts(str(tmp_path / "rgb"), str(tmp_path / "depth"), cloud_suffixes(CAMERA))
-    assert found.parts == [PartFiles("a", tmp_path / "rgb/a.png", tmp_path / "depth/a.png")]
+    found = find_samples(str(tmp_path / "rgb"), str(tmp_path / "depth"), cloud_suffixes(CAMERA))
+    assert found.samples == [SampleFiles("a", tmp_path / "rgb/a.png", tmp_path / "depth/a.png")]
     for given in (tmp_path / "depth", tmp_path / "depth/a.png"):
-        assert "--intrinsics" in sentence(lambda given=given: find_parts(None, str(given)))  # type: ignore[misc]
+        assert "--intrinsics" in sentence(lambda given=given: find_samples(None, str(given)))  # type: ignore[misc]
 
 
 def test_nothing_to_judge(tmp_path: Path) -> None:
@@ -575,10 +575,10 @@ def test_nothing_to_judge(tmp_path: Path) -> None:
         ("rgb", "xyz", ["none of 2 parts", "a.png has no scan"]),
     ):
         given = [None if each is None else str(tmp_path / each) for each in (rgb, xyz)]
-        message = sentence(lambda given=given: find_parts(*given))  # type: ignore[misc]
+        message = sentence(lambda given=given: find_samples(*given))  # type: ignore[misc]
         assert all(part in message for part in parts), message
     for given in (("", None), (None, "")):
-        assert "is empty" in sentence(lambda given=given: find_parts(*given))  # type: ignore[misc]
+        assert "is empty" in sentence(lambda given=given: find_samples(*given))  # type: ignore[misc]
 
 
 def test_a_name_that_leaves_no_room_for_those_of_its_maps(tmp_path: Path) -> None:
@@ -586,7 +586,7 @@ def test_a_name_that_leaves_no_room_for_those_of_its_maps(tmp_path: Path) -> Non
     touch(tmp_path, f"{longest}.png", f"{longer}.png")
     with atomic_path(tmp_path / f"{longest}_overlay.png") as temporary:
         temporary.touch()
-    found = find_parts(str(tmp_path / "[aä]*[aä].png"), None)
-    assert names(found.parts) == [longest]
+    found = find_samples(str(tmp_path / "[aä]*[aä].png"), None)
+    assert names(found.samples) == [longest]
     ((part, fault),) = found.incomplete
-    assert part.name == longer and f"{LONGEST_NAME + 1} bytes" in fault
+    assert part.path == longer and f"{LONGEST_NAME + 1} bytes" in fault

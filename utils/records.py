@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class SampleFiles(NamedTuple):
+    """Files of one sample; None where there is none."""
+
+    path: str  # "test/hole/000" in a dataset: split, defect, stem; elsewhere the stem of its files
+    rgb: Path | None = None
+    xyz: Path | None = None
+    mask: Path | None = None
+    label: int | None = None  # 1 = defective, 0 = good; test split only
 
 
 class Sample(NamedTuple):

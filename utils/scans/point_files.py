@@ -81,7 +81,7 @@ def read_pcd(path: Path) -> np.ndarray:
     return _decode(path, body, record, size, encoding, decoders)
 
 
-def read_ply(path: Path, photo_size: tuple[int, int] | None = None) -> np.ndarray:
+def read_ply(path: Path, image_size: tuple[int, int] | None = None) -> np.ndarray:
     """Read a PLY file that holds a point for each pixel: ascii or binary, with x, y, z and any other properties.
 
     The format has no place for height and width. They are taken from lines such as `obj_info num_cols 640` and
@@ -90,7 +90,7 @@ def read_ply(path: Path, photo_size: tuple[int, int] | None = None) -> np.ndarra
 
     Args:
         path: of the file.
-        photo_size: (H, W) of the photo of the same view, if there is one.
+        image_size: (H, W) of the photo of the same view, if there is one.
 
     Raises:
         InputError: no PLY file, a cloud that is not organized, no floating-point x, y, z, or fewer points than the
@@ -101,7 +101,7 @@ def read_ply(path: Path, photo_size: tuple[int, int] | None = None) -> np.ndarra
         encoding = next(words[1] for line in lines if (words := line.split())[:1] == ["format"])
         number, properties = _vertices(path, lines)
         record = _record(path, properties, ">" if encoding == "binary_big_endian" else "<")
-        size = _grid(lines) or photo_size
+        size = _grid(lines) or image_size
     if size is None or min(size) < 1 or size[0] * size[1] != number:
         expected = "num_rows and num_cols in its header" if size is None else f"{size[0]} x {size[1]}, one a pixel"
         raise InputError(

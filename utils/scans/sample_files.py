@@ -1,6 +1,6 @@
 """Files of parts to judge, outside a dataset: found by file, folder or pattern, paired by stem, read in any format.
 
-parts = find_parts("photos/", "scans/*.pcd", CLOUD_SUFFIXES)
+parts = find_samples("photos/", "scans/*.pcd", CLOUD_SUFFIXES)
 cloud = read_cloud(Path("scans/017.pcd"))
 """
 
@@ -13,12 +13,13 @@ import numpy as np
 
 from utils.cleaning.cloud_cleaning import CleaningRule
 from utils.errors import InputError
+from utils.records import SampleFiles
 from utils.scans.depth_camera import Camera, read_depth_png
 from utils.scans.files import FILE_SUFFIXES, cannot_read
 from utils.scans.organized_pc import as_cloud, read_organized_pc, valid_mask
 from utils.scans.point_files import read_npy, read_pcd, read_ply
 
-PHOTO_SUFFIXES = FILE_SUFFIXES["rgb"]
+IMAGE_SUFFIXES = FILE_SUFFIXES["rgb"]
 CLOUD_SUFFIXES = (*FILE_SUFFIXES["xyz"], ".npy", ".pcd", ".ply")
 DEPTH_SUFFIXES = (".png",)  # with the intrinsics of the camera
 UNITS = {"m": 1.0, "mm": 0.001}  # meters
@@ -28,19 +29,11 @@ ASPECT_TOLERANCE = 0.01
 LONGEST_NAME = 220  # bytes of a stem: a file name has 255, and those of maps and overlays are longer
 
 
-class PartFiles(NamedTuple):
-    """The files of one part; None where there is none."""
-
-    name: str  # the stem of its files
-    rgb: Path | None = None
-    xyz: Path | None = None
-
-
-class Found(NamedTuple):
+class FoundSamples(NamedTuple):
     """What was found of the parts that were asked for."""
 
-    parts: list[PartFiles]  # complete, sorted by name
-    incomplete: list[tuple[PartFiles, str]]  # and what each lacks, or has too much
+    samples: list[SampleFiles]  # complete, sorted by name
+    incomplete: list[tuple[SampleFiles, str]]  # and what each lacks, or has too much
 
 
 def cloud_suffixes(camera: Camera | None) -> tuple[str, ...]:
@@ -48,7 +41,7 @@ def cloud_suffixes(camera: Camera | None) -> tuple[str, ...]:
     return CLOUD_SUFFIXES if camera is None else (*CLOUD_SUFFIXES, *DEPTH_SUFFIXES)
 
 
-def find_parts(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLOUD_SUFFIXES) -> Found:
+def find_samples(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLOUD_SUFFIXES) -> FoundSamples:
     """Find the files of parts.
 
     Args:
@@ -63,23 +56,23 @@ def find_parts(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLOUD
     Raises:
         InputError: there is no file, or no part is complete.
     """
-    photos = None if rgb is None else _by_stem(rgb, PHOTO_SUFFIXES, "--rgb")
+    photos = None if rgb is None else _by_stem(rgb, IMAGE_SUFFIXES, "--rgb")
     clouds = None if xyz is None else _by_stem(xyz, suffixes, "--xyz")
     if photos and clouds and Path(rgb or "").is_file() and Path(xyz or "").is_file():
         clouds = dict(zip(photos, clouds.values(), strict=True))
     by_kind = {kind: files for kind, files in (("photo", photos), ("scan", clouds)) if files is not None}
-    found = Found([], [])
+    found = FoundSamples([], [])
     for name in sorted(set().union(*by_kind.values())):
         paths = {kind: files.get(name, []) for kind, files in by_kind.items()}
-        part = PartFiles(name, *(next(iter(paths.get(kind, [])), None) for kind in ("photo", "scan")))
+        part = SampleFiles(name, *(next(iter(paths.get(kind, [])), None) for kind in ("photo", "scan")))  # type: ignore[arg-type]
         fault = _fault(name, paths)
         if fault:
             found.incomplete.append((part, fault))
         else:
-            found.parts.append(part)
-    if not found.parts:
+            found.samples.append(part)
+    if not found.samples:
         raise InputError(
-            f"none of {len(found.incomplete)} parts can be judged, the first, {found.incomplete[0][0].name}, because "
+            f"none of {len(found.incomplete)} parts can be judged, the first, {found.incomplete[0][0].path}, because "
             f"{found.incomplete[0][1]}"
         )
     return found
@@ -142,7 +135,7 @@ def _matches(pattern: Path) -> list[Path]:
 
 
 def read_cloud(
-    path: Path, camera: Camera | None = None, unit: str = "m", photo_size: tuple[int, int] | None = None
+    path: Path, camera: Camera | None = None, unit: str = "m", image_size: tuple[int, int] | None = None
 ) -> np.ndarray:
     """Read an organized point cloud, the format told by the suffix.
 
@@ -150,7 +143,7 @@ def read_cloud(
         path: .tiff, .tif, .npy, .pcd, .ply, or, with a camera, a depth .png.
         camera: that took the depth picture.
         unit: a key of UNITS, that of the coordinates; a depth picture has the scale of its camera instead.
-        photo_size: (H, W) of the photo of the same view, see `read_ply`.
+        image_size: (H, W) of the photo of the same view, see `read_ply`.
 
     Returns:
         (H, W, 3) float32, meters, camera frame; a pixel without a measurement is exactly (0, 0, 0).
@@ -168,7 +161,7 @@ def read_cloud(
     elif suffix == ".pcd":
         xyz = read_pcd(path)
     elif suffix == ".ply":
-        xyz = read_ply(path, photo_size)
+        xyz = read_ply(path, image_size)
     else:
         xyz = read_organized_pc(path)
     meters = as_cloud(np.multiply(xyz, UNITS[unit], dtype=np.result_type(xyz.dtype, np.float32)))
