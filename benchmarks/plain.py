@@ -18,7 +18,8 @@ from sklearn.random_projection import SparseRandomProjection, johnson_lindenstra
 from torch import Tensor
 
 from benchmarks.workload import Networks
-from models.point_transformer import GroupEncoder, PointTransformer
+from models.group_encoder import GroupEncoder
+from models.point_transformer import PointTransformer
 from models.rgb_backbone import VisionTransformerBackbone
 from utils.records import Sample
 

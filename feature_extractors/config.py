@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from reprlib import repr as shortened
 from typing import NamedTuple
 
+from models.group_encoder import POINT_NORMS
 from models.point_ops import BACKENDS
-from models.point_transformer import POINT_NORMS
 from utils.errors import InputError
 from utils.precision import PRECISIONS
 

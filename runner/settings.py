@@ -22,8 +22,8 @@ from feature_extractors.config import (
 )
 from feature_extractors.thresholds import check_target_fpr
 from models import XYZ_BACKBONES, rgb_spec
+from models.group_encoder import POINT_NORMS
 from models.point_ops import BACKENDS, check_backend
-from models.point_transformer import POINT_NORMS
 from runner.scheduling import PARALLEL
 from utils.distributed import Ranks, choose_device
 from utils.errors import InputError

@@ -15,8 +15,8 @@ from feature_extractors.config import (
     Protocol,
     covering_method,
 )
+from models.group_encoder import POINT_NORMS
 from models.point_ops import BACKENDS
-from models.point_transformer import POINT_NORMS
 from utils.errors import InputError
 
 # banks; decision fusion; bank statistics; what distances are divided by; added to the sum of exponentials; zero row

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.group_encoder import POINT_NORMS, GroupEncoder
 from models.point_ops import farthest_point_sample
-from models.point_transformer import POINT_NORMS, GroupEncoder, PointTransformer
+from models.point_transformer import PointTransformer
 
 SMALL = {"num_group": 16, "group_size": 8, "width": 24, "depth": 3, "num_heads": 2, "encoder_dim": 24}
 
