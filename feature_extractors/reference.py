@@ -226,7 +226,7 @@ def greedy_coreset(rows: Tensor, n: int, start: int = 0) -> Tensor:
     """Greedy k-center (PatchCore, Roth et al. 2022): pick n rows (N, C), each the farthest from all picks so far."""
     nearest = torch.full((len(rows),), torch.inf, dtype=rows.dtype)  # squared distance to the picks
     picks = [start]
-    while len(picks) < n:
+    while len(picks) < min(n, len(rows)):
         squared = (rows - rows[picks[-1]]).square().sum(dim=1)
         nearest = torch.minimum(nearest, squared)
         nearest[picks[-1]] = -torch.inf
