@@ -7,7 +7,7 @@
 Gloo processes of one machine, of one thread each, so that seconds can only fall as long as there are cores. Made-up
 rows: a third are background, all alike; the others lie on a plane of 16 dimensions, with noise. Each process makes
 those of its own samples and never has another's. Prints what a process receives, its memory beyond what it started
-with, the passes and the seconds; writes JSON, and a figure with the cost model of docs/SCALING.md beyond 4 processes.
+with, the passes and the seconds; writes JSON, and a figure with the cost model of docs/DISTRIBUTED.md beyond them.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The cost model of docs/SCALING.md: seconds of the distributed coreset from what a pass computes and sends."""
+"""The cost model of docs/DISTRIBUTED.md: seconds of the distributed coreset from what a pass computes and sends."""
 
 import tempfile
 from collections.abc import Mapping, Sequence

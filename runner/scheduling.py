@@ -9,7 +9,7 @@ logger = logging.getLogger(__name__)
 
 PARALLEL = ("auto", "classes", "samples")
 # The share of a class's time that more processes do not shorten, assumed: SVMs and metrics are a hundredth on two cores
-# (docs/SCALING.md), and more with faster networks; selection, report and unequal shares of samples come on top.
+# (docs/DISTRIBUTED.md), and more with faster networks; selection, report and unequal shares of samples come on top.
 ALONE = 0.1
 
 

@@ -1,8 +1,11 @@
-"""The Python that docs/DATA.md shows does what is said of it."""
+"""The pages keep their promises: links lead somewhere, named code exists, commands have known flags, snippets run."""
 
+import ast
 import json
 import re
+import subprocess
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -13,16 +16,140 @@ from utils.scans.depth_camera import Camera, back_project
 from utils.scans.organized_pc import read_organized_pc, valid_mask
 from utils.scans.sample_files import CLOUD_SUFFIXES
 
+MOST_WORDS = 2000
+LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
+CODE = re.compile(r"^```.*?^```", flags=re.DOTALL | re.MULTILINE)
 
-def blocks(language: str) -> list[str]:
-    text = (ROOT / "docs/DATA.md").read_text()
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+def pages() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [path for line in listed.stdout.splitlines() if (path := ROOT / line).exists()]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors that GitHub gives to headings: lower case, no punctuation, hyphens for spaces, repetitions numbered."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#{1,6} +(.*?) *#*$", CODE.sub("", text), flags=re.MULTILINE):
+        shown = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        plain = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
+        anchor, repetition = plain, 0
+        while anchor in found:
+            repetition += 1
+            anchor = f"{plain}-{repetition}"
+        found.add(anchor)
+    return found
+
+
+def test_anchors_are_those_of_github() -> None:
+    text = "# results.json\n## The paper's `--flags`\n## A, b\n## A b\n## [Link](x.md)\n```sh\n# no heading\n```\n"
+    assert anchors(text) == {"resultsjson", "the-papers---flags", "a-b", "a-b-1", "link"}
+
+
+def test_every_link_leads_somewhere() -> None:
+    dead = []
+    for page in pages():
+        for target in LINK.findall(CODE.sub("", page.read_text())):
+            if re.match(r"[a-z]+:", target):
+                continue
+            path, _, anchor = unquote(target).partition("#")
+            linked = page.parent / path if path else page
+            if not linked.exists() or (anchor and anchor not in anchors(linked.read_text())):
+                dead.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not dead
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= MOST_WORDS
+
+
+def defined_in(path: Path) -> set[str]:
+    """Names of the functions and classes of a module, methods as Class.method."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{each.name}" for each in node.body if isinstance(each, ast.FunctionDef)}
+    return found
+
+
+def test_the_code_map_names_what_exists() -> None:
+    section = (ROOT / "README.md").read_text().partition("\n## Code map\n")[2].partition("\n## ")[0]
+    rows = [row.strip("|").split("|") for row in section.splitlines() if row.startswith("|")][2:]
+    missing = []
+    for step, _, fast, plain in rows:
+        named = re.findall(r"`([\w/]+\.py)`: `([\w.]+)`", fast)
+        named += [("reference.py", name) for name in re.findall(r"`(\w+)`", plain)]
+        assert 1 <= len({file for file, _ in named}) <= 2, f"{step.strip()} names {named}"
+        for file, name in named:
+            path = next((each for each in (ROOT / file, ROOT / "feature_extractors" / file) if each.exists()), None)
+            if path is None or name not in defined_in(path):
+                missing.append(f"{file}: {name}")
+    assert len(rows) >= 13
+    assert not missing
+
+
+def test_every_python_file_named_exists() -> None:
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = listed.stdout.splitlines()
+    missing = []
+    for page in pages():
+        for name in set(re.findall(r"(?<![\w/.<>-])((?:[a-z_]+/)*[a-z_]+\.py)\b", page.read_text())):
+            if not any(f"/{file}".endswith(f"/{name}") for file in files):
+                missing.append(f"{page.relative_to(ROOT)}: {name}")
+    assert not missing
+
+
+def flags_of(*sources: Path) -> set[str]:
+    return {flag for source in sources for flag in re.findall(r'"(--[a-z][\w-]*)"', source.read_text())}
+
+
+def sources_of(script: str) -> list[Path]:
+    """Files that may define the flags of a script."""
+    shared = [*(ROOT / "runner").glob("*.py")] if script in ("main.py", "predict.py") else []
+    return [ROOT / script.replace("utils.report", "utils/report.py"), *shared]
+
+
+def test_commands_have_known_flags() -> None:
+    unknown, commands = [], 0
+    for page in pages():
+        for block in blocks(page, "sh"):
+            for command in block.replace("\\\n", " ").splitlines():
+                found = re.search(
+                    r"(?:^|\s)((?:utils/|benchmarks/)?\w+\.py|utils\.report)\s(.*)", command.split("#")[0]
+                )
+                if found is None:
+                    continue
+                commands += 1
+                known = flags_of(*sources_of(found[1]))
+                given = re.findall(r"(?<!\S)--[a-z]\w*", found[2])
+                unknown += [f"{page.name}: {found[1]} {flag}" for flag in given if flag not in known]
+    assert commands > 15
+    assert not unknown
+
+
+def test_flags_named_in_the_text_exist() -> None:
+    known = {"--help"} | flags_of(*ROOT.glob("*.py"), *(ROOT / "runner").glob("*.py"), *(ROOT / "utils").glob("*.py"))
+    known |= flags_of(*(ROOT / "benchmarks").glob("*.py"))
+    unknown = []
+    for page in pages():
+        for flag in re.findall(r"`(--[a-z]\w*)[^`]*`", CODE.sub("", page.read_text())):
+            if flag not in known:
+                unknown.append(f"{page.name}: {flag}")
+    assert not unknown
 
 
 def test_the_snippets_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    from_scratch, from_png, from_array, convert = blocks("python")
-    (camera,) = blocks("json")
+    from_scratch, from_png, from_array, convert = blocks(ROOT / "docs/DATA.md", "python")
+    (camera,) = blocks(ROOT / "docs/DATA.md", "json")
     (tmp_path / "camera.json").write_text(camera)
 
     def run(snippet: str) -> np.ndarray:

@@ -149,17 +149,17 @@ def test_from_arrays_in_python(fitted: Fitted) -> None:
     assert prediction.anomaly_map.shape == (SIDE, SIDE)
 
 
-def test_the_readme_does_so(
+def test_the_docs_snippet_predicts(
     fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs/PREDICT.md").read_text(), flags=re.DOTALL)
     snippet = next(each for each in snippets if "make_sample" in each)
     (tmp_path / "detectors").mkdir()
     (tmp_path / "detectors/bagel").symlink_to(fitted.detectors["DINO+Point_MAE"])
     for kind, suffix in (("rgb", ".png"), ("xyz", ".tiff")):
         shutil.copy(fitted.data / f"test/hole/{kind}/000{suffix}", tmp_path / f"part{suffix}")
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet, "README.md", "exec"), {})
+    exec(compile(snippet, "docs/PREDICT.md", "exec"), {})
     score = float(capsys.readouterr().out.split()[0])
     assert score == pytest.approx(fitted.runs["DINO+Point_MAE"].entry["samples"][1]["score"], rel=1e-4)
 
