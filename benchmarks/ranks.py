@@ -1,7 +1,7 @@
-"""What several processes share of a class, and what that costs: coreset, search and a whole class on 1 to 4 processes.
+"""What several processes share of a class, and what that costs: coreset and a whole class on 1 to 4 processes.
 
     python benchmarks/ranks.py                                 # some twenty minutes on two cores
-    python benchmarks/ranks.py --stages coreset search         # minutes
+    python benchmarks/ranks.py --stages coreset                # minutes
     python benchmarks/ranks.py --stages class --networks tiny --train 8 --test 4   # to try it
 
 Gloo processes of one machine, of one thread each, so that seconds can only fall as long as there are cores. Made-up
@@ -34,15 +34,13 @@ from benchmarks.workload import SEED, SIZES, build_networks, detector_config, ma
 from feature_extractors import coreset, pipeline
 from feature_extractors.coreset import greedy_coreset
 from feature_extractors.extractor import PatchExtractor
-from feature_extractors.memory_bank import BankStatistics
 from feature_extractors.pipeline import Stopwatch, collect_features, evaluate, fit_detector
-from feature_extractors.sharded_bank import ShardedBank
 from utils.distributed import Ranks, process_group, shard_range
 from utils.memory import peak_memory_mb, resident_memory_mb
 
-STAGES = ("coreset", "search", "class")
+STAGES = ("coreset", "class")
 SAMPLE = 3136  # rows of a sample
-WIDTHS = {"coreset": 289, "search": 1152}  # projected rows of 40 samples, and rows of the xyz bank
+WIDTH = 289  # of the projected rows of 40 samples
 DIMENSIONS, NOISE = 16, 0.05
 SHARE = 0.1  # of the rows that the coreset keeps
 METHOD = "DINO+Point_MAE+Fusion"
@@ -101,23 +99,10 @@ def run_coreset(args: argparse.Namespace, samples: int) -> dict[str, Any]:
         return found
 
     before = resident_memory_mb()
-    rows = own_rows(samples, WIDTHS["coreset"])
+    rows = own_rows(samples, WIDTH)
     with patch.object(coreset._Shard, "pick_among_farthest", recording), measured(before) as found:
         greedy_coreset(rows, int(SHARE * samples * SAMPLE))
     return found | {"passes": len(passes), "recorded": passes}
-
-
-def run_search(args: argparse.Namespace, samples: int) -> dict[str, Any]:
-    """A sample of each process against a bank that lies spread over them."""
-    before = resident_memory_mb()
-    rows = own_rows(samples, WIDTHS["search"])
-    order = torch.arange(len(rows)) + shard_range(samples).start * SAMPLE
-    bank = ShardedBank(rows, order, BankStatistics(), None)
-    queries = rows_of(10**6 + (shard_range(samples).start), WIDTHS["search"])
-    with measured(before) as found:
-        distance, index = bank.nearest(queries)
-        bank.neighborhood(index[distance.argmax(dim=0, keepdim=True)], 3)
-    return found
 
 
 def run_class(args: argparse.Namespace, samples: int) -> dict[str, Any]:
@@ -149,7 +134,7 @@ def run_class(args: argparse.Namespace, samples: int) -> dict[str, Any]:
     return found | {"stages": stopwatch.seconds, "alone": alone.seconds}
 
 
-RUNS = {"coreset": run_coreset, "search": run_search, "class": run_class}
+RUNS = {"coreset": run_coreset, "class": run_class}
 
 
 def work(rank: int, count: int, args: argparse.Namespace, stage: str, samples: int, folder: str) -> None:
@@ -184,7 +169,7 @@ def compare_model(costs: list[Cost], details: dict[str, Any], machine: Machine) 
     for cost in costs:
         fewest = min(each.processes for each in costs)
         passes = [Pass(*each) for each in details[f"coreset {cost.rows} {fewest}"]["recorded"]]
-        seconds = coreset_seconds(passes, WIDTHS["coreset"], cost.processes, machine)
+        seconds = coreset_seconds(passes, WIDTH, cost.processes, machine)
         ratios[f"{cost.rows} {cost.processes}"] = seconds / cost.seconds
         print(f"model    {cost.rows:10,}{cost.processes:11}{seconds:10.2f} s, {seconds / cost.seconds:.0%} of measured")
     return ratios
@@ -199,7 +184,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         nargs="+",
         default=[20, 40, 80],
-        help="whose rows a coreset is of; the first two, whose rows a search is among",
+        help="whose rows a coreset is of",
     )
     parser.add_argument("--networks", choices=SIZES, default="published", help="of the whole class; tiny: to try it")
     parser.add_argument("--train", type=int, default=16, help="training samples of the whole class")
@@ -217,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     costs: list[Cost] = []
     details: dict[str, Any] = {}
     for stage in args.stages:
-        for samples in {"coreset": args.samples, "search": args.samples[:2], "class": [0]}[stage]:
+        for samples in args.samples if stage == "coreset" else [0]:
             for count in args.processes:
                 cost, detail = measure(args, stage, count, samples)
                 print_cost(cost)
@@ -236,11 +221,11 @@ def main(argv: list[str] | None = None) -> None:
         record["alone"] = share
         print(f"of a class of {args.train} + {args.test}, one process does {share:.1%} of the work alone")
     if "coreset" in args.stages:
-        machine = measure_machine(WIDTHS["coreset"], args.processes[-1])
+        machine = measure_machine(WIDTH, args.processes[-1])
         record["rates"] = machine._asdict()
         of_coreset = [cost for cost in costs if cost.stage == "coreset"]
         record["model"] = compare_model(of_coreset, details, machine)
-        draw_scaling(args.figure, machine, of_coreset, details, WIDTHS["coreset"])
+        draw_scaling(args.figure, machine, of_coreset, details, WIDTH)
     write_json(args.output, record)
 
 

@@ -196,22 +196,14 @@ def coreset_row(rows: Tensor, stop: int | None, repeats: int) -> tuple[Row, Tens
     return row._replace(seconds=seconds, flops={**row.flops, "plain": flops}), chosen[-1]
 
 
-def scoring_row(size: Size, queries: Tensor, bank: Tensor, precisions: list[str], repeats: int) -> Row:
-    """Image score and map of a sample's patches (M, D) against a bank (N, D); "cdist + min" is the search alone.
-
-    The precision is that of the candidates: the result is the same in both.
-    """
+def scoring_row(size: Size, queries: Tensor, bank: Tensor, repeats: int) -> Row:
+    """Image score and map of a sample's patches (M, D) against a bank (N, D); "cdist + min" is the search alone."""
     config = detector_config(size, "fp32", method_name="Point_MAE")
-    extractor = PatchExtractor(config, None, None)
-
-    def scoring(candidates: str) -> Work:
-        detector = Detector(config, extractor, {"xyz": MemoryBank(bank, precision=candidates)})
-        return partial(detector.predict_features, PatchFeatures(xyz=queries))
-
+    detector = Detector(config, PatchExtractor(config, None, None), {"xyz": MemoryBank(bank)})
     epsilon = config.method.weight_epsilon
     works: dict[str, Work] = {
         "plain": partial(plain.score_bank, queries, bank, size.img_size, epsilon=epsilon),
-        **{precision: scoring(precision) for precision in precisions},
+        "fp32": partial(detector.predict_features, PatchFeatures(xyz=queries)),
         "cdist + min": lambda: torch.cdist(queries, bank).min(dim=1),
     }
     flops = dict.fromkeys(works, search_flops(len(queries), len(bank), bank.shape[1]))

@@ -65,7 +65,7 @@ def stage_rows(args: argparse.Namespace) -> list[Row]:
         measured, picks = coreset_row(bank, None if args.whole else args.picks, args.repeats)
         report(measured)
         if "scoring" in args.stages:
-            report(scoring_row(size, queries, bank[picks], args.precisions, args.repeats))
+            report(scoring_row(size, queries, bank[picks], args.repeats))
     if "metrics" in args.stages:
         report(metrics_row(args.maps, size.img_size, args.repeats))
     return rows

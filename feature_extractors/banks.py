@@ -8,12 +8,10 @@ from torch import Tensor
 
 from feature_extractors.config import DetectorConfig
 from feature_extractors.memory_bank import BankStatistics, MemoryBank, mean_and_std, select_coreset
-from feature_extractors.sharded_bank import ShardedBank
 from feature_extractors.training_features import PatchRows, TrainingFeatures
 from utils.distributed import (
     Group,
     all_gather_rows,
-    broadcast_object,
     local_indices,
     place_rows,
     rank,
@@ -24,11 +22,6 @@ from utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-Bank = MemoryBank | ShardedBank
-
-# Where several processes build a bank, each gets a copy if it takes no more than this share of its memory budget.
-COPY_SHARE = 0.125
-
 
 class _Shard(NamedTuple):
     """The patches of a bank, before its coreset: those of this process among those of all."""
@@ -38,11 +31,11 @@ class _Shard(NamedTuple):
     total: int
 
 
-def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str, Bank]:
+def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str, MemoryBank]:
     """Statistics, coreset and normalized rows of each bank of the method, in its order (xyz first).
 
-    Where several processes share the class, no process holds the patches of another. The bank that the coreset leaves
-    goes to all of them, or stays spread over them where it would take too much memory.
+    Where several ranks share the class, none of them holds the patches of another. The bank that the coreset leaves
+    goes to all of them.
     """
     method, protocol = config.method, config.protocol
     drop_background = protocol.drop_background or config.rm_zero_for_project
@@ -50,7 +43,7 @@ def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str,
     if "xyz" in rows and drop_background:
         rows["xyz"] = _without_background(rows["xyz"], config, features.group)
     statistics = _bank_statistics(config, rows, features.group)
-    banks: dict[str, Bank] = {}
+    banks: dict[str, MemoryBank] = {}
     reduced_xyz = None
     for name, raw in rows.items():
         shard = _Shard(raw, *shard_offset(len(raw), features.group))
@@ -69,21 +62,15 @@ def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str,
                 last = chosen.new_zeros(1, chosen.shape[1])
         if last is not None and rank(features.group) == world_size(features.group) - 1:
             chosen, own = torch.cat([chosen, last]), torch.cat([own, own.new_full((1,), len(picks))])
-        banks[name] = _make_bank(chosen, own, statistics[name], features)
+        banks[name] = _make_bank(chosen, own, statistics[name], features.group)
         logger.info("%s bank: %d of %d patches", name, len(banks[name]), shard.total)
     return banks
 
 
-def _make_bank(chosen: Tensor, order: Tensor, statistics: BankStatistics, features: TrainingFeatures) -> Bank:
-    """The bank of all rows `chosen` of the processes, each with its place in the selection."""
-    if world_size(features.group) == 1:
-        return MemoryBank(chosen, statistics)
-    size = shard_offset(len(chosen), features.group)[1] * chosen.shape[1] * chosen.itemsize
-    if broadcast_object(size > COPY_SHARE * features.memory_budget * 1e9, features.group):  # budgets may differ
-        return ShardedBank(chosen, order, statistics, features.group)
-    orders = all_gather_rows(order[:, None], features.group)[0][:, 0].sort().values
-    places = torch.searchsorted(orders, order)
-    return MemoryBank(place_rows(chosen, places, len(orders), features.group), statistics)
+def _make_bank(chosen: Tensor, order: Tensor, statistics: BankStatistics, group: Group | None) -> MemoryBank:
+    """Bank of the rows `chosen` of all ranks, each with its place in the selection."""
+    orders = all_gather_rows(order[:, None], group)[0][:, 0].sort().values
+    return MemoryBank(place_rows(chosen, torch.searchsorted(orders, order), len(orders), group), statistics)
 
 
 def _bank_statistics(

@@ -1,17 +1,15 @@
 """The detector: banks and decision fusion over an extractor."""
 
 from collections.abc import Mapping
-from copy import copy
 
 import torch
 from torch import Tensor
 
-from feature_extractors.banks import Bank
 from feature_extractors.config import DetectorConfig
 from feature_extractors.decision_fusion import DecisionFusion
 from feature_extractors.extractor import PatchExtractor
-from feature_extractors.scoring import REWEIGHTING_NEIGHBORS, anomaly_maps, image_score
-from feature_extractors.sharded_bank import ShardedBank
+from feature_extractors.memory_bank import MemoryBank
+from feature_extractors.scoring import anomaly_maps, image_score
 from feature_extractors.thresholds import Thresholds
 from utils.records import PatchFeatures, Prediction, Sample
 
@@ -31,13 +29,13 @@ class Detector:
         self,
         config: DetectorConfig,
         extractor: PatchExtractor,
-        banks: Mapping[str, Bank],
+        banks: Mapping[str, MemoryBank],
         decision_fusion: DecisionFusion | None = None,
         thresholds: Thresholds | None = None,
     ) -> None:
         self.config = config
         self.extractor = extractor
-        self.banks: dict[str, Bank] = dict(banks)
+        self.banks = dict(banks)
         self.decision_fusion = decision_fusion
         self.thresholds = thresholds
 
@@ -68,34 +66,6 @@ class Detector:
         planes = [plane.clone() for plane in maps.cpu()]
         return dict(zip(self.banks, scores.tolist(), strict=True)), dict(zip(self.banks, planes, strict=True))
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether a bank is spread over several processes, so that these judge in step: see `take_part`."""
-        return any(isinstance(bank, ShardedBank) for bank in self.banks.values())
-
-    def whole(self) -> "Detector":
-        """This detector with the banks in one piece, in the first process that shares them, to be saved there.
-
-        All processes call it together. What the others get lacks the banks.
-        """
-        detector = copy(self)
-        whole = {name: bank.whole() if isinstance(bank, ShardedBank) else bank for name, bank in self.banks.items()}
-        detector.banks = {name: bank for name, bank in whole.items() if bank is not None}
-        return detector
-
-    @torch.inference_mode()
-    def take_part(self, to_fit: bool = False) -> None:
-        """Search this process's shards while others judge a sample and this one has none left.
-
-        `to_fit`: they do so by `bank_results`.
-        """
-        for bank in self.banks.values():
-            if isinstance(bank, ShardedBank):
-                bank.take_part(self._expanded("everywhere" if to_fit else "cancelling"), REWEIGHTING_NEIGHBORS)
-
-    def _expanded(self, expanded: str) -> str:
-        return "nowhere" if self.config.protocol.exact_distances else expanded
-
     def _judge_banks(self, features: PatchFeatures, expanded: str) -> tuple[Tensor, Tensor]:
         """Scores (K,) float64 and maps (K, img_size, img_size) float32 of the K banks, on the features' device.
 
@@ -106,7 +76,7 @@ class Detector:
         scores, distances = [], []
         for name, bank in self.banks.items():
             patches = bank.statistics.normalize(getattr(features, name))
-            nearest, index = bank.nearest(patches, self._expanded(expanded))
+            nearest, index = bank.nearest(patches, "nowhere" if protocol.exact_distances else expanded)
             scores.append(image_score(patches, nearest, index, bank, divisor, method.weight_epsilon))
             distances.append(nearest)
         return torch.stack(scores), anomaly_maps(distances, self.config.img_size, protocol.float_blur)

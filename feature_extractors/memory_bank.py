@@ -1,4 +1,4 @@
-"""The memory bank: the patches that good parts were seen to have, and the search among them."""
+"""Memory bank of normal patches, its statistics, and the choice of its coreset."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -10,7 +10,6 @@ from torch import Tensor
 from feature_extractors.coreset import greedy_coreset, random_projection
 from feature_extractors.training_features import Rows
 from utils.distributed import Group, all_reduce_floats, broadcast_object, shard_offset, world_size
-from utils.precision import DTYPES, choose_precision
 
 # Bound the block of products of one search. On the CPU few queries at once leave it in the cache.
 MAX_BLOCK_ENTRIES, MAX_BLOCK_ENTRIES_ON_GPU = 1 << 24, 1 << 28
@@ -18,9 +17,6 @@ QUERIES_AT_ONCE_ON_CPU = 256
 # Where a distance is computed by expanded squares, as the reference does: where its square is below this share of the
 # squared norms. Below 2^-9 of them it keeps less than four digits there.
 EXPANDED_BELOW = {"nowhere": 0.0, "cancelling": 2.0**-9, "everywhere": torch.inf}
-# Where bf16 leaves a larger share of the rows as candidates of a query, and more than a few, their direct differences
-# would take longer than products in fp32, which leave hardly more than one.
-MOST_CANDIDATES, FEW_CANDIDATES = 1 / 256, 16
 # Bound the direct differences that are computed at once: 64 MB, on a GPU 256.
 MAX_DIFFERENCE_ENTRIES, MAX_DIFFERENCE_ENTRIES_ON_GPU = 1 << 24, 1 << 26
 
@@ -36,54 +32,42 @@ class BankStatistics(NamedTuple):
 
 
 class MemoryBank:
-    """Selected patches of good parts, normalized.
+    """Memory bank of normal patches with exact nearest-neighbor search.
 
     Args:
         rows: (N, D) float32, already normalized.
-        statistics: what they were normalized with, for the queries.
-        precision: of the products that look for candidates, see utils.precision; the result does not depend on it.
-            Where bf16 cannot tell the rows apart, the search goes on in fp32 on a CPU; a GPU, where that takes fifteen
-            times as long, multiplies what bf16 rounds off as well.
+        statistics: mean and standard deviation that they were normalized with, for the queries.
     """
 
-    def __init__(self, rows: Tensor, statistics: BankStatistics | None = None, precision: str = "auto") -> None:
+    def __init__(self, rows: Tensor, statistics: BankStatistics | None = None) -> None:
         self.rows = rows
         self.statistics = statistics or BankStatistics()
         self._center = rows.mean(dim=0)
         centered = rows - self._center  # small norms: the product keeps more digits
         self._norms = centered.square().sum(dim=1)
         self._lengths = self._norms.sqrt()
-        self._search_in(choose_precision(precision, rows.device), centered)
-
-    def _search_in(self, precision: str, centered: Tensor) -> None:
-        """Look for candidates by products of the centered rows in this precision."""
-        self._splits = precision == "bf16" and centered.is_cuda
-        if self._splits:
+        # Products in fp32, or on a GPU, which is fifteen times as fast in bf16, of bf16 halves.
+        self._halved = rows.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        self._factors = centered
+        if self._halved:
             high, low = _halves(centered)
-            self._candidates = torch.cat([high, low, high], dim=1)  # (N, 3 D)
-        else:
-            self._candidates = centered.to(DTYPES[precision])
+            self._factors = torch.cat([high, low, high], dim=1)  # (N, 3 D)
         # A sum of D products in fp32 is wrong by less than D 2^-24 |q| |r|, and so are the squared distances that it is
-        # held against; bf16 rounds both factors and the result, by 2^-8 each. Of factors in halves the product of both
-        # low ones is left out, and each half rounds by 2^-16; the result is in fp32. The product counts twice in a
-        # squared distance. This holds for values whose squares neither overflow nor underflow.
-        self._rounding = 2 * (self._candidates.shape[1] + 64) * 2.0**-24
-        of_format = 0.0 if precision == "fp32" else 3.03 * 2.0 ** (-16 if self._splits else -8)
-        self._product_error = 2 * (self._rounding + of_format)
-
-    def _products(self, centered: Tensor) -> Tensor:
-        """The products (M, N), float32, of centered queries (M, D) and rows, wrong by what `_product_error` bounds."""
-        if not self._splits:
-            return (centered.to(self._candidates.dtype) @ self._candidates.T).float()
-        high, low = _halves(centered)
-        return torch.mm(torch.cat([high, high, low], dim=1), self._candidates.T, out_dtype=torch.float32)
+        # compared with. Of factors in halves the product of both low ones is left out, and each half rounds by 2^-16.
+        # The product counts twice in a squared distance. This holds for values whose squares neither overflow nor
+        # underflow.
+        self._rounding = 2 * (self._factors.shape[1] + 64) * 2.0**-24
+        self._product_error = 2 * (self._rounding + (3.03 * 2.0**-16 if self._halved else 0.0))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def with_rows(self, rows: Tensor) -> "MemoryBank":
-        """A bank of other rows in the place of these."""
-        return MemoryBank(rows, self.statistics)
+    def _products(self, centered: Tensor) -> Tensor:
+        """Products (M, N), float32, of centered queries (M, D) and rows, wrong by at most `_product_error`."""
+        if not self._halved:
+            return centered @ self._factors.T
+        high, low = _halves(centered)
+        return torch.mm(torch.cat([high, high, low], dim=1), self._factors.T, out_dtype=torch.float32)
 
     def nearest(self, queries: Tensor, expanded: str = "nowhere") -> tuple[Tensor, Tensor]:
         """The nearest bank row of each query; the full distance matrix never exists.
@@ -135,12 +119,6 @@ class MemoryBank:
             self._lengths,
         ).add_(self._norms, alpha=self._rounding)
         close = partial <= limit
-        most = max(FEW_CANDIDATES, MOST_CANDIDATES * len(self.rows)) * len(queries)
-        rounds = self._candidates.dtype == torch.bfloat16 and not self._splits
-        if rounds and int(close.count_nonzero()) > most:
-            del partial, limit, close
-            self._search_in("fp32", self.rows - self._center)  # from now on
-            return self._nearest_of(queries)
         query, row = close.nonzero(as_tuple=True)  # (pairs,) each
         squared = self._squared_distances(queries, query, row)
         best = found.scatter_reduce(0, query, squared, "amin")

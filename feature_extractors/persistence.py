@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from feature_extractors.banks import Bank
 from feature_extractors.decision_fusion import DecisionFusion
 from feature_extractors.detector import Detector
 from feature_extractors.detector_record import (
@@ -86,7 +85,8 @@ def round_banks(detector: Detector, dtype: torch.dtype) -> None:
         InputError: a bank does not fit in the dtype.
     """
     for name, bank in detector.banks.items():
-        detector.banks[name] = bank.with_rows(_rows_in(dtype, name, bank).to(bank.rows.dtype))
+        rows = _rows_in(dtype, name, bank).to(bank.rows.dtype)
+        detector.banks[name] = MemoryBank(rows, bank.statistics)
 
 
 def save_detector(
@@ -95,7 +95,7 @@ def save_detector(
     """Write a fitted detector as a folder; a detector that is there is replaced once the new one is whole.
 
     Args:
-        detector: fitted, its thresholds calibrated or not; its banks whole, see Detector.whole.
+        detector: fitted, its thresholds calibrated or not.
         folder: absent, empty, or a detector.
         class_name: what kind of part it judges; None: the folder's name.
         dtype: of the banks' rows, float32 or float16. Half precision halves the file and changes the scores slightly;
@@ -213,7 +213,7 @@ def _state_of(detector: Detector, dtype: torch.dtype) -> State:
     return state
 
 
-def _rows_in(dtype: torch.dtype, name: str, bank: Bank) -> Tensor:
+def _rows_in(dtype: torch.dtype, name: str, bank: MemoryBank) -> Tensor:
     rows = bank.rows.to(dtype)
     if bank.rows.isfinite().all() and not rows.isfinite().all():
         raise InputError(f"the {name} bank holds values that {dtype} cannot: save it in torch.float32 (fp32)")

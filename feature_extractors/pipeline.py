@@ -6,7 +6,7 @@ functions together.
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
@@ -21,7 +21,7 @@ from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.thresholds import calibrate
 from feature_extractors.training_features import TrainingFeatures
-from utils.distributed import Group, broadcast_object, gather_objects, in_step, is_main
+from utils.distributed import Group, broadcast_object, gather_objects, is_main
 from utils.metrics import decision_metrics, latency_percentiles
 from utils.metrics import evaluate as compute_metrics
 from utils.progress import progress_bar
@@ -141,11 +141,8 @@ def calibrate_detectors(
     stopwatches = stopwatches or {name: Stopwatch() for name in detectors}
     scores: dict[str, list[float]] = {name: [] for name in detectors}
     maps: dict[str, list[Tensor]] = {name: [] for name in detectors}
-    for each in _together(detectors.values(), features, group):
+    for each in features:
         for name, detector in detectors.items():
-            if each is None:
-                detector.take_part()
-                continue
             with stopwatches[name].measure("calibrate"):
                 prediction = detector.predict_features(each)
             scores[name].append(prediction.score)
@@ -186,12 +183,9 @@ def evaluate(
     results: dict[str, list[SampleResult]] = {name: [] for name in detectors}
     progress = progress_bar(samples, total=count, desc="test", unit="sample")
     extracted = _extracted(extractor, progress, stopwatches)
-    for each in _together(detectors.values(), extracted, group):
+    for each in extracted:
         for name, detector in detectors.items():
-            if each is None:
-                detector.take_part()
-            else:
-                results[name].append(_result(detector, *each, stopwatches[name]))
+            results[name].append(_result(detector, *each, stopwatches[name]))
     evaluations = {}
     for name in detectors:
         of_detector = gather_objects(results.pop(name), group)
@@ -252,13 +246,6 @@ def _extracted(
             yield sample, features, seconds / len(batch)
 
 
-def _together(
-    detectors: Collection[Detector], items: Iterable[Item], group: Group | None
-) -> Iterable[Item] | Iterator[Item | None]:
-    """The items, followed by None while other processes have items left, where these ask this one's shards of banks."""
-    return in_step(items, group) if any(detector.is_sharded for detector in detectors) else items
-
-
 def extract_timed(
     extractor: PatchExtractor, batch: Sequence[Sample], stopwatches: Mapping[str, Stopwatch]
 ) -> tuple[list[PatchFeatures], float]:
@@ -290,10 +277,7 @@ def _fit_fusion(detector: Detector, features: TrainingFeatures) -> DecisionFusio
     scores: list[list[float]] = []
     maps: list[list[Tensor]] = []
     samples = progress_bar(range(len(features)), desc="decision fusion", unit="sample")
-    for i in _together([detector], samples, group):
-        if i is None:
-            detector.take_part(to_fit=True)
-            continue
+    for i in samples:
         bank_scores, bank_maps = detector.bank_results(features.sample(i))
         scores.append(list(bank_scores.values()))
         maps.append(list(bank_maps.values()))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from feature_extractors.banks import Bank
+from feature_extractors.memory_bank import MemoryBank
 
 # The paper re-weights with the three bank rows nearest to m*, m* itself left out.
 REWEIGHTING_NEIGHBORS = 3
@@ -26,7 +26,7 @@ def image_score(
     patches: Tensor,
     distances: Tensor,
     index: Tensor,
-    bank: Bank,
+    bank: MemoryBank,
     divisor: float = 1.0,
     epsilon: float = 0.0,
 ) -> Tensor:

@@ -156,9 +156,8 @@ def fit_class(
     for method, detector in detectors.items():
         if settings.save_detector is not None:
             folder = method_folder(settings.save_detector, configs, method) / name
-            whole = detector.whole()
             if is_main(group):
-                save_detector(whole, folder, class_name=name, dtype=settings.detector_dtype)
+                save_detector(detector, folder, class_name=name, dtype=settings.detector_dtype)
     return detectors, stopwatches
 
 

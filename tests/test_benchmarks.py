@@ -331,13 +331,13 @@ def test_judging_is_measured(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_processes_share_is_measured(tmp_path: Path) -> None:
-    """Coreset, search and class of two processes beside one; the model from what this machine takes for its parts."""
+    """Coreset and class of two processes beside one; the model from what this machine takes for its parts."""
     sizes = ["--samples", 1, 2, "--processes", 1, 2, "--networks", "tiny", "--train", 8, "--test", 4]
     text = run_benchmark("ranks", *sizes, "--output", tmp_path / "ranks.json", "--figure", tmp_path / "scaling.png")
     found = json.loads((tmp_path / "ranks.json").read_text())
     costs = {(cost["stage"], cost["rows"], cost["processes"]): cost for cost in found["costs"]}
     assert set(costs) == {
-        *((stage, rows, count) for stage in ("coreset", "search") for rows in (3136, 6272) for count in (1, 2)),
+        *(("coreset", rows, count) for rows in (3136, 6272) for count in (1, 2)),
         ("class", 12, 1),
         ("class", 12, 2),
     }

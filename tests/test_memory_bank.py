@@ -47,11 +47,10 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_nearest_equals_the_full_matrix(queries: int, rows: int, dim: int, device: str) -> None:
     asked, bank = random_rows(queries, dim, 0).to(device), random_rows(rows, dim, 1).to(device)
     expected_distance, expected_index = nearest_twin(asked, bank)
-    for precision in ("fp32", "bf16"):
-        distance, index = MemoryBank(bank, precision=precision).nearest(asked)
-        assert (distance.dtype, index.dtype) == (torch.float32, torch.int64)
-        assert index.tolist() == expected_index.tolist()
-        torch.testing.assert_close(distance, expected_distance.float(), rtol=1e-6, atol=0)
+    distance, index = MemoryBank(bank).nearest(asked)
+    assert (distance.dtype, index.dtype) == (torch.float32, torch.int64)
+    assert index.tolist() == expected_index.tolist()
+    torch.testing.assert_close(distance, expected_distance.float(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -142,8 +141,7 @@ def test_no_block_is_above_its_bound(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["cluster", "shell", "far off", "one direction"])
 @pytest.mark.parametrize("dim", [3, 64, 700])
-def test_half_precision_finds_what_full_precision_finds(kind: str, dim: int, device: str) -> None:
-    """Bit for bit, where its products cannot tell the rows apart."""
+def test_rows_that_a_product_cannot_tell_apart(kind: str, dim: int, device: str) -> None:
     bank, queries = random_rows(400, dim, 2), random_rows(60, dim, 3)
     if kind == "cluster":  # all within the rounding of their norms
         bank, queries = 1e-4 * bank, 1e-4 * queries
@@ -156,12 +154,10 @@ def test_half_precision_finds_what_full_precision_finds(kind: str, dim: int, dev
     else:
         bank, queries = bank[:, :1] * torch.ones(dim), queries[:, :1] * torch.ones(dim)
     bank, queries = bank.to(device), queries.to(device)
-    half, full = (MemoryBank(bank, precision=precision).nearest(queries) for precision in ("bf16", "fp32"))
-    assert torch.equal(half[0], full[0])
-    assert torch.equal(half[1], full[1])
+    distance, index = MemoryBank(bank).nearest(queries)
     expected_distance, expected_index = nearest_twin(queries, bank)
-    torch.testing.assert_close(half[0], expected_distance.float(), rtol=2e-6, atol=1e-9)
-    assert (half[1] == expected_index).float().mean() > 0.9  # others tie in fp32
+    torch.testing.assert_close(distance, expected_distance.float(), rtol=2e-6, atol=1e-9)
+    assert (index == expected_index).float().mean() > 0.9  # others tie in fp32
 
 
 def test_halves_keep_what_the_bound_says() -> None:
@@ -177,22 +173,8 @@ def test_halves_keep_what_the_bound_says() -> None:
     assert error.max() > 1e-3 * bound.min()  # it is there
 
 
-def test_rows_too_close_for_bf16_are_searched_in_fp32() -> None:
-    """Each of 2000 rows is a little off one of four, within what bf16 rounds: half a quarter of them are candidates."""
-    rows = random_rows(4, 64, 0).repeat(500, 1) + 1e-3 * random_rows(2000, 64, 1)
-    bank, asked = MemoryBank(rows, precision="bf16"), rows[::7] + 1e-4 * random_rows(286, 64, 2)
-    distance, index = bank.nearest(asked)
-    assert bank._candidates.dtype == torch.float32
-    expected, nearest = nearest_twin(asked, rows)
-    torch.testing.assert_close(distance, expected.float(), rtol=1e-5, atol=1e-7)
-    assert torch.equal(index, nearest)
-    spread = MemoryBank(random_rows(2000, 64, 3), precision="bf16")
-    spread.nearest(asked)
-    assert spread._candidates.dtype == torch.bfloat16
-
-
 def test_few_candidates_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hardly more than one a query, in either precision."""
+    """Hardly more than one a query."""
     pairs: list[int] = []
     squared_distances = MemoryBank._squared_distances
 
@@ -201,15 +183,13 @@ def test_few_candidates_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
         return squared_distances(bank, queries, query, row)
 
     monkeypatch.setattr(MemoryBank, "_squared_distances", counted)
-    for precision in ("fp32", "bf16"):
-        pairs.clear()
-        MemoryBank(random_rows(3000, 64, 0), precision=precision).nearest(random_rows(500, 64, 1))
-        assert 500 <= sum(pairs) < 1500
+    MemoryBank(random_rows(3000, 64, 0)).nearest(random_rows(500, 64, 1))
+    assert 500 <= sum(pairs) < 1500
 
 
 def test_equal_queries_are_searched_for_once(blocks: list[int]) -> None:
     """Patches of the background, against a bank that holds many of them too."""
-    bank = MemoryBank(torch.cat([torch.zeros(200, 6), random_rows(50, 6, 0)]), precision="fp32")
+    bank = MemoryBank(torch.cat([torch.zeros(200, 6), random_rows(50, 6, 0)]))
     queries = torch.cat([torch.zeros(300, 6), random_rows(20, 6, 1), torch.zeros(10, 6)])
     distance, index = bank.nearest(queries)
     assert sum(blocks) == 21

@@ -1,6 +1,6 @@
-"""Which precision "auto" is, on devices fast and slow in bf16."""
+"""Precision of the networks, and the memory of a run."""
 
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,22 +8,28 @@ from torch import nn
 
 from utils import memory, precision
 from utils.memory import default_memory_budget, peak_memory_mb
-from utils.precision import DTYPES, PRECISIONS, autocast, choose_precision, round_weights, whole_factors
+from utils.precision import DTYPES, autocast, choose_precision, round_weights, whole_factors
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def measured_anew() -> Iterator[None]:
-    precision._cpu_is_fast_in_bf16.cache_clear()
-    yield
-    precision._cpu_is_fast_in_bf16.cache_clear()
-
-
-@pytest.mark.parametrize(("of_bf16", "chosen"), [(0.4, "bf16"), (0.6, "bf16"), (0.7, "fp32"), (3.0, "fp32")])
-def test_auto_follows_the_speed_of_products(of_bf16: float, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {torch.float32: 1.0, torch.bfloat16: of_bf16}
-    monkeypatch.setattr(precision, "_product_seconds", seconds.__getitem__)
+@pytest.mark.parametrize(
+    ("info", "chosen"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 sse", "bf16"),
+        ("flags\t\t: fpu amx_tile amx_bf16", "bf16"),
+        ("Features\t: fp asimd bf16", "bf16"),
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni", "fp32"),
+        (None, "fp32"),  # no such file: not on Linux
+    ],
+)
+def test_auto_on_a_cpu_asks_for_its_instructions(
+    info: str | None, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cpuinfo"
+    monkeypatch.setattr(precision, "CPU_INFO", path)
+    if info is not None:
+        path.write_text(f"processor\t: 0\n{info}\n")
     assert choose_precision("auto", CPU) == chosen
 
 
@@ -36,12 +42,8 @@ def test_auto_on_a_gpu_asks_for_real_support(supported: bool, chosen: str, monke
     assert choose_precision("auto", torch.device("cuda")) == chosen
 
 
-def test_a_named_precision_is_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: torch.dtype) -> float:
-        raise AssertionError("measured for nothing")
-
-    monkeypatch.setattr(precision, "_product_seconds", refuse)
-    for name in set(PRECISIONS) - {"auto"}:
+def test_a_named_precision_is_itself() -> None:
+    for name in DTYPES:
         assert choose_precision(name, CPU) == name
 
 

@@ -1,8 +1,6 @@
 """The collectives, the coreset and the statistics of rows that lie in several processes."""
 
-import os
-import signal
-import time
+import socket
 from datetime import timedelta
 from itertools import pairwise, product
 from pathlib import Path
@@ -29,9 +27,7 @@ from utils.distributed import (
     all_reduce_sum,
     broadcast_object,
     gather_objects,
-    in_step,
     is_main,
-    lowest_of_all,
     make_groups,
     place_rows,
     process_group,
@@ -67,10 +63,7 @@ def test_a_single_process_has_it_all() -> None:
     assert all_gather_counts(3) == [3]
     assert gather_objects((1, 2)) == [1, 2]
     assert broadcast_object("mine") == "mine"
-    assert list(in_step([1, 2])) == [1, 2]
     assert make_groups(1) == (None, 0)
-    distance, index = torch.tensor([2.0, 1.0]), torch.tensor([5, 0])
-    assert lowest_of_all(distance, index) == (distance, index)
 
 
 # In groups of several processes
@@ -99,40 +92,24 @@ def wide_rows() -> Tensor:
     return 2.0 + 3.0 * random_rows(350, 250, 1)
 
 
-def rivals(processes: int) -> tuple[Tensor, Tensor]:
-    """Distances (processes, 200) of three values, so that most tie, or infinite, and indices without order."""
-    generator = torch.Generator().manual_seed(processes)
-    distance = torch.tensor([0.0, 1.0, 2.5, torch.inf])[torch.randint(0, 4, (processes, 200), generator=generator)]
-    return distance, torch.randint(0, 1000, (processes, 200), generator=generator)
-
-
 def hear(group: Group | None) -> dict[str, Any]:
     """What every collective says; process r of the group has r items."""
     own = rank(group)
     values = torch.tensor([0.1 * own, 1.0], dtype=torch.float64)
-    distance, index = rivals(world_size(group))
     places = torch.tensor([place for place in (5, 2, 0, 4, 1, 3) if place**2 % world_size(group) == own]).long()
-    found = {
+    return {
         "place": (own, world_size(group), is_main(group)),
         "share": [list(shard_range(count, group, step)) for count, step in [(10, 1), (2, 1), (10, 4)]],
         "counts": all_gather_counts(10 * own, group),
         "items": gather_objects([f"{own}.{number}" for number in range(own)], group),
         "no items": gather_objects([], group),
         "main": broadcast_object((own, "heard"), group),
-        "lowest": lowest_of_all(distance[own], index[own], group),
         "sum": (all_reduce_sum(values, group), values, all_reduce_sum(torch.tensor([2**60 + own]), group)),
         "sums": all_reduce_floats((0.1 * own, 1), CPU, group),
         "rows": all_gather_rows(torch.full((own, 2), own), group),
         "block": place_rows(torch.stack([places, torch.full_like(places, own)], dim=1), places, 6, group),
         "any": [all_reduce_any(own == place, CPU, group) for place in range(world_size(group) + 1)],
-        "in step": list(in_step(iter(range(3 * own % 4)), group)),
-        "nothing in step": list(in_step([], group)),
     }
-    # Items may be worked at together.
-    found["sums in step"] = [
-        all_reduce_sum(torch.tensor(item or 0), group).item() for item in in_step(range(own), group)
-    ]
-    return found
 
 
 def select(group: Group | None) -> dict[str, Any]:
@@ -245,24 +222,6 @@ def test_all_processes_hear_the_same(found: list[dict[str, Any]]) -> None:
         assert whole.tolist() == [count * 2**60 + total]
 
 
-def test_of_the_nearest_that_tie_the_lowest_index_wins(found: list[dict[str, Any]]) -> None:
-    distance, index = (each.tolist() for each in rivals(len(found)))
-    expected = [
-        min(zip(*each, strict=True)) for each in zip(zip(*distance, strict=True), zip(*index, strict=True), strict=True)
-    ]
-    for each in found:
-        least, lowest = each["lowest"]
-        assert list(zip(least.tolist(), lowest.tolist(), strict=True)) == expected
-
-
-def test_processes_without_items_keep_step_with_the_longest(found: list[dict[str, Any]]) -> None:
-    ranks = range(len(found))
-    for place, each in enumerate(found):
-        assert each["in step"] == [*range(3 * place % 4), *[None] * (3 - 3 * place % 4)]  # process 1 has three
-        assert each["nothing in step"] == []
-        assert each["sums in step"] == [number * (len(found) - number - 1) for number in ranks[:-1]]
-
-
 def expected_picks(kind: str, count: int, n: int, start: int) -> list[int]:
     rows = made_up_rows(kind, count)
     picks = greedy_coreset(rows, n, start).tolist()
@@ -312,63 +271,19 @@ def test_coresets_of_raw_rows_are_those_of_one_process(found: list[dict[str, Any
     assert not torch.equal(found[0]["raw"][0], found[0]["raw"][1])
 
 
-# A process that ends
-
-# Its rank, how it ends, and in what collective the others wait.
-LOSSES = [(1, "input error", "in step"), (0, "failure", "main"), (2, "kill", "items")]
-WAITING = {
-    "in step": lambda: list(in_step([1, 2])),
-    "main": lambda: broadcast_object("mine"),
-    "items": lambda: gather_objects(["mine"]),
-}
+# Processes that cannot connect
 
 
-def end_by(end: str) -> None:
-    if end == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if end == "failure":
-        raise RuntimeError("no memory left")
-    raise InputError("its scan is empty")
+def test_a_first_rank_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "COLLECTIVE_TIMEOUT", timedelta(seconds=1))
+    with socket.create_server(("localhost", 0)) as taken:
+        url = f"tcp://localhost:{taken.getsockname()[1]}"
+    told = rf"rank 1 cannot connect to the other 2 by {url} \(.*\)\. Start all ranks, "
+    with pytest.raises(InputError, match=told), process_group(Ranks(1, 3, 1), CPU, url):
+        raise AssertionError("they have met")
 
 
-def lose(rank: int, folder: Path, lost: int, end: str, waiting: str) -> None:
-    """Process `lost` ends while the others are in a collective; saved is what each raises, after how many seconds."""
-    said, begin = "", 0.0
-    try:
-        with process_group(Ranks(rank, 3, rank), CPU, f"file://{folder}/meet"):
-            all_reduce_sum(torch.ones(1))  # all are there
-            begin = time.monotonic()
-            if rank == lost:
-                time.sleep(0.5)
-                end_by(end)
-            WAITING[waiting]()
-            all_reduce_sum(torch.ones(1))  # the first may be left by a process that has done its own part
-    except (RuntimeError, InputError) as error:
-        said = f"{type(error).__name__}: {error}"
-    torch.save((said, time.monotonic() - begin), folder / f"{rank}.pth")
-
-
-@pytest.mark.slow
-def test_the_end_of_a_process_is_told_to_those_that_wait(tmp_path: Path) -> None:
-    """At once, by a sentence; the process itself raises its own error."""
-    folder, calls = tmp_path, []
-    for lost, end, waiting in LOSSES:
-        (folder / end).mkdir()
-        calls += [(lose, (rank, folder / end, lost, end, waiting)) for rank in range(3)]
-    assert run_processes(calls) == [0] * 8 + [-signal.SIGKILL]
-    own = {"input error": "InputError: its scan is empty", "failure": "RuntimeError: no memory left"}
-    for lost, end, _ in LOSSES:
-        if end in own:
-            assert saved(folder / end, lost)[0] == own[end]
-        for waiting in {0, 1, 2} - {lost}:
-            said, seconds = saved(folder / end, waiting)
-            assert said.startswith("LostProcess: another process of the run has ended before its time: see its error")
-            assert "\n" not in said
-            assert seconds < 30
-
-
-def test_a_process_that_does_not_come_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "MEETING_TIME", timedelta(seconds=1))
-    told = r"of 3 processes, these did not come within 1 seconds: 0, 2; see their errors, on their machines"
-    with pytest.raises(InputError, match=told), process_group(Ranks(1, 3, 1), CPU, f"file://{tmp_path}/meet"):
+def test_an_address_of_no_kind_is_an_error() -> None:
+    told = "cannot connect to the other 1 by post://office"
+    with pytest.raises(InputError, match=told), process_group(Ranks(0, 2), CPU, "post://office"):
         raise AssertionError("they have met")

@@ -5,30 +5,24 @@ Every collective takes the group of processes that takes part in it, None for al
 
 import io
 import os
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from utils.errors import InputError
-from utils.watch import DEFERENCE, LOST, start_watch
 
 Item = TypeVar("Item")
 Group = dist.ProcessGroup
 
-# How long a process waits for the others in a collective. They may have hours of work left; one that has died is
-# noticed by its closed connection, by the watch over it, and by the launcher.
-COLLECTIVE_TIMEOUT = timedelta(days=2)
-# How long the processes wait for each other to come: one of another machine may have ended before.
-MEETING_TIME = timedelta(minutes=2)
-SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
+# Longest wait in a collective. Ranks wait while one of them fits the SVMs of a class or writes its report, and at
+# the end for the group that finishes last. The backend notices a dead rank sooner, by its closed connection.
+COLLECTIVE_TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -112,14 +106,13 @@ def named_device(name: str) -> torch.device:
 
 @contextmanager
 def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") -> Iterator[None]:
-    """Connect the processes while the block runs; nothing to do for a single one.
+    """Connect the ranks while the block runs; nothing to do for a single one.
 
-    Tensors on GPUs travel by NCCL, those on CPUs by Gloo. A process that is busy while another one ends before its time
-    is ended, too, see utils.watch.
+    Tensors on GPUs travel by NCCL, those on CPUs by Gloo. Failures are reported by torchrun and by these: a rank that
+    fails raises, torchrun ends the others of its node, and those of other nodes fail at their next collective.
 
     Raises:
-        InputError: others have not come within MEETING_TIME.
-        LostProcess: in the block, a collective failed since another process has ended.
+        InputError: the ranks cannot connect.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -127,47 +120,18 @@ def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") 
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store = _meet(ranks, dist_url)
-    dist.init_process_group(
-        backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=COLLECTIVE_TIMEOUT
-    )
-    watch = start_watch(_meeting_host(dist_url), ranks.rank == 0, ranks.world_size - 1, broadcast_object)
     try:
-        yield
-    except BaseException as error:
-        watch.close(last_word=False)
-        if not (isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS_OF_LOSS)):
-            raise
-        time.sleep(DEFERENCE)
-        raise LostProcess(LOST) from None
-    watch.close()
-    # Not after an error: the others, who may be anywhere, would be waited for, and it would not be told.
-    dist.destroy_process_group()
-
-
-def _meet(ranks: Ranks, dist_url: str) -> dist.Store:
-    """Wait until all processes are there; what they then connect by."""
-    places = [f"here/{rank}" for rank in range(ranks.world_size)]
-    try:
-        store, _, _ = next(dist.rendezvous(dist_url, ranks.rank, ranks.world_size, timeout=MEETING_TIME))
-    except RuntimeError as error:
-        raise InputError(f"the first process of the run cannot be reached by {dist_url}: {error}") from None
-    store.set(places[ranks.rank], "")
-    try:
-        store.wait(places, MEETING_TIME)
-    except RuntimeError:
-        missing = [str(rank) for rank, place in enumerate(places) if not store.check([place])]
+        dist.init_process_group(
+            backend, dist_url, timeout=COLLECTIVE_TIMEOUT, rank=ranks.rank, world_size=ranks.world_size
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
         raise InputError(
-            f"of {ranks.world_size} processes, these did not come within {MEETING_TIME.seconds} seconds: "
-            f"{', '.join(missing)}; see their errors, on their machines"
+            f"rank {ranks.rank} cannot connect to the other {ranks.world_size - 1} by {dist_url} ({reason}). Start all "
+            "ranks, and give them an address that each can reach."
         ) from None
-    return store
-
-
-def _meeting_host(dist_url: str) -> str:
-    """The machine of the first process."""
-    host = os.environ.get("MASTER_ADDR") if dist_url == "env://" else urlsplit(dist_url).hostname
-    return host or "localhost"
+    yield
+    dist.destroy_process_group()  # not after an error: it would wait for the other ranks
 
 
 @contextmanager
@@ -181,10 +145,6 @@ def print_only_if(speaker: bool) -> Iterator[None]:
             yield
         except InputError:
             raise SystemExit(2) from None
-
-
-class LostProcess(InputError):
-    """Another process of the run has ended before its time; that one has said why."""
 
 
 def make_groups(count: int) -> tuple[Group | None, int]:
@@ -297,26 +257,6 @@ class _GatherRows(torch.autograd.Function):
         return grad.split(ctx.sizes)[rank(ctx.group)], None, None
 
 
-def lowest_of_all(distance: Tensor, index: Tensor, group: Group | None = None) -> tuple[Tensor, Tensor]:
-    """The least distance of all processes at each place and its index, the lowest where distances tie.
-
-    Args:
-        distance: (M,) float, not negative; as many in each process.
-        index: (M,) int64, not negative.
-        group: those that take part.
-
-    Returns:
-        distance (M,) and index (M,), the same everywhere.
-    """
-    if world_size(group) == 1:
-        return distance, index
-    least = distance.clone()
-    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
-    index = torch.where(distance == least, index, torch.iinfo(torch.int64).max)
-    dist.all_reduce(index, op=dist.ReduceOp.MIN, group=group)
-    return least, index
-
-
 def all_reduce_sum(values: Tensor, group: Group | None = None) -> Tensor:
     """Sums over the processes, entry by entry, the same in all of them."""
     if world_size(group) == 1:
@@ -348,16 +288,6 @@ def place_rows(rows: Tensor, places: Tensor, count: int, group: Group | None = N
 def all_reduce_any(flag: bool, device: torch.device, group: Group | None = None) -> bool:
     """Whether the flag is set in any of the processes; the same answer in all of them."""
     return all_reduce_sum(torch.tensor([float(flag)], device=device), group).item() > 0
-
-
-def in_step(items: Iterable[Item], group: Group | None = None) -> Iterator[Item | None]:
-    """The items of this process, then None for as long as another process of the group has items left."""
-    iterator = iter(items)
-    while True:
-        item = next(iterator, None)
-        if not all_reduce_any(item is not None, torch.device("cpu"), group):
-            return
-        yield item
 
 
 def all_reduce_floats(values: Sequence[float], device: torch.device, group: Group | None = None) -> list[float]:
