@@ -1,7 +1,9 @@
-"""Point feature alignment (PFA): features of points and group centers become a grid of xyz patches.
+"""Point feature alignment (PFA): features of group centers become a grid of xyz patches.
 
-Interpolation to the points and both poolings are linear, so they are one matrix from centers to patches:
-the (C, S, S) feature plane of the paper is never made.
+The plain form is `three_nn_interpolate` and `project_and_pool` in feature_extractors/reference.py. Interpolation is
+linear in the features: a matrix A (N, G) with three weights per point. So are both poolings: a matrix P (grid**2, N)
+with few entries per point, each a product of a row's and a column's share, since pooling windows are rectangles. The
+patches are (P A) features, and the feature plane (C, S, S) of the paper is never computed.
 """
 
 from functools import lru_cache
@@ -28,18 +30,18 @@ def align_to_patches(
     masked: bool = False,
     point_ops: str = "auto",
 ) -> Tensor:
-    """Interpolate to every valid point, place the result on the pixels, pool to the patch grid.
+    """Interpolate to every valid point, project to the pixels, pool to the patch grid.
 
-    The pooling is the reference's, AvgPool2d(3, stride 1) then AdaptiveAvgPool2d(grid), over a plane that is zero
-    where no point is.
+    The pooling is the original's, AvgPool2d(3, stride 1) then AdaptiveAvgPool2d(grid), of a plane that is zero where
+    no point is. Plain form: `three_nn_interpolate` and `project_and_pool` in feature_extractors/reference.py.
 
     Args:
         point_features: features (G, C) at centers (G, 3), or (N, C) at the valid points themselves.
-        xyz: (3, S, S) float32, meters, invalid pixels exactly 0, holding N valid points.
+        xyz: (3, S, S) float32, meters, invalid pixels exactly 0, with N valid points.
         grid: patches along a side.
-        exact_distances: interpolate by direct differences, instead of the reference's expanded squares.
+        exact_distances: interpolate with direct differences instead of expanded squares.
         masked: pad the first pooling by one and leave the background out of the mean of a patch.
-        point_ops: back-end of the point search, see models.point_ops.
+        point_ops: backend of the point search, see models.point_ops.
 
     Returns:
         (grid**2, C), row-major; a patch without a valid point is exactly 0.
@@ -48,21 +50,21 @@ def align_to_patches(
     patch, weight = pooling_weights(valid, grid, masked)  # (N, K) each
     features, centers = point_features
     if centers is None:
-        return _scatter(patch, weight, features, grid**2)
-    points = xyz[:, valid].T.contiguous()
-    if exact_distances:
-        found = three_nn_weights(points[None], centers[None], point_ops)
-    else:
-        found = three_nn_weights_expanded(points[None], centers[None], point_ops)
-    three_weight, three = found[0][0], found[1][0]  # (N, 3) each
+        pooled = features.new_zeros(grid**2, features.shape[1])
+        for k in range(patch.shape[1]):
+            pooled.index_add_(0, patch[:, k], weight[:, k, None].to(features.dtype) * features)
+        return pooled
+    points = xyz[:, valid].T.contiguous()  # (N, 3)
+    interpolation = three_nn_weights if exact_distances else three_nn_weights_expanded
+    alpha, nearest = (each[0] for each in interpolation(points[None], centers[None], point_ops))  # (N, 3) each
     mixing = features.new_zeros(grid**2 * len(centers))
-    entries = patch[:, :, None] * len(centers) + three[:, None, :]  # (N, K, 3) flat positions in (grid**2, G)
-    mixing.index_add_(0, entries.flatten(), (weight[:, :, None] * three_weight[:, None, :]).flatten().to(mixing.dtype))
+    entries = patch[:, :, None] * len(centers) + nearest[:, None, :]  # (N, K, 3) flat positions in (grid**2, G)
+    mixing.index_add_(0, entries.flatten(), (weight[:, :, None] * alpha[:, None, :]).flatten().to(mixing.dtype))
     return mixing.view(grid**2, len(centers)) @ features
 
 
 def pooling_weights(valid: Tensor, grid: int, masked: bool) -> tuple[Tensor, Tensor]:
-    """To which patches each valid pixel contributes, and with which weight.
+    """The patches that each valid pixel contributes to, and its weight in them.
 
     Args:
         valid: (S, S) bool with N True.
@@ -99,10 +101,3 @@ def _axis_pooling(size: int, grid: int, masked: bool, device: torch.device) -> t
     bins = np.argsort(-pooling, axis=1, kind="stable")[:, :width]
     shares = np.take_along_axis(pooling, bins, axis=1)
     return torch.from_numpy(bins).to(device), torch.from_numpy(shares).to(device)
-
-
-def _scatter(patch: Tensor, weight: Tensor, features: Tensor, patches: int) -> Tensor:
-    pooled = features.new_zeros(patches, features.shape[1])
-    for k in range(patch.shape[1]):
-        pooled.index_add_(0, patch[:, k], weight[:, k, None].to(features.dtype) * features)
-    return pooled

@@ -1,4 +1,7 @@
-"""From a sample to its patch features: both backbones, the alignment, the fusion."""
+"""From a sample to its patch features: both backbones, the alignment, the fusion.
+
+Plain form: `extract` in feature_extractors/reference.py.
+"""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -20,19 +23,18 @@ from utils.feature_store import resize_patches
 from utils.precision import autocast, choose_precision, round_weights, whole_factors
 from utils.records import PatchFeatures, Sample
 
-# Pictures that go through the RGB backbone together.
-PICTURES_ON_CPU, PICTURES_ON_GPU = 4, 16
+BATCH_ON_CPU, BATCH_ON_GPU = 4, 16  # samples that pass through the networks together
 
 
 class PatchExtractor:
-    """Turns samples into patch features with finished networks, which become its own: in bf16 it rounds their weights.
+    """Patch features of samples by finished networks. It owns the networks: in bf16 it rounds their weights.
 
     Args:
         config: decides which banks are needed and how points become patches.
         rgb_backbone: None where the method needs none.
         xyz_backbone: None where the method needs none.
         feature_fusion: the trained UFF; None where the fusion bank is a plain concatenation.
-        device: where the networks run and the features come to lie.
+        device: where the networks run; features are returned on it.
     """
 
     def __init__(
@@ -46,22 +48,21 @@ class PatchExtractor:
         self.config = config
         self.device = torch.device(device)
         self.precision = choose_precision(config.precision, self.device)
-        self.batch_size = PICTURES_ON_CPU if self.device.type == "cpu" else PICTURES_ON_GPU
-        # What a saved detector, or a class that is kept, is tied to. Now, since rounding loses the weights as they were
-        # read: hashing ViT-B/8 and Point-MAE, 430 MB, takes 0.3 s.
+        self.batch_size = BATCH_ON_CPU if self.device.type == "cpu" else BATCH_ON_GPU
+        # Saved detectors and finished classes are tied to the weights as they were read, before any rounding.
         networks = {"rgb": rgb_backbone, "xyz": xyz_backbone, "fusion": feature_fusion}
         self.checksums = {name: weights_checksum(network) for name, network in networks.items() if network is not None}
         self.rgb_backbone = rgb_backbone.to(self.device).eval() if rgb_backbone else None
         self.xyz_backbone = xyz_backbone.to(self.device).eval() if xyz_backbone else None
         self.feature_fusion = feature_fusion.to(self.device).eval() if feature_fusion else None
-        # What the point transformer does before its blocks, it does in fp32 or with its weights in other forms.
+        # Before its blocks, the point transformer computes in fp32 or with its weights in other forms.
         point_blocks = xyz_backbone.blocks if isinstance(xyz_backbone, PointTransformer) else None
         for network in (self.rgb_backbone, point_blocks, self.feature_fusion):
             if network is not None:
                 round_weights(network, self.precision)
 
     def with_fusion(self, feature_fusion: FeatureFusion) -> "PatchExtractor":
-        """An extractor of the same backbones with another UFF, which becomes its own."""
+        """An extractor with the same backbones and another UFF, which it then owns."""
         other = copy(self)
         other.checksums = self.checksums | {"fusion": weights_checksum(feature_fusion)}
         other.feature_fusion = feature_fusion.to(self.device).eval()
@@ -77,53 +78,48 @@ class PatchExtractor:
             widths["fusion"] = sum(widths.values())
         return PatchFeatures(**{name: torch.empty(0, width, device=self.device) for name, width in widths.items()})
 
-    @torch.inference_mode()
     def __call__(self, sample: Sample) -> PatchFeatures:
-        """Extract the features of one sample; errors as of `extract`."""
+        """Extract the features of one sample; errors as in `extract`."""
         return self.extract([sample])[0]
 
     @torch.inference_mode()
     def extract(self, samples: Sequence[Sample]) -> list[PatchFeatures]:
-        """Extract the features of some samples, best `batch_size` of them, whose pictures go through together.
+        """Extract the features of some samples, ideally `batch_size` of them.
 
-        On the CPU both backbones run at the same time: each leaves cores idle where it is not multiplying.
+        On a CPU both backbones run at the same time: each leaves cores idle between its matrix products.
 
         Raises:
-            InputError: a scan has no valid point, or fewer than the 3D backbone groups.
+            InputError: a modality is missing, or a cloud has fewer valid points than the 3D backbone needs.
         """
         with ThreadPoolExecutor(1) as thread:
-            rgb_done = thread.submit(self._extract_rgb, samples)
+            pending = thread.submit(self._rgb_patches, samples)
             if self.device.type != "cpu":
-                wait([rgb_done])  # for its kernels to be queued: they would run one after the other all the same
-            of_xyz = self._extract_xyz(samples)
-            of_rgb = rgb_done.result()
+                wait([pending])  # until its kernels are queued; a GPU runs them one after the other anyway
+            xyz = self._xyz_patches(samples)  # (3136, C_xyz) each
+            rgb = pending.result()  # (784, C_rgb) each
         fused = "fusion" in self.config.method.banks
+        fusion = map(self._fuse, xyz, rgb) if fused else [None] * len(samples)  # (3136, C_xyz + C_rgb) each
         return [
-            PatchFeatures(rgb=rgb, xyz=xyz, fusion=self._fuse(xyz, rgb) if fused else None)
-            for rgb, xyz in zip(of_rgb, of_xyz, strict=True)
+            PatchFeatures(rgb=of_rgb, xyz=of_xyz, fusion=of_both)
+            for of_rgb, of_xyz, of_both in zip(rgb, xyz, fusion, strict=True)
         ]
 
     @torch.inference_mode()  # of the thread that runs it
-    def _extract_rgb(self, samples: Sequence[Sample]) -> Sequence[Tensor | None]:
+    def _rgb_patches(self, samples: Sequence[Sample]) -> Sequence[Tensor | None]:
         if self.rgb_backbone is None:
             return [None] * len(samples)
-        pictures = []
-        for sample in samples:
-            if sample.rgb is None:
-                raise InputError(f"{sample.path} has no rgb picture, which {self.config.method_name} needs")
-            pictures.append(sample.rgb)
+        images = torch.stack([self._given(sample, "rgb") for sample in samples])  # (B, 3, S, S)
         with autocast(self.device, self.precision), whole_factors():
-            return list(self.rgb_backbone(torch.stack(pictures).to(self.device)).float())
+            return list(self.rgb_backbone(images).float())
 
-    def _extract_xyz(self, samples: Sequence[Sample]) -> Sequence[Tensor | None]:
+    def _xyz_patches(self, samples: Sequence[Sample]) -> Sequence[Tensor | None]:
         if self.xyz_backbone is None:
             return [None] * len(samples)
-        scans = [self._scan(sample) for sample in samples]
-        clouds = [xyz[:, valid_pixels(xyz)].T.contiguous() for xyz in scans]  # (N, 3) each
+        planes = [self._given(sample, "xyz") for sample in samples]  # (3, S, S) each
+        clouds = [xyz[:, valid_pixels(xyz)].T.contiguous() for xyz in planes]  # (N, 3) each
         for sample, points in zip(samples, clouds, strict=True):
             self._check_points(sample, len(points), self.xyz_backbone)
-        # On a CPU, where they would gain nothing together, one after the other: it does not matter then what a cloud
-        # comes with.
+        # One at a time on a CPU, where batches gain nothing, so results do not depend on batch composition.
         step = 1 if self.device.type == "cpu" else len(clouds)
         found: list[PointFeatures] = []
         with autocast(self.device, self.precision):
@@ -138,34 +134,33 @@ class PatchExtractor:
                 masked=self.config.protocol.masked_pooling,
                 point_ops=self.config.point_ops,
             )
-            for of_points, xyz in zip(found, scans, strict=True)
+            for of_points, xyz in zip(found, planes, strict=True)
         ]
 
-    def _scan(self, sample: Sample) -> Tensor:
-        """(3, S, S), on the device."""
-        if sample.xyz is None:
-            raise InputError(f"{sample.path} has no xyz scan, which {self.config.method_name} needs")
-        return sample.xyz.to(self.device)
-
-    def _check_points(self, sample: Sample, count: int, backbone: PointBackbone) -> None:
-        if count >= backbone.min_points:
-            return
-        mend = "mend the scan"
-        if isinstance(backbone, PointTransformer):
-            mend += ", or fit with lower --num_group and --group_size"
-        raise InputError(
-            f"{sample.path} has {count} valid points at {self.config.img_size}x{self.config.img_size}, but "
-            f"{self.config.xyz_backbone_name} needs at least {backbone.min_points}: {mend}"
-        )
-
     def _fuse(self, xyz: Tensor | None, rgb: Tensor | None) -> Tensor:
-        assert xyz is not None
-        assert rgb is not None
-        rgb = resize_patches(rgb, self.config.xyz_grid)  # (3136, C_rgb)
+        assert xyz is not None and rgb is not None
+        rgb = resize_patches(rgb, self.config.xyz_grid)  # (784, C_rgb) -> (3136, C_rgb)
         if self.feature_fusion is None:
             return torch.cat([xyz, rgb], dim=1)
         with autocast(self.device, self.precision):
             return self.feature_fusion.fuse(xyz, rgb).float()
+
+    def _given(self, sample: Sample, modality: str) -> Tensor:
+        """The (3, S, S) plane of a modality, on the device."""
+        plane: Tensor | None = getattr(sample, modality)
+        if plane is None:
+            raise InputError(f"{sample.path} has no {modality} file. {self.config.method_name} needs one.")
+        return plane.to(self.device)
+
+    def _check_points(self, sample: Sample, count: int, backbone: PointBackbone) -> None:
+        if count >= backbone.min_points:
+            return
+        lower = ", or fit with lower --num_group and --group_size" if isinstance(backbone, PointTransformer) else ""
+        size = f"{self.config.img_size}x{self.config.img_size}"
+        raise InputError(
+            f"{sample.path} has {count} valid points at {size}, but {self.config.xyz_backbone_name} needs at least "
+            f"{backbone.min_points}. Repair the point cloud{lower}."
+        )
 
 
 def build_extractor(
@@ -181,7 +176,7 @@ def build_extractor(
 
     Args:
         config: names the networks.
-        checkpoint_dir: where their published files are looked for.
+        checkpoint_dir: folder of their published files.
         fusion_module_path: checkpoint of the UFF; None leaves it to PatchExtractor.with_fusion.
         device: where they run.
         rgb_checkpoint: the file of the RGB backbone itself, instead of the search.

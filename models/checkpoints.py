@@ -63,8 +63,8 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path | str
     ]
     if any(problems):
         raise InputError(
-            f"{path} does not fit {type(module).__name__}: {'; '.join(filter(None, problems))}: "
-            "check that the file belongs to the chosen backbone"
+            f"{path} does not fit {type(module).__name__}: {'; '.join(filter(None, problems))}. "
+            "Check that the file belongs to the chosen backbone."
         )
     module.load_state_dict(dict(state))
 
@@ -72,7 +72,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path | str
 def weights_checksum(module: nn.Module) -> str:
     """SHA-256, in hexadecimal, of a network's weights: names, dtypes, shapes and bytes of its state dict, by name.
 
-    It hangs on the weights themselves, whatever the name and format of the file they were read from.
+    It depends on the weights alone, not on the name and format of their file.
     """
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
@@ -120,8 +120,8 @@ def _tensors(raw: Any, path: Path, containers: Sequence[str]) -> State:
         or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in raw.items())
     ):
         raise InputError(
-            f"{path} holds no state dict, flat or under {' or '.join(map(repr, containers))}: "
-            "check that it is the published file"
+            f"{path} holds no state dict, flat or under {' or '.join(map(repr, containers))}. "
+            "Check that it is the published file."
         )
     return {key.removeprefix("module."): value for key, value in raw.items()}
 
@@ -130,7 +130,7 @@ def _with_prefix(state: State, prefix: str, path: Path) -> State:
     chosen = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if not chosen:
         some = ", ".join(sorted(state)[:3])
-        raise InputError(f"{path} has no key that starts with {prefix!r} (but {some}, …): it is another model's file")
+        raise InputError(f"{path} has no key that starts with {prefix!r} (but {some}, …). It is another model's file.")
     return chosen
 
 

@@ -1,7 +1,8 @@
 """Unsupervised Feature Fusion (UFF): one MLP per modality, trained so that patches of the same place agree.
 
 Per modality, chi is an MLP after a LayerNorm and sigma a linear head on chi's output. The detector keeps the
-concatenation of the two chi (`FeatureFusion.fuse`); the heads serve the training loss alone (models/contrastive.py).
+concatenation of both chi (`FeatureFusion.fuse`); the heads serve only the training loss (models/contrastive.py).
+Plain form: `FeatureFusion` in feature_extractors/reference.py.
 """
 
 from collections.abc import Mapping
@@ -34,13 +35,13 @@ class FeatureFusion(nn.Module):
         xyz_dim: width C_xyz of an xyz patch.
         rgb_dim: width C_rgb of an rgb patch.
         mlp_ratio: hidden width of chi over its input width.
-        head_dim: width of sigma's output, where the two modalities are compared.
+        head_dim: width of sigma's output, in which the two modalities are compared.
     """
 
     def __init__(self, xyz_dim: int, rgb_dim: int, mlp_ratio: float = 4.0, head_dim: int = 256) -> None:
         super().__init__()
         self.xyz_dim, self.rgb_dim, self.head_dim = xyz_dim, rgb_dim, head_dim
-        # The order of construction decides which random numbers each layer starts from: it is the reference's.
+        # The order of construction fixes the random initial weights of each layer: it is the original's.
         self.xyz_norm = nn.LayerNorm(xyz_dim)
         self.xyz_mlp = Mlp(xyz_dim, round(xyz_dim * mlp_ratio))
         self.rgb_norm = nn.LayerNorm(rgb_dim)
@@ -48,34 +49,24 @@ class FeatureFusion(nn.Module):
         self.rgb_head = nn.Linear(rgb_dim, head_dim)
         self.xyz_head = nn.Linear(xyz_dim, head_dim)
 
-    @property
-    def embed_dim(self) -> int:
-        """Width of a fusion patch, C_xyz + C_rgb."""
-        return self.xyz_dim + self.rgb_dim
-
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], source: Path | str = "feature fusion") -> "FeatureFusion":
-        """The module that a checkpoint's `model` entry describes, in eval mode; every width is read off the tensors.
+        """Build the module of a checkpoint's `model` entry, in eval mode; its widths are those of the tensors.
 
         Args:
             state: parameters by name, all of them and nothing else.
-            source: where they come from, for messages.
+            source: file of the checkpoint, for messages.
 
         Raises:
             InputError: a key is missing or left over, or a tensor has a shape that contradicts the others.
         """
+        layers = ("xyz_norm", "rgb_norm", "xyz_mlp.fc1", "xyz_head")
         try:
-            xyz_dim, rgb_dim, hidden_dim, head_dim = (
-                sum(state[f"{name}.weight"].shape[:1]) for name in ("xyz_norm", "rgb_norm", "xyz_mlp.fc1", "xyz_head")
-            )
+            xyz_dim, rgb_dim, hidden_dim, head_dim = (sum(state[f"{layer}.weight"].shape[:1]) for layer in layers)
         except KeyError as error:
-            raise InputError(
-                f"{source} is no UFF checkpoint: {error} is missing; train one with fusion_pretrain.py"
-            ) from None
+            raise InputError(f"{source} is no UFF checkpoint: {error} is missing. {_FIX}") from None
         if 0 in (xyz_dim, rgb_dim, hidden_dim, head_dim):
-            raise InputError(
-                f"{source} is no UFF checkpoint: a weight in it is empty; train one with fusion_pretrain.py"
-            )
+            raise InputError(f"{source} is no UFF checkpoint: a weight in it is empty. {_FIX}")
         module = cls(xyz_dim, rgb_dim, hidden_dim / xyz_dim, head_dim)
         load_strict(module, state, source)
         return module.eval()
@@ -107,3 +98,6 @@ class FeatureFusion(nn.Module):
         valid = (xyz != 0).all(dim=-1)
         xyz, rgb = xyz[valid], rgb[valid]  # (N, C_xyz), (N, C_rgb)
         return self.xyz_head(self.xyz_mlp(self.xyz_norm(xyz))), self.rgb_head(self.rgb_mlp(self.rgb_norm(rgb)))
+
+
+_FIX = "Train one with fusion_pretrain.py."

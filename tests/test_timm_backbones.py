@@ -215,7 +215,7 @@ def test_a_state_that_does_not_fit_is_named(tmp_path: Path, damage: State, part:
     message = message_of(lambda: build_rgb_backbone(SMALLEST, tmp_path, 48, path))
     assert message.startswith(f"{path} does not fit ")
     assert part in message
-    assert message.endswith(": check that the file belongs to the chosen backbone")
+    assert message.endswith(". Check that the file belongs to the chosen backbone.")
 
 
 def test_a_safetensors_file_of_another_model_is_named(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_truncated_safetensors_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
     message = message_of(lambda: build_rgb_backbone(SMALLEST, tmp_path, 48))
     assert message.startswith(f"{path} cannot be read as a checkpoint (")
-    assert message.endswith("download it again")
+    assert message.endswith("Download it again.")
 
 
 # Names
@@ -253,7 +253,7 @@ def test_names_that_timm_does_not_know_are_refused(tmp_path: Path, name: str) ->
 def test_networks_of_another_kind_are_refused(tmp_path: Path, name: str) -> None:
     message = message_of(lambda: build_rgb_backbone(name, tmp_path, 224))
     assert message.startswith(f"{name} cannot be the RGB backbone (")
-    assert message.endswith("choose a vision transformer of timm")
+    assert message.endswith("Choose a vision transformer of timm.")
 
 
 def test_the_row_of_a_timm_model() -> None:

@@ -1,4 +1,4 @@
-"""The one reader of checkpoint files: nothing is unpickled but tensors and plain values."""
+"""The one reader of checkpoint files: it unpickles nothing but tensors and plain values."""
 
 import argparse
 import pickle
@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from utils.errors import InputError
 
-# argparse.Namespace and NumPy scalars ride along in published files. NumPy 2 moved its modules, so files written
-# under NumPy 1 ask for the scalar constructor by its former name.
+# Published files contain argparse.Namespace and NumPy scalars too. NumPy 2 moved its modules, so files written under
+# NumPy 1 ask for the scalar constructor by its former name.
 _NUMPY_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
@@ -31,20 +30,22 @@ def read_checkpoint(path: Path) -> Any:
         InputError: the file is absent, truncated, no checkpoint, or holds objects that are not allowed.
     """
     if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist: check the path or train it first")
+        raise InputError(f"Checkpoint {path} does not exist. Check the path or train it first.")
     try:
         if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
             return load_file(path)
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # Only the name is taken: torch's message goes on to advise how to unpickle whatever a file holds.
+        # Only the name is taken: torch's message also advises how to unpickle everything.
         named = re.search(r"GLOBAL (\S+)", str(error))
         found = f"it holds a {named[1]}" if named else "it is no checkpoint or a damaged one"
         raise InputError(
             f"{path} is refused: {found}, and only tensors, plain containers, argparse.Namespace and NumPy scalars are "
-            "unpickled: download it again from its authors"
+            "unpickled. Download it again from its authors."
         ) from None
     except Exception as error:  # damaged bytes make the unpickler raise anything
         reason = re.split(r"\n|\. ", str(error).strip())[0] or type(error).__name__
-        raise InputError(f"{path} cannot be read as a checkpoint ({reason}): download it again") from None
+        raise InputError(f"{path} cannot be read as a checkpoint ({reason}). Download it again.") from None
