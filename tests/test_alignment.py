@@ -1,14 +1,11 @@
-"""Alignment of point features to patches against its steps spelled out: interpolation, feature plane, poolings."""
-
-from collections.abc import Callable
+"""Alignment of point features to patches against its plain form: interpolation, feature plane, poolings."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from feature_extractors import reference
 from feature_extractors.alignment import align_to_patches, pooling_weights, valid_pixels
-from models.point_ops import three_nn_interpolate, three_nn_weights_expanded
 from models.point_transformer import PointFeatures
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -38,44 +35,11 @@ def random_features(xyz: Tensor, groups: int, channels: int = 5, seed: int = 1) 
     return PointFeatures(torch.randn(groups, channels, generator=generator), centers)
 
 
-def interpolated_exactly(points: Tensor, centers: Tensor, features: Tensor) -> Tensor:
-    return three_nn_interpolate(points[None], centers[None], features[None])[0]
-
-
-def interpolated_as_the_reference(points: Tensor, centers: Tensor, features: Tensor) -> Tensor:
-    weight, index = three_nn_weights_expanded(points[None], centers[None])
-    return (features[index[0]] * weight[0, :, :, None]).sum(dim=1)
-
-
-def pooled_twin(at_points: Tensor, valid: Tensor, grid: int, masked: bool) -> Tensor:
-    """Features (N, C) of the valid points on their pixels, pooled twice in fp64 -> (grid**2, C)."""
-    planes = torch.zeros(at_points.shape[1] + 1, *valid.shape, dtype=torch.float64, device=valid.device)
-    planes[:-1, valid] = at_points.T.double()
-    planes[-1, valid] = 1.0  # the share of a patch that its valid pixels make up
-    first = F.avg_pool2d(planes[None], 3, stride=1, padding=1 if masked else 0)
-    pooled = F.adaptive_avg_pool2d(first, grid)[0].flatten(1).T  # (grid**2, C + 1)
-    sums, share = pooled[:, :-1], pooled[:, -1:]
-    return torch.where(share > 0, sums / share, 0.0) if masked else sums
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("masked", POOLINGS)
-@pytest.mark.parametrize(
-    ("exact_distances", "interpolate"),
-    [
-        pytest.param(True, interpolated_exactly, id="direct"),
-        pytest.param(False, interpolated_as_the_reference, id="expanded"),
-    ],
-)
+@pytest.mark.parametrize("exact_distances", [pytest.param(True, id="direct"), pytest.param(False, id="expanded")])
 @pytest.mark.parametrize(("size", "grid"), SIZES)
-def test_equals_its_steps_spelled_out(
-    size: int,
-    grid: int,
-    exact_distances: bool,
-    interpolate: Callable[[Tensor, Tensor, Tensor], Tensor],
-    masked: bool,
-    device: str,
-) -> None:
+def test_equals_its_plain_form(size: int, grid: int, exact_distances: bool, masked: bool, device: str) -> None:
     xyz = made_up_scan(size).to(device)
     features, centers = random_features(xyz.cpu(), groups=20)
     features, centers = features.to(device), centers.to(device)
@@ -83,7 +47,8 @@ def test_equals_its_steps_spelled_out(
     patches = align_to_patches(
         PointFeatures(features, centers), xyz, grid, exact_distances=exact_distances, masked=masked
     )
-    expected = pooled_twin(interpolate(xyz[:, valid].T, centers, features), valid, grid, masked)
+    at_points = reference.three_nn_interpolate(xyz[:, valid].T, centers, features, exact_distances)
+    expected = reference.project_and_pool(at_points.double(), valid, grid, masked)
     assert patches.shape == (grid**2, 5)
     assert patches.dtype == torch.float32
     torch.testing.assert_close(patches, expected.float(), rtol=1e-4, atol=1e-5)
@@ -99,7 +64,8 @@ def test_features_of_every_point_equal_the_plane(size: int, grid: int, masked: b
     valid = valid_pixels(xyz)
     features = torch.randn(int(valid.sum()), 5, generator=torch.Generator().manual_seed(2))
     patches = align_to_patches(PointFeatures(features, None), xyz, grid, masked=masked)
-    torch.testing.assert_close(patches, pooled_twin(features, valid, grid, masked).float(), rtol=1e-4, atol=1e-5)
+    expected = reference.project_and_pool(features.double(), valid, grid, masked)
+    torch.testing.assert_close(patches, expected.float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("size", "grid"), [(34, 8), (33, 7), (224, 56)])
@@ -183,8 +149,8 @@ def test_weights_of_a_patch_sum_to_one_or_to_its_valid_share() -> None:
         assert patch.shape == weight.shape
         assert len(patch) == valid.sum()
         total = torch.zeros(49).index_add_(0, patch.flatten(), weight.flatten())
-        expected = pooled_twin(torch.ones(len(patch), 1), valid, 7, masked)[:, 0]
-        torch.testing.assert_close(total, expected.float())
+        expected = reference.project_and_pool(torch.ones(len(patch), 1), valid, 7, masked)[:, 0]
+        torch.testing.assert_close(total, expected)
         assert set(total[total > 0].round(decimals=5).tolist()) == {1.0} or not masked
 
 

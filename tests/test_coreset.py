@@ -1,4 +1,4 @@
-"""Greedy k-center against the loop that reads every row once a pick, and the random projection against scikit-learn."""
+"""Greedy k-center and random projection against their plain forms."""
 
 import json
 from pathlib import Path
@@ -6,27 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.random_projection import SparseRandomProjection, johnson_lindenstrauss_min_dim
+from sklearn.random_projection import johnson_lindenstrauss_min_dim
 from tiny_networks import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from feature_extractors import coreset, memory_bank
+from feature_extractors import coreset, memory_bank, reference
 from feature_extractors.coreset import greedy_coreset, random_projection
 from feature_extractors.memory_bank import BankStatistics, select_coreset
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def greedy_twin(rows: Tensor, n: int, start: int = 0) -> list[int]:
-    """The rule, one pick at a time, by direct differences in fp64; NumPy's argmax takes the lowest index of a tie."""
-    points = rows.double().cpu().numpy()
-    nearest = np.full(len(points), np.inf)
-    picks = [start]
-    while len(picks) < n:
-        nearest = np.minimum(nearest, ((points - points[picks[-1]]) ** 2).sum(axis=1))
-        nearest[picks] = -np.inf
-        picks.append(int(nearest.argmax()))
-    return picks
+def plain_picks(rows: Tensor, n: int, start: int = 0) -> list[int]:
+    """Picks of the plain form in double precision."""
+    return reference.greedy_coreset(rows.double().cpu(), n, start).tolist()
 
 
 def random_rows(count: int, dim: int, seed: int) -> Tensor:
@@ -89,7 +82,7 @@ def test_picks_are_those_of_the_loop(
         picks = greedy_coreset(rows.to(device), count)
         assert picks.dtype == torch.int64
         assert picks.device.type == device
-        assert picks.tolist() == greedy_twin(rows, count)
+        assert picks.tolist() == plain_picks(rows, count)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,7 +90,7 @@ def test_first_picks_and_other_starts(kind: str) -> None:
     rows = KINDS[kind](150, 6, 3)
     for start in (0, 1, 77, 149):
         for n in (1, 2, 3, 40, 149, 150):
-            assert greedy_coreset(rows, n, start).tolist() == greedy_twin(rows, n, start)
+            assert greedy_coreset(rows, n, start).tolist() == plain_picks(rows, n, start)
 
 
 def test_the_loop_is_cut_into_few_passes(passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +112,7 @@ def test_the_loop_is_cut_into_few_passes(passes: list[int], monkeypatch: pytest.
     monkeypatch.setattr(torch, "addmm", measured)
     monkeypatch.setattr(torch, "minimum", counted)
     rows = clustered_rows(3000, 24, 5) + 0.3 * random_rows(3000, 24, 6)
-    expected = greedy_twin(rows, 400)
+    expected = plain_picks(rows, 400)
     assert greedy_coreset(rows, 400).tolist() == expected
     few = len(passes)
     set_candidates(monkeypatch, 20)
@@ -150,7 +143,7 @@ def test_rows_close_to_the_selection_are_left_alone(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch, "addmm", measured)
     set_candidates(monkeypatch, 50)
-    assert greedy_coreset(rows, 300).tolist() == greedy_twin(rows, 300)
+    assert greedy_coreset(rows, 300).tolist() == plain_picks(rows, 300)
     assert left[0] == 1999
     assert max(left[1:]) <= 1001
 
@@ -176,7 +169,7 @@ def test_ties_survive_a_mean_that_rounds() -> None:
     """Many little grids whose mean is no binary fraction: every distance is exact all the same."""
     for seed in range(60):
         rows = grid_rows(14, 5, seed)
-        assert greedy_coreset(rows, 14).tolist() == greedy_twin(rows, 14), f"seed {seed}"
+        assert greedy_coreset(rows, 14).tolist() == plain_picks(rows, 14), f"seed {seed}"
 
 
 def test_rows_a_hair_apart_are_no_copies() -> None:
@@ -184,16 +177,16 @@ def test_rows_a_hair_apart_are_no_copies() -> None:
     base = torch.full((6, 3), 1.0)
     for i, steps in enumerate((0, 1, 5, 2, 9, 3)):
         base[i, 0] += steps * torch.finfo(torch.float32).eps
-    assert greedy_coreset(base, 6).tolist() == greedy_twin(base, 6)
+    assert greedy_coreset(base, 6).tolist() == plain_picks(base, 6)
     far = torch.cat([base, torch.tensor([[1e3, -1e3, 0.0], [-1e3, 2e3, 1.0], [0.0, 3e3, 1.0]])])
-    assert greedy_coreset(far, 9).tolist() == greedy_twin(far, 9)
+    assert greedy_coreset(far, 9).tolist() == plain_picks(far, 9)
 
 
 def test_precision_of_the_rows() -> None:
     """Rows of fp16 and fp64 are taken as fp32; the input stays as it was."""
     rows = random_rows(80, 5, 0)
     before = rows.clone()
-    expected = greedy_twin(rows.half(), 30)
+    expected = plain_picks(rows.half(), 30)
     assert greedy_coreset(rows.half(), 30).tolist() == expected
     assert greedy_coreset(rows.double(), 30).tolist() == greedy_coreset(rows, 30).tolist()
     assert torch.equal(rows, before)
@@ -217,8 +210,8 @@ def test_projection_is_scikit_learns(count: int, dim: int, eps: float, seed: int
     projection = random_projection(count, dim, eps, seed)
     assert projection is not None
     assert projection.dtype == torch.float32
-    expected = SparseRandomProjection(eps=eps, random_state=seed).fit_transform(rows.double().numpy())
-    np.testing.assert_allclose((rows @ projection).numpy(), expected, rtol=1e-4, atol=1e-4)
+    expected = reference.random_projection(rows, eps, seed)
+    torch.testing.assert_close(rows @ projection, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_projection_depends_on_its_seed() -> None:
@@ -238,12 +231,12 @@ def test_no_projection_where_it_would_be_wider() -> None:
 
 def test_coreset_of_raw_rows_is_that_of_normalized_and_projected_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, statistics = 2.0 + 3.0 * random_rows(350, 250, 1), BankStatistics(1.5, 2.5)
-    projected = SparseRandomProjection(eps=0.9, random_state=4).fit_transform(((rows - 1.5) / 2.5).double().numpy())
+    projected = reference.random_projection((rows - 1.5) / 2.5, 0.9, 4)
     assert projected.shape[1] < 250
-    expected = greedy_twin(torch.from_numpy(projected), 60)
+    expected = plain_picks(projected, 60)
     assert select_coreset(rows, statistics, 60, 0.9, 4).tolist() == expected
     monkeypatch.setattr(memory_bank, "random_projection", lambda *_: None)
-    assert select_coreset(rows, statistics, 60, 0.9, 4).tolist() == greedy_twin((rows - 1.5) / 2.5, 60) != expected
+    assert select_coreset(rows, statistics, 60, 0.9, 4).tolist() == plain_picks((rows - 1.5) / 2.5, 60) != expected
 
 
 @pytest.mark.golden

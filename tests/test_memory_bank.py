@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from feature_extractors import memory_bank
+from feature_extractors import memory_bank, reference
 from feature_extractors.memory_bank import BankStatistics, MemoryBank, distinct_rows, mean_and_std, select_coreset
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -14,10 +14,9 @@ def random_rows(count: int, dim: int, seed: int) -> Tensor:
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def nearest_twin(queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The full (M, N) matrix in fp64 and its minimum."""
-    distances = torch.cdist(queries.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    return distances.min(dim=1)
+def exact_nearest(queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance (float64) and index of the plain form in double precision."""
+    return reference.nearest_rows(queries.double(), rows.double(), exact_distances=True)
 
 
 @pytest.fixture(params=["whole", "chunked", "single queries"])
@@ -46,7 +45,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(("queries", "rows", "dim"), [(1, 1, 1), (7, 1, 5), (1, 9, 3), (50, 33, 2), (90, 100, 64)])
 def test_nearest_equals_the_full_matrix(queries: int, rows: int, dim: int, device: str) -> None:
     asked, bank = random_rows(queries, dim, 0).to(device), random_rows(rows, dim, 1).to(device)
-    expected_distance, expected_index = nearest_twin(asked, bank)
+    expected_distance, expected_index = exact_nearest(asked, bank)
     distance, index = MemoryBank(bank).nearest(asked)
     assert (distance.dtype, index.dtype) == (torch.float32, torch.int64)
     assert index.tolist() == expected_index.tolist()
@@ -67,7 +66,7 @@ def test_distances_close_to_a_row_keep_their_digits() -> None:
     bank = 10.0 + random_rows(200, 64, 2)
     queries = bank + 1e-3 * random_rows(200, 64, 3)
     distance, _ = MemoryBank(bank).nearest(queries)
-    torch.testing.assert_close(distance, nearest_twin(queries, bank)[0].float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(distance, exact_nearest(queries, bank)[0].float(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -89,7 +88,7 @@ def test_nearest_by_expanded_squares_is_near_the_full_matrix(queries: int, rows:
     """The reference's arithmetic: the same rows, distances that lose digits where they are small."""
     asked, bank = random_rows(queries, dim, 0).to(device), random_rows(rows, dim, 1).to(device)
     distance, index = MemoryBank(bank).nearest(asked, expanded="everywhere")
-    expected_distance, expected_index = nearest_twin(asked, bank)
+    expected_distance, expected_index = exact_nearest(asked, bank)
     assert (distance.dtype, index.dtype) == (torch.float32, torch.int64)
     assert index.tolist() == expected_index.tolist()
     torch.testing.assert_close(distance, expected_distance.float(), rtol=1e-4, atol=1e-3)
@@ -155,7 +154,7 @@ def test_rows_that_a_product_cannot_tell_apart(kind: str, dim: int, device: str)
         bank, queries = bank[:, :1] * torch.ones(dim), queries[:, :1] * torch.ones(dim)
     bank, queries = bank.to(device), queries.to(device)
     distance, index = MemoryBank(bank).nearest(queries)
-    expected_distance, expected_index = nearest_twin(queries, bank)
+    expected_distance, expected_index = exact_nearest(queries, bank)
     torch.testing.assert_close(distance, expected_distance.float(), rtol=2e-6, atol=1e-9)
     assert (index == expected_index).float().mean() > 0.9  # others tie in fp32
 
@@ -193,7 +192,7 @@ def test_equal_queries_are_searched_for_once(blocks: list[int]) -> None:
     queries = torch.cat([torch.zeros(300, 6), random_rows(20, 6, 1), torch.zeros(10, 6)])
     distance, index = bank.nearest(queries)
     assert sum(blocks) == 21
-    torch.testing.assert_close(distance, nearest_twin(queries, bank.rows)[0].float())
+    torch.testing.assert_close(distance, exact_nearest(queries, bank.rows)[0].float())
     assert (index[:300] == 0).all()
     assert (index[320:] == 0).all()
 

@@ -1,4 +1,4 @@
-"""Point searches against slow, obvious twins, and against what the original's rules gave on recorded clouds."""
+"""Point searches against their plain forms, and against what the original's rules gave on recorded clouds."""
 
 import importlib.util
 import math
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from feature_extractors import reference
 from models import point_ops
 from models.point_ops import (
     farthest_point_sample,
@@ -31,36 +32,20 @@ def cloud(points: int, seed: int = 0, batch: int = 1) -> Tensor:
     return torch.rand(batch, points, 3, generator=generator) * 0.2 + torch.tensor([0.0, 0.0, 0.5])
 
 
-def slow_farthest_points(points: Tensor, n: int) -> list[int]:
-    """The CUDA op's rule in plain loops: (N, 3) -> n indices; the lowest index wins a tie."""
-    rows = points.tolist()
-    nearest = [1e10] * len(rows)
-    picks = [0]
-    while len(picks) < n:
-        best, best_distance = 0, -1.0
-        for i, row in enumerate(rows):
-            if sum(value**2 for value in row) <= 1e-3:
-                continue
-            squared = sum((a - b) ** 2 for a, b in zip(row, rows[picks[-1]], strict=True))
-            nearest[i] = min(nearest[i], squared)
-            if nearest[i] > best_distance:
-                best, best_distance = i, nearest[i]
-        picks.append(best)
-    return picks
-
-
-def slow_neighbors(queries: Tensor, points: Tensor) -> NDArray:
+def distances_between(queries: Tensor, points: Tensor) -> NDArray:
     """(M, N) Euclidean distances of all pairs, in double precision."""
-    difference = queries.double().numpy()[:, None] - points.double().numpy()[None]
-    return np.sqrt((difference**2).sum(axis=2))
+    return torch.cdist(queries.double(), points.double(), compute_mode="donot_use_mm_for_euclid_dist").numpy()
 
 
-def slow_three_weights(point: Tensor, centers: Tensor) -> tuple[list[int], list[float]]:
-    """The three nearest centers of one point, nearest first, and their normalized 1 / (d^2 + 1e-8)."""
-    squared = [math.dist(point.tolist(), center) ** 2 for center in centers.tolist()]
-    three = sorted(range(len(squared)), key=squared.__getitem__)[:3]
-    weights = [1 / (squared[i] + 1e-8) for i in three]
-    return three, [weight / sum(weights) for weight in weights]
+def plain_weights(points: Tensor, centers: Tensor) -> Tensor:
+    """(N, G) weights of the centers in the interpolated features of each point, in double precision."""
+    identity = torch.eye(len(centers), dtype=torch.float64)
+    return reference.three_nn_interpolate(points.double(), centers.double(), identity, exact_distances=True)
+
+
+def spread(weight: Tensor, index: Tensor, centers: int) -> Tensor:
+    """Weights (N, 3) of the centers `index`, as (N, G)."""
+    return torch.zeros(len(index), centers, dtype=torch.float64).scatter_add_(1, index, weight.double())
 
 
 # Farthest point sampling
@@ -68,18 +53,18 @@ def slow_three_weights(point: Tensor, centers: Tensor) -> tuple[list[int], list[
 
 @pytest.mark.parametrize(("points", "n"), [(1, 1), (2, 1), (2, 2), (7, 3), (40, 40), (150, 20), (200, 199)])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_farthest_points_equal_their_twin(points: int, n: int, seed: int) -> None:
+def test_farthest_points_equal_their_plain_form(points: int, n: int, seed: int) -> None:
     scan = cloud(points, seed)
     picks = farthest_point_sample(scan, n)
     assert picks.shape == (1, n)
     assert picks.dtype == torch.int64
-    assert picks[0].tolist() == slow_farthest_points(scan[0], n)
+    assert picks[0].tolist() == reference.farthest_point_sample(scan[0], n).tolist()
 
 
 def test_farthest_points_of_a_batch_are_those_of_each_cloud() -> None:
     scans = cloud(60, batch=3)
     picks = farthest_point_sample(scans, 10)
-    assert picks.tolist() == [slow_farthest_points(scan, 10) for scan in scans]
+    assert picks.tolist() == [reference.farthest_point_sample(scan, 10).tolist() for scan in scans]
     assert len({tuple(row) for row in picks.tolist()}) == 3
 
 
@@ -93,7 +78,7 @@ def test_of_equally_far_points_the_lowest_index_is_picked() -> None:
     corners = torch.tensor([[[0.0, 0, 1], [1, 1, 1], [-1, 1, 1], [-1, -1, 1], [1, -1, 1]]])
     assert farthest_point_sample(corners, 5)[0].tolist() == [0, 1, 2, 3, 4]
     grid = torch.cartesian_prod(*[torch.arange(4.0)] * 2, torch.ones(1))[None]  # exact: every distance ties
-    assert farthest_point_sample(grid, 16)[0].tolist() == slow_farthest_points(grid[0], 16)
+    assert farthest_point_sample(grid, 16)[0].tolist() == reference.farthest_point_sample(grid[0], 16).tolist()
 
 
 def test_points_near_the_origin_are_never_picked() -> None:
@@ -101,7 +86,7 @@ def test_points_near_the_origin_are_never_picked() -> None:
     scan[0, 10:40] *= 0.03 / scan[0, 10:40].norm(dim=1, keepdim=True)  # |p|^2 = 9e-4
     picks = farthest_point_sample(scan, 20)[0].tolist()
     assert sorted(picks) == sorted([*range(10), *range(40, 50)])
-    assert picks == slow_farthest_points(scan[0], 20)
+    assert picks == reference.farthest_point_sample(scan[0], 20).tolist()
 
 
 def test_the_ignored_radius_is_a_squared_norm_of_a_thousandth() -> None:
@@ -116,7 +101,7 @@ def test_an_ignored_first_point_is_still_the_start() -> None:
     picks = farthest_point_sample(scan, 8)[0].tolist()
     assert picks[0] == 0
     assert 0 not in picks[1:]
-    assert picks == slow_farthest_points(scan[0], 8)
+    assert picks == reference.farthest_point_sample(scan[0], 8).tolist()
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3])
@@ -125,7 +110,7 @@ def test_picks_repeat_once_all_points_are_picked(kept: int) -> None:
     scan = torch.zeros(1, 9, 3)
     scan[0, 4 : 4 + kept] = cloud(kept)[0]
     picks = farthest_point_sample(scan, 9)[0].tolist()
-    assert picks == slow_farthest_points(scan[0], 9)
+    assert picks == reference.farthest_point_sample(scan[0], 9).tolist()
     assert set(picks) == {0, *range(4, 4 + kept)}
 
 
@@ -156,17 +141,17 @@ def test_farthest_points_with_ignored_ones_are_the_recorded_ones(goldens: Path) 
 @pytest.mark.parametrize(
     ("queries", "points", "k"), [(1, 1, 1), (5, 1, 1), (1, 9, 9), (20, 64, 64), (33, 200, 1), (50, 300, 17)]
 )
-def test_neighbors_equal_their_twin(
+def test_neighbors_equal_their_plain_form(
     search: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]], queries: int, points: int, k: int
 ) -> None:
     centers, scan = cloud(queries, seed=1)[0], cloud(points)[0]
-    all_distances = slow_neighbors(centers, scan)
+    expected_distance, expected_index = reference.knn(centers.double(), scan.double(), k)
     distance, index = search(centers, scan, k)
     assert distance.shape == index.shape == (queries, k)
     assert distance.dtype == torch.float32
     assert index.dtype == torch.int64
-    np.testing.assert_array_equal(index, np.argsort(all_distances, axis=1, kind="stable")[:, :k])
-    np.testing.assert_allclose(distance, np.sort(all_distances, axis=1)[:, :k], rtol=1e-6, atol=1e-8)
+    assert torch.equal(index, expected_index)
+    np.testing.assert_allclose(distance, expected_distance, rtol=1e-6, atol=1e-8)
     assert (distance.diff(dim=1) >= 0).all()
 
 
@@ -186,7 +171,7 @@ def test_neighbors_among_ties_are_neighbors(
     """Which of equally near points comes first is open; that each appears once is not."""
     grid = torch.cartesian_prod(*[torch.arange(5.0)] * 3)
     distance, index = search(grid, grid, 10)
-    all_distances = slow_neighbors(grid, grid)
+    all_distances = distances_between(grid, grid)
     np.testing.assert_allclose(distance, np.sort(all_distances, axis=1)[:, :10], rtol=1e-6)
     np.testing.assert_allclose(distance, np.take_along_axis(all_distances, index.numpy(), axis=1), rtol=1e-6)
     assert all(len(set(row)) == 10 for row in index.tolist())
@@ -209,8 +194,9 @@ def test_neighbors_of_a_batch_are_those_of_each_cloud() -> None:
     distance, index = knn(queries, scans, 5)
     assert distance.shape == index.shape == (3, 6, 5)
     for i in range(3):
-        np.testing.assert_array_equal(index[i], np.argsort(slow_neighbors(queries[i], scans[i]), axis=1)[:, :5])
-        np.testing.assert_allclose(distance[i], np.sort(slow_neighbors(queries[i], scans[i]), axis=1)[:, :5], rtol=1e-6)
+        expected_distance, expected_index = reference.knn(queries[i].double(), scans[i].double(), 5)
+        assert torch.equal(index[i], expected_index)
+        np.testing.assert_allclose(distance[i], expected_distance, rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -231,7 +217,7 @@ def test_a_gpu_finds_the_same_points(backend: str) -> None:
     assert torch.equal(picks.cpu(), farthest_point_sample(scan, 300))
     distance, index = knn(queries.cuda(), scan.cuda(), 32, backend)
     assert distance.is_cuda
-    all_distances = slow_neighbors(queries[0], scan[0])
+    all_distances = distances_between(queries[0], scan[0])
     near = np.sort(all_distances, axis=1)[:, :32]  # neighbors nearer to each other than rounding may swap
     np.testing.assert_allclose(distance[0].cpu(), near, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(np.take_along_axis(all_distances, index[0].cpu().numpy(), 1), near, rtol=1e-5, atol=1e-7)
@@ -329,28 +315,26 @@ def test_the_kernels_need_a_gpu_and_float32() -> None:
 
 
 @pytest.mark.parametrize(("points", "centers"), [(1, 3), (10, 3), (10, 4), (60, 25)])
-def test_weights_equal_their_twin(points: int, centers: int) -> None:
+def test_weights_equal_their_plain_form(points: int, centers: int) -> None:
     scan, middle = cloud(points), cloud(centers, seed=1)
     weight, index = three_nn_weights(scan, middle)
     assert weight.shape == index.shape == (1, points, 3)
-    for i in range(points):
-        expected_index, expected_weight = slow_three_weights(scan[0, i], middle[0])
-        assert index[0, i].tolist() == expected_index
-        np.testing.assert_allclose(weight[0, i], expected_weight, rtol=1e-5)
+    assert (weight.diff(dim=2) <= 0).all()  # the nearest center first
+    torch.testing.assert_close(
+        spread(weight[0], index[0], centers), plain_weights(scan[0], middle[0]), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize(("points", "centers"), [(1, 3), (10, 4), (60, 25)])
-def test_expanded_weights_equal_the_twin_where_squares_do_not_cancel(points: int, centers: int) -> None:
+def test_expanded_weights_equal_the_exact_ones_where_squares_do_not_cancel(points: int, centers: int) -> None:
     """Distances of the order of the coordinates: the difference of squares is as good as the square."""
     generator = torch.Generator().manual_seed(0)
     scan, middle = (torch.randn(2, size, 3, generator=generator) for size in (points, centers))
     weight, index = three_nn_weights_expanded(scan, middle)
     assert weight.shape == index.shape == (2, points, 3)
     for b in range(2):
-        for i in range(points):
-            expected_index, expected_weight = slow_three_weights(scan[b, i], middle[b])
-            assert index[b, i].tolist() == expected_index
-            np.testing.assert_allclose(weight[b, i], expected_weight, rtol=1e-3)
+        expected = plain_weights(scan[b], middle[b])
+        torch.testing.assert_close(spread(weight[b], index[b], centers), expected, rtol=1e-3, atol=0)
 
 
 def test_expanded_weights_are_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,10 +362,8 @@ def test_interpolation_equals_its_twin(points: int, centers: int, width: int) ->
     carried = three_nn_interpolate(scan, middle, features)
     assert carried.shape == (2, points, width)
     for b in range(2):
-        for i in range(points):
-            index, weight = slow_three_weights(scan[b, i], middle[b])
-            expected = sum(features[b, j] * w for j, w in zip(index, weight, strict=True))
-            torch.testing.assert_close(carried[b, i], expected, rtol=1e-4, atol=1e-5)
+        expected = reference.three_nn_interpolate(scan[b], middle[b], features[b], exact_distances=True)
+        torch.testing.assert_close(carried[b], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_interpolation_at_a_center_is_that_center_feature() -> None:

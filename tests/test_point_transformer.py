@@ -1,10 +1,10 @@
-"""The group encoder against an obvious twin, and the point transformer on small numbers."""
+"""The group encoder and the transformer block against their plain forms, and the point transformer on small numbers."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from feature_extractors import reference
 from models.group_encoder import POINT_NORMS, GroupEncoder
 from models.point_ops import farthest_point_sample
 from models.point_transformer import PointTransformer
@@ -29,15 +29,10 @@ def cloud(points: int, seed: int = 0) -> Tensor:
     return torch.rand(points, 3, generator=torch.Generator().manual_seed(seed)) + torch.tensor([0.0, 0.0, 0.5])
 
 
-def slow_encoder(encoder: GroupEncoder, groups: Tensor) -> Tensor:
-    """As the papers' code writes it: Conv1d and BatchNorm1d on (G, C, K), the maximum expanded to every point."""
-    first, second = encoder.first_conv, encoder.second_conv
-    for norm in (first[1], second[1]):
-        norm.train(encoder.point_norm == "cloud")
-    local = first(groups.transpose(1, 2))  # (G, 256, K)
-    maximum = local.max(dim=2, keepdim=True).values.expand_as(local)
-    mixed = second(torch.cat([maximum, local], dim=1))  # (G, 512, K) -> (G, C, K)
-    return mixed.max(dim=2).values
+def plain_tokens(encoder: GroupEncoder, groups: Tensor) -> Tensor:
+    plain = reference.GroupEncoder(20)
+    plain.load_state_dict(encoder.state_dict())
+    return plain.train(encoder.point_norm == "cloud")(groups)
 
 
 @pytest.fixture(params=POINT_NORMS)
@@ -58,14 +53,14 @@ def transformer(request: pytest.FixtureRequest) -> PointTransformer:
 
 
 @pytest.mark.parametrize(("groups", "points"), [(1, 2), (1, 32), (2, 1), (5, 8), (16, 3)])
-def test_group_encoder_equals_its_twin(encoder: GroupEncoder, groups: int, points: int) -> None:
+def test_group_encoder_equals_its_plain_form(encoder: GroupEncoder, groups: int, points: int) -> None:
     neighborhoods = torch.randn(groups, points, 3, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         tokens = encoder(neighborhoods)
         assert tokens.shape == (groups, 20)
         # The standard deviation of two points may be tiny, and batch norm divides by it, which amplifies rounding.
         rounding = 1e-3 if groups * points == 2 else 1e-4
-        expected = slow_encoder(encoder, neighborhoods)
+        expected = plain_tokens(encoder, neighborhoods)
         torch.testing.assert_close(tokens, expected, rtol=rounding, atol=rounding / 10)
 
 
@@ -75,7 +70,7 @@ def test_group_encoder_in_half_precision_is_close(encoder: GroupEncoder) -> None
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         tokens = encoder(groups)
     assert tokens.dtype == torch.float32
-    expected = slow_encoder(encoder, groups)
+    expected = plain_tokens(encoder, groups)
     assert 1e-5 < (tokens - expected).norm() / expected.norm() < 1e-2
 
 
@@ -159,6 +154,19 @@ def test_too_few_points_are_refused(num_group: int, group_size: int, needed: int
 
 
 @torch.no_grad()
+def test_features_equal_their_plain_form() -> None:
+    """Batch norm with the statistics of the cloud."""
+    module = PointTransformer(**SMALL)
+    randomize(module)
+    plain = reference.PointTransformer(groups=16, size=8, width=24, depth=3, heads=2)
+    plain.load_state_dict(module.state_dict())
+    features, centers = plain(cloud(60))
+    (found,) = module.eval()([cloud(60)])
+    assert torch.equal(found.centers, centers)
+    torch.testing.assert_close(found.features, features, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_forward_is_the_written_out_sequence(transformer: PointTransformer) -> None:
     """Blocks 1, 2 and 3 of three, each through the final norm, side by side; the position enters every block."""
     points = cloud(60)
@@ -169,27 +177,14 @@ def test_forward_is_the_written_out_sequence(transformer: PointTransformer) -> N
         position = torch.cat([transformer.cls_pos[0], position])
     taken = []
     for block in transformer.blocks.blocks:
-        tokens = slow_block(block, tokens + position)
-        normed = F.layer_norm(tokens, (24,), transformer.norm.weight, transformer.norm.bias, 1e-5)
+        plain = reference.Block(24, heads=2)
+        plain.load_state_dict(block.state_dict())
+        tokens = plain(tokens + position)
+        normed = transformer.norm(tokens)
         taken.append(normed[1:] if transformer.cls_token is not None else normed)
     (features,) = transformer([points])
     torch.testing.assert_close(features.features, torch.cat(taken, dim=1), rtol=1e-4, atol=1e-4)
     assert torch.equal(features.centers, centers)
-
-
-def slow_block(block: nn.Module, x: Tensor, num_heads: int = 2) -> Tensor:
-    """One pre-norm block on (T, C), head by head, from its parameters."""
-    p = block.state_dict()
-    y = F.layer_norm(x, x.shape[1:], p["norm1.weight"], p["norm1.bias"], 1e-5)
-    q, k, v = (y @ p["attn.qkv.weight"].T).chunk(3, dim=1)
-    heads = []
-    for q_h, k_h, v_h in zip(*(part.chunk(num_heads, dim=1) for part in (q, k, v)), strict=True):
-        heads.append((q_h @ k_h.T / q_h.shape[1] ** 0.5).softmax(dim=1) @ v_h)
-    x = x + torch.cat(heads, dim=1) @ p["attn.proj.weight"].T + p["attn.proj.bias"]
-    y = F.layer_norm(x, x.shape[1:], p["norm2.weight"], p["norm2.bias"], 1e-5)
-    y = y @ p["mlp.fc1.weight"].T + p["mlp.fc1.bias"]
-    y = y * 0.5 * (1 + torch.erf(y / 2**0.5))
-    return x + y @ p["mlp.fc2.weight"].T + p["mlp.fc2.bias"]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from process_runs import CPU, MEMBERS, PROCESSES, in_groups, run_processes, saved, shard_of
-from test_coreset import KINDS, greedy_twin, random_rows, set_candidates
+from test_coreset import KINDS, plain_picks, random_rows, set_candidates
 from tiny_networks import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor
 
@@ -225,7 +225,7 @@ def test_all_processes_hear_the_same(found: list[dict[str, Any]]) -> None:
 def expected_picks(kind: str, count: int, n: int, start: int) -> list[int]:
     rows = made_up_rows(kind, count)
     picks = greedy_coreset(rows, n, start).tolist()
-    assert picks == greedy_twin(rows, n, start)
+    assert picks == plain_picks(rows, n, start)
     return picks
 
 

@@ -1,4 +1,4 @@
-"""Image scores by hand and spelled out, blur and map against the recorded ones, places of the anomaly map."""
+"""Image scores by hand and against their plain form, blur and map against the recorded ones, places of a map."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from feature_extractors import reference
 from feature_extractors.memory_bank import MemoryBank
 from feature_extractors.scoring import (
     BLUR_SIGMA,
@@ -27,18 +28,6 @@ def score_of(patches: Tensor, rows: Tensor, divisor: float = 1.0, epsilon: float
     score = image_score(patches, *bank.nearest(patches), bank, divisor, epsilon)
     assert (score.shape, score.dtype) == ((), torch.float64)
     return float(score)
-
-
-def score_twin(patches: Tensor, rows: Tensor, divisor: float = 1.0, epsilon: float = 0.0) -> float:
-    """The formula as it is written, patch by patch and row by row."""
-    distances = [[math.dist(patch, row) / divisor for row in rows.tolist()] for patch in patches.tolist()]
-    m_test = max(range(len(patches)), key=lambda i: min(distances[i]))
-    s_star = min(distances[m_test])
-    m_star = distances[m_test].index(s_star)
-    order = sorted(range(len(rows)), key=lambda j: math.dist(rows[m_star].tolist(), rows[j].tolist()))
-    root = math.sqrt(patches.shape[1])
-    total = sum(math.exp(distances[m_test][j] / root) for j in order[1:3]) + epsilon
-    return (1 - math.exp(s_star / root) / total) * s_star
 
 
 # Points on a line, in four columns so that the root of the width is 2. Of the rows, 0 is nearest to the patch at -1,
@@ -64,11 +53,12 @@ def test_image_score_by_hand(divisor: float, epsilon: float, expected: float) ->
 
 @pytest.mark.parametrize(("divisor", "epsilon"), [(1.0, 0.0), (1000.0, 0.0), (1.0, 1e-5), (7.0, 0.3)])
 @pytest.mark.parametrize(("patches", "rows", "dim"), [(1, 3, 1), (6, 4, 2), (40, 90, 16)])
-def test_image_score_equals_the_formula(patches: int, rows: int, dim: int, divisor: float, epsilon: float) -> None:
+def test_image_score_equals_its_plain_form(patches: int, rows: int, dim: int, divisor: float, epsilon: float) -> None:
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
         asked, bank = (3 * torch.randn(count, dim, generator=generator) for count in (patches, rows))
-        expected = score_twin(asked, bank, divisor, epsilon)
+        nearest = reference.nearest_rows(asked, bank, exact_distances=True)
+        expected = reference.image_score(asked, *nearest, bank, divisor, epsilon)
         assert score_of(asked, bank, divisor, epsilon) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
