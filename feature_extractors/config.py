@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from reprlib import repr as shortened
 from typing import NamedTuple
 
@@ -54,7 +54,8 @@ def covering_method(names: Iterable[str]) -> str:
     return min(covering, key=lambda name: (len(METHODS[name].banks), name not in named))
 
 
-class Protocol(NamedTuple):
+@dataclass(frozen=True)
+class Protocol:
     """Behaviors on which the published tables and what was meant differ; the defaults are the published ones."""
 
     own_statistics: bool = False  # each bank its own mean and std, instead of the method's rule
@@ -69,7 +70,7 @@ class Protocol(NamedTuple):
 
 PROTOCOLS = {
     "reference": Protocol(),
-    "corrected": Protocol(*[True] * len(Protocol._fields)),
+    "corrected": Protocol(**{each.name: True for each in fields(Protocol)}),
 }
 
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,7 +20,7 @@ from feature_extractors.config import DetectorConfig
 from feature_extractors.decision_fusion import DecisionFusion, fit_decision_fusion
 from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
-from feature_extractors.thresholds import calibrate
+from feature_extractors.thresholds import Source, calibrate
 from feature_extractors.training_features import TrainingFeatures
 from utils.distributed import Group, broadcast_object, gather_objects, is_main
 from utils.metrics import decision_metrics, latency_percentiles
@@ -122,7 +123,7 @@ def calibrate_detectors(
     detectors: Mapping[str, Detector],
     features: Iterable[PatchFeatures],
     target_fpr: float,
-    source: str,
+    source: Source,
     stopwatches: Mapping[str, Stopwatch] | None = None,
     group: Group | None = None,
 ) -> None:
@@ -205,15 +206,16 @@ def evaluate(
 def class_entry(detector: Detector, evaluation: Evaluation) -> dict[str, Any]:
     """What results.json says about the test split of a class."""
     results, thresholds = evaluation.results, detector.thresholds
-    threshold = None
+    image_threshold, threshold = None, None
     if thresholds is not None:
-        threshold = {key: value for key, value in thresholds._asdict().items() if key != "typical"}
+        image_threshold = thresholds.image
+        threshold = {key: value for key, value in asdict(thresholds).items() if key != "typical"}
     return {
         **evaluation.metrics,
         **decision_metrics(
             [each.label for each in results],
             [each.prediction.score for each in results],
-            thresholds and thresholds.image,
+            image_threshold,
         ),
         "threshold": threshold,
         "latency": latency_percentiles(each.seconds for each in results),
@@ -222,7 +224,7 @@ def class_entry(detector: Detector, evaluation: Evaluation) -> dict[str, Any]:
                 "path": each.path,
                 "label": each.label,
                 "score": each.prediction.score,
-                "normalised": thresholds and thresholds.normalize(each.prediction.score),
+                "normalised": None if thresholds is None else thresholds.normalize(each.prediction.score),
             }
             for each in results
         ],

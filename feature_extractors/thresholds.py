@@ -3,14 +3,16 @@
 import logging
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import ArrayLike
 
 from utils.errors import InputError
 
-SOURCES = ("validation", "training")
+Source = Literal["validation", "training"]
 # Where `normalize` puts the median good part; the threshold lies at 0.5.
 TYPICAL_VALUE = 0.05
 # Below it no number of parts or pixels that could be had tells one rate from another.
@@ -21,14 +23,15 @@ ROUNDING = 1e-14
 logger = logging.getLogger(__name__)
 
 
-class Thresholds(NamedTuple):
+@dataclass(frozen=True)
+class Thresholds:
     """Where good ends, and what that was calibrated on."""
 
     image: float  # a part whose score is above is anomalous
     pixel: float  # a pixel whose value in the anomaly map is above is anomalous
-    target_fpr: float  # the false-alarm rate asked for
-    source: str  # one of SOURCES: the good parts it was calibrated on
-    parts: int  # how many
+    target_fpr: Annotated[float, Meta(gt=0, lt=1)]  # the false-alarm rate asked for
+    source: Source  # split of the good samples it was calibrated on
+    parts: Annotated[int, Meta(ge=1)]  # number of these samples
     typical: float  # the median score of these parts
 
     def normalize(self, score: float) -> float:
@@ -53,7 +56,7 @@ def check_target_fpr(target_fpr: float) -> None:
         )
 
 
-def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: float, source: str) -> Thresholds:
+def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: float, source: Source) -> Thresholds:
     """Choose both thresholds for a false-alarm rate.
 
     Image: of n good scores the one of rank ceil((1 - target_fpr)(n + 1)), which a new good part exceeds with
@@ -65,7 +68,7 @@ def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: fl
         scores: n of good parts, larger = more anomalous.
         maps: their n anomaly maps (H, W), float32.
         target_fpr: from LEAST_FPR to below 1.
-        source: one of SOURCES.
+        source: split of the samples.
 
     Peak memory: all pixels once more, 4 * n * H * W bytes: 72 MB for 361 maps of 224 x 224.
 

@@ -22,6 +22,7 @@ from feature_extractors.pipeline import (
     evaluate,
     fit_detector,
 )
+from feature_extractors.thresholds import Source
 from feature_extractors.training_features import TrainingFeatures
 from runner.results import save_predictions
 from runner.settings import RunSettings, method_folder
@@ -150,7 +151,8 @@ def fit_class(
             "no validation/good: the thresholds are calibrated on the training samples, whose scores are lower than "
             "those of other good parts, since the banks hold them; expect more false alarms than --target_fpr"
         )
-    source, good = ("training", features) if validation is None else ("validation", validation)
+    source: Source = "training" if validation is None else "validation"
+    good = features if validation is None else validation
     good_parts = (good.sample(i) for i in range(len(good)))
     calibrate_detectors(detectors, good_parts, settings.target_fpr, source, stopwatches, group)
     for method, detector in detectors.items():

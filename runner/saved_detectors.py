@@ -58,12 +58,13 @@ def read_detectors(args: argparse.Namespace, given: Collection[str]) -> Saved:
         saved[name] = {}
         for method, folder in chosen.items():
             each = read_saved(folder, point_ops=args.point_ops, precision=precision)
-            if each.record.class_name != name or method not in (FLAT, each.record.method):
+            own_method = each.record.config.method_name
+            if each.record.class_name != name or method not in (FLAT, own_method):
                 raise InputError(
-                    f"{folder} holds a detector of class {shortened(each.record.class_name)} by {each.record.method}: "
+                    f"{folder} holds a detector of class {shortened(each.record.class_name)} by {own_method}: "
                     "move it back to where it was saved"
                 )
-            saved[name][each.record.method] = each
+            saved[name][own_method] = each
         if asked and set(asked) != set(saved[name]):
             raise InputError(
                 f"--method_name {' '.join(asked)} contradicts {root}, whose detectors of {name} are by "

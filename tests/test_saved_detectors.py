@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +285,7 @@ def test_thresholds_come_from_the_validation_split_where_there_is_one(
     for name, each in threshold.items():
         kept = read_saved(detectors / name).record.thresholds
         assert kept is not None
-        assert {key: value for key, value in kept._asdict().items() if key != "typical"} == each
+        assert {key: value for key, value in vars(kept).items() if key != "typical"} == each
         figures = run.results["classes"][name]
         scores = {sample["label"]: sample["score"] for sample in figures["samples"]}
         assert [each["normalised"] for each in figures["samples"]] == list(map(kept.normalize, scores.values()))
@@ -502,7 +503,7 @@ def test_a_class_may_be_called_as_a_method_is(base: list[object], data: Path, tm
 def test_a_save_that_was_interrupted_is_told(capsys: pytest.CaptureFixture[str], data: Path, detectors: Path) -> None:
     (detectors / "cookie").rename(detectors / ".cookie.7.old")
     message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors)
-    assert f"saving it was interrupted, rename {detectors}/.cookie.7.old back to cookie" in message
+    assert f"Saving it was interrupted: rename {detectors}/.cookie.7.old to cookie" in message
 
 
 def test_the_wrong_folder_is_told_with_the_right_one(
@@ -552,9 +553,7 @@ def test_a_backbone_is_known_by_its_weights(capsys: pytest.CaptureFixture[str], 
     torch.save(weights, tmp_path / "first.pth")
     message = refusal(capsys, *flags, tmp_path / "first.pth")
     assert f"{tmp_path}/detectors/bagel was fitted with other weights of {TINY_VIT} (SHA-256 " in message
-    assert (
-        "give the file it was fitted with as --rgb_checkpoint or in --checkpoint_dir, or save the detector" in message
-    )
+    assert "Give its file as --rgb_checkpoint or in --checkpoint_dir, or fit the detector again" in message
     message = refusal(capsys, *flags[:-1])
     assert f"no checkpoint {TINY_VIT}.safetensors" in message
 
@@ -563,7 +562,7 @@ def test_a_damaged_detector_names_its_class(capsys: pytest.CaptureFixture[str], 
     path = detectors / "cookie/state.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors, "--classes", "cookie")
-    assert f"{path} is truncated" in message
+    assert f"{path} is damaged or of another detector" in message
 
 
 def test_a_folder_that_would_be_overwritten_is_refused_before_the_work(
@@ -573,7 +572,7 @@ def test_a_folder_that_would_be_overwritten_is_refused_before_the_work(
     (tmp_path / "mine/bagel").mkdir(parents=True)
     (tmp_path / "mine/bagel/photo.png").write_text("mine")
     message = refusal(capsys, *base, "--method_name", "DINO", "--save_detector", tmp_path / "mine")
-    assert f"{tmp_path}/mine/bagel is no detector but holds photo.png" in message
+    assert f"{tmp_path}/mine/bagel is not a detector and holds photo.png" in message
     assert (tmp_path / "mine/bagel/photo.png").read_text() == "mine"
 
 
@@ -608,5 +607,5 @@ def test_applied_flags_give_the_configuration_again(protocol: str) -> None:
 
 
 def test_a_protocol_without_a_name_is_called_custom() -> None:
-    mixed = DetectorConfig(protocol=PROTOCOLS["reference"]._replace(float_blur=True))
+    mixed = DetectorConfig(protocol=replace(PROTOCOLS["reference"], float_blur=True))
     assert applied_flags(mixed)["protocol"] == "custom"

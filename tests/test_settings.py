@@ -55,7 +55,7 @@ EFFECTS_OF_PROTOCOL = {
 }
 
 
-@pytest.mark.parametrize("field", Protocol._fields)
+@pytest.mark.parametrize("field", [field.name for field in fields(Protocol)])
 def test_each_protocol_row_changes_its_part(field: str) -> None:
     alone = replace(settings(), protocol=Protocol(**{field: True}))
     assert changes(run(settings()), run(alone)) == EFFECTS_OF_PROTOCOL[field]
@@ -122,7 +122,7 @@ def test_no_setting_is_left_out() -> None:
         "map_lambdas",
     }
     assert {field.name for field in fields(DetectorConfig)} == elsewhere | set(OTHER_VALUES)
-    assert set(Protocol._fields) == set(EFFECTS_OF_PROTOCOL)
+    assert {field.name for field in fields(Protocol)} == set(EFFECTS_OF_PROTOCOL)
 
 
 def test_naming_the_memory_bank_changes_nothing() -> None:
