@@ -69,7 +69,7 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= MOST_WORDS
 
 
-def defined_in(path: Path) -> set[str]:
+def names_in(path: Path) -> set[str]:
     """Names of the functions and classes of a module, methods as Class.method."""
     found = set()
     for node in ast.parse(path.read_text()).body:
@@ -82,18 +82,17 @@ def defined_in(path: Path) -> set[str]:
 
 def test_the_code_map_names_what_exists() -> None:
     section = (ROOT / "README.md").read_text().partition("\n## Code map\n")[2].partition("\n## ")[0]
-    rows = [row.strip("|").split("|") for row in section.splitlines() if row.startswith("|")][2:]
-    missing = []
-    for step, _, fast, plain in rows:
-        named = re.findall(r"`([\w/]+\.py)`: `([\w.]+)`", fast)
-        named += [("reference.py", name) for name in re.findall(r"`(\w+)`", plain)]
-        assert 1 <= len({file for file, _ in named}) <= 2, f"{step.strip()} names {named}"
-        for file, name in named:
-            path = next((each for each in (ROOT / file, ROOT / "feature_extractors" / file) if each.exists()), None)
-            if path is None or name not in defined_in(path):
-                missing.append(f"{file}: {name}")
-    assert len(rows) >= 13
+    steps = [row.strip("|").split("|") for row in section.splitlines() if row.startswith("|")][2:]
+    files = re.compile(r"\[`[\w/.]+`\]\(([\w/]+\.py)\): `([\w.]+)`")
+    named = [("feature_extractors/reference.py", name) for *_, plain in steps for name in re.findall(r"`(\w+)`", plain)]
+    missing = [
+        f"{file}: {name}" for file, name in [*files.findall(section), *named] if name not in names_in(ROOT / file)
+    ]
     assert not missing
+    assert len(steps) >= 13
+    for step in steps:
+        opened = len({file for file, _ in files.findall(step[2])}) + ("`" in step[3])
+        assert 1 <= opened <= 2, f"{step[0].strip()}: {opened} files to open"
 
 
 def test_every_python_file_named_exists() -> None:
