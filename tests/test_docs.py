@@ -145,6 +145,16 @@ def test_flags_named_in_the_text_exist() -> None:
     assert not unknown
 
 
+def test_commands_select_tests_that_exist() -> None:
+    names = []
+    for path in (ROOT / "tests").glob("test_*.py"):
+        names += [path.stem, *names_in(path)]
+    selections = re.findall(r"-k '?([\w ]+)", (ROOT / "README.md").read_text())
+    wanted = [word for selection in selections for word in selection.split() if word not in ("and", "or", "not")]
+    assert len(wanted) >= 8
+    assert not [word for word in wanted if not any(word in name for name in names)]
+
+
 def test_the_snippets_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     from_scratch, from_png, from_array, convert = blocks(ROOT / "docs/DATA.md", "python")
