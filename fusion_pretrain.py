@@ -39,8 +39,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from models.contrastive import NEGATIVES, contrastive_loss, retrieval
+from models.contrastive import contrastive_loss, retrieval
 from models.feature_fusion import FeatureFusion
+from utils.choices import NEGATIVES, PAIRINGS
 from utils.distributed import (
     Ranks,
     all_reduce_any,
@@ -51,7 +52,7 @@ from utils.distributed import (
     process_group,
 )
 from utils.errors import InputError, exit_on_input_error
-from utils.feature_store import PAIRINGS, PatchFileDataset
+from utils.feature_store import PatchFileDataset
 from utils.precision import DTYPES, autocast
 from utils.scans.files import make_folder
 from utils.training import (

@@ -18,7 +18,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import fusion_pretrain
 from benchmarks.figures import new_axes, save_figure
-from utils.feature_store import PAIRINGS, resize_patches, write_features
+from utils.choices import PAIRINGS
+from utils.feature_store import resize_patches, write_features
 from utils.records import PatchFeatures
 
 XYZ_GRID, RGB_GRID, XYZ_DIM, RGB_DIM = 28, 14, 48, 32

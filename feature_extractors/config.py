@@ -6,10 +6,8 @@ from dataclasses import dataclass, field, fields
 from reprlib import repr as shortened
 from typing import NamedTuple
 
-from models.group_encoder import POINT_NORMS
-from models.point_ops import BACKENDS
+from utils.choices import POINT_NORMS, POINT_OPS, PRECISIONS
 from utils.errors import InputError
-from utils.precision import PRECISIONS
 
 BANKS = ("xyz", "rgb", "fusion")  # also the order of scores and maps in decision fusion
 MEMORY_BANKS = ("single", "multiple")
@@ -128,7 +126,7 @@ class DetectorConfig:
     def _check_values(self) -> None:
         _one_of("method_name", self.method_name, tuple(METHODS))
         _one_of("point_norm", self.point_norm, POINT_NORMS)
-        _one_of("point_ops", self.point_ops, BACKENDS)
+        _one_of("point_ops", self.point_ops, POINT_OPS)
         _one_of("precision", self.precision, PRECISIONS)
         _within("f_coreset", self.f_coreset, 0 < self.f_coreset <= 1, "above 0 and at most 1")
         _within("coreset_eps", self.coreset_eps, 0 < self.coreset_eps < 1, "between 0 and 1")

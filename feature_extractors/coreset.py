@@ -15,9 +15,9 @@ from utils.distributed import (
     is_main,
     local_indices,
     place_rows,
+    progress_bar,
     shard_offset,
 )
-from utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 

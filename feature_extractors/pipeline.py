@@ -22,10 +22,9 @@ from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.thresholds import Source, calibrate
 from feature_extractors.training_features import TrainingFeatures
-from utils.distributed import Group, broadcast_object, gather_objects, is_main
+from utils.distributed import Group, broadcast_object, gather_objects, is_main, progress_bar
 from utils.metrics import decision_metrics, latency_percentiles
 from utils.metrics import evaluate as compute_metrics
-from utils.progress import progress_bar
 from utils.records import PatchFeatures, Prediction, Sample
 
 Item = TypeVar("Item")

@@ -1,36 +1,41 @@
-"""The networks, and the one factory that knows their numbers and where their weights come from."""
+"""The networks: a table of the published backbones, and the factory that builds them with their weights.
+
+Nothing here imports torch before a network is built, since the names are choices of flags.
+"""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from models.checkpoints import (
-    CheckpointFiles,
-    State,
-    feature_fusion_state,
-    load_from,
-    point_bert_state,
-    point_mae_state,
-    read_checkpoint,
-)
-from models.feature_fusion import FeatureFusion
-from models.fpfh import FpfhBackbone
-from models.point_transformer import PointBackbone, PointTransformer
-from models.rgb_backbone import (
-    EfficientNetLiteBackbone,
-    RgbBackbone,
-    VisionTransformerBackbone,
-    cached_weights,
-    download_weights,
-    load_vision_transformer,
-    pretrained_source,
-)
 from utils.errors import InputError
 
+if TYPE_CHECKING:
+    from models.feature_fusion import FeatureFusion
+    from models.point_transformer import PointBackbone
+    from models.rgb_backbone import RgbBackbone
+
 logger = logging.getLogger(__name__)
+
+
+class CheckpointFiles(NamedTuple):
+    """File names of a checkpoint, and the place where its authors publish it."""
+
+    names: tuple[str, ...]
+    source: str
+
+    def find(self, folder: Path) -> Path | None:
+        """The first of the names that is a file in `folder`; None where none is."""
+        return next((folder / name for name in self.names if (folder / name).is_file()), None)
+
+    def missing(self, folder: Path, tried: str = "") -> InputError:
+        """The error for a missing file; `tried` adds what else was tried to get it."""
+        return InputError(
+            f"No checkpoint {' or '.join(self.names)} in {folder}{tried}. "
+            f"Download it from {self.source} and put it there."
+        )
+
+    def __str__(self) -> str:
+        return f"{' or '.join(self.names)}, from {self.source}"
 
 
 class RgbSpec(NamedTuple):
@@ -38,14 +43,15 @@ class RgbSpec(NamedTuple):
 
     timm_name: str
     files: CheckpointFiles
-    own_normalization: bool = False  # the reference gives ImageNet-normalized pictures to every network
+    own_normalization: bool = False  # the reference gives ImageNet-normalized images to every network
 
 
 class XyzSpec(NamedTuple):
-    """A point transformer: the numbers that differ between them, and its weights."""
+    """A point transformer: its settings, the keys of its weights, and its files."""
 
-    numbers: dict[str, Any]
-    state_of: Callable[[Any, Path], State]
+    numbers: dict[str, Any]  # arguments of models.point_transformer.PointTransformer
+    prefix: str  # of its keys in the file; keys without it belong to other networks
+    left_out: tuple[str, ...]  # keys that begin like this, after the prefix, are not used
     files: CheckpointFiles
 
 
@@ -55,8 +61,8 @@ class BackboneRow(NamedTuple):
     name: str
     modality: str
     width: int
-    grid: str  # patches along both sides, or what a row of features belongs to
-    weights: str  # where they were found, "absent", or why no file is needed
+    grid: str  # patches along both sides, or the place that a row of features belongs to
+    weights: str  # the path found, "absent", or the reason that no file is needed
     published: str  # file names and source; empty where no file is needed
 
 
@@ -65,7 +71,7 @@ _AUGREG = "https://storage.googleapis.com/vit_models/augreg"
 _B8_IN21K = "B_8-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0"
 _B8_IN1K = f"{_B8_IN21K}--imagenet2012-steps_20k-lr_0.01-res_224"
 
-# The keys are timm's names of 2022, which the original's flags use. None: the weights come with a pip package.
+# The keys are timm's names of 2022, which are the flag values of the original. None: the weights come with pip.
 RGB_BACKBONES: dict[str, RgbSpec | None] = {
     "vit_base_patch8_224_dino": RgbSpec(
         "vit_base_patch8_224.dino",
@@ -92,54 +98,65 @@ RGB_BACKBONES: dict[str, RgbSpec | None] = {
 XYZ_BACKBONES: dict[str, XyzSpec | None] = {
     "Point_MAE": XyzSpec(
         {"encoder_dim": 384},
-        point_mae_state,
-        CheckpointFiles(
+        prefix="MAE_encoder.",
+        left_out=(),
+        files=CheckpointFiles(
             ("pointmae_pretrain.pth", "pretrain.pth"), "https://github.com/Pang-Yatian/Point-MAE (pre-trained model)"
         ),
     ),
     "Point_Bert": XyzSpec(
         {"encoder_dim": 256, "class_token": True},
-        point_bert_state,
-        CheckpointFiles(("Point-BERT.pth",), "https://github.com/lulutang0608/Point-BERT (pre-trained model)"),
+        prefix="transformer_q.",
+        left_out=("cls_head.",),
+        files=CheckpointFiles(("Point-BERT.pth",), "https://github.com/lulutang0608/Point-BERT (pre-trained model)"),
     ),
     "FPFH": None,
 }
 
 
 def rgb_spec(name: str) -> RgbSpec | None:
-    """The row of an RGB backbone: one of RGB_BACKBONES, or made up for any other vision transformer of timm.
+    """The row of an RGB backbone: one of RGB_BACKBONES, or a new one for any other vision transformer of timm.
 
     Raises:
         InputError: timm does not know the name either.
     """
     if name in RGB_BACKBONES:
         return RGB_BACKBONES[name]
+    from models.rgb_backbone import pretrained_source
+
     published = pretrained_source(name)
     if published is None:
         raise InputError(
-            f"rgb_backbone_name {name!r} is unknown: choose one of {', '.join(RGB_BACKBONES)}, or a vision transformer "
-            "of timm by its name there, such as vit_small_patch14_dinov2.lvd142m"
+            f"rgb_backbone_name {name!r} is unknown. Choose one of {', '.join(RGB_BACKBONES)}, or a vision transformer "
+            "of timm by its name there, such as vit_small_patch14_dinov2.lvd142m."
         )
     names = tuple(f"{name}{suffix}" for suffix in (".safetensors", ".pth", ".npz"))
     return RgbSpec(name, CheckpointFiles(names, published), own_normalization=True)
 
 
-def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoint: Path | None = None) -> RgbBackbone:
+def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoint: Path | None = None) -> "RgbBackbone":
     """Build the RGB backbone `name` with its published weights, in evaluation mode, on the CPU.
 
     Args:
         name: a key of RGB_BACKBONES, or the name of a vision transformer in timm.
-        checkpoint_dir: where the file is looked for; where it is not there, timm's own download is tried.
+        checkpoint_dir: folder of the published file; where it is not there, timm's own download is tried.
         img_size: side of the square input, pixels.
         checkpoint: the file itself, instead of the search.
 
     Raises:
         InputError: unknown name, img_size that the patches do not divide, missing or wrong checkpoint.
     """
+    from models.rgb_backbone import (
+        EfficientNetLiteBackbone,
+        VisionTransformerBackbone,
+        download_weights,
+        load_vision_transformer,
+    )
+
     spec = rgb_spec(name)
     if spec is None:
         if checkpoint is not None:
-            raise InputError(f"{checkpoint} is not used: the weights of {name} come with pip; leave it out")
+            raise InputError(f"{checkpoint} is not used, because the weights of {name} come with pip. Leave it out.")
         return EfficientNetLiteBackbone(img_size).eval()
     backbone = VisionTransformerBackbone(spec.timm_name, img_size, spec.own_normalization)
     path = checkpoint or spec.files.find(checkpoint_dir)
@@ -148,8 +165,7 @@ def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoin
         try:
             path = download_weights(spec.timm_name)
         except OSError as error:
-            tried = f", and timm's download failed ({error})"
-            raise spec.files.missing(checkpoint_dir, tried) from None
+            raise spec.files.missing(checkpoint_dir, f", and timm's download failed ({error})") from None
     return load_vision_transformer(backbone, path).eval()
 
 
@@ -162,7 +178,7 @@ def build_xyz_backbone(
     point_norm: str,
     point_ops: str,
     checkpoint: Path | None = None,
-) -> PointBackbone:
+) -> "PointBackbone":
     """Build the 3D backbone `name` with its published weights, in evaluation mode, on the CPU.
 
     `checkpoint` is the file itself; without it, it is looked for in `checkpoint_dir`.
@@ -171,22 +187,34 @@ def build_xyz_backbone(
         InputError: unknown name, missing or wrong checkpoint.
     """
     if name not in XYZ_BACKBONES:
-        raise InputError(f"xyz_backbone_name {name!r} is unknown: choose one of {', '.join(XYZ_BACKBONES)}")
+        raise InputError(f"xyz_backbone_name {name!r} is unknown. Choose one of {', '.join(XYZ_BACKBONES)}.")
     spec = XYZ_BACKBONES[name]
     if spec is None:
         if checkpoint is not None:
-            raise InputError(f"{checkpoint} is not used: {name} needs no weights; leave it out")
+            raise InputError(f"{checkpoint} is not used, because {name} needs no weights. Leave it out.")
+        from models.fpfh import FpfhBackbone
+
         return FpfhBackbone().eval()
+    from models.checkpoints import load_strict, point_transformer_state
+    from models.point_transformer import PointTransformer
+    from utils.checkpoint_files import read_checkpoint
+
     path = checkpoint or spec.files.find(checkpoint_dir)
     if path is None:
         raise spec.files.missing(checkpoint_dir)
     module = PointTransformer(num_group, group_size, point_norm=point_norm, point_ops=point_ops, **spec.numbers)
-    load_from(path, module, spec.state_of)
+    load_strict(module, point_transformer_state(read_checkpoint(path), path, spec.prefix, spec.left_out), path)
     return module.eval()
 
 
 def list_backbones(checkpoint_dir: Path, img_size: int) -> list[BackboneRow]:
-    """What --list_backbones prints: every named backbone. Nothing of `checkpoint_dir` is read, nothing downloaded."""
+    """Rows of --list_backbones, one for each named backbone. Reads no weights and downloads nothing."""
+    import torch
+
+    from models.fpfh import FpfhBackbone
+    from models.point_transformer import PointTransformer
+    from models.rgb_backbone import EfficientNetLiteBackbone, VisionTransformerBackbone, cached_weights
+
     rows = []
     for name, rgb in RGB_BACKBONES.items():
         if rgb is None:
@@ -210,16 +238,20 @@ def list_backbones(checkpoint_dir: Path, img_size: int) -> list[BackboneRow]:
     return rows
 
 
-def build_feature_fusion(path: Path, *, xyz_dim: int, rgb_dim: int) -> FeatureFusion:
+def build_feature_fusion(path: Path, *, xyz_dim: int, rgb_dim: int) -> "FeatureFusion":
     """Build the UFF of a checkpoint written by fusion_pretrain.py, in evaluation mode, on the CPU.
 
     Raises:
         InputError: missing or wrong checkpoint, or one trained on features of other widths.
     """
+    from models.checkpoints import feature_fusion_state
+    from models.feature_fusion import FeatureFusion
+    from utils.checkpoint_files import read_checkpoint
+
     module = FeatureFusion.from_state_dict(feature_fusion_state(read_checkpoint(path), path), path)
     if (module.xyz_dim, module.rgb_dim) != (xyz_dim, rgb_dim):
         raise InputError(
             f"{path} was trained on features {module.xyz_dim} (xyz) and {module.rgb_dim} (rgb) wide, but the "
-            f"backbones give {xyz_dim} and {rgb_dim}: train it on features of the same backbones"
+            f"backbones give {xyz_dim} and {rgb_dim}. Train it on features of the same backbones."
         )
     return module.eval()

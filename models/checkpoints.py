@@ -5,41 +5,16 @@ contain beside the weights); a key that is missing or left over is an error that
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoint_files import read_checkpoint
 from utils.errors import InputError
 
 State = dict[str, Tensor]
-
-
-class CheckpointFiles(NamedTuple):
-    """The names a file goes by in the checkpoint folder, and where its authors publish it."""
-
-    names: tuple[str, ...]
-    source: str
-
-    def find(self, folder: Path) -> Path | None:
-        """The first of the names that is a file in `folder`; None where none is."""
-        return next((folder / name for name in self.names if (folder / name).is_file()), None)
-
-    def missing(self, folder: Path, tried: str = "") -> InputError:
-        """The error that none is there: which names were looked for, where, and where the authors publish the file.
-
-        `tried` says what else was done to get it.
-        """
-        return InputError(
-            f"no checkpoint {' or '.join(self.names)} in {folder}{tried}: "
-            f"download it from {self.source} and put it there"
-        )
-
-    def __str__(self) -> str:
-        return f"{' or '.join(self.names)}, from {self.source}"
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
@@ -81,15 +56,17 @@ def weights_checksum(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def point_mae_state(raw: Any, path: Path) -> State:
-    """Encoder weights of a Point-MAE file: prefix `MAE_encoder.`; the decoder's keys are left out."""
-    return _with_prefix(_tensors(raw, path, ("base_model",)), "MAE_encoder.", path)
+def point_transformer_state(raw: Any, path: Path, prefix: str, left_out: Sequence[str]) -> State:
+    """Weights whose keys have the prefix, which is removed; keys that begin like one of `left_out` then are not used.
 
-
-def point_bert_state(raw: Any, path: Path) -> State:
-    """Weights of a Point-BERT file: prefix `transformer_q.`; the momentum copy, queue and class head are left out."""
-    state = _with_prefix(_tensors(raw, path, ("base_model",)), "transformer_q.", path)
-    return {key: value for key, value in state.items() if not key.startswith("cls_head.")}
+    A file holds more: the decoder of Point-MAE; the momentum copy, queue and class head of Point-BERT.
+    """
+    tensors = _tensors(raw, path, ("base_model",))
+    state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    if not state:
+        some = ", ".join(sorted(tensors)[:3])
+        raise InputError(f"{path} has no key that starts with {prefix!r} (but {some}, …). It is another model's file.")
+    return {key: value for key, value in state.items() if not key.startswith(tuple(left_out))}
 
 
 def vision_transformer_state(raw: Any, path: Path) -> State:
@@ -103,11 +80,6 @@ def vision_transformer_state(raw: Any, path: Path) -> State:
 def feature_fusion_state(raw: Any, path: Path) -> State:
     """Weights of a UFF checkpoint, under `model`."""
     return _tensors(raw, path, ("model",))
-
-
-def load_from(path: Path, module: nn.Module, state_of: Callable[[Any, Path], State]) -> None:
-    """Read `path`, pick the module's weights with `state_of` and load them strictly."""
-    load_strict(module, state_of(read_checkpoint(path), path), path)
 
 
 def _tensors(raw: Any, path: Path, containers: Sequence[str]) -> State:
@@ -124,14 +96,6 @@ def _tensors(raw: Any, path: Path, containers: Sequence[str]) -> State:
             "Check that it is the published file."
         )
     return {key.removeprefix("module."): value for key, value in raw.items()}
-
-
-def _with_prefix(state: State, prefix: str, path: Path) -> State:
-    chosen = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if not chosen:
-        some = ", ".join(sorted(state)[:3])
-        raise InputError(f"{path} has no key that starts with {prefix!r} (but {some}, …). It is another model's file.")
-    return chosen
 
 
 def _listed(what: str, keys: set[str]) -> str:

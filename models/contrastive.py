@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 from utils.distributed import all_gather_rows, world_size
 from utils.errors import InputError
 
-NEGATIVES = ("local", "global")
 # Bounds the block of similarities that exists at a time to 16 million entries (64 MB).
 MAX_BLOCK_ENTRIES = 1 << 24
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-POINT_NORMS = ("cloud", "running")
+from utils.choices import POINT_NORMS
+
 BLOCK_GROUPS = 16  # groups per block on a CPU: 4 MB of hidden values
 
 

@@ -17,9 +17,9 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from utils.choices import POINT_OPS
 from utils.errors import InputError
 
-BACKENDS = ("auto", "torch", "triton", "extension")
 # What these back-ends import; they work on CUDA tensors only.
 CUDA_MODULES = {"triton": ("triton",), "extension": ("pointnet2_ops.pointnet2_utils", "knn_cuda")}
 
@@ -154,8 +154,8 @@ def _check_search(queries: Tensor, points: Tensor, k: int) -> None:
 
 def _choose_backend(backend: str, points: Tensor) -> str:
     """The back-end itself, or what "auto" stands for with these points: "host" is k-d trees and NumPy."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, expected one of {BACKENDS}")
+    if backend not in POINT_OPS:
+        raise ValueError(f"backend is {backend!r}, expected one of {POINT_OPS}")
     if backend != "auto":
         return backend
     if points.device.type == "cpu":

@@ -10,7 +10,7 @@ from feature_extractors.config import DetectorConfig
 from feature_extractors.pipeline import SampleResult
 from runner.finished_classes import class_file, read_class, write_class
 from runner.settings import applied_flags, method_folder
-from utils.progress import progress_bar
+from utils.distributed import progress_bar
 from utils.report import append_tables, format_tables, result_line, results_record, write_results
 from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.report_page import write_report

@@ -14,7 +14,6 @@ from feature_extractors.config import (
     BANKS,
     MEMORY_BANKS,
     METHODS,
-    PRECISIONS,
     PROTOCOLS,
     DetectorConfig,
     Method,
@@ -22,12 +21,12 @@ from feature_extractors.config import (
 )
 from feature_extractors.thresholds import check_target_fpr
 from models import XYZ_BACKBONES, rgb_spec
-from models.group_encoder import POINT_NORMS
-from models.point_ops import BACKENDS, check_backend
+from models.point_ops import check_backend
 from runner.scheduling import PARALLEL
+from utils.choices import PAIRINGS, POINT_NORMS, POINT_OPS, PRECISIONS, STORAGE_DTYPE_NAMES
 from utils.distributed import Ranks, choose_device
 from utils.errors import InputError
-from utils.feature_store import PAIRINGS, STORAGE_DTYPES
+from utils.feature_store import STORAGE_DTYPES
 from utils.memory import default_memory_budget
 
 logger = logging.getLogger(__name__)
@@ -144,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="keep the fitted detectors, each in <class>/ there, or in <method>/<class>/ where several methods run",
     )
-    add("--detector_dtype", default="fp32", choices=STORAGE_DTYPES, help="numbers of the banks of these detectors")
+    add("--detector_dtype", default="fp32", choices=STORAGE_DTYPE_NAMES, help="numbers of the banks of these detectors")
     add(
         "--target_fpr",
         type=float,
@@ -158,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--save_feature", action="store_true", help="write the training samples' patches for fusion_pretrain.py")
     add("--save_feature_path", type=Path, default=Path("datasets/patch_lib"), help="folder of these patch files")
-    add("--feature_dtype", default="fp16", choices=STORAGE_DTYPES, help="numbers of these patch files")
+    add("--feature_dtype", default="fp16", choices=STORAGE_DTYPE_NAMES, help="numbers of these patch files")
     add("--uff_pairing", default="aligned", choices=PAIRINGS, help="pairing that the patch files ask training for")
 
     add = parser.add_argument_group("what the detector computes").add_argument
@@ -193,11 +192,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of each process, by default half of what its machine has for each; training features that "
         "take more than half of it lie in files of the folder that the environment variable TMPDIR names",
     )
-    add("--train_feature_dtype", default="fp32", choices=STORAGE_DTYPES, help="numbers of these training features")
+    add("--train_feature_dtype", default="fp32", choices=STORAGE_DTYPE_NAMES, help="numbers of these training features")
     add(
         "--point_ops",
         default="auto",
-        choices=BACKENDS,
+        choices=POINT_OPS,
         help="of the point searches; auto: k-d trees on CPU, on GPU triton or else torch; extension: see the README",
     )
     add("--num_workers", type=int, default=2, help="threads of each process that read files ahead")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import main
-import models
+from models import rgb_backbone
 
 PIP_BACKBONES = ["--rgb_backbone_name", "efficientnet_lite0", "--xyz_backbone_name", "FPFH"]
 RGB_DIM, XYZ_DIM = 152, 33  # of these two
@@ -105,8 +105,8 @@ def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(timm_name: str) -> Path:
         raise OSError(f"the weights of {timm_name} are not fetched in tests")
 
-    monkeypatch.setattr(models, "download_weights", refuse)
-    monkeypatch.setattr(models, "cached_weights", lambda timm_name: None)
+    monkeypatch.setattr(rgb_backbone, "download_weights", refuse)
+    monkeypatch.setattr(rgb_backbone, "cached_weights", lambda timm_name: None)
 
 
 @pytest.fixture(autouse=True)

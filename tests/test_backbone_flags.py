@@ -19,12 +19,12 @@ from main_runs import (
     table_rows,
 )
 
-import models
 from feature_extractors.config import METHODS
-from models import RGB_BACKBONES, XYZ_BACKBONES
+from models import RGB_BACKBONES, XYZ_BACKBONES, rgb_backbone
 from models.feature_fusion import FeatureFusion
 from models.point_transformer import PointTransformer
 from models.rgb_backbone import VisionTransformerBackbone
+from utils import checkpoint_files
 
 TINY_VIT = "test_vit.r160_in1k"  # timm's smallest, which has no row of its own
 SMALL_VIT, SMALL_VIT_FILE = "vit_small_patch8_224_dino", "dino_deitsmall8_pretrain.pth"
@@ -56,8 +56,8 @@ def point_mae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("read_checkpoint", "load_vision_transformer", "load_from"):
-        monkeypatch.setattr(models, name, lambda *_: pytest.fail("a checkpoint is read for the list"))
+    for module, function in ((checkpoint_files, "read_checkpoint"), (rgb_backbone, "load_vision_transformer")):
+        monkeypatch.setattr(module, function, lambda *_: pytest.fail("a checkpoint is read for the list"))
 
 
 def listed(*flags: object) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -117,7 +117,8 @@ def test_the_list_tells_where_weights_were_found(tmp_path: Path, monkeypatch: py
     assert listed("--checkpoint_dir", folder)[0]["Point_MAE"][-1] == str(folder / POINT_MAE_FILE)
 
     cached = tmp_path / "hub" / "model.safetensors"
-    monkeypatch.setattr(models, "cached_weights", lambda name: cached if name == "vit_base_patch8_224.dino" else None)
+    known = "vit_base_patch8_224.dino"
+    monkeypatch.setattr(rgb_backbone, "cached_weights", lambda name: cached if name == known else None)
     rows, _ = listed("--checkpoint_dir", folder)
     assert rows["vit_base_patch8_224_dino"][-1] == str(cached)
     assert rows["vit_base_patch8_224"][-1] == "absent"
@@ -153,7 +154,7 @@ def test_downloaded_weights_are_used_where_the_folder_holds_none(
         fetched.append(timm_name)
         return cached
 
-    monkeypatch.setattr(models, "download_weights", fetch)
+    monkeypatch.setattr(rgb_backbone, "download_weights", fetch)
     flags = ["--method_name", "DINO", "--rgb_backbone_name", TINY_VIT, "--img_size", SIDE, "--random_state", 0]
     flags += ["--dataset_path", bagels, "--checkpoint_dir", tmp_path / "weights"]
     run = run_into(tmp_path / "fetched", *flags)

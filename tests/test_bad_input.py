@@ -204,7 +204,7 @@ def test_pictures_to_be_shown_are_checked_as_well(
         ("--device quantum", "unknown device 'quantum': give auto, cpu, cuda"),
         ("--device cuda:99", "cuda:99 was asked for"),
         ("--method_name PatchCore", "argument --method_name: invalid choice: 'PatchCore'"),
-        ("--rgb_backbone_name resnet", "rgb_backbone_name 'resnet' is unknown: choose one of vit_base_patch8_224_dino"),
+        ("--rgb_backbone_name resnet", "rgb_backbone_name 'resnet' is unknown. Choose one of vit_base_patch8_224_dino"),
         ("--rgb_backbone_name vit_small_patch8_224.none", "or a vision transformer of timm by its name there"),
         ("--method_name DINO Point_MAE --memory_bank single --use_uff", "--use_uff has no effect on DINO"),
         ("--method_name DINO Point_MAE --asy_memory_bank 3", "but DINO has one bank: use --max_sample"),
@@ -267,7 +267,7 @@ def test_a_missing_checkpoint_names_file_folder_and_source(
     for file_name in (RGB_BACKBONES | XYZ_BACKBONES)[name].files.names:
         assert file_name in message
     assert f"in {tmp_path / 'weights'}" in message
-    assert "download it from https://" in message
+    assert "Download it from https://" in message
     tried = "and timm's download failed (the weights of "  # of point transformers timm has none
     assert (tried in message) == (name in RGB_BACKBONES)
 
@@ -277,9 +277,9 @@ def test_a_missing_checkpoint_of_another_vision_transformer(
 ) -> None:
     flags = ["--method_name", "DINO", "--rgb_backbone_name", TINY_VIT, "--checkpoint_dir", tmp_path / "weights"]
     message = refusal(capsys, *flags, "--dataset_path", bagels)
-    assert f"no checkpoint {TINY_VIT}.safetensors or {TINY_VIT}.pth or {TINY_VIT}.npz in {tmp_path}/weights" in message
+    assert f"No checkpoint {TINY_VIT}.safetensors or {TINY_VIT}.pth or {TINY_VIT}.npz in {tmp_path}/weights" in message
     assert "timm's download failed (the weights of " in message
-    assert f"download it from https://huggingface.co/timm/{TINY_VIT}" in message
+    assert f"Download it from https://huggingface.co/timm/{TINY_VIT}" in message
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mixer_b16_224"])
@@ -297,8 +297,12 @@ def test_a_network_of_timm_that_is_no_vision_transformer(
 @pytest.mark.parametrize(
     ("method", "flag", "told"),
     [
-        ("DINO", "--rgb_checkpoint", "is not used: the weights of efficientnet_lite0 come with pip; leave it out"),
-        ("Point_MAE", "--xyz_checkpoint", "is not used: FPFH needs no weights; leave it out"),
+        (
+            "DINO",
+            "--rgb_checkpoint",
+            "the weights of efficientnet_lite0 come with pip",
+        ),
+        ("Point_MAE", "--xyz_checkpoint", "FPFH needs no weights"),
     ],
 )
 def test_a_checkpoint_for_a_backbone_that_needs_none(
@@ -307,7 +311,7 @@ def test_a_checkpoint_for_a_backbone_that_needs_none(
     path = tmp_path / "mine.pth"
     torch.save({}, path)
     message = refusal(capsys, "--method_name", method, "--dataset_path", bagels, *SMALL, flag, path)
-    assert message == f"{path} {told}"
+    assert message == f"{path} is not used, because {told}. Leave it out."
 
 
 @pytest.mark.parametrize(("flag", "name"), [("--rgb_checkpoint", TINY_VIT), ("--xyz_checkpoint", "Point_MAE")])
@@ -435,7 +439,7 @@ def test_a_uff_of_other_widths_is_told_by_both(
     message = refusal(capsys, *flags)
     assert f"{path} was trained on features 48 (xyz) and {RGB_DIM} (rgb) wide" in message
     assert f"give {XYZ_DIM} and {RGB_DIM}" in message
-    assert "train it on features of the same backbones" in message
+    assert "Train it on features of the same backbones" in message
 
 
 # Bad scans that only show when they are read

@@ -14,21 +14,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models import XYZ_BACKBONES, build_feature_fusion, build_rgb_backbone, build_xyz_backbone
+from models import XYZ_BACKBONES, CheckpointFiles, build_feature_fusion, build_rgb_backbone, build_xyz_backbone
 from models.checkpoints import (
-    CheckpointFiles,
     State,
     feature_fusion_state,
-    load_from,
     load_strict,
-    point_bert_state,
-    point_mae_state,
-    read_checkpoint,
+    point_transformer_state,
     vision_transformer_state,
 )
 from models.feature_fusion import FeatureFusion
 from models.point_transformer import PointTransformer
 from models.rgb_backbone import VisionTransformerBackbone, load_vision_transformer
+from utils.checkpoint_files import read_checkpoint
 from utils.errors import InputError
 
 GROUPING = {"num_group": 8, "group_size": 4, "point_norm": "cloud", "point_ops": "auto"}
@@ -133,14 +130,9 @@ def test_feature_fusion_file(golden_weights: Path) -> None:
 def test_files_of_other_models_are_refused(golden_weights: Path) -> None:
     mae, bert = golden_weights / "pointmae_pretrain.pth", golden_weights / "Point-BERT.pth"
     fusion = golden_weights / "uff.pth"
-    torch_module = small_point_transformer()
-    assert "has no key that starts with 'MAE_encoder.'" in message_of(
-        lambda: load_from(bert, torch_module, point_mae_state), bert
-    )
-    assert "has no key that starts with 'transformer_q.'" in message_of(
-        lambda: load_from(mae, torch_module, point_bert_state), mae
-    )
-    message_of(lambda: load_from(fusion, torch_module, point_mae_state), fusion)
+    assert "has no key that starts with 'MAE_encoder.'" in message_of(lambda: point_state("Point_MAE", bert), bert)
+    assert "has no key that starts with 'transformer_q.'" in message_of(lambda: point_state("Point_Bert", mae), mae)
+    message_of(lambda: point_state("Point_MAE", fusion), fusion)
     message_of(lambda: build_feature_fusion(mae, xyz_dim=1152, rgb_dim=768), mae)
     message_of(lambda: load_vision_transformer(VisionTransformerBackbone("vit_tiny_patch16_224", 32), fusion), fusion)
     widths = message_of(lambda: build_feature_fusion(fusion, xyz_dim=33, rgb_dim=768), fusion)
@@ -158,7 +150,7 @@ def test_point_mae_keys(tmp_path: Path, parallel: str, container: str | None) ->
     state[f"{parallel}MAE_decoder.blocks.0.norm1.weight"] = torch.ones(24)
     state[f"{parallel}mask_token"] = torch.ones(1, 1, 24)
     torch.save({container: state, "epoch": 300} if container else state, tmp_path / "file.pth")
-    assert_read_back(written, load_from, tmp_path / "file.pth", point_mae_state)
+    assert_read_back(written, point_state("Point_MAE", tmp_path / "file.pth"))
 
 
 @pytest.mark.parametrize("parallel", ["", "module."])
@@ -169,13 +161,20 @@ def test_point_bert_keys(tmp_path: Path, parallel: str) -> None:
     state[f"{parallel}transformer_q.cls_head.0.weight"] = torch.ones(2, 2)
     state[f"{parallel}queue"] = torch.ones(4)
     torch.save({"base_model": state}, tmp_path / "file.pth")
-    assert_read_back(written, load_from, tmp_path / "file.pth", point_bert_state)
+    assert_read_back(written, point_state("Point_Bert", tmp_path / "file.pth"))
 
 
-def assert_read_back(written: State, load: Callable[..., None], path: Path, state_of: Callable[..., State]) -> None:
+def point_state(name: str, path: Path) -> State:
+    """Weights of a point transformer in a file, picked by its row of the table."""
+    spec = XYZ_BACKBONES[name]
+    assert spec is not None
+    return point_transformer_state(read_checkpoint(path), path, spec.prefix, spec.left_out)
+
+
+def assert_read_back(written: State, read: State) -> None:
     torch.manual_seed(1)
     module = small_point_transformer()
-    load(path, module, state_of)
+    load_strict(module, read, "file.pth")
     for key, value in module.state_dict().items():
         assert torch.equal(value, written[key]), key
 
@@ -354,7 +353,7 @@ def test_keys_that_do_not_fit_are_named(tmp_path: Path, damage: Callable[[State]
     torch.save({"model": damage(weights())}, path)
     module = Part()
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    message = message_of(lambda: load_from(path, module, feature_fusion_state), path)
+    message = message_of(lambda: load_strict(module, feature_fusion_state(read_checkpoint(path), path), path), path)
     assert message.startswith(f"{path} does not fit Part: ")
     for part in parts:
         assert part in message
@@ -424,11 +423,11 @@ def test_an_error_that_a_file_is_missing_is_one_sentence(tmp_path: Path) -> None
     files = CheckpointFiles(("a.pth", "b.pth"), "https://example.org/weights")
     assert str(files) == "a.pth or b.pth, from https://example.org/weights"
     assert str(files.missing(tmp_path)) == (
-        f"no checkpoint a.pth or b.pth in {tmp_path}: download it from https://example.org/weights and put it there"
+        f"No checkpoint a.pth or b.pth in {tmp_path}. Download it from https://example.org/weights and put it there."
     )
     assert str(files.missing(tmp_path, ", and it is Sunday")) == (
-        f"no checkpoint a.pth or b.pth in {tmp_path}, and it is Sunday: "
-        "download it from https://example.org/weights and put it there"
+        f"No checkpoint a.pth or b.pth in {tmp_path}, and it is Sunday. "
+        "Download it from https://example.org/weights and put it there."
     )
 
 
@@ -439,7 +438,7 @@ def test_a_missing_file_names_file_folder_and_source(tmp_path: Path, name: str, 
     spec = XYZ_BACKBONES[name]
     assert spec is not None
     message = message_of(lambda: build_xyz_backbone(name, tmp_path / folder, **GROUPING), tmp_path / folder)
-    for part in (*spec.files.names, spec.files.source, "https://github.com/", "download it"):
+    for part in (*spec.files.names, spec.files.source, "https://github.com/", "Download it"):
         assert part in message
 
 
@@ -451,7 +450,7 @@ def test_a_missing_fusion_checkpoint_is_named(tmp_path: Path) -> None:
 
 def test_unknown_xyz_backbone_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match="xyz_backbone_name 'PointNet' is unknown: choose one of Point_MAE, Point_Bert"
+        InputError, match=r"xyz_backbone_name 'PointNet' is unknown\. Choose one of Point_MAE, Point_Bert"
     ):
         build_xyz_backbone("PointNet", tmp_path, **GROUPING)
 
@@ -487,7 +486,7 @@ def test_a_given_xyz_checkpoint_that_is_missing_or_of_no_use_is_named(tmp_path: 
     given = tmp_path / "absent.pth"
     message = message_of(lambda: build_xyz_backbone(name, tmp_path, **GROUPING, checkpoint=given), given)
     if XYZ_BACKBONES[name] is None:
-        assert message == f"{given} is not used: {name} needs no weights; leave it out"
+        assert message == f"{given} is not used, because {name} needs no weights. Leave it out."
     else:
         assert "does not exist" in message
 

@@ -8,15 +8,13 @@ import pytest
 from feature_extractors.config import (
     BANKS,
     METHODS,
-    PRECISIONS,
     PROTOCOLS,
     DetectorConfig,
     Method,
     Protocol,
     covering_method,
 )
-from models.group_encoder import POINT_NORMS
-from models.point_ops import BACKENDS
+from utils.choices import POINT_NORMS, POINT_OPS, PRECISIONS
 from utils.errors import InputError
 
 # banks; decision fusion; bank statistics; what distances are divided by; added to the sum of exponentials; zero row
@@ -207,7 +205,7 @@ def test_the_grid_has_to_fit_into_the_picture() -> None:
     [
         ("method_name", METHODS),
         ("point_norm", POINT_NORMS),
-        ("point_ops", BACKENDS),
+        ("point_ops", POINT_OPS),
         ("precision", PRECISIONS),
         ("memory_bank", ("single", "multiple")),
     ],

@@ -277,7 +277,7 @@ def test_what_auto_stands_for(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     points = SimpleNamespace(device=torch.device(device), is_cuda=device == "cuda", dtype=dtype)
     assert point_ops._choose_backend("auto", points) == chosen
-    for backend in point_ops.BACKENDS[1:]:
+    for backend in point_ops.POINT_OPS[1:]:
         assert point_ops._choose_backend(backend, points) == backend
 
 

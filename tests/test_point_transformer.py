@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from feature_extractors import reference
-from models.group_encoder import POINT_NORMS, GroupEncoder
+from models.group_encoder import GroupEncoder
 from models.point_ops import farthest_point_sample
 from models.point_transformer import PointTransformer
+from utils.choices import POINT_NORMS
 
 SMALL = {"num_group": 16, "group_size": 8, "width": 24, "depth": 3, "num_heads": 2, "encoder_dim": 24}
 

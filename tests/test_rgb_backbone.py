@@ -285,7 +285,7 @@ def test_missing_weights_say_what_was_looked_for_and_where(tmp_path: Path, monke
 
 def test_unknown_backbone_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match="rgb_backbone_name 'resnet' is unknown: choose one of vit_base_patch8_224_dino"
+        InputError, match=r"rgb_backbone_name 'resnet' is unknown\. Choose one of vit_base_patch8_224_dino"
     ):
         build_rgb_backbone("resnet", tmp_path, 224)
 

@@ -555,7 +555,7 @@ def test_a_backbone_is_known_by_its_weights(capsys: pytest.CaptureFixture[str], 
     assert f"{tmp_path}/detectors/bagel was fitted with other weights of {TINY_VIT} (SHA-256 " in message
     assert "Give its file as --rgb_checkpoint or in --checkpoint_dir, or fit the detector again" in message
     message = refusal(capsys, *flags[:-1])
-    assert f"no checkpoint {TINY_VIT}.safetensors" in message
+    assert f"No checkpoint {TINY_VIT}.safetensors" in message
 
 
 def test_a_damaged_detector_names_its_class(capsys: pytest.CaptureFixture[str], data: Path, detectors: Path) -> None:

@@ -15,18 +15,20 @@ from safetensors.torch import save_file
 from tiny_networks import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 
-import models
 from models import (
     RGB_BACKBONES,
     XYZ_BACKBONES,
     BackboneRow,
     build_rgb_backbone,
     build_xyz_backbone,
+    checkpoints,
     list_backbones,
+    rgb_backbone,
     rgb_spec,
 )
 from models.fpfh import FpfhBackbone
 from models.rgb_backbone import VisionTransformerBackbone, cached_weights, load_vision_transformer
+from utils import checkpoint_files
 from utils.errors import InputError
 
 SMALLEST = "test_vit.r160_in1k"  # timm's own for tests: width 64, 6 blocks, patches of 16, trained with mean 0.5
@@ -87,7 +89,7 @@ def refuse(*_: object, **__: object) -> NoReturn:
 
 @pytest.fixture
 def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "download_weights", refuse)
+    monkeypatch.setattr(rgb_backbone, "download_weights", refuse)
 
 
 @pytest.fixture
@@ -242,7 +244,7 @@ def test_a_truncated_safetensors_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["nothing_of_the_kind", "vit_tiny_patch16_224.nonsense", "", "vit_tiny_patch16_224."])
 def test_names_that_timm_does_not_know_are_refused(tmp_path: Path, name: str) -> None:
     message = message_of(lambda: build_rgb_backbone(name, tmp_path, 224))
-    assert message.startswith(f"rgb_backbone_name {name!r} is unknown: choose one of vit_base_patch8_224_dino, ")
+    assert message.startswith(f"rgb_backbone_name {name!r} is unknown. Choose one of vit_base_patch8_224_dino, ")
     assert all(known in message for known in RGB_BACKBONES)
     assert "or a vision transformer of timm" in message
     with pytest.raises(InputError):
@@ -305,7 +307,10 @@ def test_a_given_checkpoint_that_is_missing_is_named(tmp_path: Path, name: str, 
 
 def test_a_given_checkpoint_is_refused_where_none_is_needed(tmp_path: Path) -> None:
     message = message_of(lambda: build_rgb_backbone("efficientnet_lite0", tmp_path, 64, tmp_path / "file.pth"))
-    assert message == f"{tmp_path}/file.pth is not used: the weights of efficientnet_lite0 come with pip; leave it out"
+    assert (
+        message
+        == f"{tmp_path}/file.pth is not used, because the weights of efficientnet_lite0 come with pip. Leave it out."
+    )
 
 
 def test_weights_that_are_not_there_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,7 +411,7 @@ def test_a_cache_that_knows_of_no_such_file_holds_none(cache: Path) -> None:
 def received(name: str, given: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """The picture that the network of a backbone is handed."""
     seen: list[Tensor] = []
-    monkeypatch.setattr(models, "load_vision_transformer", lambda backbone, path: backbone)
+    monkeypatch.setattr(rgb_backbone, "load_vision_transformer", lambda backbone, path: backbone)
     backbone = build_rgb_backbone(name, Path(), given.shape[-1], Path("not read"))
     assert isinstance(backbone, VisionTransformerBackbone)
 
@@ -485,7 +490,7 @@ def listed() -> dict[str, BackboneRow]:
 def test_listed_grids_and_widths_are_those_of_the_rgb_features(
     name: str, listed: dict[str, BackboneRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "load_vision_transformer", lambda backbone, path: backbone)
+    monkeypatch.setattr(rgb_backbone, "load_vision_transformer", lambda backbone, path: backbone)
     device = "cpu" if RGB_BACKBONES[name] is None else "meta"
     with torch.device(device):
         backbone = build_rgb_backbone(name, Path(), 112, Path("not read") if device == "meta" else None)
@@ -499,7 +504,9 @@ def test_listed_grids_and_widths_are_those_of_the_rgb_features(
 def test_listed_widths_are_those_of_the_xyz_features(
     name: str, listed: dict[str, BackboneRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "load_from", lambda *_: None)
+    monkeypatch.setattr(checkpoint_files, "read_checkpoint", lambda path: None)
+    for function in ("point_transformer_state", "load_strict"):
+        monkeypatch.setattr(checkpoints, function, lambda *_: None)
     given = None if XYZ_BACKBONES[name] is None else Path("not read")
     grouping = {"num_group": 8, "group_size": 4, "point_norm": "cloud", "point_ops": "auto"}
     backbone = build_xyz_backbone(name, Path(), **grouping, checkpoint=given)

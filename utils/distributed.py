@@ -5,7 +5,7 @@ Every collective takes the group of processes that takes part in it, None for al
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from utils.errors import InputError
 
@@ -327,3 +328,11 @@ def gather_names(names: Sequence[str]) -> list[str]:
 def all_reduce_mean(value: Tensor) -> float:
     """Mean of a scalar tensor over the processes, the same number on each of them."""
     return all_reduce_sum(value.detach().clone()).item() / world_size()
+
+
+def progress_bar(items: Iterable[Item] | None = None, **options: Any) -> "tqdm[Item]":
+    """A tqdm bar that vanishes when its work is done. Of several processes only the first draws it.
+
+    Without items, the caller counts by `update`. `options` are those of tqdm.
+    """
+    return tqdm(items, leave=False, disable=not is_main(), **options)

@@ -28,14 +28,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils.checkpoint_files import read_checkpoint
+from utils.choices import PAIRINGS, STORAGE_DTYPE_NAMES
 from utils.errors import InputError
 from utils.records import PatchFeatures
 from utils.scans.files import atomic_path
 
 SCHEMA = "m3dm-patches/1"
 SUFFIX, ORIGINAL_SUFFIX = ".safetensors", ".pt"
-PAIRINGS = ("aligned", "reference")
-STORAGE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+STORAGE_DTYPES = dict(zip(STORAGE_DTYPE_NAMES, (torch.float16, torch.float32), strict=True))
 MEND = "write the patch files anew with main.py --save_feature"
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PRECISIONS = (*DTYPES, "auto")
 CPU_INFO = Path("/proc/cpuinfo")  # of Linux
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of processors with products in bf16: x86, x86, Arm
 

@@ -1,0 +1,8 @@
+"""Values of flags that several layers share. Importing them does not import torch."""
+
+PRECISIONS = ("fp32", "bf16", "auto")  # of the networks
+STORAGE_DTYPE_NAMES = ("fp16", "fp32")  # of features and memory banks, in memory and in files
+POINT_NORMS = ("cloud", "running")  # BatchNorm statistics of the group encoder: current cloud, or checkpoint
+POINT_OPS = ("auto", "torch", "triton", "extension")  # backends of the point searches
+PAIRINGS = ("aligned", "reference")  # of rgb and xyz patches in UFF training
+NEGATIVES = ("local", "global")  # of the contrastive loss: rows of this process, or of all
