@@ -43,12 +43,13 @@ from models.contrastive import contrastive_loss
 from models.feature_fusion import FeatureFusion
 from models.point_ops import farthest_point_sample, knn
 from models.rgb_backbone import VisionTransformerBackbone
+from runner.training import Schedule, Trainer, make_loader, make_optimizer
+from runner.training_state import Progress
 from utils.distributed import Ranks, choose_device
 from utils.feature_store import resize_patches
 from utils.memory import peak_memory_mb
 from utils.precision import DTYPES, autocast
 from utils.records import PatchFeatures, Sample
-from utils.training import Progress, Schedule, make_loader, make_optimizer, train_epoch
 
 METHOD = "DINO+Point_MAE+Fusion"
 PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}
@@ -165,24 +166,12 @@ def time_training(bench: Bench, model: FeatureFusion, seen: list[PatchFeatures],
         items, batch_size=len(items), accum_iter=1, ranks=Ranks(), seed=SEED, num_workers=0, pin_memory=False
     )
     optimizer = make_optimizer(model, weight_decay=0.0)
-    schedule, progress = Schedule(1e-4, 0.0, 0, bench.repeats + 1), Progress()
-
-    def epoch() -> None:
-        for _ in train_epoch(
-            model,
-            contrastive_loss,
-            loader,
-            optimizer,
-            schedule,
-            progress,
-            accum_iter=1,
-            device=bench.device,
-            precision=precision,
-        ):
-            pass
-
+    schedule = Schedule(1e-4, 0.0, 0, bench.repeats + 1)
+    trainer = Trainer(
+        model, contrastive_loss, loader, optimizer, schedule, Progress(), 1, bench.device, precision=precision
+    )
     rows = sum(len(xyz) for xyz, _, _ in items)
-    bench.time(f"UFF, a batch of {len(items)} parts, {precision}", epoch)
+    bench.time(f"UFF, a batch of {len(items)} parts, {precision}", lambda: list(trainer.train_epoch()))
     print(f"{'  of patches':44}{rows:12}")
 
 

@@ -88,7 +88,7 @@ def transform(network: PointTransformer, tokens: Tensor, centers: Tensor) -> Ten
     """(G, 3 * width) of tokens (1, G, width)."""
     position = network.pos_embed(centers)[None]
     outputs = []
-    for index, block in enumerate(network.blocks.blocks):
+    for index, block in enumerate(network.blocks["blocks"].children()):
         tokens = block(tokens + position)
         if index in network.taken:
             outputs.append(network.norm(tokens)[0])

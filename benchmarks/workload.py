@@ -115,9 +115,9 @@ def varied(patches: Tensor, generator: torch.Generator) -> Tensor:
 # Operations: a multiplication and an addition are two. What is not a product of matrices is not counted.
 
 
-def transformer_flops(tokens: int, width: int, blocks: nn.ModuleList | nn.Sequential) -> float:
+def transformer_flops(tokens: int, width: int, blocks: Any) -> float:
     """Each block: 24 T w^2 (qkv 6, projection 2, MLP of ratio r = 4 with 4 r) and 4 T^2 w of attention."""
-    ratio = cast(Any, blocks[0]).mlp.fc1.out_features / width
+    ratio = blocks[0].mlp.fc1.out_features / width
     return len(blocks) * ((8 + 4 * ratio) * tokens * width**2 + 4 * tokens**2 * width)
 
 

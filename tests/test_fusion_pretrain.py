@@ -1,5 +1,6 @@
 """The script that trains UFF, in one process: what it leaves, every flag, validation and bad input."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,15 @@ from uff_runs import (
 
 import fusion_pretrain
 from models import build_feature_fusion
-from models.contrastive import contrastive_loss
+from models.contrastive import contrastive_loss, retrieval
+from runner import pretraining
+from runner.pretraining import PretrainConfig
+from runner.training import Batches, Schedule, split_files
+from runner.training_state import Progress
+from utils.distributed import Ranks
 from utils.errors import InputError
 from utils.feature_store import PatchFileDataset, write_features
 from utils.records import PatchFeatures
-from utils.training import Batches
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +130,7 @@ def test_blr_scales_with_the_effective_batch(lib: Path, baseline: Path, tmp_path
     expected = model_of(baseline / "checkpoint-1.pth")["rgb_head.weight"]
     torch.testing.assert_close(model_of(same / "checkpoint-1.pth")["rgb_head.weight"], expected, rtol=0, atol=1e-6)
     assert not torch.equal(model_of(other / "checkpoint-1.pth")["rgb_head.weight"], expected)
-    assert fusion_pretrain.PretrainSettings(**vars(fusion_pretrain.parse_args([]))).with_lr(3).lr == 0.002 * 3
+    assert PretrainConfig(**vars(fusion_pretrain.parse_args([]))).with_lr(3).lr == 0.002 * 3
 
 
 def test_defaults_are_those_of_the_original() -> None:
@@ -136,6 +141,26 @@ def test_defaults_are_those_of_the_original() -> None:
     assert (args.negatives, args.val_fraction, args.max_steps, args.warmup_steps) == ("local", 0.0, None, None)
     assert fusion_pretrain.parse_args(["--local_rank", "2"]).local_rank == 2
     assert fusion_pretrain.parse_args(["--local-rank=2"]).local_rank == 2
+
+
+def test_dist_on_itp_takes_the_place_that_mpirun_gives(
+    lib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank and number of processes; the learning rate of --blr follows their number."""
+    seen: list[object] = []
+    for name, value in {"RANK": "1", "SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    monkeypatch.setattr(pretraining, "process_group", lambda ranks, device, url: seen.append(url) or nullcontext())
+    monkeypatch.setattr(pretraining, "pretrain", lambda config, ranks, _: seen.extend((config.lr, ranks)))
+    base = ["--batch_size", "16", "--accum_iter", "8", "--blr", "0.002"]
+    run_main(lib, tmp_path, "--dist_on_itp", "--dist_url", "tcp://host:1234", base=base)
+    assert seen == ["tcp://host:1234", 0.002, Ranks(rank=1, world_size=2, local_rank=0)]
+
+
+def test_input_size_has_no_effect(lib: Path, baseline: Path, tmp_path: Path) -> None:
+    assert fusion_pretrain.parse_args([]).input_size == 224
+    run_main(lib, tmp_path, "--input_size", "512")
+    assert not differ(tmp_path / "checkpoint-1.pth", baseline / "checkpoint-1.pth")
 
 
 def test_precision_auto_is_full_precision_on_a_cpu(lib: Path, baseline: Path, tmp_path: Path) -> None:
@@ -149,8 +174,8 @@ def test_precision_auto_follows_the_device(
     lib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, precision: str
 ) -> None:
     seen = []
-    monkeypatch.setattr(fusion_pretrain, "pretrain", lambda settings, *_: seen.append(settings.precision))
-    monkeypatch.setattr(fusion_pretrain, "choose_device", lambda *_: torch.device(device, 0))
+    monkeypatch.setattr(pretraining, "pretrain", lambda config, *_: seen.append(config.precision))
+    monkeypatch.setattr(pretraining, "choose_device", lambda *_: torch.device(device, 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     run_main(lib, tmp_path)
     run_main(lib, tmp_path, "--precision", "fp32")
@@ -170,9 +195,9 @@ def test_reading_flags_reach_the_loader(
         seen.update(settings)
         raise InputError("seen enough")
 
-    monkeypatch.setattr(fusion_pretrain, "make_loader", stop)
+    monkeypatch.setattr(pretraining, "make_loader", stop)
     for device in ("cuda", "cpu"):
-        monkeypatch.setattr(fusion_pretrain, "choose_device", lambda *_, name=device: torch.device(name, 0))
+        monkeypatch.setattr(pretraining, "choose_device", lambda *_, name=device: torch.device(name, 0))
         monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
         with pytest.raises(SystemExit):
             run_main(lib, tmp_path, "--num_workers", "3", *flags)
@@ -224,15 +249,15 @@ def test_max_steps_are_the_schedule(lib: Path, tmp_path: Path, flags: list[str],
     """With one update an epoch the log tells the rate of each; --epochs no longer counts."""
     length = ["--max_steps", "12", "--warmup_epochs", "7", "--accum_iter", "4", "--min_lr", "0.001"]
     rates = [entry["train_lr"] for entry in log_of(run_main(lib, tmp_path, *length, *flags))]
-    expected = fusion_pretrain.Schedule(0.01, 0.001, warmup, 12)
+    expected = Schedule(0.01, 0.001, warmup, 12)
     assert rates == pytest.approx([expected.learning_rate(update) for update in range(12)])
 
 
 def test_a_third_of_max_steps_is_warm_up() -> None:
-    settings = fusion_pretrain.PretrainSettings(**vars(fusion_pretrain.parse_args(["--max_steps", "750"])))
-    assert settings.schedule(0.003) == fusion_pretrain.Schedule(0.003, 0.0, 250, 750, in_updates=True)
-    in_epochs = fusion_pretrain.PretrainSettings(**vars(fusion_pretrain.parse_args([])))
-    assert in_epochs.schedule(0.003) == fusion_pretrain.Schedule(0.003, 0.0, 1, 3)
+    config = PretrainConfig(**vars(fusion_pretrain.parse_args(["--max_steps", "750", "--lr", "0.003"])))
+    assert config.schedule == Schedule(0.003, 0.0, 250, 750, in_updates=True)
+    in_epochs = PretrainConfig(**vars(fusion_pretrain.parse_args(["--lr", "0.003"])))
+    assert in_epochs.schedule == Schedule(0.003, 0.0, 1, 3)
 
 
 def test_drop_last_group_leaves_out_the_batches_that_fill_none(tmp_path: Path) -> None:
@@ -247,13 +272,13 @@ def test_drop_last_group_leaves_out_the_batches_that_fill_none(tmp_path: Path) -
 
 def test_save_steps_writes_within_an_epoch(lib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[tuple[str, int]] = []
-    save = fusion_pretrain.save_checkpoint
+    save = pretraining.save_checkpoint
 
-    def note(path: Path, model: object, optimizer: object, progress: fusion_pretrain.Progress, args: object) -> None:
+    def note(path: Path, model: object, optimizer: object, progress: Progress, args: object) -> None:
         written.append((path.name, progress.updates))
         save(path, model, optimizer, progress, args)
 
-    monkeypatch.setattr(fusion_pretrain, "save_checkpoint", note)
+    monkeypatch.setattr(pretraining, "save_checkpoint", note)
     flags = ["--batch_size", "1", "--accum_iter", "1", "--epochs", "1"]
     run_main(lib, tmp_path, *flags, "--save_steps", "3")
     assert [updates for name, updates in written if name == "checkpoint-last.pth"] == [3, 6, 8]
@@ -288,7 +313,7 @@ def test_validation_tells_aligned_pairs_from_scrambled_ones(tmp_path: Path, pair
 def test_validation_is_that_of_the_files_left_out(lib: Path, tmp_path: Path) -> None:
     """Its figures are the means over the rows of those files, by the model of that epoch, which never saw them."""
     out = run_main(lib, tmp_path / "out", "--val_fraction", "0.25", "--batch_size", "1", "--accum_iter", "3")
-    train, validation = fusion_pretrain.split_files(8, 0.25, 0)
+    train, validation = split_files(8, 0.25, 0)
     assert len(validation) == 2
     model = build_feature_fusion(out / "checkpoint-1.pth", xyz_dim=XYZ_DIM, rgb_dim=RGB_DIM)
     dataset = PatchFileDataset(lib)
@@ -296,7 +321,7 @@ def test_validation_is_that_of_the_files_left_out(lib: Path, tmp_path: Path) -> 
         heads = [model(*dataset[index][:2]) for index in validation]
         rows = sum(len(xyz) for xyz, _ in heads)
         loss = sum(len(pair[0]) * contrastive_loss(*pair).item() for pair in heads) / rows
-        hits = sum(fusion_pretrain.retrieval(*pair)[0] for pair in heads) / rows
+        hits = sum(retrieval(*pair)[0] for pair in heads) / rows
     entry = log_of(out)[1]
     assert (entry["val_loss"], entry["val_retrieval"]) == (pytest.approx(loss), pytest.approx(hits))
     assert [entry["updates"] for entry in log_of(out)] == [2, 4]  # of 6 files
@@ -324,7 +349,7 @@ def test_without_validation_the_lowest_loss_is_the_best(
     def shifted(xyz: torch.Tensor, rgb: torch.Tensor, negatives: str) -> torch.Tensor:
         return contrastive_loss(xyz, rgb, negatives) + next(shifts)
 
-    monkeypatch.setattr(fusion_pretrain, "contrastive_loss", shifted)
+    monkeypatch.setattr(pretraining, "contrastive_loss", shifted)
     losses = [entry["train_loss"] for entry in log_of(run_main(lib, tmp_path, "--epochs", "3"))]
     assert min(losses) == losses[1]
     progress = read(tmp_path / "checkpoint-best.pth")["progress"]
@@ -333,7 +358,7 @@ def test_without_validation_the_lowest_loss_is_the_best(
 
 def test_validation_without_a_valid_patch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lib = write_parts(tmp_path / "lib", 4)
-    _, (held_out,) = fusion_pretrain.split_files(4, 0.25, 0)
+    _, (held_out,) = split_files(4, 0.25, 0)
     file = PatchFileDataset(lib).files[held_out]
     empty = PatchFeatures(rgb=related_features(0).rgb, xyz=torch.zeros(64, XYZ_DIM))
     write_features(lib, file.class_name, file.stem, empty, **BACKBONES)
@@ -359,29 +384,30 @@ def assert_refused(capsys: pytest.CaptureFixture[str], lib: Path, out: Path, fla
     ("flags", "message"),
     [
         (["--data_path", "nowhere"], "nowhere is no folder"),
-        (["--batch_size", "9"], "found 8 patch files"),
+        (["--batch_size", "9"], "8 patch files"),
         (["--drop_last_group", "--accum_iter", "5"], "--accum_iter 4 or less"),
-        (["--batch_size", "0"], "--batch_size 0: expected a number above 0"),
-        (["--max_steps", "0"], "--max_steps 0: expected a number above 0"),
-        (["--save_steps", "0"], "--save_steps 0: expected a number above 0"),
-        (["--xyz_dim", "0"], "--xyz_dim 0: expected a number above 0"),
-        (["--lr", "nan"], "--lr nan"),
-        (["--warmup_epochs", "-1"], "--warmup_epochs -1: expected 0 or more"),
-        (["--max_steps", "9", "--warmup_steps", "-1"], "--warmup_steps -1: expected 0 or more"),
-        (["--warmup_steps", "3"], "--warmup_steps counts updates of a run of --max_steps: give both"),
-        (["--val_fraction", "1.5"], "--val_fraction 1.5: expected 0 or more and below 1"),
-        (["--val_fraction", "-0.1"], "--val_fraction -0.1: expected 0 or more and below 1"),
-        (["--val_fraction", "nan"], "--val_fraction nan: expected 0 or more and below 1"),
+        (["--batch_size", "0"], "--batch_size is 0. Give a number above 0"),
+        (["--max_steps", "0"], "--max_steps is 0. Give a number above 0"),
+        (["--save_steps", "0"], "--save_steps is 0. Give a number above 0"),
+        (["--xyz_dim", "0"], "--xyz_dim is 0. Give a number above 0"),
+        (["--lr", "nan"], "--lr is nan"),
+        (["--warmup_epochs", "-1"], "--warmup_epochs is -1. Give 0 or more"),
+        (["--max_steps", "9", "--warmup_steps", "-1"], "--warmup_steps is -1. Give 0 or more"),
+        (["--warmup_steps", "3"], "--warmup_steps only applies with --max_steps. Give both"),
+        (["--val_fraction", "1.5"], "--val_fraction is 1.5. Give 0 or more and below 1"),
+        (["--val_fraction", "-0.1"], "--val_fraction is -0.1. Give 0 or more and below 1"),
+        (["--val_fraction", "nan"], "--val_fraction is nan. Give 0 or more and below 1"),
         (["--val_fraction", "0.01"], "--val_fraction 0.01 of 8 patch files is 0"),
         (["--val_fraction", "0.99"], "--val_fraction 0.99 of 8 patch files is 8"),
-        (["--min_lr", "0.5"], "--min_lr 0.5 lies above the peak learning rate 0.01"),
+        (["--min_lr", "0.5"], "--min_lr 0.5 is above the peak learning rate 0.01"),
         (["--device", "quantum"], "unknown device 'quantum'"),
         (["--device", "cuda:77"], "cuda:77 was asked for"),
         (["--resume", "nowhere.pth"], "Checkpoint nowhere.pth does not exist"),
         (["--resume", "x.pth", "--start_epoch", "1"], "--start_epoch contradicts --resume"),
-        (["--start_epoch", "2"], "training would begin at epoch 2, but --epochs is 2"),
+        (["--start_epoch", "2"], "Training would begin at epoch 2, but --epochs is 2"),
         (["--world_size", "2"], "needs --local_rank 0 ... 1"),
-        (["--lr", "1e30", "--warmup_epochs", "0"], "the loss is nan at epoch 0, batch 2"),
+        (["--dist_on_itp"], "Start with mpirun"),
+        (["--lr", "1e30", "--warmup_epochs", "0"], "The loss is nan at epoch 0, batch 2"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -454,13 +480,13 @@ def test_files_of_huge_values_are_named_and_the_last_checkpoint_stays(
     features = related_features(0)._replace(rgb=torch.full((16, RGB_DIM), 3e38))
     write_features(lib, bad.class_name, bad.stem, features, **BACKBONES, dtype=torch.float32)
     written: list[bytes] = []
-    save = fusion_pretrain.save_checkpoint
+    save = pretraining.save_checkpoint
 
     def keep(path: Path, *parts: object) -> None:
         save(path, *parts)
         written.append(path.read_bytes())
 
-    monkeypatch.setattr(fusion_pretrain, "save_checkpoint", keep)
+    monkeypatch.setattr(pretraining, "save_checkpoint", keep)
     flags = ["--accum_iter", "1", "--save_steps", "1"]
     assert_refused(capsys, lib, tmp_path / "out", flags, f"{bad.path}, {partner.path}")
     last = tmp_path / "out" / "checkpoint-last.pth"

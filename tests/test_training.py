@@ -30,22 +30,13 @@ from uff_runs import (
 
 from models.contrastive import contrastive_loss
 from models.feature_fusion import FeatureFusion
+from runner.pretraining import stop_requests
+from runner.training import Batches, Schedule, Step, Trainer, make_optimizer, split_files
+from runner.training_state import Progress, load_checkpoint, save_checkpoint
 from utils.distributed import Ranks
 from utils.errors import InputError
 from utils.feature_store import PatchFileDataset, resize_patches, write_features
 from utils.records import PatchFeatures
-from utils.training import (
-    Batches,
-    Progress,
-    Schedule,
-    Step,
-    load_checkpoint,
-    make_optimizer,
-    save_checkpoint,
-    split_files,
-    stop_requests,
-    train_epoch,
-)
 
 STEADY = Schedule(0.5, 0.5, warmup=0, total=2)
 
@@ -61,7 +52,8 @@ def run_slope(
     """One epoch of plain gradient descent."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     settings = {"accum_iter": accum_iter, "device": CPU, "drop_last_group": drop_last_group}
-    return list(train_epoch(model, lambda _, y: y, loader, optimizer, schedule, progress, **settings))
+    trainer = Trainer(model, lambda _, y: y, loader, optimizer, schedule, progress, **settings)
+    return list(trainer.train_epoch())
 
 
 # The schedule
@@ -126,7 +118,7 @@ def test_the_last_group_is_averaged_over_its_own_size(tmp_path: Path, accum_iter
 def test_progress_follows_the_updates_and_sums_up_the_batches(tmp_path: Path) -> None:
     model, progress = Slope(), Progress()
     model.w.data.fill_(1.0)
-    steps = train_epoch(
+    steps = Trainer(
         model,
         lambda _, y: y,
         loader_of(constant_parts(tmp_path, 5), 1, 2),
@@ -135,7 +127,7 @@ def test_progress_follows_the_updates_and_sums_up_the_batches(tmp_path: Path) ->
         progress,
         accum_iter=2,
         device=CPU,
-    )
+    ).train_epoch()
     for number, step in enumerate(steps, start=1):
         assert step.loss == model.seen[-1]
         assert progress.loss_sum == sum(model.seen)
@@ -185,9 +177,9 @@ def test_ranks_share_the_files(tmp_path: Path) -> None:
 
 def test_too_few_files_are_told_with_the_mend(tmp_path: Path) -> None:
     dataset = constant_parts(tmp_path, 5)
-    with pytest.raises(InputError, match=r"found 5 patch files.*batch of 6.*--batch_size 5 or less"):
+    with pytest.raises(InputError, match=r"5 patch files.*batch of 6.*--batch_size 5 or less"):
         loader_of(dataset, 6, 1)
-    with pytest.raises(InputError, match=r"found 5 patch files for 3 process.*--batch_size 2 or less"):
+    with pytest.raises(InputError, match=r"5 patch files for 3 process.*--batch_size 2 or less"):
         loader_of(dataset, 4, 1, Ranks(1, 3))
     with pytest.raises(InputError, match=r"2 batches.*--accum_iter 2 or less"):
         loader_of(dataset, 2, 3, drop_last_group=True)
@@ -210,7 +202,7 @@ def test_a_loss_that_is_not_finite_names_the_files_of_its_batch(tmp_path: Path, 
     model, progress = Slope(), Progress()
     run_slope(loader_of(dataset, 2, 1), model, Progress(), 1)
     order, model = model.seen, Slope()
-    steps = train_epoch(
+    steps = Trainer(
         model,
         lambda xyz, y: y * (bad if order[3] in xyz else 1.0),
         loader_of(dataset, 2, 1),
@@ -220,13 +212,13 @@ def test_a_loss_that_is_not_finite_names_the_files_of_its_batch(tmp_path: Path, 
         accum_iter=1,
         device=CPU,
         name_of=lambda index: f"file{index + 1}.",
-    )
+    ).train_epoch()
     next(steps)
     w = model.w.item()
     with pytest.raises(InputError) as error:
         next(steps)
-    assert f"one of these files is bad: file{order[2]}., file{order[3]}.; lower --lr" in str(error.value)
-    assert f"the loss is {'nan' if math.isnan(bad) else '-inf'} at epoch 0, batch 1, learning rate 0.5" in str(
+    assert f"one of these files is bad: file{order[2]}., file{order[3]}.. Lower --lr" in str(error.value)
+    assert f"The loss is {'nan' if math.isnan(bad) else '-inf'} at epoch 0, batch 1, learning rate 0.5" in str(
         error.value
     )
     assert (model.w.item(), progress.updates, progress.batch) == (w, 1, 1)
@@ -256,7 +248,7 @@ def test_split_depends_on_the_seed_alone() -> None:
 
 @pytest.mark.parametrize(("count", "fraction", "held_out"), [(4, 0.1, 0), (4, 0.9, 4), (1, 0.5, 0)])
 def test_split_with_an_empty_side_is_refused(count: int, fraction: float, held_out: int) -> None:
-    with pytest.raises(InputError, match=rf"^--val_fraction {fraction} of {count} patch files is {held_out}: [^\n]*$"):
+    with pytest.raises(InputError, match=rf"^--val_fraction {fraction} of {count} patch files is {held_out}\. [^\n]*$"):
         split_files(count, fraction, seed=0)
 
 
@@ -306,7 +298,7 @@ def test_settings_that_bind_are_compared(tmp_path: Path, trained: tuple[nn.Modul
     save_checkpoint(path, *trained, Progress(), ARGS)
     changed = argparse.Namespace(batch_size=2, seed=1, lr=0.2)
     assert load_checkpoint(path, *trained, changed, ("batch_size",)) == Progress()
-    message = rf"^{path} was written with --seed 0, not 1: resume with the flags that it was written with$"
+    message = rf"^{path} was written with --seed 0, not 1\. Resume with the flags that it was written with\.$"
     with pytest.raises(InputError, match=message):
         load_checkpoint(path, *trained, changed, ("batch_size", "seed"))
 
@@ -411,7 +403,7 @@ def test_training_is_that_of_the_original(goldens: Path, tmp_path: Path, golden_
     settings = {"accum_iter": 2, "device": CPU, "drop_last_group": True}
     steps: list[Step] = []
     for epoch in range(2):
-        steps += train_epoch(model, contrastive_loss, loader, optimizer, schedule, progress, **settings)
+        steps += Trainer(model, contrastive_loss, loader, optimizer, schedule, progress, **settings).train_epoch()
         for name, value in model.state_dict().items():
             ours = value[:16, :16] if value.ndim == 2 else value[:64]
             np.testing.assert_allclose(ours, parameters[f"bagel|epoch{epoch}|{name}"], rtol=0, atol=2e-6)
@@ -450,8 +442,8 @@ def test_aligned_pairs_are_learned_and_scrambled_ones_are_not(tmp_path: Path, pa
     optimizer = make_optimizer(model, 1.5e-6)
     losses: list[float] = []
     while progress.epoch < schedule.total:
-        steps = train_epoch(model, contrastive_loss, loader, optimizer, schedule, progress, accum_iter=1, device=CPU)
-        losses += [step.loss for step in steps]
+        trainer = Trainer(model, contrastive_loss, loader, optimizer, schedule, progress, 1, CPU)
+        losses += [step.loss for step in trainer.train_epoch()]
     after = retrieval_accuracy(model, held_out)
     chance = 1 / RGB_GRID**2
     assert before < 2.5 * chance

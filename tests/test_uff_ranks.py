@@ -34,6 +34,7 @@ from utils.distributed import (
     all_reduce_floats,
     all_reduce_mean,
     choose_device,
+    find_mpirun_ranks,
     find_ranks,
     gather_names,
     is_main,
@@ -68,6 +69,24 @@ def test_ranks_come_from_the_environment_or_the_flags(monkeypatch: pytest.Monkey
     assert find_ranks(local_rank=1, world_size=8) == Ranks(5, 8, 3)
     with pytest.raises(InputError, match="--world_size 2, but the launcher started 8"):
         find_ranks(world_size=2)
+
+
+def test_ranks_of_mpirun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", *(f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "LOCAL_RANK"))):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "5")
+    with pytest.raises(InputError, match="reads OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_LOCAL_RANK, not set here"):
+        find_mpirun_ranks()
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "8")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1")
+    assert find_mpirun_ranks("tcp://host:1234") == Ranks(5, 8, 1)
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "4")
+    assert find_mpirun_ranks("tcp://host:1234") == Ranks(5, 8, 1, 4)
+    monkeypatch.setenv("MASTER_ADDR", "host")
+    with pytest.raises(InputError, match="Set MASTER_ADDR and MASTER_PORT, or give --dist_url"):
+        find_mpirun_ranks()
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    assert find_mpirun_ranks() == Ranks(5, 8, 1, 4)
 
 
 def test_device_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +279,23 @@ def test_two_processes_average_the_gradients_of_their_own_batches(lib: Path, tmp
 
 
 @pytest.mark.slow
+def test_two_processes_of_mpirun_train_as_two_of_torchrun(
+    lib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*SMALL, "--batch_size", "1", "--device", "cpu", "--data_path", lib]
+    finish(launch(*TORCHRUN, "fusion_pretrain.py", *flags, "--output_dir", tmp_path / "torchrun"))
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "OMPI_COMM_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    processes = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", rank)
+        monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", rank)
+        processes.append(launch("fusion_pretrain.py", *flags, "--dist_on_itp", "--output_dir", tmp_path / "mpirun"))
+    finish(*processes)
+    assert_same_run(tmp_path / "mpirun", tmp_path / "torchrun")
+
+
+@pytest.mark.slow
 def test_global_negatives_of_two_processes_are_a_batch_of_twice_the_size(tmp_path: Path) -> None:
     """With a smaller last group (5 batches of accum 2), and validation shared by the processes."""
     lib = write_parts(tmp_path / "lib", 13)
@@ -297,7 +333,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_costs_nothing(tmp_path:
     finish(*whole)
     # In mid-epoch as many processes have to go on.
     (said,) = finish(launch("fusion_pretrain.py", *flags[:-2], "--output_dir", last.parent, "--resume", last), code=2)
-    assert "was written in mid-epoch by 2 processes, not 1" in said.splitlines()[-1]
+    assert "was written mid-epoch with 2 processes, not 1" in said.splitlines()[-1]
     finish(*start("stopped+again", "--resume", last))
     assert_equal_training(last, tmp_path / "whole" / "checkpoint-last.pth")
     assert log_of(last.parent) == log_of(tmp_path / "whole")
@@ -313,5 +349,5 @@ def test_a_bad_loss_in_one_process_ends_both_and_names_its_file(tmp_path: Path) 
     said = finish(*(launch(*command, rank) for rank in (0, 1)), code=2)
     for each in said:
         line = each.splitlines()[-1]
-        assert "the loss is nan at epoch 0, batch " in line
+        assert "The loss is nan at epoch 0, batch " in line
         assert line.count(".safetensors") == 2

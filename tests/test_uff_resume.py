@@ -9,14 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from uff_runs import SMALL, assert_equal_training, finish, launch, log_of, read, run_main, write_parts
 
-import fusion_pretrain
-from utils.training import Progress, Step
+from runner import pretraining
+from runner.training import Step, Trainer
+from runner.training_state import Progress
 
 # Seven files make updates of 3, 3 and 1 batches: six updates in two epochs.
 SEVEN = ["--batch_size", "1", "--accum_iter", "3", "--save_steps", "1"]
@@ -41,7 +41,7 @@ def lib(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def straight(lib: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run, whose checkpoint-last.pth after each update is kept as after-<updates>.pth."""
     out = tmp_path_factory.mktemp("straight")
-    save = fusion_pretrain.save_checkpoint
+    save = pretraining.save_checkpoint
 
     def keep(path: Path, model: object, optimizer: object, progress: Progress, args: object) -> None:
         save(path, model, optimizer, progress, args)
@@ -50,7 +50,7 @@ def straight(lib: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(path, aside)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fusion_pretrain, "save_checkpoint", keep)
+        patch.setattr(pretraining, "save_checkpoint", keep)
         return run_main(lib, out, *SEVEN)
 
 
@@ -78,11 +78,11 @@ def test_the_checkpoint_of_an_epoch_leads_to_the_same_end(lib: Path, straight: P
 def stop_after(updates: int) -> Iterator[None]:
     """A request to stop that comes with so many updates made."""
     made = 0
-    train = fusion_pretrain.train_epoch
+    train = Trainer.train_epoch
 
-    def counted(*parts: Any, **settings: Any) -> Iterator[Step]:
+    def counted(trainer: Trainer) -> Iterator[Step]:
         nonlocal made
-        for step in train(*parts, **settings):
+        for step in train(trainer):
             made += step.grad_norm is not None
             yield step
 
@@ -94,8 +94,8 @@ def stop_after(updates: int) -> Iterator[None]:
         yield requested
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fusion_pretrain, "stop_requests", requests)
-        patch.setattr(fusion_pretrain, "train_epoch", counted)
+        patch.setattr(pretraining, "stop_requests", requests)
+        patch.setattr(Trainer, "train_epoch", counted)
         yield
 
 
@@ -169,7 +169,7 @@ def test_other_flags_are_refused(
         run_main(lib, tmp_path, *SEVEN, flag, other, "--resume", written)
     assert stop.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"error: {written} was written with {flag} {value}, not {other}: resume with the flags" in line
+    assert f"error: {written} was written with {flag} {value}, not {other}. Resume with the flags" in line
     assert not (tmp_path / "log.txt").exists()
 
 
@@ -185,7 +185,7 @@ def test_nothing_left_to_do_is_refused(
     with pytest.raises(SystemExit) as stop:
         run_main(lib, tmp_path, *SEVEN, *flags, "--resume", straight / "checkpoint-0.pth")
     assert stop.value.code == 2
-    assert f"{flags[0]} is {flags[1]}: raise it" in capsys.readouterr().err.splitlines()[-1]
+    assert f"{flags[0]} is {flags[1]}. Raise it" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_checkpoint_of_the_original_goes_on_after_its_epoch(lib: Path, straight: Path, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_signal_in_mid_epoch_costs_nothing(
     assert progress["epoch"] < 3
     assert progress["batch"] not in (0, 60), "the machine was so slow that an epoch had ended: not what is tested here"
     if code == 130:
-        assert f"stopped; go on with --resume {last}" in said
+        assert f"Stopped. Continue with --resume {last}" in said
         assert "Traceback" not in said
     run_main(many, tmp_path, "--resume", last, base=LONG)
     assert_equal_training(last, uninterrupted / "checkpoint-last.pth")

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import fusion_pretrain
+from runner.training import Batches, make_loader
 from utils.distributed import Ranks
 from utils.feature_store import PatchFileDataset, pair_rgb, resize_patches, write_features
 from utils.records import PatchFeatures
-from utils.training import Batches, make_loader
 
 ROOT = Path(fusion_pretrain.__file__).resolve().parent
 CPU = torch.device("cpu")

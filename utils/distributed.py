@@ -70,6 +70,24 @@ def find_ranks(local_rank: int | None = None, world_size: int | None = None, dis
     return Ranks(local_rank, world_size, local_rank, world_size)
 
 
+def find_mpirun_ranks(dist_url: str = "env://") -> Ranks:
+    """The place of this process from the environment that Open MPI's mpirun sets.
+
+    Raises:
+        InputError: the process was not started by mpirun, or several have no meeting point: neither `dist_url` nor
+            MASTER_ADDR and MASTER_PORT.
+    """
+    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    found = {name: os.environ.get(f"OMPI_COMM_WORLD_{name}") for name in names}
+    missing = [f"OMPI_COMM_WORLD_{name}" for name in names[:3] if found[name] is None]
+    if missing:
+        raise InputError(f"--dist_on_itp reads {', '.join(missing)}, not set here. Start with mpirun.")
+    ranks = Ranks(*(int(value) for value in found.values() if value is not None))
+    if ranks.world_size > 1 and dist_url == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise InputError("--dist_on_itp needs a meeting point. Set MASTER_ADDR and MASTER_PORT, or give --dist_url.")
+    return ranks
+
+
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device of this process: "auto" is the GPU numbered `local_rank` where there is one, else the CPU.
 
