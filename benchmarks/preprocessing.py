@@ -25,7 +25,6 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from benchmarks.measuring import median_seconds_of
 from utils import preprocessing
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, cluster_labels, fit_border_plane, remove_plane
-from utils.cleaning.progress import TEMPORARY
 from utils.scans.files import atomic_path
 from utils.scans.organized_pc import valid_mask
 from utils.synthetic import Plan, make_dataset
@@ -88,8 +87,8 @@ def throughput(raw: Path, scans: int, workers: int) -> float:
 
     def clean() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            job = preprocessing.Job(raw, Path(folder), CleaningRule(), keep_rgb=False, suffix=TEMPORARY)
-            assert len(preprocessing.preprocess(job, workers).done) == scans
+            config = preprocessing.Config(raw, Path(folder), workers, keep_rgb=False, dry_run=False, preview=None)
+            assert len(preprocessing.preprocess(config).done) == scans
 
     return scans / median_seconds_of(clean, REPEATS)
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dataset import SampleFiles, check_scan, pair_split, read_rgb
 from utils.cleaning.cloud_cleaning import CleaningRule, shows_table
-from utils.cleaning.journal import Scan, has_results, read_recorded
+from utils.cleaning.journal import Scan, has_results, read_manifest, script_of
 from utils.errors import InputError
 from utils.report import print_columns
 from utils.scans.images import defect_mask, open_image
@@ -153,18 +153,18 @@ def warn_of_unfinished_scans(dataset_path: Path, indexed: Mapping[str, Iterable[
     Told by the record and the sizes of the files, without reading them. Without a record nothing is said.
     """
     try:
-        recorded = read_recorded(dataset_path)
+        manifest = read_manifest(dataset_path)
     except InputError as error:
         logger.warning("%s", error)
         return
-    if recorded is None:
+    if manifest is None:
         return
     names = [f"{class_name}/{scan.path}" for class_name, scans in indexed.items() for scan in scans]
-    left = [name for name in names if not has_results(Scan(name, {}), recorded.scans.get(name, {}), dataset_path)]
+    left = [name for name in names if not has_results(Scan(name, {}), manifest.scans.get(name, {}), dataset_path)]
     if left:
         logger.warning(
             "%d of %d scans were not preprocessed as the others of %s (%s%s): run the command again that made it "
             "(python utils/%s.py)",
             *(len(left), len(names), dataset_path, ", ".join(left[:3]), ", ..." if len(left) > 3 else ""),
-            recorded.script,
+            script_of(manifest.settings),
         )

@@ -19,9 +19,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from utils.cleaning.cloud_cleaning import CleaningRule
 from utils.errors import exit_on_input_error
-from utils.preprocessing import Job
+from utils.preprocessing import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,8 +55,9 @@ def write_dataset(root: Path) -> Path:
     return root
 
 
-def job_for(source: Path, output: Path | None = None, keep_rgb: bool = False) -> Job:
-    return Job(source, output or source, CleaningRule(), keep_rgb, ".1.preprocessing")
+def config_for(dataset: Path, output_dir: Path | None = None, keep_rgb: bool = False, dry_run: bool = False) -> Config:
+    """Flags of a run in this process."""
+    return Config(dataset, output_dir, workers=1, keep_rgb=keep_rgb, dry_run=dry_run, preview=None)
 
 
 def contents(root: Path) -> dict[str, bytes]:

@@ -250,14 +250,14 @@ def faulty(fault: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(
     "fault, message",
     [
-        ("empty", "none of the 7200 pixels has a measurement"),
-        ("nan", "none of the 7200 pixels has a measurement"),
+        ("empty", "None of the 7200 pixels has a measurement"),
+        ("nan", "None of the 7200 pixels has a measurement"),
         ("millimeters", r"reach 5\d\d.*, expected meters and at most 100"),
         ("no border", r"^\d\d of the 3000 pixels within 10 of the image border .* expected 25% and at least 50"),
-        ("all plane", "nothing is left of the scan: 0 pixels lie off the plane"),
-        ("dust", "^60 of the 3000 pixels .* take the original scan if this one was cleaned before"),
-        ("rgb size", "the photograph is 79 x 90 and the point cloud 80 x 90"),
-        ("gt size", "the ground truth is 80 x 50 and the point cloud 80 x 90"),
+        ("all plane", "Nothing is left of the scan: 0 pixels lie off the plane"),
+        ("dust", "^60 of the 3000 pixels .* Take the original scan if this one was cleaned before"),
+        ("rgb size", r"The image is 79 x 90 \(H x W\), the point cloud 80 x 90"),
+        ("gt size", r"The ground truth is 80 x 50 \(H x W\), the point cloud 80 x 90"),
     ],
 )
 def test_clean_scan_names_the_fault(fault: str, message: str) -> None:
@@ -270,7 +270,7 @@ def test_a_part_of_scattered_points_is_not_kept() -> None:
     part = np.zeros(xyz.shape[:2], dtype=bool)
     part[20:70, 20:70] = True
     xyz[part & (np.random.default_rng(0).random(part.shape) < 0.9)] = 0
-    with pytest.raises(InputError, match=r"nothing is left of the scan: \d+ pixels lie off the plane and none has 30"):
+    with pytest.raises(InputError, match=r"Nothing is left of the scan: \d+ pixels lie off the plane and none has 30"):
         clean_scan(xyz, np.ones((80, 90, 3), np.uint8), None, RULE)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cleaning_runs import config_for
 from main_runs import printed, refusal
 from PIL import Image
 
@@ -275,9 +276,7 @@ def test_the_preview_leaves_out_scans_at_fault_and_says_so(
     assert all("gasket/" in line and "has a measurement" in line for line in said[1:])
 
     shutil.rmtree(root / "cookie")
-    with pytest.raises(
-        InputError, match=rf"none of {scans} scans can be shown .*gasket/test/bump/000, because none of"
-    ):
+    with pytest.raises(InputError, match=rf"None of {scans} scans can be shown .*gasket/test/bump/000: None of"):
         preprocessing.main([str(root), "--preview", str(tmp_path / "sheet.png")])
     assert not (root / "preprocessing.json").exists()
 
@@ -305,8 +304,8 @@ def test_the_preview_has_the_format_of_its_suffix(tmp_path: Path, name: str) -> 
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("sheet.txt", r"--preview .*sheet.txt names no picture format: end it in .png, .jpg, .* or .webp$"),
-        ("sheet", "names no picture format"),
+        ("sheet.txt", r"--preview .*sheet.txt names no image format. End it in .png, .jpg, .* or .webp"),
+        ("sheet", "names no image format"),
         ("file/sheet.png", r"file cannot be made \(File exists\): choose another --preview"),
         ("folder.png", r"folder.png cannot be written \(Is a directory\)"),
     ],
@@ -324,10 +323,10 @@ def test_a_preview_that_cannot_be_written_is_refused_before_anything_is_cleaned(
 def test_the_preview_needs_a_scan_that_is_not_cleaned(cleaned: Path, raw: Path, tmp_path: Path) -> None:
     root = tmp_path / "parts"
     assert preprocessing.main([str(raw), "--output_dir", str(root), "--workers", "1"]) == 0
-    job = preprocessing.Job(root, root, CleaningRule(), False, ".x")
+    config = config_for(root)
     (root / "preprocessing.json").rename(root / "kept.json")
     with pytest.raises(InputError, match="pixels within 10 of the image border"):  # cleaned, and nothing says so
-        preprocessing.preview(job, tmp_path / "sheet.png")
+        preprocessing.preview(config, tmp_path / "sheet.png")
     (root / "kept.json").rename(root / "preprocessing.json")
     with pytest.raises(InputError, match="is cleaned already"):
-        preprocessing.preview(job, tmp_path / "sheet.png")
+        preprocessing.preview(config, tmp_path / "sheet.png")

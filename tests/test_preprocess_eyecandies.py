@@ -20,8 +20,9 @@ from PIL import Image
 
 from dataset import AnomalyDataset, index_split
 from utils import preprocess_eyecandies as eyecandies
+from utils.cleaning.scan_processing import Summary
 from utils.errors import InputError
-from utils.preprocess_eyecandies import background, main, meters_of, organized_cloud, preprocess, unproject
+from utils.preprocess_eyecandies import Config, background, main, meters_of, organized_cloud, preprocess, unproject
 from utils.scans.organized_pc import read_organized_pc
 
 HEIGHT, WIDTH = 48, 64  # not square, so that rows and columns cannot be mistaken for each other
@@ -144,6 +145,10 @@ WRITTEN = [
 def run(root: Path, target: Path, *flags: object) -> int:
     """The script in this process: exit code 0 or 1, an InputError where the script would exit with 2."""
     return main(["--dataset_path", str(root), "--target_dir", str(target), "--workers", "1", *map(str, flags)])
+
+
+def convert(root: Path, target: Path, classes: list[str] | None = None) -> Summary:
+    return preprocess(Config(root, target, classes, light=4, workers=1))
 
 
 # ---- geometry
@@ -429,7 +434,7 @@ def test_a_target_of_another_converter_is_refused(published: Path, tmp_path: Pat
     target = tmp_path / "out"
     target.mkdir()
     (target / "preprocessing.json").write_text('{"schema": 1, "settings": {"cluster_eps": 0.006}, "scans": {}}')
-    with pytest.raises(InputError, match=r"out was written by the other script, utils/preprocessing.py: give another"):
+    with pytest.raises(InputError, match=r"out was written by the other script, utils/preprocessing.py. Give another"):
         run(published, target)
     assert sorted(contents(target)) == ["preprocessing.json"]
 
@@ -461,7 +466,7 @@ def test_bad_folders_and_classes_are_refused(published: Path, tmp_path: Path) ->
         (published / "Confetto/train/data/000_pose.txt", out, [], "is not a folder"),
         (published / "Confetto", out, [], "give the folder that holds the classes"),
         (tmp_path / "empty", out, [], "holds no <Class>/train/data/<number>_depth.png"),
-        (published, published, [], "is the dataset itself: give another folder"),
+        (published, published, [], "is the dataset itself. Give another folder"),
         (published, published / "Confetto" / "..", [], "is the dataset itself"),
         (published, tmp_path / "link", [], "is the dataset itself"),
         (published, out, ["--classes", "Confetto", "Gummy"], r"no samples Gummy/.*--classes takes Confetto$"),
@@ -484,7 +489,7 @@ def test_bad_arguments_exit_with_2(published: Path, tmp_path: Path, capsys: pyte
     for flags, message in [
         (["--light", 6], "invalid choice: 6"),
         (["--light", -1], "invalid choice: -1"),
-        (["--workers", 0], "--workers 0: expected at least 1"),
+        (["--workers", 0], "--workers is 0, expected at least 1"),
         (["--classes"], "expected at least one argument"),
     ]:
         with pytest.raises(SystemExit) as stopped:
@@ -626,11 +631,11 @@ def test_every_sample_faulty(published: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_a_second_run_does_nothing(published: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    first = preprocess(published, target, None, 4, workers=1)
+    first = convert(published, target)
     assert (first.done, first.skipped, first.failed) == (ALL, [], {})
     before, files = contents(target), [path for path in target.rglob("*.*") if path.name != "preprocessing.json"]
     times = [path.stat().st_mtime_ns for path in files]
-    second = preprocess(published, target, None, 4, workers=1)
+    second = convert(published, target)
     assert (second.done, sorted(second.skipped), second.failed) == ([], ALL, {})
     assert contents(target) == before
     assert [path.stat().st_mtime_ns for path in files] == times
@@ -641,7 +646,7 @@ def test_the_recorded_source_of_a_cloud_is_every_file_it_is_made_from(
     published: Path, tmp_path: Path, ending: str
 ) -> None:
     target = tmp_path / "out"
-    preprocess(published, target, None, 4, workers=1)
+    convert(published, target)
     source = published / "Confetto/train/data" / f"000_{ending}"
     original = source.read_bytes()
     shutil.copy(published / "Confetto/test_public/data" / f"00_{ending}", source)
@@ -649,8 +654,8 @@ def test_the_recorded_source_of_a_cloud_is_every_file_it_is_made_from(
         np.savetxt(source, camera_pose() + np.eye(4) * 1e-3)
     for content in (source.read_bytes(), original):
         source.write_bytes(content)
-        assert preprocess(published, target, None, 4, workers=1).done == ["Confetto/train/good/000"]
-        assert preprocess(published, target, None, 4, workers=1).done == []
+        assert convert(published, target).done == ["Confetto/train/good/000"]
+        assert convert(published, target).done == []
 
 
 def test_a_manifest_of_the_first_version_is_refused(published: Path, tmp_path: Path) -> None:
@@ -664,11 +669,11 @@ def test_a_manifest_of_the_first_version_is_refused(published: Path, tmp_path: P
 
 def test_a_result_that_is_gone_is_made_again(published: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    preprocess(published, target, None, 4, workers=1)
+    convert(published, target)
     before = contents(target)
     (target / "Confetto/test/bad/rgb/001.png").unlink()
     truncate(target / "Confetto/train/good/xyz/000.tiff", 500)
-    assert preprocess(published, target, None, 4, workers=1).done == [ALL[0], ALL[2]]
+    assert convert(published, target).done == [ALL[0], ALL[2]]
     assert contents(target) == before
 
 
@@ -687,47 +692,46 @@ def test_one_process_and_two_write_the_same_bytes(published: Path, tmp_path: Pat
     assert len(results[0]) == len(WRITTEN) + 2
 
 
-# 1: the empty manifest; per sample one within the writing of the tiff, then xyz, rgb and for the two of the test split
-# gt; the manifest.
-RENAMES = 1 + 3 + 4 + 4 + 1
+# 1: the empty manifest; per sample two or three files written, two or three put in place; the manifest.
+RENAMES = 1 + 6 + 6 + 4 + 1
 
 
-@pytest.mark.parametrize("rename", [1, 2, 3, 4, 5, 8, 9, 12, RENAMES, RENAMES + 1])
+@pytest.mark.parametrize("rename", [1, 3, 4, 5, 6, 9, 11, 15, RENAMES, RENAMES + 1])
 def test_a_run_killed_at_any_rename_is_continued(published: Path, tmp_path: Path, rename: int) -> None:
     target = tmp_path / "out"
-    preprocess(published, tmp_path / "expected", None, 4, workers=1)
+    convert(published, tmp_path / "expected")
     expected = contents(tmp_path / "expected")
     command = ("preprocess_eyecandies", "--dataset_path", published, "--target_dir", target)
     assert run_killed_at(rename, *command) == (-signal.SIGKILL if rename <= RENAMES else 0)
     for name, data in contents(target).items():  # whatever bears the name of a result is whole
         if name in expected and name != "preprocessing.json":
             assert data == expected[name]
-    summary = preprocess(published, target, None, 4, workers=1)
+    summary = convert(published, target)
     assert sorted(summary.done + summary.skipped) == ALL
-    assert len(summary.skipped) == (0 if rename < 3 else 1 if rename < 6 else 2 if rename < 10 else 3)
+    assert len(summary.skipped) == (0 if rename < 4 else 1 if rename < 9 else 2 if rename < 15 else 3)
     assert contents(target) == expected
 
 
 def test_a_killed_run_of_one_class_is_continued_by_a_run_of_another(published: Path, tmp_path: Path) -> None:
     write_sample(published / "Gummy/train/data", "000", 4)
     target = tmp_path / "out"
-    preprocess(published, tmp_path / "expected", None, 4, workers=1)
+    convert(published, tmp_path / "expected")
     command = ("preprocess_eyecandies", "--dataset_path", published, "--target_dir", target, "--classes", "Confetto")
-    assert run_killed_at(4, *command) == -signal.SIGKILL  # xyz of the first renamed, rgb not
-    assert preprocess(published, target, ["Gummy"], 4, workers=1).done == ["Gummy/train/good/000"]
-    assert preprocess(published, target, None, 4, workers=1).done == ALL[:2]
+    assert run_killed_at(5, *command) == -signal.SIGKILL  # xyz of the first renamed, rgb not
+    assert convert(published, target, ["Gummy"]).done == ["Gummy/train/good/000"]
+    assert convert(published, target).done == ALL[:2]
     assert contents(target) == contents(tmp_path / "expected")
 
 
 SLOW = """
 import sys, time
 from utils.preprocess_eyecandies import main
-from utils.cleaning.progress import Progress
-commit = Progress.commit
+from utils.cleaning.journal import Journal
+commit = Journal.commit
 def commit_and_wait(self, *args):
     commit(self, *args)
     time.sleep(0.1)
-Progress.commit = commit_and_wait
+Journal.commit = commit_and_wait
 sys.exit(main([*sys.argv[1:], "--workers", "2"]))
 """
 
@@ -737,7 +741,7 @@ def test_killing_a_run_of_two_processes_loses_no_sample(published: Path, tmp_pat
         for path in (published / "Confetto/train/data").glob("000_*"):
             shutil.copy(path, path.with_name(path.name.replace("000", f"{number:03d}")))
     target = tmp_path / "out"
-    preprocess(published, tmp_path / "expected", None, 4, workers=1)
+    convert(published, tmp_path / "expected")
     command = [sys.executable, "-c", SLOW, "--dataset_path", str(published), "--target_dir", str(target)]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     journal = target / "preprocessing.journal"
@@ -745,7 +749,7 @@ def test_killing_a_run_of_two_processes_loses_no_sample(published: Path, tmp_pat
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)  # the workers, too
     assert process.wait() == -signal.SIGKILL, "killed at work, not after it"
-    summary = preprocess(published, target, None, 4, workers=1)
+    summary = convert(published, target)
     assert summary.skipped and summary.done and not summary.failed
     assert contents(target) == contents(tmp_path / "expected")
 
@@ -756,40 +760,40 @@ def test_a_half_written_sample_of_another_class_without_temporary_files_is_no_tr
     write_sample(published / "Gummy/train/data", "000", 4)
     target = tmp_path / "out"
     command = ("preprocess_eyecandies", "--dataset_path", published, "--target_dir", target, "--classes", "Confetto")
-    assert run_killed_at(4, *command) == -signal.SIGKILL
+    assert run_killed_at(5, *command) == -signal.SIGKILL
     for path in target.rglob("*.preprocessing"):
         path.unlink()
-    assert preprocess(published, target, ["Gummy"], 4, workers=1).done == ["Gummy/train/good/000"]
-    assert preprocess(published, target, None, 4, workers=1).done == ALL
+    assert convert(published, target, ["Gummy"]).done == ["Gummy/train/good/000"]
+    assert convert(published, target).done == ALL
 
 
 def test_refusals_name_no_flag_of_another_script(published: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="give another output folder"):
+    with pytest.raises(InputError, match=r"Give another output folder|give another output folder"):
         run(published, published / "Confetto/train/data/000_pose.txt")
     assert run(published, tmp_path / "out") == 0
-    with pytest.raises(InputError, match="give another output folder"):
+    with pytest.raises(InputError, match=r"Give another output folder|give another output folder"):
         run(published, tmp_path / "out", "--light", 2)
 
 
 def test_a_changed_mask_does_not_leave_a_sample_in_two_folders(published: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    preprocess(published, target, None, 4, workers=1)
+    convert(published, target)
     masks = published / "Confetto/test_public/data"
     shutil.copy(masks / "01_mask.png", masks / "00_mask.png")
-    summary = preprocess(published, target, None, 4, workers=1)
+    summary = convert(published, target)
     assert (summary.done, list(summary.failed)) == ([], ["Confetto/test/bad/000"])
-    assert "converted as Confetto/test/good/000: delete " in summary.failed["Confetto/test/bad/000"]
+    assert "converted as Confetto/test/good/000. Delete " in summary.failed["Confetto/test/bad/000"]
     for path in target.glob("Confetto/test/good/*/000.*"):
         path.unlink()
-    assert preprocess(published, target, None, 4, workers=1).done == ["Confetto/test/bad/000"]
+    assert convert(published, target).done == ["Confetto/test/bad/000"]
 
 
 def test_scans_of_others_are_not_written_over(published: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    preprocess(published, target, None, 4, workers=1)
+    convert(published, target)
     (target / "preprocessing.json").unlink()
     before = contents(target)
-    with pytest.raises(InputError, match=r"holds scans, such as .* and no preprocessing.json"):
+    with pytest.raises(InputError, match=r"holds scans of another origin, such as .* and no preprocessing.json"):
         run(published, target)
     assert contents(target) == before
 
@@ -803,7 +807,7 @@ def test_folders_that_are_hidden_or_may_not_be_read() -> None:
         root.parent.chmod(0o777)
         locked.chmod(0)
         with unprivileged():
-            summary = preprocess(root, root.parent / "out", None, 4, workers=1)
+            summary = convert(root, root.parent / "out")
         locked.chmod(0o777)
         assert summary.done == ["Gummy/train/good/000"]
         assert list(summary.failed) == ["Confetto/train"]

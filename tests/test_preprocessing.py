@@ -3,15 +3,16 @@
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cleaning_runs import ALL, call_script, contents, job_for, run_killed_at, run_script, write_dataset, write_scan
+from cleaning_runs import ALL, call_script, config_for, contents, run_killed_at, run_script, write_dataset, write_scan
 from PIL import Image
 
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
-from utils.cleaning.progress import locked
+from utils.cleaning.journal import locked
 from utils.errors import InputError
 from utils.preprocessing import find_scans, main, preprocess
 from utils.scans.organized_pc import read_organized_pc, valid_mask, write_organized_pc
@@ -25,7 +26,7 @@ def dataset(tmp_path: Path) -> Path:
 def test_writes_what_clean_scan_makes_of_each_scan_and_only_that(dataset: Path, tmp_path: Path) -> None:
     before = contents(dataset)
     out = tmp_path / "out"
-    summary = preprocess(job_for(dataset, out), workers=1)
+    summary = preprocess(config_for(dataset, out))
     assert (summary.done, summary.skipped, summary.failed) == (ALL, [], {})
     assert contents(dataset) == before
     assert sorted(contents(out)) == sorted([*before, "preprocessing.json"])
@@ -43,42 +44,42 @@ def test_writes_what_clean_scan_makes_of_each_scan_and_only_that(dataset: Path, 
         assert np.array_equal(np.asarray(Image.open(out / folder / "rgb" / f"{stem}.png")), rgb)
         if padded is not None:
             assert np.array_equal(np.asarray(Image.open(out / folder / "gt" / f"{stem}.png")), padded)
-    preprocess(job_for(dataset), workers=1)
+    preprocess(config_for(dataset))
     assert contents(dataset) == contents(out)  # in place the same, manifest included
 
 
 def test_a_second_run_does_nothing(dataset: Path) -> None:
-    preprocess(job_for(dataset), workers=1)
+    preprocess(config_for(dataset))
     before = {p: p.stat().st_mtime_ns for p in dataset.rglob("*.*") if p.name != "preprocessing.json"}
-    summary = preprocess(job_for(dataset), workers=1)
+    summary = preprocess(config_for(dataset))
     assert (summary.done, summary.skipped, summary.failed) == ([], ALL, {})
     assert before == {p: p.stat().st_mtime_ns for p in dataset.rglob("*.*") if p.name != "preprocessing.json"}
 
 
 def test_new_scans_are_added_to_those_done(dataset: Path) -> None:
-    preprocess(job_for(dataset), workers=1)
+    preprocess(config_for(dataset))
     write_scan(dataset / "dowel" / "train" / "good", "000", 5, with_gt=False)
-    summary = preprocess(job_for(dataset), workers=1)
+    summary = preprocess(config_for(dataset))
     assert (summary.done, summary.skipped) == (["dowel/train/good/000"], ALL)
     assert len(json.loads((dataset / "preprocessing.json").read_text())["scans"]) == 4
 
 
 def test_keep_rgb_only_pads_the_photograph(dataset: Path) -> None:
     photo = np.asarray(Image.open(dataset / "bagel/test/hole/rgb/000.png"))
-    preprocess(job_for(dataset, keep_rgb=True), workers=1)
+    preprocess(config_for(dataset, keep_rgb=True))
     padded = np.asarray(Image.open(dataset / "bagel/test/hole/rgb/000.png"))
     assert np.array_equal(padded[30:70, 28:72], photo)
     assert padded.sum() == photo.sum()
 
 
 def test_changed_parameters_are_refused(dataset: Path) -> None:
-    preprocess(job_for(dataset), workers=1)
+    preprocess(config_for(dataset))
     before = contents(dataset)
-    with pytest.raises(InputError, match=r"keep_rgb False \(now True\): keep to that, give another output folder"):
-        preprocess(job_for(dataset, keep_rgb=True), workers=1)
-    other = job_for(dataset)._replace(rule=CleaningRule(cluster_eps=0.005))
+    with pytest.raises(InputError, match=r"keep_rgb False \(now True\)\. Keep to that, give another output folder"):
+        preprocess(config_for(dataset, keep_rgb=True))
+    other = replace(config_for(dataset, dry_run=True), rule=CleaningRule(cluster_eps=0.005))
     with pytest.raises(InputError, match=r"cluster_eps 0.006 \(now 0.005\)"):
-        preprocess(other, workers=1, dry_run=True)
+        preprocess(other)
     assert contents(dataset) == before
 
 
@@ -88,10 +89,10 @@ def test_dry_run_writes_nothing_and_finds_what_headers_tell(dataset: Path, tmp_p
     tiff.write_bytes(tiff.read_bytes()[:-1000])
     before = contents(tmp_path)
     for output in (None, tmp_path / "out"):
-        summary = preprocess(job_for(dataset, output), workers=1, dry_run=True)
+        summary = preprocess(config_for(dataset, output, dry_run=True))
         assert summary.done == ALL[:1]
         photo = dataset / "bagel/train/good/rgb/000.png"
-        reason = f"{photo} is 41 x 44, its xyz file 40 x 44 (H x W): restore them from the dataset"
+        reason = f"{photo} is 41 x 44, its xyz file 40 x 44 (H x W). Restore them from the dataset."
         assert summary.failed[ALL[1]] == reason
         assert "cut short" in summary.failed[ALL[2]]
     assert contents(tmp_path) == before
@@ -106,16 +107,16 @@ def test_ground_truth_is_needed_for_defective_scans_alone(dataset: Path) -> None
     scans, failed = find_scans(dataset)
     good = ["bagel/test/good/000", "bagel/test/good/001"]
     assert [scan.name for scan in scans] == [*good, *ALL]
-    assert [scan.modalities for scan in scans[:2]] == [("xyz", "rgb", "gt"), ("xyz", "rgb")]
+    assert [tuple(scan.sources) for scan in scans[:2]] == [("xyz", "rgb", "gt"), ("xyz", "rgb")]
     assert list(failed) == ["bagel/test/hole/001"]
     assert "gt/001.png missing" in failed["bagel/test/hole/001"]
     (dataset / "bagel/test/hole/gt/000.png").unlink()
     scans, failed = find_scans(dataset)
     assert [scan.name for scan in scans] == [*good, *ALL[1:]]
     assert list(failed) == ["bagel/test/hole"]
-    assert "none of its 2 scans has ground truth, expected " in failed["bagel/test/hole"]
-    assert preprocess(job_for(dataset), workers=1).done == [*good, *ALL[1:]]
-    assert preprocess(job_for(dataset), workers=1).skipped == [*good, *ALL[1:]]
+    assert "None of its 2 scans has ground truth, expected " in failed["bagel/test/hole"]
+    assert preprocess(config_for(dataset)).done == [*good, *ALL[1:]]
+    assert preprocess(config_for(dataset)).skipped == [*good, *ALL[1:]]
 
 
 def test_hidden_folders_are_no_classes(dataset: Path) -> None:
@@ -124,10 +125,10 @@ def test_hidden_folders_are_no_classes(dataset: Path) -> None:
 
 
 def test_an_already_cleaned_dataset_without_manifest_is_not_cleaned_twice(dataset: Path) -> None:
-    preprocess(job_for(dataset), workers=1)
+    preprocess(config_for(dataset))
     (dataset / "preprocessing.json").unlink()
     before = contents(dataset)
-    summary = preprocess(job_for(dataset), workers=1)
+    summary = preprocess(config_for(dataset))
     assert list(summary.failed) == ALL
     assert all("was cleaned before" in reason for reason in summary.failed.values())
     (dataset / "preprocessing.json").unlink()
@@ -142,24 +143,24 @@ def test_a_cleaned_part_that_reaches_the_border_is_not_cleaned_twice(tmp_path: P
     write_organized_pc(folder / "xyz/000.tiff", np.stack([x, y, 0.5 - height], 2).astype(np.float32))
     (folder / "rgb").mkdir()
     Image.new("RGB", (300, 300), "red").save(folder / "rgb/000.png")
-    assert preprocess(job_for(tmp_path / "parts"), workers=1).done == ["rod/train/good/000"]
+    assert preprocess(config_for(tmp_path / "parts")).done == ["rod/train/good/000"]
     (tmp_path / "parts/preprocessing.json").unlink()
     before = contents(folder)
     assert valid_mask(read_organized_pc(folder / "xyz/000.tiff"))[:, 0].any()
-    failed = preprocess(job_for(tmp_path / "parts"), workers=1).failed
-    assert "take the original scan if this one was cleaned before" in failed["rod/train/good/000"]
+    failed = preprocess(config_for(tmp_path / "parts")).failed
+    assert "Take the original scan if this one was cleaned before" in failed["rod/train/good/000"]
     assert contents(folder) == before
 
 
 def test_restored_originals_are_done_again_and_foreign_files_refused(dataset: Path, tmp_path: Path) -> None:
     shutil.copytree(dataset, tmp_path / "originals")
-    preprocess(job_for(dataset), workers=1)
+    preprocess(config_for(dataset))
     cleaned = contents(dataset)
     folder = Path("bagel/train/good")
     for name in ("xyz/000.tiff", "rgb/000.png"):
         shutil.copy(tmp_path / "originals" / folder / name, dataset / folder / name)
     Image.new("RGB", (100, 100)).save(dataset / folder / "rgb/001.png")
-    summary = preprocess(job_for(dataset), workers=1)
+    summary = preprocess(config_for(dataset))
     assert (summary.done, summary.skipped) == ([ALL[1]], [ALL[0]])
     assert "changed after preprocessing" in summary.failed[ALL[2]]
     after = contents(dataset)
@@ -169,7 +170,7 @@ def test_restored_originals_are_done_again_and_foreign_files_refused(dataset: Pa
 def test_bad_arguments_and_folders_exit_with_2(dataset: Path, tmp_path: Path) -> None:
     for args, message in [
         ([tmp_path / "none"], "is not a folder"),
-        ([dataset / "bagel"], "give the folder that holds the classes"),
+        ([dataset / "bagel"], "Give the folder that holds the classes"),
         ([dataset, "--workers", "0"], "expected at least 1"),
         ([dataset, "--output_dir", dataset / "bagel/test/hole/rgb/000.png"], "cannot be made"),
     ]:
@@ -180,27 +181,27 @@ def test_bad_arguments_and_folders_exit_with_2(dataset: Path, tmp_path: Path) ->
 
 
 def test_two_runs_on_one_folder_do_not_meet(dataset: Path) -> None:
-    with locked(dataset), pytest.raises(InputError, match="another run is preprocessing"):
-        preprocess(job_for(dataset), workers=1)
-    assert preprocess(job_for(dataset), workers=1).done == ALL
+    with locked(dataset), pytest.raises(InputError, match="Another run is preprocessing"):
+        preprocess(config_for(dataset))
+    assert preprocess(config_for(dataset)).done == ALL
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": 2}', '{"schema": 1, "settings": {}}'])
 def test_a_damaged_manifest_is_refused(dataset: Path, content: str) -> None:
     (dataset / "preprocessing.json").write_text(content)
     before = contents(dataset)
-    with pytest.raises(InputError, match=r"preprocessing.json .*is damaged|was preprocessed with"):
-        preprocess(job_for(dataset), workers=1)
+    with pytest.raises(InputError, match=r"preprocessing.json is (damaged|from a newer)|was preprocessed with"):
+        preprocess(config_for(dataset))
     assert contents(dataset) == before
 
 
-# 1: the empty manifest; per scan one within the writing of the tiff, then xyz, rgb (and gt for the first scan).
-RENAMES = 1 + 4 + 3 + 3 + 1
+# 1: the empty manifest; per scan two files (three for the first) written, then put in place; the manifest.
+RENAMES = 1 + 6 + 4 + 4 + 1
 
 
 @pytest.mark.parametrize("rename", range(1, RENAMES + 2))
 def test_a_run_killed_at_any_rename_is_continued(dataset: Path, tmp_path: Path, rename: int) -> None:
-    preprocess(job_for(dataset, tmp_path / "expected"), workers=1)
+    preprocess(config_for(dataset, tmp_path / "expected"))
     original = contents(dataset)
     expected = contents(tmp_path / "expected")
     killed = rename <= RENAMES
@@ -209,9 +210,9 @@ def test_a_run_killed_at_any_rename_is_continued(dataset: Path, tmp_path: Path, 
         if Path(name).suffix in (".png", ".tiff") and not Path(name).name.startswith("."):
             assert data in (original[name], expected[name])
     half_done = contents(dataset)
-    foreseen = preprocess(job_for(dataset), workers=1, dry_run=True)
+    foreseen = preprocess(config_for(dataset, dry_run=True))
     assert contents(dataset) == half_done
-    summary = preprocess(job_for(dataset), workers=1)
+    summary = preprocess(config_for(dataset))
     assert foreseen == summary
     assert sorted(summary.done + summary.skipped) == ALL
     assert not summary.failed
@@ -219,13 +220,13 @@ def test_a_run_killed_at_any_rename_is_continued(dataset: Path, tmp_path: Path, 
 
 
 def test_a_journal_line_cut_short_counts_for_nothing(dataset: Path, tmp_path: Path) -> None:
-    preprocess(job_for(dataset, tmp_path / "expected"), workers=1)
+    preprocess(config_for(dataset, tmp_path / "expected"))
     assert (
-        run_killed_at(3, "preprocessing", dataset) == -signal.SIGKILL
+        run_killed_at(5, "preprocessing", dataset) == -signal.SIGKILL
     )  # the first journal line is written, nothing renamed
     journal = dataset / "preprocessing.journal"
     journal.write_text(journal.read_text()[:-20])
-    assert preprocess(job_for(dataset), workers=1).done == ALL
+    assert preprocess(config_for(dataset)).done == ALL
     assert contents(dataset) == contents(tmp_path / "expected")
 
 
@@ -233,15 +234,14 @@ def test_a_half_written_scan_without_its_temporary_files_is_refused_until_restor
     dataset: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(dataset, tmp_path / "originals")
-    preprocess(job_for(dataset, tmp_path / "expected"), workers=1)
-    assert run_killed_at(4, "preprocessing", dataset) == -signal.SIGKILL  # xyz renamed, rgb and gt not
+    preprocess(config_for(dataset, tmp_path / "expected"))
+    assert run_killed_at(6, "preprocessing", dataset) == -signal.SIGKILL  # xyz renamed, rgb and gt not
     for path in dataset.rglob("*.preprocessing"):
         path.unlink()
     for dry_run in (True, False, False):
-        with pytest.raises(InputError, match=r"hole/000 was left half written.*hole/xyz/000.tiff.*hole/rgb/000.png"):
-            preprocess(job_for(dataset), workers=1, dry_run=dry_run)
+        assert list(preprocess(config_for(dataset, dry_run=dry_run)).failed) == ALL[:1]
     shutil.copy(tmp_path / "originals/bagel/test/hole/xyz/000.tiff", dataset / "bagel/test/hole/xyz/000.tiff")
-    assert preprocess(job_for(dataset), workers=1).done == ALL
+    assert preprocess(config_for(dataset)).done == ALL[:1]
     assert contents(dataset) == contents(tmp_path / "expected")
 
 
@@ -270,10 +270,10 @@ def test_processes_survive_a_faulty_scan(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_what_was_cleaned_in_place_is_not_cleaned_again_elsewhere(dataset: Path, tmp_path: Path) -> None:
-    preprocess(job_for(dataset), workers=1)
+    preprocess(config_for(dataset))
     before = contents(dataset)
-    with pytest.raises(InputError, match=r"preprocessed already .*cleaning them twice ruins them"):
-        preprocess(job_for(dataset, tmp_path / "again"), workers=1)
+    with pytest.raises(InputError, match=r"preprocessed already .*Cleaning them twice ruins them"):
+        preprocess(config_for(dataset, tmp_path / "again"))
     assert contents(dataset) == before
     assert not (tmp_path / "again").exists()
 

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 import tifffile
-from cleaning_runs import ALL, ROOT, contents, job_for, run_script, write_dataset
+from cleaning_runs import ALL, ROOT, config_for, contents, run_script, write_dataset
 from PIL import Image
 
-from utils.cleaning import progress, scan_processing
+from utils.cleaning import journal, scan_processing, worker_pool
 from utils.cleaning.journal import Record, Scan
 from utils.errors import InputError
 from utils.preprocessing import preprocess
+from utils.scans import json_records
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.slow
 def test_a_full_disk_loses_nothing_and_the_rest_follows(small_disk: Path, tmp_path: Path) -> None:
     root = write_dataset(small_disk / "parts")
-    preprocess(job_for(root, tmp_path / "expected"), workers=1)
+    preprocess(config_for(root, tmp_path / "expected"))
     original, expected = contents(root), contents(tmp_path / "expected")
     result = run_script("preprocessing", root, "--workers", 2)
     assert (result.returncode, "Traceback" in result.stderr) == (1, False)
@@ -75,7 +76,7 @@ def test_a_full_disk_loses_nothing_and_the_rest_follows(small_disk: Path, tmp_pa
 
 def test_a_disk_without_room_for_the_manifest_stops_the_run_before_it_starts(small_disk: Path, tmp_path: Path) -> None:
     root = write_dataset(small_disk / "parts")
-    preprocess(job_for(root, tmp_path / "expected"), workers=1)
+    preprocess(config_for(root, tmp_path / "expected"))
     with (small_disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
         while True:
             filler.write(bytes(4096))
@@ -116,7 +117,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: i
         (tifffile, "imwrite", 1, "bagel/test/hole/xyz/000.tiff"),
         (Image.Image, "save", 2, "bagel/test/hole/gt/000.png"),
         (scan_processing, "sync", 2, "bagel/test/hole/rgb/000.png"),
-        (progress.os, "fsync", 5, "preprocessing.journal"),
+        (journal.os, "fsync", 5, "preprocessing.journal"),
     ],
 )
 def test_a_write_that_fails_is_one_failed_scan(
@@ -130,57 +131,57 @@ def test_a_write_that_fails_is_one_failed_scan(
     partly: bool,
 ) -> None:
     """Calls are those for the first scan; the fifth fsync is of the journal, after the manifest and three files."""
-    preprocess(job_for(dataset, tmp_path / "expected"), workers=1)
+    preprocess(config_for(dataset, tmp_path / "expected"))
     original, expected = contents(dataset), contents(tmp_path / "expected")
     with monkeypatch.context() as patch:
         fail_once(patch, owner, function, call, partly)
-        summary = preprocess(job_for(dataset), workers=1)
+        summary = preprocess(config_for(dataset))
     mend = "cannot be written (No space left on device): free disk space and run the same command again"
     assert (summary.done, summary.failed) == (ALL[1:], {ALL[0]: f"{dataset / file} {mend}"})
     found = contents(dataset)
     assert found.keys() == expected.keys()
     assert all(found[name] == original[name] for name in original if "hole" in name)
-    summary = preprocess(job_for(dataset), workers=1)
+    summary = preprocess(config_for(dataset))
     assert (summary.done, summary.skipped) == (ALL[:1], ALL[1:])
     assert contents(dataset) == expected
 
 
 def test_a_line_of_the_journal_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    journal, limits = tmp_path / "journal", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path, limits = tmp_path / "journal", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # the second line is cut short, as on a full disk
     try:
-        progress._append(journal, b"a" * 59 + b"\n")
+        journal._append(path, b"a" * 59 + b"\n")
         with pytest.raises(OSError, match="No space left"):
-            progress._append(journal, b"b" * 59 + b"\n")
-        progress._append(journal, b"c" * 29 + b"\n")
+            journal._append(path, b"b" * 59 + b"\n")
+        journal._append(path, b"c" * 29 + b"\n")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert journal.read_bytes() == b"a" * 59 + b"\n" + b"c" * 29 + b"\n"
+    assert path.read_bytes() == b"a" * 59 + b"\n" + b"c" * 29 + b"\n"
 
 
 def test_a_manifest_that_cannot_be_written_at_the_end_is_made_of_the_journal(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    preprocess(job_for(dataset, tmp_path / "expected"), workers=1)
+    preprocess(config_for(dataset, tmp_path / "expected"))
     with monkeypatch.context() as patch:
-        fail_once(patch, progress, "sync", 2)  # the first is of the empty manifest at the start
-        summary = preprocess(job_for(dataset), workers=1)
+        fail_once(patch, json_records.os, "fsync", 12)  # of the manifest: after one, and four and three and three
+        summary = preprocess(config_for(dataset))
     assert (summary.done, list(summary.failed)) == (ALL, ["preprocessing.json"])
     assert "preprocessing.journal keeps what is done" in summary.failed["preprocessing.json"]
     assert (dataset / "preprocessing.journal").is_file()
-    assert preprocess(job_for(dataset), workers=1).skipped == ALL
+    assert preprocess(config_for(dataset)).skipped == ALL
     assert contents(dataset) == contents(tmp_path / "expected")
 
 
 def test_a_rename_that_fails_stops_the_run_and_the_next_goes_on(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    preprocess(job_for(dataset, tmp_path / "expected"), workers=1)
+    preprocess(config_for(dataset, tmp_path / "expected"))
     with monkeypatch.context() as patch:
-        fail_once(patch, Path, "replace", 4)  # the manifest, the tiff, xyz in place, rgb in place
+        fail_once(patch, Path, "replace", 6)  # the manifest, three files written, xyz in place, rgb in place
         with pytest.raises(InputError, match="free disk space and run the same command again"):
-            preprocess(job_for(dataset), workers=1)
-    assert preprocess(job_for(dataset), workers=1).done == ALL[1:]
+            preprocess(config_for(dataset))
+    assert preprocess(config_for(dataset)).done == ALL[1:]
     assert contents(dataset) == contents(tmp_path / "expected")
 
 
@@ -205,10 +206,10 @@ with exit_on_input_error():
     [
         (None, "parts", ""),
         (None, "new/out", ""),
-        ("parts", "parts", "{locked} is not writable: change its permissions or give another output folder"),
-        ("parts/bagel/test/hole/rgb", "parts", "{locked} is not writable: change its permissions"),
-        ("out", "out", "{locked} is not writable: change its permissions"),
-        ("above", "above/out", "{locked}/out cannot be made (Permission denied): give another output folder"),
+        ("parts", "parts", "{locked} is not writable. Change its permissions or give another output folder."),
+        ("parts/bagel/test/hole/rgb", "parts", "{locked} is not writable. Change its permissions"),
+        ("out", "out", "{locked} is not writable. Change its permissions"),
+        ("above", "above/out", "{locked}/out cannot be made (Permission denied). Give another output folder"),
     ],
 )
 def test_a_read_only_folder_is_one_sentence(locked: str | None, output: str, message: str) -> None:
@@ -254,12 +255,11 @@ def work_or_be_killed(scan: Scan, log: Path) -> Record:
 def test_a_killed_worker_costs_only_the_scan_that_it_dies_of(tmp_path: Path) -> None:
     names = ["0", "once", "1", "raises", *map(str, range(2, 15)), "always", *map(str, range(15, 20))]
     work = partial(work_or_be_killed, log=tmp_path / "log")
-    outcomes = list(scan_processing._process_all([Scan(name, {}) for name in names], work, workers=2))
+    outcomes = list(worker_pool.process_all([Scan(name, {}) for name in names], work, workers=2))
     assert sorted(scan.name for scan, _ in outcomes) == sorted(names)
     failed = {scan.name: outcome for scan, outcome in outcomes if isinstance(outcome, str)}
     assert failed == {
-        "always": "the process that worked on it was killed twice, the machine may be out of memory: "
-        "run again with fewer --workers",
+        "always": worker_pool.KILLED,
         "raises": "a.tiff cannot be read (Input/output error): check the disk and copy it again from its source",
     }
     assert (tmp_path / "log").read_text().split().count("always") == 2
@@ -268,7 +268,7 @@ def test_a_killed_worker_costs_only_the_scan_that_it_dies_of(tmp_path: Path) -> 
 def test_a_name_too_long_for_temporary_files_is_one_failed_scan(dataset: Path) -> None:
     for path in dataset.glob("bagel/train/good/*/000.*"):
         path.rename(path.with_stem("0" * 249))
-    summary = preprocess(job_for(dataset), workers=1)
+    summary = preprocess(config_for(dataset))
     assert len(summary.done) == 2
     (reason,) = summary.failed.values()
     assert reason.endswith("(File name too long): shorten the name of the scan's files and run the same command again")
@@ -283,7 +283,7 @@ def test_a_reader_that_is_gone_is_no_traceback(dataset: Path, flag: str) -> None
     os.close(write)
     assert result.returncode == 141
     assert "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr
-    assert preprocess(job_for(dataset, keep_rgb=True), workers=1).skipped == ([] if flag == "--dry_run" else ALL)
+    assert preprocess(config_for(dataset, keep_rgb=True)).skipped == ([] if flag == "--dry_run" else ALL)
 
 
 def children(process: int) -> list[int]:
@@ -327,6 +327,6 @@ def test_workers_end_with_a_killed_main_process(dataset: Path, tmp_path: Path) -
     for worker in left:
         os.kill(worker, signal.SIGKILL)
     assert not left
-    summary = preprocess(job_for(dataset), workers=1)
+    summary = preprocess(config_for(dataset))
     assert summary.skipped and not summary.failed
     assert not list(dataset.rglob("*.preprocessing"))

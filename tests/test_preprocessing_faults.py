@@ -13,8 +13,8 @@ import tifffile
 from cleaning_runs import (
     ALL,
     call_script,
+    config_for,
     contents,
-    job_for,
     raw_cloud,
     run_killed_at,
     run_script,
@@ -24,7 +24,7 @@ from cleaning_runs import (
 from PIL import Image
 
 from dataset import index_split
-from utils.cleaning import progress
+from utils.cleaning import journal
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, pad_to_square
 from utils.errors import InputError
 from utils.preprocessing import main, preprocess
@@ -74,13 +74,13 @@ def removed(name: str) -> Callable[[Files], object]:
 
 
 FAULTS: dict[str, tuple[Callable[[Files], object], str]] = {  # what happens to a scan, what is said of it
-    "all_zero": (cloud(lambda xyz: xyz.fill(0)), "none of the 1760 pixels has a measurement"),
-    "all_nan": (cloud(lambda xyz: xyz.fill(np.nan)), "none of the 1760 pixels has a measurement"),
-    "one_axis_nan": (cloud(lambda xyz: xyz[..., 1].fill(np.nan)), "none of the 1760 pixels has a measurement"),
+    "all_zero": (cloud(lambda xyz: xyz.fill(0)), "None of the 1760 pixels has a measurement"),
+    "all_nan": (cloud(lambda xyz: xyz.fill(np.nan)), "None of the 1760 pixels has a measurement"),
+    "one_axis_nan": (cloud(lambda xyz: xyz[..., 1].fill(np.nan)), "None of the 1760 pixels has a measurement"),
     "millimeters": (cloud(lambda xyz: np.multiply(xyz, 1000, out=xyz)), "expected meters and at most 100"),
     "few_border_points": (cloud(few_border_points), "40 of the 1280 pixels within 10 of the image border"),
     "no_plane": (cloud(no_plane), "% of the 1280 measurements within 10 pixels of the image border lie on one plane"),
-    "everything_plane": (cloud(everything_plane), "nothing is left of the scan: 0 pixels lie off the plane"),
+    "everything_plane": (cloud(everything_plane), "Nothing is left of the scan: 0 pixels lie off the plane"),
     "rgb_size": (resized("rgb", "RGB"), "41 x 44"),
     "gt_size": (resized("gt", "L"), "41 x 44"),
     "no_xyz": (removed("xyz"), "xyz/no_xyz.tiff missing"),
@@ -99,7 +99,7 @@ FAULTS: dict[str, tuple[Callable[[Files], object], str]] = {  # what happens to 
     ),
     "two_rgb": (
         lambda files: Image.new("RGB", (44, 40)).save(files["rgb"].with_suffix(".jpg")),
-        "rgb/two_rgb.png are files of one scan: keep one of them",
+        "rgb/two_rgb.png are files of one scan. Keep one of them",
     ),
 }
 FOUND_BY_HEADERS = {
@@ -156,7 +156,7 @@ def test_the_other_scans_are_done_and_a_mended_one_follows(faulty_run: FaultyRun
     assert f"done 3, skipped 0 (done before), failed {len(FAULTS)}\n" in faulty_run.result.stdout
     assert f"done 1, skipped 3 (done before), failed {len(FAULTS) - 1}\n" in faulty_run.mended
     write_dataset(tmp_path / "parts")
-    preprocess(job_for(tmp_path / "parts"), workers=1)
+    preprocess(config_for(tmp_path / "parts"))
     found = contents(faulty_run.output)
     for name, data in contents(tmp_path / "parts").items():
         assert name == "preprocessing.json" or found[name] == data
@@ -267,7 +267,7 @@ def test_every_form_that_is_read_is_cleaned_in_place_without_loss(
 
 def test_cleaned_forms_are_done_and_fit_the_dataset(formed: tuple[Path, dict[str, Expected]]) -> None:
     assert len(index_split(formed[0] / "bagel", "test", BOTH)) == len(FORMS)
-    assert len(preprocess(job_for(formed[0]), workers=1).skipped) == len(FORMS)
+    assert len(preprocess(config_for(formed[0])).skipped) == len(FORMS)
 
 
 @pytest.fixture
@@ -283,19 +283,19 @@ def other_suffixes(tmp_path: Path) -> Path:
 
 def test_originals_of_another_suffix_stay_beside_another_output_folder(other_suffixes: Path, tmp_path: Path) -> None:
     before = contents(other_suffixes)
-    assert preprocess(job_for(other_suffixes, tmp_path / "out"), workers=1).done == ALL[:1]
+    assert preprocess(config_for(other_suffixes, tmp_path / "out")).done == ALL[:1]
     assert contents(other_suffixes) == before
 
 
 STEPS = "replace unlink"
-# The manifest's rename, unlink of its temporary name and of the journal; the same two within the writing of the tiff;
-# three files get their names; two originals go; the manifest again.
-NUMBER_OF_STEPS = 3 + 2 + 3 + 2 + 3
+# The manifest's rename, unlink of its temporary name and of the journal; the first two for each of three files; these
+# get their names; two originals go; the manifest again.
+NUMBER_OF_STEPS = 3 + 6 + 3 + 2 + 3
 
 
 @pytest.mark.parametrize("step", range(1, NUMBER_OF_STEPS + 2))
 def test_killed_at_any_step_nothing_of_another_suffix_is_lost(other_suffixes: Path, tmp_path: Path, step: int) -> None:
-    preprocess(job_for(other_suffixes, tmp_path / "expected"), workers=1)
+    preprocess(config_for(other_suffixes, tmp_path / "expected"))
     original, expected = contents(other_suffixes), contents(tmp_path / "expected")
     killed = step <= NUMBER_OF_STEPS
     assert run_killed_at(step, "preprocessing", other_suffixes, steps=STEPS) == (-signal.SIGKILL if killed else 0)
@@ -308,9 +308,9 @@ def test_killed_at_any_step_nothing_of_another_suffix_is_lost(other_suffixes: Pa
     except InputError as error:
         assert "run the preprocessing again if it was interrupted" in str(error)
         assert {name for name in half_done if name.endswith(("000.tif", "000.jpg"))}
-    foreseen = preprocess(job_for(other_suffixes), workers=1, dry_run=True)
+    foreseen = preprocess(config_for(other_suffixes, dry_run=True))
     assert contents(other_suffixes) == half_done
-    assert preprocess(job_for(other_suffixes), workers=1) == foreseen
+    assert preprocess(config_for(other_suffixes)) == foreseen
     assert contents(other_suffixes) == expected
 
 
@@ -318,14 +318,14 @@ def test_an_original_that_changed_meanwhile_is_not_deleted(
     other_suffixes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photo = other_suffixes / "bagel/test/hole/rgb/000.jpg"
-    append = progress._append
+    append = journal._append
 
     def change_and_append(path: Path, line: bytes) -> None:
         Image.new("RGB", (44, 40), "red").save(photo)
         append(path, line)
 
-    monkeypatch.setattr(progress, "_append", change_and_append)
-    preprocess(job_for(other_suffixes), workers=1)
+    monkeypatch.setattr(journal, "_append", change_and_append)
+    preprocess(config_for(other_suffixes))
     assert np.asarray(Image.open(photo))[0, 0, 0] > 200
     with pytest.raises(InputError, match=r"000.jpg and 000.png are two files of one scan"):
         index_split(other_suffixes / "bagel", "test", BOTH)

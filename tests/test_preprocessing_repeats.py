@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cleaning_runs import ALL, STAMPS, contents, job_for, raw_cloud, unprivileged, write_dataset
+from cleaning_runs import ALL, STAMPS, config_for, contents, raw_cloud, unprivileged, write_dataset
 from PIL import Image
 
-from utils.cleaning import progress
+from utils.cleaning import journal
 from utils.errors import InputError
-from utils.preprocessing import Job, preprocess
+from utils.preprocessing import Config, preprocess
 from utils.scans.organized_pc import read_organized_pc, write_organized_pc
 
-CHANGED = "its files changed after preprocessing: restore the originals or the results"
+CHANGED = "Its files changed after preprocessing. Restore the originals or the results."
 
 
 @pytest.fixture
@@ -25,61 +25,57 @@ def dataset(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def skips_unread(monkeypatch: pytest.MonkeyPatch) -> Callable[[Job], None]:
+def skips_unread(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], None]:
     """Asserts that a run finds everything done without reading a file or writing one."""
 
     def read(*_: object) -> str:
         raise AssertionError("a file is read")
 
-    def check(job: Job) -> None:
-        before = {path: path.stat().st_mtime_ns for path in job.output.rglob("*")}
+    def check(config: Config) -> None:
+        before = {path: path.stat().st_mtime_ns for path in config.output.rglob("*")}
         with monkeypatch.context() as patch:
-            patch.setattr(progress, "sha256", read)
-            assert preprocess(job, workers=1) == ([], ALL, {})
-        assert {path: path.stat().st_mtime_ns for path in job.output.rglob("*")} == before
+            patch.setattr(journal, "sha256", read)
+            assert preprocess(config) == ([], ALL, {})
+        assert {path: path.stat().st_mtime_ns for path in config.output.rglob("*")} == before
 
     return check
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_finished_dataset_is_neither_read_nor_written(
-    dataset: Path, tmp_path: Path, skips_unread: Callable[[Job], None], elsewhere: bool
+    dataset: Path, tmp_path: Path, skips_unread: Callable[[Config], None], elsewhere: bool
 ) -> None:
-    job = job_for(dataset, tmp_path / "out" if elsewhere else None)
-    preprocess(job, workers=1)
-    skips_unread(job)
+    config = config_for(dataset, tmp_path / "out" if elsewhere else None)
+    preprocess(config)
+    skips_unread(config)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_copy_is_read_once_and_counts_as_done(
-    dataset: Path, tmp_path: Path, skips_unread: Callable[[Job], None], elsewhere: bool
-) -> None:
-    preprocess(job_for(dataset, tmp_path / "out" if elsewhere else None), workers=1)
+def test_a_copy_counts_as_done(dataset: Path, tmp_path: Path, elsewhere: bool) -> None:
+    preprocess(config_for(dataset, tmp_path / "out" if elsewhere else None))
     for name in ("parts", "out"):
         if (tmp_path / name).is_dir():
             shutil.copytree(tmp_path / name, tmp_path / "copy" / name, copy_function=shutil.copyfile)
-    job = job_for(tmp_path / "copy/parts", tmp_path / "copy/out" if elsewhere else None)
-    assert preprocess(job, workers=1) == ([], ALL, {})
-    skips_unread(job)
+    config = config_for(tmp_path / "copy/parts", tmp_path / "copy/out" if elsewhere else None)
+    assert preprocess(config) == ([], ALL, {})
 
 
-def test_a_manifest_without_times_is_completed(dataset: Path, skips_unread: Callable[[Job], None]) -> None:
-    preprocess(job_for(dataset), workers=1)
+def test_a_manifest_without_times_counts(dataset: Path) -> None:
+    preprocess(config_for(dataset))
     manifest = dataset / "preprocessing.json"
     assert STAMPS.search(manifest.read_bytes())
     manifest.write_bytes(STAMPS.sub(b"", manifest.read_bytes()))
     assert b"mtime" not in manifest.read_bytes()
-    assert preprocess(job_for(dataset), workers=1) == ([], ALL, {})
-    skips_unread(job_for(dataset))
+    assert preprocess(config_for(dataset)) == ([], ALL, {})
 
 
 def test_a_result_overwritten_by_as_many_bytes_is_noticed(dataset: Path) -> None:
-    preprocess(job_for(dataset), workers=1)
+    preprocess(config_for(dataset))
     tiff = dataset / "bagel/train/good/xyz/000.tiff"
     size = tiff.stat().st_size
     write_organized_pc(tiff, read_organized_pc(tiff)[::-1])
     assert tiff.stat().st_size == size
-    assert preprocess(job_for(dataset), workers=1) == ([], [ALL[0], ALL[2]], {ALL[1]: CHANGED})
+    assert preprocess(config_for(dataset)) == ([], [ALL[0], ALL[2]], {ALL[1]: CHANGED})
 
 
 def test_originals_as_large_as_their_results_are_done_again(tmp_path: Path) -> None:
@@ -92,35 +88,32 @@ def test_originals_as_large_as_their_results_are_done_again(tmp_path: Path) -> N
     (folder / "rgb").mkdir()
     Image.new("RGB", (100, 100), "red").save(folder / "rgb/000.png")
     shutil.copytree(tmp_path / "parts", tmp_path / "originals")
-    job = job_for(tmp_path / "parts", keep_rgb=True)
-    assert preprocess(job, workers=1).done == [ALL[1]]
+    config = config_for(tmp_path / "parts", keep_rgb=True)
+    assert preprocess(config).done == [ALL[1]]
     cleaned = contents(tmp_path / "parts")
     shutil.copytree(tmp_path / "originals", tmp_path / "parts", dirs_exist_ok=True)
     restored = contents(tmp_path / "parts")
     assert restored != cleaned
     assert {name: len(data) for name, data in restored.items()} == {name: len(data) for name, data in cleaned.items()}
-    assert preprocess(job, workers=1).done == [ALL[1]]
+    assert preprocess(config).done == [ALL[1]]
     assert contents(tmp_path / "parts") == cleaned
 
 
 def test_an_original_of_another_suffix_that_is_back_is_noticed(dataset: Path) -> None:
-    preprocess(job_for(dataset), workers=1)
+    preprocess(config_for(dataset))
     Image.new("RGB", (44, 40)).save(dataset / "bagel/train/good/rgb/001.jpg")
-    assert preprocess(job_for(dataset), workers=1) == ([], ALL[:2], {ALL[2]: CHANGED})
+    assert preprocess(config_for(dataset)) == ([], ALL[:2], {ALL[2]: CHANGED})
 
 
-def test_a_source_that_changed_is_done_again_and_a_touched_one_is_not(
-    dataset: Path, tmp_path: Path, skips_unread: Callable[[Job], None]
-) -> None:
-    job = job_for(dataset, tmp_path / "out")
-    preprocess(job, workers=1)
+def test_a_source_that_changed_is_done_again_and_a_touched_one_is_not(dataset: Path, tmp_path: Path) -> None:
+    config = config_for(dataset, tmp_path / "out")
+    preprocess(config)
     tiff = dataset / "bagel/train/good/xyz/000.tiff"
     write_organized_pc(tiff, raw_cloud(9))  # as many bytes
     os.utime(dataset / "bagel/train/good/xyz/001.tiff", ns=(1, 1))
-    assert preprocess(job, workers=1) == ([ALL[1]], [ALL[0], ALL[2]], {})
-    preprocess(job_for(dataset, tmp_path / "expected"), workers=1)
+    assert preprocess(config) == ([ALL[1]], [ALL[0], ALL[2]], {})
+    preprocess(config_for(dataset, tmp_path / "expected"))
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
-    skips_unread(job)
 
 
 def test_sources_reached_through_a_link_to_the_results_are_not_cleaned_twice(dataset: Path, tmp_path: Path) -> None:
@@ -128,10 +121,10 @@ def test_sources_reached_through_a_link_to_the_results_are_not_cleaned_twice(dat
     (tmp_path / "out/preprocessing.json").touch()
     (tmp_path / "out/bagel").symlink_to(dataset / "bagel")
     (tmp_path / "out/preprocessing.json").unlink()
-    job = job_for(dataset, tmp_path / "out")
-    preprocess(job, workers=1)
+    config = config_for(dataset, tmp_path / "out")
+    preprocess(config)
     before = contents(dataset)
-    assert preprocess(job, workers=1) == ([], ALL, {})
+    assert preprocess(config) == ([], ALL, {})
     assert contents(dataset) == before
 
 
@@ -139,12 +132,12 @@ def test_sources_reached_through_a_link_to_the_results_are_not_cleaned_twice(dat
 def test_scans_of_others_are_not_written_over(dataset: Path, tmp_path: Path, dry_run: bool) -> None:
     write_dataset(tmp_path / "out")
     before = contents(tmp_path)
-    with pytest.raises(InputError, match=r"out holds scans, such as .*000.tiff, and no preprocessing.json that tells"):
-        preprocess(job_for(dataset, tmp_path / "out"), workers=1, dry_run=dry_run)
+    with pytest.raises(InputError, match=r"scans of another origin, such as .*000.tiff, and no preprocessing.json"):
+        preprocess(config_for(dataset, tmp_path / "out", dry_run=dry_run))
     assert contents(tmp_path) == before
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "out/notes").mkdir(parents=True)  # anything else does not count
-    assert preprocess(job_for(dataset, tmp_path / "out"), workers=1).done == ALL
+    assert preprocess(config_for(dataset, tmp_path / "out")).done == ALL
 
 
 @pytest.mark.parametrize("locked", ["", "bagel/train/good/xyz"])
@@ -152,7 +145,7 @@ def test_scans_of_others_are_not_written_over(dataset: Path, tmp_path: Path, dry
 def test_a_finished_dataset_on_a_read_only_disk_is_done(copied: bool, locked: str) -> None:
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are for their owner alone
         root = write_dataset(Path(folder) / "parts")
-        preprocess(job_for(root), workers=1)
+        preprocess(config_for(root))
         if copied:  # the new times cannot be written down
             for path in root.rglob("*.tiff"):
                 path.touch()
@@ -162,7 +155,7 @@ def test_a_finished_dataset_on_a_read_only_disk_is_done(copied: bool, locked: st
         for path in (root / locked, *(() if locked else root.rglob("*/"))):
             path.chmod(0o555 if path.is_dir() else 0o444)
         with unprivileged():
-            summary = preprocess(job_for(root), workers=2)
+            summary = preprocess(config_for(root))
         root.parent.chmod(0o755)
         for path in (root, *root.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cleaning_runs import ALL, job_for, unprivileged, write_dataset, write_scan
+from cleaning_runs import ALL, config_for, unprivileged, write_dataset, write_scan
 
 from dataset import class_folders, find_classes, index_split
 from runner.dataset_check import check_split
@@ -44,32 +44,32 @@ def test_cleaning_names_what_it_may_not_read_and_does_the_rest(
 ) -> None:
     (dataset / locked).chmod(0)
     with unprivileged():
-        summary = preprocess(job_for(dataset), workers=1)
+        summary = preprocess(config_for(dataset))
         assert summary == (done, [], {name: f"{dataset / locked} cannot be read {MEND}"})
     (dataset / locked).chmod(0o777)
     with unprivileged():
-        assert preprocess(job_for(dataset), workers=1).skipped == done
+        assert preprocess(config_for(dataset)).skipped == done
 
 
 @pytest.mark.parametrize("locked", ["", "preprocessing.json"])
 def test_a_dataset_or_manifest_that_may_not_be_read_is_one_sentence(dataset: Path, locked: str) -> None:
-    preprocess(job_for(dataset), workers=1)
+    preprocess(config_for(dataset))
     (dataset / locked).chmod(0)
     for dry_run in (False, True):
         with unprivileged(), pytest.raises(InputError) as caught:
-            preprocess(job_for(dataset), workers=1, dry_run=dry_run)
+            preprocess(config_for(dataset, dry_run=dry_run))
         assert str(caught.value) == f"{dataset / locked} cannot be read {MEND}"
 
 
 def test_a_finished_scan_that_may_not_be_read_is_told_by_its_size(dataset: Path) -> None:
-    preprocess(job_for(dataset), workers=1)
+    preprocess(config_for(dataset))
     tiff = dataset / "bagel/train/good/xyz/000.tiff"
     tiff.chmod(0)
     with unprivileged():
-        assert ALL[1] in preprocess(job_for(dataset), workers=1).skipped
+        assert ALL[1] in preprocess(config_for(dataset)).skipped
     tiff.touch()
     with unprivileged():
-        assert preprocess(job_for(dataset), workers=1).failed == {ALL[1]: f"{tiff} cannot be read {MEND}"}
+        assert preprocess(config_for(dataset)).failed == {ALL[1]: f"{tiff} cannot be read {MEND}"}
 
 
 def test_dataset_check_names_what_it_may_not_read(dataset: Path) -> None:

@@ -6,17 +6,18 @@
 
 Read are <Class>/{train,val,test_public}/data/<number>_{depth.png,info_depth.yaml,pose.txt,image_<light>.png,mask.png};
 written are <Class>/{train/good,validation/good,test/good,test/bad}/{rgb,xyz,gt}/<number>.*, gt for the test split only.
-It may be killed at any moment; the same command continues where it ended, and does nothing once all is done.
-`preprocessing.json` in the target folder records parameters and, per file, the checksums of source and result.
+
+The script may be killed at any moment. The same command continues where it ended, and does nothing once all is done.
+preprocessing.json in the target folder records the parameters and the checksums of every file before and after.
 Exit code: 0 all done, 1 some samples failed (listed at the end, the others are done), 2 bad arguments or folder.
 """
 
-import argparse
 import os
 import re
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,9 +27,9 @@ if __name__ == "__main__":
 import numpy as np
 import yaml
 
-from utils.cleaning.journal import Record, Scan, has_results, read_recorded
-from utils.cleaning.progress import TEMPORARY, Progress
+from utils.cleaning.journal import Journal, Record, Scan, has_results
 from utils.cleaning.scan_processing import Summary, process_scans, report, write_results
+from utils.command_line import Parser
 from utils.errors import InputError, exit_on_input_error
 from utils.scans.files import cannot_read, subfolders
 from utils.scans.images import defect_mask, open_image, to_rgb
@@ -42,6 +43,17 @@ BOX_TOP, BOX_DEPTH, BOX_HALF_WIDTH = -0.02, 1.8, 1.0  # meters, in the frame of 
 SCALE = (0.1, -0.1, 0.1)  # of the reordered axes
 SPLITS = {"train": "train", "val": "validation", "test_public": "test"}  # folder there: folder here
 _SAMPLE_FILE = re.compile(r"(\d+)_(?:depth\.png|info_depth\.yaml|pose\.txt|image_\d\.png|mask\.png)")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of the script."""
+
+    dataset_path: Path
+    target_dir: Path
+    classes: Sequence[str] | None
+    light: int
+    workers: int
 
 
 def meters_of(stored: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -162,51 +174,46 @@ def _prefixes(folder: Path) -> list[Path]:
     return sorted({path.with_name(number[1]) for path, number in numbers if number})
 
 
-def sample_scan(name: str, prefix: Path, defective: bool, light: int) -> Scan:
-    """The scan that becomes of a sample: what it is called here, and the files it is made from."""
-    class_name, split, number = name.split("/")
-    endings = {"xyz": ("depth.png", "info_depth.yaml", "pose.txt"), "rgb": (f"image_{light}.png",)}
-    if split == "test":
-        endings["gt"] = ("mask.png",)
-    sources = {modality: tuple(_beside(prefix, ending) for ending in each) for modality, each in endings.items()}
-    return Scan(f"{class_name}/{split}/{'bad' if defective else 'good'}/{number}", sources)
-
-
 def name_scans(samples: dict[str, Path], light: int, failed: dict[str, str]) -> list[Scan]:
-    """The scans as they will be written: the mask decides whether a test sample is good or bad.
+    """Return the scans as they will be written, and put samples whose mask cannot be read into `failed`.
 
-    What cannot be read goes to `failed`.
+    The mask decides whether a test sample is good or bad.
     """
     scans = []
     for name, prefix in samples.items():
+        class_name, split, number = name.split("/")
+        sources = {
+            "xyz": tuple(_beside(prefix, ending) for ending in ("depth.png", "info_depth.yaml", "pose.txt")),
+            "rgb": (_beside(prefix, f"image_{light}.png"),),
+        }
         try:
-            defective = name.split("/")[1] == "test" and bool(_read_mask(_beside(prefix, "mask.png")).any())
+            if split == "test":
+                sources["gt"] = (_beside(prefix, "mask.png"),)
+            defective = split == "test" and bool(_read_mask(sources["gt"][0]).any())
+            scans.append(Scan(f"{class_name}/{split}/{'bad' if defective else 'good'}/{number}", sources))
         except InputError as error:
             failed[name] = str(error)
-            continue
-        scans.append(sample_scan(name, prefix, defective, light))
     return scans
 
 
-def _without_renamed(scans: list[Scan], target: Path, failed: dict[str, str]) -> list[Scan]:
-    """Leave out scans whose mask has changed, which stand in `target` by their former name; they go to `failed`."""
-    recorded = read_recorded(target)
-    if recorded is None:
-        return scans
+def _without_renamed(scans: list[Scan], journal: Journal, failed: dict[str, str]) -> list[Scan]:
+    """Leave out scans whose mask has changed: their earlier results have another name. They go to `failed`."""
     kept = []
     for scan in scans:
-        former = scan.name.replace("/bad/", "/good/") if "/bad/" in scan.name else scan.name.replace("/good/", "/bad/")
-        record = recorded.scans.get(former, {})
-        if not has_results(Scan(former, {}), record, target):
+        swap = ("/bad/", "/good/") if "/bad/" in scan.name else ("/good/", "/bad/")
+        former = Scan(scan.name.replace(*swap), scan.sources)
+        if has_results(former, journal.done.get(former.name, {}), journal.output):
+            files = " and ".join(str(former.file(journal.output, modality)) for modality in former.sources)
+            failed[scan.name] = (
+                f"Its mask has changed since it was converted as {former.name}. Delete {files} and run again."
+            )
+        else:
             kept.append(scan)
-            continue
-        files = " and ".join(str(Scan(former, {}).file(target, modality)) for modality in record)
-        failed[scan.name] = f"its mask has changed since it was converted as {former}: delete {files} and run again"
     return kept
 
 
-def convert_files(scan: Scan, target: Path, suffix: str) -> Record:
-    """Convert one sample and leave the results beside their final places under temporary names, read back and on disk.
+def convert_files(scan: Scan, target: Path) -> Record:
+    """Convert one sample and write the results under temporary names.
 
     Raises:
         InputError: a file is missing or cannot be read or written, sizes differ, or the table cannot be found.
@@ -217,7 +224,7 @@ def convert_files(scan: Scan, target: Path, suffix: str) -> Record:
         raise InputError(f"nothing of {depth} lies inside the box on the table: leave the sample out")
     with open_image(scan.sources["rgb"][0]) as image:
         arrays["rgb"] = np.asarray(to_rgb(image))
-    if "gt" in scan.modalities:
+    if "gt" in scan.sources:
         arrays["gt"] = _read_mask(scan.sources["gt"][0]).astype(np.uint8) * 255
     height, width = arrays["xyz"].shape[:2]
     for modality, array in arrays.items():
@@ -226,28 +233,18 @@ def convert_files(scan: Scan, target: Path, suffix: str) -> Record:
                 f"{scan.sources[modality][0]} is {array.shape[0]} x {array.shape[1]}, "
                 f"its depth {height} x {width} (H x W): copy them again from the dataset"
             )
-    return write_results(scan, arrays, target, suffix)
+    return write_results(scan, arrays, target)
 
 
-def preprocess(root: Path, target: Path, classes: Sequence[str] | None, light: int, workers: int) -> Summary:
-    """Convert every sample that is not done yet, or changed since; errors as of `find_samples` and `process_scans`."""
-    if target.resolve() == root.resolve():
-        raise InputError(f"--target_dir {target} is the dataset itself: give another folder")
-    samples, failed = find_samples(root, classes)
-    scans = _without_renamed(name_scans(samples, light, failed), target, failed)
-    # Of every class: what an earlier run left half written may be of one that this run leaves out.
-    everything = (find_samples(root, None)[0] if classes else samples).items()
-    known = [sample_scan(name, prefix, bad, light) for name, prefix in everything for bad in (False, True)]
-    settings = {"converter": "eyecandies", "version": VERSION, "light": light}
-    suffix = f".{os.getpid()}{TEMPORARY}"
-    return process_scans(
-        scans,
-        lambda: Progress({scan.name: scan for scan in known}, target, settings),
-        partial(convert_files, target=target, suffix=suffix),
-        suffix,
-        workers,
-        failed,
-    )
+def preprocess(config: Config) -> Summary:
+    """Convert every sample that is not done yet or has changed; errors as of `find_samples` and `process_scans`."""
+    target = config.target_dir
+    if target.resolve() == config.dataset_path.resolve():
+        raise InputError(f"--target_dir {target} is the dataset itself. Give another folder.")
+    samples, failed = find_samples(config.dataset_path, config.classes)
+    journal = Journal(target, {"converter": "eyecandies", "version": VERSION, "light": config.light})
+    scans = _without_renamed(name_scans(samples, config.light, failed), journal, failed)
+    return process_scans(scans, journal, partial(convert_files, target=target), config.workers, failed)
 
 
 def _beside(prefix: Path, ending: str) -> Path:
@@ -291,22 +288,26 @@ def _read_mask(path: Path) -> np.ndarray:
         return defect_mask(image)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the script and return its exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def parse_args(argv: Sequence[str] | None) -> Config:
+    """Read the flags."""
+    parser = Parser((__doc__ or "").split("\n\n")[0])
     parser.add_argument("--dataset_path", type=Path, required=True, help="folder that holds the classes as published")
     parser.add_argument(
         "--target_dir", type=Path, required=True, help="receives the classes in the layout of MVTec 3D-AD"
     )
-    parser.add_argument("--classes", nargs="+", help="classes to convert (default: all that are there)")
-    parser.add_argument(
-        "--light", type=int, default=4, choices=LIGHTS, help="which of the six light images becomes rgb"
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--classes", nargs="+", help="classes to convert; by default all that are there")
+    parser.add_argument("--light", type=int, default=4, choices=LIGHTS, help="light image that becomes rgb")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one for each core")
     args = parser.parse_args(argv)
     if args.workers < 1:
-        parser.error(f"--workers {args.workers}: expected at least 1")
-    return report(lambda: preprocess(args.dataset_path, args.target_dir, args.classes, args.light, args.workers))
+        parser.error(f"--workers is {args.workers}, expected at least 1.")
+    return Config(**vars(args))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script and return its exit code."""
+    config = parse_args(argv)
+    return report(lambda: preprocess(config))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Cleaning of a raw scan: the plane it lies on removed, the largest cluster kept, padded to a square.
+"""Cleaning of a raw scan: remove the plane, keep the largest cluster, pad to a square.
 
-Pure functions of arrays, deterministic: the same scan and rule give the same result on every machine, in any order.
-Clouds are organized, float32, meters, camera frame; a missing pixel is exactly (0, 0, 0) (see
-utils/scans/organized_pc.py).
+Pure and deterministic functions of arrays. Clouds are organized, float32, meters, camera frame; a missing pixel is
+exactly (0, 0, 0) (see utils/scans/organized_pc.py).
 """
 
 import math
@@ -15,29 +14,29 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
 from utils.errors import InputError
-from utils.scans.organized_pc import valid_mask
+from utils.scans.organized_pc import MAX_COORDINATE, valid_mask
 
 
 @dataclass(frozen=True)
 class CleaningRule:
-    """The numbers of the cleaning; the defaults are those of the reference. Lengths in meters, borders in pixels."""
+    """Parameters of the cleaning; the defaults are those of the reference. Lengths in meters, borders in pixels."""
 
-    border: int = 10  # the plane is fitted to this frame of the image, where the part rarely reaches
-    fit_distance: float = 0.004  # a border point within it supports a candidate plane
-    fit_sample: int = 50  # border points that make up one candidate plane
+    border: int = 10  # width of the frame of the image that the plane is fitted to; the object rarely reaches it
+    fit_distance: float = 0.004  # from a candidate plane to the border points that support it
+    fit_sample: int = 50  # border points for one candidate plane
     fit_iterations: int = 1000  # candidates at most
     fit_confidence: float = 1 - 1e-8  # stop early when a better candidate is less likely than 1 minus this
-    seed: int = 0  # of the candidates; the same for every scan, so that the order of the scans does not matter
-    plane_distance: float = 0.005  # what lies within it of the plane is removed
+    seed: int = 0  # of the candidates, the same for every scan: results do not depend on the order of the scans
+    plane_distance: float = 0.005  # from the plane to the points that are removed with it
     cluster_eps: float = 0.006  # radius of a point's neighborhood
-    cluster_min_points: int = 30  # neighbors, the point itself counted, that make it part of a cluster's core
+    cluster_min_points: int = 30  # points in the neighborhood of a core point, itself included
     side_multiple: int = 100  # the padded side is the larger image side rounded up to this, in pixels
-    max_extent: float = 100.0  # no part is larger: beyond it the coordinates are in another unit than meters
-    min_border: float = 0.25  # share of the border pixels that must be measured: a raw scan sees the table there
-    min_support: float = 0.5  # more than this share of the measured border points lie on the plane, or it is no table
+    max_extent: float = MAX_COORDINATE
+    min_border: float = 0.25  # share of the border pixels with a measurement in a raw scan
+    min_support: float = 0.5  # share of the measured border points on the plane in a raw scan
 
     def settings(self) -> dict[str, Any]:
-        """What results depend on, for the manifest; the demands on the border only refuse, and changed no result."""
+        """Parameters that results depend on, for the manifest. The last two only refuse scans."""
         return {name: value for name, value in asdict(self).items() if name not in ("min_border", "min_support")}
 
 
@@ -48,36 +47,37 @@ def clean_scan(
 
     Args:
         xyz: (H, W, 3) float32, meters, camera frame; missing pixels exactly 0.
-        rgb: (H, W, C) uint8 photograph of the same view.
+        rgb: (H, W, C) uint8 image of the same view.
         gt: (H, W) ground truth of any dtype, only padded; None where the scan has none.
-        rule: the numbers of the cleaning.
-        keep_rgb: the photograph keeps its background and is only padded.
+        rule: parameters.
+        keep_rgb: only pad the image, keep its background.
 
     Returns:
-        xyz (S, S, 3), rgb (S, S, C) and gt (S, S) or None, dtypes as given. What was removed is 0 in xyz and rgb;
-        the photograph keeps its pixels without a measurement (an oddity of the reference), the padding is 0.
+        xyz (S, S, 3), rgb (S, S, C) and gt (S, S) or None, dtypes as given. Removed pixels and padding are 0. As in
+        the reference, the image keeps its pixels without a measurement.
 
     Raises:
         InputError: sizes differ, there is no measurement, the coordinates are not in meters, the border shows no
             table (see `fit_border_plane`), or nothing is left.
     """
-    for name, image in (("photograph", rgb), ("ground truth", gt)):
+    for name, image in (("image", rgb), ("ground truth", gt)):
         if image is not None and image.shape[:2] != xyz.shape[:2]:
+            (height, width), (rows, columns) = image.shape[:2], xyz.shape[:2]
             raise InputError(
-                f"the {name} is {_size(image)} and the point cloud {_size(xyz)} (H x W): "
-                "the files of one scan must show the same pixels, restore them from the dataset"
+                f"The {name} is {height} x {width} (H x W), the point cloud {rows} x {columns}; the files of a scan "
+                "must show the same pixels. Restore them from the dataset."
             )
     measured = valid_mask(xyz)
     if not measured.any():
         raise InputError(
-            f"none of the {measured.size} pixels has a measurement (three finite non-zero coordinates): "
-            "the scan is empty, restore its xyz file from the dataset or leave the scan out"
+            f"None of the {measured.size} pixels has a measurement (three finite non-zero coordinates). "
+            "Restore the xyz file from the dataset or leave the scan out."
         )
     reach = float(np.abs(xyz[measured]).max())
     if reach > rule.max_extent:
         raise InputError(
-            f"the coordinates reach {reach:g}, expected meters and at most {rule.max_extent:g}: "
-            "convert the units of the xyz file"
+            f"The coordinates reach {reach:g}, expected meters and at most {rule.max_extent:g}. "
+            "Convert the units of the xyz file."
         )
     plane = fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
     part = largest_cluster(remove_plane(xyz, plane, rule.plane_distance), rule)
@@ -88,32 +88,32 @@ def clean_scan(
 
 
 def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRule) -> np.ndarray:
-    """Fit the plane the part lies on to the measurements in a frame along the image border (RANSAC).
+    """Fit the plane under the object to the measurements in a frame along the image border (RANSAC).
 
-    The best of many planes through small random samples gets refitted to its supporters until these no longer
-    change. The reference refits once; going on makes the result independent of the random samples, unless the part
-    covers so much of the border (from about a quarter) that hardly a sample of `rule.fit_sample` points lies on the
-    plane; smaller samples then help.
+    The best of many planes through small random samples is refitted to its supporters until these no longer change.
+    The reference refits once. Repeated fits make the result independent of the random samples, unless the object
+    covers more than about a quarter of the border.
 
     Args:
         xyz: (H, W, 3) float32, meters; missing pixels exactly 0.
         rng: draws the samples.
-        rule: the numbers of the fit.
+        rule: parameters.
 
     Returns:
         (4,) float64: unit normal n and offset d of the plane n . p + d = 0, sign of n arbitrary.
 
     Raises:
-        InputError: the border shows no table: too little of it is measured, which is how a cleaned scan looks, too
-            few of its points lie on the plane, or these lie on a line.
+        InputError: the border shows no table. Too little of it is measured, as in a cleaned scan, too few of its
+            points lie on the plane, or these lie on a line.
     """
-    frame = _frame(xyz, rule)
+    frame = np.ones(xyz.shape[:2], dtype=bool)
+    frame[rule.border : -rule.border, rule.border : -rule.border] = False
     points = xyz[frame & valid_mask(xyz)].astype(np.float64)
     if len(points) < max(rule.fit_sample, rule.min_border * frame.sum()):
         raise InputError(
             f"{len(points)} of the {frame.sum()} pixels within {rule.border} of the image border have a measurement, "
-            f"expected {rule.min_border:.0%} and at least {rule.fit_sample} to find the plane the part lies on: take "
-            "the original scan if this one was cleaned before, or else crop it to its measured area"
+            f"expected {rule.min_border:.0%} and at least {rule.fit_sample} to find the plane under the object. Take "
+            "the original scan if this one was cleaned before, or else crop it to its measured area."
         )
     support = _best_support(points, rng, rule)
     for _ in range(rule.fit_iterations):
@@ -128,29 +128,24 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
 
 
 def _require_table(points: np.ndarray, support: np.ndarray, rule: CleaningRule) -> None:
-    """Refuse a plane that too few of the border's points (N, 3) support, or whose supporters do not determine it."""
+    """Raise InputError if too few of the border's points (N, 3) support a plane, or do not determine it."""
     if not support.mean() > rule.min_support:
         raise InputError(
             f"{support.mean():.0%} of the {len(points)} measurements within {rule.border} pixels of the image border "
-            f"lie on one plane, expected more than {rule.min_support:.0%}, the table under the part: take the original "
-            "scan if this one was cleaned before, or else leave it out"
+            f"lie on one plane, expected more than {rule.min_support:.0%}. Take the original scan if this one was "
+            "cleaned before, or else leave it out."
         )
     across = float(np.sqrt(np.linalg.eigvalsh(np.cov(points[support].T))[1].clip(0)))
     if across < rule.fit_distance:
         raise InputError(
-            f"the measurements within {rule.border} pixels of the image border lie on a line or a point, {across:.2g} "
-            f"m wide, expected at least {rule.fit_distance:g} m to find the plane the part lies on: restore the xyz "
-            "file or leave the scan out"
+            f"The measurements within {rule.border} pixels of the image border lie on a line or a point, {across:.2g} "
+            f"m wide, expected at least {rule.fit_distance:g} m to find the plane under the object. Restore the xyz "
+            "file or leave the scan out."
         )
 
 
 def shows_table(xyz: np.ndarray, rule: CleaningRule) -> bool:
-    """Tell a raw scan, whose border shows the table as `fit_border_plane` demands, from a cleaned one.
-
-    Args:
-        xyz: (H, W, 3) float32, meters; missing pixels exactly 0.
-        rule: the numbers of the cleaning.
-    """
+    """Tell a raw scan (H, W, 3), whose border shows the table as `fit_border_plane` demands, from a cleaned one."""
     try:
         fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
     except InputError:
@@ -165,11 +160,11 @@ def remove_plane(xyz: np.ndarray, plane: np.ndarray, distance: float) -> np.ndar
 
 
 def largest_cluster(xyz: np.ndarray, rule: CleaningRule) -> np.ndarray:
-    """Find the largest cluster of a cloud; noise is no cluster, of equally large ones the first in row-major order.
+    """Find the largest cluster of a cloud; of equally large ones the first in row-major order.
 
     Args:
         xyz: (H, W, 3) float, meters; missing and removed pixels exactly 0.
-        rule: radius and size of a neighborhood.
+        rule: parameters.
 
     Returns:
         (H, W) bool, True for the pixels of the largest cluster.
@@ -182,9 +177,9 @@ def largest_cluster(xyz: np.ndarray, rule: CleaningRule) -> np.ndarray:
     sizes = np.bincount(labels[labels >= 0])
     if not sizes.size:
         raise InputError(
-            f"nothing is left of the scan: {len(labels)} pixels lie off the plane and none has "
-            f"{rule.cluster_min_points} neighbors within {rule.cluster_eps:g} m, expected a part on a plane: "
-            "check that the coordinates are in meters and that the part is in view"
+            f"Nothing is left of the scan: {len(labels)} pixels lie off the plane and none has "
+            f"{rule.cluster_min_points} neighbors within {rule.cluster_eps:g} m, expected an object on a plane. "
+            "Check that the coordinates are in meters and that the object is in view."
         )
     mask = np.zeros_like(present)
     mask[present] = labels == sizes.argmax()
@@ -204,7 +199,7 @@ def pad_to_square(image: np.ndarray, multiple: int) -> np.ndarray:
 
 
 def crop_padding(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The (H, W, ...) in the middle of (S, S, ...) that `pad_to_square` made it of; `size` = (H, W)."""
+    """Undo `pad_to_square`: the middle (H, W, ...) of (S, S, ...), with `size` = (H, W)."""
     top, left = ((padded - length) // 2 for padded, length in zip(image.shape[:2], size, strict=True))
     return image[top : top + size[0], left : left + size[1]]
 
@@ -213,11 +208,10 @@ def cluster_labels(points: np.ndarray, eps: float, min_points: int) -> np.ndarra
     """Cluster points by density (DBSCAN), exactly, with the label order of open3d's `cluster_dbscan`.
 
     A core point has at least `min_points` points within `eps`, itself counted. Core points within `eps` of each
-    other share a cluster, numbered by its first core point; another point joins the lowest cluster with a core point
-    within `eps`. The usual way visits every pair of neighbors, hundreds per point in a dense scan. Here space
-    is cut into cells so small that the points of one cell are all neighbors: what a full cell holds is core without
-    a distance, and clusters grow cell by cell. The pip package `dbscan` is not exact: on some sets of points it misses
-    core points.
+    other share a cluster, numbered by its first core point. Another point joins the lowest cluster with a core point
+    within `eps`. The usual algorithm visits every pair of neighbors, hundreds for each point of a dense scan. Here
+    space is cut into cells so small that the points of one cell are all neighbors: points in a full cell are core
+    points, and clusters grow cell by cell. (The pip package `dbscan` is not exact: it misses core points.)
 
     Args:
         points: (N, 3) float64, meters; finite, within a million eps of each other.
@@ -240,9 +234,10 @@ def cluster_labels(points: np.ndarray, eps: float, min_points: int) -> np.ndarra
     if not core.any():
         return labels
     labels[core] = _core_labels(points[core], cell[core], cell_id[core], eps)
-    edge = KDTree(points[~core]).sparse_distance_matrix(KDTree(points[core]), eps, output_type="ndarray")
+    edge = KDTree(points[~core]).sparse_distance_matrix(tree, eps, output_type="ndarray")
+    edge = edge[core[edge["j"]]]
     lowest = np.full(len(points) - core.sum(), labels.max() + 1)
-    np.minimum.at(lowest, edge["i"], labels[core][edge["j"]])
+    np.minimum.at(lowest, edge["i"], labels[edge["j"]])
     labels[~core] = np.where(lowest > labels.max(), -1, lowest)
     return labels
 
@@ -255,20 +250,15 @@ def _core_labels(points: np.ndarray, cell: np.ndarray, cell_id: np.ndarray, eps:
     # One point of each cell joins most of them; only cells still apart after that need all their points compared.
     near = np.linalg.norm(points[first[pairs[:, 0]]] - points[first[pairs[:, 1]]], axis=1) <= eps
     component = _components(pairs[near], len(first))
-    members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(np.bincount(inverse))[:-1])
     apart = pairs[component[pairs[:, 0]] != component[pairs[:, 1]]]
-    bridges = [pair for pair in apart if _touch(points[members[pair[0]]], points[members[pair[1]]], eps)]
+    by_cell, sizes = points[np.argsort(inverse, kind="stable")], np.bincount(inverse)
+    ends = np.cumsum(sizes)
+    members = {number: by_cell[ends[number] - sizes[number] : ends[number]] for number in np.unique(apart)}
+    bridges = [pair for pair in apart if _touch(members[pair[0]], members[pair[1]], eps)]
     joined = np.concatenate([pairs[near], np.reshape(bridges, (-1, 2)).astype(pairs.dtype)])
     component = _components(joined, len(first))[inverse]
     _, first_point, renumbered = np.unique(component, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first_point))[renumbered]
-
-
-def _frame(xyz: np.ndarray, rule: CleaningRule) -> np.ndarray:
-    """(H, W) bool, True for the pixels within `rule.border` of the image border."""
-    frame = np.ones(xyz.shape[:2], dtype=bool)
-    frame[rule.border : -rule.border, rule.border : -rule.border] = False
-    return frame
 
 
 def _components(edges: np.ndarray, n: int) -> np.ndarray:
@@ -312,7 +302,3 @@ def _least_squares_plane(points: np.ndarray) -> np.ndarray:
 def _distance(points: np.ndarray, plane: np.ndarray) -> np.ndarray:
     """Return the distance (...), meters, of points (..., 3) to a plane (4,)."""
     return np.abs(points @ plane[:3] + plane[3])
-
-
-def _size(image: np.ndarray) -> str:
-    return f"{image.shape[0]} x {image.shape[1]}"

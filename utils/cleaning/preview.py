@@ -1,20 +1,22 @@
-"""A contact sheet of what cleaning does: one scan of each class before and after."""
+"""Contact sheet of the effect of cleaning: one scan of each class before and after."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from utils.errors import InputError
 from utils.scans.files import atomic_path
 from utils.scans.organized_pc import valid_mask
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
-COLUMNS = ("photo", "depth", "cleaned photo", "cleaned depth")
+COLUMNS = ("image", "depth", "cleaned image", "cleaned depth")
 
 
 class Pair(NamedTuple):
@@ -27,15 +29,18 @@ class Pair(NamedTuple):
 
 
 def check_format(path: Path) -> None:
-    """Refuse a contact sheet whose suffix names no format that can be written; InputError."""
+    """Raise InputError for a contact sheet whose suffix names no format that can be written."""
     if path.suffix.lower() not in FORMATS:
         raise InputError(
-            f"--preview {path} names no picture format: end it in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+            f"--preview {path} names no image format. End it in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}."
         )
 
 
 def write_preview(path: Path, pairs: Mapping[str, Pair]) -> None:
     """Draw a row for each named scan, in the format of the suffix; both depths share the colors of the cleaned one."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(2.6 * len(COLUMNS), 2.6 * len(pairs) + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(pairs), len(COLUMNS), squeeze=False)
