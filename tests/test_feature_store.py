@@ -78,7 +78,7 @@ def test_reference_pairs_follow_the_original_order() -> None:
 def test_reference_pairs_of_other_grids() -> None:
     paired = pair_rgb(torch.arange(4.0)[:, None], 16, "reference")[:, 0]
     assert paired.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
-    with pytest.raises(InputError, match="whole number"):
+    with pytest.raises(InputError, match="no whole number"):
         pair_rgb(torch.ones(9, 1), 16, "reference")
 
 
@@ -113,7 +113,6 @@ def test_half_precision_is_the_default_and_halves_the_file(tmp_path: Path) -> No
     xyz, _, _ = PatchFileDataset(tmp_path)[0]
     assert xyz.dtype == torch.float32
     torch.testing.assert_close(xyz, features.xyz, rtol=1e-3, atol=1e-6)
-    assert PatchFileDataset(tmp_path, dtype=torch.float64)[0][1].dtype == torch.float64
 
 
 def test_half_precision_of_real_widths_takes_two_fifths_of_the_original(tmp_path: Path) -> None:
@@ -162,7 +161,7 @@ def test_pairing_is_chosen_by_name(folder: Path) -> None:
     rgb = load_file(folder / "bagel" / "002.safetensors")["rgb"].float()
     assert torch.equal(aligned, rgb[[0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]])
     assert torch.equal(scrambled, pair_rgb(rgb, 16, "reference"))
-    for call in (lambda: PatchFileDataset(folder, "random"), lambda: pair_rgb(rgb, 16, "random")):
+    for call in (lambda: PatchFileDataset(folder, "random")[0], lambda: pair_rgb(rgb, 16, "random")):
         with pytest.raises(InputError, match="aligned, reference"):
             call()
 
@@ -185,7 +184,7 @@ def test_batches_have_equal_shapes(folder: Path) -> None:
     assert rgb.shape == (4, 16, 3)
 
 
-@pytest.mark.parametrize(("made", "message"), [(False, "is no folder"), (True, "holds no <class>/<stem>.safetensors;")])
+@pytest.mark.parametrize(("made", "message"), [(False, "is no folder"), (True, "holds no <class>/<stem>.safetensors")])
 def test_no_files(tmp_path: Path, made: bool, message: str) -> None:
     folder = tmp_path / "lib"
     if made:
@@ -227,7 +226,7 @@ def test_files_of_different_runs_are_refused(folder: Path, features: PatchFeatur
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": "m3dm-patches/0"}, "has schema 'm3dm-patches/0', expected 'm3dm-patches/1'"),
+        ({"schema": "m3dm-patches/0"}, "has schema 'm3dm-patches/0', not 'm3dm-patches/1'"),
         ({"schema": None}, "has schema None"),
         ({"xyz_grid": "five"}, "incomplete metadata"),
         ({"stem": None}, "incomplete metadata.*stem"),
@@ -268,7 +267,7 @@ def test_bad_values_are_refused_before_a_file_is_made(tmp_path: Path, value: flo
 
 
 def test_one_modality_is_not_enough(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="both rgb and xyz"):
+    with pytest.raises(InputError, match="lacks a modality"):
         write_features(tmp_path, "bagel", "000", random_features()._replace(rgb=None), **BACKBONES)
     with pytest.raises(ValueError, match="float64"):
         write_features(tmp_path, "bagel", "000", random_features(), **BACKBONES, dtype=torch.float64)
@@ -307,7 +306,6 @@ def test_files_of_the_original_give_the_rows_of_ours(tmp_path: Path, pairing: st
         for found, expected in zip(theirs[index][:2], ours[index][:2], strict=True):
             assert torch.equal(found, expected)
         assert theirs[index][2] == index
-    assert PatchFileDataset(tmp_path / "theirs", dtype=torch.float64)[0][0].dtype == torch.float64
 
 
 def test_rgb_patches_of_the_original_are_put_back_to_their_places(tmp_path: Path) -> None:
@@ -324,7 +322,7 @@ def test_width_is_asked_for_where_no_background_shows_it(tmp_path: Path) -> None
     features = grid_features()
     features.xyz[:8] = 1.0
     write_original(tmp_path, "bagel0", features)
-    with pytest.raises(InputError, match=r"^\S*bagel0\.pt does not show where its xyz part ends: .*--xyz_dim$"):
+    with pytest.raises(InputError, match=r"^\S*bagel0\.pt does not show where its xyz part ends\. .*--xyz_dim\.$"):
         PatchFileDataset(tmp_path)
     found, rgb, _ = PatchFileDataset(tmp_path, xyz_dim=12)[0]
     assert torch.equal(found, features.xyz)
@@ -335,7 +333,7 @@ def test_width_is_not_guessed_where_background_rows_disagree(tmp_path: Path) -> 
     features = grid_features()
     features.xyz[20, :3] = 0.0  # a patch with points, by chance zero in front
     write_original(tmp_path, "bagel0", features)
-    with pytest.raises(InputError, match="give its width as --xyz_dim"):
+    with pytest.raises(InputError, match="Give its width as --xyz_dim"):
         PatchFileDataset(tmp_path)
     assert PatchFileDataset(tmp_path, xyz_dim=12).xyz_dim == 12
 
@@ -358,10 +356,10 @@ class Attack:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (torch.ones(63, 22), r"holds \(63, 22\), expected a tensor \(patches of a square grid"),
-        (torch.ones(2, 4, 22), r"holds \(2, 4, 22\), expected"),
-        ({"patch": torch.ones(64, 22)}, r"holds dict, expected"),
-        ([1, 2], r"holds list, expected"),
+        (torch.ones(63, 22), r"holds \(63, 22\), not a tensor \(patches of a square grid"),
+        (torch.ones(2, 4, 22), r"holds \(2, 4, 22\), not"),
+        ({"patch": torch.ones(64, 22)}, r"holds dict, not"),
+        ([1, 2], r"holds list, not"),
         (Attack(), r"is refused: it holds a (builtins\.)?exec"),
         (b"", "cannot be read"),
         (b"half", "cannot be read|is refused"),
@@ -391,8 +389,8 @@ def test_a_truncated_file_of_the_original_is_named(tmp_path: Path, kept: int) ->
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        (PatchFeatures(rgb=torch.randn(16, 11), xyz=torch.randn(64, 12)), "the first file 64 patches 22 wide"),
-        (PatchFeatures(rgb=torch.randn(4, 10), xyz=torch.randn(16, 12)), "the first file 64 patches 22 wide"),
+        (PatchFeatures(rgb=torch.randn(16, 11), xyz=torch.randn(64, 12)), r"the first file \(64, 22\)"),
+        (PatchFeatures(rgb=torch.randn(4, 10), xyz=torch.randn(16, 12)), r"the first file \(64, 22\)"),
         (PatchFeatures(rgb=torch.randn(4, 10), xyz=torch.randn(64, 12)), "has another rgb grid than the first file"),
     ],
 )
@@ -416,5 +414,5 @@ def test_rows_of_the_original_that_are_not_finite_are_told(tmp_path: Path, modal
 
 def test_both_formats_in_one_folder_are_refused(folder: Path) -> None:
     original_folder(folder)
-    with pytest.raises(InputError, match=r"holds 4 patch files and 3 \.pt files of the original code: keep them"):
+    with pytest.raises(InputError, match=r"holds 4 patch files and 3 \.pt files of the original code\. Keep them"):
         PatchFileDataset(folder)

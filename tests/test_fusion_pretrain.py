@@ -422,8 +422,8 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(
     ("damage", "message"),
     [
         ("empty folder", "holds no <class>/<stem>.safetensors"),
-        ("truncated", "dowel/001.safetensors cannot be read"),
-        ("widths", "the patch files differ in"),
+        ("truncated", "dowel/001.safetensors is cut off or no patch file"),
+        ("widths", "The patch files differ in"),
         ("nan rows", "dowel/001.safetensors: 2 of 64 xyz patches hold NaN or infinite values"),
         ("no valid point", "hold no valid point"),
         ("truncated .pt", "dowel1.pt cannot be read"),
