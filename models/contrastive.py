@@ -1,4 +1,4 @@
-"""The contrastive loss that UFF is trained with, and how well it has been learned.
+"""The contrastive loss of UFF training, and a measure of how well it has been learned.
 
 q are the rgb heads' outputs and k the xyz heads', both L2-normalized: each rgb patch has to find its xyz patch.
 """
@@ -13,53 +13,52 @@ from torch.autograd.function import once_differentiable
 from utils.distributed import all_gather_rows, world_size
 from utils.errors import InputError
 
-# Bounds the block of similarities that exists at a time to 16 million entries (64 MB).
-MAX_BLOCK_ENTRIES = 1 << 24
+MAX_BLOCK_ENTRIES = 1 << 24  # similarities that exist at a time (64 MB)
 
 
 def contrastive_loss(xyz_head_out: Tensor, rgb_head_out: Tensor, negatives: str = "local") -> Tensor:
-    """The patch-wise contrastive loss L_con of M3DM, of all patches of a batch.
+    """The patch-wise contrastive loss L_con of M3DM over all patches of a batch.
 
-    2 * mean_i(-log(exp(q_i . k_i) / sum_t exp(q_i . k_t))), so about 2 ln N while nothing is learned. The temperature
+    2 * mean_i(-log(exp(q_i . k_i) / sum_t exp(q_i . k_t))), about 2 ln N before anything is learned. The temperature
     is 1. Computed in float32 or better whatever the input's dtype. Peak memory: blocks of MAX_BLOCK_ENTRIES
     similarities, forward and backward; never the (N, N) matrix.
+    Plain form: `contrastive_loss` in feature_extractors/reference.py.
 
     Args:
         xyz_head_out: (N, head_dim) outputs of the xyz head.
         rgb_head_out: (N, head_dim) outputs of the rgb head; the partner of row i is row i.
-        negatives: whose k the sum is over. "local": those of this process. "global": those of all processes, which may
-            hold different numbers of rows; the mean over the processes of value and gradient (as
-            DistributedDataParallel takes it) is then that of one process with all rows.
+        negatives: the k of the sum: "local" are those of this rank, "global" those of all ranks, which may hold
+            different numbers of rows. The mean over the ranks of the global value and gradient, as
+            DistributedDataParallel takes it, equals a single process with all rows.
 
     Returns:
         () loss.
 
     Raises:
-        InputError: N is 0; with "global", in all processes together.
+        InputError: N is 0; with "global", in all ranks together.
     """
     dtype = torch.promote_types(xyz_head_out.dtype, torch.float32)
     q = F.normalize(rgb_head_out.to(dtype), dim=-1)
     k = F.normalize(xyz_head_out.to(dtype), dim=-1)
-    first, processes = 0, 1
+    first, ranks = 0, 1
     if negatives == "global":
         k, first = all_gather_rows(k)
-        processes = world_size()
+        ranks = world_size()
     rows = len(k)
     if rows == 0:
-        raise InputError("no patch of this batch is free of exact zeros in xyz: its scans hold no valid point")
+        raise InputError("No patch of this batch is free of zeros in xyz. Remove samples that hold no valid point.")
     summed: Tensor = _SummedCrossEntropy.apply(q, k, first)
-    return summed * (2 * processes / rows)
+    return summed * (2 * ranks / rows)
 
 
 def retrieval(xyz_head_out: Tensor, rgb_head_out: Tensor) -> tuple[int, float]:
-    """How well the patches of one image are told apart.
+    """Number of xyz patches whose rgb patch is the nearest of the image, found and expected by chance.
+
+    Several xyz patches may share one rgb patch, and each of them counts.
 
     Args:
-        xyz_head_out, rgb_head_out: (N, head_dim), as for `contrastive_loss`; of one image.
-
-    Returns:
-        for how many xyz patches the rgb patch of the same place is the nearest of the image (several xyz patches may
-        share one rgb patch, and that counts for each of them); and for how many it would be by chance.
+        xyz_head_out: (N, head_dim) outputs of the xyz head, of one image.
+        rgb_head_out: (N, head_dim) outputs of the rgb head; the partner of row i is row i.
     """
     q, k = F.normalize(rgb_head_out.float(), dim=-1), F.normalize(xyz_head_out.float(), dim=-1)
     distinct = len(torch.unique((q * 1e5).round(), dim=0))
@@ -67,14 +66,14 @@ def retrieval(xyz_head_out: Tensor, rgb_head_out: Tensor) -> tuple[int, float]:
     for first in range(0, len(k), step := max(1, MAX_BLOCK_ENTRIES // max(1, len(k)))):
         similarity = k[first : first + step] @ q.T  # (chunk, N)
         own = similarity.diagonal(first)
-        hits += int((own >= similarity.amax(dim=1) - 1e-6).sum())  # copies of one patch differ by rounding alone
+        hits += int((own >= similarity.amax(dim=1) - 1e-6).sum())  # copies of one patch differ by rounding
     return hits, len(k) / max(1, distinct)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     """sum_i(logsumexp_t(q_i . k_t) - q_i . k_{first + i}) for q (M, D) and k (N, D), in blocks of rows of q.
 
-    Similarities are computed anew in the backward pass: what is kept is one logsumexp a row.
+    The backward pass computes the similarities again; one logsumexp per row is kept.
     """
 
     @staticmethod

@@ -13,8 +13,8 @@ from models.point_transformer import PointBackbone, PointFeatures
 
 NORMAL_RADIUS, NORMAL_NEIGHBORS = 0.01, 30  # meters, points
 FEATURE_RADIUS, FEATURE_NEIGHBORS = 0.02, 100
-# open3d's histograms sum to 200 each. With a tenth of that they spread (deviation 4) about as widely as the features
-# of the RGB networks, by whose deviation the reference protocol divides every bank.
+# open3d's histograms sum to 200 each. A tenth of that has about the deviation (4) of the features of the RGB networks,
+# by which the reference protocol divides every bank.
 SCALE = 0.1
 MEAN_ENTRY = 200 * SCALE / 11  # 11 bins a histogram
 
@@ -22,26 +22,19 @@ MEAN_ENTRY = 200 * SCALE / 11  # 11 bins a histogram
 class FpfhBackbone(PointBackbone):
     """33 numbers a point: three histograms, of 11 bins each, of the angles between normals around it.
 
-    The mean entry is subtracted. That changes no distance between points, and an empty bin is no exact zero: those
-    mark the patches that hold no point.
+    The mean entry is subtracted. That changes no distance, and no empty bin is an exact zero, the mark of a patch
+    without points.
     """
 
     embed_dim = 33
     min_points = 4  # fewer have no neighborhood to fit a normal to
 
     def forward(self, clouds: Sequence[Tensor]) -> list[PointFeatures]:
-        """Describe some clouds.
+        """Features (N, 33), a row for each point, of clouds (N, 3) float32, meters, camera frame, valid points only."""
+        return [PointFeatures(self._describe(points), None) for points in clouds]
 
-        Args:
-            clouds: (N, 3) float32 each, meters, camera frame, valid points only.
-
-        Returns:
-            of each, features (N, 33) float32 on its device; no centers: a row for each point.
-        """
-        return [self._describe(points) for points in clouds]
-
-    def _describe(self, points: Tensor) -> PointFeatures:
-        import open3d as o3d  # takes a second to import, and system libraries that the other backbones do not need
+    def _describe(self, points: Tensor) -> Tensor:
+        import open3d as o3d
 
         cloud = o3d.geometry.PointCloud(o3d.utility.Vector3dVector(points.cpu().double().numpy()))
         cloud.estimate_normals(o3d.geometry.KDTreeSearchParamHybrid(NORMAL_RADIUS, NORMAL_NEIGHBORS))
@@ -49,4 +42,4 @@ class FpfhBackbone(PointBackbone):
         search = o3d.geometry.KDTreeSearchParamHybrid(FEATURE_RADIUS, FEATURE_NEIGHBORS)
         fpfh = o3d.pipelines.registration.compute_fpfh_feature(cloud, search)  # type: ignore[call-arg]
         histograms = np.asarray(fpfh.data).T
-        return PointFeatures(torch.from_numpy(SCALE * histograms - MEAN_ENTRY).to(points), None)
+        return torch.from_numpy(SCALE * histograms - MEAN_ENTRY).to(points)

@@ -1,29 +1,31 @@
 """Point searches: farthest point sampling, nearest neighbors, inverse-distance interpolation.
 
-Each public function checks its input once and then calls its back-end:
+Each public function checks its input once and then calls its backend, one of utils.choices.POINT_OPS:
 
 - "auto": k-d trees (SciPy) and NumPy on CPU; on CUDA "triton" where Triton can be imported, else "torch".
 - "torch": chunked direct differences in plain PyTorch, on any device.
-- "triton": the kernels of `models.point_ops_triton`, on CUDA tensors.
+- "triton": the kernels of `models.point_ops_triton`, on float32 CUDA tensors.
 - "extension": the CUDA extensions pointnet2_ops and knn_cuda, which are never needed.
+
+Their plain forms are the functions of the same names in feature_extractors/reference.py.
 """
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 from utils.choices import POINT_OPS
 from utils.errors import InputError
 
-# What these back-ends import; they work on CUDA tensors only.
+# Imports of these backends, which need CUDA tensors.
 CUDA_MODULES = {"triton": ("triton",), "extension": ("pointnet2_ops.pointnet2_utils", "knn_cuda")}
 
-# The customary CUDA op passes over points this close to the origin (squared meters): they are padding there.
+# The usual CUDA op ignores points this close to the origin (squared meters): they are padding there.
 FPS_IGNORED_SQUARED_NORM = 1e-3
 FPS_INITIAL_SQUARED_DISTANCE = 1e10
 INTERPOLATION_EPSILON = 1e-8
@@ -35,7 +37,8 @@ def farthest_point_sample(points: Tensor, n: int, backend: str = "auto") -> Tens
     """Pick n points, each the farthest from those already picked; the first is index 0.
 
     Squared distances are direct differences in the dtype of `points`; the lowest index wins a tie. Points with
-    |p|^2 <= 1e-3 are never picked (but for index 0); once every other point is picked, picks repeat.
+    |p|^2 <= 1e-3 are never picked (except index 0); once every other point is picked, picks repeat.
+    Plain form: `farthest_point_sample` in feature_extractors/reference.py.
 
     Args:
         points: (B, N, 3) float, meters.
@@ -49,17 +52,17 @@ def farthest_point_sample(points: Tensor, n: int, backend: str = "auto") -> Tens
     if not 1 <= n <= points.shape[1]:
         raise ValueError(f"cannot pick {n} of {points.shape[1]} points")
     if backend == "extension":
-        sampling = _cuda_module("pointnet2_ops.pointnet2_utils", points)
+        sampling = importlib.import_module("pointnet2_ops.pointnet2_utils")
         return sampling.furthest_point_sample(points.contiguous(), n).long()
     if backend == "triton":
         coordinates = points.mT.contiguous()
-        return _triton_kernels(points).farthest_point_sample(coordinates, _initial_distances(coordinates), n)
+        return _triton_kernels().farthest_point_sample(coordinates, _initial_distances(coordinates), n)
     sample_one = _farthest_point_sample_numpy if backend == "host" else _farthest_point_sample_torch
     return torch.stack([sample_one(cloud, n) for cloud in points])
 
 
 def knn(queries: Tensor, points: Tensor, k: int, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """The k nearest points of each query.
+    """The k nearest points of each query. Plain form: `knn` in feature_extractors/reference.py.
 
     Args:
         queries: (B, M, 3) float, meters.
@@ -72,18 +75,19 @@ def knn(queries: Tensor, points: Tensor, k: int, backend: str = "auto") -> tuple
     _check_search(queries, points, k)
     backend = _choose_backend(backend, points)
     if backend == "extension":
-        search = _cuda_module("knn_cuda", points).KNN(k=k, transpose_mode=True)
+        search = importlib.import_module("knn_cuda").KNN(k=k, transpose_mode=True)
         distance, index = search(points.contiguous(), queries.contiguous())
         return distance, index.long()
     if backend == "triton":
-        return _triton_kernels(points).knn(queries, points, k)
+        return _triton_kernels().knn(queries, points, k)
     search_one = _knn_kd_tree if backend == "host" else _knn_direct
-    found = [search_one(q, p, k) for q, p in zip(queries, points, strict=True)]
-    return torch.stack([distance for distance, _ in found]), torch.stack([index for _, index in found])
+    return _join(torch.stack, [search_one(q, p, k) for q, p in zip(queries, points, strict=True)])
 
 
 def three_nn_weights(points: Tensor, centers: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """The three nearest centers of each point and their inverse-squared-distance weights.
+
+    Plain form: alpha of `three_nn_interpolate` in feature_extractors/reference.py, with `exact_distances`.
 
     Args:
         points: (B, N, 3) float, meters.
@@ -97,33 +101,27 @@ def three_nn_weights(points: Tensor, centers: Tensor, backend: str = "auto") -> 
 
 
 def three_nn_weights_expanded(points: Tensor, centers: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """`three_nn_weights` from |p|^2 + |c|^2 - 2 p c in fp32: the arithmetic of the reference.
+    """`three_nn_weights` from |p|^2 + |c|^2 - 2 p c in fp32, the arithmetic of the published results.
 
     For points millimeters apart and half a meter from the camera the difference of squares is wrong by up to 6e-8 m^2,
-    more than the 1e-8 added to it, so that it can be negative: weights then lie slightly outside 0 and 1. That moves
-    features by up to 0.4 % near the centers, which is enough to change a few coreset picks in a hundred. The squares
-    are also so coarse that centers tie for the third place at two points in a thousand.
-
-    No extension has this arithmetic: "extension" is "torch" here.
+    more than the 1e-8 added to it, and can be negative: weights then lie slightly outside 0 and 1. That moves features
+    near the centers by up to 0.4 %, enough to change a few coreset picks in a hundred. The squares are also so coarse
+    that centers tie for the third place at two points in a thousand. The backend "extension" is "torch" here.
+    Plain form: alpha of `three_nn_interpolate` in feature_extractors/reference.py.
     """
     _check_search(points, centers, 3)
     if _choose_backend(backend, points) == "triton":
-        squared, index = _triton_kernels(points).three_nearest(points, centers, expanded=True)
-        return _inverse_distance_weights(squared), index
-    weights, indices = [], []
-    for cloud, middle in zip(points, centers, strict=True):
-        norms = middle.square().sum(dim=1)
-        found = []
-        for chunk in cloud.split(max(1, MAX_BLOCK_ENTRIES // len(middle))):
-            squared = (-2 * (chunk @ middle.T)).add_(chunk.square().sum(dim=1, keepdim=True)).add_(norms)
-            found.append(_smallest_three(squared))
-        weights.append(_inverse_distance_weights(torch.cat([squared for squared, _ in found])))
-        indices.append(torch.cat([index for _, index in found]))
-    return torch.stack(weights), torch.stack(indices)
+        squared, index = _triton_kernels().three_nearest(points, centers, expanded=True)
+    else:
+        nearest = [_three_nearest_expanded(cloud, middle) for cloud, middle in zip(points, centers, strict=True)]
+        squared, index = _join(torch.stack, nearest)
+    return _inverse_distance_weights(squared), index
 
 
 def three_nn_interpolate(points: Tensor, centers: Tensor, features: Tensor) -> Tensor:
-    """Carry features from centers to points (PointNet++, Qi et al. 2017, Eq. 2 with k = 3, p = 2).
+    """Interpolate features from centers to points (PointNet++, Qi et al. 2017, Eq. 2 with k = 3, p = 2).
+
+    Plain form: `three_nn_interpolate` in feature_extractors/reference.py.
 
     Args:
         points: (B, N, 3) float, meters.
@@ -136,6 +134,18 @@ def three_nn_interpolate(points: Tensor, centers: Tensor, features: Tensor) -> T
     weight, index = three_nn_weights(points, centers)
     batch = torch.arange(len(features), device=features.device)[:, None, None]
     return (features[batch, index] * weight[..., None].to(features.dtype)).sum(dim=2)
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raise an InputError unless the backend can be imported and works on the device."""
+    modules = CUDA_MODULES.get(backend, ())
+    if modules and device.type != "cuda":
+        raise InputError(f"--point_ops {backend} needs a GPU, but the device is {device}. Use --point_ops auto.")
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise InputError(f"{module} cannot be imported ({error}). Install it or use --point_ops auto.") from None
 
 
 def _check_points(name: str, points: Tensor) -> None:
@@ -153,9 +163,13 @@ def _check_search(queries: Tensor, points: Tensor, k: int) -> None:
 
 
 def _choose_backend(backend: str, points: Tensor) -> str:
-    """The back-end itself, or what "auto" stands for with these points: "host" is k-d trees and NumPy."""
+    """The backend itself, or for "auto" the one that suits these points; "host" is k-d trees and NumPy."""
     if backend not in POINT_OPS:
         raise ValueError(f"backend is {backend!r}, expected one of {POINT_OPS}")
+    if backend == "triton" and points.dtype != torch.float32:
+        raise ValueError(f"the Triton kernels take float32 points, got {points.dtype}")
+    if backend in CUDA_MODULES and not points.is_cuda:
+        raise ValueError(f"{backend} works on CUDA tensors, got one on {points.device}")
     if backend != "auto":
         return backend
     if points.device.type == "cpu":
@@ -164,37 +178,21 @@ def _choose_backend(backend: str, points: Tensor) -> str:
     return "triton" if kernels else "torch"
 
 
-def _smallest_three(values: Tensor) -> tuple[Tensor, Tensor]:
-    """What values.sort(dim=1) has in its first three columns, ascending: values (R, 3) and index (R, 3).
+def _triton_kernels() -> Any:
+    return importlib.import_module("models.point_ops_triton")
 
-    Only rows where the third is equal to the fourth are really sorted: torch.sort decides there, as in the reference.
-    To find them a GPU is waited for, once.
-    """
-    smallest, index = values.topk(min(4, values.shape[1]), largest=False, sorted=True)
-    tied = smallest[:, 2] == smallest[:, -1]
-    index[tied, :3] = values[tied].sort(dim=1).indices[:, :3]
-    return smallest[:, :3], index[:, :3]
+
+def _join(how: Any, pairs: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Join (values, index) pairs with torch.stack or torch.cat."""
+    values, index = zip(*pairs, strict=True)
+    return how(values), how(index)
 
 
 def _inverse_distance_weights(squared: Tensor) -> Tensor:
     denominator = squared + INTERPOLATION_EPSILON
-    # zero only where rounding made a square negative
+    # zero only if rounding made a square negative
     weight = 1.0 / denominator.masked_fill(denominator == 0, INTERPOLATION_EPSILON)
     return weight / weight.sum(dim=-1, keepdim=True)
-
-
-def _farthest_point_sample_numpy(points: Tensor, n: int) -> Tensor:
-    """The loop of `_farthest_point_sample_torch` in NumPy: its thousand small steps wait for no pool of threads."""
-    coordinates = np.ascontiguousarray(points.numpy().T)  # (3, N): each coordinate is one contiguous run
-    nearest = np.full(len(points), FPS_INITIAL_SQUARED_DISTANCE, coordinates.dtype)
-    nearest[np.square(coordinates).sum(axis=0) <= FPS_IGNORED_SQUARED_NORM] = -1.0
-    picks = np.zeros(n, dtype=np.int64)
-    difference = np.empty_like(coordinates)
-    for i in range(1, n):
-        np.subtract(coordinates, coordinates[:, picks[i - 1], None], out=difference)
-        np.minimum(nearest, np.square(difference, out=difference).sum(axis=0), out=nearest)
-        picks[i] = nearest.argmax()
-    return torch.from_numpy(picks)
 
 
 def _initial_distances(coordinates: Tensor) -> Tensor:
@@ -217,44 +215,53 @@ def _farthest_point_sample_torch(points: Tensor, n: int) -> Tensor:
     return picks
 
 
+def _farthest_point_sample_numpy(points: Tensor, n: int) -> Tensor:
+    """The same in NumPy, whose thousand small steps wait for no thread pool."""
+    coordinates = np.ascontiguousarray(points.numpy().T)  # (3, N)
+    nearest = np.full(len(points), FPS_INITIAL_SQUARED_DISTANCE, coordinates.dtype)
+    nearest[np.square(coordinates).sum(axis=0) <= FPS_IGNORED_SQUARED_NORM] = -1.0
+    picks = np.zeros(n, dtype=np.int64)
+    difference = np.empty_like(coordinates)
+    for i in range(1, n):
+        np.subtract(coordinates, coordinates[:, picks[i - 1], None], out=difference)
+        np.minimum(nearest, np.square(difference, out=difference).sum(axis=0), out=nearest)
+        picks[i] = nearest.argmax()
+    return torch.from_numpy(picks)
+
+
 def _knn_kd_tree(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    from scipy.spatial import cKDTree
+
     distance, index = cKDTree(points.numpy()).query(queries.numpy(), k=np.arange(1, k + 1))
     return torch.from_numpy(distance).to(queries.dtype), torch.from_numpy(index)
 
 
 def _knn_direct(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Chunks of queries against all points; peak memory is one block of MAX_BLOCK_ENTRIES distances."""
-    rows = max(1, MAX_BLOCK_ENTRIES // len(points))
-    found = [
-        torch.cdist(chunk, points, compute_mode="donot_use_mm_for_euclid_dist").topk(k, largest=False, sorted=True)
-        for chunk in queries.split(rows)
-    ]
-    return torch.cat([values for values, _ in found]), torch.cat([index for _, index in found])
+    found = []
+    for chunk in queries.split(max(1, MAX_BLOCK_ENTRIES // len(points))):
+        distance = torch.cdist(chunk, points, compute_mode="donot_use_mm_for_euclid_dist")
+        found.append(distance.topk(k, largest=False, sorted=True))
+    return _join(torch.cat, found)
 
 
-def check_backend(backend: str, device: torch.device) -> None:
-    """Raise an InputError unless the back-end can be imported and works on the device."""
-    modules = CUDA_MODULES.get(backend, ())
-    if modules and device.type != "cuda":
-        raise InputError(f"--point_ops {backend} needs a GPU, but the device is {device}: use --point_ops auto")
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise InputError(f"{module} cannot be imported ({error}): install it or use --point_ops auto") from None
+def _three_nearest_expanded(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """Expanded squares (N, 3), ascending, and index (N, 3); peak memory as of `_knn_direct`."""
+    norms = centers.square().sum(dim=1)
+    found = []
+    for chunk in points.split(max(1, MAX_BLOCK_ENTRIES // len(centers))):
+        squared = (-2 * (chunk @ centers.T)).add_(chunk.square().sum(dim=1, keepdim=True)).add_(norms)
+        found.append(_smallest_three(squared))
+    return _join(torch.cat, found)
 
 
-def _cuda_module(module: str, points: Tensor) -> Any:
-    if not points.is_cuda:
-        raise ValueError(f"{module} works on CUDA tensors, got one on {points.device}: use backend='auto'")
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"{module} is not installed ({error}): install it or use backend='auto'") from error
+def _smallest_three(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The first three columns of values.sort(dim=1), ascending: values (R, 3) and index (R, 3).
 
-
-def _triton_kernels(points: Tensor) -> Any:
-    if points.dtype != torch.float32:
-        raise ValueError(f"the Triton kernels take float32 points, got {points.dtype}: use backend='torch'")
-    _cuda_module("triton", points)
-    return importlib.import_module("models.point_ops_triton")
+    Only rows whose third value ties with the fourth are sorted, where torch.sort decides as in the original. To find
+    them a GPU is waited for, once.
+    """
+    smallest, index = values.topk(min(4, values.shape[1]), largest=False, sorted=True)
+    tied = smallest[:, 2] == smallest[:, -1]
+    index[tied, :3] = values[tied].sort(dim=1).indices[:, :3]
+    return smallest[:, :3], index[:, :3]

@@ -1,10 +1,11 @@
-"""Triton kernels of the point searches, for CUDA tensors: `models.point_ops` calls them, its torch path is their twin.
+"""Triton kernels of the point searches, called by `models.point_ops` for CUDA tensors.
 
-The module can be imported without Triton, the functions then not called. On CPU tensors the kernels run in Triton's
-interpreter, where TRITON_INTERPRET=1 was set before Triton was imported.
+The module can be imported without Triton. On CPU tensors the kernels run in Triton's interpreter, if TRITON_INTERPRET=1
+was set before Triton was imported.
 
-Distances are direct differences in float32, squares summed up as (x^2 + y^2) + z^2 without fused multiply-adds, and the
-lowest index wins a tie: results do not depend on the size of a block, and picks are those of the torch path.
+Distances are direct differences in float32, squares summed as (x^2 + y^2) + z^2 without fused multiply-adds, and the
+lowest index wins a tie: results do not depend on the block size, and picks equal those of the torch backend. Plain
+forms: `farthest_point_sample`, `knn` and alpha of `three_nn_interpolate` in feature_extractors/reference.py.
 """
 
 from __future__ import annotations  # the kernels' `tl.constexpr` is not looked up
@@ -26,21 +27,20 @@ except ImportError:  # PyTorch for CPUs comes without it
 else:
     _jit = triton.jit
 
-# A point per lane in the sampling and the keys, a query per lane in the search of three.
+# Lanes: a point each in sampling and keys, a query each in the search of three.
 SAMPLING_BLOCK, KEYS_BLOCK, THREE_BLOCK = 4096, 1024, 128
-# Bounds the keys of the search of many: 8 bytes each, 256 MB.
-MAX_KEYS = 1 << 25
+MAX_KEYS = 1 << 25  # 8 bytes each: 256 MB
 
 
 def farthest_point_sample(coordinates: Tensor, nearest: Tensor, n: int, block: int = SAMPLING_BLOCK) -> Tensor:
-    """See models.point_ops.farthest_point_sample; one program a cloud, which picks without the host.
+    """Like models.point_ops.farthest_point_sample, with one program per cloud that picks without the host.
 
     Args:
         coordinates: (B, 3, N) float32, contiguous, meters.
         nearest: (B, N) float32, contiguous: the running minimum of the squared distances at the start, negative for
             points that are never picked; overwritten.
         n: number of picks.
-        block: points that the program takes at a time, a power of two.
+        block: points at a time, a power of two.
 
     Returns:
         (B, n) int64.
@@ -55,10 +55,10 @@ def farthest_point_sample(coordinates: Tensor, nearest: Tensor, n: int, block: i
 
 
 def knn(queries: Tensor, points: Tensor, k: int, block: int = KEYS_BLOCK) -> tuple[Tensor, Tensor]:
-    """See models.point_ops.knn; of equally near points the lower index comes first.
+    """Like models.point_ops.knn; of equally near points the lower index comes first.
 
-    More than three neighbors are the smallest of keys, which hold the bits of a squared distance above the index of
-    its point. Peak memory is one block of MAX_KEYS of them.
+    More than three neighbors are the smallest keys, each the bits of a squared distance above the index of its point.
+    Peak memory is one block of MAX_KEYS keys.
 
     Args:
         queries: (B, M, 3) float32, meters.
@@ -101,7 +101,7 @@ def three_nearest(
 
 
 def _smallest_keys(queries: Tensor, coordinates: Tensor, k: int, block: int) -> Tensor:
-    """Queries (M, 3), coordinates (3, N) of the points -> the k smallest keys of each query (M, k) int64, ascending."""
+    """The k smallest keys (M, k) int64, ascending, of queries (M, 3) and points of coordinates (3, N)."""
     coordinates, count = coordinates.contiguous(), coordinates.shape[1]
     found = []
     for chunk in queries.contiguous().split(max(1, MAX_KEYS // count)):
@@ -166,7 +166,7 @@ def _keys_kernel(queries, coordinates, keys, n_points, BLOCK: tl.constexpr):  # 
         tl.load(queries + 3 * row + 1),
         tl.load(queries + 3 * row + 2),
     )
-    bits = squared.to(tl.int32, bitcast=True).to(tl.int64)  # of floats that are not negative: in their order
+    bits = squared.to(tl.int32, bitcast=True).to(tl.int64)  # non-negative floats are ordered as their bits
     tl.store(keys + row * n_points + index, (bits << 32) | index, mask=inside)
 
 

@@ -277,7 +277,7 @@ def test_what_auto_stands_for(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     points = SimpleNamespace(device=torch.device(device), is_cuda=device == "cuda", dtype=dtype)
     assert point_ops._choose_backend("auto", points) == chosen
-    for backend in point_ops.POINT_OPS[1:]:
+    for backend in point_ops.POINT_OPS[1:] if chosen == "triton" else ("torch",):
         assert point_ops._choose_backend(backend, points) == backend
 
 
@@ -285,11 +285,11 @@ def test_what_auto_stands_for(
 def test_backends_are_checked_before_work_starts(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for other in ("auto", "torch"):
         point_ops.check_backend(other, torch.device("cpu"))
-    with pytest.raises(InputError, match=f"--point_ops {backend} needs a GPU, but the device is cpu: use --point_ops"):
+    with pytest.raises(InputError, match=f"--point_ops {backend} needs a GPU, but the device is cpu"):
         point_ops.check_backend(backend, torch.device("cpu"))
     monkeypatch.setitem(point_ops.CUDA_MODULES, backend, ("math", "no_such_module"))
     with pytest.raises(
-        InputError, match=r"no_such_module cannot be imported \(.*\): install it or use --point_ops auto"
+        InputError, match=r"no_such_module cannot be imported \(.*\)\. Install it or use --point_ops auto"
     ):
         point_ops.check_backend(backend, torch.device("cuda"))
     monkeypatch.setitem(point_ops.CUDA_MODULES, backend, ("math",))
@@ -305,9 +305,9 @@ def test_the_kernels_need_a_gpu_and_float32() -> None:
         lambda points: three_nn_weights_expanded(points, points, "triton"),
     ]
     for search in searches:
-        with pytest.raises(ValueError, match="triton works on CUDA tensors, got one on cpu: use backend='auto'"):
+        with pytest.raises(ValueError, match="triton works on CUDA tensors, got one on cpu"):
             search(scan)
-        with pytest.raises(ValueError, match=r"take float32 points, got torch\.float64: use backend='torch'"):
+        with pytest.raises(ValueError, match=r"take float32 points, got torch\.float64"):
             search(scan.double())
 
 
@@ -434,9 +434,9 @@ def test_batches_of_different_sizes_are_refused(weights: Callable[[Tensor, Tenso
 
 
 def test_the_extensions_need_a_gpu() -> None:
-    with pytest.raises(ValueError, match=r"pointnet2_ops\.pointnet2_utils works on CUDA tensors, got one on cpu: use"):
+    with pytest.raises(ValueError, match="extension works on CUDA tensors, got one on cpu"):
         farthest_point_sample(cloud(5), 2, backend="extension")
-    with pytest.raises(ValueError, match="knn_cuda works on CUDA tensors"):
+    with pytest.raises(ValueError, match="extension works on CUDA tensors"):
         knn(cloud(2), cloud(5), 2, backend="extension")
 
 
