@@ -35,10 +35,11 @@ from benchmarks.workload import (
     vit_flops,
 )
 from feature_extractors.alignment import valid_pixels
+from feature_extractors.coreset import select_coreset
 from feature_extractors.decision_fusion import DecisionFusion
 from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
-from feature_extractors.memory_bank import MemoryBank, mean_and_std, select_coreset
+from feature_extractors.memory_bank import MemoryBank, mean_and_std
 from models.contrastive import contrastive_loss
 from models.feature_fusion import FeatureFusion
 from models.point_ops import farthest_point_sample, knn

@@ -31,10 +31,11 @@ from benchmarks.measuring import describe_machine, in_fresh_process, memory_slop
 from benchmarks.rows import CORESET_EPS
 from benchmarks.workload import PART, SCAN_SIZE, SEED, SIZES, build_networks, detector_config, grown
 from dataset import make_sample
+from feature_extractors.coreset import select_coreset
 from feature_extractors.decision_fusion import DecisionFusion
 from feature_extractors.detector import Detector
 from feature_extractors.extractor import build_extractor
-from feature_extractors.memory_bank import BankStatistics, MemoryBank, select_coreset
+from feature_extractors.memory_bank import BankStatistics, MemoryBank
 from feature_extractors.persistence import load_detector, save_detector
 from feature_extractors.pipeline import calibrate_detectors
 from models import RGB_BACKBONES, XYZ_BACKBONES

@@ -90,17 +90,17 @@ def measured(before: float) -> Iterator[dict[str, Any]]:
 
 def run_coreset(args: argparse.Namespace, samples: int) -> dict[str, Any]:
     passes: list[Pass] = []
-    pick = coreset._Shard.pick_among_farthest
+    pick = coreset.Selection.pick_among_farthest
 
     def recording(shard: Any, wanted: int, candidates: int) -> tuple[Tensor, Tensor, float]:
         found = pick(shard, wanted, candidates)
         touched = int((shard.nearest > coreset.SAFE_HALF * found[2] / 4).sum())
-        passes.append(Pass(len(shard.rows), candidates, len(found[0]), touched))
+        passes.append(Pass(len(shard.shard), candidates, len(found[0]), touched))
         return found
 
     before = resident_memory_mb()
     rows = own_rows(samples, WIDTH)
-    with patch.object(coreset._Shard, "pick_among_farthest", recording), measured(before) as found:
+    with patch.object(coreset.Selection, "pick_among_farthest", recording), measured(before) as found:
         greedy_coreset(rows, int(SHARE * samples * SAMPLE))
     return found | {"passes": len(passes), "recorded": passes}
 

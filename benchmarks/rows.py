@@ -24,9 +24,10 @@ from benchmarks.workload import (
     vit_flops,
 )
 from feature_extractors.alignment import align_to_patches
+from feature_extractors.coreset import select_coreset
 from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
-from feature_extractors.memory_bank import BankStatistics, MemoryBank, select_coreset
+from feature_extractors.memory_bank import BankStatistics, MemoryBank
 from feature_extractors.pipeline import collect_features
 from models.point_transformer import PointFeatures, PointTransformer
 from utils.metrics import evaluate as compute_metrics

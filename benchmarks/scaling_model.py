@@ -12,7 +12,8 @@ import torch.multiprocessing
 
 from benchmarks.figures import new_axes, save_figure
 from benchmarks.measuring import median_seconds_of
-from feature_extractors.coreset import MOST_CANDIDATES, _Shard, greedy_among
+from feature_extractors.coreset import MOST_CANDIDATES, Selection, greedy_among
+from feature_extractors.patch_rows import ShardedRows
 from utils.distributed import Ranks, all_gather_rows, all_reduce_sum, process_group
 
 PROCESSES = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256])
@@ -74,7 +75,7 @@ def measure_machine(width: int, processes: int) -> Machine:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows = torch.randn(PROBED_ROWS, width)
-    shard = _Shard(rows, 0, len(rows), None)
+    shard = Selection(ShardedRows(rows))
 
     def update(picks: int) -> None:
         shard.nearest.fill_(torch.inf)
@@ -82,8 +83,8 @@ def measure_machine(width: int, processes: int) -> Machine:
 
     few, many = (median_seconds_of(partial(update, picks), REPEATS) / len(rows) for picks in PROBED_PICKS)
     pair = (many - few) / (PROBED_PICKS[1] - PROBED_PICKS[0])
-    scan = _Shard(torch.rand(PROBED_SCAN, 1), 0, PROBED_SCAN, None)
-    scan.nearest = scan.rows[:, 0]
+    scan = Selection(ShardedRows(torch.rand(PROBED_SCAN, 1)))
+    scan.nearest = scan.shard[:, 0]
 
     def look() -> None:
         (scan.nearest > 2).nonzero()

@@ -1,120 +1,120 @@
-"""From the features of the training samples to the memory banks of a method."""
+"""Memory banks of a method, from the features of the training samples (section 3.4 of the paper)."""
 
 import logging
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from feature_extractors.config import DetectorConfig
-from feature_extractors.memory_bank import BankStatistics, MemoryBank, mean_and_std, select_coreset
-from feature_extractors.training_features import PatchRows, TrainingFeatures
-from utils.distributed import (
-    Group,
-    all_gather_rows,
-    local_indices,
-    place_rows,
-    rank,
-    shard_offset,
-    world_size,
-)
+from feature_extractors.coreset import select_coreset
+from feature_extractors.memory_bank import BankStatistics, MemoryBank, mean_and_std
+from feature_extractors.patch_rows import ShardedRows
+from feature_extractors.training_features import TrainingFeatures
 from utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-
-class _Shard(NamedTuple):
-    """The patches of a bank, before its coreset: those of this process among those of all."""
-
-    rows: PatchRows  # raw
-    begin: int  # index of the first of them
-    total: int
+Rows = dict[str, ShardedRows]  # raw patches of each bank, in the order of the method
 
 
 def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str, MemoryBank]:
-    """Statistics, coreset and normalized rows of each bank of the method, in its order (xyz first).
+    """The memory banks M_xyz, M_rgb and M_fusion that the method has, in this order.
 
-    Where several ranks share the class, none of them holds the patches of another. The bank that the coreset leaves
-    goes to all of them.
+    Fast form of `reference.build_banks`. Ranks that share a class each keep the patches of their own samples; every
+    rank gets a copy of the banks.
+
+    Raises:
+        InputError: all xyz patches are background, and the configuration drops it.
     """
-    method, protocol = config.method, config.protocol
-    drop_background = protocol.drop_background or config.rm_zero_for_project
-    rows = {name: features.rows(name, None if name == "rgb" else config.asy_memory_bank) for name in method.banks}
-    if "xyz" in rows and drop_background:
-        rows["xyz"] = _without_background(rows["xyz"], config, features.group)
-    statistics = _bank_statistics(config, rows, features.group)
-    banks: dict[str, MemoryBank] = {}
-    reduced_xyz = None
+    rows = {name: features.rows(name, config.samples_of(name)) for name in config.method.banks}
+    if "xyz" in rows and config.drops_background:
+        rows["xyz"] = _without_background(rows["xyz"], config)
+    # 1. Statistics: mean and standard deviation that normalize each bank
+    statistics = _bank_statistics(config, rows)
+    # 2. Selection: the coreset of each bank
+    picks = _select(config, features, rows, statistics)
+    # 3. Assembly: normalized coresets, and the background row of xyz
+    banks = {}
     for name, raw in rows.items():
-        shard = _Shard(raw, *shard_offset(len(raw), features.group))
-        base = shard.total if protocol.own_coreset_size or reduced_xyz is None else reduced_xyz
-        picks = _select(config, features, name, shard, statistics[name], base)
-        own, mine = local_indices(picks, shard.begin, len(raw))
-        chosen = statistics[name].normalize(raw[mine])
-        last = None  # a row that the bank ends with
+        selected = statistics[name].normalize(raw.take(picks[name]))  # (K, C)
         if name == "xyz":
-            reduced_xyz = len(picks)
-            if drop_background:
-                last = statistics[name].normalize(chosen.new_zeros(1, chosen.shape[1]))
-            elif method.zero_row:  # zero after normalization, so the mean patch and not the background: the reference's
-                without_zero = (chosen != 0).all(dim=1)
-                chosen, own = chosen[without_zero], own[without_zero]
-                last = chosen.new_zeros(1, chosen.shape[1])
-        if last is not None and rank(features.group) == world_size(features.group) - 1:
-            chosen, own = torch.cat([chosen, last]), torch.cat([own, own.new_full((1,), len(picks))])
-        banks[name] = _make_bank(chosen, own, statistics[name], features.group)
-        logger.info("%s bank: %d of %d patches", name, len(banks[name]), shard.total)
+            selected = _with_background_row(selected, statistics[name], config)
+        banks[name] = MemoryBank(selected, statistics[name])
+        logger.info("%s bank: %d of %d patches", name, len(banks[name]), len(raw))
     return banks
 
 
-def _make_bank(chosen: Tensor, order: Tensor, statistics: BankStatistics, group: Group | None) -> MemoryBank:
-    """Bank of the rows `chosen` of all ranks, each with its place in the selection."""
-    orders = all_gather_rows(order[:, None], group)[0][:, 0].sort().values
-    return MemoryBank(place_rows(chosen, torch.searchsorted(orders, order), len(orders), group), statistics)
+def _without_background(xyz: ShardedRows, config: DetectorConfig) -> ShardedRows:
+    """The patches with a valid point; with --rm_zero_for_project those without any exact zero."""
 
-
-def _bank_statistics(
-    config: DetectorConfig, rows: dict[str, PatchRows], group: Group | None
-) -> dict[str, BankStatistics]:
-    if config.protocol.own_statistics or config.method.statistics == "own":
-        return {name: mean_and_std(raw, group=group) for name, raw in rows.items()}
-    if config.method.statistics == "shared":
-        mean, std = mean_and_std(rows["xyz"], group=group).mean, mean_and_std(rows["rgb"], group=group).std
-        return dict.fromkeys(rows, BankStatistics(mean, std))
-    return dict.fromkeys(rows, BankStatistics())
-
-
-def _without_background(xyz: PatchRows, config: DetectorConfig, group: Group | None) -> PatchRows:
-    """The rows of patches with a valid point. --rm_zero_for_project keeps only rows without any exact zero."""
-
-    def wanted(rows: Tensor) -> Tensor:
-        nonzero = rows != 0
+    def condition(patches: Tensor) -> Tensor:
+        nonzero = patches != 0
         return nonzero.all(dim=1) if config.rm_zero_for_project else nonzero.any(dim=1)
 
-    kept = xyz.where(wanted)
-    if shard_offset(len(kept), group)[1] == 0:
+    kept = xyz.where(condition)
+    if len(kept) == 0:
         raise InputError(
-            f"none of the {shard_offset(len(xyz), group)[1]} xyz patches of the training samples is left without "
-            "the background: check the scans, or use --protocol reference without --rm_zero_for_project"
+            f"none of the {len(xyz)} xyz patches of the training samples is left without the background. Check the "
+            "point clouds, or use --protocol reference without --rm_zero_for_project."
         )
     return kept
 
 
-def _select(
-    config: DetectorConfig, features: TrainingFeatures, name: str, shard: _Shard, statistics: BankStatistics, base: int
-) -> Tensor:
-    """Indices of the coreset of a bank; its size is f_coreset of `base`, within 1 and all rows.
+def _bank_statistics(config: DetectorConfig, rows: Rows) -> dict[str, BankStatistics]:
+    if config.protocol.own_statistics or config.method.statistics == "own":
+        return {name: mean_and_std(raw) for name, raw in rows.items()}
+    if config.method.statistics == "shared":
+        shared = BankStatistics(mean_and_std(rows["xyz"]).mean, mean_and_std(rows["rgb"]).std)
+        return dict.fromkeys(rows, shared)
+    return dict.fromkeys(rows, BankStatistics())
 
-    A coreset is chosen once for all methods that ask for the same one. Without a random_state each chooses its own.
+
+def _select(
+    config: DetectorConfig, features: TrainingFeatures, rows: Rows, statistics: dict[str, BankStatistics]
+) -> dict[str, Tensor]:
+    """Indices (K,) of each bank's coreset.
+
+    K is f_coreset of the bank. In the reference protocol, for rgb and fusion it is f_coreset of the reduced xyz bank.
+    """
+    picks: dict[str, Tensor] = {}
+    for name, raw in rows.items():
+        base = len(raw) if config.protocol.own_coreset_size else len(picks.get("xyz", raw))
+        picks[name] = _coreset(config, features, name, raw, statistics[name], base)
+    return picks
+
+
+def _coreset(
+    config: DetectorConfig,
+    features: TrainingFeatures,
+    name: str,
+    raw: ShardedRows,
+    statistics: BankStatistics,
+    base: int,
+) -> Tensor:
+    """f_coreset of `base` rows, at least one and at most all. Methods that ask for the same coreset share it.
+
+    Without a random_state, each method has its own.
     """
     if config.f_coreset == 1:
-        return torch.arange(shard.total, device=shard.rows.device)
-    n = min(max(int(config.f_coreset * base), 1), shard.total)
-    key = (name, shard.total, statistics, n, config.coreset_eps, config.random_state)
-    chosen = features.coresets.get(key)
-    if chosen is None:
-        eps, seed = config.coreset_eps, config.random_state
-        chosen = select_coreset(shard.rows, statistics, n, eps, seed, features.group)
-        if seed is not None:
-            features.coresets[key] = chosen
-    return chosen
+        return torch.arange(len(raw), device=raw.device)
+    n = min(max(int(config.f_coreset * base), 1), len(raw))
+    key = (name, len(raw), statistics, n, config.coreset_eps, config.random_state)
+    picks = features.coresets.get(key)
+    if picks is None:
+        picks = select_coreset(raw, statistics, n, config.coreset_eps, config.random_state)
+        if config.random_state is not None:
+            features.coresets[key] = picks
+    return picks
+
+
+def _with_background_row(xyz: Tensor, statistics: BankStatistics, config: DetectorConfig) -> Tensor:
+    """Selected xyz patches (K, C), followed by one row for the background where the configuration asks for one.
+
+    The reference's zero row is zero after normalization, so it is the mean patch rather than the background.
+    """
+    zero = xyz.new_zeros(1, xyz.shape[1])
+    if config.drops_background:
+        return torch.cat([xyz, statistics.normalize(zero)])
+    if config.method.zero_row:
+        return torch.cat([xyz[(xyz != 0).all(dim=1)], zero])
+    return xyz

@@ -118,6 +118,15 @@ class DetectorConfig:
         return {modality: names[modality] for modality in sorted(self.method.modalities)}
 
     @property
+    def drops_background(self) -> bool:
+        """True if background patches leave the xyz bank, and one background row ends it."""
+        return self.protocol.drop_background or self.rm_zero_for_project
+
+    def samples_of(self, bank: str) -> int | None:
+        """Number of training samples that a bank is built from, None for all."""
+        return None if bank == "rgb" else self.asy_memory_bank
+
+    @property
     def lambdas_of_banks(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """The factors of the scores and of the maps of the method's banks, in their order."""
         places = [BANKS.index(name) for name in self.method.banks]

@@ -1,34 +1,40 @@
-"""Memory bank of normal patches, its statistics, and the choice of its coreset."""
+"""Memory bank of normal patches with exact nearest-neighbor search, and the statistics that normalize it."""
 
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from feature_extractors.coreset import greedy_coreset, random_projection
-from feature_extractors.training_features import Rows
-from utils.distributed import Group, all_reduce_floats, broadcast_object, shard_offset, world_size
+from feature_extractors.patch_rows import CHUNK, ShardedRows, as_sharded
 
-# Bound the block of products of one search. On the CPU few queries at once leave it in the cache.
+# Entries of the block of products of one search, and queries in it; few queries on a CPU keep it in the cache.
 MAX_BLOCK_ENTRIES, MAX_BLOCK_ENTRIES_ON_GPU = 1 << 24, 1 << 28
 QUERIES_AT_ONCE_ON_CPU = 256
-# Where a distance is computed by expanded squares, as the reference does: where its square is below this share of the
-# squared norms. Below 2^-9 of them it keeps less than four digits there.
-EXPANDED_BELOW = {"nowhere": 0.0, "cancelling": 2.0**-9, "everywhere": torch.inf}
-# Bound the direct differences that are computed at once: 64 MB, on a GPU 256.
+# Entries of the direct differences computed at once: 64 MB, on a GPU 256 MB.
 MAX_DIFFERENCE_ENTRIES, MAX_DIFFERENCE_ENTRIES_ON_GPU = 1 << 24, 1 << 26
+# A distance is computed by expanded squares where its square is below this share of the squared norms. Below 2^-9 of
+# them, expanded squares keep less than four digits.
+EXPANDED_BELOW = {"nowhere": 0.0, "cancelling": 2.0**-9, "everywhere": torch.inf}
 
 
 class BankStatistics(NamedTuple):
-    """The scalars that a bank's patches are normalized with."""
+    """Scalars that normalize the patches of a bank."""
 
     mean: float = 0.0
     std: float = 1.0
 
     def normalize(self, patches: Tensor) -> Tensor:
         return (patches - self.mean) / self.std
+
+
+def mean_and_std(rows: Tensor | ShardedRows, step: int = CHUNK) -> BankStatistics:
+    """Mean and unbiased standard deviation over all entries of rows (N, D), in float64, `step` rows at a time."""
+    rows = as_sharded(rows)
+    count = len(rows) * rows.width
+    mean = rows.sum(torch.sum, step) / count
+    squares = rows.sum(lambda chunk: (chunk - mean).square().sum(), step)
+    return BankStatistics(mean, (squares / (count - 1)) ** 0.5)
 
 
 class MemoryBank:
@@ -62,26 +68,19 @@ class MemoryBank:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _products(self, centered: Tensor) -> Tensor:
-        """Products (M, N), float32, of centered queries (M, D) and rows, wrong by at most `_product_error`."""
-        if not self._halved:
-            return centered @ self._factors.T
-        high, low = _halves(centered)
-        return torch.mm(torch.cat([high, high, low], dim=1), self._factors.T, out_dtype=torch.float32)
-
     def nearest(self, queries: Tensor, expanded: str = "nowhere") -> tuple[Tensor, Tensor]:
         """The nearest bank row of each query; the full distance matrix never exists.
 
-        A matrix product tells |q - r|^2 up to a bound that holds for certain. Whatever row may be the nearest by it is
-        a candidate, and of the candidates, hardly more than one a query, the distance is computed by direct difference,
-        which loses no digits where query and row are close. On a GPU their number is waited for, block by block.
+        Fast form of `reference.nearest_rows`. A matrix product gives |q - r|^2 = |q|^2 - 2 q r + |r|^2 with an error
+        below a bound that holds for certain. A row whose product lies within the bound of the smallest one may be the
+        nearest and is a candidate. The distances of the candidates, hardly more than one a query, are computed by
+        direct difference, which loses no digits where query and row are close.
 
         Args:
-            queries: (M, D) float32, normalized with `statistics`. Equal ones, as those of the background, are searched
-                for once.
-            expanded: a key of EXPANDED_BELOW: where the distance is the reference's instead, |q|^2 + |r|^2 - 2 q r by a
-                product in fp32, which cancels. A patch of the bank may be at 0.04 from itself, which the one-class
-                SVMs, fitted on training samples, notice; how many epochs they take may hang on the sixth digit.
+            queries: (M, D) float32, normalized with `statistics`. Equal ones, such as background, are searched once.
+            expanded: a key of EXPANDED_BELOW: distances that are the reference's |q|^2 + |r|^2 - 2 q r in fp32
+                instead, which cancels. A patch of the bank may be at 0.04 from itself; the one-class SVMs, fitted on
+                training samples, are sensitive to that.
 
         Returns:
             distance (M,), Euclidean (not squared); index (M,) int64 into `rows`, the lowest where distances tie.
@@ -105,27 +104,40 @@ class MemoryBank:
                 distance[part], index[part] = _expanded_distances(distinct[part], rows).min(dim=1)
         return distance[inverse], index[inverse]
 
+    def neighbors(self, row: int | Tensor, k: int) -> Tensor:
+        """Indices (k,) of the k rows nearest to a row of the bank, itself included; the lowest index wins a tie.
+
+        `row` is its index, or an int64 tensor (1,) of it. A smaller bank gives fewer.
+        """
+        distance = torch.linalg.vector_norm(self.rows - self.rows[row], dim=1)
+        return distance.sort(stable=True).indices[:k]
+
     def _nearest_of(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """`nearest` of distinct queries (M, D), in one block of products."""
+        """`nearest` of distinct queries (M, D), in one block of products. On a GPU it waits for the candidates."""
         centered = queries - self._center
         squares = centered.square().sum(dim=1)
-        # (M, N): |q - r|^2 - |q|^2, without what changes no order
-        partial = self._products(centered).mul_(-2).add_(self._norms)
+        partial = self._products(centered).mul_(-2).add_(self._norms)  # (M, N): |q - r|^2 - |q|^2
         closest = partial.argmin(dim=1)
-        found = (queries - self.rows[closest]).square().sum(dim=1)  # squared; no nearest row is farther
+        found = (queries - self.rows[closest]).square().sum(dim=1)  # squared; the nearest row is no farther
         limit = torch.addcmul(
             (found - squares + self._rounding * squares)[:, None],
             self._product_error * squares.sqrt()[:, None],
             self._lengths,
         ).add_(self._norms, alpha=self._rounding)
-        close = partial <= limit
-        query, row = close.nonzero(as_tuple=True)  # (pairs,) each
+        query, row = (partial <= limit).nonzero(as_tuple=True)  # (pairs,) each: the candidates
         squared = self._squared_distances(queries, query, row)
         best = found.scatter_reduce(0, query, squared, "amin")
         among_best = squared == best[query]
         index = torch.where(best < found, len(self.rows), closest)
         index.scatter_reduce_(0, query[among_best], row[among_best], "amin")
         return best.sqrt(), index
+
+    def _products(self, centered: Tensor) -> Tensor:
+        """Products (M, N), float32, of centered queries (M, D) and rows, wrong by at most `_product_error`."""
+        if not self._halved:
+            return centered @ self._factors.T
+        high, low = _halves(centered)
+        return torch.mm(torch.cat([high, high, low], dim=1), self._factors.T, out_dtype=torch.float32)
 
     def _squared_distances(self, queries: Tensor, query: Tensor, row: Tensor) -> Tensor:
         """Squared distances (pairs,) of queries[query] and rows[row], by direct difference."""
@@ -134,25 +146,9 @@ class MemoryBank:
         pairs = zip(query.split(step), row.split(step), strict=True)
         return torch.cat([(queries[of_query] - self.rows[of_row]).square_().sum(dim=1) for of_query, of_row in pairs])
 
-    def neighbors(self, row: int | Tensor, k: int) -> Tensor:
-        """Indices (k,) of the k rows nearest to a row of the bank, the row itself among them; the lowest wins a tie.
-
-        `row` is its index, or an int64 tensor (1,) of it.
-        """
-        distance = torch.linalg.vector_norm(self.rows - self.rows[row], dim=1)
-        return distance.sort(stable=True).indices[:k]
-
-    def neighborhood(self, row: int | Tensor, k: int) -> Tensor:
-        """The rows (k, D) at `neighbors`, the nearest first; fewer where the bank has fewer."""
-        return self.rows[self.neighbors(row, k)]
-
 
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The different ones of (N, D) float32 rows.
-
-    Returns:
-        (K, D) rows, in no order; (N,) int64, which of them each row is.
-    """
+    """The distinct ones (K, D) of rows (N, D) float32, in no order, and the index (N,) int64 of each row among them."""
     if rows.is_cuda:  # torch.unique would sort whole rows, which takes several times as long as the search that follows
         return _distinct_by_hash(rows)
     distinct, inverse = torch.unique(rows, dim=0, return_inverse=True)
@@ -160,14 +156,14 @@ def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _distinct_by_hash(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """`distinct_rows`, to the bit, by a hash of 64 bits; where two kinds share one, copies of the second may stay."""
+    """`distinct_rows`, bit by bit, by 64-bit hashes; where two different rows share one, copies of the second stay."""
     bits = rows.contiguous().view(torch.int32).long()
     hashes = (bits * _hash_factors(rows.shape[1], rows.device)).sum(dim=1)  # modulo 2^64
-    kinds, inverse = torch.unique(hashes, return_inverse=True)
+    groups, inverse = torch.unique(hashes, return_inverse=True)
     number = torch.arange(len(rows), device=rows.device)
-    first = torch.full_like(kinds, len(rows)).scatter_reduce_(0, inverse, number, "amin")
-    unlike = (bits != bits[first[inverse]]).any(dim=1).nonzero()[:, 0]  # the first one of their hash
-    inverse[unlike] = len(kinds) + number[: len(unlike)]
+    first = torch.full_like(groups, len(rows)).scatter_reduce_(0, inverse, number, "amin")
+    unlike = (bits != bits[first[inverse]]).any(dim=1).nonzero()[:, 0]  # rows that differ from the first of their hash
+    inverse[unlike] = len(groups) + number[: len(unlike)]
     return rows[torch.cat([first, unlike])], inverse
 
 
@@ -180,7 +176,7 @@ def _hash_factors(width: int, device: torch.device) -> Tensor:
 
 
 def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Two bf16 tensors whose sum is `values`, float32, but for 2^-16 of it."""
+    """Two bf16 tensors whose sum is `values`, float32, up to 2^-16 of it."""
     high = values.bfloat16()
     return high, (values - high.float()).bfloat16()
 
@@ -190,7 +186,7 @@ def _squared_norms(rows: Tensor) -> Tensor:
 
 
 def _expanded_distances(queries: Tensor, rows: Tensor) -> Tensor:
-    """What torch.cdist gives by its product, (M, N), but for what it makes of its rows anew at each call.
+    """Distances (M, N) as torch.cdist computes them by a product, without preparing the rows anew at each call.
 
     Args:
         queries: (M, D).
@@ -198,44 +194,3 @@ def _expanded_distances(queries: Tensor, rows: Tensor) -> Tensor:
     """
     factors = torch.cat([-2 * queries, _squared_norms(queries), torch.ones_like(queries[:, :1])], dim=1)
     return (factors @ rows.T).clamp_min_(0).sqrt_()
-
-
-def mean_and_std(rows: Rows, step: int = 1 << 14, group: Group | None = None) -> BankStatistics:
-    """Mean and unbiased standard deviation over all entries of (N, D) rows, accumulated in fp64, chunk by chunk.
-
-    `rows` are those of this process; the result is that of the rows of all processes of the group.
-    """
-    device = torch.device("cpu")
-    total = sum(float(chunk.double().sum()) for chunk in rows.split(step))
-    total, count = all_reduce_floats((total, len(rows) * rows.shape[1]), device, group)
-    mean = total / count
-    squares = sum(float((chunk.double() - mean).square().sum()) for chunk in rows.split(step))
-    (squares,) = all_reduce_floats((squares,), device, group)
-    return BankStatistics(mean, (squares / (count - 1)) ** 0.5)
-
-
-def select_coreset(
-    rows: Rows, statistics: BankStatistics, n: int, eps: float, random_state: int | None, group: Group | None = None
-) -> Tensor:
-    """Choose n of the (N, D) raw rows: normalize, project at random, then greedy k-center from index 0.
-
-    Normalization and projection work chunk by chunk; besides `rows` only the projected rows exist. Where several
-    processes hold the rows, they are those of this process, and N, n and the indices count those of all.
-
-    Returns:
-        (n,) int64 indices in order of selection, the same in all processes of the group.
-    """
-    if random_state is None and world_size(group) > 1:  # all draw the same projection
-        random_state = broadcast_object(int(np.random.default_rng().integers(2**32)), group)
-    _, count = shard_offset(len(rows), group)
-    projection = random_projection(count, rows.shape[1], eps, random_state)
-    if projection is not None:
-        projection = projection.to(rows.device)
-    projected = torch.empty(len(rows), rows.shape[1] if projection is None else projection.shape[1], device=rows.device)
-    begin = 0
-    for chunk in rows.split(1 << 14):
-        normalized = statistics.normalize(chunk)
-        of_chunk = normalized if projection is None else normalized @ projection
-        projected[begin : begin + len(chunk)] = of_chunk
-        begin += len(chunk)
-    return greedy_coreset(projected, n, group=group)

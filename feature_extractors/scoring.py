@@ -48,10 +48,10 @@ def image_score(
     """
     m_test = distances.argmax(dim=0, keepdim=True)  # (1,): indexing with a scalar tensor would wait for its value
     s_star = distances[m_test].double() / divisor
-    neighborhood = bank.neighborhood(index[m_test], REWEIGHTING_NEIGHBORS)[1:]
-    if len(neighborhood) == 0:
+    neighbors = bank.neighbors(index[m_test], REWEIGHTING_NEIGHBORS)[1:]  # N_b
+    if len(neighbors) == 0:
         return s_star[0]
-    to_neighbors = torch.linalg.vector_norm(neighborhood - patches[m_test], dim=1).double() / divisor
+    to_neighbors = torch.linalg.vector_norm(bank.rows[neighbors] - patches[m_test], dim=1).double() / divisor
     root = math.sqrt(patches.shape[1])
     # exp(s*) is taken out of the fraction, so that large distances do not overflow
     total = torch.exp((to_neighbors - s_star) / root).sum() + epsilon * torch.exp(-s_star / root)

@@ -35,9 +35,10 @@ from benchmarks.workload import (
     vit_flops,
 )
 from feature_extractors.alignment import align_to_patches
+from feature_extractors.coreset import select_coreset
 from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
-from feature_extractors.memory_bank import BankStatistics, MemoryBank, select_coreset
+from feature_extractors.memory_bank import BankStatistics, MemoryBank
 from utils.metrics import evaluate as compute_metrics
 from utils.records import PatchFeatures, Sample
 

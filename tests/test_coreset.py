@@ -10,9 +10,9 @@ from sklearn.random_projection import johnson_lindenstrauss_min_dim
 from tiny_networks import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from feature_extractors import coreset, memory_bank, reference
-from feature_extractors.coreset import greedy_coreset, random_projection
-from feature_extractors.memory_bank import BankStatistics, select_coreset
+from feature_extractors import coreset, reference
+from feature_extractors.coreset import greedy_coreset, random_projection, select_coreset
+from feature_extractors.memory_bank import BankStatistics
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -58,13 +58,13 @@ def set_candidates(monkeypatch: pytest.MonkeyPatch, candidates: int) -> None:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of new picks at each pass over all rows."""
     counts: list[int] = []
-    update = coreset._Shard.update
+    update = coreset.Selection.update
 
-    def counting(self: coreset._Shard, picks: Tensor, picked: Tensor, apart: float) -> None:
+    def counting(self: coreset.Selection, picks: Tensor, picked: Tensor, apart: float) -> None:
         counts.append(len(picks))
         update(self, picks, picked, apart)
 
-    monkeypatch.setattr(coreset._Shard, "update", counting)
+    monkeypatch.setattr(coreset.Selection, "update", counting)
     return counts
 
 
@@ -235,7 +235,7 @@ def test_coreset_of_raw_rows_is_that_of_normalized_and_projected_ones(monkeypatc
     assert projected.shape[1] < 250
     expected = plain_picks(projected, 60)
     assert select_coreset(rows, statistics, 60, 0.9, 4).tolist() == expected
-    monkeypatch.setattr(memory_bank, "random_projection", lambda *_: None)
+    monkeypatch.setattr(coreset, "random_projection", lambda *_: None)
     assert select_coreset(rows, statistics, 60, 0.9, 4).tolist() == plain_picks((rows - 1.5) / 2.5, 60) != expected
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from feature_extractors import banks
 from feature_extractors import detector as detector_module
 from feature_extractors.config import DetectorConfig
+from feature_extractors.coreset import select_coreset
 from feature_extractors.detector import Detector
-from feature_extractors.memory_bank import MemoryBank, select_coreset
+from feature_extractors.memory_bank import MemoryBank
 from feature_extractors.pipeline import fit_detector
 from feature_extractors.scoring import image_score
 from feature_extractors.training_features import TrainingFeatures

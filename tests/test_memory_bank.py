@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from feature_extractors import memory_bank, reference
-from feature_extractors.memory_bank import BankStatistics, MemoryBank, distinct_rows, mean_and_std, select_coreset
+from feature_extractors.coreset import random_projection, select_coreset
+from feature_extractors.memory_bank import BankStatistics, MemoryBank, distinct_rows, mean_and_std
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -264,7 +265,7 @@ def test_coreset_of_more_rows_than_a_chunk(dim: int) -> None:
     """16,500 rows cross the border of the chunks in which they are normalized and projected."""
     rows, statistics = 4.0 + random_rows(16_500, dim, 6), BankStatistics(4.0, 0.5)
     rows[-6:] *= 3  # far from all others, and behind the border
-    projection = memory_bank.random_projection(len(rows), dim, 0.999, 0)
+    projection = random_projection(len(rows), dim, 0.999, 0)
     picks = select_coreset(rows, statistics, 12, 0.999, 0)
     normalized = statistics.normalize(rows).double()
     assert (projection is None) == (dim == 3)

@@ -29,10 +29,10 @@ from torch import Tensor
 from feature_extractors import banks, pipeline
 from feature_extractors.banks import build_banks
 from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
+from feature_extractors.coreset import select_coreset
 from feature_extractors.decision_fusion import fit_decision_fusion
 from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
-from feature_extractors.memory_bank import select_coreset
 from feature_extractors.pipeline import (
     Evaluation,
     SampleResult,

@@ -44,7 +44,7 @@ def run(configs: tuple[DetectorConfig, ...], group: Group | None, cut: int) -> d
         found[name] = {
             "rows": {bank: each.rows for bank, each in detector.banks.items()},
             "statistics": {bank: tuple(each.statistics) for bank, each in detector.banks.items()},
-            "thresholds": [value for value in detector.thresholds if value != "training"],
+            "thresholds": [value for value in vars(detector.thresholds).values() if value != "training"],
         }
         if not is_main(group):
             continue

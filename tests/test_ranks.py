@@ -13,9 +13,10 @@ from test_coreset import KINDS, plain_picks, random_rows, set_candidates
 from tiny_networks import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from feature_extractors import memory_bank
-from feature_extractors.coreset import FIRST_CANDIDATES, greedy_coreset
-from feature_extractors.memory_bank import BankStatistics, mean_and_std, select_coreset
+from feature_extractors import coreset
+from feature_extractors.coreset import FIRST_CANDIDATES, greedy_coreset, select_coreset
+from feature_extractors.memory_bank import BankStatistics, mean_and_std
+from feature_extractors.patch_rows import ShardedRows
 from utils import distributed
 from utils.distributed import (
     Group,
@@ -29,7 +30,6 @@ from utils.distributed import (
     gather_objects,
     is_main,
     make_groups,
-    place_rows,
     process_group,
     rank,
     shard_range,
@@ -96,7 +96,6 @@ def hear(group: Group | None) -> dict[str, Any]:
     """What every collective says; process r of the group has r items."""
     own = rank(group)
     values = torch.tensor([0.1 * own, 1.0], dtype=torch.float64)
-    places = torch.tensor([place for place in (5, 2, 0, 4, 1, 3) if place**2 % world_size(group) == own]).long()
     return {
         "place": (own, world_size(group), is_main(group)),
         "share": [list(shard_range(count, group, step)) for count, step in [(10, 1), (2, 1), (10, 4)]],
@@ -107,7 +106,6 @@ def hear(group: Group | None) -> dict[str, Any]:
         "sum": (all_reduce_sum(values, group), values, all_reduce_sum(torch.tensor([2**60 + own]), group)),
         "sums": all_reduce_floats((0.1 * own, 1), CPU, group),
         "rows": all_gather_rows(torch.full((own, 2), own), group),
-        "block": place_rows(torch.stack([places, torch.full_like(places, own)], dim=1), places, 6, group),
         "any": [all_reduce_any(own == place, CPU, group) for place in range(world_size(group) + 1)],
     }
 
@@ -119,26 +117,35 @@ def select(group: Group | None) -> dict[str, Any]:
         rows = made_up_rows(kind, count)
         with pytest.MonkeyPatch.context() as patch:
             set_candidates(patch, candidates)
-            picks.append(greedy_coreset(rows[shard_of(count, group, cut)], n, start, group))
+            picks.append(greedy_coreset(ShardedRows(rows[shard_of(count, group, cut)], group), n, start))
     errors = []
     for n, start in [(61, 0), (0, 0), (5, 60), (5, -1)]:
         try:
-            greedy_coreset(made_up_rows("random", 60)[shard_of(60, group)], n, start, group)
+            greedy_coreset(ShardedRows(made_up_rows("random", 60)[shard_of(60, group)], group), n, start)
         except ValueError as error:
             errors.append(str(error))
-    own = wide_rows()[shard_of(350, group)]
+    own = ShardedRows(wide_rows()[shard_of(350, group)], group)
+    index = torch.tensor([349, 0, 1, 200, 0, 201])
     seeds: list[int] = []
-    projection = memory_bank.random_projection
+    projection = coreset.random_projection
 
     def overheard(count: int, dim: int, eps: float, random_state: int) -> Tensor | None:
         seeds.append(random_state)
         return projection(count, dim, eps, random_state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_bank, "random_projection", overheard)
-        raw = [select_coreset(own, BankStatistics(1.5, 2.5), 60, 0.9, state, group) for state in (4, None, None)]
-    statistics = [tuple(mean_and_std(own, step, group)) for step in (1 << 14, 7)]
-    return {"picks": picks, "errors": errors, "raw": raw, "seeds": seeds, "statistics": statistics}
+        patch.setattr(coreset, "random_projection", overheard)
+        raw = [select_coreset(own, BankStatistics(1.5, 2.5), 60, 0.9, state) for state in (4, None, None)]
+    statistics = [tuple(mean_and_std(own, step)) for step in (1 << 14, 7)]
+    return {
+        "picks": picks,
+        "errors": errors,
+        "raw": raw,
+        "seeds": seeds,
+        "statistics": statistics,
+        "taken": own.take(index),
+        "mean": own.mean(),
+    }
 
 
 def work(rank: int, folder: Path) -> None:
@@ -206,8 +213,6 @@ def test_what_is_gathered_comes_in_the_order_of_the_ranks(found: list[dict[str, 
         gathered, begin = each["rows"]
         assert gathered.tolist() == [[other, other] for other in ranks for _ in range(other)]
         assert begin == sum(range(place))
-        # Whoever has a row, and not all have one, puts it in its place.
-        assert each["block"].tolist() == [[row, row**2 % len(found)] for row in range(6)]
 
 
 def test_all_processes_hear_the_same(found: list[dict[str, Any]]) -> None:
@@ -247,6 +252,12 @@ def test_wrong_numbers_of_picks_are_an_error_in_all_processes(found: list[dict[s
             "start is 60, expected an index below 60",
             "start is -1, expected an index below 60",
         ]
+
+
+def test_rows_are_taken_from_the_shard_that_holds_them(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        assert torch.equal(each["taken"], wide_rows()[[349, 0, 1, 200, 0, 201]])
+        torch.testing.assert_close(each["mean"], wide_rows().double().mean(dim=0), rtol=1e-12, atol=0)
 
 
 def test_statistics_are_those_of_all_rows(found: list[dict[str, Any]]) -> None:

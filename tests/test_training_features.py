@@ -15,8 +15,9 @@ from tiny_networks import TRAIN, TRIPLE, build, made_up_samples, one_thread, run
 from torch import Tensor
 
 from feature_extractors.config import PROTOCOLS
+from feature_extractors.patch_rows import PatchRows
 from feature_extractors.pipeline import collect_features, fit_detector
-from feature_extractors.training_features import FEATURES_SHARE, PatchRows, TrainingFeatures
+from feature_extractors.training_features import FEATURES_SHARE, TrainingFeatures
 from utils import memory
 from utils.errors import InputError
 from utils.records import PatchFeatures
@@ -65,7 +66,7 @@ def test_samples_and_rows_are_what_was_appended(features: TrainingFeatures) -> N
         assert kept.fusion is None
     for name in ("xyz", "rgb"):
         for samples in (None, 1, 3):
-            rows, expected = features.rows(name, samples), together(name, samples or SAMPLES)
+            rows, expected = features.rows(name, samples).shard, together(name, samples or SAMPLES)
             assert (len(rows), rows.shape) == (len(expected), expected.shape)
             for step in (1, 3, 100):
                 parts = [part.clone() for part in rows.split(step)]
@@ -78,7 +79,7 @@ def test_samples_and_rows_are_what_was_appended(features: TrainingFeatures) -> N
 def test_rows_can_be_left_out_twice(features: TrainingFeatures) -> None:
     expected = together("xyz")
     expected = expected[(expected != 0).any(dim=1)]
-    kept = features.rows("xyz").where(lambda rows: (rows != 0).any(dim=1), step=3)
+    kept = features.rows("xyz").shard.where(lambda rows: (rows != 0).any(dim=1), step=3)
     assert torch.equal(torch.cat([part.clone() for part in kept.split(4)]), expected)
     positive = kept.where(lambda rows: rows[:, 0] > 0, step=2)
     expected = expected[expected[:, 0] > 0]
@@ -137,9 +138,9 @@ def test_a_disk_that_is_too_small_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize(
     ("value", "dtype", "mend"),
     [
-        (torch.nan, torch.float32, "check its files"),
-        (torch.inf, torch.float16, "check its files"),
-        (7e4, torch.float16, "use --train_feature_dtype fp32"),
+        (torch.nan, torch.float32, "Check its files"),
+        (torch.inf, torch.float16, "Check its files"),
+        (7e4, torch.float16, "Use --train_feature_dtype fp32"),
     ],
 )
 def test_features_that_are_no_numbers_are_named(value: float, dtype: torch.dtype, mend: str) -> None:
@@ -180,7 +181,7 @@ for _ in range(50):
     features.append(PatchFeatures(xyz=torch.rand(2500, 800)))  # 8 MB
 rows = features.rows("xyz")
 mean_and_std(rows, 2500)
-rows[torch.arange(0, len(rows), 40)]
+rows.take(torch.arange(0, len(rows), 40))
 for i in range(50):
     features.sample(i).xyz.sum()
 print(json.dumps({"mb": (peak() - before) / 1024, "left": [str(path) for path in Path(sys.argv[2]).iterdir()]}))

@@ -117,7 +117,7 @@ def fit(config: DetectorConfig, extractor: PatchExtractor | None = None) -> tupl
 
 def rows_of(features: TrainingFeatures, name: str, samples: int | None = None) -> Tensor:
     rows = features.rows(name, samples)
-    return rows[torch.arange(len(rows))]
+    return rows.take(torch.arange(len(rows)))
 
 
 class Outcome(NamedTuple):

@@ -224,22 +224,6 @@ def all_gather_counts(count: int, group: Group | None = None) -> list[int]:
     return [int(each) for each in counts]
 
 
-def shard_offset(count: int, group: Group | None = None) -> tuple[int, int]:
-    """Where the `count` items of this process lie among those of all: the position of its first, the number of all."""
-    counts = all_gather_counts(count, group)
-    return sum(counts[: rank(group)]), sum(counts)
-
-
-def local_indices(index: Tensor, begin: int, count: int) -> tuple[Tensor, Tensor]:
-    """Those of the indices (K,) that are of the `count` items from `begin` on, which a process holds.
-
-    Returns:
-        int64 (n,) each: their places in `index`, and which of these items they are.
-    """
-    places = ((index >= begin) & (index < begin + count)).nonzero()[:, 0]
-    return places, index[places] - begin
-
-
 def all_gather_rows(rows: Tensor, group: Group | None = None) -> tuple[Tensor, int]:
     """The rows of all processes, in the order of the ranks; gradients flow back to where each row came from.
 
@@ -283,25 +267,6 @@ def all_reduce_sum(values: Tensor, group: Group | None = None) -> Tensor:
     values = values.clone()
     dist.all_reduce(values, group=group)
     return values
-
-
-def place_rows(rows: Tensor, places: Tensor, count: int, group: Group | None = None) -> Tensor:
-    """One block of rows, to which every process gives those that it has.
-
-    Args:
-        rows: (n, D), n may differ between the processes and be 0.
-        places: (n,) int64, where they come to lie.
-        count: of rows of the block. The processes together fill each place once.
-        group: those that take part.
-
-    Returns:
-        (count, D), the same everywhere.
-    """
-    block = rows.new_zeros(count, rows.shape[1])
-    block[places] = rows
-    if world_size(group) > 1:
-        dist.all_reduce(block, group=group)
-    return block
 
 
 def all_reduce_any(flag: bool, device: torch.device, group: Group | None = None) -> bool:
