@@ -1,16 +1,14 @@
 """One class of a run of main.py: fit its detectors, or load them, and evaluate them on its test split."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
+import torch
 from numpy.typing import NDArray
 
-from dataset import AnomalyDataset, SampleFiles, load_samples, read_rgb
-from feature_extractors.config import DetectorConfig
+from dataset import AnomalyDataset, load_samples, read_rgb
 from feature_extractors.detector import Detector
-from feature_extractors.detector_record import SavedDetector
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.persistence import restore_detectors, round_banks, save_detector
 from feature_extractors.pipeline import (
@@ -23,164 +21,163 @@ from feature_extractors.pipeline import (
     fit_detector,
 )
 from feature_extractors.thresholds import Source
-from feature_extractors.training_features import TrainingFeatures
+from runner.preparation import Run, shown_modalities
 from runner.results import save_predictions
-from runner.settings import RunSettings, method_folder
-from utils.distributed import Group, gather_objects, is_main, shard_range
-from utils.feature_store import write_features
-from utils.memory import peak_memory_mb
-from utils.records import PatchFeatures, Sample
+from utils.distributed import Group, find_ranks, gather_objects, is_main, shard_range
+from utils.errors import InputError
+from utils.feature_store import STORAGE_DTYPES, write_features
+from utils.memory import default_memory_budget, peak_memory_mb
+from utils.records import PatchFeatures, Sample, SampleFiles
 from utils.reporting.html_report.class_report import ClassReport, report_class
 from utils.reporting.html_report.gallery import ReadArray
 from utils.scans.organized_pc import read_organized_pc
 
 logger = logging.getLogger(__name__)
 
-
-class SplitFiles(NamedTuple):
-    """The files of one class; no training and validation files where its detectors are loaded."""
-
-    train: list[SampleFiles]
-    validation: list[SampleFiles]  # none where the dataset has no such split
-    test: list[SampleFiles]
+Detectors = dict[str, Detector]  # by method
+Stopwatches = dict[str, Stopwatch]
 
 
-def run_class(
-    name: str,
-    files: SplitFiles,
-    settings: RunSettings,
-    configs: Mapping[str, DetectorConfig],
-    extractor: PatchExtractor,
-    saved: Mapping[str, SavedDetector] | None = None,
-    group: Group | None = None,
-) -> dict[str, ClassReport]:
-    """Fit one class, or load its `saved` detectors, and evaluate it, shared by the processes of `group`.
+def run_class(name: str, run: Run, extractor: PatchExtractor, group: Group | None = None) -> dict[str, ClassReport]:
+    """Fit the detectors of a class, or load them, and evaluate them. The processes of `group` share the samples.
 
     Returns:
-        per method what its report keeps of the class, in the first of these processes; nothing in the others.
+        report of the class by method in the first process of the group, nothing in the others.
+
+    Raises:
+        InputError: a file cannot be used; the message begins with the class.
     """
-    if saved:
-        detectors = restore_detectors(saved, extractor)
-        stopwatches = {method: Stopwatch() for method in detectors}
-    else:
-        detectors, stopwatches = fit_class(name, files, settings, configs, extractor, group)
-    test = own_files(files.test, extractor.batch_size, group)
-    samples = load_samples(
-        AnomalyDataset(test, extractor.config.method.modalities, extractor.config.img_size), settings.num_workers
+    try:
+        if run.saved:
+            detectors = restore_detectors(run.saved[name], extractor)
+            stopwatches = {method: Stopwatch() for method in detectors}
+        else:
+            detectors, stopwatches = fit_class(name, run, extractor, group)
+        return evaluate_class(name, run, detectors, stopwatches, group)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def fit_class(
+    name: str, run: Run, extractor: PatchExtractor, group: Group | None = None
+) -> tuple[Detectors, Stopwatches]:
+    """Fit, calibrate and, with --save_detector, save the detectors of a class."""
+    settings, files, extraction = run.settings, run.files[name], Stopwatch()
+    budget = memory_budget(run, extractor.device)
+    # Validation samples come first, so that a broken file does not waste the fit.
+    validation = None
+    if files.validation:
+        samples, count = own_samples(files.validation, run, extractor, group)
+        validation = collect_features(extractor, samples, count, extraction, memory_budget=budget, group=group)
+    samples, count = own_samples(files.train, run, extractor, group)
+    features = collect_features(
+        extractor,
+        samples,
+        count,
+        extraction,
+        feature_saver(name, run) if settings.save_feature else None,
+        memory_budget=budget,
+        dtype=STORAGE_DTYPES[settings.train_feature_dtype],
+        group=group,
     )
-    evaluations = evaluate(detectors, samples, len(test), stopwatches, group)
-    peaks = gather_objects([peak_memory_mb(settings.device)], group)
+    stopwatches = {method: Stopwatch(extraction.seconds) for method in run.configs}
+    detectors = {
+        method: fit_detector(config, extractor, features, stopwatches[method]) for method, config in run.configs.items()
+    }
+    detector_dtype = STORAGE_DTYPES[settings.detector_dtype]
+    if settings.save_detector is not None:
+        for detector in detectors.values():
+            round_banks(detector, detector_dtype)
+    if validation is None:
+        logger.warning(
+            "%s has no validation/good: thresholds are calibrated on the training samples, whose scores are lower than "
+            "those of other good samples, because the banks hold them. Expect more false alarms than --target_fpr",
+            name,
+        )
+    source: Source = "training" if validation is None else "validation"
+    good = features if validation is None else validation
+    good_samples = (good.sample(i) for i in range(len(good)))
+    calibrate_detectors(detectors, good_samples, settings.target_fpr, source, stopwatches, group)
+    if settings.save_detector is not None and is_main(group):
+        for method, folder in run.folders(settings.save_detector).items():
+            save_detector(detectors[method], folder / name, class_name=name, dtype=detector_dtype)
+    return detectors, stopwatches
+
+
+def evaluate_class(
+    name: str, run: Run, detectors: Detectors, stopwatches: Stopwatches, group: Group | None = None
+) -> dict[str, ClassReport]:
+    """Score the test split by each detector, and report on it in the first process of the group."""
+    extractor = next(iter(detectors.values())).extractor
+    files = run.files[name].test
+    samples, count = own_samples(files, run, extractor, group)
+    evaluations = evaluate(detectors, samples, count, stopwatches, group)
+    peaks = gather_objects([peak_memory_mb(extractor.device)], group)
     clocks = gather_objects([{method: each.seconds for method, each in stopwatches.items()}], group)
+    folders = run.folders(run.settings.output_dir)
     reports = {}
     for method, evaluation in evaluations.items():
-        if method in settings.save_preds:
-            save_predictions(name, files.test, evaluation.results, method_folder(settings.output_dir, configs, method))
+        if run.settings.saves_predictions(method):
+            save_predictions(name, files, evaluation.results, folders[method])
         entry = class_entry(detectors[method], evaluation) | {
             "seconds": {stage: max(clock[method][stage] for clock in clocks) for stage in STAGES},
             "peak_memory_mb": max(peaks),
         }
-        readers = part_readers(files.test, settings, extractor.config)
-        reports[method] = report_class(name, entry, evaluation.results, *readers, limit=settings.report_parts)
+        readers = sample_readers(files, run)
+        reports[method] = report_class(name, entry, evaluation.results, *readers, limit=run.settings.report_parts)
     return reports
 
 
-def own_files(files: list[SampleFiles], batch_size: int, group: Group | None) -> list[SampleFiles]:
-    """Those of a split that this process reads.
+def own_samples(
+    files: list[SampleFiles], run: Run, extractor: PatchExtractor, group: Group | None
+) -> tuple[Iterator[Sample], int]:
+    """Samples of a split that this process reads, and their number.
 
-    Batches of pictures begin where they begin in a single process: their products round a little differently when they
-    are composed otherwise, and how many epochs the one-class SVMs take may hang on that.
+    Batches begin where they begin in a single process. Another composition changes the last digits of the features,
+    and the one-class SVMs are sensitive to these.
     """
-    own = shard_range(len(files), group, batch_size)
-    return files[own.start : own.stop]
+    own = shard_range(len(files), group, extractor.batch_size)
+    config = run.config
+    dataset = AnomalyDataset(files[own.start : own.stop], config.method.modalities, config.img_size)
+    return load_samples(dataset, run.settings.num_workers), len(dataset)
 
 
-def part_readers(
-    files: list[SampleFiles], settings: RunSettings, config: DetectorConfig
-) -> tuple[ReadArray, ReadArray]:
-    """What reads photo and scan of a test part by its number, of those kinds of files that the run has checked."""
+def memory_budget(run: Run, device: torch.device) -> float:
+    """--memory_budget, or by default the share of this process in half of the machine's memory, GB."""
+    if run.settings.memory_budget is not None:
+        return run.settings.memory_budget
+    sharing = find_ranks().local_world_size if device.type == "cpu" else 1
+    return default_memory_budget(device) / sharing
 
-    def photo(number: int) -> NDArray | None:
-        return read_rgb(files[number]) if "rgb" in shown_modalities(settings, config) else None
 
-    def cloud(number: int) -> NDArray | None:
+def sample_readers(files: list[SampleFiles], run: Run) -> tuple[ReadArray, ReadArray]:
+    """Readers of image and cloud of a test sample by its number. They return None for modalities that are not read."""
+    used = run.config.method.modalities
+
+    def read_image(number: int) -> NDArray | None:
+        return read_rgb(files[number]) if "rgb" in shown_modalities(run.settings, used) else None
+
+    def read_cloud(number: int) -> NDArray | None:
         path = files[number].xyz
-        return read_organized_pc(path) if path is not None and "xyz" in config.method.modalities else None
+        return read_organized_pc(path) if path is not None and "xyz" in used else None
 
-    return photo, cloud
-
-
-def shown_modalities(settings: RunSettings, config: DetectorConfig) -> frozenset[str]:
-    """The kinds of test files that are read: those of the method, and photos to put under its predictions."""
-    return config.method.modalities | ({"rgb"} if settings.save_preds else frozenset())
+    return read_image, read_cloud
 
 
-def fit_class(
-    name: str,
-    files: SplitFiles,
-    settings: RunSettings,
-    configs: Mapping[str, DetectorConfig],
-    extractor: PatchExtractor,
-    group: Group | None = None,
-) -> tuple[dict[str, Detector], dict[str, Stopwatch]]:
-    """The detectors of one class by method, calibrated and kept where that was asked for, and what they took.
-
-    The processes of `group` share the work, and all get the detectors.
-    """
-    extraction, config = Stopwatch(), extractor.config
-
-    def collect(split: list[SampleFiles], **options: Any) -> TrainingFeatures:
-        dataset = AnomalyDataset(
-            own_files(split, extractor.batch_size, group), config.method.modalities, config.img_size
-        )
-        samples = load_samples(dataset, settings.num_workers)
-        options |= {"memory_budget": settings.memory_budget, "group": group}
-        return collect_features(extractor, samples, len(dataset), extraction, **options)
-
-    # Before the fit, which a scan at fault would waste; each split takes half of the memory budget at most.
-    validation = collect(files.validation) if files.validation else None
-    saver = feature_saver(name, settings, config)
-    features = collect(files.train, on_features=saver, dtype=settings.train_feature_dtype)
-    stopwatches, detectors = {}, {}
-    for method, each in configs.items():
-        stopwatches[method] = Stopwatch(extraction.seconds)
-        detectors[method] = fit_detector(each, extractor, features, stopwatches[method])
-        if settings.save_detector is not None:
-            round_banks(detectors[method], settings.detector_dtype)
-    if validation is None:
-        logger.warning(
-            "no validation/good: the thresholds are calibrated on the training samples, whose scores are lower than "
-            "those of other good parts, since the banks hold them; expect more false alarms than --target_fpr"
-        )
-    source: Source = "training" if validation is None else "validation"
-    good = features if validation is None else validation
-    good_parts = (good.sample(i) for i in range(len(good)))
-    calibrate_detectors(detectors, good_parts, settings.target_fpr, source, stopwatches, group)
-    for method, detector in detectors.items():
-        if settings.save_detector is not None:
-            folder = method_folder(settings.save_detector, configs, method) / name
-            if is_main(group):
-                save_detector(detector, folder, class_name=name, dtype=settings.detector_dtype)
-    return detectors, stopwatches
-
-
-def feature_saver(
-    class_name: str, settings: RunSettings, config: DetectorConfig
-) -> Callable[[Sample, PatchFeatures], None] | None:
-    """What writes a training sample's patch file, or None where --save_feature is not given."""
-    if settings.save_feature_path is None:
-        return None
-    folder = settings.save_feature_path
+def feature_saver(class_name: str, run: Run) -> Callable[[Sample, PatchFeatures], None]:
+    """Function that writes the patch file of a training sample."""
+    settings, config = run.settings, run.config
 
     def save(sample: Sample, features: PatchFeatures) -> None:
         write_features(
-            folder,
+            settings.save_feature_path,
             class_name,
             Path(sample.path).name,
             features,
             xyz_backbone=config.xyz_backbone_name,
             rgb_backbone=config.rgb_backbone_name,
             pairing=settings.uff_pairing,
-            dtype=settings.feature_dtype,
+            dtype=STORAGE_DTYPES[settings.feature_dtype],
         )
 
     return save

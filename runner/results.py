@@ -1,98 +1,109 @@
 """What main.py leaves in its output folder: predictions, results.json, report.html, tables."""
 
+import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dataset import SampleFiles, original_size, read_rgb
 from feature_extractors.config import DetectorConfig
 from feature_extractors.pipeline import SampleResult
-from runner.finished_classes import class_file, read_class, write_class
-from runner.settings import applied_flags, method_folder
+from runner.finished_classes import FOLDER, class_file, read_class, write_class
+from runner.preparation import Run
+from runner.settings import applied_flags
 from utils.distributed import progress_bar
 from utils.report import append_tables, format_tables, result_line, results_record, write_results
 from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.report_page import write_report
 from utils.reporting.visualization import FUSED, color_scale, save_anomaly_map, save_prediction_figure
 
+logger = logging.getLogger("main")
+
 
 class Results:
-    """The classes of a run, in the process that writes about them.
+    """Results of a run: kept class by class, and published by rank 0.
 
     Args:
-        output_dir: where everything goes, what is a method's own into its `method_folder`.
-        configs: of each method.
-        inputs: of each class, in the order of the tables, a checksum of what its figures come from beside the flags.
-        flags: of the run, for results.json.
-        precision: of the networks, as it was chosen.
+        run: see runner.preparation.
+        inputs: checksum of what the figures of each class come from beside the flags, in the order of the tables.
     """
 
-    def __init__(
-        self,
-        output_dir: Path,
-        configs: Mapping[str, DetectorConfig],
-        inputs: Mapping[str, str],
-        flags: Mapping[str, Any],
-        precision: str,
-    ) -> None:
-        self.output_dir, self.configs, self.inputs = output_dir, configs, inputs
-        self.names = list(inputs)
-        self.folders = {method: method_folder(output_dir, configs, method) for method in configs}
-        self.flags = {
-            method: dict(flags) | applied_flags(config) | {"precision": precision} for method, config in configs.items()
-        }
-        self.exact = next(iter(configs.values())).protocol.exact_au_pro
-        self.reports: dict[str, dict[str, ClassReport]] = {method: {} for method in configs}
+    def __init__(self, run: Run, inputs: Mapping[str, str]) -> None:
+        self.run, self.inputs = run, inputs
+        self.folders = run.folders(run.settings.output_dir)
+        self.flags = {method: {**run.flags, **applied_flags(config)} for method, config in run.configs.items()}
+        self.exact = run.config.protocol.exact_au_pro
+        self.note = table_note(run.config)
+        self.reports: dict[str, dict[str, ClassReport]] = {method: {} for method in run.configs}
 
-    def keep(self, name: str, of_class: Mapping[str, ClassReport]) -> None:
-        """Write a finished class into its own files, which no other process writes."""
-        for method, report in of_class.items():
+    def begin(self) -> list[str]:
+        """The classes to compute. With --resume the others are published; files of older runs are deleted."""
+        logger.info(self.note)
+        if self.run.settings.resume:
+            self.publish({})
+            for name in self.inputs.keys() - set(self.missing()):
+                logger.info("%s: finished before", name)
+            if self.missing() == list(self.inputs):
+                folder = self.run.settings.output_dir / FOLDER
+                logger.info("--resume: no class was finished before, with a file in %s", folder)
+        for name in self.missing():
+            for folder in self.folders.values():
+                class_file(folder, name).unlink(missing_ok=True)
+        return self.missing()
+
+    def keep(self, name: str, reports: Mapping[str, ClassReport]) -> None:
+        """Write a finished class to its own files, which no other group writes."""
+        for method, report in reports.items():
             write_class(self.folders[method], report, self.flags[method], self.inputs[name])
 
-    def forget(self, names: Sequence[str]) -> None:
-        """Delete what an earlier run kept of classes, so that nothing takes it for this one's."""
-        for folder in self.folders.values():
-            for name in names:
-                class_file(folder, name).unlink(missing_ok=True)
+    def publish(self, finished: Mapping[str, Mapping[str, ClassReport]]) -> None:
+        """Print a line for each newly finished class and method, and write results.json and report.html again.
 
-    def kept(self, name: str) -> dict[str, ClassReport]:
-        """What was kept of a class, by method; nothing where that of a method is missing.
+        Newly finished are `finished` and the classes whose files other groups, or an interrupted run, have written.
 
         Raises:
             InputError: see read_class.
         """
-        found = {
-            method: read_class(folder, name, self.flags[method], self.inputs[name])
-            for method, folder in self.folders.items()
-        }
-        whole = {method: report for method, report in found.items() if report is not None}
-        return whole if len(whole) == len(found) else {}
-
-    def publish(self, finished: Mapping[str, Mapping[str, ClassReport]]) -> None:
-        """Print the line of each newly finished class and method, and write results.json and report.html anew."""
-        for name, of_class in finished.items():
-            for method, report in of_class.items():
+        kept = {name: self._kept(name) for name in self.missing() if name not in finished}
+        finished = {**finished, **{name: reports for name, reports in kept.items() if reports}}
+        for name, reports in finished.items():
+            for method, report in reports.items():
                 self.reports[method][name] = report
-                label = name if len(self.configs) == 1 else f"{name}, {method}"
+                label = name if len(self.reports) == 1 else f"{name}, {method}"
                 print(result_line(label, report.entry, self.exact), flush=True)
-        for method, config in self.configs.items():
-            reports = [self.reports[method][name] for name in self.names if name in self.reports[method]]
-            record = results_record(sys.argv, self.flags[method], {each.name: each.entry for each in reports})
+        if not finished:
+            return
+        for method, config in self.run.configs.items():
+            of_method = [self.reports[method][name] for name in self.inputs if name in self.reports[method]]
+            record = results_record(sys.argv, self.flags[method], {each.name: each.entry for each in of_method})
             write_results(self.folders[method], record)
-            write_report(self.folders[method], record, reports, table_note(config))
+            write_report(self.folders[method], record, of_method, table_note(config))
+
+    def _kept(self, name: str) -> dict[str, ClassReport]:
+        """Reports of a class by method, from its files; empty where that of a method is missing."""
+        reports = {}
+        for method, folder in self.folders.items():
+            report = read_class(folder, name, self.flags[method], self.inputs[name])
+            if report is None:
+                return {}
+            reports[method] = report
+        return reports
 
     def missing(self) -> list[str]:
-        """The classes that were not published yet."""
-        return [name for name in self.names if any(name not in reports for reports in self.reports.values())]
+        """The classes that are not published yet."""
+        return [name for name in self.inputs if any(name not in reports for reports in self.reports.values())]
 
-    def finish(self, note: str) -> None:
-        """Append the tables to those of earlier runs, and print them."""
+    def finish(self, finished: Mapping[str, Mapping[str, ClassReport]]) -> None:
+        """Publish what is left of `finished`, append the tables to those of earlier runs, and print them."""
+        missing = self.missing()
+        if missing:
+            self.publish({name: finished[name] for name in missing})
+        output_dir = self.run.settings.output_dir
         methods = {
-            method: {name: reports[name].entry for name in self.names} for method, reports in self.reports.items()
+            method: {name: reports[name].entry for name in self.inputs} for method, reports in self.reports.items()
         }
-        append_tables(self.output_dir, methods, sys.argv, self.exact, note)
-        print(f"\n{format_tables(methods, self.exact, note)}\n\nwritten to {self.output_dir}/")
+        append_tables(output_dir, methods, sys.argv, self.exact, self.note)
+        print(f"\n{format_tables(methods, self.exact, self.note)}\n\nwritten to {output_dir}/")
 
 
 def table_note(config: DetectorConfig) -> str:

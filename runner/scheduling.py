@@ -1,45 +1,44 @@
-"""Which processes of a run do what: groups of them, and the classes of each group."""
+"""Division of a run's classes among groups of processes."""
 
 import logging
 from collections.abc import Mapping, Sequence
-
-from utils.distributed import share, world_size
+from itertools import pairwise
 
 logger = logging.getLogger(__name__)
 
 PARALLEL = ("auto", "classes", "samples")
-# The share of a class's time that more processes do not shorten, assumed: SVMs and metrics are a hundredth on two cores
-# (docs/DISTRIBUTED.md), and more with faster networks; selection, report and unequal shares of samples come on top.
-ALONE = 0.1
+# Fraction of a class's time that more processes do not shorten, assumed. SVMs and metrics are a hundredth on two cores
+# (docs/PERFORMANCE.md), and more with faster networks; selection, report and unequal shares of samples add to it.
+SERIAL_FRACTION = 0.1
 
 
-def divide_classes(parallel: str, costs: Mapping[str, float]) -> list[list[str]]:
-    """The classes of each group of processes, each group's in the order of `costs`.
-
-    "classes" makes as many groups as there are classes or processes, "samples" makes one, and "auto" as many as let the
-    last class end soonest, by `duration`.
+def divide_classes(parallel: str, costs: Mapping[str, float], processes: int) -> list[list[str]]:
+    """Classes of each group of processes, each group's in the order of `costs`.
 
     Args:
-        parallel: one of PARALLEL.
-        costs: what each class takes a process, in any unit.
+        parallel: "classes" makes as many groups as there are classes or processes, "samples" makes one group, and
+            "auto" as many as let the last class finish soonest.
+        costs: time of each class on one process, in any unit.
+        processes: number of processes of the run.
     """
-    most = max(1, min(len(costs), world_size()))
+    most = max(1, min(len(costs), processes))
     if parallel == "auto":
-        count = min(range(1, most + 1), key=lambda count: duration(costs, group_sizes(count)))
+        count = min(range(1, most + 1), key=lambda count: duration(costs, group_sizes(processes, count)))
     else:
         count = most if parallel == "classes" else 1
-    if world_size() > 1:
-        logger.info("%d processes, %d class%s at a time", world_size(), count, "es" * (count > 1))
-    return assign(costs, group_sizes(count))
+    if processes > 1:
+        logger.info("%d processes, %d class%s at a time", processes, count, "es" * (count > 1))
+    return assign(costs, group_sizes(processes, count))
 
 
-def group_sizes(count: int) -> list[int]:
-    """How many processes each of `count` groups has, as utils.distributed.make_groups divides them."""
-    return [len(share(world_size(), count, number)) for number in range(count)]
+def group_sizes(processes: int, count: int) -> list[int]:
+    """Number of processes in each of `count` groups, as utils.distributed.make_groups divides them."""
+    ends = [processes * number // count for number in range(count + 1)]
+    return [end - begin for begin, end in pairwise(ends)]
 
 
 def assign(costs: Mapping[str, float], sizes: Sequence[int]) -> list[list[str]]:
-    """The longest class first, each to the group of processes that would be done with it first (Graham, 1969)."""
+    """The longest class first, each to the group of processes that would finish it first (Graham, 1969)."""
     busy_until = [0.0] * len(sizes)
     assigned: list[list[str]] = [[] for _ in sizes]
     for name in sorted(costs, key=lambda each: -costs[each]):
@@ -51,11 +50,11 @@ def assign(costs: Mapping[str, float], sizes: Sequence[int]) -> list[list[str]]:
 
 
 def duration(costs: Mapping[str, float], sizes: Sequence[int]) -> float:
-    """When the last group is done, in the unit of `costs`."""
+    """Time until the last group finishes, in the unit of `costs`."""
     assigned = zip(assign(costs, sizes), sizes, strict=True)
     return max(sum(costs[name] for name in chosen) * time_share(size) for chosen, size in assigned)
 
 
 def time_share(processes: int) -> float:
-    """What a class takes several processes, of what it takes one (Amdahl's law)."""
-    return ALONE + (1 - ALONE) / processes
+    """Time of a class on several processes, relative to one (Amdahl's law)."""
+    return SERIAL_FRACTION + (1 - SERIAL_FRACTION) / processes

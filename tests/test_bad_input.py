@@ -32,24 +32,22 @@ from main_runs import (
     write_picture,
 )
 
-import main
 from feature_extractors.config import DetectorConfig
 from feature_extractors.extractor import PatchExtractor
 from models import RGB_BACKBONES, XYZ_BACKBONES
 from models.feature_fusion import FeatureFusion
 from models.point_transformer import PointTransformer
+from runner import class_run, preparation
 
 
 @pytest.fixture
 def no_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        main, "build_extractor", lambda *_, **__: pytest.fail("networks built before the input was checked")
-    )
+    monkeypatch.setattr(preparation, "build_extractor", lambda *_, **__: pytest.fail("networks built too early"))
 
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "run_class", lambda *_, **__: pytest.fail("work begun before the networks were there"))
+    monkeypatch.setattr(class_run, "run_class", lambda *_, **__: pytest.fail("work begun too early"))
 
 
 def cut(path: Path) -> None:
@@ -180,8 +178,8 @@ def test_pictures_to_be_shown_are_checked_as_well(
         ("--method_name DINO --rm_zero_for_project", "--rm_zero_for_project is for the single xyz bank"),
         ("--method_name DINO+Point_MAE --rm_zero_for_project", "--rm_zero_for_project is for the single xyz bank"),
         ("--method_name Point_MAE --asy_memory_bank 3", "but Point_MAE has one bank: use --max_sample"),
-        ("--method_name DINO --save_feature", "DINO extracts only rgb: use DINO+Point_MAE"),
-        ("--method_name Point_MAE --save_feature", "Point_MAE extracts only xyz: use DINO+Point_MAE"),
+        ("--method_name DINO --save_feature", "DINO extracts only rgb. Use DINO+Point_MAE"),
+        ("--method_name Point_MAE --save_feature", "Point_MAE extracts only xyz. Use DINO+Point_MAE"),
         ("--point_ops extension --device cpu", "--point_ops extension needs a GPU"),
         ("--point_ops triton --device cpu", "--point_ops triton needs a GPU"),
         ("--f_coreset 0", "f_coreset is 0.0, expected above 0 and at most 1"),
@@ -213,8 +211,8 @@ def test_pictures_to_be_shown_are_checked_as_well(
         ("--method_name DINO PatchCore", "argument --method_name: invalid choice: 'PatchCore'"),
         ("--method_name", "argument --method_name: expected at least one argument"),
         ("--save_preds PatchCore", "argument --save_preds: invalid choice: 'PatchCore'"),
-        ("--method_name DINO --xyz_checkpoint w.pth", "--xyz_checkpoint is not used: DINO has no xyz branch"),
-        ("--method_name Point_MAE --rgb_checkpoint w.pth", "--rgb_checkpoint is not used: Point_MAE has no rgb branch"),
+        ("--method_name DINO --xyz_checkpoint w.pth", "--xyz_checkpoint is not used, because DINO has no xyz branch"),
+        ("--method_name Point_MAE --rgb_checkpoint w.pth", "not used, because Point_MAE has no rgb branch"),
         ("--xyz_backbone_name PointNet", "argument --xyz_backbone_name: invalid choice: 'PointNet'"),
         ("--memory_bank many", "argument --memory_bank: invalid choice: 'many'"),
         ("--protocol mine", "argument --protocol: invalid choice: 'mine'"),
@@ -291,7 +289,7 @@ def test_a_network_of_timm_that_is_no_vision_transformer(
     flags = ["--method_name", "DINO", "--rgb_backbone_name", name, "--checkpoint_dir", tmp_path]
     message = refusal(capsys, *flags, "--dataset_path", bagels)
     assert message.startswith(f"{name} cannot be the RGB backbone (")
-    assert message.endswith("): choose a vision transformer of timm")
+    assert message.endswith("). Choose a vision transformer of timm.")
 
 
 @pytest.mark.parametrize(
@@ -482,7 +480,7 @@ def test_fewer_points_than_groups(
         numbers = {"width": 12, "depth": 3, "num_heads": 2, "encoder_dim": 12}
         return PatchExtractor(config, None, PointTransformer(config.num_group, config.group_size, **numbers))
 
-    monkeypatch.setattr(main, "build_extractor", tiny)
+    monkeypatch.setattr(preparation, "build_extractor", tiny)
     write_cloud(bagels / "bagel/train/good/xyz/001.tiff", sparse(99))
     flags = ["--method_name", "Point_MAE", "--dataset_path", bagels, "--img_size", SIDE, "--output_dir", tmp_path / "o"]
     message = refusal(capsys, *flags, "--num_group", 100, "--group_size", 8)

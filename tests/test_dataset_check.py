@@ -11,8 +11,8 @@ from cleaning_runs import config_for
 from main_runs import printed, refusal
 from PIL import Image
 
-import main
 from dataset import index_split
+from runner import preparation
 from runner.dataset_check import check_split, warn_of_raw_scans, warn_of_unfinished_scans
 from utils import preprocessing
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, shows_table
@@ -226,7 +226,7 @@ def test_a_run_looks_at_both_splits_and_at_the_record(
     def stop(*_: object, **__: object) -> None:
         raise InputError("far enough")
 
-    monkeypatch.setattr(main, "build_extractor", stop)
+    monkeypatch.setattr(preparation, "build_extractor", stop)
     flags = ("--dataset_path", tmp_path / "parts", "--classes", "cookie", "--output_dir", tmp_path / "out")
     with caplog.at_level(logging.WARNING), pytest.raises(SystemExit):
         printed(*flags, "--method_name", "DINO+Point_MAE")

@@ -39,7 +39,6 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from test_golden_runs import SVM_TOLERANCE
 
-import main
 from dataset import AnomalyDataset, index_split
 from feature_extractors import extractor as extractor_module
 from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
@@ -193,7 +192,7 @@ def test_without_classes_all_of_the_dataset_type_are_run(
         asked.append(name)
         raise SystemExit
 
-    monkeypatch.setattr(main, "run_class", stop)
+    monkeypatch.setattr(class_run, "run_class", stop)
     flags = ["--method_name", "DINO", *PIP_BACKBONES, "--dataset_path", tmp_path, "--output_dir", tmp_path / "out"]
     with pytest.raises(SystemExit):
         call(*flags, "--dataset_type", dataset_type)

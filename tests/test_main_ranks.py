@@ -42,9 +42,9 @@ from report_pages import parts_of, read_page
 from safetensors.torch import load_file
 from tiny_networks import one_thread  # noqa: F401 (a fixture, of the module's runs too)
 
-import main
 from feature_extractors.persistence import load_detector
 from models.feature_fusion import FeatureFusion
+from runner import class_run
 
 pytestmark = pytest.mark.slow
 
@@ -269,7 +269,7 @@ def test_the_log_says_how_the_classes_are_divided(several: Shared) -> None:
 
 def test_what_other_processes_warn_of_is_said_once(several: Shared) -> None:
     """Cookies have no validation scans, and all classes too few for the false-alarm rate that is asked for."""
-    assert several.left.stderr.count("no validation/good: the thresholds") == 1
+    assert several.left.stderr.count("no validation/good: thresholds") == 1
     count = several.left.stderr.count("a false-alarm rate of 0.01 needs 99")  # by each method, or of all together
     assert len(SCANS) <= count <= len(SCANS) * len(METHODS)
 
@@ -411,22 +411,6 @@ if "RANK" in os.environ:
     changed_processes(tmp_path, program, monkeypatch)
     message = refusal_of_ranks(3, *base, "--device", "cuda", "--output_dir", tmp_path / "out")
     assert message.startswith("cuda:1 was asked for, but 1 GPU is there: give --device cpu, or start no more processes")
-
-
-def test_what_one_process_alone_warns_of_is_said(
-    base: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second one writes its features to memory that passes for a disk."""
-    if not Path("/dev/shm").is_dir():
-        pytest.skip("no file system in memory")
-    changed_processes(
-        tmp_path, 'import os\nif os.environ.get("RANK") == "1":\n    os.environ["TMPDIR"] = "/dev/shm"\n', monkeypatch
-    )
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    flags = ["--classes", "bagel", "--parallel", "samples", *NO_MEMORY, "--output_dir", tmp_path / "out"]
-    _, stderr = run_ranks(2, *base, *flags)
-    assert stderr.count("the training features go to /dev/shm, which is memory and no disk") == 1
-    assert stderr.count("a false-alarm rate of 0.01 needs 99") == len(METHODS)
 
 
 def spoil_cloud(data: Path) -> Path:
@@ -601,8 +585,8 @@ def test_a_resumed_run_has_the_results_of_an_uninterrupted_one(stopped: Stopped,
     if processes == 1:
         done: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
-            run_class = main.run_class
-            patch.setattr(main, "run_class", lambda name, *rest: done.append(name) or run_class(name, *rest))
+            run_class = class_run.run_class
+            patch.setattr(class_run, "run_class", lambda name, *rest: done.append(name) or run_class(name, *rest))
             stdout = printed(*flags)
         assert done[-1] == "bagel"
         assert "dowel" not in done
@@ -668,7 +652,7 @@ def assert_nothing_new(out: Path, alone: Left, stdout: str) -> None:
 def test_after_the_last_class_nothing_is_computed(
     base: list[object], alone: Left, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(main, "run_class", lambda name, *_: pytest.fail(f"{name} computed"))
+    monkeypatch.setattr(class_run, "run_class", lambda name, *_: pytest.fail(f"{name} computed"))
     assert_nothing_new(whole, alone, printed(*again(base, alone, whole)))
 
 
@@ -737,7 +721,7 @@ def test_without_resume_what_was_kept_is_forgotten(base: list[object], alone: Le
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "run_class", stop_at_once)
+        patch.setattr(class_run, "run_class", stop_at_once)
         with pytest.raises(SystemExit) as stopped:
             call(*again(base, alone, whole)[:-1], "--classes", "cookie", "dowel")
     assert stopped.value.code == 130

@@ -36,14 +36,14 @@ from main_runs import (
 from safetensors.torch import save_file
 from tiny_networks import one_thread  # noqa: F401 (a fixture, of the module's runs too)
 
-import main
 from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
 from feature_extractors.detector_record import read_saved
+from feature_extractors.extractor import PatchExtractor
 from models.feature_fusion import FeatureFusion
 from models.rgb_backbone import VisionTransformerBackbone
-from runner import class_run
+from runner import class_run, preparation
 from runner.saved_detectors import FITTING_FLAGS
-from runner.settings import applied_flags, detector_configs, given_flags, parse_args
+from runner.settings import applied_flags, detector_configs, parse_args
 
 TINY_VIT = "test_vit.r160_in1k"  # timm's smallest
 SCANS = ("test/good/000", "test/hole/000")
@@ -187,9 +187,9 @@ def test_several_methods_share_their_features(
     """All that are there, or those that are named; with the UFF that the detectors hold."""
     fitted, detectors = every
     seen: list[str] = []
-    extract = main.PatchExtractor.extract
+    extract = PatchExtractor.extract
     monkeypatch.setattr(
-        main.PatchExtractor, "extract", lambda self, batch: seen.extend(s.path for s in batch) or extract(self, batch)
+        PatchExtractor, "extract", lambda self, batch: seen.extend(s.path for s in batch) or extract(self, batch)
     )
     for names in ([], ["DINO", "Point_MAE"], ["Fusion"]):
         out = tmp_path / ("all" if not names else names[0])
@@ -296,7 +296,7 @@ def test_thresholds_come_from_the_validation_split_where_there_is_one(
     run_into(tmp_path / "out", *base, "--method_name", "DINO", "--classes", "bagel")
     assert "no validation/good" not in caplog.text
     run_into(tmp_path / "out", *base, "--method_name", "DINO", "--classes", "cookie")
-    assert "no validation/good: the thresholds are calibrated on the training samples" in caplog.text
+    assert "has no validation/good: thresholds are calibrated on the training samples" in caplog.text
 
 
 def test_target_fpr_moves_the_thresholds(single: tuple[Run, Path], base: list[object], tmp_path: Path) -> None:
@@ -478,7 +478,7 @@ def test_a_second_layout_is_refused_before_the_work(
     methods: list[str],
     there: str,
 ) -> None:
-    monkeypatch.setattr(main, "build_extractor", lambda *_, **__: pytest.fail("work begun"))
+    monkeypatch.setattr(preparation, "build_extractor", lambda *_, **__: pytest.fail("work begun"))
     shutil.copytree(detectors / "bagel", tmp_path / "it" / there)
     before = files_below(tmp_path / "it")
     flags = ["--classes", "bagel", "--save_detector", tmp_path / "it", "--output_dir", tmp_path / "out"]
@@ -517,7 +517,7 @@ def test_the_wrong_folder_is_told_with_the_right_one(
 
 def test_the_numbers_of_detectors_that_are_not_kept_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, "--detector_dtype", "fp16")
-    assert message == "--detector_dtype is about what --save_detector keeps: give both, or leave it out"
+    assert message == "--detector_dtype only applies to --save_detector. Give both, or leave it out."
 
 
 @pytest.mark.parametrize(("kept", "left"), [("it", "it"), ("it", "it/bagel"), ("out/it", "out"), ("out/../it", "it")])
@@ -568,7 +568,7 @@ def test_a_damaged_detector_names_its_class(capsys: pytest.CaptureFixture[str], 
 def test_a_folder_that_would_be_overwritten_is_refused_before_the_work(
     capsys: pytest.CaptureFixture[str], base: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(main, "build_extractor", lambda *_, **__: pytest.fail("work begun"))
+    monkeypatch.setattr(preparation, "build_extractor", lambda *_, **__: pytest.fail("work begun"))
     (tmp_path / "mine/bagel").mkdir(parents=True)
     (tmp_path / "mine/bagel/photo.png").write_text("mine")
     message = refusal(capsys, *base, "--method_name", "DINO", "--save_detector", tmp_path / "mine")
@@ -577,12 +577,6 @@ def test_a_folder_that_would_be_overwritten_is_refused_before_the_work(
 
 
 # The command line
-
-
-def test_given_flags_are_those_of_the_command_line() -> None:
-    assert given_flags([]) == frozenset()
-    line = ["--method_name", "DINO", "--f_coreset", "0.1", "--use_uff", "--save_preds"]
-    assert given_flags(line) == {"method_name", "f_coreset", "use_uff", "save_preds"}
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -14,13 +14,7 @@ TEN = {f"class {i}": 1.0 for i in range(10)}
 @pytest.fixture(autouse=True)
 def a_tenth_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the hand-calculated seconds hold whatever was measured last."""
-    monkeypatch.setattr(scheduling, "ALONE", 0.1)
-
-
-def divided(monkeypatch: pytest.MonkeyPatch, parallel: str, costs: dict[str, float], processes: int) -> list[list[str]]:
-    """`divide_classes` in a run of so many processes."""
-    monkeypatch.setattr(scheduling, "world_size", lambda: processes)
-    return divide_classes(parallel, costs)
+    monkeypatch.setattr(scheduling, "SERIAL_FRACTION", 0.1)
 
 
 def uneven(count: int) -> dict[str, float]:
@@ -62,18 +56,18 @@ def test_a_class_goes_to_the_group_that_would_be_done_first() -> None:
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)
-def test_every_class_is_done_once_and_in_order(monkeypatch: pytest.MonkeyPatch, parallel: str) -> None:
+def test_every_class_is_done_once_and_in_order(parallel: str) -> None:
     for processes, count in product([1, 2, 3, 7, 16], [0, 1, 2, 5, 10]):
         case = f"{count} classes on {processes} processes"
         costs = uneven(count)
-        groups = divided(monkeypatch, parallel, costs, processes)
+        groups = divide_classes(parallel, costs, processes)
         assert sorted(chain.from_iterable(groups)) == sorted(costs), case
         order = list(costs)
         for chosen in groups:
             assert chosen == sorted(chosen, key=order.index), case
         assert 1 <= len(groups) <= processes, case
         assert all(groups) or count == 0, case  # no group of processes is idle
-        sizes = group_sizes(len(groups))
+        sizes = group_sizes(processes, len(groups))
         assert sum(sizes) == processes, case
         assert all(sizes), case
 
@@ -85,11 +79,11 @@ def test_every_class_is_done_once_and_in_order(monkeypatch: pytest.MonkeyPatch, 
     ("processes", "count", "by_class"), [(1, 3, 1), (2, 3, 2), (3, 3, 3), (5, 3, 3), (8, 1, 1), (4, 0, 1), (2, 10, 2)]
 )
 def test_classes_are_as_many_groups_as_there_are_classes_or_processes(
-    monkeypatch: pytest.MonkeyPatch, processes: int, count: int, by_class: int
+    processes: int, count: int, by_class: int
 ) -> None:
     costs = uneven(count)
-    assert len(divided(monkeypatch, "classes", costs, processes)) == by_class
-    assert divided(monkeypatch, "samples", costs, processes) == [list(costs)]
+    assert len(divide_classes("classes", costs, processes)) == by_class
+    assert divide_classes("samples", costs, processes) == [list(costs)]
 
 
 @pytest.mark.parametrize(
@@ -113,37 +107,34 @@ def test_classes_are_as_many_groups_as_there_are_classes_or_processes(
     ],
 )
 def test_auto_takes_the_number_of_groups_that_ends_soonest(
-    monkeypatch: pytest.MonkeyPatch, costs: dict[str, float], processes: int, of_groups: list[float]
+    costs: dict[str, float], processes: int, of_groups: list[float]
 ) -> None:
-    monkeypatch.setattr(scheduling, "world_size", lambda: processes)
-    found = [duration(costs, group_sizes(groups)) for groups in range(1, len(of_groups) + 1)]
+    found = [duration(costs, group_sizes(processes, groups)) for groups in range(1, len(of_groups) + 1)]
     assert found == pytest.approx(of_groups)
     soonest = 1 + of_groups.index(min(of_groups))
-    assert len(divided(monkeypatch, "auto", costs, processes)) == soonest
+    assert len(divide_classes("auto", costs, processes)) == soonest
 
 
-def test_auto_takes_either_as_the_case_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_either_as_the_case_may_be() -> None:
     for costs, better in (({"a": 10.0}, "samples"), (dict.fromkeys("abc", 1.0), "samples"), (TEN, "classes")):
-        assert divided(monkeypatch, "auto", costs, 2) == divided(monkeypatch, better, costs, 2)
-    assert divided(monkeypatch, "auto", TEN, 2) != divided(monkeypatch, "samples", TEN, 2)
+        assert divide_classes("auto", costs, 2) == divide_classes(better, costs, 2)
+    assert divide_classes("auto", TEN, 2) != divide_classes("samples", TEN, 2)
 
 
 def test_what_a_process_does_alone_speaks_for_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three equal classes on two processes: 3 (A + (1 - A) / 2) against 2, so that they break even at A = 1 / 3."""
     costs = dict.fromkeys("abc", 1.0)
     for alone, groups in ((0.0, 1), (0.3, 1), (0.4, 2), (1.0, 2)):
-        monkeypatch.setattr(scheduling, "ALONE", alone)
+        monkeypatch.setattr(scheduling, "SERIAL_FRACTION", alone)
         assert duration(costs, [2]) == pytest.approx(3 * (alone + (1 - alone) / 2))
         assert duration(costs, [1, 1]) == 2
-        assert len(divided(monkeypatch, "auto", costs, 2)) == groups
+        assert len(divide_classes("auto", costs, 2)) == groups
 
 
-def test_a_run_of_several_processes_says_how_it_is_divided(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_of_several_processes_says_how_it_is_divided(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    divided(monkeypatch, "auto", TEN, 1)
+    divide_classes("auto", TEN, 1)
     assert caplog.messages == []
-    divided(monkeypatch, "classes", TEN, 2)
-    divided(monkeypatch, "samples", TEN, 2)
+    divide_classes("classes", TEN, 2)
+    divide_classes("samples", TEN, 2)
     assert caplog.messages == ["2 processes, 2 classes at a time", "2 processes, 1 class at a time"]

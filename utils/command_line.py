@@ -27,8 +27,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line of usage and the problem, and exit with code 2. Of several processes only the first prints."""
         usage = f"usage: {self.prog} [--flag value ...]  (--help lists all flags)"
-        first = os.environ.get("RANK", "0") == "0"
-        self.exit(2, f"{usage}\n{self.prog}: error: {message}\n" if first else None)
+        self.exit(2, f"{usage}\n{self.prog}: error: {message}\n" if is_first_process() else None)
 
     def given_flags(self, argv: Sequence[str] | None = None) -> frozenset[str]:
         """Names of the flags on the command line, also where they have their default value."""
@@ -73,6 +72,11 @@ def version() -> str:
 
 
 def from_flags(kind: type[Settings], args: argparse.Namespace, **others: Any) -> Settings:
-    """An instance of the dataclass `kind`: each field is the flag of the same name, or one of `others`."""
-    names = {field.name for field in fields(kind)} - others.keys()  # type: ignore[arg-type]
-    return kind(**{name: getattr(args, name) for name in names}, **others)
+    """An instance of the dataclass `kind`. Each field is one of `others`, the flag of its name, or its default."""
+    names = {field.name for field in fields(kind) if hasattr(args, field.name)}  # type: ignore[arg-type]
+    return kind(**{name: getattr(args, name) for name in names} | others)
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process of the run, or the one of rank 0 by the launcher's environment."""
+    return os.environ.get("RANK", "0") == "0"

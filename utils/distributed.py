@@ -4,6 +4,7 @@ Every collective takes the group of processes that takes part in it, None for al
 """
 
 import io
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -311,6 +312,11 @@ def gather_names(names: Sequence[str]) -> list[str]:
 def all_reduce_mean(value: Tensor) -> float:
     """Mean of a scalar tensor over the processes, the same number on each of them."""
     return all_reduce_sum(value.detach().clone()).item() / world_size()
+
+
+def log_in_first_process(group: Group | None = None) -> None:
+    """Let the first process of the group log, and the others of it log errors only."""
+    logging.disable(logging.NOTSET if is_main(group) else logging.WARNING)
 
 
 def progress_bar(items: Iterable[Item] | None = None, **options: Any) -> "tqdm[Item]":

@@ -1,0 +1,184 @@
+"""Set-up of a run: everything is checked before any work starts, then the networks are built."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dataset import check_files, find_classes, index_split
+from feature_extractors.config import DetectorConfig
+from feature_extractors.extractor import PatchExtractor, build_extractor
+from feature_extractors.persistence import check_target
+from models.point_ops import check_backend
+from runner.dataset_check import warn_of_raw_scans, warn_of_unfinished_scans
+from runner.finished_classes import FOLDER
+from runner.saved_detectors import FITTING_FLAGS, Saved, check_layout, read_detectors
+from runner.settings import RunSettings, detector_configs, extraction_config, method_folder
+from utils.command_line import from_flags
+from utils.distributed import Ranks, broadcast_object, choose_device, is_main, named_device, print_only_if
+from utils.errors import InputError
+from utils.precision import choose_precision
+from utils.records import SampleFiles
+from utils.reporting.html_report.report_page import FILE_NAME
+from utils.scans.files import make_folder
+
+
+class ClassFiles(NamedTuple):
+    """Files of the splits of one class. A run that loads its detectors has no training and validation files."""
+
+    train: list[SampleFiles]
+    validation: list[SampleFiles]  # empty where the dataset has no such split
+    test: list[SampleFiles]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to compute, checked as far as the command line and the headers of files tell."""
+
+    settings: RunSettings
+    configs: Mapping[str, DetectorConfig]  # by method
+    files: Mapping[str, ClassFiles]  # by class
+    saved: Saved  # detectors of --load_detector, by class and method; empty where they are fitted
+    flags: Mapping[str, Any]  # for results.json
+
+    @property
+    def config(self) -> DetectorConfig:
+        """Configuration of the feature extraction that all methods share."""
+        return extraction_config(self.configs)
+
+    def folders(self, root: Path) -> dict[str, Path]:
+        """Folder of each method in `root`."""
+        return {method: method_folder(root, self.configs, method) for method in self.configs}
+
+
+def own_device(name: str, ranks: Ranks) -> torch.device:
+    """The device of this process. Of several processes that have the same problem, one prints it.
+
+    Raises:
+        InputError: an unknown device, one that does not exist, or one GPU for several processes.
+    """
+    with print_only_if(ranks.rank == 0):
+        named_device(name)
+        if ranks.local_world_size > 1 and name.startswith("cuda:"):
+            raise InputError(
+                f"--device {name} would put all {ranks.local_world_size} processes of this machine on one GPU. Give "
+                "cuda, and each takes its own."
+            )
+    with print_only_if(ranks.local_rank <= torch.cuda.device_count()):
+        return choose_device(name, ranks.local_rank)
+
+
+def set_up(args: argparse.Namespace, given: Collection[str], device: torch.device) -> tuple[Run, PatchExtractor]:
+    """Check a run and build its networks, in rank 0 first, so that a problem is reported once.
+
+    The other ranks take over what rank 0 found, since files may look different from their machines.
+
+    Raises:
+        InputError: anything is wrong that shows before the work starts.
+    """
+    if is_main():
+        run = prepare(args, given, device)
+        extractor = _build(run, device)
+        broadcast_object(run)
+    else:
+        run = broadcast_object(None)
+        extractor = _build(run, device)
+    return run, extractor
+
+
+def prepare(args: argparse.Namespace, given: Collection[str], device: torch.device) -> Run:
+    """Check everything that can be checked without networks, and make the folders of the results."""
+    saved = {} if args.load_detector is None else read_detectors(args, given)
+    if saved:
+        configs = {method: each.record.config for method, each in next(iter(saved.values())).items()}
+    else:
+        configs = detector_configs(args)
+    precision = choose_precision(extraction_config(configs).precision, device)
+    configs = {method: replace(config, precision=precision) for method, config in configs.items()}
+    settings, config = from_flags(RunSettings, args), extraction_config(configs)
+    settings.check_use(config, configs)
+    check_backend(config.point_ops, device)
+    files = _index_classes(settings, config.method.modalities)
+    flags = vars(args) | (dict.fromkeys(FITTING_FLAGS) if saved else {})
+    run = Run(settings, configs, files, saved, flags)
+    if "xyz" in config.method.modalities:
+        for splits in files.values():
+            for split in splits:
+                warn_of_raw_scans(split)
+    warn_of_unfinished_scans(settings.dataset_path, {name: chain(*splits) for name, splits in files.items()})
+    _make_folders(run)
+    return run
+
+
+def _index_classes(settings: RunSettings, modalities: frozenset[str]) -> dict[str, ClassFiles]:
+    """Files of each class, whose headers are checked."""
+    indexed = {}
+    for name in find_classes(settings.dataset_path, settings.dataset_type, settings.classes):
+        folder = settings.dataset_path / name
+        train: list[SampleFiles] = []
+        validation: list[SampleFiles] = []
+        if settings.load_detector is None:
+            train = index_split(folder, "train", modalities)[: settings.max_sample]
+            if (folder / "validation" / "good").is_dir():
+                validation = index_split(folder, "validation", modalities)
+        indexed[name] = ClassFiles(train, validation, index_split(folder, "test", modalities))
+    for files in indexed.values():
+        check_files(files.train + files.validation, modalities)
+        check_files(files.test, shown_modalities(settings, modalities))
+    return indexed
+
+
+def shown_modalities(settings: RunSettings, modalities: frozenset[str]) -> frozenset[str]:
+    """Modalities of the test files that are read: those of the method, and images below saved predictions."""
+    return modalities if settings.save_preds is None else modalities | {"rgb"}
+
+
+def _make_folders(run: Run) -> None:
+    """Make all folders that results go to, so that none fails later."""
+    settings = run.settings
+    if settings.save_detector is not None:
+        check_layout(settings.save_detector, run.configs, run.files)
+        for folder in run.folders(settings.save_detector).values():
+            for name in run.files:
+                check_target(folder / name)
+        make_folder(settings.save_detector, "--save_detector")
+    for folder in run.folders(settings.output_dir).values():
+        make_folder(folder, "--output_dir")
+        if (folder / FILE_NAME).is_dir():
+            raise InputError(f"{folder / FILE_NAME} is a folder, where the report goes. Choose another --output_dir.")
+        make_folder(folder / FOLDER, "--output_dir")
+    if settings.save_feature:
+        make_folder(settings.save_feature_path, "--save_feature_path")
+
+
+def _build(run: Run, device: torch.device) -> PatchExtractor:
+    settings = run.settings
+    return build_extractor(
+        run.config,
+        settings.checkpoint_dir,
+        None if run.saved else settings.fusion_module_path,  # a saved detector holds its own UFF
+        device,
+        rgb_checkpoint=settings.rgb_checkpoint,
+        xyz_checkpoint=settings.xyz_checkpoint,
+    )
+
+
+def input_checksums(run: Run, extractor: PatchExtractor) -> dict[str, str]:
+    """Checksum of the file names, the networks' weights and the loaded detectors of each class.
+
+    --resume refuses a class whose checksum has changed.
+    """
+    checksums = {}
+    for name, files in run.files.items():
+        paths = [[each.path for each in split] for split in files]
+        records = [(method, each.record) for method, each in sorted(run.saved.get(name, {}).items())]
+        detectors = [(method, record.config_sha256, record.state_sha256) for method, record in records]
+        inputs = [paths, sorted(extractor.checksums.items()), detectors]
+        checksums[name] = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+    return checksums
