@@ -269,7 +269,7 @@ def test_smooth_noise_is_smooth_and_of_unit_deviation() -> None:
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--classes", "bagel"], "there is no class 'bagel'"),
+        (["--classes", "bagel"], "--classes names 'bagel'"),
         (["--classes", "cookie", "cookie"], "names a class twice"),
         (["--size", "32"], "--size is 32"),
         (["--size", "100000"], "--size is 100000"),
@@ -300,7 +300,7 @@ def test_what_is_there_is_not_overwritten(in_the_way: str, tmp_path: Path, capsy
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path / "out"), "--size", "64", "--num_workers", "1"])
     assert stop.value.code == 2
-    assert "give another OUTPUT_DIR" in capsys.readouterr().err
+    assert "Give another OUTPUT_DIR" in capsys.readouterr().err
     assert files_of(tmp_path) == {in_the_way: b"mine"}
 
 

@@ -1,8 +1,8 @@
-"""Made-up parts and their defects: height fields and colors on a grid in the frame of the part.
+"""Synthetic parts and their defects: height fields and colors on a grid in the frame of the part.
 
 Part frame: u and v on the table, height above it; meters. Row i of a grid lies at v = (i - (GRID - 1) / 2) * CELL,
 column j at u = (j - (GRID - 1) / 2) * CELL. Colors are linear reflectances, red, green, blue. Good parts vary a
-little in shape and color, as castings, mouldings and bakery do: a defect is not simply whatever differs.
+little in shape and color, as castings, moldings and bakery do, so that not every difference is a defect.
 """
 
 import math
@@ -18,9 +18,7 @@ CELL = 0.0003  # meters; about one pixel of the finest scanners
 GRID = 480  # cells a side: 144 mm
 TOP = 0.032  # meters; no part is taller, its bumps included
 SPLINE_GAIN = 1.41  # along each axis, for a smooth random field of deviation 1
-HOLE_FLOOR = (
-    0.0025  # meters; a hole ends on this thin floor, of the color of the part: a color change would show in rgb
-)
+HOLE_FLOOR = 0.0025  # meters; a hole ends on this thin floor, of the color of the part, so that rgb stays as it is
 
 
 class Part(NamedTuple):
@@ -37,9 +35,9 @@ def grid() -> tuple[np.ndarray, np.ndarray]:
 
 
 def smooth_noise(rng: Generator, wavelength: float, size: int = GRID, cell: float = CELL) -> np.ndarray:
-    """A random field (size, size) float32 of mean 0 and deviation 1 that changes over `wavelength` meters.
+    """Random field (size, size) float32 of mean 0 and deviation 1 that changes over `wavelength` meters.
 
-    Random knots under a cubic B-spline; the weights are sparse, as this is most of the work of a part.
+    Random knots under a cubic B-spline. Its sparse weights save most of the work of a part.
     """
     weights = _spline_weights(size, cell / wavelength)
     knots = rng.standard_normal((weights.shape[1], weights.shape[1]), np.float32)
@@ -88,7 +86,7 @@ def _paint(rng: Generator, color: tuple[float, float, float], mottle: float, gra
 
 
 def gasket(rng: Generator) -> Part:
-    """A moulded red ring with a sealing bead and four lower lobes with bolt holes."""
+    """A molded red ring with a sealing bead and four lower lobes with bolt holes."""
     u, v = grid()
     outer, inner, tall, low = rng.normal([0.044, 0.022, 0.021, 0.016], 2e-4).tolist()
     radius = np.hypot(u, v)

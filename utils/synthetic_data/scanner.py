@@ -1,8 +1,8 @@
-"""A made-up structured-light scanner: what it sees of a part on a table, as a photo and as an organized point cloud.
+"""Synthetic structured-light scanner: image and organized point cloud of a part on a table.
 
 Camera frame: x right, y down, z away from the camera, meters. The camera hangs half a meter above a slightly tilted
-table, the projector beside it. The light is diffuse and frontal and everything is matt, so that relief shows in the
-photo by a faint shading only. Within this module vectors run along the first axis: (3, S, S), rows of pixels last.
+table, the projector beside it. The light is diffuse and frontal and every surface is matt, so that relief appears in
+the image as faint shading only. In this module vectors run along the first axis: (3, S, S).
 """
 
 from functools import partial
@@ -21,13 +21,13 @@ PROJECTOR = (-0.09, 0.01, 0.0)  # meters, camera frame; the baseline is why a sc
 LIGHT = (-0.12, -0.22, -1.0)  # toward the light, camera frame
 TILT = (4.0, -1.5)  # degrees about x and y; the rig is fixed, so scans differ by a fraction of a degree
 DEPTH_NOISE = 0.00012  # meters, of one pixel; neighbors share about as much again
-SPECKLE = 0.0004  # share of pixels without a value for no reason: of the order seen in real scans
+SPECKLE = 0.0004  # share of pixels without a value for no reason, as in real scans
 DEPTH_CHANGE = 0.0002  # meters; ground truth is where the surface moved by more than the noise ...
-COLOR_CHANGE = 0.04  # ... or where the photo changed color by more than ten gray levels of 255
+COLOR_CHANGE = 0.04  # ... or where the image changed color by more than ten gray levels of 255
 
 
 class Scan(NamedTuple):
-    """What is stored of one view; all three of the same size."""
+    """Stored form of one view; all three of the same size."""
 
     rgb: np.ndarray  # (S, S, 3) uint8
     xyz: np.ndarray  # (S, S, 3) float32, meters, camera frame; missing pixels exactly 0
@@ -35,14 +35,14 @@ class Scan(NamedTuple):
 
 
 class Pose(NamedTuple):
-    """How the part lies before the camera: a point p of the part frame is at `rotation @ p + origin`."""
+    """Position of the part before the camera: a point p of the part frame is at `rotation @ p + origin`."""
 
     rotation: np.ndarray  # (3, 3); its columns are the axes u, v and height in the camera frame
     origin: np.ndarray  # (3,) meters, camera frame
 
 
 class View(NamedTuple):
-    """What every pixel of a noise-free scanner sees; float32."""
+    """Noise-free view of every pixel; float32."""
 
     depth: np.ndarray  # (S, S) meters along the optical axis
     point: np.ndarray  # (3, S, S) u, v and height above the table, meters, part frame
@@ -57,7 +57,7 @@ def make_scan(part_class: str, path: str, size: int, seed: int, damaged: bool = 
         path: "split/defect/stem", like "test/dent/003"; the defect is "good" or a key of DEFECTS.
         size: side of the image in pixels.
         seed: of the dataset; with class and path it determines everything.
-        damaged: False leaves the defect out and all else (part, pose, noise) as it is: the good twin of the scan.
+        damaged: False leaves out the defect alone: the good twin of the scan, with the same part, pose and noise.
     """
     stream = partial(random_stream, seed, part_class, path)
     defect = path.split("/")[1]
@@ -77,7 +77,7 @@ def make_scan(part_class: str, path: str, size: int, seed: int, damaged: bool = 
 
 
 def random_stream(seed: int, part_class: str, path: str, use: str) -> Generator:
-    """The random numbers of one scan for one use: the same whatever else is drawn, in whatever order."""
+    """Random numbers of one scan for one use, independent of what else is drawn."""
     key = f"{part_class}/{path}/{use}".encode()
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=tuple(key)))
 
@@ -127,21 +127,23 @@ def _in_part_frame(point: tuple[float, float, float], pose: Pose) -> np.ndarray:
 
 
 def _near_part(height: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Places (2, S, S) in a box around the part wide enough for its shadow and for the slant of every ray, bool."""
-    reach = CELL * np.abs(np.argwhere(height) - (GRID - 1) / 2).max() + 0.01
+    """Tell places (2, S, S) in a box around the part, wide enough for its shadow and for the slant of every ray."""
+    occupied = np.concatenate([np.flatnonzero(height.any(axis=axis)) for axis in (0, 1)])
+    reach = CELL * np.abs(occupied - (GRID - 1) / 2).max() + 0.01
     return (np.abs(place) < reach).all(0)
 
 
 def _first_hit(height: np.ndarray, foot: np.ndarray, slant: np.ndarray) -> np.ndarray:
     """Height (N,) at which rays from above, foot and slant (2, N), meet the height field: steps, then bisection.
 
-    A step is 2 mm of height and, as the rays are steep, half a millimeter sideways: nothing is thinner. What is found
-    in the lowest step is the table. The bisection ends at 8 micrometers, well below the noise.
+    A step is 2 mm of height and, as the rays are steep, half a millimeter sideways: nothing is thinner. A hit in the
+    lowest step is the table. The bisection ends at 8 micrometers, well below the noise.
     """
     hit = np.zeros(foot.shape[1], np.float32)
     falling, way = np.arange(len(hit)), np.concatenate([foot, slant])
     step = TOP / 16
-    for level in np.arange(15, 0, -1) * np.float32(step):
+    levels = np.arange(15, 0, -1) * np.float32(step)
+    for level in levels[levels < 1.001 * height.max()]:  # above the part there is nothing to meet
         inside = _lookup(height, way[:2] + level * way[2:]) >= level
         hit[falling[inside]] = level
         falling, way = falling[~inside], way.compress(~inside, axis=1)
@@ -177,23 +179,23 @@ def _length(vectors: np.ndarray) -> np.ndarray:
 
 
 def on_part(view: View) -> np.ndarray:
-    """Pixels (S, S) that see the part, bool: anything above the table."""
+    """Tell the pixels (S, S) that see the part, not the table."""
     return view.point[2] > 0.0005
 
 
 def _display(linear: np.ndarray) -> np.ndarray:
-    """Values of a photo in [0, 1] of linear light."""
+    """Image values in [0, 1] of linear light."""
     return np.clip(linear, 0, 1) ** np.float32(1 / 2.2)
 
 
 def photograph(view: View, albedo: np.ndarray, surroundings: np.ndarray, pose: Pose, rng: Generator) -> np.ndarray:
-    """Take the photo (S, S, 3) uint8.
+    """Take the image (S, S, 3) uint8.
 
     Args:
-        view: what the pixels see.
+        view: of the pixels.
         albedo: (3, GRID, GRID) of the part.
-        surroundings: (GRID, GRID) height of the undamaged part, meters. What lies lower than its surroundings gets
-            less of the diffuse light; leaving defects out of this keeps them faint.
+        surroundings: (GRID, GRID) height of the undamaged part, meters. A place below its surroundings gets less of
+            the diffuse light. Without the defects in them, these stay faint.
         pose: as for `look`.
         rng: of light, table and sensor; the draws do not depend on the part.
     """
@@ -224,10 +226,10 @@ def _spacing(size: int) -> float:
 
 
 def measure(view: View, height: np.ndarray, pose: Pose, rays: np.ndarray, rng: Generator) -> np.ndarray:
-    """Measure the cloud (S, S, 3) float32, meters, camera frame; what the scanner misses is exactly 0.
+    """Measure the cloud (S, S, 3) float32, meters, camera frame; missing pixels are exactly 0.
 
     Args:
-        view: what the pixels see.
+        view: of the pixels.
         height: (GRID, GRID) of the part, meters.
         pose, rays: as for `look`.
         rng: of the noise; the draws do not depend on the part.
@@ -248,12 +250,13 @@ def measure(view: View, height: np.ndarray, pose: Pose, rays: np.ndarray, rng: G
 
 
 def _in_shadow(view: View, height: np.ndarray, lamp: np.ndarray) -> np.ndarray:
-    """Pixels (S, S) whose way to the projector, at `lamp` (3,) in the part frame, the part bars, bool."""
+    """Tell the pixels (S, S) that the part hides from the projector, at `lamp` (3,) in the part frame."""
     shadow = _near_part(height, view.point[:2])
     start = view.point[:, shadow]
     slant = (lamp[:2, None] - start[:2]) / (lamp[2] - start[2])
     barred = np.zeros(start.shape[1], bool)
-    for share in np.arange(1, 13, dtype=np.float32) / 12:
+    shares = np.arange(1, 13, dtype=np.float32) / 12
+    for share in shares[shares * TOP < 1.001 * height.max()]:  # above the part nothing hides anything
         rise = share * (TOP - start[2])
         barred |= _lookup(height, start[:2] + rise * slant) > start[2] + rise + 0.0004
     shadow[shadow] = barred
