@@ -1,227 +1,215 @@
-"""Judge new parts with a saved detector: score, decision, anomaly map and overlay of each.
+"""Predict new samples with a saved detector: score, decision, anomaly map and overlay of each.
 
     python predict.py --detector detectors/bagel --rgb part.png --xyz part.tiff
-    python predict.py --detector detectors/bagel --rgb photos/ --xyz scans/ --preprocess --output_dir predictions/monday
+    python predict.py --detector detectors/bagel --rgb images/ --xyz scans/ --preprocess --output_dir predictions/monday
     python predict.py --detector detectors/bagel --rgb "line/rgb/*.png" --xyz "line/depth/*.png" \\
         --intrinsics camera.json
 
-Writes to --output_dir: <name>.tiff (float32 anomaly map, size and pixels of the scan), <name>_overlay.png and
-predictions.jsonl, a line of JSON per part, written as soon as its batch is judged: a run that was interrupted leaves a
-whole line for each part so far. A part that cannot be judged has a line with "error" instead of a score; the others go
-on.
+Writes to --output_dir: <name>.tiff (anomaly map, float32, on the pixels of the cloud), <name>_overlay.png and
+predictions.jsonl with a line of JSON for each sample, written when its batch is done, so that an interrupted run keeps
+its results. A sample that cannot be predicted has a line with "error" in place of a score, and the others go on.
 
-Exit code: 0 all parts judged, 1 at least one could not be judged, 2 the run stopped or never began, 130 interrupted,
-141 the reader of stdout is gone.
+Exit code: 0 all samples predicted, 1 at least one could not be predicted, 2 the run stopped or never began,
+130 interrupted, 141 the reader of stdout has closed.
 """
 
 import argparse
 import logging
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from feature_extractors.detector import Detector
-from feature_extractors.persistence import load_detector
-from runner.dataset_check import CLEANING_COMMAND
-from runner.prediction import PREDICTIONS, LoadedPart, Output, PartReader, Reading, Verdict, judge_parts, output_paths
+from utils.choices import UNITS
+from utils.command_line import Parser
 from utils.errors import InputError, exit_on_input_error
-from utils.scans.depth_camera import read_camera
-from utils.scans.files import make_folder
-from utils.scans.sample_files import DEPTH_SUFFIXES, UNITS, FoundSamples, cloud_suffixes, find_samples
+
+if TYPE_CHECKING:
+    from feature_extractors.detector import Detector
+    from utils.scans.sample_files import FoundSamples
 
 logger = logging.getLogger("predict")
 
 
+@dataclass(frozen=True)
+class PredictSettings:
+    """The flags, checked as far as they can be without the detector."""
+
+    detector: Path
+    rgb: str | None
+    xyz: str | None
+    intrinsics: Path | None
+    xyz_unit: str
+    preprocess: bool
+    keep_rgb: bool
+    output_dir: Path
+    append: bool
+    no_images: bool
+    device: str
+    checkpoint_dir: Path
+    rgb_checkpoint: Path | None
+    xyz_checkpoint: Path | None
+    batch_size: int | None
+    num_workers: int
+
+    def __post_init__(self) -> None:
+        if self.rgb is None and self.xyz is None:
+            raise InputError("There is nothing to predict. Give --rgb, --xyz or both.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}, expected at least 1.")
+        if self.num_workers < 0:
+            raise InputError(f"num_workers is {self.num_workers}, expected 0 or more.")
+        if self.keep_rgb and not self.preprocess:
+            raise InputError("--keep_rgb only applies to --preprocess. Give both, or leave it out.")
+        if self.xyz is None:
+            for flag, given in (
+                ("--preprocess", self.preprocess),
+                ("--intrinsics", self.intrinsics is not None),
+                ("--xyz_unit", self.xyz_unit != "m"),
+            ):
+                if given:
+                    raise InputError(f"{flag} only applies to --xyz. Give both, or leave it out.")
+
+    def check_detector(self, detector: "Detector") -> None:
+        """Refuse flags that do not give the files that the detector uses, or give others."""
+        modalities, method = detector.config.method.modalities, detector.config.method_name
+        for modality, files in (("rgb", self.rgb), ("xyz", self.xyz)):
+            if modality in modalities and files is None:
+                raise InputError(f"{self.detector} ({method}) uses {modality} files. Give --{modality} as well.")
+        if self.xyz is not None and "xyz" not in modalities and not self.preprocess:
+            raise InputError(f"--xyz is not used: {self.detector} ({method}) uses images alone. Leave it out.")
+
+    def check_files(self, found: "FoundSamples") -> None:
+        """Refuse flags about clouds that no file needs, and an --output_dir where files could be replaced."""
+        from runner.prediction import PREDICTIONS, output_paths
+        from utils.scans.sample_files import DEPTH_SUFFIXES
+
+        is_depth = {each.xyz.suffix.lower() in DEPTH_SUFFIXES for each in found.samples if each.xyz is not None}
+        if self.intrinsics is not None and True not in is_depth:
+            raise InputError(
+                "--intrinsics only applies to depth images, but --xyz has none. Remove it or pass depth images."
+            )
+        if self.xyz_unit != "m" and False not in is_depth:
+            raise InputError("--xyz_unit only applies to point clouds. Depth images have a depth_scale instead.")
+        folder = self.output_dir.resolve()
+        for files in (*found.samples, *(files for files, _ in found.incomplete)):
+            for path in (files.rgb, files.xyz):
+                if path is not None and folder in (path.resolve().parent, path.parent.resolve()):
+                    raise InputError(f"{path} is in --output_dir, where its map could replace it. Choose another one.")
+        if (folder / PREDICTIONS).exists():
+            return
+        for path in (path for files in found.samples for path in output_paths(folder, files.path)):
+            if path.exists():
+                raise InputError(
+                    f"{path} exists and was not written by this script, since there is no {PREDICTIONS} beside it. "
+                    "Choose another --output_dir."
+                )
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument_group("which parts").add_argument
+    """Parse the command line; exits on --help, --version and wrong flags."""
+    parser = Parser(__doc__)
+    add = parser.add_argument_group("samples").add_argument
     add("--detector", type=Path, required=True, help="folder of a fitted detector (main.py --save_detector)")
-    add("--rgb", help="photo, folder of photos, or pattern in quotes: .png, .jpg")
+    add("--rgb", help="image, folder of images, or pattern in quotes: .png, .jpg")
     add("--xyz", help="organized point cloud, folder or pattern: .tiff, .npy, .pcd, .ply, or depth .png (--intrinsics)")
-    add(
-        "--intrinsics", type=Path, help="of the camera of depth pictures, see docs/DATA.md: fx, fy, cx, cy, depth_scale"
-    )
-    add(
-        "--xyz_unit", default="m", choices=UNITS, help="of the coordinates in point clouds; depth pictures: depth_scale"
-    )
+    add("--intrinsics", type=Path, help="JSON file with fx, fy, cx, cy, depth_scale of depth images, see docs/DATA.md")
+    add("--xyz_unit", default="m", choices=UNITS, help="unit of the coordinates in point clouds")
     add("--preprocess", action="store_true", help="clean raw scans first as utils/preprocessing.py does")
-    add("--keep_rgb", action="store_true", help="with --preprocess: only pad the photos, as in utils/preprocessing.py")
-
-    add = parser.add_argument_group("what a run leaves").add_argument
+    add("--keep_rgb", action="store_true", help="with --preprocess: keep the background of the images")
+    add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, default=Path("predictions"), help="folder of maps, overlays and predictions.jsonl")
-    add("--append", action="store_true", help="add to the predictions.jsonl that is there instead of replacing it")
+    add("--append", action="store_true", help="add to an existing predictions.jsonl instead of replacing it")
     add("--no_images", action="store_true", help="write neither maps nor overlays")
-
-    add = parser.add_argument_group("how it is computed").add_argument
-    add("--device", default="auto", help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
+    add = parser.add_argument_group("computation").add_argument
+    add("--device", default="auto", help="cpu, cuda, or cuda:<number>; auto takes a GPU where there is one")
     add("--checkpoint_dir", type=Path, default=Path("checkpoints"), help="folder of the backbones' checkpoints")
-    add("--rgb_checkpoint", type=Path, help="checkpoint of the RGB backbone, wherever it lies and whatever its name")
-    add("--xyz_checkpoint", type=Path, help="checkpoint of the 3D backbone, likewise")
-    add("--batch_size", type=int, help="parts that go through the networks together; by default 4 on CPU, 16 on GPU")
+    add("--rgb_checkpoint", type=Path, help="checkpoint of the RGB backbone, instead of a file in --checkpoint_dir")
+    add("--xyz_checkpoint", type=Path, help="checkpoint of the 3D backbone, instead of a file in --checkpoint_dir")
+    add("--batch_size", type=int, help="samples that go through the networks together; by default 4 on CPU, 16 on GPU")
     add("--num_workers", type=int, default=2, help="threads that read files ahead")
     return parser.parse_args(argv)
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """What can be told without the detector; raises InputError."""
-    if args.rgb is None and args.xyz is None:
-        raise InputError("there is no part to judge: give --rgb, --xyz or both")
-    if args.batch_size is not None and args.batch_size < 1:
-        raise InputError(f"batch_size is {args.batch_size}, expected at least 1")
-    if args.num_workers < 0:
-        raise InputError(f"num_workers is {args.num_workers}, expected 0 or more")
-    if args.keep_rgb and not args.preprocess:
-        raise InputError("--keep_rgb is about the photos that --preprocess cleans: give both, or leave it out")
-    if args.preprocess and args.xyz is None:
-        raise InputError("--preprocess looks at the point clouds: give --xyz as well")
-    for flag, given in (("--intrinsics", args.intrinsics is not None), ("--xyz_unit", args.xyz_unit != "m")):
-        if given and args.xyz is None:
-            raise InputError(f"{flag} is about the files of --xyz: give both, or leave it out")
+def predict(settings: PredictSettings) -> int:
+    """Predict all samples and write what was found; returns the exit code."""
+    from tqdm import tqdm
 
+    from feature_extractors.persistence import load_detector
+    from runner.prediction import LoadedSample, Outcome, PredictionWriter, SampleReader, predict_samples
+    from utils.scans.depth_camera import read_camera
+    from utils.scans.files import make_folder
+    from utils.scans.sample_files import cloud_suffixes, find_samples
 
-def check_flags_of(detector: Detector, args: argparse.Namespace) -> None:
-    """Whether the flags give what the detector looks at, and nothing that has no use; raises InputError."""
-    modalities, method = detector.config.method.modalities, detector.config.method_name
-    for modality in sorted(modalities):
-        if getattr(args, modality) is None:
-            raise InputError(f"{args.detector} ({method}) looks at {modality} files: give --{modality} as well")
-    if args.xyz is not None and "xyz" not in modalities and not args.preprocess:
-        raise InputError(f"--xyz is not used: {args.detector} ({method}) looks at photos alone; leave it out")
-
-
-def check_found(found: FoundSamples, args: argparse.Namespace) -> None:
-    """Whether the flags about point clouds are about any of those that were found; raises InputError."""
-    of_depth = {part.xyz.suffix.lower() in DEPTH_SUFFIXES for part in found.samples if part.xyz is not None}
-    if args.intrinsics is not None and True not in of_depth:
-        raise InputError("--intrinsics is of depth pictures, and --xyz names none: leave it out, or name some")
-    if args.xyz_unit != "m" and False not in of_depth:
-        raise InputError("--xyz_unit is of point clouds, and --xyz names none: depth pictures have a depth_scale")
-
-
-def check_output(found: FoundSamples, output_dir: Path) -> None:
-    """Refuse a folder with files, of these parts or of others, that maps would replace; raises InputError."""
-    folder = output_dir.resolve()
-    for part in (*found.samples, *(part for part, _ in found.incomplete)):
-        for path in (part.rgb, part.xyz):
-            if path is not None and folder in (path.resolve().parent, path.parent.resolve()):
-                raise InputError(f"{path} lies in --output_dir, where its map could take its place: choose another one")
-    if (folder / PREDICTIONS).exists():
-        return
-    for path in (path for part in found.samples for path in output_paths(folder, part.path)):
-        if path.exists():
-            raise InputError(
-                f"{path} is in the way, and without a {PREDICTIONS} beside it was not written by this script: choose "
-                "another --output_dir"
-            )
-
-
-def write_parts(
-    judged: Iterable[tuple[LoadedPart, Verdict | str]], output: Output, count: int, width: int
-) -> list[bool]:
-    """Write and print each part as it is judged.
-
-    Returns:
-        of those that could be judged, which are anomalous; without thresholds none is.
-    """
-    decisions, warned = [], False
-    for part, verdict in tqdm(judged, total=count, desc="parts", unit="part", leave=False, disable=None):
-        name = part.files.path
-        if isinstance(verdict, str):
-            output.add_fault(part.files, verdict)
-            print_fault(name, verdict)
-            continue
-        record = output.add(part, verdict)
-        decisions.append(bool(record["anomalous"]))
-        with tqdm.external_write_mode():
-            print(part_line(record, width), flush=True)
-        if part.shows_table and not warned:
-            warned = True
-            logger.warning(
-                "%s shows the table that the part lies on, which a detector of cleaned scans takes for a defect: give "
-                "--preprocess, or clean the scans first (%s)",
-                *(part.files.xyz, CLEANING_COMMAND),
-            )
-    return decisions
-
-
-def part_line(record: dict[str, Any], width: int) -> str:
-    """A part on one line; the decision last but one, so that columns stay aligned."""
-    decision = {True: "anomalous", False: "good", None: "no threshold"}[record["anomalous"]]
-    normalized = "" if record["normalised"] is None else f"{record['normalised']:.3f}"
-    return (
-        f"{record['name']:{width}}  {record['score']:12.6g}  {normalized:5}  {decision:12}  {record['seconds']:.3f} s"
-    )
-
-
-def print_fault(name: str, fault: str) -> None:
-    with tqdm.external_write_mode():
-        print(f"predict.py: {name} could not be judged: {fault}", file=sys.stderr, flush=True)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Returns the exit code."""
     begin = time.perf_counter()
-    check_args(args)
-    camera = None if args.intrinsics is None else read_camera(args.intrinsics)
-    found = find_samples(args.rgb, args.xyz, cloud_suffixes(camera))
-    check_found(found, args)
-    check_output(found, args.output_dir)
+    camera = None if settings.intrinsics is None else read_camera(settings.intrinsics)
+    found = find_samples(settings.rgb, settings.xyz, cloud_suffixes(camera))
+    settings.check_files(found)
     detector = load_detector(
-        args.detector,
-        args.device,
-        checkpoint_dir=args.checkpoint_dir,
-        rgb_checkpoint=args.rgb_checkpoint,
-        xyz_checkpoint=args.xyz_checkpoint,
+        settings.detector,
+        settings.device,
+        checkpoint_dir=settings.checkpoint_dir,
+        rgb_checkpoint=settings.rgb_checkpoint,
+        xyz_checkpoint=settings.xyz_checkpoint,
     )
-    check_flags_of(detector, args)
-    if detector.thresholds is None:
-        logger.warning(
-            "%s was saved without thresholds: there are scores but no decisions, and each overlay has its own colors",
-            args.detector,
-        )
-    config = detector.config
-    reading = Reading(
+    settings.check_detector(detector)
+    config, thresholds = detector.config, detector.thresholds
+    if thresholds is None:
+        logger.warning("%s has no thresholds: there are scores but no decisions", settings.detector)
+    reader = SampleReader(
+        found.samples,
         config.method.modalities,
         config.img_size,
         camera,
-        args.xyz_unit,
-        args.preprocess,
-        args.keep_rgb,
-        photos=not args.no_images,
+        settings.xyz_unit,
+        settings.preprocess,
+        settings.keep_rgb,
     )
-    folder = make_folder(args.output_dir, "--output_dir")
-    output = Output(folder, detector.thresholds, not args.no_images, args.append)
-    for part, fault in found.incomplete:
-        output.add_fault(part, fault)
-        print_fault(part.path, fault)
-    batch_size = args.batch_size or detector.extractor.batch_size
-    judged = judge_parts(detector, PartReader(found.samples, reading), batch_size, args.num_workers)
-    decisions = write_parts(judged, output, len(found.samples), max(len(part.path) for part in found.samples))
-    failed = len(found.samples) + len(found.incomplete) - len(decisions)
-    summary = f"{len(decisions)} parts judged in {time.perf_counter() - begin:.1f} s"
-    if detector.thresholds is not None:
-        summary += f": {sum(decisions)} anomalous, {len(decisions) - sum(decisions)} good"
-    if failed:
-        summary += f"; {failed} could not be judged"
-    print(f"{summary}; written to {output.path}")
-    return 1 if failed else 0
+    folder = make_folder(settings.output_dir, "--output_dir")
+    writer = PredictionWriter(folder, thresholds, not settings.no_images, settings.append)
+    records = []
+    for files, problem in found.incomplete:
+        records.append(writer.add(Outcome(LoadedSample(files), problem=problem)))
+        print_line(records[-1])
+    batch_size = settings.batch_size or detector.extractor.batch_size
+    outcomes = predict_samples(detector, reader, batch_size, settings.num_workers)
+    width = max(len(each.path) for each in found.samples)
+    for outcome in tqdm(outcomes, total=len(reader), desc="samples", unit="sample", leave=False, disable=None):
+        records.append(writer.add(outcome))
+        with tqdm.external_write_mode():
+            print_line(records[-1], width)
+    predicted = [each for each in records if "error" not in each]
+    summary = f"{len(predicted)} samples predicted in {time.perf_counter() - begin:.1f} s"
+    if thresholds is not None:
+        anomalous = sum(each["anomalous"] for each in predicted)
+        summary += f": {anomalous} anomalous, {len(predicted) - anomalous} good"
+    if len(predicted) < len(records):
+        summary += f"; {len(records) - len(predicted)} could not be predicted"
+    print(f"{summary}; written to {writer.path}")
+    return int(len(predicted) < len(records))
 
 
-def main() -> None:
+def print_line(record: dict[str, Any], width: int = 0) -> None:
+    """Print a sample on one line of stdout in aligned columns, or its problem on stderr."""
+    if "error" in record:
+        print(f"predict.py: {record['name']} could not be predicted: {record['error']}", file=sys.stderr, flush=True)
+        return
+    decision = {True: "anomalous", False: "good", None: "no threshold"}[record["anomalous"]]
+    normalized = "" if record["normalised"] is None else f"{record['normalised']:.3f}"
+    scores = f"{record['score']:12.6g}  {normalized:5}"
+    print(f"{record['name']:{width}}  {scores}  {decision:12}  {record['seconds']:.3f} s", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the flags, predict, and exit."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
-    if isinstance(sys.stdout, TextIOWrapper):  # names of files that its encoding lacks end no run
+    if isinstance(sys.stdout, TextIOWrapper):  # a name that the terminal cannot show does not end the run
         sys.stdout.reconfigure(errors="backslashreplace")
     with exit_on_input_error():
-        raise SystemExit(run(parse_args()))
+        raise SystemExit(predict(PredictSettings(**vars(parse_args(argv)))))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from feature_extractors.memory_bank import BankStatistics, MemoryBank
 from feature_extractors.persistence import load_detector, save_detector
 from feature_extractors.pipeline import calibrate_detectors
 from models import RGB_BACKBONES, XYZ_BACKBONES
-from runner.prediction import Output, PartReader, Reading, Verdict, judge_parts
+from runner.prediction import PredictionWriter, SampleReader, predict_samples
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
 from utils.memory import resident_memory_mb
 from utils.metrics import latency_percentiles
@@ -154,19 +154,19 @@ def judge_in_a_row(place: Workplace, count: int, distinct: int, batch_size: int 
     detector = load_detector(place.detector, place.device, checkpoint_dir=place.checkpoints)
     config = detector.config
     files = [place.part(i % distinct)._replace(path=f"{i:04d}") for i in range(WARM_UP + count)]
-    reader = PartReader(files, Reading(config.method.modalities, config.img_size))
+    reader = SampleReader(files, config.method.modalities, config.img_size)
     place.output.mkdir(exist_ok=True)
-    output = Output(place.output, detector.thresholds, images=True)
+    writer = PredictionWriter(place.output, detector.thresholds, images=True)
     seconds, resident, begin = [], [], 0.0
-    judged = judge_parts(detector, reader, batch_size or detector.extractor.batch_size, workers)
-    for i, (part, verdict) in enumerate(tqdm(judged, total=len(files), desc="parts", leave=False)):
-        if not isinstance(verdict, Verdict):
-            raise RuntimeError(f"{part.files.path}: {verdict}")
-        output.add(part, verdict)
+    outcomes = predict_samples(detector, reader, batch_size or detector.extractor.batch_size, workers)
+    for i, outcome in enumerate(tqdm(outcomes, total=len(files), desc="samples", leave=False)):
+        if outcome.prediction is None:
+            raise RuntimeError(f"{outcome.loaded.files.path}: {outcome.problem}")
+        writer.add(outcome)
         if i + 1 == WARM_UP:
             begin = time.perf_counter()
         elif i >= WARM_UP:
-            seconds.append(verdict.seconds)
+            seconds.append(outcome.seconds)
             if (i + 1 - WARM_UP) % max(1, count // 20) == 0:
                 resident.append((i + 1 - WARM_UP, resident_memory_mb()))
     return Judged(latency_percentiles(seconds), count / (time.perf_counter() - begin), resident)

@@ -1,6 +1,6 @@
-"""Judging parts outside a dataset, one after the other: what is read, what the detector says, what is written.
+"""Prediction of samples outside a dataset, one after the other: reading, scoring, and writing.
 
-predict.py is the command line over it. Memory does not grow with the number of parts.
+predict.py is its command line. Memory does not grow with the number of samples.
 """
 
 import json
@@ -10,8 +10,8 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,212 +33,212 @@ PREDICTIONS = "predictions.jsonl"
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How the files of a part become a sample."""
-
-    modalities: frozenset[str]  # that the detector looks at
-    img_size: int  # pixels
-    camera: Camera | None = None  # of depth pictures
-    unit: str = "m"  # of coordinates, a key of UNITS
-    preprocess: bool = False  # clean the scan first
-    keep_rgb: bool = False  # but leave the photo its background
-    photos: bool = True  # they are drawn
-
-
-class LoadedPart(NamedTuple):
-    """A part, read and ready to be judged, or what is wrong with it."""
+class LoadedSample(NamedTuple):
+    """Files of a sample and the sample itself, or the problem that kept it from being read."""
 
     files: SampleFiles
-    fault: str = ""
-    sample: Sample | None = None  # None where there is a fault
-    photo: np.ndarray | None = None  # (h, w, 3) uint8 as it was taken, to be drawn
-    size: tuple[int, int] = (0, 0)  # (H, W) of the scan, without one of the photo
-    side: int | None = None  # of the square that cleaning padded it to
-    shows_table: bool = False
+    sample: Sample | None = None
+    problem: str = ""
+    image: np.ndarray | None = None  # (h, w, 3) uint8 as it was taken, for the overlay
+    size: tuple[int, int] = (0, 0)  # (H, W) of the cloud, without one of the image
+    side: int | None = None  # of the square that cleaning padded the cloud to
 
 
-class Verdict(NamedTuple):
-    """What the detector says."""
+class Outcome(NamedTuple):
+    """Prediction of a sample, or the problem that kept it from being predicted."""
 
-    prediction: Prediction
-    seconds: float  # its share of the extraction of its batch, plus its scoring; without its files
+    loaded: LoadedSample
+    prediction: Prediction | None = None
+    seconds: float = 0.0  # its share of the extraction of its batch, plus its scoring; without reading its files
+    problem: str = ""
 
 
-class PartReader:
-    """Parts by number, read when asked for: nothing is kept.
+class SampleReader:
+    """Samples by number, read on access and not kept.
 
     Args:
-        parts: to be read.
-        reading: how.
+        files: of the samples.
+        modalities: those that the detector uses.
+        img_size: side of the detector's input, pixels.
+        camera: of depth images.
+        xyz_unit: unit of the coordinates, a key of UNITS.
+        preprocess: clean the clouds first.
+        keep_rgb: keep the background of the images where clouds are cleaned.
     """
 
-    def __init__(self, parts: Sequence[SampleFiles], reading: Reading) -> None:
-        self.parts = parts
-        self.reading = reading
-        raw_is_wrong = "xyz" in reading.modalities and not reading.preprocess
-        self.looked_at = {part.path for part in spread(parts)} if raw_is_wrong else set()
+    def __init__(
+        self,
+        files: Sequence[SampleFiles],
+        modalities: frozenset[str],
+        img_size: int,
+        camera: Camera | None = None,
+        xyz_unit: str = "m",
+        preprocess: bool = False,
+        keep_rgb: bool = False,
+    ) -> None:
+        self.files, self.modalities, self.img_size = files, modalities, img_size
+        self.camera, self.xyz_unit, self.preprocess, self.keep_rgb = camera, xyz_unit, preprocess, keep_rgb
+        needs_cleaning = "xyz" in modalities and not preprocess
+        self.checked_for_table = {each.path for each in spread(files)} if needs_cleaning else set()
+        self._first_warning = Lock()
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.files)
 
-    def __getitem__(self, index: int) -> LoadedPart:
-        part = self.parts[index]
+    def __getitem__(self, index: int) -> LoadedSample:
+        files = self.files[index]
         try:
-            return self._read(part)
+            return self._read(files)
         except InputError as error:
-            return LoadedPart(part, str(error))
+            return LoadedSample(files, problem=str(error))
 
-    def _read(self, part: SampleFiles) -> LoadedPart:
-        how = self.reading
-        photo = read_rgb(part)
-        image_size = None if photo is None else photo.shape[:2]
-        xyz = None if part.xyz is None else read_cloud(part.xyz, how.camera, how.unit, image_size)
-        if photo is not None and xyz is not None:
-            check_same_view(part.path, photo, xyz, same_pixels=how.preprocess)
-        rgb, cloud, side = photo, xyz, None
-        if how.preprocess and xyz is not None:
-            view = np.zeros_like(xyz, dtype=np.uint8) if photo is None else photo
-            try:
-                cloud, rgb, _ = clean_scan(xyz, view, None, CleaningRule(), how.keep_rgb)
-            except InputError as error:
-                raise InputError(f"{part.xyz} cannot be cleaned: {error}") from None
+    def _read(self, files: SampleFiles) -> LoadedSample:
+        image = read_rgb(files)
+        image_size = None if image is None else image.shape[:2]
+        xyz = None if files.xyz is None else read_cloud(files.xyz, self.camera, self.xyz_unit, image_size)
+        if image is not None and xyz is not None:
+            check_same_view(files.path, image, xyz, same_pixels=self.preprocess)
+        view = image if xyz is None else xyz
+        assert view is not None, "a sample has a file"
+        rgb, cloud, side = image, xyz, None
+        if self.preprocess and xyz is not None:
+            cloud, rgb = self._clean(files, xyz, image)
             side = len(cloud)
         sample = make_sample(
-            str(part.xyz or part.rgb),  # an error names the file
-            rgb if "rgb" in how.modalities else None,
-            cloud if "xyz" in how.modalities else None,
-            how.img_size,
+            str(files.xyz or files.rgb),  # the file that errors name
+            rgb if "rgb" in self.modalities else None,
+            cloud if "xyz" in self.modalities else None,
+            self.img_size,
         )
-        scan = photo if xyz is None else xyz
-        assert scan is not None, "a part has a file"
-        return LoadedPart(
-            part,
-            sample=sample,
-            photo=photo if how.photos else None,
-            size=scan.shape[:2],
-            side=side,
-            shows_table=part.path in self.looked_at and xyz is not None and shows_table(xyz, CleaningRule()),
-        )
+        if files.path in self.checked_for_table and xyz is not None and shows_table(xyz, CleaningRule()):
+            self._warn_of_table(files)
+        return LoadedSample(files, sample, image=image, size=view.shape[:2], side=side)
 
-
-def judge(detector: Detector, samples: Sequence[Sample]) -> list[Verdict | str]:
-    """What a detector says about some samples, or of each that it cannot judge what is wrong with it."""
-    try:
-        extracted, seconds = extract_timed(detector.extractor, samples, {})
-    except InputError as error:
-        if len(samples) == 1:
-            return [str(error)]
-        return [verdict for sample in samples for verdict in judge(detector, [sample])]
-    verdicts: list[Verdict | str] = []
-    for sample, features in zip(samples, extracted, strict=True):
-        begin = time.perf_counter()
-        prediction = detector.predict_features(features)
-        if not (math.isfinite(prediction.score) and prediction.anomaly_map.isfinite().all()):
-            verdicts.append(
-                f"{sample.path} gives a score or a map that is no number: its coordinates are damaged or far out of "
-                "range, restore the scan"
+    def _warn_of_table(self, files: SampleFiles) -> None:
+        if self._first_warning.acquire(blocking=False):
+            logger.warning(
+                "%s shows the table that the part lies on, which a detector of cleaned clouds takes for a defect. Give "
+                "--preprocess, or clean the scans first with utils/preprocessing.py",
+                files.xyz,
             )
-            continue
-        verdicts.append(Verdict(prediction, seconds / len(samples) + time.perf_counter() - begin))
-    return verdicts
+
+    def _clean(self, files: SampleFiles, xyz: np.ndarray, image: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        rgb = np.zeros_like(xyz, dtype=np.uint8) if image is None else image
+        try:
+            cloud, rgb, _ = clean_scan(xyz, rgb, None, CleaningRule(), self.keep_rgb)
+        except InputError as error:
+            raise InputError(f"{files.xyz} cannot be cleaned: {error}") from None
+        return cloud, rgb
 
 
-def judge_parts(
-    detector: Detector, reader: PartReader, batch_size: int, num_workers: int
-) -> Iterator[tuple[LoadedPart, Verdict | str]]:
-    """Judge the parts in order, or tell what is wrong with them.
+def predict_samples(detector: Detector, reader: SampleReader, batch_size: int, num_workers: int) -> Iterator[Outcome]:
+    """Predict samples in order. A problem with one of them does not affect the others.
 
     Args:
-        detector: see `judge`.
-        reader: of the parts.
-        batch_size: how many go through the networks together.
-        num_workers: threads that read ahead, two parts each; no more parts than these and a batch are ever held.
+        detector: fitted.
+        reader: of the samples.
+        batch_size: number of samples that go through the networks together.
+        num_workers: threads that read ahead, two samples each. At most these and a batch are held at a time.
     """
-    loaded = load_samples(reader, num_workers)
-    for batch in batches(loaded, batch_size):
-        samples = [part.sample for part in batch if part.sample is not None]
-        verdicts = iter(judge(detector, samples) if samples else [])
-        for part in batch:
-            yield part, part.fault or next(verdicts)
+    for batch in batches(load_samples(reader, num_workers), batch_size):
+        predicted = iter(_predict_batch(detector, [each for each in batch if each.sample is not None]))
+        for loaded in batch:
+            yield Outcome(loaded, problem=loaded.problem) if loaded.sample is None else next(predicted)
 
 
-class Output:
-    """What a run leaves: maps, overlays, and predictions.jsonl, which has a line of JSON for each part.
+def _predict_batch(detector: Detector, batch: Sequence[LoadedSample]) -> list[Outcome]:
+    if not batch:
+        return []
+    samples = [each.sample for each in batch if each.sample is not None]
+    try:
+        features, seconds = extract_timed(detector.extractor, samples, {})
+    except InputError as error:
+        if len(batch) == 1:
+            return [Outcome(batch[0], problem=str(error))]
+        return [outcome for each in batch for outcome in _predict_batch(detector, [each])]
+    outcomes = []
+    for loaded, sample, of_sample in zip(batch, samples, features, strict=True):
+        begin = time.perf_counter()
+        prediction = detector.predict_features(of_sample)
+        spent = seconds / len(batch) + time.perf_counter() - begin
+        if math.isfinite(prediction.score) and prediction.anomaly_map.isfinite().all():
+            outcomes.append(Outcome(loaded, prediction, spent))
+        else:
+            problem = (
+                f"{sample.path} gives a score or a map that is not a number: its coordinates are damaged or far out of "
+                "range. Restore the file."
+            )
+            outcomes.append(Outcome(loaded, problem=problem))
+    return outcomes
+
+
+class PredictionWriter:
+    """Writer of maps, overlays, and predictions.jsonl with a line of JSON for each sample.
 
     Args:
-        folder: of all of it; it is there.
+        folder: where all of it goes; it must exist.
         thresholds: of the detector: they decide, and set the colors of all overlays.
         images: whether maps and overlays are written.
-        append: add to the lines that are there; half a line at their end, of a run that was killed, is cut off.
+        append: add to an existing predictions.jsonl; an incomplete line at its end is removed.
 
     Raises:
-        InputError: like all methods, where a file cannot be written.
+        InputError: a file cannot be written; also from `add`.
     """
 
     def __init__(self, folder: Path, thresholds: Thresholds | None, images: bool, append: bool = False) -> None:
-        self.folder = folder
+        self.folder, self.thresholds, self.images = folder, thresholds, images
         self.path = folder / PREDICTIONS
-        self.thresholds = thresholds
-        self.images = images
         with _writing(self.path):
             if append:
-                _drop_half_line(self.path)
+                _drop_incomplete_line(self.path)
             else:
                 self.path.write_text("")
 
-    def add(self, part: LoadedPart, verdict: Verdict) -> dict[str, Any]:
-        """Write what was said about a part; returns its line."""
-        prediction, thresholds = verdict.prediction, self.thresholds
-        score = prediction.score
-        map_path, overlay_path = self._save_images(part, prediction) if self.images else (None, None)
-        record = {
-            **_paths(part.files),
-            "score": score,
-            "normalised": None if thresholds is None else thresholds.normalize(score),
-            "anomalous": None if thresholds is None else score > thresholds.image,
-            "threshold": None if thresholds is None else thresholds.image,
-            "seconds": verdict.seconds,
-            "map": map_path,
-            "overlay": overlay_path,
-        }
-        self._write(record)
-        return record
-
-    def add_fault(self, part: SampleFiles, fault: str) -> None:
-        """Write why a part was not judged."""
-        self._write({**_paths(part), "error": fault})
-
-    def _write(self, record: dict[str, Any]) -> None:
-        """The line is in the file, or in the hands of the system, before the next part is looked at."""
+    def add(self, outcome: Outcome) -> dict[str, Any]:
+        """Write the outcome of a sample, its line before the next sample begins; returns the content of the line."""
+        files, prediction, thresholds = outcome.loaded.files, outcome.prediction, self.thresholds
+        record: dict[str, Any] = {"name": files.path, "rgb": _text(files.rgb), "xyz": _text(files.xyz)}
+        if prediction is None:
+            record["error"] = outcome.problem
+        else:
+            map_path, overlay_path = self._save_images(outcome.loaded, prediction) if self.images else (None, None)
+            record |= {
+                "score": prediction.score,
+                "normalised": None if thresholds is None else thresholds.normalize(prediction.score),
+                "anomalous": None if thresholds is None else prediction.score > thresholds.image,
+                "threshold": None if thresholds is None else thresholds.image,
+                "seconds": outcome.seconds,
+                "map": _text(map_path),
+                "overlay": _text(overlay_path),
+            }
         with _writing(self.path), self.path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(record, allow_nan=False) + "\n")
+        return record
 
-    def _save_images(self, part: LoadedPart, prediction: Prediction) -> tuple[str, str]:
-        padded = part.size if part.side is None else (part.side, part.side)
-        plane = crop_padding(resize_map(prediction.anomaly_map.numpy(), padded), part.size)
+    def _save_images(self, loaded: LoadedSample, prediction: Prediction) -> tuple[Path, Path]:
+        padded = loaded.size if loaded.side is None else (loaded.side, loaded.side)
+        plane = crop_padding(resize_map(prediction.anomaly_map.numpy(), padded), loaded.size)
         pixel = None if self.thresholds is None else self.thresholds.pixel
         scale = color_scale([plane]) if pixel is None else threshold_scale(pixel)
-        map_path, overlay_path = output_paths(self.folder, part.files.path)
+        map_path, overlay_path = output_paths(self.folder, loaded.files.path)
         with _writing(map_path):
-            save_anomaly_map(map_path, plane, part.size)
+            save_anomaly_map(map_path, plane, loaded.size)
         with _writing(overlay_path):
-            save_overlay(overlay_path, part.photo, plane, scale, pixel)
-        return str(map_path), str(overlay_path)
+            save_overlay(overlay_path, loaded.image, plane, scale, pixel)
+        return map_path, overlay_path
 
 
 def output_paths(folder: Path, name: str) -> tuple[Path, Path]:
-    """The map and the overlay of the part of this name."""
+    """Paths of the map and the overlay of a sample."""
     return folder / f"{name}.tiff", folder / f"{name}_overlay.png"
 
 
-def _drop_half_line(path: Path) -> None:
-    """Cut a file off behind its last line end, with a warning where something follows it."""
+def _drop_incomplete_line(path: Path) -> None:
     content = path.read_bytes() if path.exists() else b""
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        logger.warning("%s ended in half a line, of a run that was killed: it is cut off", path)
-        os.truncate(path, whole)
+    complete = content.rfind(b"\n") + 1
+    if complete < len(content):
+        logger.warning("%s ends in an incomplete line of an interrupted run, which is removed", path)
+        os.truncate(path, complete)
 
 
 @contextmanager
@@ -249,6 +249,5 @@ def _writing(path: Path) -> Iterator[None]:
         raise cannot_write(path, error) from error
 
 
-def _paths(part: SampleFiles) -> dict[str, str | None]:
-    rgb, xyz = (None if path is None else str(path) for path in (part.rgb, part.xyz))
-    return {"name": part.path, "rgb": rgb, "xyz": xyz}
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

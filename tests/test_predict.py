@@ -28,7 +28,7 @@ from feature_extractors import extractor as extractor_module
 from feature_extractors.detector import Detector
 from feature_extractors.persistence import load_detector, save_detector
 from runner import prediction
-from runner.prediction import LoadedPart, Output, PartReader, Reading, Verdict, judge_parts
+from runner.prediction import LoadedSample, Outcome, PredictionWriter, SampleReader, predict_samples
 from utils import preprocessing
 from utils.cleaning.cloud_cleaning import crop_padding, pad_to_square
 from utils.errors import InputError
@@ -78,7 +78,7 @@ def fitted(stubs: None, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
 
 def run(*flags: object) -> int:
     """The script in this process, up to its exit code."""
-    return predict.run(predict.parse_args(list(map(str, flags))))
+    return predict.predict(predict.PredictSettings(**vars(predict.parse_args(list(map(str, flags))))))
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
@@ -245,7 +245,7 @@ def test_what_a_run_leaves(fitted: Fitted, tmp_path: Path, capsys: pytest.Captur
     decisions = ["anomalous" if line["anomalous"] else "good" for line in lines_of(out)]
     assert len({each.index(decision) for each, decision in zip(told, decisions, strict=True)}) == 1
     count = decisions.count("anomalous")
-    assert summary.startswith("2 parts judged in ") and f"{count} anomalous, {2 - count} good" in summary
+    assert summary.startswith("2 samples predicted in ") and f"{count} anomalous, {2 - count} good" in summary
     assert str(out / "predictions.jsonl") in summary
 
 
@@ -272,25 +272,25 @@ def test_half_a_line_of_a_killed_run_is_cut_off(
     assert run(*flags) == 0
     with (tmp_path / "out/predictions.jsonl").open("a") as lines:
         lines.write('{"name": "001", "sco')
-    assert "half a line" not in caplog.text
+    assert "incomplete line" not in caplog.text
     assert run(*flags) == 0
     assert [line["name"] for line in lines_of(tmp_path / "out")] == ["000", "000"]
-    assert "predictions.jsonl ended in half a line" in caplog.text
+    assert "predictions.jsonl ends in an incomplete line" in caplog.text
 
 
-def test_each_line_is_there_before_the_next_part_is_judged(
+def test_each_line_is_written_before_the_next_batch(
     fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts, seen = many_parts(fitted, tmp_path / "parts"), []
-    plain = prediction.judge
+    plain = prediction._predict_batch
 
-    def judge(*arguments: Any) -> list[Verdict | str]:
+    def predict_batch(*arguments: Any) -> list[Outcome]:
         seen.append(len(lines_of(tmp_path / "out")))
         if len(seen) == 4:
             raise KeyboardInterrupt
         return plain(*arguments)
 
-    monkeypatch.setattr(prediction, "judge", judge)
+    monkeypatch.setattr(prediction, "_predict_batch", predict_batch)
     with pytest.raises(KeyboardInterrupt):
         run(*flags_for(fitted, parts, tmp_path / "out"), "--batch_size", 1)
     assert seen == [0, 1, 2, 3]
@@ -323,7 +323,7 @@ def test_a_detector_without_thresholds(
     assert run(*flags) == 0
     (line,) = lines_of(tmp_path / "out")
     assert (line["normalised"], line["anomalous"], line["threshold"]) == (None, None, None)
-    assert "without thresholds" in caplog.text
+    assert "has no thresholds" in caplog.text
     told = capsys.readouterr().out
     assert "no threshold" in told and "anomalous" not in told
     assert (tmp_path / "out/000_overlay.png").is_file()
@@ -383,11 +383,11 @@ def test_the_others_go_on(fitted: Fitted, tmp_path: Path, capsys: pytest.Capture
         assert list(lines[name]) == ["name", "rgb", "xyz", "error"]
         assert part in lines[name]["error"], lines[name]
         assert "\n" not in lines[name]["error"]
-        (sentence,) = [line for line in said if line.startswith(f"predict.py: {name} could not be judged: ")]
+        (sentence,) = [line for line in said if line.startswith(f"predict.py: {name} could not be predicted: ")]
         assert lines[name]["error"] in sentence
         assert not (tmp_path / f"out/{name}.tiff").exists()
     assert lines["007"]["rgb"] is None and lines["008"]["xyz"] is None
-    assert "2 parts judged" in told.out and "8 could not be judged" in told.out
+    assert "2 samples predicted" in told.out and "8 could not be predicted" in told.out
     alone = many_parts(fitted, tmp_path / "alone", 1)
     assert run(*flags_for(fitted, alone, tmp_path / "out_alone")) == 0
     assert lines["000"]["score"] == pytest.approx(lines_of(tmp_path / "out_alone")[0]["score"], rel=1e-5)
@@ -414,7 +414,7 @@ def test_a_score_that_is_no_number(
     assert run(*flags_for(fitted, parts, tmp_path / "out"), "--batch_size", batch_size) == 1
     lines = lines_of(tmp_path / "out")
     assert [line["name"] for line in lines if "score" in line] == ["000", "002"]
-    assert "001.tiff gives a score or a map that is no number" in lines[1]["error"]
+    assert "001.tiff gives a score or a map that is not a number" in lines[1]["error"]
 
 
 def test_a_wild_coordinate_stops_no_other_part(fitted: Fitted, tmp_path: Path) -> None:
@@ -439,7 +439,7 @@ def test_a_name_that_the_terminal_cannot_show(fitted: Fitted, tmp_path: Path, mo
     assert told.getvalue().startswith(rb"gr\xf6\xdfe  ")
 
 
-def test_no_part_could_be_judged(fitted: Fitted, tmp_path: Path) -> None:
+def test_no_sample_could_be_predicted(fitted: Fitted, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"nothing")
     flags = ["--detector", fitted.detectors["DINO"], "--rgb", tmp_path / "a.png", "--output_dir", tmp_path / "out"]
     assert run(*flags, "--device", "cpu") == 1
@@ -453,8 +453,8 @@ def test_nothing_can_be_done(fitted: Fitted, tmp_path: Path, capsys: pytest.Capt
     camera.write_text('{"fx": 1, "fy": 1, "cx": 1, "cy": 1, "depth_scale": 0.001}')
     for flags, expected in (
         (["--detector", both], ["--rgb", "--xyz"]),
-        (["--detector", both, *photo], ["looks at xyz files", "--xyz"]),
-        (["--detector", both, *scan], ["looks at rgb files", "--rgb"]),
+        (["--detector", both, *photo], ["uses xyz files", "--xyz"]),
+        (["--detector", both, *scan], ["uses rgb files", "--rgb"]),
         (["--detector", rgb, *photo, *scan], ["--xyz is not used"]),
         (["--detector", tmp_path / "absent", *photo], ["absent"]),
         (["--detector", rgb, *photo, "--batch_size", 0], ["batch_size is 0"]),
@@ -462,12 +462,12 @@ def test_nothing_can_be_done(fitted: Fitted, tmp_path: Path, capsys: pytest.Capt
         (["--detector", rgb, *photo, "--keep_rgb"], ["--preprocess"]),
         (["--detector", rgb, *photo, "--preprocess"], ["--xyz"]),
         (["--detector", both, *photo, *scan, "--intrinsics", tmp_path / "none.json"], ["none.json is missing"]),
-        (["--detector", rgb, *photo, "--intrinsics", camera], ["--intrinsics is about", "--xyz"]),
-        (["--detector", rgb, *photo, "--xyz_unit", "mm"], ["--xyz_unit is about", "--xyz"]),
-        (["--detector", both, *photo, *scan, "--intrinsics", camera], ["--intrinsics is of depth pictures"]),
+        (["--detector", rgb, *photo, "--intrinsics", camera], ["--intrinsics only applies to --xyz"]),
+        (["--detector", rgb, *photo, "--xyz_unit", "mm"], ["--xyz_unit only applies to --xyz"]),
+        (["--detector", both, *photo, *scan, "--intrinsics", camera], ["--intrinsics only applies to depth images"]),
         (
             ["--detector", both, *photo, "--xyz", parts / "rgb", "--intrinsics", camera, "--xyz_unit", "mm"],
-            ["--xyz_unit is of point clouds"],
+            ["--xyz_unit only applies to point clouds"],
         ),
         (["--detector", rgb, "--rgb", ""], ["--rgb is empty"]),
         (["--detector", rgb, "--rgb", tmp_path / "none"], ["none"]),
@@ -482,7 +482,7 @@ def test_maps_never_take_the_place_of_scans(fitted: Fitted, tmp_path: Path, caps
     parts = many_parts(fitted, tmp_path / "parts", 1)
     before = (parts / "xyz/000.tiff").read_bytes()
     flags = flags_for(fitted, parts, parts / "rgb/../xyz")
-    assert "choose another" in refusal(capsys, *flags)
+    assert "Choose another" in refusal(capsys, *flags)
     assert (parts / "xyz/000.tiff").read_bytes() == before
 
 
@@ -497,10 +497,10 @@ def test_nor_of_scans_behind_a_link_or_not_named(
         (parts / folder / "000.tiff").symlink_to(parts / "xyz/000.tiff")
     before = (parts / "xyz/000.tiff").read_bytes()
     flags = flags_for(fitted, parts, parts / folder, "DINO")[:-2]
-    assert "choose another --output_dir" in refusal(capsys, *flags)
+    assert "Choose another" in refusal(capsys, *flags)
     if links:
         flags = flags_for(fitted, parts, parts / folder)[:-2]
-        assert "choose another" in refusal(capsys, *flags, "--xyz", parts / folder)
+        assert "Choose another" in refusal(capsys, *flags, "--xyz", parts / folder)
     assert (parts / "xyz/000.tiff").read_bytes() == before
     assert [path.name for path in (parts / folder).iterdir()] == ["000.tiff"]
 
@@ -533,13 +533,12 @@ def test_cleaning_gives_what_preprocessing_gives(raw: Path, tmp_path: Path, flag
     cleaned = AnomalyDataset(index_split(tmp_path / "clean/cookie", "test", BOTH), BOTH, SIDE)
     good = raw / "cookie/test/good"
     files = [SampleFiles(f"00{i}", good / f"rgb/00{i}.png", good / f"xyz/00{i}.tiff") for i in range(2)]
-    reader = PartReader(files, Reading(BOTH, SIDE, preprocess=True, keep_rgb=bool(flags)))
+    reader = SampleReader(files, BOTH, SIDE, preprocess=True, keep_rgb=bool(flags))
     for expected, part in zip(cleaned, reader, strict=True):
-        assert part.sample is not None, part.fault
+        assert part.sample is not None, part.problem
         assert torch.equal(part.sample.rgb, expected.rgb) and torch.equal(part.sample.xyz, expected.xyz)  # type: ignore[arg-type]
         assert part.size == (224, 204) and part.side == 300
-        assert not part.shows_table
-    (alone,) = PartReader([files[0]._replace(rgb=None)], Reading(frozenset({"xyz"}), SIDE, preprocess=True))
+    (alone,) = SampleReader([files[0]._replace(rgb=None)], frozenset({"xyz"}), SIDE, preprocess=True)
     assert torch.equal(alone.sample.xyz, cleaned[0].xyz)  # type: ignore[union-attr, arg-type]
 
 
@@ -549,7 +548,7 @@ def test_maps_of_cleaned_scans_lie_on_the_pixels_of_the_raw_ones(fitted: Fitted,
     assert run(*flags) == 0
     detector = load_detector(fitted.detectors["DINO+Point_MAE"], "cpu")
     files = SampleFiles("000", good / "rgb/000.png", good / "xyz/000.tiff")
-    part = PartReader([files], Reading(BOTH, SIDE, preprocess=True))[0]
+    part = SampleReader([files], BOTH, SIDE, preprocess=True)[0]
     assert part.sample is not None
     whole = resize_map(detector.predict(part.sample).anomaly_map.numpy(), (300, 300))
     found = tifffile.imread(tmp_path / "000.tiff")
@@ -608,15 +607,15 @@ def test_memory_does_not_grow_with_the_parts(fitted: Fitted, tmp_path: Path) -> 
     """Nor does it wait for the garbage collection, which is rare in a process that holds networks."""
     folder = fitted.data / "test/hole"
     files = [SampleFiles(f"{i:04d}", folder / "rgb/000.png", folder / "xyz/000.tiff") for i in range(300)]
-    output = Output(tmp_path, None, images=True)
+    writer = PredictionWriter(tmp_path, None, images=True)
     held: list[int] = []
     gc.collect()
     gc.disable()
     tracemalloc.start()
     try:
-        for i, (part, verdict) in enumerate(judge_parts(Fixed(), PartReader(files, Reading(BOTH, SIDE)), 4, 2)):  # type: ignore[arg-type]
-            assert isinstance(verdict, Verdict)
-            output.add(part, verdict)
+        for i, outcome in enumerate(predict_samples(Fixed(), SampleReader(files, BOTH, SIDE), 4, 2)):  # type: ignore[arg-type]
+            assert outcome.prediction is not None
+            writer.add(outcome)
             if i % 100 == 99:
                 held.append(tracemalloc.get_traced_memory()[0])
     finally:
@@ -632,18 +631,18 @@ def test_reading_ahead_is_bounded(fitted: Fitted, monkeypatch: pytest.MonkeyPatc
     folder = fitted.data / "test/hole"
     files = [SampleFiles(f"{i:04d}", folder / "rgb/000.png", folder / "xyz/000.tiff") for i in range(40)]
     read: list[str] = []
-    plain = PartReader.__getitem__
+    plain = SampleReader.__getitem__
 
-    def counted(self: PartReader, index: int) -> LoadedPart:
-        read.append(self.parts[index].path)
+    def counted(self: SampleReader, index: int) -> LoadedSample:
+        read.append(self.files[index].path)
         return plain(self, index)
 
-    monkeypatch.setattr(PartReader, "__getitem__", counted)
-    judged = judge_parts(Fixed(), PartReader(files, Reading(BOTH, SIDE)), 2, 2)  # type: ignore[arg-type]
+    monkeypatch.setattr(SampleReader, "__getitem__", counted)
+    outcomes = predict_samples(Fixed(), SampleReader(files, BOTH, SIDE), 2, 2)  # type: ignore[arg-type]
     for done in range(1, 11):
-        next(judged)
+        next(outcomes)
         assert len(read) <= done + 1 + 2 * 2 + 1
-    judged.close()  # type: ignore[attr-defined]
+    outcomes.close()  # type: ignore[attr-defined]
 
 
 def test_a_thing_that_is_no_fault_of_a_file_is_not_hidden(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -657,7 +656,7 @@ def test_a_thing_that_is_no_fault_of_a_file_is_not_hidden(fitted: Fitted, monkey
 
 
 def test_a_reader_tells_faults_instead_of_raising(tmp_path: Path) -> None:
-    (part,) = PartReader([SampleFiles("a", tmp_path / "a.png")], Reading(frozenset({"rgb"}), SIDE))
-    assert part.sample is None and "a.png is missing" in part.fault
+    (part,) = SampleReader([SampleFiles("a", tmp_path / "a.png")], frozenset({"rgb"}), SIDE)
+    assert part.sample is None and "a.png is missing" in part.problem
     with pytest.raises(InputError):
-        Output(tmp_path / "absent", None, images=False)
+        PredictionWriter(tmp_path / "absent", None, images=False)

@@ -5,4 +5,5 @@ STORAGE_DTYPE_NAMES = ("fp16", "fp32")  # of features and memory banks, in memor
 POINT_NORMS = ("cloud", "running")  # BatchNorm statistics of the group encoder: current cloud, or checkpoint
 POINT_OPS = ("auto", "torch", "triton", "extension")  # backends of the point searches
 PAIRINGS = ("aligned", "reference")  # of rgb and xyz patches in UFF training
+UNITS = {"m": 1.0, "mm": 0.001}  # of coordinates, meters
 NEGATIVES = ("local", "global")  # of the contrastive loss: rows of this process, or of all

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utils.choices import UNITS
 from utils.cleaning.cloud_cleaning import CleaningRule
 from utils.errors import InputError
 from utils.records import SampleFiles
@@ -22,7 +23,6 @@ from utils.scans.point_files import read_npy, read_pcd, read_ply
 IMAGE_SUFFIXES = FILE_SUFFIXES["rgb"]
 CLOUD_SUFFIXES = (*FILE_SUFFIXES["xyz"], ".npy", ".pcd", ".ply")
 DEPTH_SUFFIXES = (".png",)  # with the intrinsics of the camera
-UNITS = {"m": 1.0, "mm": 0.001}  # meters
 NEAREST = 0.032  # meters; points nearer than this are left out (see docs/DATA.md), so no part lies there
 FARTHEST = 20.0  # meters; a part that is farther away than this is not, its coordinates are in another unit
 ASPECT_TOLERANCE = 0.01
