@@ -1,80 +1,87 @@
-"""Fitting and evaluating a whole class in a process of its own, the fast way or the plain one: seconds and memory."""
+"""Time and memory of fitting and evaluating a whole class in its own process, in the fast form or the plain one."""
 
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from sklearn.random_projection import johnson_lindenstrauss_min_dim
+from torch import Tensor
 
-from benchmarks import plain, plain_class
-from benchmarks.measuring import PRODUCT_SIDE, matrix_product, median_seconds
+from benchmarks.measuring import PRODUCT_SIDE, matrix_product, median_seconds_of, timed_calls
 from benchmarks.workload import (
     SIZES,
     Networks,
+    Size,
     build_networks,
     coreset_flops,
     detector_config,
     group_encoder_flops,
     made_up_samples,
+    plain_features,
+    plain_networks,
     point_transformer_flops,
     search_flops,
     vit_flops,
 )
+from feature_extractors import reference
 from feature_extractors.config import DetectorConfig
 from feature_extractors.extractor import PatchExtractor
-from feature_extractors.pipeline import Stopwatch, collect_features, evaluate, fit_detector
+from feature_extractors.pipeline import collect_features, evaluate, fit_detector
 from utils.memory import peak_memory_mb
+from utils.metrics import evaluate as compute_metrics
 from utils.records import Sample
 
 
 class ClassRun(NamedTuple):
-    """What a whole class took."""
+    """Time and memory of a whole class."""
 
-    train: int  # training samples
+    train: int  # number of samples
     test: int
-    seconds: dict[str, float]  # "fit", "evaluate", "total"; of the plain form also the stages of "fit"
+    seconds: dict[str, float]  # "fit", "evaluate", "total"; of the plain form also "pick" and "score" of fitting
     start_mb: float  # resident with networks and samples, before the work
     peak_mb: float
-    share_of_product: float  # counted operations over the total seconds, of the rate of a large matrix product
+    share_of_product: float  # rate of the counted operations over that of a large matrix product
     metrics: dict[str, Any]  # as in results.json
 
 
-def run_class(variant: str, size: str, train: int, test: int, stop: int | None, memory_budget: float) -> ClassRun:
-    """Fit and evaluate.
+def run_class(form: str, size: str, train: int, test: int, stop: int | None, memory_budget: float) -> ClassRun:
+    """Fit and evaluate a class.
 
     Args:
-        variant: "plain", or the precision of the fast form.
+        form: "plain", or the precision of the fast form.
         size: a key of SIZES.
         train, test: numbers of samples.
-        stop: picks after which the plain greedy loop ends; its seconds are multiplied up to all picks. None: it runs.
+        stop: picks after which the plain greedy loop ends; its time is extrapolated to all picks. None: all are run.
         memory_budget: of the fast form, GB, see TrainingFeatures.
     """
     numbers = SIZES[size]
     networks = build_networks(numbers)
-    good, judged = (
-        made_up_samples(count, split, numbers.img_size) for count, split in ((train, "train"), (test, "test"))
-    )
-    config = detector_config(numbers, "fp32" if variant == "plain" else variant)
-    product = matrix_product("bf16" if variant == "bf16" else "fp32")
-    product_seconds = [median_seconds({"product": product}, 3)["product"]]
+    good, tested = (made_up_samples(n, split, numbers.img_size) for n, split in ((train, "train"), (test, "test")))
+    config = detector_config(numbers, "fp32" if form == "plain" else form)
+    product = matrix_product("bf16" if form == "bf16" else "fp32")
+    product_seconds = [median_seconds_of(product, 4)]
     start = peak_memory_mb()
-    if variant == "plain":
-        seconds, metrics = _run_plain(config, plain.make_plain(networks), good, judged, stop)
+    if form == "plain":
+        seconds, metrics = _run_plain(config, numbers, good, tested, stop)
     else:
-        seconds, metrics = _run_fast(config, networks, good, judged, memory_budget)
+        seconds, metrics = _run_fast(config, networks, good, tested, memory_budget)
     peak = peak_memory_mb()
-    product_seconds.append(median_seconds({"product": product}, 3)["product"])
-    product_rate = 2 * PRODUCT_SIDE**3 / statistics.mean(product_seconds)
-    rate = count_operations(config, networks, train, test, variant == "plain") / seconds["total"]
-    return ClassRun(train, test, seconds, start, peak, rate / product_rate, metrics)
+    product_seconds.append(median_seconds_of(product, 4))
+    seconds["total"] = seconds["fit"] + seconds["evaluate"]
+    rate = count_operations(config, networks, train, test, form == "plain") / seconds["total"]
+    share = rate * statistics.mean(product_seconds) / (2 * PRODUCT_SIDE**3)
+    return ClassRun(train, test, seconds, start, peak, share, metrics)
 
 
-def count_operations(config: DetectorConfig, networks: Networks, train: int, test: int, twice: bool) -> float:
-    """Of features (of the training samples `twice` in the plain form), coresets and searches of both banks."""
+def count_operations(config: DetectorConfig, networks: Networks, train: int, test: int, plain: bool) -> float:
+    """Operations of the features, coresets and searches of both banks."""
     rgb, xyz = networks
-    of_sample = vit_flops(rgb) + group_encoder_flops(xyz, plain=twice) + point_transformer_flops(xyz)
-    total = ((1 + twice) * train + test) * of_sample
+    of_sample = vit_flops(rgb) + group_encoder_flops(xyz, plain) + point_transformer_flops(xyz)
+    total = (train + test) * of_sample
     picks = train * config.xyz_grid**2
     for patches, dim in ((config.xyz_grid**2, xyz.embed_dim), (rgb.grid_size**2, rgb.embed_dim)):
         rows, picks = train * patches, int(config.f_coreset * picks)
@@ -87,25 +94,50 @@ def _run_fast(
     config: DetectorConfig, networks: Networks, train: list[Sample], test: list[Sample], memory_budget: float
 ) -> tuple[dict[str, float], dict[str, Any]]:
     begin = time.perf_counter()
-    extractor = PatchExtractor(config, networks.rgb, networks.xyz)
+    extractor = PatchExtractor(config, *networks)
     features = collect_features(extractor, train, len(train), memory_budget=memory_budget)
     detector = fit_detector(config, extractor, features)
     fitted = time.perf_counter()
     metrics = evaluate({config.method_name: detector}, test, len(test))[config.method_name].metrics
-    end = time.perf_counter()
-    return {"fit": fitted - begin, "evaluate": end - fitted, "total": end - begin}, metrics
+    return {"fit": fitted - begin, "evaluate": time.perf_counter() - fitted}, metrics
 
 
-@torch.inference_mode()
 def _run_plain(
-    config: DetectorConfig, networks: Networks, train: list[Sample], test: list[Sample], stop: int | None
+    config: DetectorConfig, size: Size, train: list[Sample], test: list[Sample], stop: int | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    stages = Stopwatch(dict.fromkeys(plain_class.STAGES, 0.0))
-    fitted = plain_class.fit(config, networks, train, stages, stop)
-    for name, bank in fitted.banks.items():
-        picks = len(bank) - 1
-        stages.seconds[f"pick {name}"] *= picks / min(picks, (stop or len(bank)) - 1)
-    of_fit = dict(stages.seconds)
-    metrics = plain_class.evaluate(config, networks, fitted, test, stages)
-    fit, total = sum(of_fit.values()), sum(stages.seconds.values())
-    return {"fit": fit, "evaluate": total - fit, "total": total, **of_fit}, metrics
+    networks = plain_networks(size)
+    begin = time.perf_counter()
+    with (
+        timed_calls(reference, "extract") as extract,
+        timed_calls(reference, "score_banks") as score,
+        stopped_coreset(stop) as picking,
+    ):
+        patches = [plain_features(config, networks, each) for each in [*train, *test]]
+        scores, maps = reference.fit_and_score(config, patches[: len(train)], patches[len(train) :])
+    of_test = sum(extract[len(train) :]) + sum(score[len(train) :])
+    pick = sum(seconds * factor for seconds, factor in picking)
+    fit = time.perf_counter() - begin - of_test + pick - sum(seconds for seconds, _ in picking)
+    begin = time.perf_counter()
+    masks = [sample.mask[0].numpy() for sample in test if sample.mask is not None]
+    metrics = compute_metrics([int(sample.label or 0) for sample in test], scores.tolist(), masks, list(maps))
+    evaluate = of_test + time.perf_counter() - begin
+    return {"fit": fit, "evaluate": evaluate, "pick": pick, "score": sum(score[: len(train)])}, metrics
+
+
+@contextmanager
+def stopped_coreset(stop: int | None) -> Iterator[list[tuple[float, float]]]:
+    """End the plain greedy loop after `stop` picks; the first rows left fill up the selection.
+
+    Yields the seconds of each selection, and the factor that extrapolates them to all of its picks.
+    """
+    original, picking = reference.greedy_coreset, []
+
+    def stopped(rows: Tensor, n: int) -> Tensor:
+        begin = time.perf_counter()
+        picks = original(rows, min(n, stop or n))
+        picking.append((time.perf_counter() - begin, (n - 1) / max(len(picks) - 1, 1)))
+        left = torch.ones(len(rows), dtype=torch.bool).index_fill_(0, picks, False).nonzero()[:, 0]
+        return torch.cat([picks, left[: n - len(picks)]])
+
+    with patch.object(reference, "greedy_coreset", stopped):
+        yield picking

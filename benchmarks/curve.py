@@ -1,7 +1,8 @@
-"""The figure: what fitting a class costs, against its number of training samples."""
+"""Figure of the cost of fitting a class against its number of training samples."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,22 +11,21 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from benchmarks.class_run import ClassRun
 from benchmarks.figures import new_axes, save_figure
 
-SAMPLES = (10, 400)  # the span of the figure: the largest class of MVTec 3D-AD has 361
-# Stages of the plain form whose cost grows with the square of the samples: picks (or queries) times rows.
-QUADRATIC = ("pick xyz", "pick rgb", "score")
-DURATIONS = (0.1, 1, 10, 60, 600, 3600, 36_000, 360_000)  # seconds, where the axis has its ticks
+SAMPLES = (10, 400)  # range of the figure; the largest class of MVTec 3D-AD has 361
+QUADRATIC = ("pick", "score")  # stages of the plain form whose time grows with the square of the samples
+DURATIONS = (0.1, 1, 10, 60, 600, 3600, 36_000, 360_000)  # seconds, ticks of the axis
 STYLES = {"plain": ("0.35", "s"), "fp32": ("tab:blue", "o"), "bf16": ("tab:orange", "^")}
 
 
 def seconds_law(runs: Sequence[ClassRun]) -> Callable[[np.ndarray], np.ndarray]:
-    """Seconds of the plain form by number of training samples, from its largest run: a linear and a square part."""
+    """Time of the plain form by number of training samples, from its largest run: a linear and a quadratic part."""
     last = runs[-1]
     square = sum(last.seconds[stage] for stage in QUADRATIC)
     return lambda samples: (last.seconds["fit"] - square) * samples / last.train + square * (samples / last.train) ** 2
 
 
 def memory_law(runs: Sequence[ClassRun]) -> Callable[[np.ndarray], np.ndarray]:
-    """Peak gigabytes of the plain form: the straight line through its first and last run, or from its start."""
+    """Peak GB of the plain form: the line through its first and last run, or from its start if there is one run."""
     first, last = runs[0], runs[-1]
     below = (first.train, first.peak_mb) if len(runs) > 1 else (0, first.start_mb)
     slope = (last.peak_mb - below[1]) / (last.train - below[0])
@@ -33,21 +33,23 @@ def memory_law(runs: Sequence[ClassRun]) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def draw_curve(path: Path, runs: Mapping[str, Sequence[ClassRun]]) -> None:
-    """Draw seconds of fitting and peak memory; points are measured, the dashed line is the law of the plain form."""
+    """Draw fitting time and peak memory. Points are measured, the dashed line is the law of the plain form."""
     left, right = new_axes(9.6, 4.0, columns=2)
     beyond = np.geomspace(min(SAMPLES[0], runs["plain"][0].train), SAMPLES[1], 50)
     _draw_law(left, beyond, seconds_law(runs["plain"])(beyond), _duration)
     _draw_law(right, beyond, memory_law(runs["plain"])(beyond), lambda value: f"{value:.2g} GB")
     for form, found in runs.items():
         color, marker = STYLES[form]
-        label = "plain twin" if form == "plain" else f"this repository, {form}"
+        label = "plain form" if form == "plain" else f"this repository, {form}"
+        style: dict[str, Any] = {
+            "color": color,
+            "marker": marker,
+            "label": label,
+            "linestyle": "" if form == "plain" else "-",
+        }
         samples = [run.train for run in found]
-        line = "" if form == "plain" else "-"
-        for axes, values in (
-            (left, [run.seconds["fit"] for run in found]),
-            (right, [run.peak_mb / 1024 for run in found]),
-        ):
-            axes.plot(samples, values, line + marker, color=color, label=label, markersize=6)
+        left.plot(samples, [run.seconds["fit"] for run in found], markersize=6, **style)
+        right.plot(samples, [run.peak_mb / 1024 for run in found], markersize=6, **style)
     left.yaxis.set_major_locator(FixedLocator(DURATIONS))
     right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.set_title("Time to fit a class")
@@ -56,23 +58,24 @@ def draw_curve(path: Path, runs: Mapping[str, Sequence[ClassRun]]) -> None:
     save_figure(left, path)
 
 
-def _draw_law(axes: Axes, samples: np.ndarray, values: np.ndarray, tell: Callable[[float], str]) -> None:
+def _draw_law(axes: Axes, samples: np.ndarray, values: np.ndarray, describe: Callable[[float], str]) -> None:
     color, _ = STYLES["plain"]
-    axes.plot(samples, values, "--", color=color, linewidth=1.2, zorder=1, label="scaling law of the plain twin")
-    axes.annotate(
-        tell(values[-1]), (samples[-1], values[-1]), (-4, 4), textcoords="offset points", ha="right", color=color
-    )
+    axes.plot(samples, values, "--", color=color, linewidth=1.2, zorder=1, label="scaling law of the plain form")
+    place: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "color": color}
+    axes.annotate(describe(values[-1]), (samples[-1], values[-1]), (-4, 4), **place)
     axes.set(xscale="log", yscale="log", xlabel="training samples")
     axes.set_xticks([10, 20, 40, 100, 200, 400])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tell(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: describe(value)))
     axes.set_ymargin(0.1)
     axes.grid(which="major", color="0.92")
     axes.set_axisbelow(True)
 
 
 def _duration(seconds: float) -> str:
-    unit, name = next(((unit, name) for unit, name in ((3600, "h"), (60, "min")) if seconds >= unit), (1, "s"))
-    return f"{seconds / unit:.2g} {name}"
+    for unit, name in ((3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:.2g} {name}"
+    return f"{seconds:.2g} s"

@@ -1,4 +1,4 @@
-"""The look that the figures of the benchmarks share."""
+"""Common look of the benchmarks' figures."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from utils.scans.files import atomic_path
 
 
 def new_axes(width: float, height: float, columns: int = 1) -> list[Axes]:
-    """Axes side by side on a new figure of width x height inches, which needs no display."""
+    """Axes side by side on a new figure of width x height inches, without a display."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
@@ -20,7 +20,7 @@ def new_axes(width: float, height: float, columns: int = 1) -> list[Axes]:
 
 
 def save_figure(axes: Axes, path: Path) -> None:
-    """Save the figure that holds the axes."""
+    """Save the figure that the axes belong to."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     with atomic_path(path) as temporary:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating timings, the matrix product they are held against, memory, and files."""
+"""Helpers of the benchmarks: timing in turns, the matrix product for comparison, memory, and JSON files."""
 
 import argparse
 import json
@@ -7,10 +7,12 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -30,17 +32,15 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
+def median_seconds_of(work: Callable[[], object], repeats: int) -> float:
+    """Median time of one piece of work, without a warm-up."""
+    return statistics.median(seconds_of(work) for _ in range(repeats))
+
+
 def median_seconds(
     works: Mapping[str, Callable[[], object]], repeats: int, warm_up: bool = True, label: str = ""
 ) -> dict[str, float]:
-    """Time several pieces of work in turns, so that what slows the machine for a while slows all of them.
-
-    Args:
-        works: by name.
-        repeats: turns; the median of each piece counts.
-        warm_up: run each once before, untimed.
-        label: of the progress bar.
-    """
+    """Median time of several pieces of work by name, in turns, so that a slow phase of the machine affects all."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     turns = range(-1 if warm_up else 0, repeats)
     with tqdm(total=len(turns) * len(works), desc=label, leave=False, delay=2) as progress:
@@ -53,38 +53,48 @@ def median_seconds(
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
-def median_seconds_of(work: Callable[[], object], repeats: int) -> float:
-    """Of a single piece of work, without a warm-up."""
-    return statistics.median(seconds_of(work) for _ in range(repeats))
+@contextmanager
+def timed_calls(module: Any, function: str) -> Iterator[list[float]]:
+    """Seconds of each call of a module's function in the block."""
+    original, seconds = getattr(module, function), []
+
+    def timed(*arguments: Any) -> Any:
+        begin = time.perf_counter()
+        result = original(*arguments)
+        seconds.append(time.perf_counter() - begin)
+        return result
+
+    with patch.object(module, function, timed):
+        yield seconds
 
 
 def matrix_product(
     precision: str, side: int = PRODUCT_SIDE, device: torch.device | str = "cpu"
 ) -> Callable[[], object]:
-    """A product of two square matrices, 2 * side**3 floating-point operations."""
+    """A product of two square matrices, 2 * side**3 operations."""
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(side, side, generator=generator, device=device).to(DTYPES[precision]) for _ in range(2))
     return lambda: left @ right
 
 
 def in_fresh_process(work: Callable[..., Result], *arguments: Any) -> Result:
-    """Run `work`, a function of a module, in a process of its own, whose memory no other measurement has raised."""
+    """Run a function of a module in its own process, so that no other measurement adds to its peak memory."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
 
 def memory_slope(resident_mb: Sequence[tuple[int, float]]) -> float:
-    """MB per 1000 pieces of work, of what was resident after so many: a line through the second half, least squares."""
+    """MB per 1000 pieces of work: least squares over the second half of (pieces done, resident MB)."""
     settled = np.array(resident_mb[len(resident_mb) // 2 :], dtype=float)
     return float(np.polyfit(settled[:, 0] / 1000, settled[:, 1], 1)[0])
 
 
-def describe_machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
-    """What the figures were taken on; `device` adds the name of a GPU."""
+def describe_machine() -> dict[str, str | int]:
+    """Processor, threads and versions, and the name of a GPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    gpu = {"gpu": torch.cuda.get_device_name(device)} if torch.device(device).type == "cuda" else {}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         **gpu,
         "cpu": models[0] if models else platform.processor() or platform.machine(),
@@ -95,11 +105,9 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, str | int]
     }
 
 
-def plain_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of a script as JSON holds them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    with atomic_path(path) as temporary:
+def write_record(args: argparse.Namespace, found: Mapping[str, Any]) -> None:
+    """Write what was found as JSON to `args.output`, with the machine and the flags of the script."""
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    record = {"schema": 1, "machine": describe_machine(), "arguments": flags, **found}
+    with atomic_path(args.output) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The cost model of docs/DISTRIBUTED.md: seconds of the distributed coreset from what a pass computes and sends."""
+"""Cost model of docs/DISTRIBUTED.md: time of the distributed coreset, from the work and the traffic of its passes."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,9 @@ from feature_extractors.patch_rows import ShardedRows
 from utils.distributed import Ranks, all_gather_rows, all_reduce_sum, process_group
 
 PROCESSES = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256])
-ETHERNET = 10e9 / 8  # bytes a second of a link of 10 Gbit/s
-LATENCY = 5e-5  # seconds of a collective over it
-COLLECTIVES = 5  # of a pass: two of the offers, the rows, two of the picks
+ETHERNET = 10e9 / 8  # bytes per second of a link of 10 Gbit/s
+LATENCY = 5e-5  # seconds of a collective over that link
+COLLECTIVES = 5  # per pass: two for the farthest rows of each process, one for their values, two for the picks
 GROWN = (1, 12)  # times the rows of the recorded passes
 PROBED_BYTES = 1 << 25  # of an all-gather
 PROBED_ROWS, PROBED_PICKS, PROBED_SCAN = 1 << 14, (64, 1024), 1 << 20
@@ -27,28 +27,28 @@ REPEATS = 9
 
 
 class Pass(NamedTuple):
-    """What one pass of the greedy rule did, in one process; the picks do not depend on how many hold the rows."""
+    """One pass of the greedy rule in one process; passes are the same for every number of processes."""
 
     rows: int  # R
     candidates: int  # m
     picks: int  # p
-    touched: int  # rows that the picks could come close to, t
+    touched: int  # t, rows whose distance to the selection may change
 
 
 class Machine(NamedTuple):
-    """Seconds that one process takes for the parts of a pass, each measured by itself at one width of rows."""
+    """Seconds of the parts of a pass in one process, each measured by itself at one width of rows."""
 
-    touched: float  # a touched row: read, and held against its nearest pick by direct difference
-    pair: float  # a touched row and a pick: their product, and the least of these
-    scanned: float  # a row: told whether it is touched, and whether it is among the farthest
-    mutual: float  # two candidates: their distance
-    choice: float  # a pick and a candidate: the candidate's distance brought up to date
-    byte: float  # received in an all-gather
+    touched: float  # per touched row: reading it, and its difference to the nearest pick
+    pair: float  # per touched row and pick: their product, and the minimum
+    scanned: float  # per row: finding touched rows and the farthest rows
+    mutual: float  # per pair of candidates: their distance
+    choice: float  # per pick and candidate: update of the candidate's distance
+    byte: float  # per byte received in an all-gather
     latency: float  # of the smallest collective
 
 
 def pass_seconds(each: Pass, width: int, processes: int, machine: Machine) -> dict[str, float]:
-    """Seconds of a pass by what it does; rows and touched ones are taken to be spread evenly."""
+    """Seconds of the parts of a pass, with rows and touched rows spread evenly."""
     m, p = each.candidates, each.picks
     received = m * width * 8 * (processes - 1) / processes + 16 * (m + 1) * (processes - 1)
     return {
@@ -64,14 +64,14 @@ def coreset_seconds(passes: Sequence[Pass], width: int, processes: int, machine:
 
 
 def grown_passes(passes: Sequence[Pass], factor: int) -> list[Pass]:
-    """The passes of `factor` times as many rows and picks: as many more, each touching as many more rows."""
+    """Passes of `factor` times as many rows and picks: `factor` times as many, each with as many times the rows."""
     return [
         each._replace(rows=each.rows * factor, touched=each.touched * factor) for each in passes for _ in range(factor)
     ]
 
 
 def measure_machine(width: int, processes: int) -> Machine:
-    """Seconds of one thread; of the link by `processes` processes of this machine."""
+    """Measure one thread, and the link between `processes` processes of this machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows = torch.randn(PROBED_ROWS, width)
@@ -119,38 +119,33 @@ def _probe(rank: int, count: int, width: int, folder: str) -> None:
         torch.save([byte, latency], Path(folder, "0.pth"))
 
 
-def draw_scaling(path: Path, machine: Machine, costs: Sequence[Any], details: Mapping[str, Any], width: int) -> None:
-    """Memory and traffic of a process as measured; modeled seconds against processes, with the measured ones."""
+def draw_scaling(
+    path: Path, machine: Machine, costs: Sequence[Any], recorded: Mapping[int, Sequence[Pass]], width: int
+) -> None:
+    """Memory and traffic of a process as measured, and modeled seconds by processes with the measured ones."""
     memory, traffic, time_axes = new_axes(12.8, 4.0, columns=3)
-    sizes = sorted({cost.rows for cost in costs})
-    for rows in sizes:
+    for rows in recorded:
         of_size = [cost for cost in costs if cost.rows == rows]
-        counts = [cost.processes for cost in of_size]
-        memory.plot(counts, [cost.memory_mb for cost in of_size], "o-", label=f"{rows:,} rows")
-    largest = [cost for cost in costs if cost.rows == sizes[-1]]
+        counts, megabytes = [cost.processes for cost in of_size], [cost.memory_mb for cost in of_size]
+        memory.plot(counts, megabytes, "o-", label=f"{rows:,} rows")
     for count in sorted({cost.processes for cost in costs} - {1}):
         of_count = [cost for cost in costs if cost.processes == count]
         thousands = [cost.rows / 1000 for cost in of_count]
         traffic.plot(thousands, [cost.received_mb for cost in of_count], "o-", label=f"{count} processes")
-    passes = [Pass(*each) for each in details[f"coreset {sizes[-1]} {largest[0].processes}"]["recorded"]]
-    slow = machine._replace(byte=1 / ETHERNET, latency=LATENCY)
+    largest = max(recorded)
+    links = {"this machine": ("-", machine), "10 Gbit/s": ("--", machine._replace(byte=1 / ETHERNET, latency=LATENCY))}
     for color, factor in zip(("tab:blue", "tab:orange"), GROWN, strict=True):
-        grown = grown_passes(passes, factor)
-        for line, link in (("-", machine), ("--", slow)):
+        grown = grown_passes(recorded[largest], factor)
+        for name, (line, link) in links.items():
             seconds = [coreset_seconds(grown, width, int(count), link) for count in PROCESSES]
-            label = f"{factor * sizes[-1] / 1e6:.2g} million rows, {'10 Gbit/s' if link is slow else 'this machine'}"
+            label = f"{factor * largest / 1e6:.2g} million rows, {name}"
             time_axes.plot(PROCESSES, seconds, line, color=color, label=label)
-    time_axes.plot(
-        [c.processes for c in largest],
-        [c.seconds for c in largest],
-        "ko",
-        label=f"measured, {sizes[-1] / 1e6:.2g} million rows",
-    )
-    memory.set(title="Memory of a process", xlabel="processes", ylabel="MB", ylim=(0, None))
-    memory.set_xticks([1, 2, 3, 4], labels=["1", "2", "3", "4"], minor=False)
+    measured = [(cost.processes, cost.seconds) for cost in costs if cost.rows == largest]
+    time_axes.plot(*zip(*measured, strict=True), "ko", label=f"measured, {largest / 1e6:.2g} million rows")
+    memory.set(title="Memory of a process", xlabel="processes", ylabel="MB", ylim=(0, None), xticks=[1, 2, 3, 4])
     traffic.set(title="Received by a process", xlabel="thousand rows", ylabel="MB", ylim=(0, None), xlim=(0, None))
     time_axes.set(title="Coreset, model", xlabel="processes", ylabel="seconds", xscale="log", yscale="log")
-    time_axes.set_xticks(PROCESSES, labels=[str(count) for count in PROCESSES], minor=False)
+    time_axes.set_xticks(PROCESSES, labels=[str(count) for count in PROCESSES])
     time_axes.xaxis.minorticks_off()
     for axes in (memory, traffic, time_axes):
         axes.legend(frameon=False, fontsize=8)

@@ -1,10 +1,9 @@
-"""The small steps, by pytest-benchmark, at the sizes of a real sample: pytest benchmarks --benchmark-only
+"""Small steps at the size of a real sample, timed by pytest-benchmark beside their plain forms.
 
-`make bench` runs them, `make test` does not. A plain twin in benchmarks/plain.py stands beside its step.
+pytest benchmarks --benchmark-only
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,95 +11,75 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from benchmarks import plain
-from benchmarks.workload import SIZES, made_up_samples
+from benchmarks.workload import SIZES, made_up_samples, valid_points
+from feature_extractors import reference
 from feature_extractors.alignment import align_to_patches
-from feature_extractors.scoring import gaussian_blur
-from models.point_ops import farthest_point_sample, knn, three_nn_weights, three_nn_weights_expanded
+from feature_extractors.scoring import anomaly_map
+from models.point_ops import farthest_point_sample, knn
 from models.point_transformer import PointFeatures
 from utils.au_pro import au_pro
-from utils.records import Sample
 
 SIZE = SIZES["published"]
-WIDTH = 1152  # of three blocks' tokens
-Benchmark = Callable[..., Any]  # the fixture: calls a function with the arguments that follow it
+
+
+class Inputs(NamedTuple):
+    """Inputs of the steps, of one sample."""
+
+    xyz: Tensor
+    points: Tensor
+    features: PointFeatures
+    distances: Tensor
 
 
 @pytest.fixture(scope="module")
-def sample() -> Sample:
-    return made_up_samples(1, "train", SIZE.img_size)[0]
-
-
-@pytest.fixture(scope="module")
-def points(sample: Sample) -> Tensor:
-    """(N, 3) valid points."""
+def inputs() -> Inputs:
+    sample = made_up_samples(1, "train", SIZE.img_size)[0]
     assert sample.xyz is not None
-    return sample.xyz[:, (sample.xyz != 0).all(dim=0)].T.contiguous()
+    points = valid_points(sample)
+    centers = points[farthest_point_sample(points[None], SIZE.num_group)[0]]
+    features = PointFeatures(torch.randn(SIZE.num_group, 3 * SIZE.width), centers)
+    return Inputs(sample.xyz, points, features, torch.rand(SIZE.xyz_grid**2))
 
 
-@pytest.fixture(scope="module")
-def centers(points: Tensor) -> Tensor:
-    return points[farthest_point_sample(points[None], SIZE.num_group)[0]]
+def plain_alignment(features: PointFeatures, xyz: Tensor) -> Tensor:
+    valid = (xyz != 0).all(dim=0)
+    assert features.centers is not None
+    at_points = reference.three_nn_interpolate(xyz[:, valid].T, features.centers, features.features)
+    return reference.project_and_pool(at_points, valid, SIZE.xyz_grid)
 
 
-@pytest.fixture(scope="module")
-def tokens() -> Tensor:
-    return torch.randn(SIZE.num_group, WIDTH, generator=torch.Generator().manual_seed(0))
+STEPS: dict[str, dict[str, Any]] = {
+    "1024 farthest points": {
+        "fast": lambda each: farthest_point_sample(each.points[None], SIZE.num_group),
+        "plain": lambda each: reference.farthest_point_sample(each.points, SIZE.num_group),
+    },
+    "128 nearest neighbors": {
+        "fast": lambda each: knn(each.features.centers[None], each.points[None], SIZE.group_size),
+        "plain": lambda each: reference.knn(each.features.centers, each.points, SIZE.group_size),
+    },
+    "alignment": {
+        "fast": lambda each: align_to_patches(each.features, each.xyz, SIZE.xyz_grid),
+        "plain": lambda each: plain_alignment(each.features, each.xyz),
+    },
+    "anomaly map": {
+        "fast": lambda each: anomaly_map(each.distances, SIZE.img_size),
+        "plain": lambda each: reference.anomaly_map(each.distances, SIZE.img_size),
+    },
+}
 
 
-@pytest.fixture(scope="module")
-def maps() -> tuple[np.ndarray, np.ndarray]:
-    """Masks (20, 224, 224) and maps of which every second one has a defect."""
-    rng = np.random.default_rng(0)
-    planes = gaussian_filter(rng.standard_normal((20, SIZE.img_size, SIZE.img_size)), (0, 4, 4)).astype(np.float32)
-    masks = np.zeros_like(planes, bool)
-    masks[::2, 100:130, 80:120] = True
-    return masks, planes + 0.1 * masks
-
-
-@pytest.mark.benchmark(group="farthest point sampling, 1024")
-@pytest.mark.parametrize("form", ["ours", "plain"])
-def test_farthest_point_sampling(benchmark: Benchmark, points: Tensor, form: str) -> None:
-    if form == "ours":
-        picks = benchmark(farthest_point_sample, points[None], SIZE.num_group)[0]
-    else:
-        picks = torch.tensor(benchmark(plain.farthest_points, points, SIZE.num_group))
-    assert len(picks.unique()) == SIZE.num_group
-
-
-@pytest.mark.benchmark(group="128 nearest neighbors")
-def test_nearest_128(benchmark: Benchmark, points: Tensor, centers: Tensor) -> None:
-    distance, _ = benchmark(knn, centers[None], points[None], SIZE.group_size)
-    assert (distance.diff(dim=-1) >= 0).all()
-
-
-@pytest.mark.benchmark(group="3-NN weights")
-@pytest.mark.parametrize("weights", [three_nn_weights, three_nn_weights_expanded])
-def test_three_nearest_weights(
-    benchmark: Benchmark, points: Tensor, centers: Tensor, weights: Callable[..., tuple[Tensor, Tensor]]
-) -> None:
-    weight, _ = benchmark(weights, points[None], centers[None])
-    torch.testing.assert_close(weight.sum(dim=-1), torch.ones(1, len(points)))
-
-
-@pytest.mark.benchmark(group="alignment")
-@pytest.mark.parametrize("form", ["ours", "plain"])
-def test_alignment(benchmark: Benchmark, sample: Sample, centers: Tensor, tokens: Tensor, form: str) -> None:
-    if form == "ours":
-        patches = benchmark(align_to_patches, PointFeatures(tokens, centers), sample.xyz, SIZE.xyz_grid)
-    else:
-        patches = benchmark(plain.pooled_plane, tokens, centers, sample.xyz, SIZE.xyz_grid)
-    assert patches.shape == (SIZE.xyz_grid**2, WIDTH)
-
-
-@pytest.mark.benchmark(group="blur")
-@pytest.mark.parametrize("float_blur", [False, True])
-def test_blur(benchmark: Benchmark, float_blur: bool) -> None:
-    plane = torch.rand(SIZE.img_size, SIZE.img_size, generator=torch.Generator().manual_seed(0))
-    assert benchmark(gaussian_blur, plane, float_blur).shape == plane.shape
+@pytest.mark.parametrize("form", ["fast", "plain"])
+@pytest.mark.parametrize("step", STEPS)
+def test_step(benchmark: Any, inputs: Inputs, step: str, form: str) -> None:
+    benchmark.group = step
+    benchmark(STEPS[step][form], inputs)
 
 
 @pytest.mark.benchmark(group="AU-PRO of 20 maps")
 @pytest.mark.parametrize("num_thresholds", [None, 100])
-def test_au_pro(benchmark: Benchmark, maps: tuple[np.ndarray, np.ndarray], num_thresholds: int | None) -> None:
-    assert 0 <= benchmark(au_pro, *maps, 0.3, num_thresholds) <= 1
+def test_au_pro(benchmark: Any, num_thresholds: int | None) -> None:
+    noise = np.random.default_rng(0).standard_normal((20, SIZE.img_size, SIZE.img_size))
+    masks = np.zeros_like(noise, bool)
+    masks[::2, 100:130, 80:120] = True
+    maps = gaussian_filter(noise, (0, 4, 4)).astype(np.float32) + 0.1 * masks
+    assert 0 <= benchmark(au_pro, masks, maps, 0.3, num_thresholds) <= 1

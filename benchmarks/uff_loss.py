@@ -1,25 +1,26 @@
-"""Time and peak memory of the contrastive loss, forward and backward, against the plain form, in fresh processes.
+"""Time and peak memory of the contrastive loss, forward and backward, beside its plain form.
 
-    python benchmarks/uff_loss.py                      # 8 x 3136 rows, as a batch of 8 full scans
+    python benchmarks/uff_loss.py                      # 8 x 3136 rows, a batch of 8 clouds without background
     python benchmarks/uff_loss.py --rows 50176 --skip_plain
 
-Prints a table and writes it as JSON. Memory is the peak of resident memory above what the process held before.
+Each form runs in its own process. Memory is the peak of resident memory beyond what the process had before. Prints a
+table; writes JSON.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.measuring import in_fresh_process, median_seconds, write_json
+from benchmarks.measuring import in_fresh_process, median_seconds_of, write_record
+from feature_extractors import reference
 from models.contrastive import contrastive_loss
+from utils.command_line import Parser
 from utils.memory import peak_memory_mb
 
 HEAD_DIM = 256
@@ -27,22 +28,17 @@ REPEATS = 3
 
 
 class Measured(NamedTuple):
-    seconds: float  # median of a step
+    """Cost and results of a step."""
+
+    seconds: float  # median
     peak_mb: float
     loss: float
     gradient_norm: float
 
 
-def plain_loss(xyz: Tensor, rgb: Tensor) -> Tensor:
-    """The same with the whole matrix of similarities."""
-    logits = F.normalize(rgb, dim=-1) @ F.normalize(xyz, dim=-1).T
-    return 2 * F.cross_entropy(logits, torch.arange(len(logits)))
-
-
-def measure(loss_of: Callable[[Tensor, Tensor], Tensor], rows: int, repeats: int) -> Measured:
+def measure(loss_of: Callable[[Tensor, Tensor], Tensor], rows: int) -> Measured:
     generator = torch.Generator().manual_seed(0)
     xyz, rgb = (torch.randn(rows, HEAD_DIM, generator=generator).requires_grad_() for _ in range(2))
-
     losses = []
 
     def step() -> None:
@@ -52,29 +48,26 @@ def measure(loss_of: Callable[[Tensor, Tensor], Tensor], rows: int, repeats: int
         losses.append(loss.item())
 
     before = peak_memory_mb()
-    seconds = median_seconds({"step": step}, repeats, warm_up=False)["step"]
-    peak = peak_memory_mb()
+    seconds = median_seconds_of(step, REPEATS)
     assert xyz.grad is not None
-    return Measured(seconds, peak - before, losses[-1], float(xyz.grad.norm()))
+    return Measured(seconds, peak_memory_mb() - before, losses[-1], float(xyz.grad.norm()))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
     parser.add_argument("--rows", type=int, default=8 * 3136, help="patches of a batch")
-    parser.add_argument("--skip_plain", action="store_true", help="do not run the plain form, which takes 3 N^2 floats")
+    parser.add_argument("--skip_plain", action="store_true", help="leave out the plain form, which takes 3 N^2 floats")
     parser.add_argument("--output", type=Path, default=Path("results/benchmark_uff_loss.json"))
-    args = parser.parse_args()
-    results = {"ours": in_fresh_process(measure, contrastive_loss, args.rows, REPEATS)}
-    if not args.skip_plain:
-        results["plain"] = in_fresh_process(measure, plain_loss, args.rows, REPEATS)
+    args = parser.parse_args(argv)
+    forms = {"fast": contrastive_loss} | ({} if args.skip_plain else {"plain": reference.contrastive_loss})
+    results = {name: in_fresh_process(measure, loss_of, args.rows) for name, loss_of in forms.items()}
     print(f"{args.rows} rows of {HEAD_DIM}, {torch.get_num_threads()} threads, median of {REPEATS} steps")
-    for name, measured in results.items():
-        print(f"{name:6} {measured.seconds:7.2f} s {measured.peak_mb:8.0f} MB   loss {measured.loss:.6f}")
-    if not args.skip_plain:
-        ours, plain = results["ours"], results["plain"]
-        print(f"time {ours.seconds / plain.seconds:.2f}, memory {ours.peak_mb / plain.peak_mb:.3f} of the plain form")
-    record = {"rows": args.rows, **{name: measured._asdict() for name, measured in results.items()}}
-    write_json(args.output, record)
+    for name, found in results.items():
+        print(f"{name:6} {found.seconds:7.2f} s {found.peak_mb:8.0f} MB   loss {found.loss:.6f}")
+    if "plain" in results:
+        fast, plain = results["fast"], results["plain"]
+        print(f"time {fast.seconds / plain.seconds:.2f}, memory {fast.peak_mb / plain.peak_mb:.3f} of the plain form")
+    write_record(args, {name: found._asdict() for name, found in results.items()})
 
 
 if __name__ == "__main__":
