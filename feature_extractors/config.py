@@ -1,4 +1,4 @@
-"""What can be configured: the methods (a row each), the protocols (a row each), and the detector's settings."""
+"""Methods and protocols, a row each, and the settings of a detector."""
 
 import math
 from collections.abc import Iterable
@@ -25,12 +25,12 @@ class Method(NamedTuple):
 
     @property
     def modalities(self) -> frozenset[str]:
-        """The kinds of files, and so of backbones, that the method needs."""
+        """Modalities of the files and backbones that the method needs."""
         return frozenset({"rgb", "xyz"} if "fusion" in self.banks else self.banks)
 
     @property
     def memory_bank(self) -> str:
-        """The one value of --memory_bank that makes sense."""
+        """The only value of --memory_bank that fits the method."""
         return "multiple" if len(self.banks) > 1 else "single"
 
 
@@ -45,7 +45,7 @@ METHODS = {
 
 
 def covering_method(names: Iterable[str]) -> str:
-    """The method with the fewest banks whose features serve all of the named methods; one of these where possible."""
+    """The method with the fewest banks whose features serve all named methods, preferably one of these."""
     named = list(names)
     wanted = {bank for name in named for bank in METHODS[name].banks}
     covering = [name for name, method in METHODS.items() if wanted <= set(method.banks)]
@@ -54,11 +54,11 @@ def covering_method(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Behaviors on which the published tables and what was meant differ; the defaults are the published ones."""
+    """Behaviors in which the published computation differs from the intended one. Defaults: the published ones."""
 
-    own_statistics: bool = False  # each bank its own mean and std, instead of the method's rule
+    own_statistics: bool = False  # mean and std of each bank, instead of the method's rule
     own_coreset_size: bool = False  # f_coreset of each bank, instead of rgb and fusion from the reduced xyz bank
-    drop_background: bool = False  # background rows leave the xyz bank before all else, one of them returns at the end
+    drop_background: bool = False  # background rows leave the xyz bank first, one of them is appended last
     unscaled_scores: bool = False  # the method's score_divisor is not used
     float_blur: bool = False  # Gaussian in floats, instead of through an 8-bit image
     exact_distances: bool = False  # by direct differences, instead of expanded fp32 squares, which cancel
@@ -74,10 +74,10 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """Everything that decides what a detector computes. The defaults are the reference's.
+    """All settings of a detector's computation. The defaults are the reference's.
 
     Raises:
-        InputError: a value out of its range, or a combination that cannot be meant.
+        InputError: a value is out of its range, or a combination makes no sense.
     """
 
     method_name: str = "DINO+Point_MAE+Fusion"
@@ -113,7 +113,7 @@ class DetectorConfig:
 
     @property
     def backbone_names(self) -> dict[str, str]:
-        """The networks of the branches that the method has, by modality, sorted."""
+        """Networks of the method by modality, sorted."""
         names = {"rgb": self.rgb_backbone_name, "xyz": self.xyz_backbone_name}
         return {modality: names[modality] for modality in sorted(self.method.modalities)}
 
@@ -128,7 +128,7 @@ class DetectorConfig:
 
     @property
     def lambdas_of_banks(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """The factors of the scores and of the maps of the method's banks, in their order."""
+        """Factors of the scores and of the maps of the method's banks, in their order."""
         places = [BANKS.index(name) for name in self.method.banks]
         return tuple(self.score_lambdas[k] for k in places), tuple(self.map_lambdas[k] for k in places)
 
@@ -143,15 +143,9 @@ class DetectorConfig:
         _within("ocsvm_maxiter", self.ocsvm_maxiter, self.ocsvm_maxiter >= 1, "at least 1")
         _within("xyz_grid", self.xyz_grid, self.xyz_grid >= 1, "at least 1")
         least = self.xyz_grid + 2  # pooling without padding loses two pixels
-        _within(
-            "img_size",
-            self.img_size,
-            self.img_size >= least,
-            f"at least {least} for {self.xyz_grid} xyz patches a side",
-        )
-        _within(
-            "num_group", self.num_group, self.num_group >= 3, "at least 3: features are interpolated from 3 centers"
-        )
+        expected = f"at least {least} for {self.xyz_grid} xyz patches a side"
+        _within("img_size", self.img_size, self.img_size >= least, expected)
+        _within("num_group", self.num_group, self.num_group >= 3, "at least 3, to interpolate from 3 centers")
         _within("group_size", self.group_size, self.group_size >= 1, "at least 1")
         for name, value in zip(BANKS * 2, self.score_lambdas + self.map_lambdas, strict=True):
             _within(f"a lambda of {name}", value, math.isfinite(value), "a finite number")
@@ -165,21 +159,21 @@ class DetectorConfig:
         if self.memory_bank is not None:
             _one_of("memory_bank", self.memory_bank, MEMORY_BANKS)
             if self.memory_bank != method.memory_bank:
+                banks = "bank" if len(method.banks) == 1 else "banks"
                 raise InputError(
-                    f"{name} builds {len(method.banks)} memory bank{'s' * (len(method.banks) > 1)} "
-                    f"({', '.join(method.banks)}): use --memory_bank {method.memory_bank} instead of {self.memory_bank}"
+                    f"{name} builds {len(method.banks)} memory {banks} ({', '.join(method.banks)}). "
+                    f"Use --memory_bank {method.memory_bank} instead of {self.memory_bank}."
                 )
         if self.use_uff and "fusion" not in method.banks:
-            raise InputError(
-                f"--use_uff has no effect on {name}, which has no fusion bank: leave it out or choose Fusion"
-            )
+            raise InputError(f"--use_uff has no effect on {name}, without a fusion bank. Remove it or choose Fusion.")
         if self.rm_zero_for_project and method.banks != ("xyz",):
             raise InputError(
-                f"--rm_zero_for_project is for the single xyz bank (Point_MAE), not for {name}: leave it out"
+                f"--rm_zero_for_project is for the single xyz bank (Point_MAE), not for {name}. Remove it."
             )
         if self.asy_memory_bank is not None and len(method.banks) == 1:
             raise InputError(
-                f"--asy_memory_bank gives banks different numbers of samples, but {name} has one bank: use --max_sample"
+                f"--asy_memory_bank gives banks different numbers of samples, but {name} has one bank. "
+                "Use --max_sample."
             )
 
 

@@ -1,30 +1,29 @@
-"""Decision layer fusion (DLF): the banks' scores and maps become one score and one map."""
+"""Decision layer fusion (DLF): one score and one map from those of the banks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.linear_model import SGDOneClassSVM
 from torch import Tensor
 
-# The reference seeds the order of stochastic gradient descent with this number, whatever --random_state is.
-SVM_RANDOM_STATE = 42
+SVM_RANDOM_STATE = 42  # seeds the order of stochastic gradient descent; --random_state does not apply to it
 
 
 class DecisionFusion(NamedTuple):
-    """Two linear one-class SVMs. The anomaly score of a vector x is score_samples(x) = coef . x: larger, worse.
+    """The linear one-class SVMs D_a, of scores, and D_s, of pixels. Plain form: `reference.one_class_svm`.
 
-    The SVM's offset is not needed: it shifts the decision function, not score_samples.
+    The anomaly score of a vector x is score_samples(x) = coef . x, larger = more anomalous. The SVM's offset is not
+    needed: it shifts the decision function, not score_samples.
     """
 
     score_coef: np.ndarray  # (K,) float64, on the K banks' scores
     map_coef: np.ndarray  # (K,) float64, on the K banks' maps, pixel by pixel
-    score_lambdas: tuple[float, ...]  # the banks' scores are multiplied by these first
+    score_lambdas: tuple[float, ...]  # factors of the banks' scores
     map_lambdas: tuple[float, ...]
 
     def fuse(self, scores: Sequence[Tensor | float], maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Fuse the K scores and K maps (H, W) of one sample, in the banks' order, on their device.
+        """Fuse the K scores and maps (H, W) of one sample, in the order of the banks, on their device.
 
         Returns:
             score () float64; map (H, W) float32, computed in float64.
@@ -48,8 +47,8 @@ def fit_decision_fusion(
         maps: K maps (H, W) per sample.
         score_lambdas: factor of each bank's scores.
         map_lambdas: factor of each bank's maps.
-        nu: share of training errors allowed (--ocsvm_nu).
-        max_iter: epochs at most (--ocsvm_maxiter).
+        nu: allowed share of training errors (--ocsvm_nu).
+        max_iter: maximum number of epochs (--ocsvm_maxiter).
 
     Peak memory: the pixels in float64, 8 * N * H * W * K bytes, twice.
     """
@@ -67,7 +66,7 @@ def _weighted(values: Sequence[float] | Sequence[np.ndarray], lambdas: tuple[flo
 
 
 def _weighted_sum(values: Sequence[Tensor | float], lambdas: tuple[float, ...], coef: np.ndarray) -> Tensor:
-    """In float64; factors are Python numbers, which reach a device without a transfer."""
+    """Weighted sum in float64. The factors are Python numbers, which reach a device without a transfer."""
     terms = [
         torch.as_tensor(value, dtype=torch.float64) * factor * c
         for value, factor, c in zip(values, lambdas, coef.tolist(), strict=True)
@@ -76,4 +75,6 @@ def _weighted_sum(values: Sequence[Tensor | float], lambdas: tuple[float, ...], 
 
 
 def _fit_one_class(rows: np.ndarray, nu: float, max_iter: int) -> np.ndarray:
+    from sklearn.linear_model import SGDOneClassSVM
+
     return SGDOneClassSVM(random_state=SVM_RANDOM_STATE, nu=nu, max_iter=max_iter).fit(rows).coef_

@@ -1,4 +1,4 @@
-"""The detector: banks and decision fusion over an extractor."""
+"""The fitted detector: memory banks and decision fusion over an extractor."""
 
 from collections.abc import Mapping
 
@@ -15,14 +15,14 @@ from utils.records import PatchFeatures, Prediction, Sample
 
 
 class Detector:
-    """A fitted detector of one class of parts.
+    """A fitted detector of one class. Fast form of the scoring in `reference.fit_and_score`.
 
     Args:
-        config: what it computes.
+        config: settings of the computation.
         extractor: turns samples into patch features.
         banks: memory banks by name, in the order of the method's banks.
         decision_fusion: the fitted SVMs, for methods that use them; set once they are fitted.
-        thresholds: where good ends; set once they are calibrated.
+        thresholds: decision thresholds; set once they are calibrated.
     """
 
     def __init__(
@@ -39,21 +39,22 @@ class Detector:
         self.decision_fusion = decision_fusion
         self.thresholds = thresholds
 
-    @torch.inference_mode()
     def predict(self, sample: Sample) -> Prediction:
-        """Judge one sample: score, larger = more anomalous, and anomaly map (img_size, img_size)."""
+        """Score, larger = more anomalous, and anomaly map (img_size, img_size) of one sample."""
         return self.predict_features(self.extractor(sample))
 
     @torch.inference_mode()
     def predict_features(self, features: PatchFeatures) -> Prediction:
-        """Judge one sample by its patch features; scores and maps are read back once, at the end."""
-        scores, maps = self._judge_banks(features, "cancelling")
+        """`predict` from the patch features of a sample. Scores and maps are read back once, at the end."""
+        # 1. phi and psi: score and map of each bank
+        scores, maps = self._score_banks(features, "cancelling")
+        # 2. D_a and D_s: one score and one map
         if self.decision_fusion is not None:
             score, fused = self.decision_fusion.fuse(list(scores), list(maps))
         else:  # "sum", or a single bank
             score, fused = scores.sum(), maps.sum(dim=0)
         *bank_scores, score = torch.cat([scores, score[None]]).tolist()
-        # Each map with memory of its own, or whoever keeps or sends one would keep or send all.
+        # Clones have memory of their own; keeping or sending one map would else keep or send all.
         *bank_maps, fused = (plane.clone() for plane in torch.cat([maps, fused[None]]).cpu())
         return Prediction(
             score, fused, dict(zip(self.banks, bank_scores, strict=True)), dict(zip(self.banks, bank_maps, strict=True))
@@ -61,15 +62,15 @@ class Detector:
 
     @torch.inference_mode()
     def bank_results(self, features: PatchFeatures) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Image score and anomaly map (img_size, img_size), on the CPU, of each bank, to fit decision fusion on."""
-        scores, maps = self._judge_banks(features, "everywhere")
+        """Image score and anomaly map (img_size, img_size), on the CPU, of each bank, to fit decision fusion to."""
+        scores, maps = self._score_banks(features, "everywhere")
         planes = [plane.clone() for plane in maps.cpu()]
         return dict(zip(self.banks, scores.tolist(), strict=True)), dict(zip(self.banks, planes, strict=True))
 
-    def _judge_banks(self, features: PatchFeatures, expanded: str) -> tuple[Tensor, Tensor]:
+    def _score_banks(self, features: PatchFeatures, expanded: str) -> tuple[Tensor, Tensor]:
         """Scores (K,) float64 and maps (K, img_size, img_size) float32 of the K banks, on the features' device.
 
-        `expanded`: where the reference protocol takes the reference's arithmetic, see MemoryBank.nearest.
+        `expanded`: use of the reference's arithmetic in its protocol, see MemoryBank.nearest.
         """
         method, protocol = self.config.method, self.config.protocol
         divisor = 1.0 if protocol.unscaled_scores else method.score_divisor

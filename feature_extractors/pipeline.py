@@ -1,7 +1,6 @@
-"""Fitting a detector on good parts, calibrating its thresholds, and running it over the test split.
+"""Fit detectors on good samples, calibrate their thresholds, and evaluate them on the test split.
 
-Several processes may share the work. Each then has samples of its own, in the order of the ranks, and all call these
-functions together.
+Ranks that share a class call these functions together, each with its own samples, in the order of the ranks.
 """
 
 import math
@@ -33,11 +32,7 @@ STAGES = ("extract", "coreset", "fuse", "calibrate", "score", "metrics")
 
 
 class Stopwatch:
-    """Seconds spent in each named stage.
-
-    Args:
-        seconds: what was spent before, copied; None: nothing.
-    """
+    """Seconds spent in each named stage, added to a copy of `seconds`."""
 
     def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
         self.seconds = dict(seconds or dict.fromkeys(STAGES, 0.0))
@@ -52,19 +47,18 @@ class Stopwatch:
 
 
 class SampleResult(NamedTuple):
-    """A test sample without its pictures, and what the detector said about it."""
+    """Prediction for a test sample, with its ground truth."""
 
     path: str  # as in Sample
     label: int
     mask: Tensor  # (S, S) uint8
     prediction: Prediction
-    # Its share of the extraction of its batch, plus its scoring; without reading its files. The extraction is that of
-    # all networks that run, also of those that only other methods of a comparison use.
+    # Share of the extraction of its batch, by all networks of the run, plus its scoring; without reading its files.
     seconds: float
 
 
 class Evaluation(NamedTuple):
-    """What a detector said about the test split of a class, and how good that is."""
+    """Results and metrics of one detector on the test split of a class."""
 
     results: list[SampleResult]
     metrics: dict[str, Any]  # under the keys of results.json, see utils.metrics.evaluate
@@ -81,17 +75,17 @@ def collect_features(
     dtype: torch.dtype = torch.float32,
     group: Group | None = None,
 ) -> TrainingFeatures:
-    """Extract every sample of good parts once.
+    """Extract the features of every good sample once.
 
     Args:
         extractor: see PatchExtractor.
-        samples: to fit on, or to calibrate with; those of this process.
-        count: how many there are.
-        stopwatch: where the seconds are added.
+        samples: good samples of this rank, to fit on or to calibrate with.
+        count: number of these samples.
+        stopwatch: gets the seconds.
         on_features: called with each sample and its features, to save them for instance.
         memory_budget: see TrainingFeatures.
         dtype: see TrainingFeatures.
-        group: the processes that share the class.
+        group: the ranks that share the class.
     """
     collected = TrainingFeatures(count, memory_budget, dtype, empty=extractor.no_patches, group=group)
     with (stopwatch or Stopwatch()).measure("extract"):
@@ -104,18 +98,37 @@ def collect_features(
     return collected
 
 
+@torch.inference_mode()
 def fit_detector(
     config: DetectorConfig, extractor: PatchExtractor, features: TrainingFeatures, stopwatch: Stopwatch | None = None
 ) -> Detector:
-    """Build the banks, then fit decision fusion on the same samples scored against them."""
+    """Fit a detector to the features of the good samples. Fast form of the fit in `reference.fit_and_score`."""
     stopwatch = stopwatch or Stopwatch()
-    with torch.inference_mode():
-        with stopwatch.measure("coreset"):
-            detector = Detector(config, extractor, build_banks(config, features))
-        if config.method.fusion == "svm":
-            with stopwatch.measure("fuse"):
-                detector.decision_fusion = _fit_fusion(detector, features)
+    # 1. Memory banks M: statistics, coreset, normalized rows
+    with stopwatch.measure("coreset"):
+        detector = Detector(config, extractor, build_banks(config, features))
+    # 2. Decision fusion: one-class SVMs D_a and D_s of the scores phi and maps psi of the same samples
+    if config.method.fusion == "svm":
+        with stopwatch.measure("fuse"):
+            detector.decision_fusion = _fit_decision_fusion(detector, features)
     return detector
+
+
+def _fit_decision_fusion(detector: Detector, features: TrainingFeatures) -> DecisionFusion:
+    """Fit the SVMs on the first rank, to the training samples of all ranks."""
+    config, group = detector.config, features.group
+    scores: list[list[float]] = []
+    maps: list[list[Tensor]] = []
+    for i in progress_bar(range(len(features)), desc="decision fusion", unit="sample"):
+        bank_scores, bank_maps = detector.bank_results(features.sample(i))
+        scores.append(list(bank_scores.values()))
+        maps.append(list(bank_maps.values()))
+    scores, maps = gather_objects(scores, group), gather_objects(maps, group)
+    fusion = None
+    if is_main(group):
+        lambdas = config.lambdas_of_banks
+        fusion = fit_decision_fusion(scores, maps, *lambdas, config.ocsvm_nu, config.ocsvm_maxiter)
+    return broadcast_object(fusion, group)
 
 
 def calibrate_detectors(
@@ -126,33 +139,35 @@ def calibrate_detectors(
     stopwatches: Mapping[str, Stopwatch] | None = None,
     group: Group | None = None,
 ) -> None:
-    """Set the thresholds of each detector, from what it says about good parts.
+    """Set the thresholds of each detector, from its predictions for good samples.
 
-    Keeps a map, img_size**2 float32, of each part and detector until all are judged; the first process, of all parts.
+    Peak memory: one map, img_size**2 float32, of each sample and detector; on the first rank of all samples.
 
     Args:
-        detectors: by name of the method.
-        features: of the good parts, none of them of the banks' parts where there is a choice; those of this process.
+        detectors: by method.
+        features: of good samples of this rank, preferably not those that the banks were built from.
         target_fpr: see thresholds.calibrate.
         source: see thresholds.calibrate.
-        stopwatches: where the seconds of each detector are added.
-        group: the processes that share the class.
+        stopwatches: get the seconds, by method.
+        group: the ranks that share the class.
     """
     stopwatches = stopwatches or {name: Stopwatch() for name in detectors}
     scores: dict[str, list[float]] = {name: [] for name in detectors}
     maps: dict[str, list[Tensor]] = {name: [] for name in detectors}
+    # 1. Predictions for the good samples of this rank
     for each in features:
         for name, detector in detectors.items():
             with stopwatches[name].measure("calibrate"):
                 prediction = detector.predict_features(each)
             scores[name].append(prediction.score)
             maps[name].append(prediction.anomaly_map)
+    # 2. Thresholds from those of all ranks
     for name, detector in detectors.items():
         with stopwatches[name].measure("calibrate"):
-            scores_of_all, maps_of_all = gather_objects(scores[name], group), gather_objects(maps.pop(name), group)
+            all_scores, all_maps = gather_objects(scores[name], group), gather_objects(maps.pop(name), group)
             thresholds = None
             if is_main(group):
-                thresholds = calibrate(scores_of_all, [plane.numpy() for plane in maps_of_all], target_fpr, source)
+                thresholds = calibrate(all_scores, [plane.numpy() for plane in all_maps], target_fpr, source)
             detector.thresholds = broadcast_object(thresholds, group)
 
 
@@ -163,105 +178,84 @@ def evaluate(
     stopwatches: Mapping[str, Stopwatch] | None = None,
     group: Group | None = None,
 ) -> dict[str, Evaluation]:
-    """Judge every test sample, in order, by each detector, and compute the metrics of the class.
+    """Predict every test sample, in order, with each detector, and compute the metrics of the class.
 
-    Features are extracted once a sample, by the extractor that the detectors share; every stopwatch counts that time.
-    Keeps the maps: (K + 1) * img_size**2 float32 a sample for K banks, of each detector.
+    The detectors share an extractor, and every stopwatch counts its time.
+
+    Peak memory: (K + 1) * img_size**2 float32 a sample for the maps of K banks, of each detector.
 
     Args:
-        detectors: by name of the method.
-        samples: of the test split; those of this process.
-        count: how many there are.
-        stopwatches: where the seconds of each detector are added.
-        group: the processes that share the class.
+        detectors: by method.
+        samples: test samples of this rank.
+        count: number of these samples.
+        stopwatches: get the seconds, by method.
+        group: the ranks that share the class.
 
     Returns:
-        what each detector said of the samples of all processes, in the first process of the group; nothing in others.
+        the evaluation of each detector over the samples of all ranks, on the first rank of the group; {} on the others.
     """
     stopwatches = stopwatches or {name: Stopwatch() for name in detectors}
     extractor = next(iter(detectors.values())).extractor
     results: dict[str, list[SampleResult]] = {name: [] for name in detectors}
+    # 1. Predictions for the test samples of this rank
     progress = progress_bar(samples, total=count, desc="test", unit="sample")
-    extracted = _extracted(extractor, progress, stopwatches)
-    for each in extracted:
-        for name, detector in detectors.items():
-            results[name].append(_result(detector, *each, stopwatches[name]))
+    for batch in batches(progress, extractor.batch_size):
+        extracted, seconds = extract_timed(extractor, batch)
+        for stopwatch in stopwatches.values():
+            stopwatch.seconds["extract"] += seconds
+        for sample, features in zip(batch, extracted, strict=True):
+            for name, detector in detectors.items():
+                result = _predict_timed(detector, sample, features, seconds / len(batch), stopwatches[name])
+                results[name].append(result)
+    # 2. Metrics over the samples of all ranks
     evaluations = {}
     for name in detectors:
-        of_detector = gather_objects(results.pop(name), group)
-        if not is_main(group):
-            continue
-        with stopwatches[name].measure("metrics"):
-            metrics = compute_metrics(
-                [result.label for result in of_detector],
-                [result.prediction.score for result in of_detector],
-                [result.mask.numpy() for result in of_detector],
-                [result.prediction.anomaly_map.numpy() for result in of_detector],
-            )
-        evaluations[name] = Evaluation(of_detector, metrics)
+        gathered = gather_objects(results.pop(name), group)
+        if is_main(group):
+            with stopwatches[name].measure("metrics"):
+                evaluations[name] = Evaluation(gathered, _metrics_of(gathered))
     return evaluations
 
 
-def class_entry(detector: Detector, evaluation: Evaluation) -> dict[str, Any]:
-    """What results.json says about the test split of a class."""
-    results, thresholds = evaluation.results, detector.thresholds
-    image_threshold, threshold = None, None
-    if thresholds is not None:
-        image_threshold = thresholds.image
-        threshold = {key: value for key, value in asdict(thresholds).items() if key != "typical"}
-    return {
-        **evaluation.metrics,
-        **decision_metrics(
-            [each.label for each in results],
-            [each.prediction.score for each in results],
-            image_threshold,
-        ),
-        "threshold": threshold,
-        "latency": latency_percentiles(each.seconds for each in results),
-        "samples": [
-            {
-                "path": each.path,
-                "label": each.label,
-                "score": each.prediction.score,
-                "normalised": None if thresholds is None else thresholds.normalize(each.prediction.score),
-            }
-            for each in results
-        ],
-    }
+def extract_timed(extractor: PatchExtractor, batch: Sequence[Sample]) -> tuple[list[PatchFeatures], float]:
+    """The features of a batch, and the seconds spent."""
+    begin = time.perf_counter()
+    extracted = extractor.extract(batch)
+    if extractor.device.type == "cuda":
+        torch.cuda.synchronize(extractor.device)  # else the first sample's scoring would wait for the whole batch
+    return extracted, time.perf_counter() - begin
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """`size` items at a time, the last time what is left."""
+    """Lists of `size` items; the last one may be shorter."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
 
 
-def _extracted(
-    extractor: PatchExtractor, samples: Iterable[Sample], stopwatches: Mapping[str, Stopwatch]
-) -> Iterator[tuple[Sample, PatchFeatures, float]]:
-    """Each sample, its features, and its share of the seconds that its batch took."""
-    for batch in batches(samples, extractor.batch_size):
-        extracted, seconds = extract_timed(extractor, batch, stopwatches)
-        for sample, features in zip(batch, extracted, strict=True):
-            yield sample, features, seconds / len(batch)
+def class_entry(detector: Detector, evaluation: Evaluation) -> dict[str, Any]:
+    """Entry of a class in results.json, but for seconds and memory."""
+    results, thresholds = evaluation.results, detector.thresholds
+    labels, scores = [each.label for each in results], [each.prediction.score for each in results]
+    image_threshold, threshold = None, None
+    normalized: list[float | None] = [None] * len(results)
+    if thresholds is not None:
+        image_threshold = thresholds.image
+        threshold = {key: value for key, value in asdict(thresholds).items() if key != "typical"}
+        normalized = [thresholds.normalize(score) for score in scores]
+    return {
+        **evaluation.metrics,
+        **decision_metrics(labels, scores, image_threshold),
+        "threshold": threshold,
+        "latency": latency_percentiles(each.seconds for each in results),
+        "samples": [
+            {"path": each.path, "label": each.label, "score": each.prediction.score, "normalised": value}
+            for each, value in zip(results, normalized, strict=True)
+        ],
+    }
 
 
-def extract_timed(
-    extractor: PatchExtractor, batch: Sequence[Sample], stopwatches: Mapping[str, Stopwatch]
-) -> tuple[list[PatchFeatures], float]:
-    """The features of a batch and the seconds they took, which every stopwatch counts."""
-    begin = time.perf_counter()
-    extracted = extractor.extract(batch)
-    if extractor.device.type == "cuda":
-        torch.cuda.synchronize(extractor.device)  # else the first sample's scoring would wait for the whole batch
-    seconds = time.perf_counter() - begin
-    for stopwatch in stopwatches.values():
-        stopwatch.seconds["extract"] += seconds
-    return extracted, seconds
-
-
-def _result(
+def _predict_timed(
     detector: Detector, sample: Sample, features: PatchFeatures, extraction: float, stopwatch: Stopwatch
 ) -> SampleResult:
     if sample.label is None or sample.mask is None:
@@ -273,18 +267,10 @@ def _result(
     return SampleResult(sample.path, sample.label, sample.mask[0], prediction, extraction + seconds)
 
 
-def _fit_fusion(detector: Detector, features: TrainingFeatures) -> DecisionFusion:
-    config, group = detector.config, features.group
-    scores: list[list[float]] = []
-    maps: list[list[Tensor]] = []
-    samples = progress_bar(range(len(features)), desc="decision fusion", unit="sample")
-    for i in samples:
-        bank_scores, bank_maps = detector.bank_results(features.sample(i))
-        scores.append(list(bank_scores.values()))
-        maps.append(list(bank_maps.values()))
-    scores, maps = gather_objects(scores, group), gather_objects(maps, group)
-    fusion = None
-    if is_main(group):
-        lambdas = config.lambdas_of_banks
-        fusion = fit_decision_fusion(scores, maps, *lambdas, config.ocsvm_nu, config.ocsvm_maxiter)
-    return broadcast_object(fusion, group)
+def _metrics_of(results: Sequence[SampleResult]) -> dict[str, Any]:
+    return compute_metrics(
+        [result.label for result in results],
+        [result.prediction.score for result in results],
+        [result.mask.numpy() for result in results],
+        [result.prediction.anomaly_map.numpy() for result in results],
+    )

@@ -1,7 +1,4 @@
-"""From a sample's patches to the image score and the anomaly map of each bank.
-
-Everything stays on the device of the patches, and nothing here waits for it; MemoryBank.nearest does.
-"""
+"""Image score and anomaly map of each bank. Everything stays on the device of the patches and waits for nothing."""
 
 import math
 from collections.abc import Sequence
@@ -14,10 +11,9 @@ from torch import Tensor
 
 from feature_extractors.memory_bank import MemoryBank
 
-# The paper re-weights with the three bank rows nearest to m*, m* itself left out.
-REWEIGHTING_NEIGHBORS = 3
+REWEIGHTING_NEIGHBORS = 3  # rows nearest to m*, m* itself among them
 BLUR_SIGMA = 4.0
-BLUR_TRUNCATE = 4.0  # the float Gaussian ends at so many sigma: SciPy's default
+BLUR_TRUNCATE = 4.0  # radius of the float Gaussian in sigma: SciPy's default
 BOX_PASSES = 3  # of the 8-bit blur
 FIXED_POINT_BITS = 24  # fractional digits of its box weights
 
@@ -30,7 +26,7 @@ def image_score(
     divisor: float = 1.0,
     epsilon: float = 0.0,
 ) -> Tensor:
-    """The image score s of PatchCore (Roth et al., CVPR 2022, Eq. 7), as M3DM uses it.
+    """Image score s of PatchCore (Roth et al., CVPR 2022, Eq. 7), the phi of M3DM. Plain: `reference.image_score`.
 
     m_test is the patch farthest from the bank, at distance s*, and m* its nearest bank row. With N_b the bank rows
     nearest to m*, m* itself left out: w = 1 - exp(s* / sqrt(D)) / sum_{m in N_b} exp(|m_test - m| / sqrt(D)); s = w s*.
@@ -38,7 +34,7 @@ def image_score(
     Args:
         patches: (M, D) float32, normalized.
         distances: (M,) to the nearest bank row of each patch.
-        index: (M,) that row.
+        index: (M,) int64 of that row.
         bank: the memory bank.
         divisor: distances are divided by it first.
         epsilon: added to the sum of exponentials.
@@ -59,10 +55,12 @@ def image_score(
 
 
 def anomaly_maps(distances: Sequence[Tensor], size: int, float_blur: bool = False) -> Tensor:
-    """The distances of K banks, each on its own grid, become K smooth maps: bilinear resize, then Gaussian blur.
+    """Anomaly maps psi of K banks: bilinear resize of the patch distances, then Gaussian blur.
+
+    Plain form: `reference.anomaly_map`.
 
     Args:
-        distances: K times (grid**2,) float32, row-major.
+        distances: K tensors (grid**2,) float32, row-major; the grids may differ.
         size: side of the maps, pixels.
         float_blur: see gaussian_blur.
 
@@ -75,11 +73,6 @@ def anomaly_maps(distances: Sequence[Tensor], size: int, float_blur: bool = Fals
         plane = each.view(1, 1, grid, grid).float()
         planes.append(F.interpolate(plane, size=(size, size), mode="bilinear", align_corners=False)[0, 0])
     return gaussian_blur(torch.stack(planes), float_blur)
-
-
-def anomaly_map(distances: Tensor, size: int, float_blur: bool = False) -> Tensor:
-    """`anomaly_maps` of one bank: (grid**2,) -> (size, size)."""
-    return anomaly_maps([distances], size, float_blur)[0]
 
 
 def gaussian_blur(planes: Tensor, float_blur: bool = False) -> Tensor:
@@ -97,7 +90,7 @@ def gaussian_blur(planes: Tensor, float_blur: bool = False) -> Tensor:
 
 
 def blur_8_bit(images: Tensor) -> Tensor:
-    """What PIL's ImageFilter.GaussianBlur(4) makes of (..., H, W) uint8 images, to the bit.
+    """PIL's ImageFilter.GaussianBlur(4) of (..., H, W) uint8 images, bit by bit.
 
     PIL blurs with three extended box filters along each axis: boxes of fractional radius after Gwosdek et al.,
     "Theoretical foundations of Gaussian convolution by extended box filtering" (SSVM 2011), borders repeated, weights
@@ -125,9 +118,9 @@ def _box_pass(values: Tensor, dim: int) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _box_weights() -> tuple[int, int, int]:
-    """Whole radius of the box, weight of its 2 * radius + 1 pixels and of the two beside them, in 2^-24.
+    """Integer radius of the box, weight of its 2 * radius + 1 pixels and of the two beside them, in 2^-24.
 
-    PIL computes in single precision, and truncates.
+    PIL computes them in single precision and truncates.
     """
     variance = np.float32(BLUR_SIGMA) ** 2 / np.float32(BOX_PASSES)
     radius = int((np.float32(math.sqrt(12 * variance + 1)) - 1) / 2)
@@ -139,8 +132,8 @@ def _box_weights() -> tuple[int, int, int]:
 
 @lru_cache(maxsize=8)
 def _gaussian_matrix(size: int, device: torch.device) -> Tensor:
-    """(size, size) float64 that blurs along an axis: row i holds the weights of pixel i, of what lies beyond a border
-    on the border's pixel."""
+    """(size, size) float64 that blurs along an axis. Row i holds the weights of pixel i; a border pixel also gets the
+    weights beyond the border."""
     radius = int(BLUR_TRUNCATE * BLUR_SIGMA + 0.5)
     offset = np.arange(-radius, radius + 1)
     weight = np.exp(-0.5 * (offset / BLUR_SIGMA) ** 2)

@@ -1,4 +1,4 @@
-"""From the scores and maps of good parts to a decision: what is above the threshold is anomalous."""
+"""Decision thresholds for image scores and pixels, calibrated on good samples."""
 
 import logging
 import math
@@ -13,33 +13,30 @@ from numpy.typing import ArrayLike
 from utils.errors import InputError
 
 Source = Literal["validation", "training"]
-# Where `normalize` puts the median good part; the threshold lies at 0.5.
-TYPICAL_VALUE = 0.05
-# Below it no number of parts or pixels that could be had tells one rate from another.
-LEAST_FPR = 1e-6
-# Relative, of a share of a count: 0.29 * 100 is 28.999…996 in floating point.
-ROUNDING = 1e-14
+TYPICAL_VALUE = 0.05  # normalized score of the median good sample; that of the threshold is 0.5
+LEAST_FPR = 1e-6  # smaller rates need more samples or pixels than anybody has
+ROUNDING = 1e-14  # relative error of a share of a count: 0.29 * 100 is 28.999…996 in floating point
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where good ends, and what that was calibrated on."""
+    """Decision thresholds, and the good samples that they were calibrated on."""
 
-    image: float  # a part whose score is above is anomalous
-    pixel: float  # a pixel whose value in the anomaly map is above is anomalous
-    target_fpr: Annotated[float, Meta(gt=0, lt=1)]  # the false-alarm rate asked for
-    source: Source  # split of the good samples it was calibrated on
+    image: float  # a sample with a score above is anomalous
+    pixel: float  # a pixel with a value above in the anomaly map is anomalous
+    target_fpr: Annotated[float, Meta(gt=0, lt=1)]  # requested false-alarm rate
+    source: Source  # split of the good samples
     parts: Annotated[int, Meta(ge=1)]  # number of these samples
-    typical: float  # the median score of these parts
+    typical: float  # median score of these samples
 
     def normalize(self, score: float) -> float:
-        """The score on a scale from 0 to 1 that means the same for every detector.
+        """Score on a scale from 0 to 1 that is comparable between detectors.
 
-        A logistic curve, 0.5 at the threshold and 0.05 at the median good part; it never falls as the score rises.
-        Where the threshold is the median itself, for want of any spread, it is 0 below, 0.5 at and 1 above it. A
-        target_fpr above one half puts the threshold below the median: the curve is then as steep the other way round.
+        A logistic curve, 0.5 at the threshold and 0.05 at the median good sample, that never falls as the score rises.
+        Without any spread, the threshold is the median itself, and the value is 0 below, 0.5 at and 1 above it. A
+        target_fpr above one half puts the threshold below the median; the slope is the same then.
         """
         spread, above = abs(self.image - self.typical), score - self.image
         if spread == 0:
@@ -49,46 +46,44 @@ class Thresholds:
 
 
 def check_target_fpr(target_fpr: float) -> None:
-    """Raises InputError for what is no false-alarm rate that a threshold could have."""
+    """Raise InputError unless LEAST_FPR <= target_fpr < 1."""
     if not LEAST_FPR <= target_fpr < 1:
-        raise InputError(
-            f"target_fpr is {target_fpr}, expected a rate between 0 and 1, such as 0.01, and no less than {LEAST_FPR}"
-        )
+        raise InputError(f"target_fpr is {target_fpr}. Give a rate from {LEAST_FPR} to below 1, such as 0.01.")
 
 
 def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: float, source: Source) -> Thresholds:
     """Choose both thresholds for a false-alarm rate.
 
-    Image: of n good scores the one of rank ceil((1 - target_fpr)(n + 1)), which a new good part exceeds with
-    probability target_fpr at most if it is made as these were (split conformal prediction). Where n is too small for
-    that rank, the largest score, and a warning says which rate n parts allow. Pixel: the smallest value that at most
-    target_fpr of all pixels of the good maps exceed.
+    Image: the score of rank ceil((1 - target_fpr)(n + 1)) among n good ones. A new good sample of the same distribution
+    exceeds it with a probability of at most target_fpr (split conformal prediction). If n is too small for that rank,
+    it is the largest score, with a warning. Pixel: the smallest value that at most target_fpr of all pixels of the good
+    maps exceed.
 
     Args:
-        scores: n of good parts, larger = more anomalous.
-        maps: their n anomaly maps (H, W), float32.
-        target_fpr: from LEAST_FPR to below 1.
+        scores: n scores of good samples, larger = more anomalous.
+        maps: n anomaly maps (H, W) float32.
+        target_fpr: requested false-alarm rate, from LEAST_FPR to below 1.
         source: split of the samples.
 
     Peak memory: all pixels once more, 4 * n * H * W bytes: 72 MB for 361 maps of 224 x 224.
 
     Raises:
         InputError: target_fpr is out of its range.
-        ValueError: no part, or a score or map that is not finite.
+        ValueError: there is no sample, or a score or map is not finite.
     """
     check_target_fpr(target_fpr)
     ordered = np.sort(np.asarray(scores, dtype=np.float64))
     parts = len(ordered)
     if parts == 0 or len(maps) != parts:
-        raise ValueError(f"{parts} scores and {len(maps)} maps, expected one of each per good part, and at least one")
+        raise ValueError(f"{parts} scores and {len(maps)} maps, expected one of each per good sample, at least one")
     pixels = np.concatenate([np.ravel(each) for each in maps])
     if not (np.isfinite(ordered).all() and np.isfinite(pixels).all()):
-        raise ValueError("a score or an anomaly map of a good part holds NaN or infinity")
+        raise ValueError("a score or an anomaly map of a good sample holds NaN or infinity")
     exceeding = _share_of(target_fpr, parts + 1)  # n + 1 minus the rank
     if exceeding == 0:
         logger.warning(
-            "a false-alarm rate of %g needs %d good parts, but there are %d, which allow %.2g: the image threshold is "
-            "their largest score",
+            "a false-alarm rate of %g needs %d good samples, but there are %d, which allow %.2g. The image threshold "
+            "is their largest score.",
             target_fpr,
             math.ceil(1 / target_fpr * (1 - ROUNDING)) - 1,
             parts,
@@ -107,5 +102,5 @@ def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: fl
 
 
 def _share_of(rate: float, count: int) -> int:
-    """How many of `count` are at most this share of them."""
+    """Largest number that is at most this share of a count."""
     return math.floor(rate * count * (1 + ROUNDING))

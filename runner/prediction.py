@@ -151,7 +151,7 @@ def _predict_batch(detector: Detector, batch: Sequence[LoadedSample]) -> list[Ou
         return []
     samples = [each.sample for each in batch if each.sample is not None]
     try:
-        features, seconds = extract_timed(detector.extractor, samples, {})
+        features, seconds = extract_timed(detector.extractor, samples)
     except InputError as error:
         if len(batch) == 1:
             return [Outcome(batch[0], problem=str(error))]

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
 from runner.training_state import Progress
-from utils.distributed import Ranks, all_reduce_mean, gather_names
+from utils.distributed import Ranks, all_gather_objects, all_reduce_sum, world_size
 from utils.errors import InputError
 from utils.precision import autocast
 
@@ -181,7 +181,7 @@ class Trainer:
                 with autocast(self.device, self.precision):
                     heads = self.model(*(each.to(self.device, non_blocking=True) for each in (xyz, rgb)))
                 loss = self.loss_of(*heads)
-                mean_loss = all_reduce_mean(loss)
+                mean_loss = all_reduce_sum(loss.detach()).item() / world_size()
                 self._check_loss(mean_loss, index, [] if torch.isfinite(loss) else files)
                 (loss / size).backward()
             lr = self.optimizer.param_groups[0]["lr"]
@@ -198,7 +198,7 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         raise InputError(
             f"The loss is {loss} at epoch {self.progress.epoch}, batch {index}, learning rate {lr:g}: training has "
-            f"diverged, or one of these files is bad: {', '.join(gather_names(suspects))}. {FIX_DIVERGENCE}"
+            f"diverged, or one of these files is bad: {', '.join(all_gather_objects(suspects))}. {FIX_DIVERGENCE}"
         )
 
     def _update(self, index: int, group_files: list[str]) -> float:
@@ -208,7 +208,7 @@ class Trainer:
         if not math.isfinite(norm):
             raise InputError(
                 f"The gradient is not finite at epoch {self.progress.epoch}, batch {index}, though the loss is. Check "
-                f"the values of these files, or lower --lr or --blr: {', '.join(gather_names(group_files))}"
+                f"the values of these files, or lower --lr or --blr: {', '.join(all_gather_objects(group_files))}"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()

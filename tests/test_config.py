@@ -128,7 +128,7 @@ def test_each_method_takes_the_memory_bank_that_it_needs(name: str) -> None:
     assert METHODS[name].memory_bank == needed
     assert DetectorConfig(method_name=name).memory_bank is None
     DetectorConfig(method_name=name, memory_bank=needed)
-    with pytest.raises(InputError, match=f"use --memory_bank {needed} instead of {other}") as error:
+    with pytest.raises(InputError, match=f"Use --memory_bank {needed} instead of {other}") as error:
         DetectorConfig(method_name=name, memory_bank=other)
     assert ", ".join(METHODS[name].banks) in str(error.value)
     assert "\n" not in str(error.value)
@@ -137,9 +137,9 @@ def test_each_method_takes_the_memory_bank_that_it_needs(name: str) -> None:
 @pytest.mark.parametrize(
     ("flag", "allowed", "mend"),
     [
-        ({"use_uff": True}, {"Fusion", "DINO+Point_MAE+Fusion"}, "leave it out or choose Fusion"),
-        ({"rm_zero_for_project": True}, {"Point_MAE"}, "leave it out"),
-        ({"asy_memory_bank": 3}, set(MULTIPLE), "use --max_sample"),
+        ({"use_uff": True}, {"Fusion", "DINO+Point_MAE+Fusion"}, "Remove it or choose Fusion"),
+        ({"rm_zero_for_project": True}, {"Point_MAE"}, "Remove it"),
+        ({"asy_memory_bank": 3}, set(MULTIPLE), "Use --max_sample"),
     ],
 )
 @pytest.mark.parametrize("name", METHODS)

@@ -85,7 +85,7 @@ def test_undefined_metrics_are_none_and_say_why(caplog: pytest.LogCaptureFixture
     assert metrics["image_rocauc"] is None
     assert metrics["au_pro"] is not None
     assert [record.getMessage() for record in caplog.records] == [
-        "I-AUROC is undefined: all 6 parts are good, and a ROC curve needs both kinds"
+        "I-AUROC is undefined: all 6 samples are good, and a ROC curve needs both"
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING, "utils.metrics"):
@@ -99,7 +99,7 @@ def test_undefined_metrics_are_none_and_say_why(caplog: pytest.LogCaptureFixture
 
 
 def test_single_metrics_raise_where_undefined() -> None:
-    with pytest.raises(UndefinedMetricError, match="all 2 parts are defective"):
+    with pytest.raises(UndefinedMetricError, match="all 2 samples are defective"):
         image_rocauc([1, 1], [0.1, 0.2])
     with pytest.raises(UndefinedMetricError, match="no sample"):
         pixel_rocauc([], [])

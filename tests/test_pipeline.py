@@ -42,7 +42,7 @@ from feature_extractors.pipeline import (
     evaluate,
     fit_detector,
 )
-from feature_extractors.scoring import anomaly_map, image_score
+from feature_extractors.scoring import anomaly_maps, image_score
 from feature_extractors.training_features import TrainingFeatures
 from utils.errors import InputError
 from utils.records import PatchFeatures, Sample
@@ -301,7 +301,7 @@ def test_banks_score_by_the_rule_of_the_method(method_name: str, protocol: str) 
         patches = (getattr(features, name) - bank.statistics.mean) / bank.statistics.std
         distances, index = bank.nearest(patches, "nowhere" if corrected else "everywhere")
         assert scores[name] == image_score(patches, distances, index, bank, divisor, epsilon)
-        assert torch.equal(maps[name], anomaly_map(distances, SIZE, float_blur=corrected))
+        assert torch.equal(maps[name], anomaly_maps([distances], SIZE, float_blur=corrected)[0])
 
 
 @pytest.mark.parametrize(("method_name", "banks"), [(DOUBLE, (0, 1)), (TRIPLE, (0, 1, 2))])

@@ -15,7 +15,6 @@ from feature_extractors import reference
 from feature_extractors.memory_bank import MemoryBank
 from feature_extractors.scoring import (
     BLUR_SIGMA,
-    anomaly_map,
     anomaly_maps,
     blur_8_bit,
     gaussian_blur,
@@ -149,7 +148,7 @@ def test_maps_of_several_banks_are_those_of_each() -> None:
     maps = anomaly_maps(distances, 60)
     assert maps.shape == (3, 60, 60)
     for each, plane in zip(distances, maps, strict=True):
-        assert torch.equal(anomaly_map(each, 60), plane)
+        assert torch.equal(anomaly_maps([each], 60)[0], plane)
 
 
 @pytest.mark.parametrize("float_blur", [False, True])
@@ -224,7 +223,7 @@ def test_a_hot_patch_appears_at_its_place(grid: int, size: int, float_blur: bool
     for row, column in [(1, grid - 3), (grid - 1, 0), (grid // 2, 2)]:
         distances = torch.zeros(grid, grid)
         distances[row, column] = 5.0
-        heat = anomaly_map(distances.flatten(), size, float_blur)
+        heat = anomaly_maps([distances.flatten()], size, float_blur)[0]
         assert heat.shape == (size, size)
         assert heat.dtype == torch.float32
         places = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij"), dim=-1)
@@ -237,7 +236,7 @@ def test_a_hot_patch_appears_at_its_place(grid: int, size: int, float_blur: bool
 def test_map_is_the_bilinear_resize_then_the_blur() -> None:
     """Patch centers lie at pixels 7.5, 23.5, ...: a ramp over the patches is a ramp over the pixels."""
     ramp = torch.arange(4.0).expand(4, 4)  # (row, column): grows along the columns
-    heat = anomaly_map(ramp.flatten(), 64, float_blur=True)
+    heat = anomaly_maps([ramp.flatten()], 64, float_blur=True)[0]
     inner = slice(24, 40)  # the blur reaches 16 pixels, and the ramp ends at the outer patches' centers
     expected = (torch.arange(64.0) - 7.5) / 16
     torch.testing.assert_close(heat[inner, inner], expected[inner].expand(16, 16), rtol=1e-4, atol=1e-4)
@@ -246,5 +245,5 @@ def test_map_is_the_bilinear_resize_then_the_blur() -> None:
 @pytest.mark.parametrize(("float_blur", "levels"), [(False, 1), (True, 0)])
 def test_map_of_equal_distances_is_flat(float_blur: bool, levels: int) -> None:
     """Through 8 bits but for one level, where the resize rounds below the maximum."""
-    heat = anomaly_map(torch.full((49,), 3.0), 40, float_blur)
+    heat = anomaly_maps([torch.full((49,), 3.0)], 40, float_blur)[0]
     torch.testing.assert_close(heat, torch.full((40, 40), 3.0), rtol=1e-6, atol=3.0 * levels / 255)

@@ -50,7 +50,7 @@ def test_no_rank_suffers_from_rounding() -> None:
 def test_too_few_parts_give_the_largest_score_and_say_what_they_allow(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert of_scores(NINE, 0.09).image == 9
-    assert "0.09 needs 11 good parts, but there are 9, which allow 0.1" in caplog.text
+    assert "0.09 needs 11 good samples, but there are 9, which allow 0.1" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         of_scores(NINE, 0.1)
@@ -92,7 +92,7 @@ def test_the_pixel_threshold_is_the_smallest_that_enough_pixels_do_not_exceed() 
 
 @pytest.mark.parametrize("target_fpr", [0, 1, -0.1, 1.5, math.nan, 1e-320, 9e-7])
 def test_a_rate_that_is_none_is_refused(target_fpr: float) -> None:
-    with pytest.raises(InputError, match=r"target_fpr is .*, expected a rate between 0 and 1"):
+    with pytest.raises(InputError, match=r"target_fpr is .*\. Give a rate from 1e-06 to below 1"):
         of_scores(NINE, target_fpr)
 
 

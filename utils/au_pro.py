@@ -1,4 +1,4 @@
-"""AU-PRO: the area under the per-region overlap curve, exact or at the 100 thresholds of the MVTec evaluation.
+"""AU-PRO: area under the per-region overlap curve, exact or at the 100 thresholds of the MVTec evaluation.
 
 A region is an 8-connected component of one ground truth. At a threshold, PRO is the mean over all regions of the share
 of the region that lies above it, and FPR the share of all anomaly-free pixels that does (Bergmann et al., "The MVTec
@@ -18,35 +18,26 @@ Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 class UndefinedMetricError(ValueError):
-    """The data are sound but hold only one class, so the metric has no value."""
+    """The data are valid but all good or all defective, so the metric has no value."""
 
 
-def au_pro(
-    masks: Images,
-    anomaly_maps: Images,
-    limit: float = 0.3,
-    num_thresholds: int | None = None,
-) -> float:
+def au_pro(masks: Images, anomaly_maps: Images, limit: float = 0.3, num_thresholds: int | None = None) -> float:
     """Area under the PRO curve from FPR 0 to `limit`, divided by `limit`: 1 is perfect.
 
-    For several limits of the same maps call `pro_curve` once and `area_to_limit` for each. Arguments and errors as
-    there; num_thresholds None is the exact curve, 100 the published protocol.
+    Arguments and errors as in `pro_curve` and `area_to_limit`. num_thresholds: None for the exact curve, 100 for the
+    published protocol.
     """
     return area_to_limit(*pro_curve(masks, anomaly_maps, num_thresholds), limit)
 
 
-def pro_curve(
-    masks: Images,
-    anomaly_maps: Images,
-    num_thresholds: int | None = None,
-) -> Curve:
-    """The PRO curve over all maps together, from the highest threshold to the lowest.
+def pro_curve(masks: Images, anomaly_maps: Images, num_thresholds: int | None = None) -> Curve:
+    """PRO curve over all maps together, from the highest threshold to the lowest.
 
     Args:
         masks: (N, H, W), or N arrays (H, W) of any sizes; bool or 0-1, 1 = defect (above 0.5 counts).
         anomaly_maps: float, shaped as the masks, larger = more anomalous.
-        num_thresholds: None for one point per distinct score, at which all pixels of equal score enter together;
-            T for the T thresholds at equidistant ranks of the anomaly-free scores.
+        num_thresholds: None for one point per distinct score, T for thresholds at T equidistant ranks of the
+            anomaly-free scores.
 
     Returns:
         fprs, pros: (P,) float64 in [0, 1], both ascending, fprs from 0 to 1 and the last point (1, 1).
@@ -71,7 +62,7 @@ def pro_curve(
 def area_to_limit(fprs: NDArray, pros: NDArray, limit: float = 0.3) -> float:
     """Trapezoid area of a curve (P,), (P,) from FPR 0 to `limit`, interpolated at the limit and divided by it.
 
-    Raises ValueError for a limit outside (0, 1] and for a curve whose fprs do not ascend from 0 to the limit at least.
+    Raises ValueError for a limit outside (0, 1], or for a curve that does not ascend from FPR 0 to the limit.
     """
     if not 0 < limit <= 1:
         raise ValueError(f"the limit of the false positive rate is {limit}; expected a value above 0 and up to 1")
@@ -114,14 +105,14 @@ def _scores_and_weights(masks: Images, anomaly_maps: Images) -> tuple[NDArray, N
     for mask, anomaly_map in checked_pixels(masks, anomaly_maps):
         regions, _ = ndimage.label(mask, structure=EIGHT_NEIGHBORS)
         weight_of = 1.0 / np.maximum(np.bincount(regions.ravel()), 1)
-        weight_of[0] = 0.0  # label 0 is the anomaly-free part
+        weight_of[0] = 0.0  # label 0 is the anomaly-free area
         weights.append(weight_of[regions.ravel()])
         scores.append(anomaly_map.ravel())
     return np.concatenate(scores), np.concatenate(weights)
 
 
 def _exact_curve(scores: NDArray, weights: NDArray[np.float64]) -> Curve:
-    """One point per distinct score, after all pixels of that score, and (0, 0) before the first."""
+    """Curve with one point per distinct score, after all pixels of that score, and (0, 0) before the first."""
     order = np.argsort(scores)[::-1]
     scores, weights = scores[order], weights[order]
     last_of_tie = np.append(np.flatnonzero(scores[1:] != scores[:-1]), scores.size - 1)
@@ -133,10 +124,10 @@ def _exact_curve(scores: NDArray, weights: NDArray[np.float64]) -> Curve:
 
 
 def _curve_at_ranks(scores: NDArray, weights: NDArray[np.float64], num_thresholds: int) -> Curve:
-    """The curve of the official evaluation: thresholds at equidistant ranks of the anomaly-free scores, then (1, 1).
+    """Curve of the official evaluation: thresholds at equidistant ranks of the anomaly-free scores, then (1, 1).
 
-    Kept oddity: a pixel counts for PRO when it is strictly above the threshold, but FPR comes from the rank. Where
-    anomaly-free scores tie, FPR is therefore too large, and the area too small.
+    As in the official one, PRO counts pixels strictly above the threshold, but FPR comes from the rank. Where
+    anomaly-free scores tie, FPR is therefore too large and the area too small.
     """
     normal = np.sort(scores[weights == 0])
     ranks = np.linspace(0, normal.size - 1, num=num_thresholds, dtype=int)[::-1]

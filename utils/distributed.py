@@ -1,6 +1,6 @@
-"""One process or several: the torchrun environment, and collectives that are no-ops in a single process.
+"""Ranks of a run: the environment that launchers set, and collectives that do nothing in a single process.
 
-Every collective takes the group of processes that takes part in it, None for all. All of a group have to call it.
+Every rank of the `group` calls a collective together; None is the group of all ranks.
 """
 
 import io
@@ -29,7 +29,7 @@ COLLECTIVE_TIMEOUT = timedelta(hours=6)
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process among those of the run."""
+    """Rank of this process, and number of processes."""
 
     rank: int = 0
     world_size: int = 1
@@ -38,19 +38,18 @@ class Ranks:
 
 
 def find_ranks(local_rank: int | None = None, world_size: int | None = None, dist_url: str = "env://") -> Ranks:
-    """The place of this process: from the environment that torchrun sets, else from the flags, else alone.
+    """Ranks from the environment that torchrun sets, else from the flags; a single process without both.
 
-    Without that environment, `world_size` > 1 means processes started by hand on one machine: `local_rank` is then
-    the rank and `dist_url` where they meet (tcp://localhost:29500, file:///tmp/meet). A negative `local_rank` counts
-    as not given.
+    Without torchrun, `world_size` > 1 means processes started by hand on one machine. Then `local_rank` is the rank and
+    `dist_url` the meeting point (tcp://localhost:29500, file:///tmp/meet). A negative `local_rank` counts as None.
 
     Raises:
-        InputError: half an environment, flags that contradict it, or a rank outside of 0 ... world_size - 1.
+        InputError: the environment is incomplete, flags contradict it, or a rank is outside of 0 ... world_size - 1.
     """
     local_rank = None if local_rank is None or local_rank < 0 else local_rank
     found = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if len(found) == 1:
-        raise InputError(f"the environment has {found[0]} but not both RANK and WORLD_SIZE: start with torchrun")
+        raise InputError(f"the environment has {found[0]} but not both RANK and WORLD_SIZE. Start with torchrun.")
     if found:
         ranks = Ranks(
             int(os.environ["RANK"]),
@@ -59,20 +58,26 @@ def find_ranks(local_rank: int | None = None, world_size: int | None = None, dis
             int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         )
         if world_size not in (None, ranks.world_size):
-            raise InputError(f"--world_size {world_size}, but the launcher started {ranks.world_size} processes")
+            raise InputError(
+                f"--world_size is {world_size}, but the launcher started {ranks.world_size} processes. Remove it."
+            )
         return ranks
     if world_size in (None, 1):
         return Ranks(local_rank=local_rank or 0)
     assert world_size is not None
     if local_rank is None or local_rank >= world_size:
-        raise InputError(f"--world_size {world_size} without torchrun needs --local_rank 0 ... {world_size - 1}")
+        raise InputError(
+            f"--world_size {world_size} without torchrun needs a rank. Give --local_rank 0 ... {world_size - 1}."
+        )
     if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
-        raise InputError("several processes without torchrun need --dist_url, for example tcp://localhost:29500")
+        raise InputError(
+            "several processes without torchrun need a meeting point. Give --dist_url, such as tcp://localhost:29500."
+        )
     return Ranks(local_rank, world_size, local_rank, world_size)
 
 
 def find_mpirun_ranks(dist_url: str = "env://") -> Ranks:
-    """The place of this process from the environment that Open MPI's mpirun sets.
+    """Ranks from the environment that Open MPI's mpirun sets.
 
     Raises:
         InputError: the process was not started by mpirun, or several have no meeting point: neither `dist_url` nor
@@ -90,10 +95,10 @@ def find_mpirun_ranks(dist_url: str = "env://") -> Ranks:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of this process: "auto" is the GPU numbered `local_rank` where there is one, else the CPU.
+    """The device of this process. "auto" is the GPU of number `local_rank` on a machine with GPUs, else the CPU.
 
     Raises:
-        InputError: an unknown name, or a GPU that is not there.
+        InputError: the name is unknown, or the GPU does not exist.
     """
     device = named_device(name)
     if device.type == "cpu":
@@ -101,26 +106,26 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     device = torch.device("cuda", local_rank if device.index is None else device.index)
     if device.index >= (count := torch.cuda.device_count()):
         raise InputError(
-            f"{device} was asked for, but {count} GPU{'s are' if count != 1 else ' is'} there: give --device cpu, or "
-            "start no more processes on a machine than it has GPUs"
+            f"there is no {device}, only {count} GPU{'s' if count != 1 else ''}. Give --device cpu, or start no more "
+            "processes on a machine than it has GPUs."
         )
     return device
 
 
 def named_device(name: str) -> torch.device:
-    """The device of this name, whether it is there or not; "auto" as of `choose_device`.
+    """The device of this name, even if it does not exist; "auto" as in `choose_device`.
 
     Raises:
-        InputError: an unknown name.
+        InputError: the name is unknown.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"unknown device {name!r}: give auto, cpu, cuda or cuda:<number>") from None
+        raise InputError(f"unknown device {name!r}. Give auto, cpu, cuda or cuda:<number>.") from None
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name!r} is not supported: give auto, cpu, cuda or cuda:<number>")
+        raise InputError(f"device {name!r} is not supported. Give auto, cpu, cuda or cuda:<number>.")
     return device
 
 
@@ -128,8 +133,8 @@ def named_device(name: str) -> torch.device:
 def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") -> Iterator[None]:
     """Connect the ranks while the block runs; nothing to do for a single one.
 
-    Tensors on GPUs travel by NCCL, those on CPUs by Gloo. Failures are reported by torchrun and by these: a rank that
-    fails raises, torchrun ends the others of its node, and those of other nodes fail at their next collective.
+    NCCL carries tensors on GPUs, Gloo those on CPUs. If a rank fails, torchrun ends the others of its node, and those
+    of other nodes fail at their next collective.
 
     Raises:
         InputError: the ranks cannot connect.
@@ -155,9 +160,9 @@ def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") 
 
 
 @contextmanager
-def print_only_if(speaker: bool) -> Iterator[None]:
-    """For what several processes find alike before they are connected: one of them speaks, others end silently."""
-    if speaker:
+def print_only_if(chosen: bool) -> Iterator[None]:
+    """For checks of all ranks before they connect: only the chosen one prints; the others exit quietly."""
+    if chosen:
         yield
         return
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -168,25 +173,23 @@ def print_only_if(speaker: bool) -> Iterator[None]:
 
 
 def make_groups(count: int) -> tuple[Group | None, int]:
-    """Divide the processes of the run into `count` groups of neighboring ranks, as even as can be.
+    """Divide the ranks into `count` groups of neighbors, as even as possible.
 
     Returns:
-        the group of this process, None where it is that of all, and its number.
+        the group of this rank, None for the group of all, and its number.
     """
     if count == 1:
         return None, 0
     members = [list(share(world_size(), count, number)) for number in range(count)]
-    groups = [
-        dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT) for ranks in members
-    ]  # every process has to make every group
-    own = next(number for number, ranks in enumerate(members) if dist.get_rank() in ranks)
-    group = groups[own]
-    assert isinstance(group, Group)  # others get a number in its place
-    return group, own
+    groups = [dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT) for ranks in members]  # on every rank, by torch's rules
+    number = next(number for number, ranks in enumerate(members) if rank() in ranks)
+    group = groups[number]
+    assert isinstance(group, Group)  # ranks outside of a group get a number in its place
+    return group, number
 
 
 def share(count: int, shares: int, number: int, step: int = 1) -> range:
-    """The items of 0 ... count - 1 that fall to share `number` of `shares`: contiguous, as even as can be.
+    """Share `number` of `shares` of the items 0 ... count - 1, contiguous and as even as possible.
 
     Every share begins at a multiple of `step`.
     """
@@ -196,27 +199,53 @@ def share(count: int, shares: int, number: int, step: int = 1) -> range:
 
 
 def shard_range(count: int, group: Group | None = None, step: int = 1) -> range:
-    """`share` of this process in its group."""
+    """The `share` of this rank in its group."""
     return share(count, world_size(group), rank(group), step)
 
 
 def is_main(group: Group | None = None) -> bool:
-    """Whether this process is the first of its group: of all, the one that reports and writes."""
+    """True on the first rank of the group; the first of all ranks reports and writes."""
     return rank(group) == 0
 
 
 def rank(group: Group | None = None) -> int:
-    """The number of this process in its group."""
+    """Rank of this process in the group."""
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
 def world_size(group: Group | None = None) -> int:
-    """Number of processes of the group."""
+    """Number of ranks in the group."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
+def all_gather_objects(items: Sequence[Item], group: Group | None = None) -> list[Item]:
+    """The items of all ranks, in their order. They are pickled, between the processes of one run."""
+    if world_size(group) == 1:
+        return list(items)
+    gathered: list[list[Item]] = [[] for _ in range(world_size(group))]
+    dist.all_gather_object(gathered, list(items), group=group)
+    return [item for part in gathered for item in part]
+
+
+def gather_objects(items: Sequence[Item], group: Group | None = None) -> list[Item]:
+    """`all_gather_objects` on the first rank of the group; [] on the others."""
+    if world_size(group) == 1:
+        return list(items)
+    gathered: list[Any] | None = [None] * world_size(group) if is_main(group) else None
+    dist.gather_object(list(items), gathered, group=group, group_dst=0)
+    return [item for part in gathered or () for item in part]
+
+
+def broadcast_object(value: Item | None, group: Group | None = None) -> Item:
+    """The value of the first rank of the group; that of the others is ignored."""
+    carrier: list[Any] = [value]
+    if world_size(group) > 1:
+        dist.broadcast_object_list(carrier, group=group, group_src=0)
+    return carrier[0]
+
+
 def all_gather_counts(count: int, group: Group | None = None) -> list[int]:
-    """What each process counts, in the order of the ranks."""
+    """The counts of all ranks, in their order."""
     if world_size(group) == 1:
         return [count]
     own = torch.tensor([count], dtype=torch.int64)
@@ -226,14 +255,14 @@ def all_gather_counts(count: int, group: Group | None = None) -> list[int]:
 
 
 def all_gather_rows(rows: Tensor, group: Group | None = None) -> tuple[Tensor, int]:
-    """The rows of all processes, in the order of the ranks; gradients flow back to where each row came from.
+    """The rows of all ranks, in their order. Gradients flow back to the rank that a row came from.
 
     Args:
-        rows: (n, D), n may differ between the processes and be 0.
-        group: those that take part.
+        rows: (n, D); n may differ between ranks and be 0.
+        group: the ranks that take part.
 
     Returns:
-        (sum of all n, D), the same everywhere, and the position of this process's first row in it.
+        (sum of all n, D), the same on every rank, and the index of this rank's first row.
     """
     if world_size(group) == 1:
         return rows, 0
@@ -243,7 +272,7 @@ def all_gather_rows(rows: Tensor, group: Group | None = None) -> tuple[Tensor, i
 
 
 class _GatherRows(torch.autograd.Function):
-    """all_gather of (n, D) rows, n as in `sizes`; the gradient of a row is summed over the processes."""
+    """all_gather of rows (n, D), n as in `sizes`. The gradient of a row is summed over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: list[int], group: Group | None) -> Tensor:
@@ -256,62 +285,27 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
+        grad = all_reduce_sum(grad, ctx.group)
         return grad.split(ctx.sizes)[rank(ctx.group)], None, None
 
 
 def all_reduce_sum(values: Tensor, group: Group | None = None) -> Tensor:
-    """Sums over the processes, entry by entry, the same in all of them."""
+    """Sum over the ranks, entry by entry, the same on every rank."""
     if world_size(group) == 1:
         return values
-    values = values.clone()
+    values = values.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(values, group=group)
     return values
 
 
-def all_reduce_any(flag: bool, device: torch.device, group: Group | None = None) -> bool:
-    """Whether the flag is set in any of the processes; the same answer in all of them."""
-    return all_reduce_sum(torch.tensor([float(flag)], device=device), group).item() > 0
-
-
 def all_reduce_floats(values: Sequence[float], device: torch.device, group: Group | None = None) -> list[float]:
-    """Sums of numbers over the processes, in float64, the same in all of them."""
+    """Sums of numbers over the ranks, in float64, the same on every rank."""
     return all_reduce_sum(torch.tensor(values, dtype=torch.float64, device=device), group).tolist()
 
 
-def gather_objects(items: Sequence[Item], group: Group | None = None) -> list[Item]:
-    """The items of all processes, in the order of the ranks, in the first process of the group; none in the others.
-
-    They travel pickled, between the processes of one run.
-    """
-    if world_size(group) == 1:
-        return list(items)
-    gathered: list[Any] | None = [None] * world_size(group) if is_main(group) else None
-    dist.gather_object(list(items), gathered, group=group, group_dst=0)
-    return [item for part in gathered or () for item in part]
-
-
-def broadcast_object(value: Item | None, group: Group | None = None) -> Item:
-    """What `value` is in the first process of the group; what the others give is not looked at."""
-    carrier: list[Any] = [value]
-    if world_size(group) > 1:
-        dist.broadcast_object_list(carrier, group=group, group_src=0)
-    return carrier[0]
-
-
-def gather_names(names: Sequence[str]) -> list[str]:
-    """The names of all processes, in the order of the ranks."""
-    if world_size() == 1:
-        return list(names)
-    gathered: list[list[str]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(gathered, list(names))
-    return [name for part in gathered for name in part]
-
-
-def all_reduce_mean(value: Tensor) -> float:
-    """Mean of a scalar tensor over the processes, the same number on each of them."""
-    return all_reduce_sum(value.detach().clone()).item() / world_size()
+def all_reduce_any(flag: bool, device: torch.device, group: Group | None = None) -> bool:
+    """True on every rank if the flag is set on any of them."""
+    return all_reduce_floats([flag], device, group)[0] > 0
 
 
 def log_in_first_process(group: Group | None = None) -> None:
@@ -320,7 +314,7 @@ def log_in_first_process(group: Group | None = None) -> None:
 
 
 def progress_bar(items: Iterable[Item] | None = None, **options: Any) -> "tqdm[Item]":
-    """A tqdm bar that vanishes when its work is done. Of several processes only the first draws it.
+    """A tqdm bar that vanishes when its work is done. Of several ranks only the first draws it.
 
     Without items, the caller counts by `update`. `options` are those of tqdm.
     """

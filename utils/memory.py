@@ -1,4 +1,4 @@
-"""How much memory a run may take, and has taken."""
+"""Memory budget and peak usage."""
 
 import os
 import platform
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container: a number of bytes, or "max"
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # limit of a container: bytes, or "max"
 MOUNTS = Path("/proc/mounts")  # of Linux
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 PROCESS_STATUS = Path("/proc/self/status")  # of Linux
 
 
 def file_system_of(folder: Path) -> str | None:
-    """Type of the file system that a folder lies on, such as "ext4"; None where the system does not tell."""
+    """Type of the file system of a folder, such as "ext4"; None if the operating system is not Linux."""
     if not MOUNTS.is_file():
         return None
     path = folder.resolve()
@@ -24,7 +24,7 @@ def file_system_of(folder: Path) -> str | None:
 
 
 def default_memory_budget(device: torch.device) -> float:
-    """Half of the memory of the device, GB: of the GPU, else of the machine or of the container that this runs in."""
+    """Half of the device's memory, GB. That of a CPU is the machine's, or the limit of the container."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 2 / 1e9
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -33,18 +33,17 @@ def default_memory_budget(device: torch.device) -> float:
 
 
 def peak_memory_mb(device: torch.device | str = "cpu") -> float:
-    """Peak since the start of the run, MiB: allocated on the GPU where it is one, else resident in this process."""
+    """Peak usage so far, MiB: allocated on a GPU, or resident in this process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    # A process inherits ru_maxrss from the one that started it; the figure in /proc it does not.
-    if PROCESS_STATUS.is_file():
+    if PROCESS_STATUS.is_file():  # unlike ru_maxrss, not inherited from the parent process
         return _status_mb("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if platform.system() == "Darwin" else 2**10)
 
 
 def resident_memory_mb() -> float:
-    """What of this process is in memory now, MiB; on Linux alone."""
+    """Resident memory of this process now, MiB. Linux only."""
     return _status_mb("VmRSS")
 
 

@@ -1,4 +1,4 @@
-"""The figures of one class from its labels, scores, masks and maps: I-AUROC, P-AUROC, AU-PRO, and of its decisions."""
+"""Metrics of one class: I-AUROC, P-AUROC and AU-PRO, and the quality of its decisions."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -6,30 +6,34 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import roc_auc_score
 
 from utils.au_pro import Images, UndefinedMetricError, area_to_limit, au_pro, checked_pixels, pro_curve
 
 LATENCY_PERCENTILES = (50, 95, 99)
 REFERENCE_LIMIT = 0.3
 REFERENCE_THRESHOLDS = 100  # of the official MVTec 3D-AD evaluation
-EXACT_LIMITS = ("0.3", "0.1", "0.05", "0.01")  # as they are keyed in results.json
+EXACT_LIMITS = ("0.3", "0.1", "0.05", "0.01")  # keys of results.json
 
 logger = logging.getLogger(__name__)
 
 
 def image_rocauc(labels: ArrayLike, scores: ArrayLike) -> float:
-    """Area under the ROC curve of whole parts.
+    """Area under the ROC curve of image scores.
 
-    labels (N,) 0-1, 1 = defective; scores (N,) float, larger = more anomalous. Raises UndefinedMetricError where only
-    one kind of part is present, ValueError for shapes that differ and scores that are NaN or infinite.
+    Args:
+        labels: (N,) 0-1, 1 = defective.
+        scores: (N,) float, larger = more anomalous.
+
+    Raises:
+        UndefinedMetricError: all samples are good, or all are defective.
+        ValueError: the shapes differ, or a score is NaN or infinite.
     """
     labels, scores = np.asarray(labels), np.asarray(scores)
     if labels.ndim != 1 or labels.shape != scores.shape:
         raise ValueError(f"labels {labels.shape} and scores {scores.shape} differ in shape; expected (N,) for both")
     if not np.isfinite(scores).all():
         raise ValueError(f"the score of sample {np.flatnonzero(~np.isfinite(scores))[0]} is NaN or infinite")
-    return _rocauc(labels > 0.5, scores, "parts")
+    return _rocauc(labels > 0.5, scores, "samples")
 
 
 def pixel_rocauc(masks: Images, anomaly_maps: Images) -> float:
@@ -42,9 +46,11 @@ def pixel_rocauc(masks: Images, anomaly_maps: Images) -> float:
 def evaluate(labels: ArrayLike, scores: ArrayLike, masks: Images, anomaly_maps: Images) -> dict[str, Any]:
     """The metrics of one class under the keys of results.json, unrounded.
 
-    labels (N,) 0-1 and scores (N,) float of the parts; masks and anomaly_maps (N, H, W). `au_pro` is the published
-    figure (limit 0.3, 100 thresholds), `au_pro_exact` the exact curve by limit. A metric that the data leave undefined
-    is None, and a warning says why. Raises ValueError as the single metrics do.
+    Arguments and ValueErrors are those of the single metrics. A metric that is undefined for the data is None, with a
+    warning.
+
+    Returns:
+        `au_pro` is the published metric (limit 0.3, 100 thresholds), `au_pro_exact` the exact curve by limit.
     """
 
     def exact_areas() -> dict[str, float]:
@@ -63,21 +69,18 @@ def evaluate(labels: ArrayLike, scores: ArrayLike, masks: Images, anomaly_maps: 
 
 
 def decision_metrics(labels: ArrayLike, scores: ArrayLike, threshold: float | None) -> dict[str, float | None]:
-    """How good the decisions "anomalous, since the score is above the threshold" are, under the keys of results.json.
-
-    `f1` and `f1_threshold`: the best F1 of any threshold, and the largest score that gives it as a threshold (whatever
-    lies between it and the next larger score gives it too), or a value just below all scores. It is chosen with the
-    labels at hand, so it says what the scores allow, and not how the detector will do. `precision` (of the parts
-    called anomalous, how many are defective), `recall` (of the defective, how many are called so) and
-    `false_alarm_rate` (of the good, how many are): at the given threshold.
+    """Quality of the decision "anomalous if the score is above the threshold", under the keys of results.json.
 
     Args:
         labels: (N,) 0-1, 1 = defective.
         scores: (N,) finite float, larger = more anomalous.
-        threshold: None: no decision is made.
+        threshold: None where no decision is made.
 
     Returns:
-        figures from 0 to 1; None where what they are a share of is empty.
+        from 0 to 1, None where a ratio has an empty denominator: `precision`, `recall` and `false_alarm_rate` (share of
+        good samples called anomalous) at the threshold; `f1`, the best F1 of any threshold, and `f1_threshold`, the
+        largest score that gives it as a threshold, or a value just below all scores. The best F1 uses the labels, so it
+        is an upper bound, not an estimate of future performance.
     """
     defective, values = np.asarray(labels) > 0.5, np.asarray(scores, dtype=np.float64)
     figures: dict[str, float | None] = dict.fromkeys(("f1", "f1_threshold", "precision", "recall", "false_alarm_rate"))
@@ -92,15 +95,15 @@ def decision_metrics(labels: ArrayLike, scores: ArrayLike, threshold: float | No
 
 
 def latency_percentiles(seconds: Iterable[float]) -> dict[str, float]:
-    """{"p50", "p95", "p99"} of the seconds that parts took, between neighbors by linear interpolation."""
+    """Percentiles {"p50", "p95", "p99"} of the seconds per sample, linearly interpolated."""
     values = np.percentile(list(seconds), LATENCY_PERCENTILES).tolist()
     return {f"p{percent}": value for percent, value in zip(LATENCY_PERCENTILES, values, strict=True)}
 
 
 def mean_over_classes(classes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean of each metric over {class: metrics of `evaluate`}, of unrounded values; other keys are ignored.
+    """Mean of each metric over {class: metrics of `evaluate`}; other keys are ignored.
 
-    A value of None is left out; the mean is None where no class has a value.
+    Values of None are left out. The mean is None where no class has a value.
     """
     means: dict[str, Any] = {
         key: mean_of_known(metrics[key] for metrics in classes.values())
@@ -113,7 +116,7 @@ def mean_over_classes(classes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
 
 
 def _best_f1(defective: NDArray[np.bool_], scores: NDArray[np.float64]) -> dict[str, float | None]:
-    """Thresholds are the scores themselves, and one below all of them: each score is above the next lower one."""
+    """Best F1 over the thresholds that matter: the scores themselves, and one below all of them."""
     thresholds = np.unique(scores)[::-1]
     thresholds = np.append(thresholds, np.nextafter(thresholds[-1], -np.inf))
     called = len(scores) - np.searchsorted(np.sort(scores), thresholds, side="right")
@@ -123,14 +126,16 @@ def _best_f1(defective: NDArray[np.bool_], scores: NDArray[np.float64]) -> dict[
     return {"f1": float(f1[best]), "f1_threshold": float(thresholds[best])}
 
 
-def _share(those: NDArray[np.bool_], of: NDArray[np.bool_]) -> float | None:
-    return float((those & of).sum() / of.sum()) if of.any() else None
+def _share(chosen: NDArray[np.bool_], of: NDArray[np.bool_]) -> float | None:
+    return float((chosen & of).sum() / of.sum()) if of.any() else None
 
 
 def _rocauc(positive: NDArray[np.bool_], scores: NDArray, things: str) -> float:
     if positive.all() or not positive.any():
-        kind = "defective" if positive.all() else "good"
-        raise UndefinedMetricError(f"all {positive.size} {things} are {kind}, and a ROC curve needs both kinds")
+        label = "defective" if positive.all() else "good"
+        raise UndefinedMetricError(f"all {positive.size} {things} are {label}, and a ROC curve needs both")
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(positive, scores))
 
 

@@ -30,10 +30,9 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 @contextmanager
 def whole_factors() -> Iterator[None]:
-    """Convolutions in fp32 on a GPU are that.
+    """Compute convolutions on a GPU in fp32 while the block runs.
 
-    Else PyTorch lets cuDNN round their factors to 10 bits (TF32): by its first layer alone, patches of the ViT were
-    3e-4 off.
+    By default cuDNN rounds their factors to 10 bits (TF32), which alone puts patches of the ViT 3e-4 off.
     """
     cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32
@@ -45,9 +44,9 @@ def whole_factors() -> Iterator[None]:
 
 
 def round_weights(network: nn.Module, precision: str) -> None:
-    """Convert the weights of matrix products once, in place, where autocast would at every call.
+    """Convert the weights of matrix products once, in place, instead of at every call as autocast does.
 
-    The results are the same to the bit, and the weights take half the memory. Parameters of other layers stay in fp32.
+    Results do not change, and the weights take half the memory. Parameters of other layers stay in fp32.
     """
     for layer in network.modules():
         if type(layer) in (nn.Linear, nn.Conv2d):  # derived ones may compute with their weights first
