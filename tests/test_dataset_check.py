@@ -55,7 +55,7 @@ def test_a_table_is_told_by_its_border() -> None:
 def test_a_split_is_described(raw: Path, cleaned: Path) -> None:
     for root, raws in ((raw, 7), (cleaned, 0)):
         report = check_split(root / "cookie", "test", BOTH, num_workers=2)
-        assert (report.class_name, report.split, report.scans, report.defective) == ("cookie", "test", 7, 6)
+        assert (report.class_name, report.split, report.samples, report.defective) == ("cookie", "test", 7, 6)
         assert (report.raw, report.problems) == (raws, ())
         clouds = [read_organized_pc(path) for path in (root / "cookie" / "test").rglob("*.tiff")]
         assert report.sizes == (clouds[0].shape[:2],)
@@ -64,10 +64,10 @@ def test_a_split_is_described(raw: Path, cleaned: Path) -> None:
         depths = [cloud[..., 2][cloud[..., 2] != 0] for cloud in clouds]
         assert report.depth == pytest.approx((min(map(np.min, depths)), max(map(np.max, depths))))
     absent = check_split(raw / "cookie", "validation", BOTH, num_workers=0)
-    assert (absent.scans, absent.problems) == (0, ())
+    assert (absent.samples, absent.problems) == (0, ())
     for split, scans in (("train", 2), ("test", 7)):
         without_clouds = check_split(raw / "cookie", split, frozenset({"rgb"}), num_workers=0)
-        assert (without_clouds.scans, without_clouds.sizes) == (scans, ((224, 224),))
+        assert (without_clouds.samples, without_clouds.sizes) == (scans, ((224, 224),))
         assert (without_clouds.valid, without_clouds.depth, without_clouds.problems) == (None, None, ())
 
 
@@ -81,7 +81,7 @@ def test_every_fault_is_collected(cleaned: Path, tmp_path: Path, capsys: pytest.
     (folder / "rgb" / "002.png").write_bytes((folder / "rgb" / "002.png").read_bytes()[:60])
     Image.new("RGB", (9, 8)).save(folder / "rgb" / "003.png")
     report = check_split(tmp_path / "parts" / "cookie", "train", BOTH, num_workers=2)
-    assert report.scans == 4
+    assert report.samples == 4
     assert len(report.problems) == 3
     for problem, part in zip(report.problems, ("001.tiff has no valid point", "002.png", "003.png"), strict=True):
         assert part in problem
@@ -106,7 +106,7 @@ def test_a_fault_of_pairing_hides_no_other_scan(tmp_path: Path) -> None:
     (test / "hole/rgb/002.png").write_bytes(b"no picture")
     (test / "crack").mkdir()
     report = check_split(tmp_path / "parts/cookie", "test", BOTH, num_workers=0)
-    assert (report.scans, report.defective, report.sizes) == (2, 1, ((8, 8),))
+    assert (report.samples, report.defective, report.sizes) == (2, 1, ((8, 8),))
     parts = (
         "no test files in",
         "001.png is missing",
@@ -184,7 +184,7 @@ def test_a_raw_scan_among_cleaned_ones_is_warned_of(
     with caplog.at_level(logging.WARNING):
         warn_of_raw_scans(scans)
     assert f"{raw}/cookie/test/bump/xyz/000.tiff shows the table" in caplog.text
-    assert f"(1 of 5 scans looked at): clean the scans first (python utils/preprocessing.py {raw})" in caplog.text
+    assert f"(as do 1 of 5 scans checked). Clean the scans first: python utils/preprocessing.py {raw}" in caplog.text
     warn_of_raw_scans([])
 
 
@@ -205,13 +205,13 @@ def test_scans_that_a_preprocessing_left_out_are_warned_of(
     del record["scans"]["cookie/train/good/000"]
     (root / "preprocessing.json").write_text(json.dumps(record))
     warn_of_unfinished_scans(root, index)
-    assert "2 of 4 scans were not preprocessed" in caplog.text
-    assert "(cookie/train/good/000, gasket/train/good/001): run" in caplog.text
-    assert caplog.text.count("(python utils/preprocessing.py)") == 1
+    assert f"2 of 4 samples of {root} were not preprocessed like the others" in caplog.text
+    assert "(cookie/train/good/000, gasket/train/good/001). Run" in caplog.text
+    assert caplog.text.count(": python utils/preprocessing.py") == 1
     record["settings"] = {"converter": "eyecandies"}
     (root / "preprocessing.json").write_text(json.dumps(record))
     warn_of_unfinished_scans(root, index)
-    assert "(python utils/preprocess_eyecandies.py)" in caplog.text
+    assert ": python utils/preprocess_eyecandies.py" in caplog.text
     (root / "preprocessing.json").write_text("{")
     warn_of_unfinished_scans(root, index)
     assert "is damaged" in caplog.text
@@ -232,7 +232,7 @@ def test_a_run_looks_at_both_splits_and_at_the_record(
         printed(*flags, "--method_name", "DINO+Point_MAE")
     for split in ("train", "test"):
         assert f"cookie/{split}/" in "".join(text for text in caplog.messages if "shows the table" in text)
-    assert "9 of 9 scans were not preprocessed" in caplog.text
+    assert "9 of 9 samples of " in caplog.text
 
 
 def test_the_preview_shows_each_class_before_and_after(

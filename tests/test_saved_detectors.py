@@ -334,7 +334,7 @@ def test_flags_of_fitting_are_refused_beside_loading(
         "feature_dtype": ["fp16"], "uff_pairing": ["aligned"], "memory_budget": [1], "train_feature_dtype": ["fp32"],
     }  # fmt: skip
     flags = ["--dataset_path", data, "--load_detector", single[1], f"--{name}", *values.get(name, ["there"])]
-    assert refusal(capsys, *flags) == (f"--{name} has no effect with --load_detector, which fits nothing: leave it out")
+    assert refusal(capsys, *flags) == f"--{name} has no effect with --load_detector, which fits nothing. Leave it out."
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_flags_that_contradict_the_detectors_are_refused(
     message = refusal(capsys, "--dataset_path", data, "--load_detector", single[1], *flags)
     assert message.startswith(f"{' '.join(map(str, flags))} ")
     assert f"contradicts {single[1]}, whose detectors" in message
-    assert f" {saved}: leave it out" in message
+    assert f" {saved}. Leave it out" in message
 
 
 def test_flags_that_agree_are_taken(data: Path, single: tuple[Run, Path], base: list[object], tmp_path: Path) -> None:
@@ -388,8 +388,8 @@ def test_a_class_without_a_detector_is_named(
     shutil.rmtree(detectors / "cookie")
     flags = ["--dataset_path", data, "--load_detector", detectors, "--output_dir", tmp_path / "out"]
     assert refusal(capsys, *flags) == (
-        f"{detectors} holds no detector of cookie, neither in cookie nor in <method>/cookie: fit one with "
-        "--save_detector, or name fitted classes with --classes"
+        f"{detectors} holds no detector of cookie, neither in cookie nor in <method>/cookie. Fit one with "
+        "--save_detector, or name fitted classes with --classes."
     )
     assert not (tmp_path / "out").exists()
     assert list(run_into(tmp_path / "out", *flags, "--classes", "bagel").results["classes"]) == ["bagel"]
@@ -401,7 +401,7 @@ def test_a_detector_of_another_class_is_refused(
     shutil.rmtree(detectors / "cookie")
     (detectors / "bagel").rename(detectors / "cookie")
     message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors, "--classes", "cookie")
-    assert message.startswith(f"{detectors}/cookie holds a detector of class 'bagel' by DINO+Point_MAE: move it back")
+    assert message.startswith(f"{detectors}/cookie holds a detector of class 'bagel' by DINO+Point_MAE. Move it back")
 
 
 def test_a_detector_in_the_folder_of_another_method_is_refused(
@@ -409,7 +409,7 @@ def test_a_detector_in_the_folder_of_another_method_is_refused(
 ) -> None:
     shutil.copytree(every[1] / "DINO", tmp_path / "mixed/Point_MAE")
     message = refusal(capsys, "--dataset_path", data, "--load_detector", tmp_path / "mixed", "--classes", "bagel")
-    assert "Point_MAE/bagel holds a detector of class 'bagel' by DINO: move it back" in message
+    assert "Point_MAE/bagel holds a detector of class 'bagel' by DINO. Move it back" in message
 
 
 def test_detectors_of_different_settings_make_no_table(
@@ -418,8 +418,8 @@ def test_detectors_of_different_settings_make_no_table(
     change_config(detectors / "cookie", lambda record: record["config"].update(f_coreset=0.3, ocsvm_nu=0.2))
     message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors)
     assert message == (
-        f"{detectors}/bagel and {detectors}/cookie were fitted with different f_coreset, ocsvm_nu: evaluate them in "
-        "runs of their own, with --classes or --method_name"
+        f"{detectors}/bagel and {detectors}/cookie were fitted with different f_coreset, ocsvm_nu. Evaluate them in "
+        "separate runs, with --classes or --method_name."
     )
 
 
@@ -431,7 +431,7 @@ def test_methods_of_different_settings_make_no_table(
     change_config(tmp_path / "it/Point_MAE/bagel", lambda record: record["config"].update(f_coreset=0.3))
     message = refusal(capsys, "--dataset_path", data, "--load_detector", tmp_path / "it", "--classes", "bagel")
     assert "it/DINO/bagel and " in message
-    assert "it/Point_MAE/bagel were fitted with different f_coreset: evaluate them in runs" in message
+    assert "it/Point_MAE/bagel were fitted with different f_coreset. Evaluate them in separate runs" in message
 
 
 def test_classes_of_different_methods_make_no_table(
@@ -443,12 +443,12 @@ def test_classes_of_different_methods_make_no_table(
     change_config(it / "DINO/cookie", lambda record: record.update(class_name="cookie"))
     flags = ["--dataset_path", data, "--load_detector", it, "--output_dir", tmp_path / "out"]
     assert refusal(capsys, *flags) == (
-        "the detectors of bagel are by DINO and Point_MAE, those of cookie by DINO: name methods that all classes have "
-        "with --method_name, or fewer classes with --classes"
+        "The detectors of bagel are by DINO and Point_MAE, those of cookie by DINO. Name methods that all classes have "
+        "with --method_name, or fewer classes with --classes."
     )
     assert list(run_into(tmp_path / "out", *flags, "--method_name", "DINO").results["classes"]) == ["bagel", "cookie"]
     message = refusal(capsys, *flags, "--method_name", "Point_MAE")
-    assert f"--method_name Point_MAE contradicts {it}, whose detectors of cookie are by DINO: leave it out" in message
+    assert f"--method_name Point_MAE contradicts {it}, whose detectors of cookie are by DINO. Leave it out" in message
 
 
 def test_which_of_two_layouts_is_meant_is_not_guessed(
@@ -461,7 +461,7 @@ def test_which_of_two_layouts_is_meant_is_not_guessed(
     shutil.copytree(every[1] / "DINO/bagel", detectors / "DINO/bagel", dirs_exist_ok=True)
     assert refusal(capsys, *flags) == (
         f"{detectors}/bagel and {detectors}/DINO/bagel both hold a detector of bagel, of a run of one method and of "
-        "one of several: move away those that are not meant"
+        "one of several. Move away those that are not meant."
     )
     assert list(run_into(tmp_path / "out", *flags, "--classes", "cookie").results["classes"]) == ["cookie"]
 
@@ -484,7 +484,7 @@ def test_a_second_layout_is_refused_before_the_work(
     flags = ["--classes", "bagel", "--save_detector", tmp_path / "it", "--output_dir", tmp_path / "out"]
     message = refusal(capsys, *base, "--method_name", *methods, *flags)
     assert message.startswith(f"{tmp_path}/it/{there} holds a detector of a run of ")
-    assert "could not tell those of this run: move it away" in message
+    assert "could not tell it from those of this run. Move it away" in message
     assert files_below(tmp_path / "it") == before
     assert not (tmp_path / "out").exists()
 
@@ -510,9 +510,9 @@ def test_the_wrong_folder_is_told_with_the_right_one(
     capsys: pytest.CaptureFixture[str], data: Path, detectors: Path
 ) -> None:
     message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors / "bagel")
-    assert message == f"{detectors}/bagel is a detector itself: give the folder above it, {detectors}"
+    assert message == f"{detectors}/bagel is a detector itself. Give the folder above it, {detectors}."
     message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors / "more")
-    assert message.startswith(f"{detectors}/more is no folder: give the one that --save_detector named")
+    assert message.startswith(f"{detectors}/more is not a folder. Give the one that --save_detector named")
 
 
 def test_the_numbers_of_detectors_that_are_not_kept_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
