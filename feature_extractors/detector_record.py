@@ -12,7 +12,7 @@ from feature_extractors.config import DetectorConfig
 from feature_extractors.thresholds import Thresholds
 from utils.errors import InputError
 from utils.scans.files import set_aside
-from utils.scans.json_records import plain_json, read_record
+from utils.scans.json_records import MissingRecordError, plain_json, read_record
 
 SCHEMA = 2
 CONFIG_FILE = "config.json"
@@ -54,9 +54,11 @@ def read_saved(folder: Path | str, *, point_ops: str = "auto", precision: str | 
     """
     folder = Path(folder)
     path = folder / CONFIG_FILE
-    if not path.exists():
-        raise InputError(f"{folder} is not a detector, it has no {CONFIG_FILE}. {_fix_of_missing(folder)}.")
-    record = read_record(path, DetectorRecord, SCHEMA, FIX)
+    try:
+        record = read_record(path, DetectorRecord, SCHEMA, FIX)
+    except MissingRecordError:
+        message = f"{folder} is not a detector, it has no {CONFIG_FILE}. {_fix_of_missing(folder)}."
+        raise InputError(message) from None
     if config_checksum(record.config) != record.config_sha256:
         raise InputError(f"{path} was changed: its config does not match config_sha256. {FIX}.")
     config = replace(record.config, point_ops=point_ops, precision=precision or record.config.precision)

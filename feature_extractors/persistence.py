@@ -36,7 +36,7 @@ from models.point_ops import check_backend
 from utils.distributed import choose_device
 from utils.errors import InputError
 from utils.feature_store import STORAGE_DTYPES
-from utils.report import package_versions
+from utils.reporting.results_json import package_versions
 from utils.scans.files import atomic_folder, cannot_read, cannot_write
 from utils.scans.json_records import write_record
 

@@ -16,7 +16,7 @@ from utils.cleaning.cloud_cleaning import CleaningRule, shows_table
 from utils.cleaning.journal import Scan, has_results, read_manifest, script_of
 from utils.errors import InputError
 from utils.records import SampleFiles
-from utils.report import print_columns
+from utils.reporting.tables import print_columns
 from utils.scans.images import defect_mask, open_image
 from utils.scans.organized_pc import read_organized_pc, valid_mask
 

@@ -7,7 +7,7 @@ from dataset import class_folders, find_classes
 from models import list_backbones
 from runner.dataset_check import print_dataset_check
 from runner.settings import detector_configs, extraction_config
-from utils.report import print_columns
+from utils.reporting.tables import print_columns
 
 
 def print_backbones(checkpoint_dir: Path, img_size: int) -> None:

@@ -1,4 +1,4 @@
-"""What main.py leaves in its output folder: predictions, results.json, report.html, tables."""
+"""Output folder of main.py: results.json, report.html, tables, and images of predictions."""
 
 import logging
 import sys
@@ -12,9 +12,10 @@ from runner.finished_classes import FOLDER, class_file, read_class, write_class
 from runner.preparation import Run
 from runner.settings import applied_flags
 from utils.distributed import progress_bar
-from utils.report import append_tables, format_tables, result_line, results_record, write_results
 from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.report_page import write_report
+from utils.reporting.results_json import results_record, write_results
+from utils.reporting.tables import append_tables, format_tables, result_line
 from utils.reporting.visualization import FUSED, color_scale, save_anomaly_map, save_prediction_figure
 
 logger = logging.getLogger("main")
@@ -107,7 +108,7 @@ class Results:
 
 
 def table_note(config: DetectorConfig) -> str:
-    """What every table says beside the method's name: backbones, protocol, and whether features are fused."""
+    """Sentences below every table: backbones, protocol, and a missing UFF."""
     backbones = ", ".join(f"{modality} {name}" for modality, name in config.backbone_names.items())
     note = f"Backbones: {backbones}. Protocol: {applied_flags(config)['protocol']}."
     if "fusion" in config.method.banks and not config.use_uff:
@@ -116,12 +117,12 @@ def table_note(config: DetectorConfig) -> str:
 
 
 def save_predictions(class_name: str, files: list[SampleFiles], results: list[SampleResult], output_dir: Path) -> None:
-    """Write the anomaly map of each test sample at the size of its ground truth, and its picture."""
+    """Write the anomaly map of each test sample at the size of its ground truth, and a figure of it."""
     predictions = [result.prediction for result in results]
     scale = {FUSED: color_scale([prediction.anomaly_map.numpy() for prediction in predictions])}
     for bank in predictions[0].bank_maps:
         scale[bank] = color_scale([prediction.bank_maps[bank].numpy() for prediction in predictions])
-    pairs = progress_bar(zip(files, results, strict=True), total=len(files), desc="pictures", unit="sample")
+    pairs = progress_bar(zip(files, results, strict=True), total=len(files), desc="images", unit="sample")
     for file, result in pairs:
         prediction, plane = result.prediction, result.prediction.anomaly_map.numpy()
         save_anomaly_map(output_dir / "anomaly_maps" / class_name / f"{file.path}.tiff", plane, original_size(file))

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from utils.metrics import evaluate
 from utils.records import Prediction
-from utils.report import results_record
 from utils.reporting.html_report.class_report import ClassReport, report_class
 from utils.reporting.html_report.report_page import report_page
+from utils.reporting.results_json import results_record
 
 SIDE = 64
 COMMAND = ["main.py", "--method_name", "DINO+Point_MAE"]
@@ -22,7 +22,7 @@ ARGS = {"method_name": "DINO+Point_MAE", "dataset_type": "mvtec3d", "dataset_pat
 NOTE = "Backbones: rgb efficientnet_lite0, xyz FPFH. Protocol: reference."
 
 
-class MadeUpPart(NamedTuple):
+class MadeUpSample(NamedTuple):
     """As feature_extractors.pipeline.SampleResult."""
 
     path: str
@@ -31,8 +31,8 @@ class MadeUpPart(NamedTuple):
     prediction: Prediction
 
 
-def made_up_part(path: str, score: float, side: int = SIDE, banks: Sequence[str] = ("xyz", "rgb")) -> MadeUpPart:
-    """A part whose defect is found as well as its score is high; whatever is not in a folder good has one."""
+def made_up_sample(path: str, score: float, side: int = SIDE, banks: Sequence[str] = ("xyz", "rgb")) -> MadeUpSample:
+    """A sample whose defect is found as well as its score is high; whatever is not in a folder good has one."""
     label = int("/good/" not in path)
     rng = np.random.default_rng(abs(hash_of(path)))
     row, column = np.mgrid[:side, :side] / side
@@ -41,7 +41,7 @@ def made_up_part(path: str, score: float, side: int = SIDE, banks: Sequence[str]
     mask = torch.from_numpy((label * dent > 0.4).astype(np.uint8))
     maps = [torch.from_numpy((dent * score + 0.1 * rng.random((side, side))).astype(np.float32)) for _ in banks]
     fused = torch.stack(maps).sum(dim=0)
-    return MadeUpPart(
+    return MadeUpSample(
         path,
         label,
         mask,
@@ -53,18 +53,18 @@ def hash_of(text: str) -> int:
     return sum(ord(letter) * (i + 1) for i, letter in enumerate(text))
 
 
-def made_up_parts(count: int = 12, **changed: Any) -> list[MadeUpPart]:
+def made_up_samples(count: int = 12, **changed: Any) -> list[MadeUpSample]:
     """Half of them good; scores overlap, so that the threshold of 0.5 misses some and alarms at others."""
     rng = np.random.default_rng(count)
-    parts = []
+    samples = []
     for i in range(count):
         defect = ("good", "hole", "good", "stain & dent")[i % 4]
         score = float(np.clip(rng.normal(0.35 if defect == "good" else 0.65, 0.16), 0, 1.2))
-        parts.append(made_up_part(f"test/{defect}/{i:03d}", score, **changed))
-    return parts
+        samples.append(made_up_sample(f"test/{defect}/{i:03d}", score, **changed))
+    return samples
 
 
-def made_up_photo(number: int, side: int = 2 * SIDE) -> np.ndarray:
+def made_up_image(number: int, side: int = 2 * SIDE) -> np.ndarray:
     """(side, side, 3) uint8: a brown disc on black, with shading."""
     row, column = np.mgrid[:side, :side] / side - 0.5
     inside = np.hypot(row, column) < 0.42
@@ -83,16 +83,18 @@ def made_up_cloud(number: int, side: int = 2 * SIDE) -> np.ndarray:
     return (xyz * inside[..., None]).astype(np.float32)
 
 
-def entry_of(parts: Sequence[MadeUpPart], threshold: float | None = 0.5, **changed: Any) -> dict[str, Any]:
+def entry_of(evaluated: Sequence[MadeUpSample], threshold: float | None = 0.5, **changed: Any) -> dict[str, Any]:
     """A class's entry of results.json; threshold None: not calibrated."""
     entry = evaluate(
-        [part.label for part in parts],
-        [part.prediction.score for part in parts],
-        [part.mask.numpy() for part in parts],
-        [part.prediction.anomaly_map.numpy() for part in parts],
+        [sample.label for sample in evaluated],
+        [sample.prediction.score for sample in evaluated],
+        [sample.mask.numpy() for sample in evaluated],
+        [sample.prediction.anomaly_map.numpy() for sample in evaluated],
     )
     entry |= {
-        "samples": [{"path": part.path, "label": part.label, "score": part.prediction.score} for part in parts],
+        "samples": [
+            {"path": sample.path, "label": sample.label, "score": sample.prediction.score} for sample in evaluated
+        ],
         "seconds": {"extract": 20.5, "coreset": 4.0, "fuse": 2.5, "score": 6.0, "metrics": 1.0},
         "peak_memory_mb": 2304.0,
         "f1": 0.8,
@@ -111,18 +113,18 @@ def entry_of(parts: Sequence[MadeUpPart], threshold: float | None = 0.5, **chang
 
 def made_up_class(
     name: str = "gasket",
-    parts: Sequence[MadeUpPart] | None = None,
+    evaluated: Sequence[MadeUpSample] | None = None,
     limit: int = 24,
-    photo: bool = True,
+    image: bool = True,
     cloud: bool = True,
     **changed: Any,
 ) -> ClassReport:
-    parts = made_up_parts() if parts is None else parts
+    evaluated = made_up_samples() if evaluated is None else evaluated
     return report_class(
         name,
-        entry_of(parts, **changed),
-        parts,
-        lambda i: made_up_photo(i) if photo else None,
+        entry_of(evaluated, **changed),
+        evaluated,
+        lambda i: made_up_image(i) if image else None,
         lambda i: made_up_cloud(i) if cloud else None,
         limit,
     )
@@ -175,7 +177,7 @@ def read_page(page: str) -> ReadPage:
     return ReadPage(" ".join(" ".join(parser.text).split()), parser.tags)
 
 
-def parts_of(page: str) -> list[dict[str, Any]]:
-    """The shown parts, as the page's script reads them."""
-    found = re.search(r'<script type="application/json" id="parts">(.*?)</script>', page, re.DOTALL)
-    return json.loads(found.group(1))["parts"] if found else []
+def samples_of(page: str) -> list[dict[str, Any]]:
+    """The shown samples, as the page's script reads them."""
+    found = re.search(r'<script type="application/json" id="samples">(.*?)</script>', page, re.DOTALL)
+    return json.loads(found.group(1))["samples"] if found else []

@@ -8,26 +8,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from report_pages import (
     COMMAND,
     entry_of,
     made_up_class,
     made_up_page,
-    made_up_part,
-    made_up_parts,
-    parts_of,
+    made_up_sample,
+    made_up_samples,
     read_page,
+    samples_of,
 )
 
 from utils.au_pro import area_to_limit, pro_curve
 from utils.metrics import EXACT_LIMITS
-from utils.report import results_record
-from utils.reporting.html_report.charts import LEFT, RIGHT, WIDTH, Axis, Point, curve_chart, histogram
+from utils.reporting.html_report.charts import LEFT, RIGHT, Axis, Point, curve_chart, histogram
 from utils.reporting.html_report.class_report import CURVE_POINTS, PRO_LIMIT, ClassReport, decide, thin_curve
-from utils.reporting.html_report.gallery import CLOUD_POINTS, WRONG
-from utils.reporting.html_report.markup import ASSETS, asset, data_element, script_hash
-from utils.reporting.html_report.published import CLASSES, PAPER_ARGS, TEST_PARTS, published_figures
+from utils.reporting.html_report.gallery import CLOUD_POINTS, UNDECIDED, WRONG
+from utils.reporting.html_report.page import asset, script_hash
+from utils.reporting.html_report.published import CLASSES, PAPER_ARGS, TEST_SAMPLES, published_figures
 from utils.reporting.html_report.report_page import write_report
+from utils.reporting.results_json import results_record
 
 PAPER = {
     "method_name": "DINO+Point_MAE+Fusion", "use_uff": True, "protocol": "reference", "dataset_type": "mvtec3d",
@@ -67,7 +68,7 @@ def test_the_header_says_what_ran() -> None:
 
 
 def test_every_figure_of_every_class_and_the_mean() -> None:
-    one, other = made_up_class("gasket", limit=0), made_up_class("bracket", made_up_parts(20), limit=0, precision=0.5)
+    one, other = made_up_class("gasket", limit=0), made_up_class("bracket", made_up_samples(20), limit=0, precision=0.5)
     page = made_up_page(one, other)
     rows = rows_of(page, "figures")
     assert list(rows) == ["gasket", "bracket", "Mean"]
@@ -97,9 +98,9 @@ def test_bars_of_which_less_is_better_look_different() -> None:
 def test_the_contents_lead_to_every_section() -> None:
     page = made_up_page(made_up_class("gasket", limit=1), made_up_class("a b", limit=0))
     links = dict(re.findall(r'<a href="#([^"]*)">(.*?)</a>', page.split('class="contents"')[1].split("</nav>")[0]))
-    assert list(links.values()) == ["Summary", "gasket", "a b", "Time", "Parts"]
+    assert list(links.values()) == ["Summary", "gasket", "a b", "Time", "Samples"]
     headings = dict(re.findall(r'<h2 id="([^"]*)">(.*?)</h2>', page))
-    assert [headings[place] for place in links] == ["Summary", "gasket", "a b", "Time and memory", "Parts"]
+    assert [headings[place] for place in links] == ["Summary", "gasket", "a b", "Time and memory", "Samples"]
     assert 'href="#gallery"' not in made_up_page(made_up_class(limit=0))
 
 
@@ -119,7 +120,7 @@ def test_charts_and_counts_of_every_class() -> None:
 def test_time_and_memory() -> None:
     row = rows_of(made_up_page(made_up_class(limit=0)), "timing")["gasket"]
     text = read_page(made_up_page(made_up_class(limit=0, seconds={"extract": 1.0, "score": 1.0}))).text
-    assert "Extract: features of training, validation and test parts" in text
+    assert "Extract: features of training, validation and test samples" in text
     assert "Fuse:" not in text
     assert row == ["34.0 s", "20.5 s", "4.0 s", "2.5 s", "6.0 s", "1.0 s", "50 · 70 · 110 ms", "2.25 GiB"]
 
@@ -127,8 +128,8 @@ def test_time_and_memory() -> None:
 @pytest.mark.parametrize(
     ("threshold", "said"),
     [
-        (0.5, "Threshold 0.5: calibrated on 22 good parts of the validation split for a false-alarm rate of 0.01"),
-        (None, "Threshold 0.45: not calibrated, the one of the best F1 on these very parts"),
+        (0.5, "Threshold 0.5: calibrated on 22 good samples of the validation split for a false-alarm rate of 0.01"),
+        (None, "Threshold 0.45: not calibrated, the one of the best F1 on these samples"),
     ],
 )
 def test_the_page_says_where_the_threshold_comes_from(threshold: float | None, said: str) -> None:
@@ -139,18 +140,18 @@ def test_the_page_says_where_the_threshold_comes_from(threshold: float | None, s
 
 
 @pytest.mark.parametrize(
-    ("parts", "target_fpr", "source", "said"),
+    ("samples", "target_fpr", "source", "said"),
     [
-        (2, 0.01, "validation", "a false-alarm rate of 0.01, though so few parts allow 0.33 at best"),
-        (98, 0.01, "validation", "a false-alarm rate of 0.01, though so few parts allow 0.01 at best"),
+        (2, 0.01, "validation", "a false-alarm rate of 0.01, though so few samples allow 0.33 at best"),
+        (98, 0.01, "validation", "a false-alarm rate of 0.01, though so few samples allow 0.01 at best"),
         (99, 0.01, "validation", "a false-alarm rate of 0.01"),
-        (2, 0.5, "training", "a false-alarm rate of 0.5; the scores of training parts run low, so that more alarms"),
+        (2, 0.5, "training", "a false-alarm rate of 0.5; training samples score low, so expect more false alarms"),
     ],
 )
-def test_a_rate_that_the_parts_do_not_allow_is_said_to_be_so(
-    parts: int, target_fpr: float, source: str, said: str
+def test_a_rate_that_the_samples_do_not_allow_is_said_to_be_so(
+    samples: int, target_fpr: float, source: str, said: str
 ) -> None:
-    decision = decide({"threshold": {"image": 1.0, "parts": parts, "target_fpr": target_fpr, "source": source}})
+    decision = decide({"threshold": {"image": 1.0, "parts": samples, "target_fpr": target_fpr, "source": source}})
     assert decision is not None
     _, _, rest = decision.source.partition(said)
     assert said in decision.source
@@ -161,30 +162,30 @@ def test_calibrated_figures_without_a_threshold_are_undefined() -> None:
     rows = rows_of(made_up_page(made_up_class(limit=0, threshold=None)), "figures")
     assert rows["gasket"][-3:] == ["n/a"] * 3
     page = made_up_page(made_up_class(limit=0, threshold=None))
-    assert "calibrated figures where no threshold was calibrated" in read_page(page).text
+    assert "calibrated metrics without a calibrated threshold" in read_page(page).text
     assert "n/a" not in read_page(made_up_page(made_up_class(limit=0))).text
 
 
 def test_undefined_metrics_are_said_to_be_so() -> None:
-    parts = [made_up_part(f"test/good/{i:03d}", 0.1 * i) for i in range(4)]
-    each = made_up_class("gasket", parts, threshold=None, f1=None, f1_threshold=None)
+    samples = [made_up_sample(f"test/good/{i:03d}", 0.1 * i) for i in range(4)]
+    each = made_up_class("gasket", samples, threshold=None, f1=None, f1_threshold=None)
     page = made_up_page(each)
     text = read_page(page).text
     assert set(rows_of(page, "figures")["gasket"]) == {"n/a"}
-    assert "n/a: it needs good and defective parts" in text
+    assert "n/a: it needs good and defective samples" in text
     assert "left out of the mean" in text
-    assert "precision also where no part is called defective" in text
+    assert "precision also if no sample is called defective" in text
     assert each.decision is None
-    assert {part["outcome"] for part in parts_of(page)} == {"not judged"}
+    assert {sample["outcome"] for sample in samples_of(page)} == {UNDECIDED}
 
 
 def test_older_entries_without_thresholds_have_a_page() -> None:
-    parts = made_up_parts(6)
-    entry = entry_of(parts)
+    samples = made_up_samples(6)
+    entry = entry_of(samples)
     for key in ("f1", "f1_threshold", "threshold", "precision", "recall", "false_alarm_rate", "latency"):
         del entry[key]
     assert decide(entry) is None
-    page = made_up_page(made_up_class(limit=0)._replace(entry=entry, decision=None))
+    page = made_up_page(replace(made_up_class(limit=0), entry=entry, decision=None))
     assert "Latency" not in page
     assert rows_of(page, "figures")["gasket"][-1] == "n/a"
 
@@ -193,8 +194,8 @@ def test_older_entries_without_thresholds_have_a_page() -> None:
 
 
 def papers_class(name: str, fewer: int = 0) -> ClassReport:
-    """A made-up class of as many test parts as the paper's."""
-    return made_up_class(name, limit=0, samples=[{}] * (TEST_PARTS.get(name, 100) - fewer))
+    """A made-up class of as many test samples as the paper's."""
+    return made_up_class(name, limit=0, samples=[{}] * (TEST_SAMPLES.get(name, 100) - fewer))
 
 
 def test_published_figures_beside_the_papers_setting() -> None:
@@ -213,7 +214,7 @@ def test_published_figures_beside_the_papers_setting() -> None:
     ],
 )
 def test_no_published_figure_beside_anything_else(changed: dict, classes: tuple[str, ...]) -> None:
-    entries = {name: {"samples": [{}] * TEST_PARTS.get(name, 100)} for name in classes}
+    entries = {name: {"samples": [{}] * TEST_SAMPLES.get(name, 100)} for name in classes}
     assert published_figures(PAPER | changed, entries) is None
 
 
@@ -222,37 +223,39 @@ def test_no_published_figure_beside_other_data_of_the_same_names(fewer: int) -> 
     page = made_up_page(papers_class("bagel"), papers_class("rope", fewer), args=PAPER)
     shown = page.split("</style>")[1]
     assert (shown.count("published 0."), "CVPR" in shown) == ((0, False) if fewer else (6, True))
-    assert sum(TEST_PARTS.values()) == 1197
+    assert sum(TEST_SAMPLES.values()) == 1197
 
 
 # Gallery
 
 
 def test_the_gallery_says_how_many_are_shown_and_offers_filters() -> None:
-    page = made_up_page(made_up_class("gasket", made_up_parts(30), limit=5), made_up_class("bracket", limit=4))
+    page = made_up_page(made_up_class("gasket", made_up_samples(30), limit=5), made_up_class("bracket", limit=4))
     text = read_page(page).text
     assert "Shown: 5 of 30 of gasket, 4 of 12 of bracket." in text
-    shown = parts_of(page)
-    assert sorted(part["class"] for part in shown) == ["bracket"] * 4 + ["gasket"] * 5
+    shown = samples_of(page)
+    assert sorted(sample["class"] for sample in shown) == ["bracket"] * 4 + ["gasket"] * 5
     for name in ("class", "defect", "outcome"):
         select = re.search(rf'<select data-filter="{name}">(.*?)</select>', page).group(1)
         options = re.findall('value="(.*?)"', select)
         assert options[0] == ""
-        assert {option.replace("&amp;", "&") for option in options[1:]} == {part[name] for part in shown}
+        assert {option.replace("&amp;", "&") for option in options[1:]} == {sample[name] for sample in shown}
 
 
-def test_wrong_parts_of_all_classes_come_first() -> None:
-    one, other = made_up_class("gasket", made_up_parts(30)), made_up_class("bracket", made_up_parts(20))
-    shown = [(part["class"], part["outcome"] in WRONG, part["path"]) for part in parts_of(made_up_page(one, other))]
+def test_wrong_samples_of_all_classes_come_first() -> None:
+    one, other = made_up_class("gasket", made_up_samples(30)), made_up_class("bracket", made_up_samples(20))
+    shown = [
+        (sample["class"], sample["outcome"] in WRONG, sample["path"]) for sample in samples_of(made_up_page(one, other))
+    ]
     assert [wrong for _, wrong, _ in shown] == sorted((wrong for _, wrong, _ in shown), reverse=True)
     assert {name for name, wrong, _ in shown if wrong} == {"gasket", "bracket"}
     for each in (one, other):  # within a class the order of its gallery stays
-        assert [path for name, _, path in shown if name == each.name] == [part["path"] for part in each.parts]
+        assert [path for name, _, path in shown if name == each.name] == [sample["path"] for sample in each.samples]
 
 
 def test_no_gallery_is_asked_for() -> None:
     page = made_up_page(made_up_class(limit=0))
-    assert parts_of(page) == []
+    assert samples_of(page) == []
     for absent in ("<select", "<dialog", "<script", 'id="plotly"'):
         assert absent not in page
     assert "script-src 'none'" in policy_of(page)
@@ -262,17 +265,17 @@ def test_no_gallery_is_asked_for() -> None:
 def test_the_3d_script_is_there_where_there_is_a_cloud(cloud: bool) -> None:
     page = made_up_page(made_up_class(limit=2, cloud=cloud))
     assert ('id="plotly"' in page) is cloud
-    assert all((part["cloud"] is not None) is cloud for part in parts_of(page))
+    assert all((sample["cloud"] is not None) is cloud for sample in samples_of(page))
 
 
 @pytest.mark.slow
 def test_the_page_stays_small() -> None:
-    parts = made_up_parts(60, side=224)
-    page = made_up_page(made_up_class("gasket", parts, limit=24))
-    assert len(parts_of(page)) == 24
-    assert all(part["cloud"]["points"] <= CLOUD_POINTS for part in parts_of(page))
+    samples = made_up_samples(60, side=224)
+    page = made_up_page(made_up_class("gasket", samples, limit=24))
+    assert len(samples_of(page)) == 24
+    assert all(sample["cloud"]["points"] <= CLOUD_POINTS for sample in samples_of(page))
     assert len(page.encode()) < 6e6
-    assert len(made_up_page(made_up_class("gasket", parts, limit=0))) < 1e5
+    assert len(made_up_page(made_up_class("gasket", samples, limit=0))) < 1e5
 
 
 # Safety
@@ -281,9 +284,9 @@ def test_the_page_stays_small() -> None:
 @pytest.mark.parametrize("where", ["class", "path", "command", "args", "note"])
 def test_no_text_is_taken_for_markup(where: str) -> None:
     folder = EVIL.replace("/", "") if where == "path" else "hole"
-    parts = [made_up_part(f"test/{folder}/{i}", 0.2 * i) for i in range(3)]
-    parts += [made_up_part(f"test/good/{i}", 0.2 * i) for i in range(3)]
-    each = made_up_class(EVIL if where == "class" else "gasket", parts)
+    samples = [made_up_sample(f"test/{folder}/{i}", 0.2 * i) for i in range(3)]
+    samples += [made_up_sample(f"test/good/{i}", 0.2 * i) for i in range(3)]
+    each = made_up_class(EVIL if where == "class" else "gasket", samples)
     args = {"method_name": EVIL, "dataset_path": EVIL, "dataset_type": EVIL} if where == "args" else {}
     command = ["main.py", EVIL] if where == "command" else COMMAND
     page = made_up_page(each, args=args, note=EVIL if where == "note" else "note", command=command)
@@ -292,16 +295,16 @@ def test_no_text_is_taken_for_markup(where: str) -> None:
     assert read.count("script") == plain.count("script")
     assert {name for _, attrs in read.tags for name in attrs} == {name for _, attrs in plain.tags for name in attrs}
     assert f"{folder if where == 'path' else '<script>alert(1)</script>'}"[:16] in read.text
-    assert {part["defect"] for part in parts_of(page)} == {folder, "good"}
-    assert {part["class"] for part in parts_of(page)} == {each.name}
+    assert {sample["defect"] for sample in samples_of(page)} == {folder, "good"}
+    assert {sample["class"] for sample in samples_of(page)} == {each.name}
 
 
 def test_filters_name_bytes_that_are_no_text_as_the_data_do() -> None:
-    each = made_up_class("caf\udce9", [made_up_part(f"test/h\udcff/{i}", 0.3 * i) for i in range(3)])
+    each = made_up_class("caf\udce9", [made_up_sample(f"test/h\udcff/{i}", 0.3 * i) for i in range(3)])
     page = made_up_page(each).encode(errors="backslashreplace").decode()
     options = re.findall('<option value="(.*?)"', page)
-    for part in parts_of(page):
-        assert {part["class"], part["defect"], part["outcome"]} <= set(options)
+    for sample in samples_of(page):
+        assert {sample["class"], sample["defect"], sample["outcome"]} <= set(options)
 
 
 def test_bytes_that_are_no_text_are_written(tmp_path: Path) -> None:
@@ -312,9 +315,12 @@ def test_bytes_that_are_no_text_are_written(tmp_path: Path) -> None:
 
 
 def test_data_cannot_end_its_element() -> None:
-    element = data_element("parts", {"a": "</script><!--<script>"})
-    assert element.count("<") == 2
-    assert re.search(r">(.*)<", element).group(1) == '{"a":"\\u003c/script>\\u003c!--\\u003cscript>"}'
+    evil = "</script><!--<script>"
+    each = made_up_class(evaluated=[made_up_sample(f"test/{evil.replace('/', '')}/{i}", 0.3 * i) for i in range(3)])
+    page = made_up_page(each, made_up_class(evil))
+    data = re.search(r'id="samples">(.*?)</script>', page).group(1)
+    assert "<" not in data
+    assert {sample["class"] for sample in samples_of(page)} == {"gasket", evil}
 
 
 def test_only_the_pages_own_scripts_may_run() -> None:
@@ -340,11 +346,10 @@ def test_nothing_is_fetched() -> None:
 
 
 def test_the_files_of_the_page_are_used() -> None:
-    """Every asset is part of a page, as it is."""
+    """Every asset is sample of a page, as it is."""
     page = made_up_page(made_up_class(limit=2))
-    for path in ASSETS.iterdir():
-        if path.name != "page.html":
-            assert path.read_text() in page, path.name
+    for name in ("page.css", "report.js", "viewer.html"):
+        assert asset(name).rstrip() in page, name
 
 
 # Writing
@@ -436,7 +441,7 @@ def note_of(svg: str) -> tuple[float, str]:
 def test_the_name_of_a_point_stays_within_the_chart(x: float, anchor: str) -> None:
     svg = curve_chart([0, 1], [0, 1], Axis(0, 1, (0, 1), "x"), "y", "title", Point(x, x, "threshold"))
     assert note_of(svg)[1] == anchor
-    assert LEFT < note_of(svg)[0] < WIDTH - RIGHT
+    assert LEFT < note_of(svg)[0] < RIGHT
 
 
 def test_a_score_at_the_lowest_threshold_is_no_alarm() -> None:

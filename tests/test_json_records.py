@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from utils.errors import InputError
-from utils.scans.json_records import decode_record, read_record, write_record
+from utils.scans.json_records import MissingRecordError, decode_record, read_record, write_record
 
 FIX = "Fit the detector again"
 
@@ -30,6 +30,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     settings: dict[str, Setting]
     note: str | None = None
     count: Annotated[int, msgspec.Meta(ge=1)] = 1
+    title: str = msgspec.field(default="", name="heading")  # another name in the file
 
 
 def refusal(path: Path, content: bytes) -> str:
@@ -44,7 +45,7 @@ def refusal(path: Path, content: bytes) -> str:
 
 
 def test_a_record_comes_back(tmp_path: Path) -> None:
-    entry = Entry(2, {"a": Setting(0.3, (3, 4), "slow"), "\udcff": Setting()}, note="line\nbreak")
+    entry = Entry(2, {"a": Setting(0.3, (3, 4), "slow"), "\udcff": Setting()}, note="line\nbreak", title="x")
     write_record(tmp_path / "deep/er/it.json", entry)
     assert read_record(tmp_path / "deep/er/it.json", Entry, 2, FIX) == entry
     assert [path.name for path in (tmp_path / "deep/er").iterdir()] == ["it.json"]
@@ -101,7 +102,7 @@ def test_faults_of_a_file_are_named(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=rf"it\.json is missing\. {FIX}\."):
+    with pytest.raises(MissingRecordError, match=rf"it\.json is missing\. {FIX}\."):
         read_record(tmp_path / "it.json", Entry, 2, FIX)
     with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
         read_record(tmp_path, Entry, 2, FIX)

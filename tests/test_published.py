@@ -6,7 +6,7 @@ import pytest
 
 from dataset import DATASET_CLASSES
 from runner.settings import applied_flags, detector_configs, parse_args
-from utils.reporting.html_report.published import CLASSES, FIGURES, TEST_PARTS, published_figures
+from utils.reporting.html_report.published import CLASSES, FIGURES, TEST_SAMPLES, published_figures
 
 FULL = ["--method_name", "DINO+Point_MAE+Fusion", "--use_uff"]
 
@@ -20,7 +20,7 @@ def args_of(*flags: object) -> dict:
 
 def classes_of(names: Sequence[str] = CLASSES, missing: int = 0) -> dict:
     """Entries of results.json with the published numbers of test parts, less some."""
-    return {name: {"samples": [{}] * (TEST_PARTS.get(name, 26) - missing)} for name in names}
+    return {name: {"samples": [{}] * (TEST_SAMPLES.get(name, 26) - missing)} for name in names}
 
 
 def test_the_classes_are_those_of_the_dataset() -> None:
@@ -93,5 +93,5 @@ def test_no_figure_beside_other_classes() -> None:
     assert published_figures({}, classes_of()) is None
 
 
-def test_no_figure_beside_other_parts_of_the_same_names() -> None:
+def test_no_figure_beside_other_samples_of_the_same_names() -> None:
     assert published_figures(args_of(*FULL), classes_of(missing=1)) is None

@@ -12,14 +12,8 @@ import numpy as np
 import pytest
 
 from utils.metrics import EXACT_LIMITS, mean_over_classes
-from utils.report import (
-    append_tables,
-    format_tables,
-    package_versions,
-    result_line,
-    results_record,
-    write_results,
-)
+from utils.reporting.results_json import package_versions, results_record, write_results
+from utils.reporting.tables import append_tables, format_tables, result_line
 
 FILES = ("image_rocauc_results.md", "pixel_rocauc_results.md", "aupro_results.md")
 COMMAND = ["main.py", "--method_name", "DINO+Point_MAE"]
@@ -275,12 +269,13 @@ def test_versions_are_those_of_the_packages() -> None:
 
 
 def test_versions_without_importing_the_packages() -> None:
-    code = "import sys, utils.report as r; r.package_versions(); print(*{'torch', 'timm', 'open3d'} & set(sys.modules))"
+    code = "import sys\nfrom utils.reporting.results_json import package_versions\npackage_versions()\n"
+    code += "print(*{'torch', 'timm', 'open3d'} & set(sys.modules))"
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
     assert done.stdout.split() == []
 
 
 def test_a_missing_package_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.report.DISTRIBUTIONS", ("no-such-distribution",))
+    monkeypatch.setattr("utils.reporting.results_json.DISTRIBUTIONS", ("no-such-distribution",))
     assert package_versions()["no-such-distribution"] is None

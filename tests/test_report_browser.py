@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from report_pages import made_up_class, made_up_page, made_up_part, made_up_parts
+from report_pages import made_up_class, made_up_page, made_up_sample, made_up_samples
 
 pytest.importorskip("selenium", reason="selenium is not installed: pip install -r requirements-dev.txt")
 
@@ -49,10 +49,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    odd = [made_up_part(f"test/{EVIL}/{i:03d}", 0.2 + 0.2 * i) for i in range(3)]
-    odd = [part._replace(mask=0 * part.mask) for part in odd]  # a defect that is nowhere marked
+    odd = [made_up_sample(f"test/{EVIL}/{i:03d}", 0.2 + 0.2 * i) for i in range(3)]
+    odd = [sample._replace(mask=0 * sample.mask) for sample in odd]  # a defect that is nowhere marked
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(made_up_page(made_up_class("gasket", made_up_parts(12)), made_up_class(EVIL, odd, limit=2)))
+    path.write_text(made_up_page(made_up_class("gasket", made_up_samples(12)), made_up_class(EVIL, odd, limit=2)))
     return path
 
 
@@ -95,9 +95,9 @@ def drawn(report: webdriver.Chrome) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(plot.screenshot_as_png)).convert("RGB")).astype(int)
 
 
-def test_every_part_has_a_card_with_pictures(report: webdriver.Chrome) -> None:
+def test_every_sample_has_a_card_with_pictures(report: webdriver.Chrome) -> None:
     assert len(cards(report)) == 14
-    assert report.find_element(By.ID, "count").text == "14 of 14 parts"
+    assert report.find_element(By.ID, "count").text == "14 of 14 samples"
     for card in cards(report):
         report.execute_script("arguments[0].scrollIntoView()", card)
         for image in card.find_elements(By.TAG_NAME, "img"):
@@ -117,7 +117,7 @@ def test_filters_leave_what_fits(report: webdriver.Chrome) -> None:
     assert misses == [text for text in everything if text.startswith("miss")]
     assert 0 < len(misses) < len(everything)
     assert choose("defect", "good") == []
-    assert report.find_element(By.ID, "count").text == "No part fits these filters."
+    assert report.find_element(By.ID, "count").text == "No sample fits these filters."
     choose("outcome", "")
     assert all("good/" in text for text in choose("class", "gasket"))
     assert choose("class", EVIL) == []
@@ -146,7 +146,7 @@ def test_the_keyboard_walks_through_cards_and_viewer(report: webdriver.Chrome) -
 
 
 @pytest.mark.slow
-def test_the_viewer_walks_through_filtered_parts_only(report: webdriver.Chrome) -> None:
+def test_the_viewer_walks_through_filtered_samples_only(report: webdriver.Chrome) -> None:
     Select(report.find_element(By.CSS_SELECTOR, "[data-filter=defect]")).select_by_value("good")
     count = len(cards(report))
     cards(report)[0].click()
@@ -160,12 +160,12 @@ def test_the_viewer_walks_through_filtered_parts_only(report: webdriver.Chrome) 
 def test_the_viewer_shows_every_panel(report: webdriver.Chrome) -> None:
     next(card for card in cards(report) if card.text.startswith("miss")).click()
     panels = [each.text for each in report.find_elements(By.CSS_SELECTOR, "#panels figcaption")]
-    assert panels == ["photo", "ground truth", "xyz map", "rgb map", "fused map"]
+    assert panels == ["image", "ground truth", "xyz map", "rgb map", "fused map"]
     assert "score" in report.find_element(By.ID, "viewer-facts").text
 
 
 @pytest.mark.slow
-def test_a_defective_part_is_never_called_good(report: webdriver.Chrome) -> None:
+def test_a_defective_sample_is_never_called_good(report: webdriver.Chrome) -> None:
     def truth(text: str) -> str:
         next(card for card in cards(report) if text in card.text).click()
         title = report.find_elements(By.CSS_SELECTOR, "#panels figcaption")[1].text
@@ -177,19 +177,19 @@ def test_a_defective_part_is_never_called_good(report: webdriver.Chrome) -> None
 
 
 @pytest.mark.slow
-def test_the_3d_view_draws_by_photo_and_by_score(report: webdriver.Chrome) -> None:
+def test_the_3d_view_draws_by_image_and_by_score(report: webdriver.Chrome) -> None:
     assert report.execute_script("return typeof Plotly") == "undefined"  # nothing is started before it is asked for
     cards(report)[0].click()
     report.find_element(By.ID, "draw").click()
-    by_photo = drawn(report)
-    assert by_photo.reshape(-1, 3).std(axis=0).min() > 5
-    brown = (by_photo[..., 0] > by_photo[..., 2] + 40).mean()
+    by_image = drawn(report)
+    assert by_image.reshape(-1, 3).std(axis=0).min() > 5
+    brown = (by_image[..., 0] > by_image[..., 2] + 40).mean()
     assert brown > 0.03
     press(report, "s")
     WebDriverWait(report, 60).until(lambda _: report.find_elements(By.CSS_SELECTOR, "#plot .cbaxis"))
     by_score = drawn(report)
-    assert by_score.shape == by_photo.shape
-    assert (np.abs(by_score - by_photo).max(axis=2) > 30).mean() > 0.03
+    assert by_score.shape == by_image.shape
+    assert (np.abs(by_score - by_image).max(axis=2) > 30).mean() > 0.03
     press(report, Keys.ARROW_RIGHT)
     drawn(report)
     assert len(report.find_elements(By.CSS_SELECTOR, "#plot canvas")) == 1
@@ -204,7 +204,7 @@ def camera(report: webdriver.Chrome) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_the_keyboard_turns_the_3d_view_and_the_next_part_keeps_it(report: webdriver.Chrome) -> None:
+def test_the_keyboard_turns_the_3d_view_and_the_next_sample_keeps_it(report: webdriver.Chrome) -> None:
     def press_shifted(key: str) -> None:
         ActionChains(report).key_down(Keys.SHIFT).send_keys(key).key_up(Keys.SHIFT).perform()
 

@@ -1,4 +1,4 @@
-"""The shown parts: the worst first, then a spread; pictures and clouds show what they were made of."""
+"""The shown samples: the worst first, then a spread; pictures and clouds show what they were made of."""
 
 import base64
 import gzip
@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from report_pages import SIDE, made_up_cloud, made_up_part, made_up_parts, made_up_photo
+from report_pages import SIDE, made_up_cloud, made_up_image, made_up_sample, made_up_samples
 
 from utils.reporting.html_report.gallery import (
     CLOUD_POINTS,
@@ -16,12 +16,11 @@ from utils.reporting.html_report.gallery import (
     FALSE_ALARM,
     HIT,
     MISS,
-    UNJUDGED,
+    UNDECIDED,
     VIEW_SIDE,
     Decision,
-    choose_parts,
+    choose_samples,
     gallery,
-    heat_colors,
     pack_cloud,
     spread_order,
 )
@@ -30,12 +29,14 @@ AT_HALF = Decision(0.5, "made up")
 MAP = np.zeros((SIDE, SIDE), dtype=np.float32)
 
 
-def shown(parts: list, limit: int, decision: Decision | None = AT_HALF, photo: bool = True, cloud: bool = True) -> list:
+def shown(
+    samples: list, limit: int, decision: Decision | None = AT_HALF, image: bool = True, cloud: bool = True
+) -> list:
     return gallery(
-        parts,
+        samples,
         decision,
         limit,
-        lambda i: made_up_photo(i) if photo else None,
+        lambda i: made_up_image(i) if image else None,
         lambda i: made_up_cloud(i) if cloud else None,
     )
 
@@ -57,47 +58,47 @@ def test_outcomes(label: int, score: float, said: str) -> None:
     assert AT_HALF.outcome(label, score) == said
 
 
-# Which parts
+# Which samples
 
 
 def test_the_worst_come_first_then_the_nearest_to_the_threshold() -> None:
     scores = {"hole/0": 0.1, "hole/1": 0.45, "good/0": 0.8, "good/1": 0.1, "good/2": 0.4, "hole/2": 0.9, "hole/3": 0.55}
-    parts = [made_up_part(f"test/{path}", score) for path, score in scores.items()]
-    chosen = [parts[i].path.removeprefix("test/") for i in choose_parts(parts, AT_HALF, 7)]
+    samples = [made_up_sample(f"test/{path}", score) for path, score in scores.items()]
+    chosen = [samples[i].path.removeprefix("test/") for i in choose_samples(samples, AT_HALF, 7)]
     assert chosen == ["hole/0", "good/0", "hole/1", "hole/3", "good/2", "good/1", "hole/2"]
 
 
-def test_wrong_parts_leave_room_for_right_ones_where_there_are_any() -> None:
-    wrong = [made_up_part(f"test/hole/{i:03d}", 0.4 - i / 100) for i in range(20)]
-    right = [made_up_part(f"test/good/{i:03d}", 0.1 + i / 100) for i in range(20)]
-    chosen = choose_parts(wrong + right, AT_HALF, 8)
+def test_wrong_samples_leave_room_for_right_ones_where_there_are_any() -> None:
+    wrong = [made_up_sample(f"test/hole/{i:03d}", 0.4 - i / 100) for i in range(20)]
+    right = [made_up_sample(f"test/good/{i:03d}", 0.1 + i / 100) for i in range(20)]
+    chosen = choose_samples(wrong + right, AT_HALF, 8)
     assert chosen[:6] == [19, 18, 17, 16, 15, 14]
     assert all(i >= 20 for i in chosen[6:])
-    assert len(choose_parts(wrong + right[:1], AT_HALF, 8)) == 8
-    assert choose_parts(wrong, AT_HALF, 8) == list(range(19, 11, -1))
+    assert len(choose_samples(wrong + right[:1], AT_HALF, 8)) == 8
+    assert choose_samples(wrong, AT_HALF, 8) == list(range(19, 11, -1))
 
 
 def test_the_spread_covers_every_defect_and_the_range_of_scores() -> None:
-    parts = [made_up_part(f"test/{defect}/{i:03d}", 0.6 + i / 100) for defect in ("cut", "dent") for i in range(30)]
-    chosen = [parts[i] for i in choose_parts(parts, AT_HALF, 6)]
+    samples = [made_up_sample(f"test/{defect}/{i:03d}", 0.6 + i / 100) for defect in ("cut", "dent") for i in range(30)]
+    chosen = [samples[i] for i in choose_samples(samples, AT_HALF, 6)]
     for defect in ("cut", "dent"):
-        scores = [part.prediction.score for part in chosen if f"/{defect}/" in part.path]
+        scores = [sample.prediction.score for sample in chosen if f"/{defect}/" in sample.path]
         assert scores == pytest.approx([0.6, 0.74, 0.89])
 
 
-def test_every_part_is_shown_once_where_there_is_room() -> None:
-    parts = made_up_parts(13)
+def test_every_sample_is_shown_once_where_there_is_room() -> None:
+    samples = made_up_samples(13)
     for limit in (13, 14, 1000):
-        assert sorted(choose_parts(parts, AT_HALF, limit)) == list(range(13))
+        assert sorted(choose_samples(samples, AT_HALF, limit)) == list(range(13))
     for limit in range(13):
-        chosen = choose_parts(parts, AT_HALF, limit)
+        chosen = choose_samples(samples, AT_HALF, limit)
         assert len(set(chosen)) == len(chosen) == limit
 
 
 def test_without_a_threshold_nothing_is_right_or_wrong() -> None:
-    parts = made_up_parts(10)
-    views = shown(parts, 10, decision=None)
-    assert {view["outcome"] for view in views} == {UNJUDGED}
+    samples = made_up_samples(10)
+    views = shown(samples, 10, decision=None)
+    assert {view["outcome"] for view in views} == {UNDECIDED}
     assert len({view["path"] for view in views}) == 10
 
 
@@ -112,9 +113,9 @@ def test_a_spread_order_is_a_permutation_from_the_ends_inwards(count: int) -> No
 
 
 def test_a_view_is_plain_data_of_the_part() -> None:
-    parts = [made_up_part("test/hole/007", 0.7), made_up_part("test/good/001", 0.2)]
-    view, good = shown(parts, 2)
-    if view["path"] != parts[0].path:
+    samples = [made_up_sample("test/hole/007", 0.7), made_up_sample("test/good/001", 0.2)]
+    view, good = shown(samples, 2)
+    if view["path"] != samples[0].path:
         view, good = good, view
     json.dumps(view, allow_nan=False)
     assert (view["path"], view["defect"], view["label"], view["score"]) == ("test/hole/007", "hole", 1, 0.7)
@@ -127,15 +128,15 @@ def test_a_view_is_plain_data_of_the_part() -> None:
 
 
 def test_the_map_of_a_single_bank_is_shown_once() -> None:
-    (view,) = shown([made_up_part("test/hole/000", 0.7, banks=["rgb"])], 1)
+    (view,) = shown([made_up_sample("test/hole/000", 0.7, banks=["rgb"])], 1)
     assert list(view["maps"]) == ["fused"]
     assert view["scores"] == {}
 
 
 def test_pictures_keep_the_proportions_of_the_photo() -> None:
-    photo = np.zeros((60, 120, 3), dtype=np.uint8)
-    photo[:, :60, 0] = 255
-    (view,) = gallery([made_up_part("test/hole/000", 0.7)], AT_HALF, 1, lambda i: photo, lambda i: None)
+    image = np.zeros((60, 120, 3), dtype=np.uint8)
+    image[:, :60, 0] = 255
+    (view,) = gallery([made_up_sample("test/hole/000", 0.7)], AT_HALF, 1, lambda i: image, lambda i: None)
     assert tuple(view["size"]) == (VIEW_SIDE, VIEW_SIDE // 2)
     shot = np.asarray(opened(view["view"]["picture"]))
     assert shot[50, 20, 0] > 240 > 15 > shot[50, 200, 0]
@@ -143,11 +144,11 @@ def test_pictures_keep_the_proportions_of_the_photo() -> None:
 
 
 def test_the_outline_runs_around_the_defect() -> None:
-    part = made_up_part("test/hole/000", 0.7)
+    sample = made_up_sample("test/hole/000", 0.7)
     mask = np.zeros((SIDE, SIDE), dtype=np.uint8)
     mask[:16, 32:48] = 1  # at the upper edge
-    part = part._replace(mask=part.mask.new_tensor(mask))
-    (view,) = shown([part], 1)
+    sample = sample._replace(mask=sample.mask.new_tensor(mask))
+    (view,) = shown([sample], 1)
     outline = np.asarray(opened(view["truth"]).convert("RGBA"))
     below, middle = VIEW_SIDE * 16 // SIDE, VIEW_SIDE * 40 // SIDE
     assert tuple(outline[below - 1, middle]) == tuple(outline[0, middle]) == (0, 229, 255, 255)
@@ -155,22 +156,22 @@ def test_the_outline_runs_around_the_defect() -> None:
 
 
 def test_the_smallest_defect_keeps_its_outline() -> None:
-    part = made_up_part("test/hole/000", 0.7, side=4 * VIEW_SIDE)
+    sample = made_up_sample("test/hole/000", 0.7, side=4 * VIEW_SIDE)
     mask = np.zeros((4 * VIEW_SIDE, 4 * VIEW_SIDE), dtype=np.uint8)
     mask[400, 401] = 1
-    (view,) = shown([part._replace(mask=part.mask.new_tensor(mask))], 1)
+    (view,) = shown([sample._replace(mask=sample.mask.new_tensor(mask))], 1)
     outline = np.asarray(opened(view["truth"]).convert("RGBA"))
     assert tuple(outline[100, 100]) == (0, 229, 255, 255)
 
 
-def test_one_color_scale_for_all_parts_of_a_class() -> None:
-    weak, strong = made_up_part("test/hole/000", 0.1), made_up_part("test/hole/001", 0.9)
+def test_one_color_scale_for_all_samples_of_a_class() -> None:
+    weak, strong = made_up_sample("test/hole/000", 0.1), made_up_sample("test/hole/001", 0.9)
     views = {view["path"]: np.asarray(opened(view["maps"]["fused"])).astype(int) for view in shown([weak, strong], 2)}
     assert views[strong.path].max() > 1.5 * views[weak.path].max()
 
 
 def test_without_a_photo_the_depths_are_shown() -> None:
-    (view,) = shown([made_up_part("test/hole/000", 0.7)], 1, photo=False)
+    (view,) = shown([made_up_sample("test/hole/000", 0.7)], 1, image=False)
     assert view["view"]["name"] == "depth"
     depth = np.asarray(opened(view["view"]["picture"]).convert("L")).astype(int)
     assert depth[VIEW_SIDE // 2, VIEW_SIDE // 2] > depth[VIEW_SIDE // 2, VIEW_SIDE // 6] > depth[2, 2]
@@ -178,7 +179,7 @@ def test_without_a_photo_the_depths_are_shown() -> None:
 
 
 def test_without_photo_and_cloud_the_maps_are_shown() -> None:
-    (view,) = shown([made_up_part("test/hole/000", 0.7)], 1, photo=False, cloud=False)
+    (view,) = shown([made_up_sample("test/hole/000", 0.7)], 1, image=False, cloud=False)
     assert view["view"] is view["cloud"] is None
     assert opened(view["maps"]["fused"]).size == (VIEW_SIDE, VIEW_SIDE)
 
@@ -187,13 +188,13 @@ def test_nothing_is_read_for_no_part() -> None:
     def refuse(number: int) -> None:
         raise AssertionError("read")
 
-    assert gallery(made_up_parts(4), AT_HALF, 0, refuse, refuse) == []
+    assert gallery(made_up_samples(4), AT_HALF, 0, refuse, refuse) == []
 
 
 def test_files_are_read_by_the_number_of_the_part() -> None:
-    parts, read = made_up_parts(8), []
-    views = gallery(parts, AT_HALF, 3, read.append, lambda i: None)  # type: ignore[arg-type, func-returns-value]
-    assert [parts[i].path for i in read] == [view["path"] for view in views]
+    samples, read = made_up_samples(8), []
+    views = gallery(samples, AT_HALF, 3, read.append, lambda i: None)  # type: ignore[arg-type, func-returns-value]
+    assert [samples[i].path for i in read] == [view["path"] for view in views]
 
 
 # Clouds
@@ -215,14 +216,14 @@ def test_a_cloud_keeps_its_places_colors_and_scores() -> None:
     row, column = np.mgrid[:side, :side].astype(np.float32)
     cloud = np.stack([column * 0.001 - 0.0105, row * 0.001 + 0.001, 0.5 + 0 * row], axis=-1)
     cloud[:10] = 0  # not measured
-    photo = np.stack([6 * row, 6 * column, 0 * row], axis=-1).astype(np.uint8)
-    packed = pack_cloud(cloud, photo, row / side, (0.0, 1.0))
+    image = np.stack([6 * row, 6 * column, 0 * row], axis=-1).astype(np.uint8)
+    packed = pack_cloud(cloud, image, row / side, (0.0, 1.0))
     assert packed is not None
     read = unpacked(packed)
     assert packed["points"] == 30 * side
     found_column, found_row = (read["xyz"][:, :2] * 1000 - [-10.5, 1]).round().astype(int).T
     assert np.abs(read["xyz"] - cloud[found_row, found_column]).max() < 1e-6
-    assert (read["rgb"] == photo[found_row, found_column]).all()
+    assert (read["rgb"] == image[found_row, found_column]).all()
     assert (np.argwhere(read["grid"]) == np.stack([found_row, found_column], axis=1)).all()
     assert np.abs(read["score"] / 255 - found_row / side).max() < 0.01
 
@@ -242,11 +243,11 @@ def test_a_cloud_is_thinned_to_the_limit_and_not_far_below(size: tuple[int, int]
 
 def test_photo_and_map_of_other_sizes_are_read_at_the_same_places() -> None:
     cloud = np.full((80, 80, 3), 0.1, dtype=np.float32)
-    photo = np.zeros((400, 400, 3), dtype=np.uint8)
-    photo[200:] = 200
+    image = np.zeros((400, 400, 3), dtype=np.uint8)
+    image[200:] = 200
     plane = np.zeros((20, 20), dtype=np.float32)
     plane[10:] = 1
-    packed = pack_cloud(cloud, photo, plane, (0.0, 1.0))
+    packed = pack_cloud(cloud, image, plane, (0.0, 1.0))
     assert packed is not None
     read = unpacked(packed)
     assert ((read["score"] == 255) == (read["rgb"][:, 0] == 200)).all()
@@ -257,8 +258,8 @@ def test_photo_and_map_of_other_sizes_are_read_at_the_same_places() -> None:
 def test_a_thinned_cloud_takes_colors_and_scores_where_its_points_are(side: int) -> None:
     row, column = np.mgrid[:side, :side] / side
     cloud = np.stack([row + 1, column + 1, row + 1], axis=-1).astype(np.float32)
-    photo = np.stack([255 * row, 255 * column, 0 * row], axis=-1).astype(np.uint8)
-    packed = pack_cloud(cloud, photo, row, (0.0, 1.0))
+    image = np.stack([255 * row, 255 * column, 0 * row], axis=-1).astype(np.uint8)
+    packed = pack_cloud(cloud, image, row, (0.0, 1.0))
     assert packed is not None
     read = unpacked(packed)
     places = read["xyz"][:, :2] - 1
@@ -276,9 +277,3 @@ def test_a_single_point_is_packed() -> None:
     packed = pack_cloud(cloud, None, MAP, (0.0, 1.0))
     assert packed is not None
     assert unpacked(packed)["xyz"] == pytest.approx(np.array([[0.1, 0.2, 0.3]]), abs=1e-6)
-
-
-def test_the_heat_colors_of_the_script_are_those_of_the_maps() -> None:
-    colors = heat_colors()
-    assert colors[0] == "#000003" or colors[0] == "#000004"
-    assert all(len(color) == 7 for color in colors)

@@ -1,4 +1,4 @@
-"""report.html as main.py writes it: which files it shows, how many parts, and in whose folder."""
+"""report.html as main.py writes it: which files it shows, how many samples, and in whose folder."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from main_runs import (
     refusal,
     run_into,
 )
-from report_pages import parts_of, read_page
+from report_pages import read_page, samples_of
 
 
 def shown(folder: Path) -> list[dict]:
-    return parts_of((folder / "report.html").read_text())
+    return samples_of((folder / "report.html").read_text())
 
 
 def run_report(folder: Path, bagels: Path, *flags: object) -> list[dict]:
@@ -29,12 +29,12 @@ def test_the_report_shows_what_results_json_says(bagels: Path, tmp_path: Path) -
     out = tmp_path / "out"
     run = run_into(out, *SMALL, "--dataset_path", bagels, "--method_name", "DINO+Point_MAE")
     page = (out / "report.html").read_text()
-    assert {part["path"]: part["score"] for part in parts_of(page)} == {
+    assert {sample["path"]: sample["score"] for sample in samples_of(page)} == {
         sample["path"]: sample["score"] for sample in run.entry["samples"]
     }
     text = read_page(page).text
     assert f"{run.entry['threshold']['image']:.4g}" in text
-    assert "2 good parts of the training split" in text
+    assert "2 good samples of the training split" in text
     assert "Backbones: rgb efficientnet_lite0, xyz FPFH. Protocol: reference." in text
     assert "calibrate" in text.lower()
 
@@ -42,31 +42,31 @@ def test_the_report_shows_what_results_json_says(bagels: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("flags", "view", "cloud"),
     [
-        (["--method_name", "DINO"], "photo", None),
+        (["--method_name", "DINO"], "image", None),
         (["--method_name", "Point_MAE"], "depth", False),
-        (["--method_name", "Point_MAE", "--save_preds"], "photo", True),
-        (["--method_name", "DINO+Point_MAE"], "photo", True),
+        (["--method_name", "Point_MAE", "--save_preds"], "image", True),
+        (["--method_name", "DINO+Point_MAE"], "image", True),
     ],
 )
 def test_files_that_the_run_reads_are_shown(
     bagels: Path, tmp_path: Path, flags: list[str], view: str, cloud: bool | None
 ) -> None:
-    for part in run_report(tmp_path / "out", bagels, *flags):
-        assert part["view"]["name"] == view
-        assert (part["cloud"] and part["cloud"]["colored"]) == cloud
+    for sample in run_report(tmp_path / "out", bagels, *flags):
+        assert sample["view"]["name"] == view
+        assert (sample["cloud"] and sample["cloud"]["colored"]) == cloud
 
 
 def test_methods_side_by_side_show_the_same_files(bagels: Path, tmp_path: Path) -> None:
     flags = [*SMALL, "--dataset_path", bagels, "--method_name", "DINO", "Point_MAE", "--output_dir", tmp_path / "out"]
     printed(*flags)
     for method in ("DINO", "Point_MAE"):
-        parts = shown(tmp_path / "out" / method)
-        assert {part["view"]["name"] for part in parts} == {"photo"}
-        assert all(part["cloud"] for part in parts)
+        samples = shown(tmp_path / "out" / method)
+        assert {sample["view"]["name"] for sample in samples} == {"image"}
+        assert all(sample["cloud"] for sample in samples)
         assert f"<h1>{method}</h1>" in (tmp_path / "out" / method / "report.html").read_text()
 
 
-def test_the_number_of_shown_parts(bagels: Path, tmp_path: Path) -> None:
+def test_the_number_of_shown_samples(bagels: Path, tmp_path: Path) -> None:
     assert len(run_report(tmp_path / "all", bagels, "--method_name", "DINO")) == 2
     assert len(run_report(tmp_path / "one", bagels, "--method_name", "DINO", "--report_parts", 1)) == 1
     assert run_report(tmp_path / "none", bagels, "--method_name", "DINO", "--report_parts", 0) == []
@@ -82,6 +82,6 @@ def test_a_folder_in_place_of_the_report_is_refused(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
 
 
-def test_fewer_than_no_parts_are_refused(bagels: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fewer_than_no_samples_are_refused(bagels: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, *SMALL, "--dataset_path", bagels, "--report_parts", -1)
     assert "report_parts is -1" in message

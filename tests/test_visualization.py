@@ -29,7 +29,7 @@ def inputs() -> dict:
     mask = np.zeros((SIDE, SIDE), dtype=np.uint8)
     mask[4:12, 16:24] = 1
     return {
-        "photo": rng.integers(0, 255, (48, 48, 3), dtype=np.uint8),
+        "image": rng.integers(0, 255, (48, 48, 3), dtype=np.uint8),
         "mask": mask,
         "bank_maps": {name: rng.random((SIDE, SIDE)) for name in ("xyz", "rgb")},
         "anomaly_map": rng.random((SIDE, SIDE)),
@@ -95,9 +95,9 @@ def test_color_scale_of_flat_maps_is_usable() -> None:
 def test_figure_has_content_and_the_width_of_its_panels(tmp_path: Path, plain: np.ndarray) -> None:
     assert plain.shape[0] > 200
     assert len(np.unique(plain.reshape(-1, 3), axis=0)) > 1000
-    per_panel = plain.shape[1] / 6  # photo, ground truth, xyz, rgb, fused, overlay
+    per_panel = plain.shape[1] / 6  # image, ground truth, xyz, rgb, fused, overlay
     assert drawn(tmp_path, mask=None).shape[1] == pytest.approx(5 * per_panel, rel=0.02)
-    assert drawn(tmp_path, photo=None).shape[1] == pytest.approx(4 * per_panel, rel=0.02)
+    assert drawn(tmp_path, image=None).shape[1] == pytest.approx(4 * per_panel, rel=0.02)
 
 
 def test_the_map_of_a_single_bank_is_not_drawn_twice(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_the_map_of_a_single_bank_is_not_drawn_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"photo": inputs()["photo"][::-1]},
+        {"image": inputs()["image"][::-1]},
         {"mask": inputs()["mask"].T},
         {"mask": np.zeros((SIDE, SIDE))},
         {"bank_maps": {name: bank[::-1] for name, bank in inputs()["bank_maps"].items()}},
@@ -149,22 +149,22 @@ def test_outline_lies_where_the_defect_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, photo_size: tuple[int, int]
 ) -> None:
     height, width = photo_size
-    panels = panels_of(monkeypatch, tmp_path, photo=np.zeros((height, width, 3), np.uint8))
+    panels = panels_of(monkeypatch, tmp_path, image=np.zeros((height, width, 3), np.uint8))
     for name in ("ground truth", "overlay"):
         (path,) = panels[name].collections[0].get_paths()
-        box = path.get_extents()  # rows 4..12 and columns 16..24 of 32, on the extent of the photo
+        box = path.get_extents()  # rows 4..12 and columns 16..24 of 32, on the extent of the image
         half_a_pixel = 0.51 * max(photo_size) / SIDE
         assert box.y0 == pytest.approx(4 / SIDE * height, abs=half_a_pixel)
         assert box.y1 == pytest.approx(12 / SIDE * height, abs=half_a_pixel)
         assert box.x0 == pytest.approx(16 / SIDE * width, abs=half_a_pixel)
         assert box.x1 == pytest.approx(24 / SIDE * width, abs=half_a_pixel)
-    assert not panels["photo"].collections
+    assert not panels["image"].collections
 
 
 def test_heat_and_scale_of_each_panel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given = inputs()
     panels = panels_of(monkeypatch, tmp_path)
-    assert list(panels) == ["photo", "ground truth", "xyz", "rgb", "fused map", "overlay"]
+    assert list(panels) == ["image", "ground truth", "xyz", "rgb", "fused map", "overlay"]
     for name, key, wanted in (
         ("xyz", "xyz", given["bank_maps"]["xyz"]),
         ("rgb", "rgb", given["bank_maps"]["rgb"]),
@@ -174,12 +174,12 @@ def test_heat_and_scale_of_each_panel(monkeypatch: pytest.MonkeyPatch, tmp_path:
         heat = panels[name].images[-1]
         np.testing.assert_array_equal(heat.get_array(), wanted)
         assert heat.get_clim() == SCALE[key]
-    np.testing.assert_array_equal(panels["photo"].images[0].get_array(), given["photo"])
+    np.testing.assert_array_equal(panels["image"].images[0].get_array(), given["image"])
 
 
 def test_a_defect_that_fills_the_picture_is_outlined(tmp_path: Path) -> None:
     everything = drawn(tmp_path, mask=np.ones((SIDE, SIDE), dtype=bool))
-    nothing = drawn(tmp_path, mask=np.zeros((SIDE, SIDE), dtype=bool), photo=inputs()["photo"])
+    nothing = drawn(tmp_path, mask=np.zeros((SIDE, SIDE), dtype=bool), image=inputs()["image"])
     assert (everything != nothing).any()
 
 
@@ -210,8 +210,8 @@ def test_figures_leave_no_global_state(tmp_path: Path) -> None:
 # Overlays
 
 
-def overlay(folder: Path, photo: np.ndarray | None, anomaly_map: np.ndarray, threshold: float | None) -> np.ndarray:
-    save_overlay(folder / "overlay.png", photo, anomaly_map, (0.0, 2.0), threshold)
+def overlay(folder: Path, image: np.ndarray | None, anomaly_map: np.ndarray, threshold: float | None) -> np.ndarray:
+    save_overlay(folder / "overlay.png", image, anomaly_map, (0.0, 2.0), threshold)
     with Image.open(folder / "overlay.png") as image:
         return np.asarray(image.convert("RGB")).astype(int)
 
@@ -222,22 +222,22 @@ def test_the_threshold_is_the_middle_of_the_colors(threshold: float, scale: tupl
 
 
 def test_an_overlay_has_the_pixels_of_the_photo(tmp_path: Path) -> None:
-    photo = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    drawn = overlay(tmp_path, photo, np.zeros((8, 8)), None)
+    image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    drawn = overlay(tmp_path, image, np.zeros((8, 8)), None)
     assert drawn.shape == (60, 90, 3)
-    luma = photo @ np.array([0.299, 0.587, 0.114])
+    luma = image @ np.array([0.299, 0.587, 0.114])
     np.testing.assert_allclose(drawn, np.repeat(luma[..., None], 3, axis=2), atol=2)
-    photo = np.full((40, 2 * OVERLAY_SIDE, 3), 100, np.uint8)
-    assert overlay(tmp_path, photo, np.zeros((8, 8)), None).shape == (20, OVERLAY_SIDE, 3)
+    image = np.full((40, 2 * OVERLAY_SIDE, 3), 100, np.uint8)
+    assert overlay(tmp_path, image, np.zeros((8, 8)), None).shape == (20, OVERLAY_SIDE, 3)
 
 
 def test_what_is_above_the_threshold_is_outlined_in_its_place(tmp_path: Path) -> None:
-    photo = np.full((80, 80, 3), 128, np.uint8)
+    image = np.full((80, 80, 3), 128, np.uint8)
     anomaly_map = np.full((8, 8), 0.5)
     anomaly_map[1:3, 4:7] = 1.5
 
     def outline(threshold: float) -> np.ndarray:
-        return (np.abs(overlay(tmp_path, photo, anomaly_map, threshold) - (0, 229, 255)) < 3).all(axis=2)
+        return (np.abs(overlay(tmp_path, image, anomaly_map, threshold) - (0, 229, 255)) < 3).all(axis=2)
 
     rows, columns = np.nonzero(outline(1.0))
     assert abs(rows.min() - 10) <= 2 and abs(rows.max() - 30) <= 2
@@ -246,17 +246,17 @@ def test_what_is_above_the_threshold_is_outlined_in_its_place(tmp_path: Path) ->
 
 
 def test_what_is_far_below_the_threshold_shows_the_photo_alone(tmp_path: Path) -> None:
-    photo = np.full((16, 16, 3), 128, np.uint8)
+    image = np.full((16, 16, 3), 128, np.uint8)
     for value, shown in ((0.0, 0), (0.79, 0), (1.0, 10), (1.5, 60), (2.0, 100)):  # the scale is 0 to 2
-        drawn = overlay(tmp_path, photo, np.full((8, 8), value), 1.0)[8, 8]
+        drawn = overlay(tmp_path, image, np.full((8, 8), value), 1.0)[8, 8]
         assert np.abs(drawn - 128).max() >= shown and (shown or (drawn == 128).all()), value
 
 
 def test_equal_values_have_equal_colors_on_every_part(tmp_path: Path) -> None:
-    photo = np.full((16, 16, 3), 128, np.uint8)
+    image = np.full((16, 16, 3), 128, np.uint8)
     calm, wild = np.full((8, 8), 0.9), np.full((8, 8), 0.9)
     wild[4:] = 40.0
-    np.testing.assert_array_equal(overlay(tmp_path, photo, calm, 1.0)[:4], overlay(tmp_path, photo, wild, 1.0)[:4])
+    np.testing.assert_array_equal(overlay(tmp_path, image, calm, 1.0)[:4], overlay(tmp_path, image, wild, 1.0)[:4])
 
 
 def test_an_overlay_without_a_photo_is_the_map(tmp_path: Path) -> None:

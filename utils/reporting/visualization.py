@@ -1,37 +1,34 @@
-"""Pictures of predictions: anomaly maps as the official evaluation reads them, and one figure per sample."""
+"""Images of predictions: anomaly maps as the official evaluation reads them, overlays, and a figure per sample."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import matplotlib
 import numpy as np
-import tifffile
-import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
 from utils.scans.files import atomic_path
 
-FUSED = "fused"  # the key of the fused map in `scale`, beside the names of the banks
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+FUSED = "fused"  # key of the fused map in `scale`, beside the names of the banks
 HEAT = "inferno"
-OUTLINE = "#00e5ff"  # cyan: absent from the heat colors, so it shows on photo and heat alike
+OUTLINE = "#00e5ff"  # cyan: absent from the heat colors, so it shows on image and heat alike
 OVERLAY_OPACITY = 0.85  # at the upper end of the scale
-FAINT = 0.8  # of the way from the lower end to the threshold: what is below lets the photo show, as on all good parts
-PANEL_INCHES, GAP, HEAD, FOOT = 2.1, 0.08, 0.52, 0.36  # inches: a panel, between panels, above and below the row
+FAINT = 0.8  # share of the way from the lower end to the threshold below which the image shows alone
+PANEL_INCHES, GAP, HEAD, FOOT = 2.1, 0.08, 0.52, 0.36  # a panel, between panels, above and below the row
 DPI = 110
-OVERLAY_SIDE = 1024  # pixels: what a screen shows of an overlay
+OVERLAY_SIDE = 1024  # pixels of an overlay at most
 
 
 class _Panel(NamedTuple):
     title: str
-    photo: NDArray | None = None  # (H, W, 3) uint8, at the bottom
+    image: NDArray | None = None  # (H, W, 3) uint8, at the bottom
     heat: NDArray | None = None  # (S, S) float, above it
     limits: tuple[float, float] = (0.0, 1.0)  # of the heat colors
     outlined: NDArray | None = None  # (S, S) bool, on top
@@ -39,22 +36,25 @@ class _Panel(NamedTuple):
 
 def resize_map(anomaly_map: NDArray, size: tuple[int, int]) -> NDArray[np.float32]:
     """A map (S, S) at `size` = (H, W), resized bilinearly (align_corners False)."""
+    import torch
+
     tensor = torch.as_tensor(np.asarray(anomaly_map, dtype=np.float32))[None, None]
     return torch.nn.functional.interpolate(tensor, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
 
 
 def save_anomaly_map(path: Path | str, anomaly_map: NDArray, size: tuple[int, int]) -> None:
-    """Write a map (S, S) as float32 tiff of `size` = (H, W), see `resize_map`.
+    """Write a map (S, S) as float32 tiff of `size` = (H, W), the size of the sample's ground truth.
 
-    `size` is that of the scan's ground truth: the official MVTec 3D-AD evaluation compares pixel by pixel, and reads
-    <output_dir>/anomaly_maps/<class>/test/<defect>/<stem>.tiff.
+    MVTec's official evaluation reads <output_dir>/anomaly_maps/<class>/test/<defect>/<stem>.tiff, pixel by pixel.
     """
+    import tifffile
+
     with atomic_path(path) as temporary:
         tifffile.imwrite(temporary, resize_map(anomaly_map, size), photometric="minisblack")
 
 
 def color_scale(maps: Iterable[NDArray]) -> tuple[float, float]:
-    """The color limits (lo, hi) for all maps (S, S) of one class: the lowest value and the 99.9 % quantile.
+    """Color limits (lo, hi) for all maps (S, S) of one class: the lowest value and the 99.9 % quantile.
 
     The quantile keeps a few hot pixels from darkening every figure of the class; they get the last color.
     """
@@ -66,38 +66,48 @@ def color_scale(maps: Iterable[NDArray]) -> tuple[float, float]:
 
 
 def threshold_scale(threshold: float) -> tuple[float, float]:
-    """Color limits (lo, hi) with a detector's pixel threshold in the middle, the same for every part it judges."""
+    """Color limits (lo, hi) with a detector's pixel threshold in the middle, the same for all its predictions."""
     reach = abs(threshold) or 1.0
     return threshold - reach, threshold + reach
 
 
+def heat_colors(strength: NDArray) -> NDArray[np.uint8]:
+    """Colors (…, 3) of values (…) from 0 to 1."""
+    import matplotlib
+
+    return matplotlib.colormaps[HEAT](strength, bytes=True)[..., :3]
+
+
 def save_overlay(
     path: Path | str,
-    photo: NDArray | None,
+    image: NDArray | None,
     anomaly_map: NDArray,
     scale: tuple[float, float],
     threshold: float | None,
 ) -> None:
-    """Write one picture as PNG, without margin or text: the map in heat colors over the gray photo.
+    """Write a PNG, without margin or text: the map in heat colors over the gray image.
 
     Args:
-        photo: (H, W, 3) uint8, or None: the map alone.
-        anomaly_map: (h, w) float, of the same view; the picture has the size of the photo, else of the map, but at most
+        path: of the PNG.
+        image: (H, W, 3) uint8, or None: the map alone.
+        anomaly_map: (h, w) float, of the same view; the PNG has the size of the image, else of the map, but at most
             OVERLAY_SIDE pixels a side.
         scale: color limits (lo, hi), see `threshold_scale`.
-        threshold: what is above it is outlined, and what is far below it shows the photo alone; None: nothing is
-            outlined, and the heat begins at lo.
+        threshold: values above it are outlined, and values far below it show the image alone; None: no outline, and
+            the heat begins at lo.
 
-    Without a figure of matplotlib's, whose parts refer to each other: memory would wait for the garbage collection.
+    Drawn without a matplotlib figure, whose memory would wait for the garbage collection.
     """
-    height, width = np.shape(anomaly_map if photo is None else photo)[:2]
+    import matplotlib
+
+    height, width = np.shape(anomaly_map if image is None else image)[:2]
     shrink = min(1.0, OVERLAY_SIDE / max(height, width))
     size = max(1, round(height * shrink)), max(1, round(width * shrink))
     heat = resize_map(anomaly_map, size)
-    strength = np.clip((heat - scale[0]) / (scale[1] - scale[0]), 0, 1)[..., None]
-    colors = matplotlib.colormaps[HEAT](strength[..., 0])[..., :3] * 255
-    if photo is not None:
-        smaller = Image.fromarray(photo).resize(size[::-1], Image.Resampling.BOX) if shrink < 1 else photo
+    strength = np.clip((heat - scale[0]) / (scale[1] - scale[0]), 0, 1)
+    colors = matplotlib.colormaps[HEAT](strength)[..., :3] * 255
+    if image is not None:
+        smaller = Image.fromarray(image).resize(size[::-1], Image.Resampling.BOX) if shrink < 1 else image
         start = scale[0] if threshold is None else scale[0] + FAINT * (threshold - scale[0])
         opacity = OVERLAY_OPACITY * np.clip((heat - start) / (scale[1] - start), 0, 1)[..., None]
         colors = opacity * colors + (1 - opacity) * _gray(np.asarray(smaller))
@@ -108,58 +118,63 @@ def save_overlay(
 
 
 def _outline_pixels(colors: NDArray, mask: NDArray[np.bool_]) -> None:
-    """Draw the border of each region (H, W) into the picture (H, W, 3), within it; a dark line beside it as above."""
+    """Draw the border of each region of the mask (H, W) into colors (H, W, 3), with a dark line around it."""
     width = max(1, round(max(mask.shape) / 200))
     inner = ndimage.binary_erosion(mask, iterations=width)
     colors[ndimage.binary_dilation(mask, iterations=width) & ~mask] = 0
-    colors[mask & ~inner] = np.array(to_rgb(OUTLINE)) * 255
+    colors[mask & ~inner] = list(bytes.fromhex(OUTLINE[1:]))
 
 
 def save_prediction_figure(
     path: Path | str,
-    photo: NDArray | None,
+    image: NDArray | None,
     mask: NDArray | None,
     bank_maps: Mapping[str, NDArray],
     anomaly_map: NDArray,
     scale: Mapping[str, tuple[float, float]],
     title: str,
 ) -> None:
-    """Write a row of panels as PNG: photo, ground truth, each bank's map, the fused map, and the same over the photo.
+    """Write a PNG of panels: image, ground truth, each bank's map, the fused map, and the same over the image.
 
     Args:
-        photo: (H, W, 3) uint8, or None. It may be larger than the maps: every panel covers its extent.
-        mask: (S, S) bool or 0-1, 1 = defect, or None where there is no ground truth.
-        bank_maps: {bank: (S, S) float} before decision fusion. The map of a single bank that is the fused map itself
-            is not drawn twice.
+        path: of the PNG.
+        image: (H, W, 3) uint8, or None. It may be larger than the maps: all panels are stretched over its extent.
+        mask: (S, S) bool or 0-1, 1 = defect, or None without ground truth. Defects are outlined.
+        bank_maps: {bank: (S, S) float} before decision fusion. A single bank's map, which is the fused map, is drawn
+            once.
         anomaly_map: (S, S) float, fused.
-        scale: (lo, hi) of each bank and of FUSED, one per class (see `color_scale`) so that its figures compare.
+        scale: (lo, hi) of each bank and of FUSED, the same for all figures of a class (see `color_scale`).
         title: of the whole figure, plain text.
 
-    Defects are outlined on the ground truth and on the overlay. Raises ValueError for a map without a usable scale.
+    Raises:
+        ValueError: a map has no usable scale.
     """
     banks = dict(bank_maps)
     if len(banks) == 1 and np.array_equal(next(iter(banks.values())), anomaly_map):
         banks = {}
     for name in (*banks, FUSED):
         if name not in scale or not scale[name][0] < scale[name][1]:
-            raise ValueError(f"the color scale of {name} is {scale.get(name)}; expected (lo, hi) with lo below hi")
+            raise ValueError(f"The color scale of {name} is {scale.get(name)}. Pass (lo, hi) with lo below hi.")
 
     defect = None if mask is None else np.asarray(mask) > 0.5
-    panels = [] if photo is None else [_Panel("photo", photo)]
+    panels = [] if image is None else [_Panel("image", image)]
     if defect is not None:
-        panels.append(_Panel("ground truth" if defect.any() else "ground truth: good", photo, outlined=defect))
+        panels.append(_Panel("ground truth" if defect.any() else "ground truth: good", image, outlined=defect))
     panels += [_Panel(name, heat=bank_map, limits=scale[name]) for name, bank_map in banks.items()]
     panels.append(_Panel(f"{FUSED} map" if banks else "anomaly map", heat=anomaly_map, limits=scale[FUSED]))
-    if photo is not None:
-        panels.append(_Panel("overlay", _gray(photo), anomaly_map, scale[FUSED], defect))
+    if image is not None:
+        panels.append(_Panel("overlay", _gray(image), anomaly_map, scale[FUSED], defect))
 
-    figure = _draw(panels, np.shape(anomaly_map if photo is None else photo)[:2], title)
+    figure = _draw(panels, np.shape(anomaly_map if image is None else image)[:2], title)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=DPI)
 
 
-def _draw(panels: list[_Panel], size: tuple[int, ...], title: str) -> Figure:
-    """All panels in one row over the extent (H, W) = `size`, without pyplot, which would keep every figure alive."""
+def _draw(panels: list[_Panel], size: tuple[int, ...], title: str) -> "Figure":
+    """All panels in one row over the extent (H, W) = `size`; without pyplot, which would keep every figure alive."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     height, width = size
     panel_height = PANEL_INCHES * height / width
     row_width = (PANEL_INCHES + GAP) * len(panels) + GAP
@@ -173,7 +188,7 @@ def _draw(panels: list[_Panel], size: tuple[int, ...], title: str) -> Figure:
         axes.set(xticks=[], yticks=[], facecolor="black")
         axes.set_title(panel.title, fontsize=9, pad=4, parse_math=False)
         heat = _draw_layers(axes, panel, extent=(0, width, height, 0))
-        if heat is not None and panel.photo is None:
+        if heat is not None and panel.image is None:
             bar_axes = figure.add_axes(_box(left, FOOT - 0.17, PANEL_INCHES, 0.1, inches))
             bar = figure.colorbar(heat, cax=bar_axes, orientation="horizontal", ticks=panel.limits)
             low, high = bar.ax.set_xticklabels([f"{limit:.3g}" for limit in panel.limits], fontsize=7)
@@ -183,19 +198,19 @@ def _draw(panels: list[_Panel], size: tuple[int, ...], title: str) -> Figure:
 
 
 def _box(left: float, bottom: float, width: float, height: float, inches: NDArray) -> tuple[float, float, float, float]:
-    """A rectangle given in inches as fractions of the figure."""
+    """A rectangle in inches as fractions of the figure."""
     return left / inches[0], bottom / inches[1], width / inches[0], height / inches[1]
 
 
-def _draw_layers(axes: Axes, panel: _Panel, extent: tuple[int, int, int, int]) -> AxesImage | None:
-    """Photo, heat and outline of one panel, stretched over the same extent; the heat is returned for its color bar."""
+def _draw_layers(axes: "Axes", panel: _Panel, extent: tuple[int, int, int, int]) -> "AxesImage | None":
+    """Draw image, heat and outline of a panel over one extent; return the heat for its color bar."""
     heat = None
-    if panel.photo is not None:
-        axes.imshow(panel.photo, extent=extent, aspect="auto")
+    if panel.image is not None:
+        axes.imshow(panel.image, extent=extent, aspect="auto")
     if panel.heat is not None:
         low, high = panel.limits
         strength = np.clip((np.asarray(panel.heat, dtype=float) - low) / (high - low), 0, 1)
-        alpha = None if panel.photo is None else OVERLAY_OPACITY * strength  # the photo shows where nothing is found
+        alpha = None if panel.image is None else OVERLAY_OPACITY * strength  # low values let the image show
         heat = axes.imshow(panel.heat, extent=extent, aspect="auto", cmap=HEAT, vmin=low, vmax=high, alpha=alpha)
     if panel.outlined is not None:
         _outline(axes, panel.outlined, extent)
@@ -203,10 +218,10 @@ def _draw_layers(axes: Axes, panel: _Panel, extent: tuple[int, int, int, int]) -
     return heat
 
 
-def _outline(axes: Axes, mask: NDArray[np.bool_], extent: tuple[int, int, int, int]) -> None:
-    """Draw the border of each region, also along the edge of the picture; a dark line below keeps it legible."""
+def _outline(axes: "Axes", mask: NDArray[np.bool_], extent: tuple[int, int, int, int]) -> None:
+    """Draw the border of each region, also along the edge of the image; a dark line below keeps it legible."""
     padded = np.pad(mask, 1).astype(float)
-    if not padded.any():  # contour warns where there is nothing to find
+    if not padded.any():  # contour would warn
         return
     _, width, height, _ = extent
     rows, columns = mask.shape
@@ -216,7 +231,7 @@ def _outline(axes: Axes, mask: NDArray[np.bool_], extent: tuple[int, int, int, i
     axes.contour(x, y, padded, levels=[0.5], colors=OUTLINE, linewidths=1.1)
 
 
-def _gray(photo: NDArray) -> NDArray:
-    """The photo (H, W, 3) without color, so that the colors of the heat are its own."""
-    luma = np.asarray(photo) @ np.array([0.299, 0.587, 0.114])
+def _gray(image: NDArray) -> NDArray:
+    """The image (H, W, 3) without color, so that the colors of the heat are its own."""
+    luma = np.asarray(image) @ np.array([0.299, 0.587, 0.114])
     return np.repeat(luma[..., None], 3, axis=2).round().astype(np.uint8)

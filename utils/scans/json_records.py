@@ -15,6 +15,10 @@ from utils.scans.files import atomic_path, cannot_read, cannot_write
 Record = TypeVar("Record")
 
 
+class MissingRecordError(InputError):
+    """The file does not exist."""
+
+
 def read_record(path: Path, kind: type[Record], schema: int, fix: str) -> Record:
     """Read a JSON file into a typed class.
 
@@ -25,12 +29,13 @@ def read_record(path: Path, kind: type[Record], schema: int, fix: str) -> Record
         fix: the remedy for a missing, damaged or older file, a sentence without its full stop.
 
     Raises:
-        InputError: the file is missing, cannot be read, is not JSON, has another schema, or a field is wrong.
+        MissingRecordError: the file does not exist.
+        InputError: the file cannot be read, is not JSON, has another schema, or a field is wrong.
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing. {fix}.") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingRecordError(f"{path} is missing. {fix}.") from None
     except OSError as error:
         raise cannot_read(path, error) from None
     except UnicodeDecodeError as error:
@@ -76,7 +81,7 @@ def plain_json(value: object) -> Any:
         TypeError: the value is no data.
     """
     if isinstance(value, msgspec.Struct):
-        return msgspec.structs.asdict(value)
+        return dict(zip(value.__struct_encode_fields__, msgspec.structs.astuple(value), strict=True))
     if is_dataclass(value) and not isinstance(value, type):
         return vars(value)
     if isinstance(value, PurePath):

@@ -1,35 +1,35 @@
-"""What the report keeps of an evaluated class: its figures, its curves thinned, and the shown parts."""
+"""What the report keeps of an evaluated class: its metrics, thinned curves, scores, and the shown samples."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import roc_curve
 
 from utils.au_pro import UndefinedMetricError, pro_curve
 from utils.metrics import EXACT_LIMITS
-from utils.reporting.html_report.gallery import Decision, JudgedPart, ReadArray, gallery, outcome
+from utils.reporting.html_report.gallery import Decision, EvaluatedSample, ReadArray, gallery, outcome
 
 CURVE_POINTS = 200
-PRO_LIMIT = max(map(float, EXACT_LIMITS))  # false positive rate at which the PRO curve is cut off
+PRO_LIMIT = max(map(float, EXACT_LIMITS))  # false positive rate at which the PRO curve ends
 
-Curve = tuple[NDArray, NDArray]  # (P,) false positive rates, ascending, and (P,) what they buy
+Curve = tuple[list[float], list[float]]  # false positive rates, ascending, and the curve's values at them
 
 
-class ClassReport(NamedTuple):
-    """A class on its page; the maps and predictions it comes from need not be kept."""
+class ClassReport(msgspec.Struct, frozen=True):
+    """One class of the report; small enough to keep after its maps are gone."""
 
     name: str
-    entry: Mapping[str, Any]  # of results.json
-    decision: Decision | None  # None: undefined for want of defective or of good parts
-    outcomes: Mapping[str, int]  # how many parts of the whole split
+    entry: dict[str, Any]  # of results.json
+    decision: Decision | None  # None: undefined without defective or without good samples
+    outcomes: dict[str, int]  # number of samples of the whole split
     roc: Curve | None
     pro: Curve | None
-    good_scores: NDArray
-    defective_scores: NDArray
-    parts: list[dict[str, Any]]  # see `gallery`
+    good_scores: list[float]
+    defective_scores: list[float]
+    samples: list[dict[str, Any]] = msgspec.field(name="parts")  # see `gallery`
 
     @property
     def total(self) -> int:
@@ -39,25 +39,25 @@ class ClassReport(NamedTuple):
 def report_class(
     name: str,
     entry: Mapping[str, Any],
-    parts: Sequence[JudgedPart],
+    samples: Sequence[EvaluatedSample],
     read_rgb: ReadArray,
     read_cloud: ReadArray,
     limit: int,
 ) -> ClassReport:
     """Condense the evaluation of a class; arguments as in `gallery`, `entry` is the class's in results.json."""
     decision = decide(entry)
-    labels = np.array([part.label for part in parts])
-    scores = np.array([part.prediction.score for part in parts])
+    labels = np.array([sample.label for sample in samples])
+    scores = np.array([sample.prediction.score for sample in samples])
     return ClassReport(
         name,
-        entry,
+        dict(entry),
         decision,
-        Counter(outcome(part, decision) for part in parts),
+        dict(Counter(outcome(sample, decision) for sample in samples)),
         _roc(labels, scores),
-        _pro(parts),
-        scores[labels == 0],
-        scores[labels == 1],
-        gallery(parts, decision, limit, read_rgb, read_cloud),
+        _pro(samples),
+        scores[labels == 0].tolist(),
+        scores[labels == 1].tolist(),
+        gallery(samples, decision, limit, read_rgb, read_cloud),
     )
 
 
@@ -66,39 +66,41 @@ def decide(entry: Mapping[str, Any]) -> Decision | None:
     calibrated = entry.get("threshold")
     if calibrated is not None:
         source = (
-            f"calibrated on {calibrated['parts']} good parts of the {calibrated['source']} split for a false-alarm "
+            f"calibrated on {calibrated['parts']} good samples of the {calibrated['source']} split for a false-alarm "
             f"rate of {calibrated['target_fpr']:.3g}"
         )
-        least = 1 / (calibrated["parts"] + 1)
-        if calibrated["target_fpr"] < least * (1 - 1e-9):
-            source += f", though so few parts allow {least:.2g} at best"
+        lowest = 1 / (calibrated["parts"] + 1)
+        if calibrated["target_fpr"] < lowest * (1 - 1e-9):
+            source += f", though so few samples allow {lowest:.2g} at best"
         if calibrated["source"] == "training":
-            source += "; the scores of training parts run low, so that more alarms are to be expected"
+            source += "; training samples score low, so expect more false alarms"
         return Decision(calibrated["image"], source)
     if entry.get("f1_threshold") is not None:
-        return Decision(entry["f1_threshold"], "not calibrated, the one of the best F1 on these very parts")
+        return Decision(entry["f1_threshold"], "not calibrated, the one of the best F1 on these samples")
     return None
 
 
 def _roc(labels: NDArray, scores: NDArray) -> Curve | None:
+    from sklearn.metrics import roc_curve
+
     if labels.all() or not labels.any():
         return None
     fprs, tprs, _ = roc_curve(labels, scores)
-    return fprs, tprs
+    return fprs.tolist(), tprs.tolist()
 
 
-def _pro(parts: Sequence[JudgedPart]) -> Curve | None:
+def _pro(samples: Sequence[EvaluatedSample]) -> Curve | None:
+    masks = [sample.mask.numpy() for sample in samples]
+    maps = [sample.prediction.anomaly_map.numpy() for sample in samples]
     try:
-        fprs, pros = pro_curve(
-            [part.mask.numpy() for part in parts], [part.prediction.anomaly_map.numpy() for part in parts]
-        )
+        return thin_curve(*pro_curve(masks, maps))
     except UndefinedMetricError:
         return None
-    return thin_curve(fprs, pros)
 
 
 def thin_curve(fprs: NDArray, pros: NDArray) -> Curve:
-    """The exact curve up to PRO_LIMIT through at most CURVE_POINTS of its points, dense where it is steep, near 0."""
+    """The exact curve up to PRO_LIMIT through at most CURVE_POINTS of its points, denser near 0, where it is steep."""
     wanted = PRO_LIMIT * np.linspace(0, 1, CURVE_POINTS - 2) ** 2
     index = np.unique(np.append(0, np.searchsorted(fprs, wanted, side="right") - 1))
-    return np.append(fprs[index], PRO_LIMIT), np.append(pros[index], np.interp(PRO_LIMIT, fprs, pros))
+    end = float(np.interp(PRO_LIMIT, fprs, pros))
+    return [*fprs[index].tolist(), PRO_LIMIT], [*pros[index].tolist(), end]

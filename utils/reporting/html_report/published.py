@@ -1,10 +1,10 @@
-"""Published figures of M3DM, and the runs that they may stand beside: the paper's own setting, nothing near it."""
+"""Published metrics of M3DM, shown beside a run of exactly the paper's setting."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 _LAMBDAS = {"xyz": 1.0, "rgb": 0.1, "fusion": 1.0}
-# Names and values of the arguments that decide what is computed, as the published tables were made.
+# Arguments of the published tables, as far as they decide the numbers.
 PAPER_ARGS = {
     "dataset_type": "mvtec3d",
     "protocol": "reference",
@@ -26,14 +26,14 @@ PAPER_ARGS = {
     "xyz_checkpoint": None,
     **{f"{bank}_{kind}_lambda": weight for kind in ("s", "smap") for bank, weight in _LAMBDAS.items()},
 }
-LEAST_MAX_SAMPLE = 400  # above the size of the largest training split, so that all of it is used
+LEAST_MAX_SAMPLE = 400  # above the size of the largest training split
 CLASSES = ("bagel", "cable_gland", "carrot", "cookie", "dowel", "foam", "peach", "potato", "rope", "tire")
-# Of MVTec 3D-AD, 1197 in all: other data under the same names is not what the paper measured.
-TEST_PARTS = dict(zip(CLASSES, (110, 108, 159, 131, 130, 100, 132, 114, 101, 112), strict=True))
+# Sizes of the test splits of MVTec 3D-AD, 1197 in all: other data may use the same names.
+TEST_SAMPLES = dict(zip(CLASSES, (110, 108, 159, 131, 130, 100, 132, 114, 101, 112), strict=True))
 
 
 class Published(NamedTuple):
-    """Figures of one method under the keys of results.json; `mean` is over all of CLASSES."""
+    """Metrics of one method under the keys of results.json; `mean` is over all of CLASSES."""
 
     source: str
     classes: Mapping[str, Mapping[str, float]]
@@ -64,17 +64,17 @@ FIGURES = {
 
 
 def published_figures(args: Mapping[str, Any], classes: Mapping[str, Mapping[str, Any]]) -> Published | None:
-    """The figures to show beside a run of these arguments and classes (those of results.json), or None.
+    """Published metrics for a run of these arguments and classes (of results.json), or None.
 
-    They are shown where method, backbones, protocol, dataset type and every class with the number of its test parts
-    are the paper's; the mean only where all ten classes are there.
+    Method, backbones, protocol, dataset type and the number of test samples of every class must be the paper's; the
+    mean also needs all ten classes.
     """
     figures = FIGURES.get(str(args.get("method_name")))
     wanted = dict(PAPER_ARGS)
-    if figures is None or any(TEST_PARTS.get(name) != len(entry["samples"]) for name, entry in classes.items()):
+    if figures is None or any(TEST_SAMPLES.get(name) != len(entry["samples"]) for name, entry in classes.items()):
         return None
     if args["method_name"] == "Point_MAE":
-        del wanted["rgb_backbone_name"]  # it has no RGB branch
+        del wanted["rgb_backbone_name"]  # no RGB branch
     else:
         wanted["use_uff"] = True
     few = (args.get("max_sample") or 0) < LEAST_MAX_SAMPLE  # or unknown, as with --load_detector

@@ -1,14 +1,14 @@
-// The gallery of a report: filters, a viewer that walks from part to part, and a 3D view that is drawn on request.
+// The gallery of a report: filters, a viewer that walks from sample to sample, and a 3D view that is drawn on request.
 const byId = (id) => document.getElementById(id);
-const { parts, heat } = JSON.parse(byId("parts").textContent);
+const { samples, heat } = JSON.parse(byId("samples").textContent);
 const cards = byId("cards");
 const viewer = byId("viewer");
 const plot = byId("plot");
 const CAMERA = { eye: { x: 0.2, y: -0.6, z: 1.2 }, up: { x: 0, y: 1, z: 0 }, center: { x: 0, y: 0, z: 0 } };
 const LIGHT = { diffuse: 0.5, specular: 0.1, roughness: 0.8, fresnel: 0.1 };
-let shown = []; // numbers of the parts that the filters leave
+let shown = []; // numbers of the samples that the filters leave
 let current = -1; // where the viewer stands in `shown`
-let space = { open: false, color: "photo", drawing: 0 }; // of the 3D view; drawing counts the requests
+let space = { open: false, color: "image", drawing: 0 }; // of the 3D view; drawing counts the requests
 
 // Elements
 
@@ -18,42 +18,42 @@ function element(name, properties = {}, ...children) {
   return made;
 }
 
-function picture(part, source, alt, outlined) {
-  const [width, height] = part.size;
+function picture(sample, source, alt, outlined) {
+  const [width, height] = sample.size;
   const shot = element("span", { className: "shot" });
   shot.style.aspectRatio = `${width} / ${height}`;
   shot.append(element("img", { src: source, alt, width, height, loading: "lazy", decoding: "async" }));
-  if (outlined && part.truth) {
-    shot.append(element("img", { src: part.truth, alt: "", width, height, loading: "lazy", decoding: "async" }));
+  if (outlined && sample.truth) {
+    shot.append(element("img", { src: sample.truth, alt: "", width, height, loading: "lazy", decoding: "async" }));
   }
   return shot;
 }
 
 const score = (value, digits = 4) => Number(value.toPrecision(digits)).toString();
 
-function outcome(part) {
-  const made = element("span", { className: "outcome", textContent: part.outcome });
-  made.dataset.outcome = part.outcome;
+function outcome(sample) {
+  const made = element("span", { className: "outcome", textContent: sample.outcome });
+  made.dataset.outcome = sample.outcome;
   return made;
 }
 
 // Cards and filters
 
-function card(part, number) {
+function card(sample, number) {
   const pair = element("span", { className: "pair" });
-  if (part.view) pair.append(picture(part, part.view.picture, part.view.name, true));
+  if (sample.view) pair.append(picture(sample, sample.view.picture, sample.view.name, true));
   else pair.classList.add("alone");
-  pair.append(picture(part, part.maps.fused, "anomaly map", !part.view));
+  pair.append(picture(sample, sample.maps.fused, "anomaly map", !sample.view));
   const button = element(
     "button",
     { type: "button" },
     pair,
-    element("span", {}, outcome(part), ` ${score(part.score)}`),
-    element("span", { className: "card-path", textContent: `${part.class} · ${part.path.replace(/^test\//, "")}` }),
+    element("span", {}, outcome(sample), ` ${score(sample.score)}`),
+    element("span", { className: "card-path", textContent: `${sample.class} · ${sample.path.replace(/^test\//, "")}` }),
   );
   button.addEventListener("click", () => open(shown.indexOf(number)));
   const item = element("li", {}, button);
-  item.dataset.part = number;
+  item.dataset.sample = number;
   return item;
 }
 
@@ -62,12 +62,12 @@ const selects = [...document.querySelectorAll("[data-filter]")];
 function filter() {
   shown = [];
   for (const item of cards.children) {
-    const part = parts[item.dataset.part];
-    const kept = selects.every((select) => !select.value || part[select.dataset.filter] === select.value);
+    const sample = samples[item.dataset.sample];
+    const kept = selects.every((select) => !select.value || sample[select.dataset.filter] === select.value);
     item.hidden = !kept;
-    if (kept) shown.push(Number(item.dataset.part));
+    if (kept) shown.push(Number(item.dataset.sample));
   }
-  byId("count").textContent = shown.length ? `${shown.length} of ${parts.length} parts` : "No part fits these filters.";
+  byId("count").textContent = shown.length ? `${shown.length} of ${samples.length} samples` : "No sample fits these filters.";
 }
 
 function walkCards(event) {
@@ -87,45 +87,45 @@ function walkCards(event) {
 
 // Viewer
 
-function panel(part, title, source, alt, outlined) {
+function panel(sample, title, source, alt, outlined) {
   return element(
     "figure",
     {},
     element("figcaption", {}, element("b", { textContent: title })),
-    picture(part, source, alt, outlined),
+    picture(sample, source, alt, outlined),
   );
 }
 
-function facts(part) {
-  const banks = Object.entries(part.scores).map(([name, value]) => `${name} ${score(value)}`);
-  const truth = part.label ? `defective (${part.defect})` : "good";
-  return ` · ${truth} · score ${score(part.score)}` + (banks.length ? ` · of the banks: ${banks.join(", ")}` : "");
+function facts(sample) {
+  const banks = Object.entries(sample.scores).map(([name, value]) => `${name} ${score(value)}`);
+  const truth = sample.label ? `defective (${sample.defect})` : "good";
+  return ` · ${truth} · score ${score(sample.score)}` + (banks.length ? ` · of the banks: ${banks.join(", ")}` : "");
 }
 
 function show(position) {
   current = position;
-  const part = parts[shown[position]];
-  byId("viewer-title").textContent = `${part.class} / ${part.path}`;
-  const name = element("span", { className: "unseen", textContent: `${part.class} / ${part.path}: ` });
-  byId("viewer-facts").replaceChildren(name, outcome(part), facts(part)); // read aloud as a whole
+  const sample = samples[shown[position]];
+  byId("viewer-title").textContent = `${sample.class} / ${sample.path}`;
+  const name = element("span", { className: "unseen", textContent: `${sample.class} / ${sample.path}: ` });
+  byId("viewer-facts").replaceChildren(name, outcome(sample), facts(sample)); // read aloud as a whole
   byId("position").textContent = `${position + 1} / ${shown.length}`;
   // not disabled: that would take the focus, and with it the keyboard, away from the viewer
   byId("previous").setAttribute("aria-disabled", String(position === 0));
   byId("next").setAttribute("aria-disabled", String(position === shown.length - 1));
   const panels = [];
-  if (part.view) {
-    panels.push(panel(part, part.view.name, part.view.picture, part.view.name, false));
-    const unmarked = part.label ? "ground truth: no marked pixel" : "ground truth: good";
-    const truth = part.truth ? "ground truth" : unmarked;
-    panels.push(panel(part, truth, part.view.picture, truth, true));
+  if (sample.view) {
+    panels.push(panel(sample, sample.view.name, sample.view.picture, sample.view.name, false));
+    const unmarked = sample.label ? "ground truth: no marked pixel" : "ground truth: good";
+    const truth = sample.truth ? "ground truth" : unmarked;
+    panels.push(panel(sample, truth, sample.view.picture, truth, true));
   }
-  for (const [name, map] of Object.entries(part.maps)) {
-    const title = name !== "fused" ? `${name} map` : Object.keys(part.maps).length > 1 ? "fused map" : "anomaly map";
-    panels.push(panel(part, title, map, title, !part.view));
+  for (const [name, map] of Object.entries(sample.maps)) {
+    const title = name !== "fused" ? `${name} map` : Object.keys(sample.maps).length > 1 ? "fused map" : "anomaly map";
+    panels.push(panel(sample, title, map, title, !sample.view));
   }
   byId("panels").replaceChildren(...panels);
-  byId("space").hidden = !part.cloud;
-  if (part.cloud && space.open) draw(part);
+  byId("space").hidden = !sample.cloud;
+  if (sample.cloud && space.open) draw(sample);
   else clear();
 }
 
@@ -151,7 +151,7 @@ function viewerKeys(event) {
     ArrowLeft: () => step(-1),
     ArrowRight: () => step(1),
     3: toggleSpace,
-    p: () => colorSpace("photo"),
+    p: () => colorSpace("image"),
     s: () => colorSpace("score"),
   };
   if (!actions[key]) return;
@@ -162,7 +162,7 @@ function viewerKeys(event) {
 function closed() {
   space.open = false;
   clear();
-  const item = cards.querySelector(`li[data-part="${shown[current]}"] > button`);
+  const item = cards.querySelector(`li[data-sample="${shown[current]}"] > button`);
   if (item) item.focus();
 }
 
@@ -197,7 +197,7 @@ async function unpack(cloud) {
   const unpacked = { x: axis(0, 1), y: axis(1, -1), z: axis(2, -1), score: Array.from(plane(0)) };
   if (cloud.colored) {
     const [red, green, blue] = [plane(1), plane(2), plane(3)];
-    unpacked.photo = Array.from(red, (value, i) => `rgb(${value},${green[i]},${blue[i]})`);
+    unpacked.image = Array.from(red, (value, i) => `rgb(${value},${green[i]},${blue[i]})`);
   }
   const bits = new Uint8Array(buffer, (cloud.colored ? 10 : 7) * n);
   return { ...unpacked, ...surface(unpacked, cloud.grid, bits) };
@@ -236,9 +236,9 @@ function surface(points, [rows, columns], bits) {
   return { i, j, k };
 }
 
-function colors(part, points) {
-  if (points.photo && space.color === "photo") return { vertexcolor: points.photo, lighting: { ...LIGHT, ambient: 0.7 } };
-  const [low, high] = part.cloud.limits;
+function colors(sample, points) {
+  if (points.image && space.color === "image") return { vertexcolor: points.image, lighting: { ...LIGHT, ambient: 0.7 } };
+  const [low, high] = sample.cloud.limits;
   return {
     intensity: points.score,
     colorscale: heat.map((color, i) => [i / (heat.length - 1), color]),
@@ -278,7 +278,7 @@ function layout(points) {
   };
 }
 
-async function draw(part) {
+async function draw(sample) {
   const request = ++space.drawing;
   const note = byId("space-note");
   plot.hidden = false;
@@ -287,16 +287,16 @@ async function draw(part) {
   try {
     if (!window.Plotly) note.textContent = "Starting the 3D view …";
     await loadLibrary();
-    const points = await unpack(part.cloud);
-    if (request !== space.drawing) return; // another part was asked for meanwhile
-    const trace = { type: "mesh3d", ...points, ...colors(part, points), hoverinfo: "skip" };
+    const points = await unpack(sample.cloud);
+    if (request !== space.drawing) return; // another sample was asked for meanwhile
+    const trace = { type: "mesh3d", ...points, ...colors(sample, points), hoverinfo: "skip" };
     await Plotly.react(plot, [trace], layout(points), { displayModeBar: false, responsive: true });
-    note.textContent = `${part.cloud.points.toLocaleString("en")} points. Drag or Shift + arrow keys to turn; scroll, pinch or + and − to zoom.`;
+    note.textContent = `${sample.cloud.points.toLocaleString("en")} points. Drag or Shift + arrow keys to turn; scroll, pinch or + and − to zoom.`;
   } catch (error) {
     note.textContent = `This browser cannot draw it (${error.message}).`;
   }
-  byId("colors").hidden = !part.cloud.colored;
-  const color = part.cloud.colored ? space.color : "score";
+  byId("colors").hidden = !sample.cloud.colored;
+  const color = sample.cloud.colored ? space.color : "score";
   for (const button of byId("colors").children) {
     button.setAttribute("aria-pressed", String(button.dataset.color === color));
   }
@@ -338,10 +338,10 @@ function clear() {
 }
 
 function toggleSpace() {
-  const part = parts[shown[current]];
-  if (!part.cloud) return;
+  const sample = samples[shown[current]];
+  if (!sample.cloud) return;
   space.open = !space.open;
-  if (space.open) draw(part).then(() => plot.scrollIntoView({ block: "nearest" }));
+  if (space.open) draw(sample).then(() => plot.scrollIntoView({ block: "nearest" }));
   else clear();
 }
 
@@ -351,10 +351,10 @@ function colorSpace(color) {
 }
 
 function redraw() {
-  if (space.open) draw(parts[shown[current]]);
+  if (space.open) draw(samples[shown[current]]);
 }
 
-cards.append(...parts.map(card));
+cards.append(...samples.map(card));
 filter();
 selects.forEach((select) => select.addEventListener("change", filter));
 cards.addEventListener("keydown", walkCards);

@@ -1,0 +1,73 @@
+"""Pages from the templates in assets/: escaped, self-contained, and running no script but their own."""
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from utils.reporting.tables import UNDEFINED, number, printable
+from utils.scans.files import atomic_path
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@cache
+def environment() -> Environment:
+    """Templates of assets/; every value that they print is escaped."""
+    found = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters["number"] = number
+    found.filters["place"] = "{:.1f}".format  # a coordinate of a chart
+    found.globals["undefined"] = UNDEFINED
+    found.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}  # of the filter tojson
+    return found
+
+
+@cache
+def asset(name: str) -> str:
+    """Text of a file in assets/."""
+    return (ASSETS / name).read_text(encoding="utf-8")
+
+
+def render_page(template: str, script: str = "", later_scripts: Sequence[str] = (), **values: Any) -> str:
+    """Render a template that extends page.html.
+
+    Args:
+        template: its file name.
+        script: JavaScript that runs at the end of the page.
+        later_scripts: JavaScript that `script` runs on request. The Content-Security-Policy names both by their
+            hashes and forbids any other script and any request.
+        values: plain data of the template.
+    """
+    hashes = [script_hash(each) for each in (script, *later_scripts) if each]
+    return (
+        environment()
+        .get_template(template)
+        .render(
+            script_sources=" ".join(hashes) or "'none'",
+            style=Markup(asset("page.css")),  # noqa: S704 (a file of this project)
+            script=Markup(script),  # noqa: S704 (a file of this project)
+            **values,
+        )
+    )
+
+
+def script_hash(script: str) -> str:
+    """Name of an inline script in a Content-Security-Policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def write_page(path: Path | str, text: str) -> None:
+    """Write a page as a whole."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(printable(text), encoding="utf-8")

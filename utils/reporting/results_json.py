@@ -1,0 +1,87 @@
+"""results.json: every metric of a run unrounded, with its arguments and package versions."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from utils.errors import InputError
+from utils.scans.json_records import read_record, write_record
+
+SCHEMA = 1
+FILE_NAME = "results.json"
+DISTRIBUTIONS = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "open3d", "pillow")
+
+Share = Annotated[float, msgspec.Meta(ge=0, le=1 + 1e-9)]  # an area may exceed 1 by rounding
+
+
+class ClassResults(msgspec.Struct, frozen=True):
+    """Metrics of one class; None where undefined or, in older files, absent."""
+
+    image_rocauc: Share | None = None
+    pixel_rocauc: Share | None = None
+    au_pro: Share | None = None
+    au_pro_exact: dict[str, Share | None] = {}
+    f1: Share | None = None
+    precision: Share | None = None
+    recall: Share | None = None
+    false_alarm_rate: Share | None = None
+    samples: list[Any] = []
+
+
+class Results(msgspec.Struct, frozen=True):
+    """What a comparison reads of results.json."""
+
+    schema: int
+    args: dict[str, Any]
+    versions: dict[str, Any]
+    classes: dict[str, ClassResults]
+
+
+def results_record(
+    command: Sequence[str], args: Mapping[str, Any], classes: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Content of results.json: command, arguments, package versions, each class and the mean over classes."""
+    from utils.metrics import mean_over_classes
+
+    return {
+        "schema": SCHEMA,
+        "command": list(command),
+        "args": dict(args),
+        "versions": package_versions(),
+        "classes": {name: dict(metrics) for name, metrics in classes.items()},
+        "mean": mean_over_classes(classes),
+    }
+
+
+def write_results(output_dir: Path | str, record: Mapping[str, Any]) -> None:
+    """Write `results_record` as results.json; errors as in `write_record`."""
+    write_record(Path(output_dir) / FILE_NAME, record, indent=1)
+
+
+def read_results(path: Path) -> Results:
+    """Read a results.json.
+
+    Raises:
+        InputError: the file cannot be read, is not a results.json of this schema, or a metric is not from 0 to 1.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder. Name the {FILE_NAME} in it.")
+    return read_record(path, Results, SCHEMA, f"Name a {FILE_NAME} of main.py")
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide the numbers; None for a missing package."""
+    return {"python": platform.python_version()} | {name: _installed_version(name) for name in DISTRIBUTIONS}
+
+
+@cache
+def _installed_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,148 @@
+"""Result tables of a run, as Markdown files and as aligned text."""
+
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.metrics import EXACT_LIMITS, REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_over_classes
+from utils.scans.files import atomic_path
+
+UNDEFINED = "n/a"
+UNDEFINED_NOTE = f"{UNDEFINED}: undefined without defective or without good data; left out of the mean."
+
+Classes = Mapping[str, Mapping[str, Any]]  # metrics of utils.metrics.evaluate by class
+Methods = Mapping[str, Classes]  # by method, all of the same classes
+
+
+class _Table(NamedTuple):
+    file_name: str
+    title: str
+    rows: list[list[str]]  # header first; cells not escaped
+    remarks: list[str]  # sentences below the table
+
+
+def number(value: float | None) -> str:
+    return UNDEFINED if value is None else f"{value:.3f}"
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def printable(text: str) -> str:
+    r"""Text for any output: undecodable bytes of a file name are written as \udc80 to \udcff."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def aligned(rows: Sequence[Sequence[str]], justify: Callable[[str, int], str] = str.rjust) -> list[str]:
+    """Rows of cells as lines with aligned columns: the first to the left, the others by `justify`."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(justify, row[1:], widths[1:])]).rstrip() for row in rows]
+
+
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of cells in columns aligned to the left."""
+    print("\n".join(aligned(rows, str.ljust)))
+
+
+def append_tables(
+    output_dir: Path | str, methods: Methods, command: Sequence[str], exact_headline: bool, note: str | None = None
+) -> None:
+    """Append a table of this run to image_rocauc_, pixel_rocauc_ and aupro_results.md; older tables stay.
+
+    Args:
+        output_dir: folder of the three files.
+        methods: one row each.
+        command: of the run, shown above the table.
+        exact_headline: put the exact AU-PRO first, instead of the one of 100 thresholds. Each row names its AU-PRO.
+        note: a sentence below each table.
+    """
+    now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    for table in _tables(methods, exact_headline, note):
+        path = Path(output_dir) / table.file_name
+        older = path.read_text(encoding="utf-8").rstrip("\n") if path.exists() else f"# {table.title}"
+        lines = [f"## {now} · {_escape(', '.join(methods))}", "", *_fenced(shlex.join(command)), ""]
+        lines += [_markdown_row(table.rows[0]), "|---|" + "---:|" * (len(table.rows[0]) - 1)]
+        lines += [_markdown_row(row) for row in table.rows[1:]]
+        for remark in table.remarks:
+            lines += ["", _escape(remark)]
+        with atomic_path(path) as temporary:
+            temporary.write_text(printable(older + "\n\n" + "\n".join(lines) + "\n"), encoding="utf-8")
+
+
+def format_tables(methods: Methods, exact_headline: bool, note: str | None = None) -> str:
+    """Tables of `append_tables` as aligned text for the terminal: I-AUROC, P-AUROC, AU-PRO."""
+    return "\n\n".join(
+        "\n".join([table.title, *aligned(table.rows), *table.remarks])
+        for table in _tables(methods, exact_headline, note)
+    )
+
+
+def result_line(class_name: str, metrics: Mapping[str, Any], exact_headline: bool) -> str:
+    """Metrics of one class on one line, with three decimals."""
+    label, headline = _au_pro_rows([metrics], exact_headline)[0]
+    return (
+        f"{class_name}: I-AUROC {number(metrics['image_rocauc'])}, P-AUROC {number(metrics['pixel_rocauc'])}, "
+        f"AU-PRO {number(headline[0])} ({label})"
+    )
+
+
+def _tables(methods: Methods, exact_headline: bool, note: str | None) -> list[_Table]:
+    names = next(iter(methods.values()), {})
+    if not names:
+        raise ValueError("There is no class to tabulate. Pass the metrics of at least one.")
+    columns = {method: [*classes.values(), mean_over_classes(classes)] for method, classes in methods.items()}
+
+    def rows_of(key: str) -> list[list[str]]:
+        return [_row(method, [metrics[key] for metrics in of_method]) for method, of_method in columns.items()]
+
+    # All methods of one AU-PRO, then all of the next.
+    areas = {method: _au_pro_rows(of_method, exact_headline) for method, of_method in columns.items()}
+    area_rows = [
+        _row(f"{method}, {label}", values)
+        for same_curve in zip(*areas.values(), strict=True)
+        for method, (label, values) in zip(areas, same_curve, strict=True)
+    ]
+    header = ["Method", *map(one_line, names), "Mean"]
+    tables = []
+    for file_name, title, rows in (
+        ("image_rocauc_results.md", "I-AUROC", rows_of("image_rocauc")),
+        ("pixel_rocauc_results.md", "P-AUROC", rows_of("pixel_rocauc")),
+        ("aupro_results.md", "AU-PRO", area_rows),
+    ):
+        remarks = [one_line(note)] if note else []
+        if any(UNDEFINED in row[1:] for row in rows):
+            remarks.append(UNDEFINED_NOTE)
+        tables.append(_Table(file_name, title, [header, *rows], remarks))
+    return tables
+
+
+def _row(label: str, values: Sequence[float | None]) -> list[str]:
+    return [one_line(label), *map(number, values)]
+
+
+def _au_pro_rows(columns: Sequence[Mapping[str, Any]], exact_headline: bool) -> list[tuple[str, list[float | None]]]:
+    """Label and values by column of each AU-PRO, the headline first."""
+    published = f"limit {REFERENCE_LIMIT}, {REFERENCE_THRESHOLDS} thresholds", [each["au_pro"] for each in columns]
+    exact = [
+        (f"limit {limit}, exact curve", [each["au_pro_exact"][limit] for each in columns]) for limit in EXACT_LIMITS
+    ]
+    return [exact[0], published, *exact[1:]] if exact_headline else [published, *exact]
+
+
+def _escape(text: str) -> str:
+    """One line of Markdown in which nothing ends a table cell or opens code, emphasis or a tag."""
+    return re.sub(r"([\\|`*<])", r"\\\1", one_line(text))
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_escape, cells))} |"
+
+
+def _fenced(code: str) -> list[str]:
+    """A code block, its fence longer than any run of backticks inside."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return [f"{fence}text", code, fence]
