@@ -25,6 +25,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from runner.pretrain_config import PretrainConfig
 from utils.choices import NEGATIVES, PAIRINGS, PRECISIONS
 from utils.command_line import Parser
 from utils.errors import exit_on_input_error
@@ -77,9 +78,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with exit_on_input_error():
-        from runner.pretraining import PretrainConfig, run  # imports torch, which --help does without
+        config = PretrainConfig(**vars(args))
+        from runner.pretraining import run  # imports torch, which flags do without
 
-        run(PretrainConfig(**vars(args)))
+        run(config)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ device has finished; the median counts. Prints a table; writes JSON.
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ from torch import Tensor
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from utils.training import Progress, Schedule, make_loader, make_optimizer, train_epoch
-
+import fusion_pretrain
 from benchmarks.measuring import matrix_product, median_seconds, write_record
 from benchmarks.workload import (
     SEED,
@@ -45,6 +45,8 @@ from models.contrastive import contrastive_loss
 from models.feature_fusion import FeatureFusion
 from models.point_ops import farthest_point_sample, knn
 from models.rgb_backbone import VisionTransformerBackbone
+from runner.pretrain_config import PretrainConfig, Progress
+from runner.training import Trainer, make_loader, make_optimizer
 from utils.command_line import Parser
 from utils.distributed import Ranks, choose_device
 from utils.feature_store import resize_patches
@@ -144,18 +146,13 @@ def time_training(bench: Bench, model: FeatureFusion, features: list[PatchFeatur
         assert each.rgb is not None
         rgb = resize_patches(each.rgb, math.isqrt(len(each.xyz)))
         items.append((each.xyz.clone(), rgb.clone(), number))  # tensors of inference mode cannot be trained with
-    count = len(items)
-    loader = make_loader(
-        items, batch_size=count, accum_iter=1, ranks=Ranks(), seed=SEED, num_workers=0, pin_memory=False
-    )
-    optimizer = make_optimizer(model, weight_decay=0.0)
-    schedule, progress = Schedule(1e-4, 0.0, 0, bench.repeats + 1), Progress()
-    settings: dict[str, Any] = {"accum_iter": 1, "device": bench.device, "precision": precision}
-
-    def update() -> None:
-        list(train_epoch(model, contrastive_loss, loader, optimizer, schedule, progress, **settings))
-
-    bench.time(f"UFF update, {count} samples of {len(items[0][0])} patches, {precision}", update)
+    defaults = PretrainConfig(**vars(fusion_pretrain.parse_args([])))
+    lengths: Any = {"epochs": bench.repeats + 1, "warmup_epochs": 0, "accum_iter": 1, "batch_size": len(items)}
+    config = replace(defaults, lr=1e-4, num_workers=0, precision=precision, **lengths)
+    loader, optimizer = make_loader(items, config, Ranks()), make_optimizer(model, weight_decay=0.0)
+    trainer = Trainer(config, model, contrastive_loss, loader, optimizer, Progress(), bench.device)
+    name = f"UFF update, {len(items)} samples of {len(items[0][0])} patches, {precision}"
+    bench.time(name, lambda: list(trainer.train_epoch()))
 
 
 def main(argv: list[str] | None = None) -> None:

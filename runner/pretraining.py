@@ -10,7 +10,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
@@ -22,14 +22,14 @@ from tqdm import tqdm
 
 from models.contrastive import contrastive_loss, retrieval
 from models.feature_fusion import FeatureFusion
-from runner.training import FIX_DIVERGENCE, Schedule, Step, Trainer, make_loader, make_optimizer, split_files
-from runner.training_state import Progress, load_checkpoint, save_checkpoint
+from runner.pretrain_config import PretrainConfig, Progress
+from runner.training import FIX_DIVERGENCE, Step, Trainer, make_loader, make_optimizer, split_files
+from runner.training_checkpoints import load_checkpoint, save_checkpoint
 from utils.distributed import (
     Ranks,
     all_reduce_any,
     all_reduce_floats,
     choose_device,
-    find_mpirun_ranks,
     find_ranks,
     is_main,
     process_group,
@@ -39,97 +39,17 @@ from utils.feature_store import PatchFileDataset
 from utils.precision import autocast
 from utils.scans.files import make_folder
 
-LR_BATCH = 256  # the effective batch size of --blr
-# The rest of an interrupted epoch depends on these flags.
-BINDING = (
-    *("batch_size", "accum_iter", "seed", "val_fraction"),
-    *("drop_last_group", "negatives", "uff_pairing", "precision"),
-)
+# Flags that the rest of an interrupted epoch depends on.
+BINDING: tuple[str, ...] = ("batch_size", "accum_iter", "seed", "val_fraction")
+BINDING += ("drop_last_group", "negatives", "uff_pairing", "precision")
 STOPPED = 130  # exit code after Ctrl-C, as in shells
 LAST, BEST = "checkpoint-last.pth", "checkpoint-best.pth"
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class PretrainConfig:
-    """The flags of fusion_pretrain.py, checked; their meaning is in its --help."""
-
-    batch_size: int
-    epochs: int
-    accum_iter: int
-    weight_decay: float
-    lr: float | None  # None until `with_lr` derives it from `blr`
-    blr: float
-    min_lr: float
-    warmup_epochs: int
-    max_steps: int | None
-    warmup_steps: int | None
-    drop_last_group: bool
-    negatives: str
-    val_fraction: float
-    data_path: str
-    output_dir: str
-    save_steps: int
-    log_dir: str | None
-    device: str
-    seed: int
-    resume: str | None
-    start_epoch: int | None
-    num_workers: int
-    pin_mem: bool
-    world_size: int | None
-    local_rank: int | None
-    dist_on_itp: bool
-    dist_url: str
-    uff_pairing: str | None  # None: the pairing that the patch files ask for
-    xyz_dim: int | None
-    precision: str
-    input_size: int
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "accum_iter", "blr", "lr", "max_steps", "save_steps", "xyz_dim"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"--{name} is {value}. Give a number above 0.")
-        for name in ("weight_decay", "min_lr", "warmup_epochs", "warmup_steps", "num_workers", "start_epoch"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise InputError(f"--{name} is {value}. Give 0 or more.")
-        if not 0 <= self.val_fraction < 1:
-            raise InputError(f"--val_fraction is {self.val_fraction}. Give 0 or more and below 1.")
-        if self.warmup_steps is not None and self.max_steps is None:
-            raise InputError("--warmup_steps only applies with --max_steps. Give both, or use --warmup_epochs.")
-        if self.resume and self.start_epoch is not None:
-            raise InputError("--start_epoch contradicts --resume, which continues after its checkpoint. Remove one.")
-
-    def with_lr(self, world_size: int) -> "PretrainConfig":
-        """The same with the peak learning rate filled in: blr * effective batch size / 256 if lr is not given."""
-        effective_batch = self.batch_size * self.accum_iter * world_size
-        lr = self.blr * effective_batch / LR_BATCH if self.lr is None else self.lr
-        if self.min_lr > lr:
-            raise InputError(f"--min_lr {self.min_lr} is above the peak learning rate {lr}. Lower it.")
-        return replace(self, lr=lr)
-
-    @property
-    def schedule(self) -> Schedule:
-        """Learning rates in updates with --max_steps, a third of them warm-up by default; in epochs otherwise."""
-        assert self.lr is not None
-        if self.max_steps is None:
-            return Schedule(self.lr, self.min_lr, self.warmup_epochs, self.epochs)
-        warmup = self.max_steps // 3 if self.warmup_steps is None else self.warmup_steps
-        return Schedule(self.lr, self.min_lr, warmup, self.max_steps, in_updates=True)
-
-    def is_finished(self, progress: Progress) -> bool:
-        """True once all epochs are trained, or all updates with --max_steps."""
-        return progress.epoch >= self.epochs if self.max_steps is None else progress.updates >= self.max_steps
-
-
 def run(config: PretrainConfig) -> None:
     """Train on the device of this process, connected to the other ranks."""
-    if config.dist_on_itp:
-        ranks = find_mpirun_ranks(config.dist_url)
-    else:
-        ranks = find_ranks(config.local_rank, config.world_size, config.dist_url)
+    ranks = find_ranks(config.local_rank, config.world_size, config.dist_url, config.dist_on_itp)
     logging.basicConfig(level=logging.INFO if ranks.rank == 0 else logging.ERROR, format="%(message)s")
     config = config.with_lr(ranks.world_size)
     device = choose_device(config.device, ranks.local_rank)
@@ -147,36 +67,19 @@ def pretrain(config: PretrainConfig, ranks: Ranks, device: torch.device) -> None
     """
     dataset = PatchFileDataset(config.data_path, config.uff_pairing, xyz_dim=config.xyz_dim)
     training, validation = split_files(len(dataset), config.val_fraction, config.seed)
-    loader = make_loader(
-        Subset(dataset, training),
-        batch_size=config.batch_size,
-        accum_iter=config.accum_iter,
-        ranks=ranks,
-        seed=config.seed,
-        num_workers=config.num_workers,
-        pin_memory=config.pin_mem and device.type == "cuda",
-        drop_last_group=config.drop_last_group,
-    )
+    pin_memory = config.pin_mem and device.type == "cuda"
+    loader = make_loader(Subset(dataset, training), config, ranks, pin_memory)
     torch.manual_seed(config.seed)
     model = FeatureFusion(dataset.xyz_dim, dataset.rgb_dim).to(device)
     optimizer = make_optimizer(model, config.weight_decay)
     progress = first_progress(config, ranks, model, optimizer, len(dataset))
     gpu = [device.index] if device.type == "cuda" else None
-    trainer = Trainer(
-        DistributedDataParallel(model, device_ids=gpu) if ranks.world_size > 1 else model,
-        partial(contrastive_loss, negatives=config.negatives),
-        loader,
-        optimizer,
-        config.schedule,
-        progress,
-        config.accum_iter,
-        device,
-        config.precision,
-        config.drop_last_group,
-        name_of=lambda index: str(dataset.files[index].path),
-    )
+    replica = DistributedDataParallel(model, device_ids=gpu) if ranks.world_size > 1 else model
+    loss_of = partial(contrastive_loss, negatives=config.negatives)
+    names = [str(file.path) for file in dataset.files]
+    trainer = Trainer(config, replica, loss_of, loader, optimizer, progress, device, names.__getitem__)
     with open_tensorboard(config.log_dir) as board, stop_requests() as stop_requested:
-        output = Output(config, model, optimizer, progress, board)
+        output = Output(trainer, model, board)
         while not config.is_finished(progress):
             epoch = progress.epoch
             steps = trainer.train_epoch()
@@ -223,26 +126,20 @@ def first_progress(
                     "from the end of an epoch."
                 )
     progress.processes, progress.files = ranks.world_size, files
-    if config.max_steps is None and config.is_finished(progress):
-        raise InputError(f"Training would begin at epoch {progress.epoch}, but --epochs is {config.epochs}. Raise it.")
     if config.is_finished(progress):
-        raise InputError(f"{progress.updates} updates are done, but --max_steps is {config.max_steps}. Raise it.")
+        done = f"{progress.epoch} epochs and {progress.updates} updates"
+        raise InputError(f"Nothing is left to train after {done}. Raise --epochs or --max_steps.")
     return progress
 
 
 class Output:
     """Checkpoints, log lines and TensorBoard events of a run, written by the main process."""
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        model: FeatureFusion,
-        optimizer: torch.optim.Optimizer,
-        progress: Progress,
-        board: Any,  # SummaryWriter or None
-    ) -> None:
-        self.config, self.model, self.optimizer, self.progress, self.board = config, model, optimizer, progress, board
-        self.folder = make_folder(config.output_dir, "--output_dir")
+    def __init__(self, trainer: Trainer, model: FeatureFusion, board: Any) -> None:
+        self.config, self.optimizer, self.progress = trainer.config, trainer.optimizer, trainer.progress
+        self.model = model
+        self.board = board  # SummaryWriter or None
+        self.folder = make_folder(self.config.output_dir, "--output_dir")
 
     def save(self, name: str) -> None:
         """Write a checkpoint of the present state."""
@@ -331,10 +228,7 @@ def open_tensorboard(log_dir: str | None) -> AbstractContextManager[Any]:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and SIGTERM only set a flag while the block runs, so that training ends after a whole update.
-
-    Yields a function that tells if one of them came. A second Ctrl-C ends the process at once.
-    """
+    """Let Ctrl-C and SIGTERM only set a flag, which the yielded function tells. A second Ctrl-C ends at once."""
     requested: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
-from runner.training_state import Progress
+from runner.pretrain_config import PretrainConfig, Progress
 from utils.distributed import Ranks, all_gather_objects, all_reduce_sum, world_size
 from utils.errors import InputError
 from utils.precision import autocast
@@ -22,27 +22,6 @@ BETAS = (0.9, 0.95)  # of AdamW, as in masked autoencoders, the source of the re
 FIX_DIVERGENCE = "Lower --lr or --blr, and continue from the last checkpoint with --resume."
 
 Batches = DataLoader[tuple[Tensor, Tensor, int]]  # collated: (B, P, C) patches, and the indices (B,) of their files
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Linear from 0 to `peak_lr` over the warm-up, then half a cosine down to `min_lr` at the end.
-
-    Warm-up and total are counted in epochs, or in updates if `in_updates` is set.
-    """
-
-    peak_lr: float
-    min_lr: float
-    warmup: float
-    total: float
-    in_updates: bool = False
-
-    def learning_rate(self, progress: float) -> float:
-        """Learning rate at a fractional epoch, or number of updates made, in [0, total)."""
-        if progress < self.warmup:
-            return self.peak_lr * progress / self.warmup
-        rest = (progress - self.warmup) / (self.total - self.warmup)
-        return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * rest))
 
 
 class Step(NamedTuple):
@@ -89,43 +68,35 @@ def split_files(count: int, val_fraction: float, seed: int) -> tuple[list[int], 
 
 
 def make_loader(
-    dataset: Dataset[tuple[Tensor, Tensor, int]],
-    *,
-    batch_size: int,
-    accum_iter: int,
-    ranks: Ranks,
-    seed: int,
-    num_workers: int,
-    pin_memory: bool,
-    drop_last_group: bool = False,
+    dataset: Dataset[tuple[Tensor, Tensor, int]], config: PretrainConfig, ranks: Ranks, pin_memory: bool = False
 ) -> Batches:
     """Shuffled whole batches of this rank's share of the dataset; the order depends on `seed` and epoch alone.
 
     Raises:
-        InputError: an epoch would hold no batch, or with `drop_last_group` too few of them for a single update.
+        InputError: an epoch would hold no batch, or with --drop_last_group too few for a single update.
     """
-    files = len(dataset)  # type: ignore[arg-type]
+    files, size = len(dataset), config.batch_size  # type: ignore[arg-type]
     share = math.ceil(files / ranks.world_size)
-    batches = share // batch_size
+    batches = share // size
     if batches == 0:
         raise InputError(
-            f"{files} patch files for {ranks.world_size} process(es) are fewer than one batch of {batch_size} each. "
+            f"{files} patch files for {ranks.world_size} process(es) are fewer than one batch of {size} each. "
             f"Give --batch_size {share} or less."
         )
-    if drop_last_group and batches < accum_iter:
+    if config.drop_last_group and batches < config.accum_iter:
         raise InputError(
-            f"An epoch has {batches} batches ({files} files, batch size {batch_size}, {ranks.world_size} process(es)), "
-            f"fewer than the {accum_iter} of one update. Give --accum_iter {batches} or less."
+            f"An epoch has {batches} batches ({files} files, batch size {size}, {ranks.world_size} process(es)), "
+            f"fewer than the {config.accum_iter} of one update. Give --accum_iter {batches} or less."
         )
     sampler: DistributedSampler[tuple[Tensor, Tensor, int]] = DistributedSampler(
-        dataset, num_replicas=ranks.world_size, rank=ranks.rank, shuffle=True, seed=seed
+        dataset, ranks.world_size, ranks.rank, shuffle=True, seed=config.seed
     )
     return DataLoader(
         dataset,
-        batch_sampler=_EpochBatches(sampler, batch_size, drop_last=True),  # type: ignore[arg-type]
-        num_workers=num_workers,
+        batch_sampler=_EpochBatches(sampler, size, drop_last=True),  # type: ignore[arg-type]
+        num_workers=config.num_workers,
         pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
+        persistent_workers=config.num_workers > 0,
     )
 
 
@@ -138,16 +109,13 @@ def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 class Trainer:
     """One epoch after another of UFF training."""
 
+    config: PretrainConfig
     model: nn.Module  # (xyz (B, P, C_xyz), rgb (B, P, C_rgb)) -> arguments of `loss_of`; in DDP for several ranks
     loss_of: Callable[[Tensor, Tensor], Tensor]  # () loss, computed outside of autocast
     loader: Batches  # of `make_loader`
     optimizer: torch.optim.Optimizer
-    schedule: Schedule
     progress: Progress  # where to begin; kept up to date
-    accum_iter: int  # micro-batches per update
     device: torch.device
-    precision: str = "fp32"  # or "bf16": autocast of the model
-    drop_last_group: bool = False  # make no update of batches at the epoch's end that fill no group, as the original
     name_of: Callable[[int], str] = str  # name of the file of an index, for messages
 
     def train_epoch(self) -> Iterator[Step]:
@@ -160,31 +128,31 @@ class Trainer:
         Raises:
             InputError: the loss or the gradient is not finite; in all ranks alike.
         """
-        progress, count = self.progress, len(self.loader)
+        progress, count, accum_iter = self.progress, len(self.loader), self.config.accum_iter
+        schedule = self.config.schedule
         group_files: list[str] = []
         assert isinstance(self.loader.batch_sampler, _EpochBatches)
         self.loader.batch_sampler.start(progress.epoch, progress.batch)
         self.model.train()
         self.optimizer.zero_grad()
         for index, (xyz, rgb, indices) in enumerate(_batches(self.loader), start=progress.batch):
-            epoch, place = index / count + progress.epoch, index % self.accum_iter
+            epoch, place = index / count + progress.epoch, index % accum_iter
             if place == 0:  # a new accumulation group
                 group_files = []
+                lr = schedule.learning_rate(progress.updates if schedule.in_updates else epoch)
                 for parameters in self.optimizer.param_groups:
-                    by = progress.updates if self.schedule.in_updates else epoch
-                    parameters["lr"] = self.schedule.learning_rate(by)
+                    parameters["lr"] = lr
             files = [self.name_of(int(each)) for each in indices]
             group_files += files
-            size = self.accum_iter if self.drop_last_group else min(self.accum_iter, count - index + place)
+            size = accum_iter if self.config.drop_last_group else min(accum_iter, count - index + place)
             update = place == size - 1
             with _gradient_sync(self.model, update):
-                with autocast(self.device, self.precision):
+                with autocast(self.device, self.config.precision):
                     heads = self.model(*(each.to(self.device, non_blocking=True) for each in (xyz, rgb)))
                 loss = self.loss_of(*heads)
                 mean_loss = all_reduce_sum(loss.detach()).item() / world_size()
                 self._check_loss(mean_loss, index, [] if torch.isfinite(loss) else files)
                 (loss / size).backward()
-            lr = self.optimizer.param_groups[0]["lr"]
             progress.loss_sum += mean_loss
             progress.lr_sum += lr
             grad_norm = self._update(index, group_files) if update else None

@@ -25,9 +25,8 @@ import fusion_pretrain
 from models import build_feature_fusion
 from models.contrastive import contrastive_loss, retrieval
 from runner import pretraining
-from runner.pretraining import PretrainConfig
-from runner.training import Batches, Schedule, split_files
-from runner.training_state import Progress
+from runner.pretrain_config import PretrainConfig, Progress, Schedule
+from runner.training import Batches, split_files
 from utils.distributed import Ranks
 from utils.errors import InputError
 from utils.feature_store import PatchFileDataset, write_features
@@ -191,8 +190,8 @@ def test_reading_flags_reach_the_loader(
 ) -> None:
     seen = {}
 
-    def stop(dataset: PatchFileDataset, **settings: object) -> Batches:
-        seen.update(settings)
+    def stop(dataset: PatchFileDataset, config: PretrainConfig, ranks: Ranks, pin_memory: bool) -> Batches:
+        seen.update(num_workers=config.num_workers, pin_memory=pin_memory)
         raise InputError("seen enough")
 
     monkeypatch.setattr(pretraining, "make_loader", stop)
@@ -404,7 +403,7 @@ def assert_refused(capsys: pytest.CaptureFixture[str], lib: Path, out: Path, fla
         (["--device", "cuda:77"], "there is no cuda:77, only"),
         (["--resume", "nowhere.pth"], "Checkpoint nowhere.pth does not exist"),
         (["--resume", "x.pth", "--start_epoch", "1"], "--start_epoch contradicts --resume"),
-        (["--start_epoch", "2"], "Training would begin at epoch 2, but --epochs is 2"),
+        (["--start_epoch", "2"], "Nothing is left to train after 2 epochs and 0 updates. Raise --epochs"),
         (["--world_size", "2"], "Give --local_rank 0 ... 1"),
         (["--dist_on_itp"], "Start with mpirun"),
         (["--lr", "1e30", "--warmup_epochs", "0"], "The loss is nan at epoch 0, batch 2"),

@@ -34,7 +34,6 @@ from utils.distributed import (
     all_reduce_any,
     all_reduce_floats,
     choose_device,
-    find_mpirun_ranks,
     find_ranks,
     is_main,
     process_group,
@@ -75,17 +74,17 @@ def test_ranks_of_mpirun(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "5")
     with pytest.raises(InputError, match="reads OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_LOCAL_RANK, not set here"):
-        find_mpirun_ranks()
+        find_ranks(mpirun=True)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "8")
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1")
-    assert find_mpirun_ranks("tcp://host:1234") == Ranks(5, 8, 1)
+    assert find_ranks(dist_url="tcp://host:1234", mpirun=True) == Ranks(5, 8, 1)
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "4")
-    assert find_mpirun_ranks("tcp://host:1234") == Ranks(5, 8, 1, 4)
+    assert find_ranks(dist_url="tcp://host:1234", mpirun=True) == Ranks(5, 8, 1, 4)
     monkeypatch.setenv("MASTER_ADDR", "host")
     with pytest.raises(InputError, match="Set MASTER_ADDR and MASTER_PORT, or give --dist_url"):
-        find_mpirun_ranks()
+        find_ranks(mpirun=True)
     monkeypatch.setenv("MASTER_PORT", "1234")
-    assert find_mpirun_ranks() == Ranks(5, 8, 1, 4)
+    assert find_ranks(mpirun=True) == Ranks(5, 8, 1, 4)
 
 
 def test_device_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ import torch
 from uff_runs import SMALL, assert_equal_training, finish, launch, log_of, read, run_main, write_parts
 
 from runner import pretraining
+from runner.pretrain_config import Progress
 from runner.training import Step, Trainer
-from runner.training_state import Progress
 
 # Seven files make updates of 3, 3 and 1 batches: six updates in two epochs.
 SEVEN = ["--batch_size", "1", "--accum_iter", "3", "--save_steps", "1"]
@@ -185,7 +185,7 @@ def test_nothing_left_to_do_is_refused(
     with pytest.raises(SystemExit) as stop:
         run_main(lib, tmp_path, *SEVEN, *flags, "--resume", straight / "checkpoint-0.pth")
     assert stop.value.code == 2
-    assert f"{flags[0]} is {flags[1]}. Raise it" in capsys.readouterr().err.splitlines()[-1]
+    assert "Nothing is left to train after 1 epochs and 3 updates" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_checkpoint_of_the_original_goes_on_after_its_epoch(lib: Path, straight: Path, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import fusion_pretrain
-from runner.training import Batches, make_loader
+from runner.pretrain_config import PretrainConfig, Progress, Schedule
+from runner.training import Batches, Trainer, make_loader
 from utils.distributed import Ranks
 from utils.feature_store import PatchFileDataset, pair_rgb, resize_patches, write_features
 from utils.records import PatchFeatures
@@ -71,16 +73,39 @@ class Slope(nn.Module):
         return xyz.flatten(0, 1), self.w * rgb.mean()
 
 
+def config(**changed: Any) -> PretrainConfig:
+    """The defaults of the script with a learning rate, and `changed`."""
+    return replace(PretrainConfig(**vars(fusion_pretrain.parse_args([]))), **({"lr": 0.5, "num_workers": 0} | changed))
+
+
 def loader_of(
     dataset: PatchFileDataset,
     batch_size: int,
     accum_iter: int,
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
-    seed: int = 0,
     **settings: Any,
 ) -> Batches:
-    fixed = {"num_workers": 0, "pin_memory": False} | settings
-    return make_loader(dataset, batch_size=batch_size, accum_iter=accum_iter, ranks=ranks, seed=seed, **fixed)
+    return make_loader(dataset, config(batch_size=batch_size, accum_iter=accum_iter, **settings), ranks)
+
+
+def trainer_of(
+    model: nn.Module,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    loader: Batches,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    progress: Progress,
+    accum_iter: int,
+    drop_last_group: bool = False,
+    name_of: Callable[[int], str] = str,
+) -> Trainer:
+    """A trainer on the CPU, whose config asks for this schedule."""
+    names = ("max_steps", "warmup_steps") if schedule.in_updates else ("epochs", "warmup_epochs")
+    length = dict(zip(names, (schedule.total, schedule.warmup), strict=True))
+    rates = {"lr": schedule.peak_lr, "min_lr": schedule.min_lr}
+    settings = config(accum_iter=accum_iter, drop_last_group=drop_last_group, precision="fp32", **length, **rates)
+    assert settings.schedule == schedule
+    return Trainer(settings, model, loss_of, loader, optimizer, progress, CPU, name_of)
 
 
 def read(checkpoint: Path) -> dict[str, Any]:

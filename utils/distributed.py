@@ -37,8 +37,10 @@ class Ranks:
     local_world_size: int = 1  # processes on this machine
 
 
-def find_ranks(local_rank: int | None = None, world_size: int | None = None, dist_url: str = "env://") -> Ranks:
-    """Ranks from the environment that torchrun sets, else from the flags; a single process without both.
+def find_ranks(
+    local_rank: int | None = None, world_size: int | None = None, dist_url: str = "env://", mpirun: bool = False
+) -> Ranks:
+    """Ranks from the environment that torchrun sets, with `mpirun` that of Open MPI, else from the flags.
 
     Without torchrun, `world_size` > 1 means processes started by hand on one machine. Then `local_rank` is the rank and
     `dist_url` the meeting point (tcp://localhost:29500, file:///tmp/meet). A negative `local_rank` counts as None.
@@ -46,6 +48,8 @@ def find_ranks(local_rank: int | None = None, world_size: int | None = None, dis
     Raises:
         InputError: the environment is incomplete, flags contradict it, or a rank is outside of 0 ... world_size - 1.
     """
+    if mpirun:
+        return _mpirun_ranks(dist_url)
     local_rank = None if local_rank is None or local_rank < 0 else local_rank
     found = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if len(found) == 1:
@@ -76,13 +80,7 @@ def find_ranks(local_rank: int | None = None, world_size: int | None = None, dis
     return Ranks(local_rank, world_size, local_rank, world_size)
 
 
-def find_mpirun_ranks(dist_url: str = "env://") -> Ranks:
-    """Ranks from the environment that Open MPI's mpirun sets.
-
-    Raises:
-        InputError: the process was not started by mpirun, or several have no meeting point: neither `dist_url` nor
-            MASTER_ADDR and MASTER_PORT.
-    """
+def _mpirun_ranks(dist_url: str) -> Ranks:
     names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
     found = {name: os.environ.get(f"OMPI_COMM_WORLD_{name}") for name in names}
     missing = [f"OMPI_COMM_WORLD_{name}" for name in names[:3] if found[name] is None]

@@ -1,54 +1,28 @@
-"""Checkpoints of UFF training: everything that an interrupted run needs to continue to the same end."""
+"""Checkpoints of UFF training, from which an interrupted run continues to the same end."""
 
 import argparse
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from runner.pretrain_config import Progress
 from utils.checkpoint_files import read_checkpoint
 from utils.errors import InputError
 from utils.scans.files import atomic_path
 
 
-@dataclass
-class Progress:
-    """State of a training run beside model and optimizer."""
-
-    epoch: int = 0
-    batch: int = 0  # micro-batches of this epoch that updates have used
-    updates: int = 0
-    loss_sum: float = 0.0  # over the micro-batches of this epoch, for the mean in the log
-    lr_sum: float = 0.0
-    grad_norm: float | None = None  # of the last update
-    best: float = -math.inf  # highest figure of merit at the end of an epoch
-    processes: int = 1
-    files: int = 0  # patch files of the run, those for validation included
-
-
 def save_checkpoint(
-    path: Path | str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    args: argparse.Namespace,
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, args: argparse.Namespace
 ) -> None:
     """Write the original's {'model', 'optimizer', 'epoch', 'scaler', 'args'}, and in addition 'progress' and 'rng'.
 
     'epoch' is the last one finished, -1 within the first. 'scaler' is empty, for readers of the original's files.
     """
-    checkpoint = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "epoch": progress.epoch - 1,
-        "scaler": {},
-        "args": args,
-        "progress": asdict(progress),
-        "rng": torch.get_rng_state(),
-    }
+    checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": progress.epoch - 1}
+    checkpoint |= {"scaler": {}, "args": args, "progress": asdict(progress), "rng": torch.get_rng_state()}
     with atomic_path(path) as temporary:
         torch.save(checkpoint, temporary)
 
@@ -60,16 +34,10 @@ def load_checkpoint(
     args: argparse.Namespace,
     binding: Sequence[str] = (),
 ) -> Progress:
-    """Restore model, optimizer and random numbers as `save_checkpoint` found them, and return the progress.
+    """Restore model, optimizer and random numbers of a checkpoint, and return its progress.
 
-    A checkpoint of the original code, which has no progress, continues after its epoch.
-
-    Args:
-        path: of the checkpoint.
-        model: receives its weights.
-        optimizer: receives its state.
-        args: the settings of this run.
-        binding: names of settings that the rest of an epoch depends on; they have to be those of the checkpoint.
+    A checkpoint of the original code, which has no progress, continues after its epoch. The settings `args` of this run
+    have to equal those of the checkpoint in the names of `binding`, on which the rest of an epoch depends.
 
     Raises:
         InputError: no such file, a damaged one, one of another model, or one written with other settings.
