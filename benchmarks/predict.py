@@ -34,7 +34,7 @@ from feature_extractors.detector import Detector
 from feature_extractors.extractor import build_extractor
 from feature_extractors.memory_bank import MemoryBank
 from feature_extractors.persistence import save_detector
-from feature_extractors.pipeline import calibrate_detectors
+from feature_extractors.pipeline import calibrate_detectors, collect_features
 from models import RGB_BACKBONES, XYZ_BACKBONES
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
 from utils.command_line import Parser
@@ -66,7 +66,8 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
             write_organized_pc(folder / f"xyz/{i:04d}.tiff", xyz)
             Image.fromarray(rgb).save(folder / f"rgb/{i:04d}.png")
     extractor = build_extractor(config, folder, None)
-    predicted, others = extractor.extract(samples[: args.distinct]), extractor.extract(samples[args.distinct :])
+    good = collect_features(extractor, samples[: args.distinct], args.distinct)
+    others = extractor.extract(samples[args.distinct :])
     rows = int(config.f_coreset * args.train * config.xyz_grid**2)
     banks = {}
     for name, count in {"xyz": rows, "rgb": int(config.f_coreset * rows)}.items():  # sizes of the reference protocol
@@ -74,7 +75,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
         banks[name] = MemoryBank(grown(patches[torch.randperm(len(patches))], count))
     fusion = DecisionFusion(np.ones(2), np.ones(2), (1.0, 0.1), (1.0, 0.1))
     detector = Detector(config, extractor, banks, fusion)
-    calibrate_detectors({"": detector}, predicted, 0.01, "validation")
+    calibrate_detectors({"": detector}, good, 0.01, "validation")
     save_detector(detector, folder / "detector", class_name=PART)
 
 

@@ -37,7 +37,7 @@ from feature_extractors.extractor import PatchExtractor
 from feature_extractors.pipeline import Stopwatch, collect_features, evaluate, fit_detector
 from utils.command_line import Parser
 from utils.distributed import Ranks, process_group, shard_range
-from utils.memory import peak_memory_mb, resident_memory_mb
+from utils.memory import peak_memory_mb
 
 SAMPLE = 3136  # rows of a sample
 WIDTH = 289  # of the projected rows of 40 samples
@@ -71,7 +71,9 @@ def rows_of(sample: int) -> Tensor:
 def measured() -> Iterator[dict[str, Any]]:
     """Time, received MB, and peak memory beyond that at the start, MB, of the block."""
     found: dict[str, Any] = {}
-    begin, before = time.perf_counter(), resident_memory_mb()
+    status = Path("/proc/self/status").read_text()
+    before = int(status.partition("VmRSS:")[2].split()[0]) / 2**10
+    begin = time.perf_counter()
     with counted_traffic() as received:
         yield found
     found["seconds"] = time.perf_counter() - begin

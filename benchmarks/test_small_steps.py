@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.workload import SIZES, made_up_samples, valid_points
 from feature_extractors import reference
 from feature_extractors.alignment import align_to_patches
-from feature_extractors.scoring import anomaly_map
+from feature_extractors.scoring import anomaly_maps
 from models.point_ops import farthest_point_sample, knn
 from models.point_transformer import PointFeatures
 from utils.au_pro import au_pro
@@ -62,7 +62,7 @@ STEPS: dict[str, dict[str, Any]] = {
         "plain": lambda each: plain_alignment(each.features, each.xyz),
     },
     "anomaly map": {
-        "fast": lambda each: anomaly_map(each.distances, SIZE.img_size),
+        "fast": lambda each: anomaly_maps([each.distances], SIZE.img_size)[0],
         "plain": lambda each: reference.anomaly_map(each.distances, SIZE.img_size),
     },
 }

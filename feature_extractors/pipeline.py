@@ -119,8 +119,8 @@ def _fit_decision_fusion(detector: Detector, features: TrainingFeatures) -> Deci
     config, group = detector.config, features.group
     scores: list[list[float]] = []
     maps: list[list[Tensor]] = []
-    for i in progress_bar(range(len(features)), desc="decision fusion", unit="sample"):
-        bank_scores, bank_maps = detector.bank_results(features.sample(i))
+    for each in progress_bar(features, desc="decision fusion", unit="sample"):
+        bank_scores, bank_maps = detector.bank_results(each)
         scores.append(list(bank_scores.values()))
         maps.append(list(bank_maps.values()))
     scores, maps = gather_objects(scores, group), gather_objects(maps, group)
@@ -133,11 +133,10 @@ def _fit_decision_fusion(detector: Detector, features: TrainingFeatures) -> Deci
 
 def calibrate_detectors(
     detectors: Mapping[str, Detector],
-    features: Iterable[PatchFeatures],
+    features: TrainingFeatures,
     target_fpr: float,
     source: Source,
     stopwatches: Mapping[str, Stopwatch] | None = None,
-    group: Group | None = None,
 ) -> None:
     """Set the thresholds of each detector, from its predictions for good samples.
 
@@ -145,13 +144,13 @@ def calibrate_detectors(
 
     Args:
         detectors: by method.
-        features: of good samples of this rank, preferably not those that the banks were built from.
+        features: of good samples, preferably not those that the banks were built from.
         target_fpr: see thresholds.calibrate.
         source: see thresholds.calibrate.
         stopwatches: get the seconds, by method.
-        group: the ranks that share the class.
     """
     stopwatches = stopwatches or {name: Stopwatch() for name in detectors}
+    group = features.group
     scores: dict[str, list[float]] = {name: [] for name in detectors}
     maps: dict[str, list[Tensor]] = {name: [] for name in detectors}
     # 1. Predictions for the good samples of this rank

@@ -14,8 +14,9 @@ from feature_extractors.memory_bank import MemoryBank
 REWEIGHTING_NEIGHBORS = 3  # rows nearest to m*, m* itself among them
 BLUR_SIGMA = 4.0
 BLUR_TRUNCATE = 4.0  # radius of the float Gaussian in sigma: SciPy's default
-BOX_PASSES = 3  # of the 8-bit blur
-FIXED_POINT_BITS = 24  # fractional digits of its box weights
+# PIL's 8-bit blur of sigma 4: so many passes of a box, its radius, and the weights of its pixels and of the two beside
+# it, in 2^-24. 7 * BOX_WEIGHT + 2 * EDGE_WEIGHT = 2^24.
+BOX_PASSES, BOX_RADIUS, BOX_WEIGHT, EDGE_WEIGHT, FIXED_POINT_BITS = 3, 3, 2130440, 932068, 24
 
 
 def image_score(
@@ -104,30 +105,15 @@ def blur_8_bit(images: Tensor) -> Tensor:
 
 
 def _box_pass(values: Tensor, dim: int) -> Tensor:
-    radius, weight, edge_weight = _box_weights()
-    size = values.shape[dim]
-    places = torch.arange(-radius - 1, size + radius + 1, device=values.device).clamp_(0, size - 1)
-    padded = values.index_select(dim, places)
-    total = padded.narrow(dim, 1, size) + padded.narrow(dim, 2, size)
-    for offset in range(3, 2 * radius + 2):
-        total += padded.narrow(dim, offset, size)
-    edges = padded.narrow(dim, 0, size) + padded.narrow(dim, 2 * radius + 2, size)
+    size, reach = values.shape[dim], BOX_RADIUS + 1
+    index = torch.arange(-reach, size + reach, device=values.device).clamp_(0, size - 1)
+    padded = values.index_select(dim, index)
+    first, second, *inner, last = (padded.narrow(dim, offset, size) for offset in range(2 * reach + 1))
+    box, edges = second.clone(), first + last
+    for each in inner:
+        box += each
     half = 1 << (FIXED_POINT_BITS - 1)
-    return total.mul_(weight).add_(edges, alpha=edge_weight).add_(half).bitwise_right_shift_(FIXED_POINT_BITS)
-
-
-@lru_cache(maxsize=1)
-def _box_weights() -> tuple[int, int, int]:
-    """Integer radius of the box, weight of its 2 * radius + 1 pixels and of the two beside them, in 2^-24.
-
-    PIL computes them in single precision and truncates.
-    """
-    variance = np.float32(BLUR_SIGMA) ** 2 / np.float32(BOX_PASSES)
-    radius = int((np.float32(math.sqrt(12 * variance + 1)) - 1) / 2)
-    share = np.float32((2 * radius + 1) * (radius * (radius + 1) - 3 * variance))
-    share /= np.float32(6 * (variance - (radius + 1) ** 2))
-    weight = int(np.float32(1 << FIXED_POINT_BITS) / (2 * (radius + share) + 1))
-    return radius, weight, ((1 << FIXED_POINT_BITS) - (2 * radius + 1) * weight) // 2
+    return box.mul_(BOX_WEIGHT).add_(edges, alpha=EDGE_WEIGHT).add_(half).bitwise_right_shift_(FIXED_POINT_BITS)
 
 
 @lru_cache(maxsize=8)

@@ -4,6 +4,7 @@ import logging
 import mmap
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,9 @@ class TrainingFeatures:
 
     def __len__(self) -> int:
         return self.count
+
+    def __iter__(self) -> Iterator[PatchFeatures]:
+        return (self.sample(i) for i in range(self.count))
 
     @property
     def on_disk(self) -> bool:

@@ -96,8 +96,7 @@ def fit_class(
         )
     source: Source = "training" if validation is None else "validation"
     good = features if validation is None else validation
-    good_samples = (good.sample(i) for i in range(len(good)))
-    calibrate_detectors(detectors, good_samples, settings.target_fpr, source, stopwatches, group)
+    calibrate_detectors(detectors, good, settings.target_fpr, source, stopwatches)
     if settings.save_detector is not None and is_main(group):
         for method, folder in run.folders(settings.save_detector).items():
             save_detector(detectors[method], folder / name, class_name=name, dtype=detector_dtype)

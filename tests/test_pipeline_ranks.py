@@ -36,7 +36,7 @@ def run(configs: tuple[DetectorConfig, ...], group: Group | None, cut: int) -> d
     train, test = train[shard_of(len(train), group, cut)], test[shard_of(len(test), group, 1 - cut)]
     features = collect_features(extractor, train, len(train), group=group)
     detectors = {config.method_name: fit_detector(config, extractor, features) for config in configs}
-    calibrate_detectors(detectors, map(features.sample, range(len(features))), 0.3, "training", group=group)
+    calibrate_detectors(detectors, features, 0.3, "training")
     evaluations = evaluate(detectors, test, len(test), group=group)
     found: dict[str, Any] = {"evaluated": list(evaluations)}
     for name, detector in detectors.items():

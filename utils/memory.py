@@ -37,16 +37,7 @@ def peak_memory_mb(device: torch.device | str = "cpu") -> float:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if PROCESS_STATUS.is_file():  # unlike ru_maxrss, not inherited from the parent process
-        return _status_mb("VmHWM")
+        line = next(line for line in PROCESS_STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if platform.system() == "Darwin" else 2**10)
-
-
-def resident_memory_mb() -> float:
-    """Resident memory of this process now, MiB. Linux only."""
-    return _status_mb("VmRSS")
-
-
-def _status_mb(key: str) -> float:
-    line = next(line for line in PROCESS_STATUS.read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) / 2**10
