@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 # The layers, from the top down. Each imports itself and the layers below. Tests and benchmarks import all.
 LAYERS = (
@@ -17,6 +19,11 @@ LAYERS = (
     ("models", "dataset"),
     ("utils",),
 )
+SCRIPTS = [
+    *("main.py", "fusion_pretrain.py", "predict.py"),
+    *(f"utils/{name}.py" for name in ("preprocessing", "preprocess_eyecandies", "synthetic", "report")),
+]
+HEAVY = {"torch", "timm", "torchvision", "open3d", "matplotlib", "sklearn", "plotly"}
 READERS_OF_CHECKPOINTS = {"utils/checkpoint_files.py"}
 
 
@@ -159,6 +166,28 @@ for module in {MODULES}:
     command = [sys.executable, "-W", "ignore", "-c", program, "--no-such-flag"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_parsing_flags_imports_no_heavy_library(script: str) -> None:
+    """--help and a wrong flag answer at once: torch alone takes seconds to import."""
+    program = f"""
+import runpy, sys
+heavy = {HEAVY}
+for flags, code in ((["--help"], 0), (["--no_such_flag"], 2)):
+    sys.argv = [{script!r}, *flags]
+    try:
+        runpy.run_path({script!r}, run_name="__main__")
+    except SystemExit as stop:
+        assert stop.code == code, stop.code
+    found = sorted(heavy & set(sys.modules))
+    assert not found, found
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    usage, error = done.stderr.splitlines()
+    assert usage.startswith(f"usage: {Path(script).name} [--flag value ...]")
+    assert error.startswith(f"{Path(script).name}: error: ")
 
 
 def test_torch_load_is_safe_and_only_in_checkpoint_readers() -> None:
