@@ -62,12 +62,12 @@ def report_page(record: Mapping[str, Any], classes: Sequence[ClassReport], note:
     summary = _summary(record, classes, published)
     shown = list(chain.from_iterable(map(_shown_samples, classes)))
     shown.sort(key=lambda sample: sample["outcome"] not in WRONG)  # stable: the order within a class stays
-    plotly = _plotly() if any(sample["cloud"] for sample in shown) else None
+    plotly_source, plotly = _plotly() if any(sample["cloud"] for sample in shown) else ("", "")
     return render_page(
         "report.html",
         script=asset("report.js") if shown else "",
-        later_scripts=[plotly.source] if plotly else [],
-        plotly=plotly and plotly.packed,
+        later_scripts=[plotly_source],
+        plotly=plotly,
         title=f"{method}: {', '.join(each.name for each in classes)}",
         method=method,
         args=args,
@@ -93,17 +93,13 @@ def report_page(record: Mapping[str, Any], classes: Sequence[ClassReport], note:
     )
 
 
-class _Plotly(NamedTuple):
-    source: str
-    packed: str  # base64 of gzip: 1.9 MB instead of 4.8, and no work before it is used
-
-
 @cache
-def _plotly() -> _Plotly:
+def _plotly() -> tuple[str, str]:
+    """Source of plotly.js, and the same as base64 of gzip: 1.9 MB instead of 4.8, unpacked on request."""
     from plotly.offline import get_plotlyjs
 
     source = get_plotlyjs()
-    return _Plotly(source, base64.b64encode(gzip.compress(source.encode(), mtime=0)).decode())
+    return source, base64.b64encode(gzip.compress(source.encode(), mtime=0)).decode()
 
 
 def _shown_samples(each: ClassReport) -> list[dict[str, Any]]:
