@@ -43,12 +43,11 @@ def fit_decision_fusion(
     """Fit both SVMs on the training samples' scores (N, K) and pixels (N * H * W, K), in float64.
 
     Args:
-        scores: K scores per sample.
-        maps: K maps (H, W) per sample.
-        score_lambdas: factor of each bank's scores.
-        map_lambdas: factor of each bank's maps.
-        nu: allowed share of training errors (--ocsvm_nu).
-        max_iter: maximum number of epochs (--ocsvm_maxiter).
+        scores: K scores of each sample.
+        maps: K maps (H, W) of each sample.
+        score_lambdas, map_lambdas: factor of each bank.
+        nu: allowed share of training errors.
+        max_iter: maximum number of epochs.
 
     Peak memory: the pixels in float64, 8 * N * H * W * K bytes, twice.
     """

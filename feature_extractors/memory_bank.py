@@ -29,7 +29,10 @@ class BankStatistics(NamedTuple):
 
 
 def mean_and_std(rows: Tensor | ShardedRows, step: int = CHUNK) -> BankStatistics:
-    """Mean and unbiased standard deviation over all entries of rows (N, D), in float64, `step` rows at a time."""
+    """Mean and unbiased standard deviation over all entries of rows (N, D), in float64, `step` rows at a time.
+
+    Plain form: in `reference.bank_statistics`.
+    """
     rows = as_sharded(rows)
     count = len(rows) * rows.width
     mean = rows.sum(torch.sum, step) / count

@@ -75,17 +75,10 @@ def collect_features(
     dtype: torch.dtype = torch.float32,
     group: Group | None = None,
 ) -> TrainingFeatures:
-    """Extract the features of every good sample once.
+    """Extract the features of the `count` good samples of this rank once, to fit on or to calibrate with.
 
-    Args:
-        extractor: see PatchExtractor.
-        samples: good samples of this rank, to fit on or to calibrate with.
-        count: number of these samples.
-        stopwatch: gets the seconds.
-        on_features: called with each sample and its features, to save them for instance.
-        memory_budget: see TrainingFeatures.
-        dtype: see TrainingFeatures.
-        group: the ranks that share the class.
+    `on_features` is called with each sample and its features, to save them for instance. The other keyword arguments
+    are those of TrainingFeatures.
     """
     collected = TrainingFeatures(count, memory_budget, dtype, empty=extractor.no_patches, group=group)
     with (stopwatch or Stopwatch()).measure("extract"):
@@ -140,14 +133,10 @@ def calibrate_detectors(
 ) -> None:
     """Set the thresholds of each detector, from its predictions for good samples.
 
-    Peak memory: one map, img_size**2 float32, of each sample and detector; on the first rank of all samples.
+    Preferably, these samples are not those that the banks were built from. Detectors and stopwatches are given by
+    method; for the other arguments see thresholds.calibrate.
 
-    Args:
-        detectors: by method.
-        features: of good samples, preferably not those that the banks were built from.
-        target_fpr: see thresholds.calibrate.
-        source: see thresholds.calibrate.
-        stopwatches: get the seconds, by method.
+    Peak memory: one map, img_size**2 float32, of each sample and detector; on the first rank of all samples.
     """
     stopwatches = stopwatches or {name: Stopwatch() for name in detectors}
     group = features.group
@@ -177,18 +166,11 @@ def evaluate(
     stopwatches: Mapping[str, Stopwatch] | None = None,
     group: Group | None = None,
 ) -> dict[str, Evaluation]:
-    """Predict every test sample, in order, with each detector, and compute the metrics of the class.
+    """Predict the `count` test samples of this rank with each detector, and compute the metrics of the class.
 
-    The detectors share an extractor, and every stopwatch counts its time.
+    Detectors and stopwatches are given by method. The detectors share an extractor, whose time every stopwatch counts.
 
     Peak memory: (K + 1) * img_size**2 float32 a sample for the maps of K banks, of each detector.
-
-    Args:
-        detectors: by method.
-        samples: test samples of this rank.
-        count: number of these samples.
-        stopwatches: get the seconds, by method.
-        group: the ranks that share the class.
 
     Returns:
         the evaluation of each detector over the samples of all ranks, on the first rank of the group; {} on the others.

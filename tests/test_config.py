@@ -193,7 +193,7 @@ def test_lambdas_are_finite(field: str, place: int, bank: str) -> None:
             DetectorConfig(**{field: tuple(lambdas)})
 
 
-def test_the_grid_has_to_fit_into_the_picture() -> None:
+def test_the_grid_has_to_fit_into_the_image() -> None:
     """The first pooling leaves img_size - 2 windows along a side."""
     DetectorConfig(img_size=32, xyz_grid=30)
     with pytest.raises(InputError, match="img_size is 32, expected at least 33 for 31 xyz patches a side"):

@@ -423,7 +423,7 @@ def detectors_of_one_extractor() -> tuple[CountingExtractor, dict[str, Detector]
     return extractor, {name: fit_detector(config, extractor, features) for name, config in configs.items()}
 
 
-def test_detectors_are_judged_side_by_side_as_each_by_itself() -> None:
+def test_detectors_predict_side_by_side_as_each_by_itself() -> None:
     extractor, detectors = detectors_of_one_extractor()
     test = made_up_samples("test")
     together = evaluate(detectors, iter(test), len(test))

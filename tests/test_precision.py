@@ -76,11 +76,11 @@ def test_rounded_weights_change_no_bit(name: str) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 2), nn.BatchNorm2d(8), nn.Flatten(2), nn.Linear(9, 16), nn.LayerNorm(16))
     network.eval()
-    picture = torch.randn(2, 3, 4, 4)
+    image = torch.randn(2, 3, 4, 4)
     with torch.inference_mode(), autocast(CPU, name):
-        expected = network(picture)
+        expected = network(image)
         round_weights(network, name)
-        assert torch.equal(network(picture), expected)
+        assert torch.equal(network(image), expected)
     dtypes = {type(layer): parameter.dtype for layer in network for parameter in layer.parameters()}
     half = DTYPES[name]
     assert dtypes == {nn.Conv2d: half, nn.BatchNorm2d: torch.float32, nn.Linear: half, nn.LayerNorm: torch.float32}

@@ -92,8 +92,8 @@ def wide_rows() -> Tensor:
     return 2.0 + 3.0 * random_rows(350, 250, 1)
 
 
-def hear(group: Group | None) -> dict[str, Any]:
-    """What every collective says; process r of the group has r items."""
+def run_collectives(group: Group | None) -> dict[str, Any]:
+    """Results of every collective; rank r of the group has r items."""
     own = rank(group)
     values = torch.tensor([0.1 * own, 1.0], dtype=torch.float64)
     return {
@@ -102,7 +102,7 @@ def hear(group: Group | None) -> dict[str, Any]:
         "counts": all_gather_counts(10 * own, group),
         "items": gather_objects([f"{own}.{number}" for number in range(own)], group),
         "no items": gather_objects([], group),
-        "main": broadcast_object((own, "heard"), group),
+        "main": broadcast_object((own, "sent"), group),
         "sum": (all_reduce_sum(values, group), values, all_reduce_sum(torch.tensor([2**60 + own]), group)),
         "sums": all_reduce_floats((0.1 * own, 1), CPU, group),
         "rows": all_gather_rows(torch.full((own, 2), own), group),
@@ -111,7 +111,7 @@ def hear(group: Group | None) -> dict[str, Any]:
 
 
 def select(group: Group | None) -> dict[str, Any]:
-    """Picks and statistics of rows of which each process has its shard."""
+    """Picks and statistics of rows of which each rank has its shard."""
     picks = []
     for kind, count, n, start, candidates, cut in SELECTIONS:
         rows = made_up_rows(kind, count)
@@ -129,12 +129,12 @@ def select(group: Group | None) -> dict[str, Any]:
     seeds: list[int] = []
     projection = coreset.random_projection
 
-    def overheard(count: int, dim: int, eps: float, random_state: int) -> Tensor | None:
+    def recording(count: int, dim: int, eps: float, random_state: int) -> Tensor | None:
         seeds.append(random_state)
         return projection(count, dim, eps, random_state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coreset, "random_projection", overheard)
+        patch.setattr(coreset, "random_projection", recording)
         raw = [select_coreset(own, BankStatistics(1.5, 2.5), 60, 0.9, state) for state in (4, None, None)]
     statistics = [tuple(mean_and_std(own, step)) for step in (1 << 14, 7)]
     return {
@@ -152,7 +152,7 @@ def work(rank: int, folder: Path) -> None:
     found: dict[Any, Any] = {}
     with in_groups(rank, folder) as groups:
         for size, group in groups.items():
-            found[size] = hear(group) | select(group)
+            found[size] = run_collectives(group) | select(group)
         found["numbers"] = []
         for count in (1, 2, 3, 4):
             group, number = make_groups(count)
@@ -187,8 +187,8 @@ def test_groups_are_of_neighboring_ranks(by_process: list[dict[Any, Any]]) -> No
     for count, groups in enumerate([[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1], [2, 3]], [[0], [1], [2], [3]]]):
         for number, members in enumerate(groups):
             for each in members:
-                heard = members if each == members[0] else []
-                assert by_process[each]["numbers"][count] == (number, len(groups) == 1, heard, members[0])
+                gathered = members if each == members[0] else []
+                assert by_process[each]["numbers"][count] == (number, len(groups) == 1, gathered, members[0])
 
 
 @pytest.mark.parametrize("members", MEMBERS, ids=str)
@@ -219,7 +219,7 @@ def test_all_processes_hear_the_same(found: list[dict[str, Any]]) -> None:
     count = len(found)
     total = sum(range(count))
     for place, each in enumerate(found):
-        assert each["main"] == (0, "heard")
+        assert each["main"] == (0, "sent")
         assert each["any"] == [True] * count + [False]
         sums, own, whole = each["sum"]
         assert sums.tolist() == each["sums"] == pytest.approx([0.1 * total, count], rel=1e-15)

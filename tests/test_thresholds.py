@@ -1,4 +1,4 @@
-"""Thresholds: ranks and quantiles by hand, the normalized score, and what good parts they come from."""
+"""Thresholds: ranks and quantiles by hand, the normalized score, and the good samples they come from."""
 
 import logging
 import math

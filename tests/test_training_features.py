@@ -153,7 +153,7 @@ def test_features_that_are_no_numbers_are_named(value: float, dtype: torch.dtype
 
 
 @pytest.mark.parametrize(("kind", "warned"), [("tmpfs", True), ("ext4", False)])
-def test_a_temporary_folder_in_memory_is_told(
+def test_a_temporary_folder_in_memory_is_warned_of(
     kind: str, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     mounts = tmp_path / "mounts"

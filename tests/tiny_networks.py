@@ -121,7 +121,7 @@ def rows_of(features: TrainingFeatures, name: str, samples: int | None = None) -
 
 
 class Outcome(NamedTuple):
-    """What a configuration says about the test samples."""
+    """Predictions of a configuration for the test samples."""
 
     scores: Tensor  # (TEST,)
     maps: Tensor  # (TEST, S, S)
