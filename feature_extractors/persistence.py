@@ -38,7 +38,7 @@ from utils.errors import InputError
 from utils.feature_store import STORAGE_DTYPES
 from utils.reporting.results_json import package_versions
 from utils.scans.files import atomic_folder, cannot_read, cannot_write
-from utils.scans.json_records import write_record
+from utils.scans.json_records import encode_record
 
 STATE_FILE = "state.safetensors"
 SVMS = ("score_coef", "map_coef")
@@ -109,10 +109,11 @@ def save_detector(
         dtype=storage,
         state_sha256=hashlib.sha256(state).hexdigest(),
     )
+    text = encode_record(record, indent=1)
     try:
         with atomic_folder(folder) as temporary:
             (temporary / STATE_FILE).write_bytes(state)  # save_file would make it private to its owner
-            write_record(temporary / CONFIG_FILE, record, indent=1)
+            (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
     except OSError as error:
         raise cannot_write(folder, error) from None
 

@@ -26,7 +26,7 @@ class Results:
 
     Args:
         run: see runner.preparation.
-        inputs: checksum of what the figures of each class come from beside the flags, in the order of the tables.
+        inputs: by class, in the order of the tables: checksum of everything but the flags that decides the numbers.
     """
 
     def __init__(self, run: Run, inputs: Mapping[str, str]) -> None:

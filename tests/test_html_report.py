@@ -25,7 +25,7 @@ from utils.metrics import EXACT_LIMITS
 from utils.reporting.html_report.charts import LEFT, RIGHT, Axis, Point, curve_chart, histogram
 from utils.reporting.html_report.class_report import CURVE_POINTS, PRO_LIMIT, ClassReport, decide, thin_curve
 from utils.reporting.html_report.gallery import CLOUD_POINTS, UNDECIDED, WRONG
-from utils.reporting.html_report.page import asset, script_hash
+from utils.reporting.html_report.page import ASSETS, asset, environment, script_hash
 from utils.reporting.html_report.published import CLASSES, PAPER_ARGS, TEST_SAMPLES, published_figures
 from utils.reporting.html_report.report_page import write_report
 from utils.reporting.results_json import results_record
@@ -312,6 +312,12 @@ def test_bytes_that_are_no_text_are_written(tmp_path: Path) -> None:
     record = results_record(["main.py", "caf\udce9"], {}, {each.name: each.entry})
     write_report(tmp_path, record, [each])
     assert "caf\\udce9" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_templates_escape_every_value() -> None:
+    assert environment().autoescape is True
+    for path in ASSETS.iterdir():
+        assert not re.search(r"\|\s*safe|autoescape", path.read_text()), path.name
 
 
 def test_data_cannot_end_its_element() -> None:

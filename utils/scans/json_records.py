@@ -56,18 +56,27 @@ def decode_record(text: str, kind: type[Record], path: Path, fix: str) -> Record
     return _convert(_parse(text, path, fix), kind, path, fix)
 
 
-def write_record(path: Path, record: object, indent: int | None = None) -> None:
-    """Write a record, of Structs, dataclasses, mappings, NumPy values and paths, so that no reader meets half of it.
+def encode_record(record: object, indent: int | None = None) -> str:
+    """Encode Structs, dataclasses, mappings, NumPy values and paths as JSON.
 
     Raises:
-        InputError: the file cannot be written.
         ValueError: a number is NaN or infinite, which JSON cannot hold.
         TypeError: the record holds an object that is no data.
     """
-    text = json.dumps(record, indent=indent, allow_nan=False, default=plain_json)
+    return json.dumps(record, indent=indent, allow_nan=False, default=plain_json) + "\n"
+
+
+def write_record(path: Path, record: object, indent: int | None = None) -> None:
+    """Write a record in place of an older file, which stays until the new one is complete.
+
+    Raises:
+        InputError: the file cannot be written.
+        ValueError, TypeError: see `encode_record`.
+    """
+    text = encode_record(record, indent)
     try:
         with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
