@@ -4,29 +4,16 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 from unittest.mock import patch
 
 import torch
 from sklearn.random_projection import johnson_lindenstrauss_min_dim
 from torch import Tensor
 
-from benchmarks.measuring import PRODUCT_SIDE, matrix_product, median_seconds_of, timed_calls
-from benchmarks.workload import (
-    SIZES,
-    Networks,
-    Size,
-    build_networks,
-    coreset_flops,
-    detector_config,
-    group_encoder_flops,
-    made_up_samples,
-    plain_features,
-    plain_networks,
-    point_transformer_flops,
-    search_flops,
-    vit_flops,
-)
+from benchmarks import workload
+from benchmarks.measuring import PRODUCT_SIDE, count_flops, matrix_product, median_seconds_of, timed_calls
 from feature_extractors import reference
 from feature_extractors.config import DetectorConfig
 from feature_extractors.extractor import PatchExtractor
@@ -49,49 +36,51 @@ class ClassRun(NamedTuple):
 
 
 def run_class(form: str, size: str, train: int, test: int, stop: int | None, memory_budget: float) -> ClassRun:
-    """Fit and evaluate a class.
+    """Fit and evaluate a class in the `form` "plain", or in the fast form with this precision.
 
-    Args:
-        form: "plain", or the precision of the fast form.
-        size: a key of SIZES.
-        train, test: numbers of samples.
-        stop: picks after which the plain greedy loop ends; its time is extrapolated to all picks. None: all are run.
-        memory_budget: of the fast form, GB, see TrainingFeatures.
+    The plain greedy loop ends after `stop` picks, and its time is extrapolated to all picks; None: it runs to the end.
     """
-    numbers = SIZES[size]
-    networks = build_networks(numbers)
-    good, tested = (made_up_samples(n, split, numbers.img_size) for n, split in ((train, "train"), (test, "test")))
-    config = detector_config(numbers, "fp32" if form == "plain" else form)
+    numbers = workload.SIZES[size]
+    networks = workload.build_networks(numbers)
+    good = workload.made_up_samples(train, "train", numbers.img_size)
+    tested = workload.made_up_samples(test, "test", numbers.img_size)
+    config = workload.detector_config(numbers, "fp32" if form == "plain" else form)
     product = matrix_product("bf16" if form == "bf16" else "fp32")
     product_seconds = [median_seconds_of(product, 4)]
     start = peak_memory_mb()
     if form == "plain":
-        seconds, metrics = _run_plain(config, numbers, good, tested, stop)
+        plain = workload.plain_networks(numbers)
+        seconds, metrics = _run_plain(config, plain, good, tested, stop)
+        of_sample = count_flops(partial(workload.plain_features, config, plain, good[0]))
     else:
         seconds, metrics = _run_fast(config, networks, good, tested, memory_budget)
+        image, points = cast(Tensor, good[0].rgb), workload.valid_points(good[0])
+        of_sample = count_flops(lambda: (networks.rgb(image[None]), networks.xyz([points])))
     peak = peak_memory_mb()
     product_seconds.append(median_seconds_of(product, 4))
     seconds["total"] = seconds["fit"] + seconds["evaluate"]
-    rate = count_operations(config, networks, train, test, form == "plain") / seconds["total"]
+    rate = count_operations(config, networks, of_sample, train, test) / seconds["total"]
     share = rate * statistics.mean(product_seconds) / (2 * PRODUCT_SIDE**3)
     return ClassRun(train, test, seconds, start, peak, share, metrics)
 
 
-def count_operations(config: DetectorConfig, networks: Networks, train: int, test: int, plain: bool) -> float:
-    """Operations of the features, coresets and searches of both banks."""
+def count_operations(
+    config: DetectorConfig, networks: workload.Networks, of_sample: float, train: int, test: int
+) -> float:
+    """Operations of the features, with `of_sample` of each sample, and of the coresets and searches of both banks."""
     rgb, xyz = networks
-    of_sample = vit_flops(rgb) + group_encoder_flops(xyz, plain) + point_transformer_flops(xyz)
     total = (train + test) * of_sample
     picks = train * config.xyz_grid**2
     for patches, dim in ((config.xyz_grid**2, xyz.embed_dim), (rgb.grid_size**2, rgb.embed_dim)):
         rows, picks = train * patches, int(config.f_coreset * picks)
         width = min(johnson_lindenstrauss_min_dim(rows, eps=config.coreset_eps), dim)
-        total += coreset_flops(rows, width, picks) + (train + test) * search_flops(patches, picks, dim)
+        total += workload.distance_flops(picks, rows, width)
+        total += (train + test) * workload.distance_flops(patches, picks, dim)
     return total
 
 
 def _run_fast(
-    config: DetectorConfig, networks: Networks, train: list[Sample], test: list[Sample], memory_budget: float
+    config: DetectorConfig, networks: workload.Networks, train: list[Sample], test: list[Sample], memory_budget: float
 ) -> tuple[dict[str, float], dict[str, Any]]:
     begin = time.perf_counter()
     extractor = PatchExtractor(config, *networks)
@@ -103,16 +92,15 @@ def _run_fast(
 
 
 def _run_plain(
-    config: DetectorConfig, size: Size, train: list[Sample], test: list[Sample], stop: int | None
+    config: DetectorConfig, networks: dict[str, Any], train: list[Sample], test: list[Sample], stop: int | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    networks = plain_networks(size)
     begin = time.perf_counter()
     with (
         timed_calls(reference, "extract") as extract,
         timed_calls(reference, "score_banks") as score,
         stopped_coreset(stop) as picking,
     ):
-        patches = [plain_features(config, networks, each) for each in [*train, *test]]
+        patches = [workload.plain_features(config, networks, each) for each in [*train, *test]]
         scores, maps = reference.fit_and_score(config, patches[: len(train)], patches[len(train) :])
     of_test = sum(extract[len(train) :]) + sum(score[len(train) :])
     pick = sum(seconds * factor for seconds, factor in picking)

@@ -23,19 +23,8 @@ from torch import Tensor
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import fusion_pretrain
-from benchmarks.measuring import matrix_product, median_seconds, write_record
-from benchmarks.workload import (
-    SEED,
-    SIZES,
-    TRIPLE,
-    build_networks,
-    detector_config,
-    grown,
-    made_up_samples,
-    search_flops,
-    valid_points,
-    vit_flops,
-)
+from benchmarks import workload
+from benchmarks.measuring import count_flops, make_parser, matrix_product, median_seconds, write_record
 from feature_extractors.coreset import select_coreset
 from feature_extractors.decision_fusion import DecisionFusion
 from feature_extractors.detector import Detector
@@ -47,7 +36,6 @@ from models.point_ops import farthest_point_sample, knn
 from models.rgb_backbone import VisionTransformerBackbone
 from runner.pretrain_config import PretrainConfig, Progress
 from runner.training import Trainer, make_loader, make_optimizer
-from utils.command_line import Parser
 from utils.distributed import Ranks, choose_device
 from utils.feature_store import resize_patches
 from utils.memory import peak_memory_mb
@@ -84,7 +72,7 @@ def time_extraction(bench: Bench, extractors: dict[str, PatchExtractor], samples
     """Features of a sample, and their parts."""
     config = extractors["fp32"].config
     images = torch.stack([sample.rgb for sample in samples if sample.rgb is not None]).to(bench.device)
-    clouds = [valid_points(sample).to(bench.device) for sample in samples]
+    clouds = [workload.valid_points(sample).to(bench.device) for sample in samples]
     points = clouds[0][None]
     for backend in ("triton", "torch") if bench.device.type == "cuda" else ("auto",):
         sampling = partial(farthest_point_sample, points, config.num_group, backend)
@@ -96,7 +84,7 @@ def time_extraction(bench: Bench, extractors: dict[str, PatchExtractor], samples
         assert isinstance(rgb, VisionTransformerBackbone)
         assert xyz is not None
         with autocast(bench.device, precision):
-            flops = len(images) * vit_flops(rgb)
+            flops = count_flops(partial(rgb, images))
             bench.time(f"ViT, {precision}", partial(rgb, images), pieces=len(images), flops=flops)
             bench.time(f"point network, {precision}", partial(xyz, clouds), pieces=len(clouds))
         bench.time(f"features, {precision}", partial(extractor.extract, samples), pieces=len(samples))
@@ -106,26 +94,22 @@ def time_extraction(bench: Bench, extractors: dict[str, PatchExtractor], samples
 def make_banks(bench: Bench, features: list[PatchFeatures], train: int, f_coreset: float) -> dict[str, MemoryBank]:
     """Banks as large as those of `train` training samples; times the coreset of the first."""
     patches = {name: torch.cat([getattr(each, name) for each in features]) for name in ("xyz", "rgb", "fusion")}
-    rows = grown(patches["xyz"], train * len(patches["xyz"]) // len(features))
+    rows = workload.grown(patches["xyz"], train * len(patches["xyz"]) // len(features))
     statistics = {name: mean_and_std(each) for name, each in patches.items()}
     count = int(f_coreset * len(rows))
     chosen: list[Tensor] = []
-    selection = partial(select_coreset, rows, statistics["xyz"], count, 0.9, SEED)
+    selection = partial(select_coreset, rows, statistics["xyz"], count, 0.9, workload.SEED)
     bench.time(f"coreset {len(rows)} x {rows.shape[1]} to {count}", lambda: chosen.append(selection()))
     patches["xyz"] = rows[chosen[-1]]
     for name in ("rgb", "fusion"):
-        patches[name] = grown(patches[name], int(f_coreset * count))
+        patches[name] = workload.grown(patches[name], int(f_coreset * count))
     return {name: MemoryBank(statistics[name].normalize(each), statistics[name]) for name, each in patches.items()}
 
 
 @torch.inference_mode()
 def time_prediction(bench: Bench, detector: Detector, samples: list[Sample]) -> None:
-    """Searches, scoring of given features, and a sample from main memory and back."""
+    """Scoring of given features, and a sample from main memory and back."""
     features, precision = detector.extractor.extract(samples), detector.extractor.precision
-    for name, bank in detector.banks.items():
-        queries = bank.statistics.normalize(getattr(features[0], name))
-        flops = search_flops(len(queries), *bank.rows.shape)
-        bench.time(f"search in {len(bank)} rows, {name}, {precision}", partial(bank.nearest, queries), flops=flops)
 
     def score(extracted: list[PatchFeatures]) -> None:
         for each in extracted:
@@ -156,25 +140,24 @@ def time_training(bench: Bench, model: FeatureFusion, features: list[PatchFeatur
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__, "gpu")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
     parser.add_argument("--train", type=int, default=244, help="training samples of the coreset")
     parser.add_argument("--batch", type=int, default=16, help="samples that are predicted, and others for training")
     parser.add_argument("--repeats", type=int, default=5, help="runs, of which the median counts")
-    parser.add_argument("--networks", choices=SIZES, default="published", help="tiny: for a trial")
-    parser.add_argument("--output", type=Path, default=Path("results/benchmark_gpu.json"))
+    parser.add_argument("--networks", choices=workload.SIZES, default="published", help="tiny: for a trial")
     args = parser.parse_args(argv)
-    device, size = choose_device(args.device), SIZES[args.networks]
+    device, size = choose_device(args.device), workload.SIZES[args.networks]
     bench = Bench(device, args.repeats)
     side = PRODUCT_SIDE[device.type]
     for precision in DTYPES:
         product = matrix_product(precision, side, device)
         bench.time(f"matrix product of {side} x {side}, {precision}", product, flops=2 * side**3)
-    test, train = (made_up_samples(args.batch, split, size.img_size) for split in ("test", "train"))
+    test, train = (workload.made_up_samples(args.batch, split, size.img_size) for split in ("test", "train"))
     extractors = {}
     for precision in DTYPES:
-        networks = build_networks(size)
-        config = detector_config(size, precision, method_name=TRIPLE, use_uff=True)
+        networks = workload.build_networks(size)
+        config = workload.detector_config(size, precision, method_name=workload.TRIPLE, use_uff=True)
         fusion = FeatureFusion(networks.xyz.embed_dim, networks.rgb.embed_dim)
         extractors[precision] = PatchExtractor(config, *networks, fusion, device)
     time_extraction(bench, extractors, test)

@@ -19,13 +19,12 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tqdm import tqdm
 
-from benchmarks.measuring import in_fresh_process, write_record
+from benchmarks.measuring import in_fresh_process, make_parser, write_record
 from benchmarks.workload import SEED, SIZES, TRIPLE, build_networks, detector_config, made_up_samples, varied
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.pipeline import Stopwatch, fit_detector
 from feature_extractors.training_features import TrainingFeatures
 from models.feature_fusion import FeatureFusion
-from utils.command_line import Parser
 from utils.feature_store import STORAGE_DTYPES
 from utils.memory import peak_memory_mb
 from utils.records import PatchFeatures
@@ -49,23 +48,18 @@ def fit_class(args: argparse.Namespace) -> dict[str, Any]:
         features.append(of_sample)
     stopwatch = Stopwatch()
     detector = fit_detector(config, extractor, features, stopwatch)
-    return {
-        "on_disk": features.on_disk,
-        "rows": {name: len(bank.rows) for name, bank in detector.banks.items()},
-        "seconds": stopwatch.seconds,
-        "start_mb": start,
-        "peak_mb": peak_memory_mb(),
-    }
+    rows = {name: len(bank.rows) for name, bank in detector.banks.items()}
+    memory = {"on_disk": features.on_disk, "start_mb": start, "peak_mb": peak_memory_mb()}
+    return {"rows": rows, "seconds": stopwatch.seconds, **memory}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__, "largest_class")
     parser.add_argument("--train", type=int, default=361, help="training samples")
     parser.add_argument("--distinct", type=int, default=8, help="training samples with features from the networks")
     parser.add_argument("--memory_budget", type=float, default=6.0, help="GB")
     parser.add_argument("--train_feature_dtype", default="fp32", choices=STORAGE_DTYPES)
     parser.add_argument("--networks", choices=SIZES, default="published", help="tiny: for a trial")
-    parser.add_argument("--output", type=Path, default=Path("results/benchmark_largest_class.json"))
     args = parser.parse_args(argv)
     found = in_fresh_process(fit_class, args)
     rows = ", ".join(f"{name} {count}" for name, count in found["rows"].items())

@@ -16,8 +16,10 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from utils.command_line import Parser
 from utils.precision import DTYPES
 from utils.scans.files import atomic_path
 
@@ -37,19 +39,14 @@ def median_seconds_of(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(seconds_of(work) for _ in range(repeats))
 
 
-def median_seconds(
-    works: Mapping[str, Callable[[], object]], repeats: int, warm_up: bool = True, label: str = ""
-) -> dict[str, float]:
+def median_seconds(works: Mapping[str, Callable[[], object]], repeats: int, warm_up: bool = True) -> dict[str, float]:
     """Median time of several pieces of work by name, in turns, so that a slow phase of the machine affects all."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    turns = range(-1 if warm_up else 0, repeats)
-    with tqdm(total=len(turns) * len(works), desc=label, leave=False, delay=2) as progress:
-        for turn in turns:
-            for name, work in works.items():
-                taken = seconds_of(work)
-                if turn >= 0:
-                    seconds[name].append(taken)
-                progress.update()
+    for turn in range(-1 if warm_up else 0, repeats):
+        for name, work in works.items():
+            taken = seconds_of(work)
+            if turn >= 0:
+                seconds[name].append(taken)
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
@@ -77,6 +74,14 @@ def matrix_product(
     return lambda: left @ right
 
 
+@torch.inference_mode()
+def count_flops(work: Callable[[], object]) -> float:
+    """Operations of the matrix products of the calling thread; a multiplication and an addition are two."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
 def in_fresh_process(work: Callable[..., Result], *arguments: Any) -> Result:
     """Run a function of a module in its own process, so that no other measurement adds to its peak memory."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -95,14 +100,16 @@ def describe_machine() -> dict[str, str | int]:
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return {
-        **gpu,
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
-        "cores": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    cpu = models[0] if models else platform.machine()
+    threads = {"cores": os.cpu_count() or 1, "threads": torch.get_num_threads()}
+    return {**gpu, "cpu": cpu, **threads, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def make_parser(docstring: str | None, name: str) -> Parser:
+    """Parser of a script, with the flag of its JSON file."""
+    parser = Parser(docstring)
+    parser.add_argument("--output", type=Path, default=Path(f"results/benchmark_{name}.json"))
+    return parser
 
 
 def write_record(args: argparse.Namespace, found: Mapping[str, Any]) -> None:

@@ -17,12 +17,11 @@ import torch.nn.functional as F
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.measuring import write_record
-from dataset import AnomalyDataset, index_split
+from benchmarks.measuring import make_parser, write_record
+from dataset import AnomalyDataset, index_split, load_samples
 from feature_extractors.config import METHODS, DetectorConfig
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.pipeline import collect_features, evaluate, fit_detector
-from utils.command_line import Parser
 from utils.errors import exit_on_input_error
 from utils.precision import DTYPES
 
@@ -34,8 +33,7 @@ def compare_class(folder: Path, extractors: dict[str, PatchExtractor]) -> dict[s
     config = extractors["fp32"].config
     modalities = config.method.modalities
     files = (index_split(folder, split, modalities) for split in ("train", "test"))
-    datasets = (AnomalyDataset(each, modalities, config.img_size) for each in files)
-    train, test = ([dataset[i] for i in range(len(dataset))] for dataset in datasets)
+    train, test = (list(load_samples(AnomalyDataset(each, modalities, config.img_size), 0)) for each in files)
     features, metrics = {}, {}
     for precision, extractor in extractors.items():
         features[precision] = [extractor(sample) for sample in test]
@@ -52,7 +50,7 @@ def compare_class(folder: Path, extractors: dict[str, PatchExtractor]) -> dict[s
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__, "precision")
     parser.add_argument("--dataset_path", type=Path, required=True)
     parser.add_argument("--classes", nargs="+", required=True)
     parser.add_argument("--method_name", default="DINO+Point_MAE+Fusion", choices=METHODS)
@@ -60,7 +58,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--xyz_backbone_name", default="Point_MAE")
     parser.add_argument("--checkpoint_dir", type=Path, default=Path("checkpoints"))
     parser.add_argument("--fusion_module_path", type=Path, help="UFF checkpoint; without it, patches are concatenated")
-    parser.add_argument("--output", type=Path, default=Path("results/benchmark_precision.json"))
     args = parser.parse_args(argv)
     names = {name: getattr(args, name) for name in ("method_name", "rgb_backbone_name", "xyz_backbone_name")}
     extractors = {}

@@ -26,7 +26,7 @@ sys.path[0] = str(ROOT)
 
 from PIL import Image
 
-from benchmarks.measuring import in_fresh_process, memory_slope, write_record
+from benchmarks.measuring import in_fresh_process, make_parser, memory_slope, write_record
 from benchmarks.workload import PART, SCAN_SIZE, SEED, SIZES, build_networks, detector_config, grown
 from dataset import make_sample
 from feature_extractors.decision_fusion import DecisionFusion
@@ -37,7 +37,6 @@ from feature_extractors.persistence import save_detector
 from feature_extractors.pipeline import calibrate_detectors, collect_features
 from models import RGB_BACKBONES, XYZ_BACKBONES
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
-from utils.command_line import Parser
 from utils.metrics import latency_percentiles
 from utils.scans.organized_pc import write_organized_pc
 from utils.synthetic_data.scanner import make_scan
@@ -95,12 +94,7 @@ def resident_mb(pid: int) -> float:
 
 
 def run_predict(folder: Path, args: argparse.Namespace, count: int, batch_size: int | None) -> dict[str, Any]:
-    """Run predict.py on `count` samples, the distinct ones again and again.
-
-    Returns:
-        seconds until the first line and the end, percentiles of the seconds of a sample (networks and scoring), samples
-        per second (with files and images), and resident memory after so many samples.
-    """
+    """Run predict.py on `count` samples, the distinct ones again and again, and read its lines and its memory."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         for name, suffix in (("rgb", ".png"), ("xyz", ".tiff")):
             Path(place, name).mkdir()
@@ -120,10 +114,8 @@ def run_predict(folder: Path, args: argparse.Namespace, count: int, batch_size: 
                     if len(times) % max(1, count // 20) == 0 and len(times) < count:
                         resident.append((len(times), resident_mb(process.pid)))
         if process.returncode or len(times) != count:
-            raise RuntimeError(
-                f"predict.py printed {len(times)} of {count} samples and exited with {process.returncode}"
-            )
-        found = {"first_line": times[0], "end": time.perf_counter() - begin, "resident_mb": resident}
+            raise RuntimeError(f"predict.py exited with {process.returncode} after {len(times)} of {count} samples")
+        found: dict[str, Any] = {"first_line": times[0], "end": time.perf_counter() - begin, "resident_mb": resident}
         lines = Path(place, "predictions", "predictions.jsonl").read_text().splitlines()
     if count > WARM_UP:
         found["latency"] = latency_percentiles([json.loads(line)["seconds"] for line in lines[WARM_UP:]])
@@ -132,7 +124,7 @@ def run_predict(folder: Path, args: argparse.Namespace, count: int, batch_size: 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__, "predict")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--networks", choices=NETWORKS, default="published", help="tiny: for a trial")
     parser.add_argument("--train", type=int, default=200, help="training samples whose banks have this size")
@@ -143,7 +135,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, help="beside 1; by default that of predict.py")
     parser.add_argument("--num_workers", type=int, default=2, help="threads that read files ahead")
     parser.add_argument("--device", default="auto", help="as of predict.py")
-    parser.add_argument("--output", type=Path, default=Path("results/benchmark_predict.json"))
     args = parser.parse_args(argv)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:

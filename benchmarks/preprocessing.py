@@ -16,10 +16,9 @@ import numpy as np
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.measuring import in_fresh_process, median_seconds_of, seconds_of, write_record
+from benchmarks.measuring import in_fresh_process, make_parser, median_seconds_of, seconds_of, write_record
 from utils import preprocessing
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, cluster_labels, fit_border_plane, remove_plane
-from utils.command_line import Parser
 from utils.scans.organized_pc import valid_mask
 from utils.synthetic import Plan, make_dataset
 from utils.synthetic_data.scanner import Scan, make_scan
@@ -40,14 +39,10 @@ def large_scan() -> tuple[Scan, np.ndarray]:
 def cleaning_seconds() -> dict[str, float]:
     """Seconds for cleaning and clustering the large scan, and the number of cores that this process may use."""
     rule, (scan, points) = CleaningRule(), large_scan()
-    eps, least = rule.cluster_eps, rule.cluster_min_points
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "pixels": scan.xyz[..., 0].size,
-        "points_off_the_plane": len(points),
-        "clean_seconds": median_seconds_of(lambda: clean_scan(scan.xyz, scan.rgb, None, rule), REPEATS),
-        "cluster_seconds": median_seconds_of(lambda: cluster_labels(points, eps, least), REPEATS),
-    }
+    clean = median_seconds_of(lambda: clean_scan(scan.xyz, scan.rgb, None, rule), REPEATS)
+    cluster = median_seconds_of(lambda: cluster_labels(points, rule.cluster_eps, rule.cluster_min_points), REPEATS)
+    counts = {"cores": len(os.sched_getaffinity(0)), "points_off_the_plane": len(points)}
+    return {**counts, "clean_seconds": clean, "cluster_seconds": cluster}
 
 
 def on_one_core() -> dict[str, float]:
@@ -61,7 +56,7 @@ def on_one_core() -> dict[str, float]:
 
 
 def open3d_clustering() -> dict[str, float]:
-    """Seconds of open3d's clustering of the large scan on all cores, and the number of labels that differ from ours."""
+    """Seconds of open3d's clustering on all cores, and the number of labels that differ from ours."""
     import open3d
 
     rule, (_, points) = CleaningRule(), large_scan()
@@ -85,10 +80,9 @@ def throughput(raw: Path, scans: int, workers: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__, "preprocessing")
     parser.add_argument("--scans", type=int, default=96, help="scans of 400 x 400 pixels for the throughput")
     parser.add_argument("--skip_open3d", action="store_true", help="leave out open3d's clustering")
-    parser.add_argument("--output", type=Path, default=Path("results/benchmark_preprocessing.json"))
     args = parser.parse_args(argv)
     found = on_one_core() | ({} if args.skip_open3d else open3d_clustering())
     cores = os.cpu_count() or 1

@@ -27,15 +27,14 @@ from torch import Tensor
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.measuring import timed_calls, write_record
-from benchmarks.scaling_model import Machine, Pass, coreset_seconds, draw_scaling, measure_machine
+from benchmarks.measuring import make_parser, timed_calls, write_record
+from benchmarks.scaling_model import Pass, coreset_seconds, draw_scaling, measure_machine
 from benchmarks.traffic import counted_traffic
 from benchmarks.workload import SEED, SIZES, TRIPLE, build_networks, detector_config, made_up_samples
 from feature_extractors import pipeline
 from feature_extractors.coreset import SAFE_HALF, Selection, greedy_coreset
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.pipeline import Stopwatch, collect_features, evaluate, fit_detector
-from utils.command_line import Parser
 from utils.distributed import Ranks, process_group, shard_range
 from utils.memory import peak_memory_mb
 
@@ -146,18 +145,8 @@ def measure(args: argparse.Namespace, stage: str, count: int, samples: int) -> t
     return cost, found[0]
 
 
-def compare_model(costs: list[Cost], recorded: dict[int, list[Pass]], machine: Machine) -> dict[str, float]:
-    """Modeled over measured seconds of each coreset."""
-    ratios = {}
-    for cost in costs:
-        seconds = coreset_seconds(recorded[cost.rows], WIDTH, cost.processes, machine)
-        ratios[f"{cost.rows} {cost.processes}"] = seconds / cost.seconds
-        print(f"model    {cost.rows:10,}{cost.processes:11}{seconds:10.2f} s, {seconds / cost.seconds:.0%} of measured")
-    return ratios
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__, "ranks")
     parser.add_argument("--stages", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument(
@@ -166,27 +155,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--networks", choices=SIZES, default="published", help="of the whole class; tiny: for a trial")
     parser.add_argument("--train", type=int, default=16, help="training samples of the whole class")
     parser.add_argument("--test", type=int, default=8, help="its test samples")
-    parser.add_argument("--output", type=Path, default=Path("results/benchmark_ranks.json"))
     parser.add_argument("--figure", type=Path, default=Path("results/scaling.png"))
     args = parser.parse_args(argv)
     print(f"{'':8}{'rows':>10}{'processes':>11}{'passes':>8}{'received MB':>13}{'memory MB':>11}{'seconds':>10}")
     costs: list[Cost] = []
     recorded: dict[int, list[Pass]] = {}  # by rows, of the first number of processes
     found: dict[str, Any] = {"passes": recorded}
-    for stage in args.stages:
-        for samples in args.samples if stage == "coreset" else [0]:
-            for count in args.processes:
-                cost, detail = measure(args, stage, count, samples)
-                costs.append(cost)
-                if stage == "coreset":
-                    recorded.setdefault(cost.rows, [Pass(*each) for each in detail["recorded"]])
-                elif count == args.processes[0]:
-                    found["alone"] = detail["alone"] / sum(detail["stages"].values())
-                    print(f"one process does {found['alone']:.1%} of the work of a class alone")
+    sizes = {"coreset": args.samples, "class": [0]}
+    runs = [(stage, samples, count) for stage in args.stages for samples in sizes[stage] for count in args.processes]
+    for stage, samples, count in runs:
+        cost, detail = measure(args, stage, count, samples)
+        costs.append(cost)
+        if stage == "coreset":
+            recorded.setdefault(cost.rows, [Pass(*each) for each in detail["recorded"]])
+        elif count == args.processes[0]:
+            found["alone"] = detail["alone"] / sum(detail["stages"].values())
+            print(f"one process does {found['alone']:.1%} of the work of a class alone")
     if recorded:
         machine = measure_machine(WIDTH, args.processes[-1])
         of_coreset = [cost for cost in costs if cost.stage == "coreset"]
-        found |= {"rates": machine._asdict(), "model": compare_model(of_coreset, recorded, machine)}
+        found |= {"rates": machine._asdict(), "model": {}}
+        for cost in of_coreset:
+            seconds = coreset_seconds(recorded[cost.rows], WIDTH, cost.processes, machine)
+            found["model"][f"{cost.rows} {cost.processes}"] = share = seconds / cost.seconds
+            print(f"model    {cost.rows:10,}{cost.processes:11}{seconds:10.2f} s, {share:.0%} of measured")
         draw_scaling(args.figure, machine, of_coreset, recorded, WIDTH)
     write_record(args, found | {"costs": [cost._asdict() for cost in costs]})
 

@@ -7,22 +7,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import PRODUCT_SIDE, matrix_product, median_seconds
-from benchmarks.workload import (
-    SEED,
-    Networks,
-    Size,
-    build_networks,
-    coreset_flops,
-    detector_config,
-    group_encoder_flops,
-    plain_features,
-    plain_networks,
-    point_transformer_flops,
-    search_flops,
-    valid_points,
-    vit_flops,
-)
+from benchmarks import workload
+from benchmarks.measuring import PRODUCT_SIDE, count_flops, matrix_product, median_seconds
 from feature_extractors import reference
 from feature_extractors.alignment import align_to_patches
 from feature_extractors.coreset import select_coreset
@@ -53,12 +39,10 @@ class Row(NamedTuple):
         """Rate of the operations of a form over that of the matrix product in its precision."""
         return self.flops[form] / self.seconds[form] / self.product["bf16" if form == "bf16" else "fp32"]
 
-    def record(self) -> dict[str, Any]:
-        return {
-            "seconds": self.seconds,
-            "ratio": {form: self.ratio(form) for form in self.seconds if form != "plain"},
-            "share_of_product": {form: self.share(form) for form in self.flops},
-        }
+    def record(self) -> dict[str, dict[str, float]]:
+        ratios = {form: self.ratio(form) for form in self.seconds if form != "plain"}
+        shares = {form: self.share(form) for form in self.flops}
+        return {"seconds": self.seconds, "ratio": ratios, "share_of_product": shares}
 
 
 def measure_row(
@@ -68,7 +52,7 @@ def measure_row(
     precisions = ["fp32", *(["bf16"] if "bf16" in works else [])]
     products = {f"product {precision}": matrix_product(precision) for precision in precisions}
     with torch.inference_mode():
-        seconds = median_seconds({**works, **products}, repeats, warm_up, name)
+        seconds = median_seconds({**works, **products}, repeats, warm_up)
     rates = {precision: 2 * PRODUCT_SIDE**3 / seconds.pop(f"product {precision}") for precision in precisions}
     return Row(name, seconds, dict(flops), rates)
 
@@ -84,16 +68,19 @@ def _at(precision: str, work: Work) -> Work:
 
 
 @torch.inference_mode()
-def feature_rows(size: Size, samples: list[Sample], precisions: list[str], repeats: int) -> list[Row]:
+def feature_rows(size: workload.Size, samples: list[Sample], precisions: list[str], repeats: int) -> list[Row]:
     """Rows of the steps of extraction, of a whole sample, and of all samples as fitting collects them."""
-    networks, plain = build_networks(size), plain_networks(size)
-    fast = {each: PatchExtractor(detector_config(size, each), *build_networks(size)) for each in precisions}
-    points, xyz = valid_points(samples[0]), cast(Tensor, samples[0].xyz)
+    networks, plain = workload.build_networks(size), workload.plain_networks(size)
+    fast = {}
+    for precision in precisions:
+        config = workload.detector_config(size, precision)
+        fast[precision] = PatchExtractor(config, *workload.build_networks(size))
+    points, xyz = workload.valid_points(samples[0]), cast(Tensor, samples[0].xyz)
     images = [sample.rgb for sample in samples if sample.rgb is not None]
     ((groups, centers),) = networks.xyz.group([points])
     tokens, position = plain["xyz"].encoder(groups), plain["xyz"].pos_embed(centers)
     found = PointFeatures(*plain["xyz"](points))
-    config, count = detector_config(size, "fp32"), len(samples)
+    count = len(samples)
 
     def point_search() -> None:
         picked = points[reference.farthest_point_sample(points, size.num_group)]
@@ -105,7 +92,7 @@ def feature_rows(size: Size, samples: list[Sample], precisions: list[str], repea
 
     def features(count: int) -> None:
         for sample in samples[:count]:
-            plain_features(config, plain, sample)
+            workload.plain_features(config, plain, sample)
 
     steps: dict[str, dict[str, Work]] = {
         f"ViT of {count} images": {"plain": lambda: [reference.rgb_patches(plain["rgb"], each) for each in images]},
@@ -124,12 +111,13 @@ def feature_rows(size: Size, samples: list[Sample], precisions: list[str], repea
         transformer[precision] = _at(precision, partial(through_blocks, network, tokens[None], position[None]))
         one[precision] = partial(extractor, samples[0])
         many[precision] = partial(collect_features, extractor, samples, count)
-    rows = []
-    for name, works in steps.items():
-        counted = {form: step_flops(networks, count, form).get(name) for form in works}
-        flops = {form: value for form, value in counted.items() if value}
-        rows.append(measure_row(name, works, flops, repeats))
-    return rows
+    flops: dict[str, dict[str, float]] = {name: {} for name in steps}
+    for form in vit:
+        parts = [count_flops(works[form]) for works in (vit, encoder, transformer)]
+        one_sample = parts[0] / count + parts[1] + parts[2]
+        for name, value in zip(steps, [*parts, 0, 0, one_sample, count * one_sample], strict=True):
+            flops[name] |= {form: value} if value else {}
+    return [measure_row(name, works, flops[name], repeats) for name, works in steps.items()]
 
 
 def through_blocks(network: Any, tokens: Tensor, position: Tensor) -> Tensor:
@@ -139,19 +127,6 @@ def through_blocks(network: Any, tokens: Tensor, position: Tensor) -> Tensor:
     return tokens
 
 
-def step_flops(networks: Networks, count: int, form: str) -> dict[str, float]:
-    """Operations of the steps that have matrix products."""
-    rgb, xyz = networks
-    vit, encoder, transformer = vit_flops(rgb), group_encoder_flops(xyz, form == "plain"), point_transformer_flops(xyz)
-    return {
-        f"ViT of {count} images": count * vit,
-        "group encoder": encoder,
-        "point transformer": transformer,
-        "features of a sample": vit + encoder + transformer,
-        f"features of {count} samples": count * (vit + encoder + transformer),
-    }
-
-
 def coreset_row(rows: Tensor, stop: int | None, repeats: int) -> tuple[Row, Tensor]:
     """Projection and selection of a tenth of raw rows (N, D); also the indices that the fast form selects.
 
@@ -159,23 +134,24 @@ def coreset_row(rows: Tensor, stop: int | None, repeats: int) -> tuple[Row, Tens
     """
     n = max(int(F_CORESET * len(rows)), 1)
     statistics = BankStatistics(float(rows.mean()), float(rows.std()))
-    projected = reference.random_projection(statistics.normalize(rows), CORESET_EPS, SEED)
+    projected = reference.random_projection(statistics.normalize(rows), CORESET_EPS, workload.SEED)
     chosen: list[Tensor] = []
     works: dict[str, Work] = {
-        "fp32": lambda: chosen.append(select_coreset(rows, statistics, n, CORESET_EPS, SEED)),
-        "projection": lambda: reference.random_projection(statistics.normalize(rows), CORESET_EPS, SEED),
+        "fp32": lambda: chosen.append(select_coreset(rows, statistics, n, CORESET_EPS, workload.SEED)),
+        "projection": lambda: reference.random_projection(statistics.normalize(rows), CORESET_EPS, workload.SEED),
         "picks": partial(reference.greedy_coreset, projected, min(n, stop or n)),
     }
-    name, flops = f"coreset {len(rows)} x {rows.shape[1]} to {n}", coreset_flops(len(rows), projected.shape[1], n)
+    name = f"coreset {len(rows)} x {rows.shape[1]} to {n}"
+    flops = workload.distance_flops(n, len(rows), projected.shape[1])
     row = measure_row(name, works, {"fp32": flops}, repeats if stop else 1, warm_up=False)
     scale = (n - 1) / max(min(n, stop or n) - 1, 1)
     seconds = {"fp32": row.seconds["fp32"], "plain": row.seconds["projection"] + scale * row.seconds["picks"]}
     return row._replace(seconds=seconds, flops={"fp32": flops, "plain": flops}), chosen[-1]
 
 
-def scoring_row(size: Size, queries: Tensor, bank: Tensor, repeats: int) -> Row:
+def scoring_row(size: workload.Size, queries: Tensor, bank: Tensor, repeats: int) -> Row:
     """Score and map of a sample's patches (M, D) against a bank (N, D); "cdist + min" is the search alone."""
-    config = detector_config(size, "fp32", method_name="Point_MAE")
+    config = workload.detector_config(size, "fp32", method_name="Point_MAE")
     detector = Detector(config, PatchExtractor(config, None, None), {"xyz": MemoryBank(bank)})
     plain_bank = {"xyz": reference.Bank(bank, 0.0, 1.0)}
     works: dict[str, Work] = {
@@ -183,5 +159,5 @@ def scoring_row(size: Size, queries: Tensor, bank: Tensor, repeats: int) -> Row:
         "fp32": partial(detector.predict_features, PatchFeatures(xyz=queries)),
         "cdist + min": partial(reference.nearest_rows, queries, bank),
     }
-    flops = dict.fromkeys(works, search_flops(len(queries), len(bank), bank.shape[1]))
+    flops = dict.fromkeys(works, workload.distance_flops(len(queries), len(bank), bank.shape[1]))
     return measure_row(f"scoring {len(queries)} x {len(bank)} x {bank.shape[1]}", works, flops, repeats)

@@ -65,9 +65,8 @@ def coreset_seconds(passes: Sequence[Pass], width: int, processes: int, machine:
 
 def grown_passes(passes: Sequence[Pass], factor: int) -> list[Pass]:
     """Passes of `factor` times as many rows and picks: `factor` times as many, each with as many times the rows."""
-    return [
-        each._replace(rows=each.rows * factor, touched=each.touched * factor) for each in passes for _ in range(factor)
-    ]
+    larger = [each._replace(rows=each.rows * factor, touched=each.touched * factor) for each in passes]
+    return larger * factor
 
 
 def measure_machine(width: int, processes: int) -> Machine:
@@ -98,15 +97,9 @@ def measure_machine(width: int, processes: int) -> Machine:
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_probe, (processes, width, folder), nprocs=processes)
         byte, latency = torch.load(Path(folder, "0.pth"), weights_only=True)
-    return Machine(
-        touched=few - PROBED_PICKS[0] * pair,
-        pair=pair,
-        scanned=scanned,
-        mutual=one / len(among) ** 2,
-        choice=(more - one) / (PROBED_PICKS[1] - 1) / len(among),
-        byte=byte,
-        latency=latency,
-    )
+    touched, mutual = few - PROBED_PICKS[0] * pair, one / len(among) ** 2
+    choice = (more - one) / (PROBED_PICKS[1] - 1) / len(among)
+    return Machine(touched, pair, scanned, mutual, choice, byte, latency)
 
 
 def _probe(rank: int, count: int, width: int, folder: str) -> None:

@@ -21,11 +21,10 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.class_run import ClassRun, run_class
 from benchmarks.curve import draw_curve
-from benchmarks.measuring import describe_machine, in_fresh_process, write_record
+from benchmarks.measuring import describe_machine, in_fresh_process, make_parser, write_record
 from benchmarks.rows import Row, coreset_row, feature_rows, scoring_row
 from benchmarks.workload import SIZES, build_networks, detector_config, grown, made_up_samples
 from feature_extractors.extractor import PatchExtractor
-from utils.command_line import Parser
 from utils.precision import DTYPES
 
 STAGES = ("features", "coreset", "scoring", "class")
@@ -80,9 +79,8 @@ def class_runs(args: argparse.Namespace) -> dict[str, list[ClassRun]]:
                 continue
             run = in_fresh_process(run_class, form, args.networks, train, test, stop, args.memory_budget)
             found.append(run)
-            name, seconds = f"{train} + {test} samples, {form}", run.seconds
-            memory = f"peak {run.peak_mb:.0f} MB (start {run.start_mb:.0f} MB)"
-            print(f"{name:32}{seconds['total']:8.1f} s (fit {seconds['fit']:.1f} s), {memory}")
+            cost = f"{run.seconds['total']:8.1f} s (fit {run.seconds['fit']:.1f} s), peak {run.peak_mb:.0f} MB"
+            print(f"{f'{train} + {test} samples, {form}':32}{cost}")
     return runs
 
 
@@ -94,12 +92,12 @@ def compare_class(runs: dict[str, list[ClassRun]], train: int) -> dict[str, Any]
     for form, run in whole.items():
         time, memory = plain.seconds["total"] / run.seconds["total"], plain.peak_mb / run.peak_mb
         ratios[form] = {"time": time, "memory": memory}
-        print(f"{f'a class of {train} + {plain.test}, {form}':32}time {time:.1f}x, memory {memory:.1f}x")
+        print(f"{f'a class of {train} + {run.test}, {form}':32}time {time:.1f}x, memory {memory:.1f}x")
     return ratios
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__, "stages")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument(
         "--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of the fast form"
@@ -116,7 +114,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--curve", type=int, nargs="*", default=[10, 20], help="further points of the figure")
     parser.add_argument("--curve_fast", type=int, nargs="*", default=[100], help="points of the fast form alone")
     parser.add_argument("--networks", choices=SIZES, default="published", help="tiny: for a trial")
-    parser.add_argument("--output", type=Path, default=Path("results/benchmark_stages.json"))
     parser.add_argument("--figure", type=Path, default=Path("results/speed.png"))
     return parser.parse_args(argv)
 
@@ -128,9 +125,6 @@ def main(argv: list[str] | None = None) -> None:
     rows = stage_rows(args)
     products = {form: [row.product[form] / 1e9 for row in rows if form in row.product] for form in PRECISIONS}
     found: dict[str, Any] = {"stages": {row.name: row.record() for row in rows}, "product_gflop_per_second": products}
-    for form, rates in products.items():
-        if rates:
-            print(f"{f'matrix product, {form}':32}{min(rates):.0f} to {max(rates):.0f} GFLOP/s")
     if "class" in args.stages:
         runs = class_runs(args)
         found["class_ratios"] = compare_class(runs, args.train)

@@ -17,10 +17,9 @@ from torch import Tensor
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.measuring import in_fresh_process, median_seconds_of, write_record
+from benchmarks.measuring import in_fresh_process, make_parser, median_seconds_of, write_record
 from feature_extractors import reference
 from models.contrastive import contrastive_loss
-from utils.command_line import Parser
 from utils.memory import peak_memory_mb
 
 HEAD_DIM = 256
@@ -54,10 +53,9 @@ def measure(loss_of: Callable[[Tensor, Tensor], Tensor], rows: int) -> Measured:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__, "uff_loss")
     parser.add_argument("--rows", type=int, default=8 * 3136, help="patches of a batch")
     parser.add_argument("--skip_plain", action="store_true", help="leave out the plain form, which takes 3 N^2 floats")
-    parser.add_argument("--output", type=Path, default=Path("results/benchmark_uff_loss.json"))
     args = parser.parse_args(argv)
     forms = {"fast": contrastive_loss} | ({} if args.skip_plain else {"plain": reference.contrastive_loss})
     results = {name: in_fresh_process(measure, loss_of, args.rows) for name, loss_of in forms.items()}

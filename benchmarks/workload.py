@@ -1,13 +1,13 @@
 """Work to be timed: networks with random weights, synthetic samples in memory, and the operations of each step."""
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor, nn
+from torch import Tensor
 
 from feature_extractors import reference
 from feature_extractors.config import DetectorConfig
@@ -56,18 +56,16 @@ def build_networks(size: Size) -> Networks:
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         rgb = VisionTransformerBackbone(size.timm_name, size.img_size)
-        xyz = PointTransformer(
-            size.num_group, size.group_size, size.width, size.depth, size.heads, encoder_dim=size.width
-        )
+        xyz = PointTransformer(size.num_group, size.group_size, size.width, size.depth, size.heads, size.width)
     return Networks(rgb.eval(), xyz.eval())
 
 
 def plain_networks(size: Size) -> dict[str, Any]:
     """The same networks in plain form, as feature_extractors.reference.extract takes them."""
     rgb, xyz = build_networks(size)
-    for module in rgb.modules():
+    for module in rgb.model.modules():
         if hasattr(module, "fused_attn"):
-            cast(Any, module).fused_attn = False  # timm then computes softmax(q k^T / sqrt(d)) v step by step
+            module.fused_attn = False  # timm then computes softmax(q k^T / sqrt(d)) v step by step
     plain = reference.PointTransformer(size.num_group, size.group_size, size.width, size.depth, size.heads)
     plain.load_state_dict(xyz.state_dict())
     return {"rgb": rgb.model, "xyz": plain}
@@ -81,15 +79,8 @@ def plain_features(config: DetectorConfig, networks: dict[str, Any], sample: Sam
 
 def detector_config(size: Size, precision: str, **changed: Any) -> DetectorConfig:
     """The reference protocol of the double method at this size."""
-    config: dict[str, Any] = {
-        "method_name": METHOD,
-        "precision": precision,
-        "img_size": size.img_size,
-        "xyz_grid": size.xyz_grid,
-        "num_group": size.num_group,
-        "group_size": size.group_size,
-        "random_state": SEED,
-    }
+    sizes: dict[str, Any] = {name: getattr(size, name) for name in ("img_size", "xyz_grid", "num_group", "group_size")}
+    config = {"method_name": METHOD, "precision": precision, "random_state": SEED, **sizes}
     return DetectorConfig(**config | changed)
 
 
@@ -132,45 +123,6 @@ def varied(patches: Tensor, generator: torch.Generator) -> Tensor:
     return patches + noise * (NOISE * patches[occupied].std(dim=0)) * occupied[:, None]
 
 
-# Operations of matrix products; a multiplication and an addition are two.
-
-
-def transformer_flops(tokens: int, width: int, blocks: nn.ModuleList | nn.Sequential) -> float:
-    """Per block: (8 + 4 r) T w^2 of qkv, projection and an MLP of ratio r, and 4 T^2 w of attention."""
-    ratio = cast(Any, blocks[0]).mlp.fc1.out_features / width
-    return len(blocks) * ((8 + 4 * ratio) * tokens * width**2 + 4 * tokens**2 * width)
-
-
-def vit_flops(backbone: VisionTransformerBackbone) -> float:
-    """The blocks over all tokens, and the patch embedding of 3 p^2 inputs per patch."""
-    model, patches = backbone.model, backbone.grid_size**2
-    embedding = 2 * patches * 3 * model.patch_embed.patch_size[0] ** 2 * backbone.embed_dim
-    return embedding + transformer_flops(patches + backbone.prefix_tokens, backbone.embed_dim, model.blocks)
-
-
-def point_transformer_flops(network: PointTransformer) -> float:
-    width = network.embed_dim // len(network.taken)
-    return transformer_flops(network.num_group, width, cast(nn.ModuleList, network.blocks["blocks"]))
-
-
-def group_encoder_flops(network: PointTransformer, plain: bool = False) -> float:
-    """Convolutions 3-128-256 and 512-512-C at every point; the fast form, see there, has 128-512 for the second."""
-    groups, points = network.num_group, network.num_group * network.group_size
-    out_dim = cast(nn.Conv1d, network.encoder.second_conv[3]).out_channels
-    shared = 2 * points * (3 * 128 + 128 * 256 + 512 * out_dim)
-    if plain:
-        return shared + 2 * 512 * 512 * points
-    at_points = 512 * 128 + 128 * 128 + 3 * 3  # with the covariances of hidden values and coordinates
-    at_groups = 512 * 256 + 512 * 128
-    of_weights = 128 * 3 * 3 + 512 * (256 * 128 + 128 * 128)
-    return shared + 2 * (at_points * points + at_groups * groups + of_weights)
-
-
-def coreset_flops(rows: int, width: int, picks: int) -> float:
-    """Distances of all (projected) rows to all picks: 2 N K n. The projection is sparse and not counted."""
-    return 2.0 * rows * width * picks
-
-
-def search_flops(queries: int, rows: int, width: int) -> float:
-    """Distances of all queries to all rows: 2 M N D."""
+def distance_flops(queries: int, rows: int, width: int) -> float:
+    """Operations of the distances of all queries to all rows."""
     return 2.0 * queries * rows * width

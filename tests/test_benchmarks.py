@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,20 @@ import pytest
 import torch
 from PIL import Image
 from tiny_networks import one_thread  # noqa: F401 (a fixture)
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.class_run import ClassRun, count_operations, run_class, stopped_coreset
 from benchmarks.curve import memory_law, seconds_law
-from benchmarks.measuring import median_seconds, memory_slope, timed_calls
+from benchmarks.measuring import count_flops, median_seconds, memory_slope, timed_calls
 from benchmarks.rows import Row, through_blocks
 from benchmarks.scaling_model import Machine, Pass, coreset_seconds, grown_passes, pass_seconds
 from benchmarks.workload import (
     SIZES,
     build_networks,
     detector_config,
-    group_encoder_flops,
     grown,
     made_up_samples,
     plain_features,
     plain_networks,
-    point_transformer_flops,
-    valid_points,
-    vit_flops,
 )
 from feature_extractors import reference
 from feature_extractors.extractor import PatchExtractor
@@ -70,32 +64,20 @@ def test_plain_networks_extract_the_same_features(sample: Sample, plain: dict[st
     torch.testing.assert_close(expected["rgb"], ours.rgb, rtol=1e-4, atol=1e-4)
 
 
-@torch.inference_mode()
-def test_operations_are_those_that_pytorch_counts(sample: Sample, plain: dict[str, Any]) -> None:
-    rgb, xyz = build_networks(TINY)
-    ((groups, _),) = xyz.group([valid_points(sample)])
-    tokens = torch.zeros(TINY.num_group, TINY.width)
-    counted: list[tuple[float, Callable[[], object]]] = [
-        (vit_flops(rgb), partial(reference.rgb_patches, plain["rgb"], sample.rgb)),
-        (group_encoder_flops(xyz, plain=True), partial(plain["xyz"].encoder, groups)),
-        (group_encoder_flops(xyz), partial(xyz.encoder, groups)),
-        (point_transformer_flops(xyz), partial(through_blocks, plain["xyz"], tokens, tokens)),
-    ]
-    for flops, work in counted:
-        with FlopCounterMode(display=False) as counter:
-            work()
-        assert counter.get_total_flops() == flops
-
-
 def test_operations_of_a_class_are_those_of_its_parts() -> None:
     networks, config = build_networks(TINY), detector_config(TINY, "fp32")
-    rgb, xyz = networks
     dim = 192  # of three blocks' tokens; so few rows are not projected
     selected = 2.0 * 2560 * dim * 256 + 2.0 * 160 * 64 * 25
     searched = 14 * 2.0 * (256 * 256 * dim + 16 * 25 * 64)
-    for plain in (False, True):
-        of_sample = vit_flops(rgb) + point_transformer_flops(xyz) + group_encoder_flops(xyz, plain)
-        assert count_operations(config, networks, 10, 4, plain) == pytest.approx(14 * of_sample + selected + searched)
+    assert count_operations(config, networks, 7.0, 10, 4) == pytest.approx(14 * 7 + selected + searched)
+
+
+def test_operations_of_attention_are_counted(plain: dict[str, Any]) -> None:
+    """Per block 24 T w^2 of linear layers and 4 T^2 w of attention, in the plain form and in timm's fused one."""
+    tokens = torch.zeros(TINY.num_group, TINY.width)
+    expected = 3 * (24 * TINY.num_group * TINY.width**2 + 4 * TINY.num_group**2 * TINY.width)
+    assert count_flops(lambda: through_blocks(plain["xyz"], tokens, tokens)) == expected
+    assert count_flops(lambda: through_blocks(build_networks(TINY).xyz, tokens[None], tokens[None])) == expected
 
 
 def test_grown_rows_are_repetitions_with_noise() -> None:

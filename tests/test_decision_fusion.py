@@ -1,11 +1,12 @@
-"""Decision fusion against scikit-learn's one-class SVM on the same rows."""
+"""Decision fusion against its plain form on the same rows."""
 
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import SGDOneClassSVM
 from torch import Tensor
 
+from feature_extractors import reference
+from feature_extractors.config import DetectorConfig
 from feature_extractors.decision_fusion import DecisionFusion, fit_decision_fusion
 
 SCORE_LAMBDAS, MAP_LAMBDAS = (1.0, 0.1, 2.0), (0.5, 0.2, 1.0)
@@ -44,8 +45,9 @@ def test_fuse_is_score_samples_of_the_svms(samples: int, banks: int) -> None:
     scores, maps = training_results(samples, banks)
     score_rows = np.array(scores) * SCORE_LAMBDAS[:banks]
     pixel_rows = torch.stack([torch.stack(planes, dim=-1) for planes in maps]).double().numpy() * MAP_LAMBDAS[:banks]
-    score_svm = SGDOneClassSVM(random_state=42, nu=NU, max_iter=MAX_ITER).fit(score_rows)
-    map_svm = SGDOneClassSVM(random_state=42, nu=NU, max_iter=MAX_ITER).fit(pixel_rows.reshape(-1, banks))
+    config = DetectorConfig(ocsvm_nu=NU, ocsvm_maxiter=MAX_ITER)
+    score_svm = reference.one_class_svm(config, score_rows)
+    map_svm = reference.one_class_svm(config, pixel_rows.reshape(-1, banks))
 
     fusion = fit(samples, banks)
     for test_scores, test_maps in zip(*training_results(4, banks, seed=1), strict=True):
