@@ -146,27 +146,22 @@ def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoin
     Raises:
         InputError: unknown name, img_size that the patches do not divide, missing or wrong checkpoint.
     """
-    from models.rgb_backbone import (
-        EfficientNetLiteBackbone,
-        VisionTransformerBackbone,
-        download_weights,
-        load_vision_transformer,
-    )
+    from models import rgb_backbone
 
     spec = rgb_spec(name)
     if spec is None:
         if checkpoint is not None:
             raise InputError(f"{checkpoint} is not used, because the weights of {name} come with pip. Leave it out.")
-        return EfficientNetLiteBackbone(img_size).eval()
-    backbone = VisionTransformerBackbone(spec.timm_name, img_size, spec.own_normalization)
+        return rgb_backbone.EfficientNetLiteBackbone(img_size).eval()
+    backbone = rgb_backbone.VisionTransformerBackbone(spec.timm_name, img_size, spec.own_normalization)
     path = checkpoint or spec.files.find(checkpoint_dir)
     if path is None:
         logger.info("no %s in %s: trying timm's download", " or ".join(spec.files.names), checkpoint_dir)
         try:
-            path = download_weights(spec.timm_name)
+            path = rgb_backbone.download_weights(spec.timm_name)
         except OSError as error:
             raise spec.files.missing(checkpoint_dir, f", and timm's download failed ({error})") from None
-    return load_vision_transformer(backbone, path).eval()
+    return rgb_backbone.load_vision_transformer(backbone, path).eval()
 
 
 def build_xyz_backbone(

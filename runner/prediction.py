@@ -102,7 +102,11 @@ class SampleReader:
         assert view is not None, "a sample has a file"
         rgb, cloud, side = image, xyz, None
         if self.preprocess and xyz is not None:
-            cloud, rgb = self._clean(files, xyz, image)
+            rgb = np.zeros_like(xyz, dtype=np.uint8) if image is None else image
+            try:
+                cloud, rgb, _ = clean_scan(xyz, rgb, None, CleaningRule(), self.keep_rgb)
+            except InputError as error:
+                raise InputError(f"{files.xyz} cannot be cleaned: {error}") from None
             side = len(cloud)
         sample = make_sample(
             str(files.xyz or files.rgb),  # the file that errors name
@@ -121,14 +125,6 @@ class SampleReader:
                 "--preprocess, or clean the scans first with utils/preprocessing.py",
                 files.xyz,
             )
-
-    def _clean(self, files: SampleFiles, xyz: np.ndarray, image: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        rgb = np.zeros_like(xyz, dtype=np.uint8) if image is None else image
-        try:
-            cloud, rgb, _ = clean_scan(xyz, rgb, None, CleaningRule(), self.keep_rgb)
-        except InputError as error:
-            raise InputError(f"{files.xyz} cannot be cleaned: {error}") from None
-        return cloud, rgb
 
 
 def predict_samples(detector: Detector, reader: SampleReader, batch_size: int, num_workers: int) -> Iterator[Outcome]:

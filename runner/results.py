@@ -42,9 +42,10 @@ class Results:
         logger.info(self.note)
         if self.run.settings.resume:
             self.publish({})
-            for name in self.inputs.keys() - set(self.missing()):
+            finished = [name for name in self.inputs if name not in self.missing()]
+            for name in finished:
                 logger.info("%s: finished before", name)
-            if self.missing() == list(self.inputs):
+            if not finished:
                 folder = self.run.settings.output_dir / FOLDER
                 logger.info("--resume: no class was finished before, with a file in %s", folder)
         for name in self.missing():

@@ -63,12 +63,9 @@ class RunSettings:
     def __post_init__(self) -> None:
         if self.memory_budget is not None and not self.memory_budget > 0:
             raise InputError(f"memory_budget is {self.memory_budget}, expected a number of GB above 0.")
-        if self.max_sample < 1:
-            raise InputError(f"max_sample is {self.max_sample}, expected at least 1.")
-        if self.report_parts < 0:
-            raise InputError(f"report_parts is {self.report_parts}, expected 0 (no images in report.html) or more.")
-        if self.num_workers < 0:
-            raise InputError(f"num_workers is {self.num_workers}, expected 0 or more.")
+        for name, least in (("max_sample", 1), ("report_parts", 0), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}, expected at least {least}.")
         check_target_fpr(self.target_fpr)
         if self.save_detector is None and self.detector_dtype != "fp32":
             raise InputError("--detector_dtype only applies to --save_detector. Give both, or leave it out.")
@@ -128,11 +125,7 @@ def make_parser() -> Parser:
 def _add_input_flags(add: Callable[..., Any]) -> None:
     add("--method_name", nargs="+", choices=METHODS, help="banks and their fusion; several methods share the features")
     add("--memory_bank", choices=MEMORY_BANKS, help="single or multiple banks; by default what the method needs")
-    add(
-        "--rgb_backbone_name",
-        metavar="NAME",
-        help="network of the RGB branch: see --list_backbones, or any vision transformer of timm by its name there",
-    )
+    add("--rgb_backbone_name", metavar="NAME", help="network of the RGB branch: any ViT of timm, see --list_backbones")
     add("--xyz_backbone_name", choices=XYZ_BACKBONES, help="network of the 3D branch")
     add("--use_uff", action="store_true", help="fuse patches by the trained UFF; without it they are concatenated")
     add("--fusion_module_path", type=Path, default=Path("checkpoints/checkpoint-0.pth"), help="checkpoint of the UFF")
@@ -145,42 +138,19 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
     add("--dataset_path", type=Path, default=Path("datasets/mvtec3d"), help="folder of the class folders")
     add("--classes", nargs="+", help="class folders to run; by default all of the dataset type that exist")
     add("--max_sample", type=int, default=400, help="fit on the first N training samples")
-    add(
-        "--load_detector",
-        type=Path,
-        metavar="FOLDER",
-        help="evaluate the detectors saved there by --save_detector, without fitting",
-    )
+    add("--load_detector", type=Path, metavar="FOLDER", help="evaluate the detectors saved there, without fitting")
 
 
 def _add_output_flags(add: Callable[..., Any]) -> None:
     add("--output_dir", type=Path, default=Path("results"), help="folder of the tables, results.json and report.html")
-    add(
-        "--save_preds",
-        nargs="*",
-        choices=METHODS,
-        metavar="METHOD",
-        help="also write the anomaly map and a figure of each prediction, of these methods or of all",
-    )
+    help_text = "also write anomaly maps and figures, of these methods or of all"
+    add("--save_preds", nargs="*", choices=METHODS, metavar="METHOD", help=help_text)
     add("--report_parts", type=int, default=24, metavar="N", help="samples of each class that report.html shows")
-    add(
-        "--save_detector",
-        type=Path,
-        metavar="FOLDER",
-        help="save the fitted detectors to FOLDER/<class>, or to FOLDER/<method>/<class> where several methods run",
-    )
+    help_text = "save the fitted detectors in FOLDER/<class>, or in FOLDER/<method>/<class> where several methods run"
+    add("--save_detector", type=Path, metavar="FOLDER", help=help_text)
     add("--detector_dtype", default="fp32", choices=STORAGE_DTYPE_NAMES, help="dtype of the saved memory banks")
-    add(
-        "--target_fpr",
-        type=float,
-        default=0.01,
-        help="false-alarm rate of the thresholds, calibrated on validation/good or else on the training samples",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="continue an interrupted run of the same flags, and keep the classes that it finished in --output_dir",
-    )
+    add("--target_fpr", type=float, default=0.01, help="false-alarm rate that the thresholds are calibrated for")
+    add("--resume", action="store_true", help="keep the classes that an interrupted run of the same flags finished")
     add("--save_feature", action="store_true", help="write the training samples' patches for fusion_pretrain.py")
     add("--save_feature_path", type=Path, default=Path("datasets/patch_lib"), help="folder of these patch files")
     add("--feature_dtype", default="fp16", choices=STORAGE_DTYPE_NAMES, help="dtype of these patch files")
@@ -209,27 +179,19 @@ def _add_detector_flags(add: Callable[..., Any]) -> None:
 def _add_machine_flags(add: Callable[..., Any]) -> None:
     add("--device", default="auto", help="cpu, cuda, or cuda:<number>; auto takes a GPU where there is one")
     add("--precision", choices=PRECISIONS, help="precision of the networks; auto: bf16 where the device supports it")
-    add(
-        "--memory_budget",
-        type=float,
-        metavar="GB",
-        help="memory of each process, by default its share of half of the machine's; training features beyond half of "
-        "it go to files in the folder of the environment variable TMPDIR",
+    help_text = (
+        "memory of each process, by default its share of half of the machine's; the rest goes to files in TMPDIR"
     )
+    add("--memory_budget", type=float, metavar="GB", help=help_text)
     add("--train_feature_dtype", default="fp32", choices=STORAGE_DTYPE_NAMES, help="dtype of these training features")
     add(
         "--point_ops",
         choices=POINT_OPS,
-        help="backend of the point searches; auto: k-d trees on a CPU, triton or torch on a GPU",
+        help="backend of the point searches; auto: k-d trees on a CPU, triton on a GPU",
     )
     add("--num_workers", type=int, default=2, help="threads of each process that read files ahead")
-    add(
-        "--parallel",
-        default="auto",
-        choices=PARALLEL,
-        help="what several processes (torchrun) divide among them: whole classes, or the samples of one class at a "
-        "time; auto: whichever finishes sooner",
-    )
+    help_text = "what several processes divide: classes, or the samples of each class; auto: whichever finishes sooner"
+    add("--parallel", default="auto", choices=PARALLEL, help=help_text)
 
 
 def detector_configs(args: argparse.Namespace) -> dict[str, DetectorConfig]:

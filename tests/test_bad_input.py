@@ -192,7 +192,7 @@ def test_pictures_to_be_shown_are_checked_as_well(
         ("--ocsvm_maxiter 0", "ocsvm_maxiter is 0, expected at least 1"),
         ("--max_sample 0", "max_sample is 0, expected at least 1"),
         ("--asy_memory_bank 0", "asy_memory_bank is 0, expected at least 1"),
-        ("--num_workers -1", "num_workers is -1, expected 0 or more"),
+        ("--num_workers -1", "num_workers is -1, expected at least 0"),
         ("--num_group 2", "num_group is 2, expected at least 3"),
         ("--group_size 0", "group_size is 0, expected at least 1"),
         ("--random_state -1", "random_state is -1, expected between 0 and"),

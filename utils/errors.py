@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, and how a script ends on one."""
+"""Errors that the user can fix, and the exit of a script on one."""
 
 import os
 import sys
@@ -8,20 +8,20 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """Bad input: one sentence that says what was found, what was expected and how to mend it."""
+    """Bad input. The message states the problem and the fix: "<problem>. <fix>."."""
 
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """End on an InputError with one line on stderr and exit code 2, on Ctrl-C with 130; other exceptions pass.
+    """Exit on an InputError with one line on stderr and code 2, and on Ctrl-C with 130; other exceptions pass.
 
-    Where the reader of stdout is gone (`| head`), end without a word and with 141, as other programs do.
+    Where the reader of stdout has closed (`| head`), exit silently with 141, as other programs do.
     """
     try:
         try:
             yield
         finally:
-            if sys.stdout is not None:  # as it is where a program is started without one
+            if sys.stdout is not None:  # it is None where a program is started without one
                 sys.stdout.flush()
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
@@ -30,5 +30,5 @@ def exit_on_input_error() -> Iterator[None]:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer goes there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the rest of its buffer
         raise SystemExit(141) from None
