@@ -64,15 +64,9 @@ def align_to_patches(
 
 
 def pooling_weights(valid: Tensor, grid: int, masked: bool) -> tuple[Tensor, Tensor]:
-    """The patches that each valid pixel contributes to, and its weight in them.
+    """Patches (N, K) int64 that each of the N True pixels of valid (S, S) contributes to, and weights (N, K) float32.
 
-    Args:
-        valid: (S, S) bool with N True.
-        grid: patches along a side.
-        masked: see align_to_patches.
-
-    Returns:
-        patch (N, K) int64 and weight (N, K) float32, in the order of the valid pixels; unused places have weight 0.
+    Unused places have weight 0. For `grid` and `masked` see align_to_patches.
     """
     bins, shares = _axis_pooling(len(valid), grid, masked, valid.device)
     row, column = valid.nonzero(as_tuple=True)

@@ -27,14 +27,10 @@ BATCH_ON_CPU, BATCH_ON_GPU = 4, 16  # samples that pass through the networks tog
 
 
 class PatchExtractor:
-    """Patch features of samples by finished networks. It owns the networks: in bf16 it rounds their weights.
+    """Patch features of samples, on `device`, by finished networks.
 
-    Args:
-        config: decides which banks are needed and how points become patches.
-        rgb_backbone: None where the method needs none.
-        xyz_backbone: None where the method needs none.
-        feature_fusion: the trained UFF; None where the fusion bank is a plain concatenation.
-        device: where the networks run; features are returned on it.
+    The method decides which backbones are needed; without the trained UFF, fusion patches are plain concatenations.
+    The extractor owns its networks: in bf16 it rounds their weights.
     """
 
     def __init__(
@@ -174,13 +170,8 @@ def build_extractor(
 ) -> PatchExtractor:
     """Build the networks that the method needs, and only those, with their weights.
 
-    Args:
-        config: names the networks.
-        checkpoint_dir: folder of their published files.
-        fusion_module_path: checkpoint of the UFF; None leaves it to PatchExtractor.with_fusion.
-        device: where they run.
-        rgb_checkpoint: the file of the RGB backbone itself, instead of the search.
-        xyz_checkpoint: the file of the 3D backbone itself.
+    The published files are in `checkpoint_dir`, unless `rgb_checkpoint` or `xyz_checkpoint` names one. Without
+    `fusion_module_path`, the UFF is left to PatchExtractor.with_fusion.
 
     Raises:
         InputError: a checkpoint is missing or does not fit.

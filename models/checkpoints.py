@@ -1,8 +1,4 @@
-"""Reading checkpoints as their authors publish them: find the file, read it safely, load it strictly.
-
-Nothing is unpickled but tensors, plain containers, argparse.Namespace and NumPy scalars (which published files
-contain beside the weights); a key that is missing or left over is an error that names it.
-"""
+"""Weights from checkpoints as their authors publish them, loaded strictly: every key must fit."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -18,27 +14,22 @@ State = dict[str, Tensor]
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
-    """Load `state` into `module`; every key must fit.
+    """Load `state` into `module`.
 
     Raises:
         InputError: keys are missing, left over or of another shape; names them and the file.
     """
     expected = module.state_dict()
-    problems = [
-        _listed("missing", expected.keys() - state.keys()),
-        _listed("left over", state.keys() - expected.keys()),
-        _listed(
-            "of another shape",
-            {
-                f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
-                for key, value in expected.items()
-                if key in state and state[key].shape != value.shape
-            },
-        ),
-    ]
-    if any(problems):
+    shapes = {key: (tuple(state[key].shape), tuple(expected[key].shape)) for key in state.keys() & expected.keys()}
+    problems = {
+        "missing": sorted(expected.keys() - state.keys()),
+        "left over": sorted(state.keys() - expected.keys()),
+        "of another shape": sorted(f"{key} {one} for {other}" for key, (one, other) in shapes.items() if one != other),
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{problem}: {_first_five(keys)}" for problem, keys in problems.items() if keys)
         raise InputError(
-            f"{path} does not fit {type(module).__name__}: {'; '.join(filter(None, problems))}. "
+            f"{path} does not fit {type(module).__name__}: {listed}. "
             "Check that the file belongs to the chosen backbone."
         )
     module.load_state_dict(dict(state))
@@ -71,9 +62,8 @@ def point_transformer_state(raw: Any, path: Path, prefix: str, left_out: Sequenc
 
 def vision_transformer_state(raw: Any, path: Path) -> State:
     """Weights in timm names: flat, or under `state_dict` or `teacher`; heads and their pooling are left out."""
-    state = {
-        key.removeprefix("backbone."): value for key, value in _tensors(raw, path, ("teacher", "state_dict")).items()
-    }
+    tensors = _tensors(raw, path, ("teacher", "state_dict"))
+    state = {key.removeprefix("backbone."): value for key, value in tensors.items()}
     return {key: value for key, value in state.items() if not key.startswith(("head.", "head_dist.", "attn_pool."))}
 
 
@@ -86,18 +76,14 @@ def _tensors(raw: Any, path: Path, containers: Sequence[str]) -> State:
     """The state dict inside one of `containers`, or `raw` itself; prefixes of parallel training are removed."""
     if isinstance(raw, Mapping):
         raw = next((raw[name] for name in containers if name in raw), raw)
-    if (
-        not isinstance(raw, Mapping)
-        or not raw
-        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in raw.items())
-    ):
-        raise InputError(
-            f"{path} holds no state dict, flat or under {' or '.join(map(repr, containers))}. "
-            "Check that it is the published file."
-        )
-    return {key.removeprefix("module."): value for key, value in raw.items()}
+    pairs = list(raw.items()) if isinstance(raw, Mapping) else []
+    if pairs and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
+        return {key.removeprefix("module."): value for key, value in pairs}
+    raise InputError(
+        f"{path} holds no state dict, flat or under {' or '.join(map(repr, containers))}. "
+        "Check that it is the published file."
+    )
 
 
-def _listed(what: str, keys: set[str]) -> str:
-    shown = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-    return f"{what}: {shown}" if keys else ""
+def _first_five(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

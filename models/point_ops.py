@@ -103,10 +103,9 @@ def three_nn_weights(points: Tensor, centers: Tensor, backend: str = "auto") -> 
 def three_nn_weights_expanded(points: Tensor, centers: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """`three_nn_weights` from |p|^2 + |c|^2 - 2 p c in fp32, the arithmetic of the published results.
 
-    For points millimeters apart and half a meter from the camera the difference of squares is wrong by up to 6e-8 m^2,
-    more than the 1e-8 added to it, and can be negative: weights then lie slightly outside 0 and 1. That moves features
-    near the centers by up to 0.4 %, enough to change a few coreset picks in a hundred. The squares are also so coarse
-    that centers tie for the third place at two points in a thousand. The backend "extension" is "torch" here.
+    Half a meter from the camera, the difference of squares is wrong by up to 6e-8 m^2, more than the 1e-8 added to it,
+    and can be negative. That moves features near the centers by up to 0.4 %, enough to change a few coreset picks in a
+    hundred. Two points in a thousand have a tie for the third center. The backend "extension" is "torch" here.
     Plain form: alpha of `three_nn_interpolate` in feature_extractors/reference.py.
     """
     _check_search(points, centers, 3)

@@ -18,7 +18,7 @@ from uff_runs import (
     related_features,
     run_main,
     write_original,
-    write_parts,
+    write_samples,
 )
 
 import fusion_pretrain
@@ -35,7 +35,7 @@ from utils.records import PatchFeatures
 
 @pytest.fixture(scope="module")
 def lib(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_parts(tmp_path_factory.mktemp("patch_lib"), 8)
+    return write_samples(tmp_path_factory.mktemp("patch_lib"), 8)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_files_of_the_original_train_as_the_ones_of_main(lib: Path, tmp_path: Pa
 @pytest.mark.parametrize(("steps", "epoch", "batch"), [(1, 0, 3), (3, 0, 7), (4, 1, 3), (7, 2, 3)])
 def test_max_steps_ends_after_that_many_updates(tmp_path: Path, lib: Path, steps: int, epoch: int, batch: int) -> None:
     """Seven batches make three updates an epoch, so these numbers end within one, at an end, and in later ones."""
-    seven = write_parts(tmp_path / "seven", 7)
+    seven = write_samples(tmp_path / "seven", 7)
     flags = ["--batch_size", "1", "--accum_iter", "3", "--max_steps", steps, "--warmup_steps", "0"]
     out = run_main(seven, tmp_path / "out", *flags)
     last = read(out / "checkpoint-last.pth")
@@ -260,7 +260,7 @@ def test_a_third_of_max_steps_is_warm_up() -> None:
 
 
 def test_drop_last_group_leaves_out_the_batches_that_fill_none(tmp_path: Path) -> None:
-    seven = write_parts(tmp_path / "seven", 7)
+    seven = write_samples(tmp_path / "seven", 7)
     flags = ["--batch_size", "1", "--accum_iter", "3"]
     kept = run_main(seven, tmp_path / "kept", *flags)
     dropped = run_main(seven, tmp_path / "dropped", *flags, "--drop_last_group")
@@ -288,7 +288,7 @@ def test_save_steps_writes_within_an_epoch(lib: Path, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("pairing", ["aligned", "reference"])
 def test_validation_tells_aligned_pairs_from_scrambled_ones(tmp_path: Path, pairing: str) -> None:
-    lib = write_parts(tmp_path / "lib", 40)
+    lib = write_samples(tmp_path / "lib", 40)
     flags = ["--batch_size", "8", "--accum_iter", "1", "--epochs", "12", "--lr", "0.003", "--val_fraction", "0.2"]
     out = run_main(lib, tmp_path / "out", *flags, "--uff_pairing", pairing)
     entries = log_of(out)
@@ -356,7 +356,7 @@ def test_without_validation_the_lowest_loss_is_the_best(
 
 
 def test_validation_without_a_valid_patch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lib = write_parts(tmp_path / "lib", 4)
+    lib = write_samples(tmp_path / "lib", 4)
     _, (held_out,) = split_files(4, 0.25, 0)
     file = PatchFileDataset(lib).files[held_out]
     empty = PatchFeatures(rgb=related_features(0).rgb, xyz=torch.zeros(64, XYZ_DIM))
@@ -446,7 +446,7 @@ def test_bad_files_end_with_one_line_and_exit_code_2(
             features.rgb[3, 2] = torch.nan
             write_original(lib, "dowel1", features)
     elif damage != "empty folder":
-        bad = write_parts(lib, 4) / "dowel" / "001.safetensors"
+        bad = write_samples(lib, 4) / "dowel" / "001.safetensors"
         if damage == "truncated":
             bad.write_bytes(bad.read_bytes()[:-1])
         elif damage == "widths":
@@ -470,7 +470,7 @@ def test_bad_files_end_with_one_line_and_exit_code_2(
 def test_files_of_huge_values_are_named_and_the_last_checkpoint_stays(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lib = write_parts(tmp_path / "lib", 8)
+    lib = write_samples(tmp_path / "lib", 8)
     dataset = PatchFileDataset(lib)
     # In the order of the first epoch, so that the third update meets the bad file.
     sampler = torch.utils.data.DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=0)

@@ -26,7 +26,7 @@ EGYPTIAN_CAT, TABBY, TIGER_CAT = 285, 281, 282  # ImageNet classes
 IMAGENET_MEAN, IMAGENET_STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
-def picture(size: int, seed: int = 0) -> Tensor:
+def image(size: int, seed: int = 0) -> Tensor:
     """(1, 3, size, size) of noise."""
     return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
@@ -55,7 +55,7 @@ def without_blocks(timm_name: str, img_size: int) -> VisionTransformerBackbone:
 def test_rows_are_the_patches_in_row_major_order() -> None:
     backbone = without_blocks(TINY, 80)
     assert backbone.grid_size == 5
-    plain = picture(80)
+    plain = image(80)
     before = backbone(plain)
     assert before.shape == (1, 25, backbone.embed_dim)
     for row in range(5):
@@ -70,7 +70,7 @@ def test_rows_are_the_patches_in_row_major_order() -> None:
 def test_each_row_is_the_embedding_of_its_pixels() -> None:
     """Norm of (weights times pixels of the patch, plus bias, plus position), written out for one patch."""
     backbone = without_blocks(TINY, 48)
-    model, rgb = backbone.model, picture(48)
+    model, rgb = backbone.model, image(48)
     pixels = rgb[0, :, 32:48, 16:32]  # row 2, column 1 of three by three
     token = model.patch_embed.proj.weight.flatten(1) @ pixels.flatten() + model.patch_embed.proj.bias
     token = token + model.pos_embed[0, 1 + 2 * 3 + 1]  # the class token is position 0
@@ -85,7 +85,7 @@ def test_each_row_is_the_embedding_of_its_pixels() -> None:
 def test_prefix_tokens_are_dropped_and_nothing_else(timm_name: str, prefix_tokens: int) -> None:
     side = 2 * int(timm_name.split("patch")[1][:2])
     backbone = without_blocks(timm_name, side)
-    rgb = picture(side)
+    rgb = image(side)
     with_prefix = backbone.model.forward_features(rgb)
     assert with_prefix.shape[1] == prefix_tokens + 4
     assert torch.equal(backbone(rgb), with_prefix[:, prefix_tokens:])
@@ -94,15 +94,15 @@ def test_prefix_tokens_are_dropped_and_nothing_else(timm_name: str, prefix_token
 @torch.no_grad()
 def test_the_final_norm_is_on_the_tokens() -> None:
     backbone = tiny_model()
-    before = backbone(picture(32))
+    before = backbone(image(32))
     backbone.model.norm.bias += 3.0
-    torch.testing.assert_close(backbone(picture(32)), before + 3.0, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(backbone(image(32)), before + 3.0, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_each_picture_of_a_batch_has_its_own_features() -> None:
     backbone = tiny_model()
-    both = torch.cat([picture(32), picture(32, seed=1)])
+    both = torch.cat([image(32), image(32, seed=1)])
     features = backbone(both)
     for i in range(2):
         torch.testing.assert_close(features[i], backbone(both[i : i + 1])[0], rtol=1e-4, atol=1e-4)
@@ -143,7 +143,7 @@ def test_pth_weights_are_read_back(tmp_path: Path) -> None:
     torch.save(written.model.state_dict(), tmp_path / "weights.pth")
     read = load_vision_transformer(VisionTransformerBackbone(TINY, 32), tmp_path / "weights.pth").eval()
     with torch.no_grad():
-        assert torch.equal(read(picture(32)), written(picture(32)))
+        assert torch.equal(read(image(32)), written(image(32)))
 
 
 def test_position_embedding_is_resampled_to_another_img_size(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_position_embedding_is_resampled_to_another_img_size(tmp_path: Path) -> 
     for key, value in backbone.model.state_dict().items():
         assert key == "pos_embed" or torch.equal(value, state[key]), key
     with torch.no_grad():
-        assert backbone.eval()(picture(112)).shape == (1, 49, 192)
+        assert backbone.eval()(image(112)).shape == (1, 49, 192)
 
 
 def test_resampled_positions_stay_in_place(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_jax_weights_are_read_back(tmp_path: Path) -> None:
     for key, value in written.model.state_dict().items():
         assert torch.equal(read.model.state_dict()[key], value), key
     with torch.no_grad():
-        assert torch.equal(read(picture(32)), written(picture(32)))
+        assert torch.equal(read(image(32)), written(image(32)))
 
 
 def test_jax_position_embedding_is_resampled(tmp_path: Path) -> None:
@@ -304,8 +304,8 @@ def efficientnet(tmp_path_factory: pytest.TempPathFactory) -> EfficientNetLiteBa
 @torch.no_grad()
 def test_efficientnet_weights_know_a_cat(efficientnet: EfficientNetLiteBackbone) -> None:
     """A photograph through the classifier: tensors in the wrong place would not name it."""
-    photo = Image.fromarray(skimage.data.chelsea()).crop((75, 0, 375, 300)).resize((224, 224), Image.Resampling.BICUBIC)
-    pixels = (np.asarray(photo, dtype=np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    image = Image.fromarray(skimage.data.chelsea()).crop((75, 0, 375, 300)).resize((224, 224), Image.Resampling.BICUBIC)
+    pixels = (np.asarray(image, dtype=np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
     share = efficientnet.model(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]).softmax(dim=1)[0]
     assert int(share.argmax()) == EGYPTIAN_CAT
     assert share[[EGYPTIAN_CAT, TABBY, TIGER_CAT]].sum() > 0.7
@@ -315,7 +315,7 @@ def test_efficientnet_weights_know_a_cat(efficientnet: EfficientNetLiteBackbone)
 def test_efficientnet_grid_and_width(efficientnet: EfficientNetLiteBackbone) -> None:
     assert efficientnet.grid_size == 28
     assert efficientnet.embed_dim == 40 + 112  # stages of stride 8 and 16
-    assert efficientnet(picture(224)).shape == (1, 784, 152)
+    assert efficientnet(image(224)).shape == (1, 784, 152)
     assert not efficientnet.training
 
 
@@ -324,12 +324,12 @@ def test_efficientnet_grid_and_width(efficientnet: EfficientNetLiteBackbone) -> 
 def test_efficientnet_grid_follows_img_size(img_size: int) -> None:
     backbone = EfficientNetLiteBackbone(img_size).eval()
     assert backbone.grid_size == math.ceil(img_size / 8)
-    assert backbone(picture(img_size)).shape == (1, backbone.grid_size**2, backbone.embed_dim)
+    assert backbone(image(img_size)).shape == (1, backbone.grid_size**2, backbone.embed_dim)
 
 
 @torch.no_grad()
 def test_efficientnet_patches_are_means_of_three_by_three(efficientnet: EfficientNetLiteBackbone) -> None:
-    rgb = picture(224)
+    rgb = image(224)
     patches = efficientnet(rgb).reshape(28, 28, 152)
     fine, coarse = efficientnet.model.forward_intermediates(rgb, indices=[2, 3], intermediates_only=True)
     assert fine.shape == (1, 40, 28, 28)

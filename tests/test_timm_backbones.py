@@ -40,7 +40,7 @@ TRANSFORMERS = [name for name, spec in RGB_BACKBONES.items() if spec]
 State = dict[str, Tensor]
 
 
-def picture(size: int) -> Tensor:
+def image(size: int) -> Tensor:
     """(1, 3, size, size) of noise."""
     return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
 
@@ -69,9 +69,9 @@ def hub_file(path: Path, name: str = SMALLEST) -> State:
 
 @torch.no_grad()
 def assert_equal_features(one: nn.Module, other: nn.Module, size: int) -> None:
-    features = one(picture(size))
+    features = one(image(size))
     assert features.std() > 1e-3
-    assert torch.equal(features, other(picture(size)))
+    assert torch.equal(features, other(image(size)))
 
 
 def message_of(build: Callable[[], object]) -> str:
@@ -181,7 +181,7 @@ def test_dinov2_with_registers_as_its_authors_publish_it(tmp_path: Path) -> None
     backbone = VisionTransformerBackbone(REGISTERS, 28).eval()
     load_vision_transformer(backbone, tmp_path / "dinov2_vits14_reg4_pretrain.pth")
     with torch.no_grad():
-        torch.testing.assert_close(backbone(picture(28)), written(picture(28)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(backbone(image(28)), written(image(28)), rtol=1e-4, atol=1e-4)
 
 
 def test_a_hub_file_fits_another_img_size(tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_a_cache_that_knows_of_no_such_file_holds_none(cache: Path) -> None:
 
 
 def received(name: str, given: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """The picture that the network of a backbone is handed."""
+    """The image that the network of a backbone is handed."""
     seen: list[Tensor] = []
     monkeypatch.setattr(rgb_backbone, "load_vision_transformer", lambda backbone, path: backbone)
     backbone = build_rgb_backbone(name, Path(), given.shape[-1], Path("not read"))

@@ -21,11 +21,11 @@ from uff_runs import (
     XYZ_DIM,
     XYZ_GRID,
     Slope,
-    constant_parts,
+    constant_samples,
     loader_of,
     related_features,
     trainer_of,
-    write_parts,
+    write_samples,
 )
 
 from models.contrastive import contrastive_loss
@@ -72,7 +72,7 @@ def test_schedule_by_hand() -> None:
 
 
 def test_schedule_in_updates_counts_updates_across_epochs(tmp_path: Path) -> None:
-    loader, model, progress = loader_of(constant_parts(tmp_path, 5), 1, 2), Slope(), Progress()
+    loader, model, progress = loader_of(constant_samples(tmp_path, 5), 1, 2), Slope(), Progress()
     schedule = Schedule(0.8, 0.2, warmup=2, total=6, in_updates=True)
     rates = []
     for _ in range(2):
@@ -88,7 +88,7 @@ def test_schedule_in_updates_counts_updates_across_epochs(tmp_path: Path) -> Non
 
 
 def test_gradients_are_averaged_over_the_group_and_a_rest_is_dropped_where_asked(tmp_path: Path) -> None:
-    dataset = constant_parts(tmp_path, 5)
+    dataset = constant_samples(tmp_path, 5)
     loader, model, progress = loader_of(dataset, 1, 2, drop_last_group=True), Slope(), Progress()
     expected = 0.0
     for epoch in range(2):
@@ -107,7 +107,7 @@ def test_gradients_are_averaged_over_the_group_and_a_rest_is_dropped_where_asked
 @pytest.mark.parametrize("accum_iter", [2, 3, 7])
 def test_the_last_group_is_averaged_over_its_own_size(tmp_path: Path, accum_iter: int) -> None:
     model, progress = Slope(), Progress()
-    steps = run_slope(loader_of(constant_parts(tmp_path, 5), 1, accum_iter), model, progress, accum_iter)
+    steps = run_slope(loader_of(constant_samples(tmp_path, 5), 1, accum_iter), model, progress, accum_iter)
     groups = [model.seen[first : first + accum_iter] for first in range(0, 5, accum_iter)]
     means = [sum(group) / len(group) for group in groups]
     assert [step.grad_norm for step in steps if step.grad_norm] == pytest.approx(means)
@@ -122,7 +122,7 @@ def test_progress_follows_the_updates_and_sums_up_the_batches(tmp_path: Path) ->
     steps = trainer_of(
         model,
         lambda _, y: y,
-        loader_of(constant_parts(tmp_path, 5), 1, 2),
+        loader_of(constant_samples(tmp_path, 5), 1, 2),
         torch.optim.SGD(model.parameters(), lr=0.0),
         Schedule(1e-30, 1e-30, 0, 1),  # w stays 1: the losses are the values
         progress,
@@ -138,7 +138,7 @@ def test_progress_follows_the_updates_and_sums_up_the_batches(tmp_path: Path) ->
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_epoch_goes_on_at_its_next_batch_and_reads_nothing_twice(tmp_path: Path, num_workers: int) -> None:
-    dataset = constant_parts(tmp_path, 7)
+    dataset = constant_samples(tmp_path, 7)
     whole, rest = Slope(), Slope()
     run_slope(loader_of(dataset, 1, 2), whole, Progress(epoch=3), 2)
     (tmp_path / "bagel" / f"{whole.seen[0] - 1:03d}.safetensors").unlink()  # seen, so it need not be read
@@ -154,7 +154,7 @@ def test_an_epoch_goes_on_at_its_next_batch_and_reads_nothing_twice(tmp_path: Pa
 
 
 def test_every_epoch_and_seed_has_its_own_order(tmp_path: Path) -> None:
-    dataset = constant_parts(tmp_path, 6)
+    dataset = constant_samples(tmp_path, 6)
     orders = set()
     for seed in (0, 10):
         model, progress = Slope(), Progress()
@@ -167,7 +167,7 @@ def test_every_epoch_and_seed_has_its_own_order(tmp_path: Path) -> None:
 
 
 def test_ranks_share_the_files(tmp_path: Path) -> None:
-    dataset = constant_parts(tmp_path, 6)
+    dataset = constant_samples(tmp_path, 6)
     shares = [
         [int(value) for xyz, _, _ in loader_of(dataset, 1, 1, Ranks(rank, 2)) for value in xyz[:, 0, 0]]
         for rank in (0, 1)
@@ -176,7 +176,7 @@ def test_ranks_share_the_files(tmp_path: Path) -> None:
 
 
 def test_too_few_files_are_told_with_the_mend(tmp_path: Path) -> None:
-    dataset = constant_parts(tmp_path, 5)
+    dataset = constant_samples(tmp_path, 5)
     with pytest.raises(InputError, match=r"5 patch files.*batch of 6.*--batch_size 5 or less"):
         loader_of(dataset, 6, 1)
     with pytest.raises(InputError, match=r"5 patch files for 3 process.*--batch_size 2 or less"):
@@ -189,7 +189,7 @@ def test_too_few_files_are_told_with_the_mend(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, num_workers: int) -> None:
-    dataset = constant_parts(tmp_path, 2)
+    dataset = constant_samples(tmp_path, 2)
     (tmp_path / "bagel" / "001.safetensors").unlink()
     loader = loader_of(dataset, 2, 1, num_workers=num_workers)
     with pytest.raises(InputError, match=r"^\S*bagel/001\.safetensors can no longer be read \([^\n]*$"):
@@ -198,7 +198,7 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, num_workers: int) -
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_names_the_files_of_its_batch(tmp_path: Path, bad: float) -> None:
-    dataset = constant_parts(tmp_path, 6)
+    dataset = constant_samples(tmp_path, 6)
     model, progress = Slope(), Progress()
     run_slope(loader_of(dataset, 2, 1), model, Progress(), 1)
     order, model = model.seen, Slope()
@@ -376,7 +376,7 @@ def test_the_first_signal_is_noted_and_the_second_is_as_ever(number: signal.Sign
 @pytest.mark.golden
 def test_order_rates_and_updates_are_those_of_the_original(goldens: Path, tmp_path: Path) -> None:
     recorded = json.loads((goldens / "uff_train.json").read_text())["bagel"]
-    dataset = constant_parts(tmp_path, 6)  # file number n stands for the n-th of the recorded listing
+    dataset = constant_samples(tmp_path, 6)  # file number n stands for the n-th of the recorded listing
     loader, model, progress = loader_of(dataset, 2, 2, drop_last_group=True), Slope(), Progress()
     steps = []
     for _ in range(2):
@@ -432,7 +432,7 @@ def retrieval_accuracy(model: FeatureFusion, held_out: list[PatchFeatures]) -> f
 
 @pytest.mark.parametrize("pairing", ["aligned", "reference"])
 def test_aligned_pairs_are_learned_and_scrambled_ones_are_not(tmp_path: Path, pairing: str) -> None:
-    dataset = PatchFileDataset(write_parts(tmp_path, 32), pairing)
+    dataset = PatchFileDataset(write_samples(tmp_path, 32), pairing)
     held_out = [related_features(seed) for seed in range(1000, 1008)]
     loader, schedule, progress = loader_of(dataset, 8, 1), Schedule(3e-3, 0.0, 1, 12), Progress()
     torch.manual_seed(0)

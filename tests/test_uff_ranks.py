@@ -22,7 +22,7 @@ from uff_runs import (
     model_of,
     read,
     run_main,
-    write_parts,
+    write_samples,
 )
 
 from models.contrastive import contrastive_loss
@@ -236,7 +236,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 @pytest.fixture(scope="module")
 def lib(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_parts(tmp_path_factory.mktemp("patch_lib"), 8)
+    return write_samples(tmp_path_factory.mktemp("patch_lib"), 8)
 
 
 def assert_same_run(ours: Path, expected: Path) -> None:
@@ -293,7 +293,7 @@ def test_two_processes_of_mpirun_train_as_two_of_torchrun(
 @pytest.mark.slow
 def test_global_negatives_of_two_processes_are_a_batch_of_twice_the_size(tmp_path: Path) -> None:
     """With a smaller last group (5 batches of accum 2), and validation shared by the processes."""
-    lib = write_parts(tmp_path / "lib", 13)
+    lib = write_samples(tmp_path / "lib", 13)
     both = ["--accum_iter", "2", "--val_fraction", "0.2"]
     expected = run_main(lib, tmp_path / "expected", *both, "--batch_size", "2")
     local = run_main(lib, tmp_path / "local", *both, "--batch_size", "1", "--accum_iter", "4")
@@ -306,7 +306,7 @@ def test_global_negatives_of_two_processes_are_a_batch_of_twice_the_size(tmp_pat
 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_and_costs_nothing(tmp_path: Path) -> None:
-    lib = write_parts(tmp_path / "lib", 40)
+    lib = write_samples(tmp_path / "lib", 40)
     flags = [*SMALL, "--batch_size", "1", "--accum_iter", "1", "--save_steps", "1", "--device", "cpu"]
     flags += ["--data_path", str(lib), "--world_size", "2"]
 
@@ -337,7 +337,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_costs_nothing(tmp_path:
 @pytest.mark.slow
 def test_a_bad_loss_in_one_process_ends_both_and_names_its_file(tmp_path: Path) -> None:
     """The rate makes the second batch diverge in both; each process names its own file."""
-    lib = write_parts(tmp_path / "lib", 8)
+    lib = write_samples(tmp_path / "lib", 8)
     flags = [*SMALL, "--batch_size", "1", "--accum_iter", "1", "--lr", "1e30", "--warmup_epochs", "0"]
     meet = ["--dist_url", f"file://{tmp_path / 'meet'}", "--world_size", "2", "--output_dir", tmp_path / "out"]
     command = ["fusion_pretrain.py", *flags, "--device", "cpu", "--data_path", lib, *meet, "--local_rank"]

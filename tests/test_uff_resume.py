@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from uff_runs import SMALL, assert_equal_training, finish, launch, log_of, read, run_main, write_parts
+from uff_runs import SMALL, assert_equal_training, finish, launch, log_of, read, run_main, write_samples
 
 from runner import pretraining
 from runner.pretrain_config import Progress
@@ -34,7 +34,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def lib(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_parts(tmp_path_factory.mktemp("patch_lib"), 7)
+    return write_samples(tmp_path_factory.mktemp("patch_lib"), 7)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ LONG = [*SMALL, "--batch_size", "1", "--accum_iter", "1", "--epochs", "3", "--sa
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_parts(tmp_path_factory.mktemp("many"), 60)
+    return write_samples(tmp_path_factory.mktemp("many"), 60)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What the tests of UFF training share: made-up parts, the loop on one parameter, runs of the script."""
+"""What the tests of UFF training share: made-up samples, the loop on one parameter, runs of the script."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ SMALL = ["--batch_size", "2", "--accum_iter", "2", "--epochs", "2", "--lr", "0.0
 
 
 def related_features(seed: int) -> PatchFeatures:
-    """A part whose rgb patches are one fixed linear map of what its xyz patches have in common at the same place."""
+    """A sample whose rgb patches are one fixed linear map of what its xyz patches have in common at the same place."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(RGB_DIM, XYZ_DIM, generator=torch.Generator().manual_seed(12345))
     cause = torch.randn(RGB_GRID**2, XYZ_DIM, generator=generator)
@@ -38,7 +38,7 @@ def related_features(seed: int) -> PatchFeatures:
     return PatchFeatures(rgb=cause @ mixing.T + 0.1 * torch.randn(RGB_GRID**2, RGB_DIM, generator=generator), xyz=xyz)
 
 
-def write_parts(folder: Path, count: int, first_seed: int = 0) -> Path:
+def write_samples(folder: Path, count: int, first_seed: int = 0) -> Path:
     for index in range(count):
         features = related_features(first_seed + index)
         write_features(folder, ("bagel", "dowel")[index % 2], f"{index:03d}", features, **BACKBONES)
@@ -46,14 +46,14 @@ def write_parts(folder: Path, count: int, first_seed: int = 0) -> Path:
 
 
 def write_original(folder: Path, name: str, features: PatchFeatures) -> Path:
-    """The file that the original code saves for a part: both modalities side by side, rgb in its scrambled order."""
+    """The file that the original code saves for a sample: both modalities side by side, rgb in its scrambled order."""
     path = folder / f"{name}.pt"
     torch.save(torch.cat([features.xyz, pair_rgb(features.rgb, len(features.xyz), "reference")], dim=1), path)
     return path
 
 
-def constant_parts(folder: Path, count: int) -> PatchFileDataset:
-    """Part number n holds n + 1 everywhere."""
+def constant_samples(folder: Path, count: int) -> PatchFileDataset:
+    """Sample number n holds n + 1 everywhere."""
     for index in range(count):
         features = PatchFeatures(rgb=torch.full((4, 1), index + 1.0), xyz=torch.full((16, 1), index + 1.0))
         write_features(folder, "bagel", f"{index:03d}", features, **BACKBONES)
@@ -66,7 +66,7 @@ class Slope(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.zeros(()))
-        self.seen: list[int] = []  # values of `constant_parts`
+        self.seen: list[int] = []  # values of `constant_samples`
 
     def forward(self, xyz: Tensor, rgb: Tensor) -> tuple[Tensor, Tensor]:
         self.seen += [int(value) for value in xyz[:, 0, 0]]

@@ -74,14 +74,8 @@ def grid_side(patches: Tensor) -> int:
 def resize_patches(patches: Tensor, grid: int) -> Tensor:
     """Bring patches to another grid by adaptive average pooling; a multiple of the grid (28 -> 56) replicates them.
 
-    Plain form: `resize_patches` in feature_extractors/reference.py.
-
-    Args:
-        patches: (n, C), row-major over a square grid, float.
-        grid: patches along a side of the new grid.
-
-    Returns:
-        (grid**2, C), row-major, dtype and device of the input.
+    (n, C) float, row-major over a square grid, becomes (grid**2, C), row-major, of the same dtype and device. Plain
+    form: `resize_patches` in feature_extractors/reference.py.
     """
     side = grid_side(patches)
     plane = patches.T.reshape(1, -1, side, side)
@@ -89,16 +83,10 @@ def resize_patches(patches: Tensor, grid: int) -> Tensor:
 
 
 def pair_rgb(rgb: Tensor, rows: int, pairing: str = "aligned") -> Tensor:
-    """The rgb partner of every xyz patch.
+    """The rgb partners (rows, C_rgb) of all xyz patches, from rgb (n, C_rgb), row-major over a square grid.
 
-    Args:
-        rgb: (n, C_rgb), row-major over the rgb grid.
-        rows: number of xyz patches, a square.
-        pairing: "aligned" gives the patch of the same place. "reference" gives the scrambled order of the original
-            training data: with r = rows / n, row n * j + i holds patch (r * i + j) mod n.
-
-    Returns:
-        (rows, C_rgb).
+    "aligned" gives the patch of the same place. "reference" gives the scrambled order of the original training data:
+    with r = rows / n, row n * j + i holds patch (r * i + j) mod n.
     """
     if pairing == "aligned":
         return resize_patches(rgb, math.isqrt(rows))
@@ -124,15 +112,8 @@ def write_features(
 ) -> Path:
     """Write the patches of one training sample, whole or not at all, and return the path of the file.
 
-    Args:
-        folder: value of --save_feature_path; the class folder is made in it.
-        class_name: class of the sample.
-        stem: of the sample's files.
-        features: xyz (xyz_grid**2, C_xyz) and rgb (rgb_grid**2, C_rgb); fusion is not stored.
-        xyz_backbone: name of the network.
-        rgb_backbone: name of the network.
-        pairing: default of readers, see `pair_rgb`; both modalities are stored as they are.
-        dtype: torch.float16 or torch.float32.
+    `folder` is the value of --save_feature_path; the class folder is made in it. Of the features, xyz and rgb are
+    stored, as float16 or float32. `pairing` is the readers' default, see `pair_rgb`; it changes nothing stored.
 
     Raises:
         InputError: a modality is absent, or holds values that are not finite in this dtype.

@@ -26,7 +26,7 @@ class Sample(NamedTuple):
     rgb: Tensor | None = None  # (3, S, S) float32, ImageNet-normalized
     xyz: Tensor | None = None  # (3, S, S) float32, meters, camera frame; an invalid pixel is exactly 0
     mask: Tensor | None = None  # (1, S, S) uint8, 1 = defect; test split only
-    label: int | None = None  # 1 = defective part, 0 = good; test split only
+    label: int | None = None  # 1 = defective, 0 = good; test split only
 
 
 class PatchFeatures(NamedTuple):
@@ -38,9 +38,9 @@ class PatchFeatures(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a detector says about one sample; larger means more anomalous."""
+    """Prediction of a detector for one sample; larger means more anomalous."""
 
-    score: float  # of the whole part
+    score: float  # of the whole sample
     anomaly_map: Tensor  # (S, S) float32, per pixel
     bank_scores: dict[str, float]  # before decision fusion, by bank name
     bank_maps: dict[str, Tensor]  # (S, S) float32 each, before decision fusion
