@@ -94,30 +94,24 @@ def _note(x: float, y: float, gap: float, text: str) -> dict[str, Any]:
     return {"x": x + gap, "y": y, "anchor": "start", "text": text}
 
 
-def _render(x_axis: Axis, y_axis: Axis, paths: Sequence[tuple[str, str]], title: str, **marks: Any) -> Markup:
-    x_ticks = []
-    for tick in x_axis.ticks:
-        label, anchor = f"{tick:.3g}", "middle"
-        if tick == x_axis.high:
-            anchor = "end"
-        elif tick == x_axis.low and len(label) > 3:
-            anchor = "start"
-        x_ticks.append((float(_across(tick, x_axis)), label, anchor))
-    values = {"point": None, "note": None} | marks
+def _render(
+    x_axis: Axis,
+    y_axis: Axis,
+    paths: Sequence[tuple[str, str]],
+    title: str,
+    point: tuple[float, float] | None = None,
+    note: dict[str, Any] | None = None,
+) -> Markup:
+    values: dict[str, Any] = {
+        "x_axis": x_axis,
+        "y_axis": y_axis,
+        "paths": paths,
+        "title": title,
+        "point": point,
+        "note": note,
+    }
     values |= {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "floor": FLOOR}
-    svg = (
-        environment()
-        .get_template("chart.svg")
-        .render(
-            **values,
-            title=title,
-            paths=paths,
-            x_ticks=x_ticks,
-            y_ticks=[(float(_up(tick, y_axis)), f"{tick:.3g}") for tick in y_axis.ticks],
-            x_label=x_axis.label,
-            y_label=y_axis.label,
-        )
-    )
+    svg = environment().get_template("chart.svg").render(values, across=_across, up=_up)
     return Markup(svg)  # noqa: S704 (the template has escaped its values)
 
 
