@@ -34,7 +34,7 @@ class ClassResults(msgspec.Struct, frozen=True):
 
 
 class Results(msgspec.Struct, frozen=True):
-    """What a comparison reads of results.json."""
+    """Fields of results.json that a comparison reads."""
 
     schema: int
     args: dict[str, Any]

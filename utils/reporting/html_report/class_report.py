@@ -1,4 +1,4 @@
-"""What the report keeps of an evaluated class: its metrics, thinned curves, scores, and the shown samples."""
+"""Report of an evaluated class: its metrics, thinned curves, scores, and the shown samples."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
