@@ -240,7 +240,7 @@ def build_banks(config: DetectorConfig, rows: Patches) -> dict[str, Bank]:
     if protocol.drop_background and "xyz" in rows:
         rows = {**rows, "xyz": rows["xyz"][(rows["xyz"] != 0).any(dim=1)]}
     banks: dict[str, Bank] = {}
-    reduced_xyz = None
+    reduced_xyz = None  # its size decides those of the published rgb and fusion banks
     for name, (mean, std) in bank_statistics(rows, "own" if protocol.own_statistics else method.statistics).items():
         normalized = (rows[name] - mean) / std
         size = len(normalized) if reduced_xyz is None or protocol.own_coreset_size else reduced_xyz

@@ -77,7 +77,7 @@ def anomaly_maps(distances: Sequence[Tensor], size: int, float_blur: bool = Fals
 
 
 def gaussian_blur(planes: Tensor, float_blur: bool = False) -> Tensor:
-    """Blur non-negative (..., H, W) float32 maps, each by itself, with sigma 4.
+    """Blur non-negative (..., H, W) float32 maps, each by itself, with sigma 4. Plain form: in `reference.anomaly_map`.
 
     The reference goes through an 8-bit image: divide by the maximum, times 255, truncate, PIL's GaussianBlur(4), and
     back. `float_blur` is the Gaussian itself, borders repeated as PIL repeats them; it is computed in float64.

@@ -1,6 +1,7 @@
 """The plain form of the method: the recorded numbers of the original by itself, and the product's results."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,14 @@ def assert_levels(planes: Iterable[NDArray], run: dict[str, NDArray], name: str,
 
 
 # The product
+
+
+def test_fast_routines_name_plain_forms_that_exist() -> None:
+    folder = Path(reference.__file__).parent
+    sources = [*folder.glob("*.py"), *(folder.parent / "models").glob("*.py")]
+    named = {name for source in sources for name in re.findall(r"`reference\.(\w+)", source.read_text())}
+    assert {"build_banks", "greedy_coreset", "image_score"} <= named
+    assert [name for name in named if not hasattr(reference, name)] == []
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
