@@ -39,7 +39,7 @@ class ClassFiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What to compute, checked as far as the command line and the headers of files tell."""
+    """A run whose command line and file headers are checked."""
 
     settings: RunSettings
     configs: Mapping[str, DetectorConfig]  # by method
@@ -93,7 +93,7 @@ def set_up(args: argparse.Namespace, given: Collection[str], device: torch.devic
 
 
 def prepare(args: argparse.Namespace, given: Collection[str], device: torch.device) -> Run:
-    """Check everything that can be checked without networks, and make the folders of the results."""
+    """Check all that needs no network, and make the folders of the results."""
     saved = {} if args.load_detector is None else read_detectors(args, given)
     if saved:
         configs = {method: each.record.config for method, each in next(iter(saved.values())).items()}
@@ -170,10 +170,7 @@ def _build(run: Run, device: torch.device) -> PatchExtractor:
 
 
 def input_checksums(run: Run, extractor: PatchExtractor) -> dict[str, str]:
-    """Checksum of the file names, the networks' weights and the loaded detectors of each class.
-
-    --resume refuses a class whose checksum has changed.
-    """
+    """Checksum of each class's file names, networks and loaded detectors; --resume refuses a class of another one."""
     checksums = {}
     for name, files in run.files.items():
         paths = [[each.path for each in split] for split in files]

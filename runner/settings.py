@@ -78,7 +78,7 @@ class RunSettings:
                 )
 
     def saves_predictions(self, method: str) -> bool:
-        """Whether the anomaly maps and figures of a method are written."""
+        """True if the anomaly maps and figures of a method are written."""
         return self.save_preds is not None and (not self.save_preds or method in self.save_preds)
 
     def check_use(self, config: DetectorConfig, methods: Iterable[str]) -> None:

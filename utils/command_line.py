@@ -78,5 +78,5 @@ def from_flags(kind: type[Settings], args: argparse.Namespace, **others: Any) ->
 
 
 def is_first_process() -> bool:
-    """Whether this is the only process of the run, or the one of rank 0 by the launcher's environment."""
+    """True in a run of one process, and in the process of rank 0 by the launcher's environment."""
     return os.environ.get("RANK", "0") == "0"
