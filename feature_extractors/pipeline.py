@@ -24,7 +24,7 @@ from feature_extractors.training_features import TrainingFeatures
 from utils.distributed import Group, broadcast_object, gather_objects, is_main, progress_bar
 from utils.metrics import decision_metrics, latency_percentiles
 from utils.metrics import evaluate as compute_metrics
-from utils.records import PatchFeatures, Prediction, Sample
+from utils.records import PatchFeatures, Sample, SampleResult
 
 Item = TypeVar("Item")
 
@@ -44,17 +44,6 @@ class Stopwatch:
             yield
         finally:
             self.seconds[stage] += time.perf_counter() - begin
-
-
-class SampleResult(NamedTuple):
-    """Prediction for a test sample, with its ground truth."""
-
-    path: str  # as in Sample
-    label: int
-    mask: Tensor  # (S, S) uint8
-    prediction: Prediction
-    # Share of the extraction of its batch, by all networks of the run, plus its scoring; without reading its files.
-    seconds: float
 
 
 class Evaluation(NamedTuple):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from dataset import SampleFiles, original_size, read_rgb
 from feature_extractors.config import DetectorConfig
-from feature_extractors.pipeline import SampleResult
 from runner.finished_classes import FOLDER, class_file, read_class, write_class
 from runner.preparation import Run
 from runner.settings import applied_flags
 from utils.distributed import progress_bar
+from utils.records import SampleResult
 from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.report_page import write_report
 from utils.reporting.results_json import results_record, write_results

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from utils.metrics import evaluate
-from utils.records import Prediction
+from utils.records import Prediction, SampleResult
 from utils.reporting.html_report.class_report import ClassReport, report_class
 from utils.reporting.html_report.report_page import report_page
 from utils.reporting.results_json import results_record
@@ -22,16 +21,7 @@ ARGS = {"method_name": "DINO+Point_MAE", "dataset_type": "mvtec3d", "dataset_pat
 NOTE = "Backbones: rgb efficientnet_lite0, xyz FPFH. Protocol: reference."
 
 
-class MadeUpSample(NamedTuple):
-    """As feature_extractors.pipeline.SampleResult."""
-
-    path: str
-    label: int
-    mask: Tensor
-    prediction: Prediction
-
-
-def made_up_sample(path: str, score: float, side: int = SIDE, banks: Sequence[str] = ("xyz", "rgb")) -> MadeUpSample:
+def made_up_sample(path: str, score: float, side: int = SIDE, banks: Sequence[str] = ("xyz", "rgb")) -> SampleResult:
     """A sample whose defect is found as well as its score is high; whatever is not in a folder good has one."""
     label = int("/good/" not in path)
     rng = np.random.default_rng(abs(hash_of(path)))
@@ -41,11 +31,12 @@ def made_up_sample(path: str, score: float, side: int = SIDE, banks: Sequence[st
     mask = torch.from_numpy((label * dent > 0.4).astype(np.uint8))
     maps = [torch.from_numpy((dent * score + 0.1 * rng.random((side, side))).astype(np.float32)) for _ in banks]
     fused = torch.stack(maps).sum(dim=0)
-    return MadeUpSample(
+    return SampleResult(
         path,
         label,
         mask,
         Prediction(score, fused, dict.fromkeys(banks, score / 2), dict(zip(banks, maps, strict=True))),
+        seconds=0.05,
     )
 
 
@@ -53,7 +44,7 @@ def hash_of(text: str) -> int:
     return sum(ord(letter) * (i + 1) for i, letter in enumerate(text))
 
 
-def made_up_samples(count: int = 12, **changed: Any) -> list[MadeUpSample]:
+def made_up_samples(count: int = 12, **changed: Any) -> list[SampleResult]:
     """Half of them good; scores overlap, so that the threshold of 0.5 misses some and alarms at others."""
     rng = np.random.default_rng(count)
     samples = []
@@ -83,7 +74,7 @@ def made_up_cloud(number: int, side: int = 2 * SIDE) -> np.ndarray:
     return (xyz * inside[..., None]).astype(np.float32)
 
 
-def entry_of(evaluated: Sequence[MadeUpSample], threshold: float | None = 0.5, **changed: Any) -> dict[str, Any]:
+def entry_of(evaluated: Sequence[SampleResult], threshold: float | None = 0.5, **changed: Any) -> dict[str, Any]:
     """A class's entry of results.json; threshold None: not calibrated."""
     entry = evaluate(
         [sample.label for sample in evaluated],
@@ -113,7 +104,7 @@ def entry_of(evaluated: Sequence[MadeUpSample], threshold: float | None = 0.5, *
 
 def made_up_class(
     name: str = "gasket",
-    evaluated: Sequence[MadeUpSample] | None = None,
+    evaluated: Sequence[SampleResult] | None = None,
     limit: int = 24,
     image: bool = True,
     cloud: bool = True,

@@ -35,7 +35,6 @@ from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.pipeline import (
     Evaluation,
-    SampleResult,
     Stopwatch,
     calibrate_detectors,
     collect_features,
@@ -45,7 +44,7 @@ from feature_extractors.pipeline import (
 from feature_extractors.scoring import anomaly_maps, image_score
 from feature_extractors.training_features import TrainingFeatures
 from utils.errors import InputError
-from utils.records import PatchFeatures, Sample
+from utils.records import PatchFeatures, Sample, SampleResult
 
 # --- what the banks hold ---
 

@@ -44,3 +44,14 @@ class Prediction(NamedTuple):
     anomaly_map: Tensor  # (S, S) float32, per pixel
     bank_scores: dict[str, float]  # before decision fusion, by bank name
     bank_maps: dict[str, Tensor]  # (S, S) float32 each, before decision fusion
+
+
+class SampleResult(NamedTuple):
+    """Prediction for a test sample, with its ground truth."""
+
+    path: str  # as in Sample
+    label: int
+    mask: Tensor  # (S, S) uint8
+    prediction: Prediction
+    # Share of the extraction of its batch, by all networks of the run, plus its scoring; without reading its files.
+    seconds: float

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from utils.au_pro import UndefinedMetricError, pro_curve
 from utils.metrics import EXACT_LIMITS
-from utils.reporting.html_report.gallery import Decision, EvaluatedSample, ReadArray, gallery, outcome
+from utils.records import SampleResult
+from utils.reporting.html_report.gallery import Decision, ReadArray, gallery, outcome
 
 CURVE_POINTS = 200
 PRO_LIMIT = max(map(float, EXACT_LIMITS))  # false positive rate at which the PRO curve ends
@@ -39,7 +40,7 @@ class ClassReport(msgspec.Struct, frozen=True):
 def report_class(
     name: str,
     entry: Mapping[str, Any],
-    samples: Sequence[EvaluatedSample],
+    samples: Sequence[SampleResult],
     read_rgb: ReadArray,
     read_cloud: ReadArray,
     limit: int,
@@ -89,7 +90,7 @@ def _roc(labels: NDArray, scores: NDArray) -> Curve | None:
     return fprs.tolist(), tprs.tolist()
 
 
-def _pro(samples: Sequence[EvaluatedSample]) -> Curve | None:
+def _pro(samples: Sequence[SampleResult]) -> Curve | None:
     masks = [sample.mask.numpy() for sample in samples]
     maps = [sample.prediction.anomaly_map.numpy() for sample in samples]
     try:

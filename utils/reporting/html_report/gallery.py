@@ -7,15 +7,14 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import chain, zip_longest
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
-from torch import Tensor
 
-from utils.records import Prediction
+from utils.records import SampleResult
 from utils.reporting.visualization import FUSED, OUTLINE, color_scale, heat_colors
 from utils.scans.organized_pc import valid_mask
 
@@ -30,19 +29,6 @@ ReadArray = Callable[[int], NDArray | None]  # by the number of the sample
 Scales = dict[str, tuple[float, float]]  # color limits by bank
 
 
-class EvaluatedSample(Protocol):
-    """A test sample and its prediction."""
-
-    @property
-    def path(self) -> str: ...  # "test/hole/000"
-    @property
-    def label(self) -> int: ...  # 1 = defective
-    @property
-    def mask(self) -> Tensor: ...  # (S, S) uint8, 1 = defect
-    @property
-    def prediction(self) -> Prediction: ...
-
-
 class Decision(NamedTuple):
     """Score above which a sample counts as defective, and the threshold's source as a page names it."""
 
@@ -55,11 +41,11 @@ class Decision(NamedTuple):
         return MISS if label else CORRECT_PASS
 
 
-def outcome(sample: EvaluatedSample, decision: Decision | None) -> str:
+def outcome(sample: SampleResult, decision: Decision | None) -> str:
     return UNDECIDED if decision is None else decision.outcome(sample.label, sample.prediction.score)
 
 
-def choose_samples(samples: Sequence[EvaluatedSample], decision: Decision | None, limit: int) -> list[int]:
+def choose_samples(samples: Sequence[SampleResult], decision: Decision | None, limit: int) -> list[int]:
     """Numbers of at most `limit` samples in the order of the gallery.
 
     Misses and false alarms come first, the farthest from the threshold first. The others follow, the nearest first; if
@@ -97,7 +83,7 @@ def spread_order(count: int) -> list[int]:
 
 
 def gallery(
-    samples: Sequence[EvaluatedSample],
+    samples: Sequence[SampleResult],
     decision: Decision | None,
     limit: int,
     read_rgb: ReadArray,
@@ -129,7 +115,7 @@ def _scale(maps: list[NDArray]) -> tuple[float, float]:
 
 
 def _view(
-    sample: EvaluatedSample, decision: Decision | None, image: NDArray | None, cloud: NDArray | None, scales: Scales
+    sample: SampleResult, decision: Decision | None, image: NDArray | None, cloud: NDArray | None, scales: Scales
 ) -> dict[str, Any]:
     fused = sample.prediction.anomaly_map.numpy()
     height, width = fused.shape if image is None else image.shape[:2]
