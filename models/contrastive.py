@@ -54,11 +54,8 @@ def contrastive_loss(xyz_head_out: Tensor, rgb_head_out: Tensor, negatives: str 
 def retrieval(xyz_head_out: Tensor, rgb_head_out: Tensor) -> tuple[int, float]:
     """Number of xyz patches whose rgb patch is the nearest of the image, found and expected by chance.
 
-    Several xyz patches may share one rgb patch, and each of them counts.
-
-    Args:
-        xyz_head_out: (N, head_dim) outputs of the xyz head, of one image.
-        rgb_head_out: (N, head_dim) outputs of the rgb head; the partner of row i is row i.
+    Several xyz patches may share one rgb patch, and each of them counts. The arguments, as for `contrastive_loss`, are
+    those of one image.
     """
     q, k = F.normalize(rgb_head_out.float(), dim=-1), F.normalize(xyz_head_out.float(), dim=-1)
     distinct = len(torch.unique((q * 1e5).round(), dim=0))

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from models.checkpoints import load_strict
 from utils.errors import InputError
 
+_FIX = "Train one with fusion_pretrain.py."
+
 
 class Mlp(nn.Module):
     """Linear, exact GELU, Linear: (..., dim) -> (..., dim)."""
@@ -31,11 +33,8 @@ class Mlp(nn.Module):
 class FeatureFusion(nn.Module):
     """chi and sigma of both modalities; parameter names as in the published checkpoints.
 
-    Args:
-        xyz_dim: width C_xyz of an xyz patch.
-        rgb_dim: width C_rgb of an rgb patch.
-        mlp_ratio: hidden width of chi over its input width.
-        head_dim: width of sigma's output, in which the two modalities are compared.
+    `xyz_dim` and `rgb_dim` are the widths C_xyz and C_rgb of patches, `mlp_ratio` the hidden width of chi over its
+    input width, `head_dim` the width of sigma's output, in which the two modalities are compared.
     """
 
     def __init__(self, xyz_dim: int, rgb_dim: int, mlp_ratio: float = 4.0, head_dim: int = 256) -> None:
@@ -53,10 +52,6 @@ class FeatureFusion(nn.Module):
     def from_state_dict(cls, state: Mapping[str, Tensor], source: Path | str = "feature fusion") -> "FeatureFusion":
         """Build the module of a checkpoint's `model` entry, in eval mode; its widths are those of the tensors.
 
-        Args:
-            state: parameters by name, all of them and nothing else.
-            source: file of the checkpoint, for messages.
-
         Raises:
             InputError: a key is missing or left over, or a tensor has a shape that contradicts the others.
         """
@@ -72,32 +67,18 @@ class FeatureFusion(nn.Module):
         return module.eval()
 
     def fuse(self, xyz: Tensor, rgb: Tensor) -> Tensor:
-        """Fusion patches f_fs = chi_xyz(f_xyz) (+) chi_rgb(f_rgb), (+) the concatenation in this order.
+        """Fusion patches f_fs = chi_xyz(f_xyz) (+) chi_rgb(f_rgb), (+) being concatenation in this order.
 
-        Args:
-            xyz: (..., C_xyz) patch features, float.
-            rgb: (..., C_rgb) features of the patches at the same places.
-
-        Returns:
-            (..., C_xyz + C_rgb), dtype and device of the input.
+        xyz (..., C_xyz) and rgb (..., C_rgb), float, of the same places become (..., C_xyz + C_rgb).
         """
         return torch.cat([self.xyz_mlp(self.xyz_norm(xyz)), self.rgb_mlp(self.rgb_norm(rgb))], dim=-1)
 
     def forward(self, xyz: Tensor, rgb: Tensor) -> tuple[Tensor, Tensor]:
-        """The outputs of the heads sigma, which the contrastive loss compares.
+        """Outputs sigma_xyz(chi_xyz(xyz)) and sigma_rgb(chi_rgb(rgb)), both (N, head_dim), for the contrastive loss.
 
-        A patch whose xyz features hold an exact zero (no valid point, as a rule) is left out in both modalities.
-
-        Args:
-            xyz: (..., C_xyz) patch features, float.
-            rgb: (..., C_rgb), row by row the partners of xyz.
-
-        Returns:
-            sigma_xyz(chi_xyz(xyz)) and sigma_rgb(chi_rgb(rgb)), both (N, head_dim) over the N remaining patches.
+        N counts the patches xyz (..., C_xyz) and rgb (..., C_rgb) of the same places whose xyz features hold no exact
+        zero; a patch with one has no valid point, as a rule.
         """
         valid = (xyz != 0).all(dim=-1)
         xyz, rgb = xyz[valid], rgb[valid]  # (N, C_xyz), (N, C_rgb)
         return self.xyz_head(self.xyz_mlp(self.xyz_norm(xyz))), self.rgb_head(self.rgb_mlp(self.rgb_norm(rgb)))
-
-
-_FIX = "Train one with fusion_pretrain.py."

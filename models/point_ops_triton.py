@@ -60,11 +60,7 @@ def knn(queries: Tensor, points: Tensor, k: int, block: int = KEYS_BLOCK) -> tup
     More than three neighbors are the smallest keys, each the bits of a squared distance above the index of its point.
     Peak memory is one block of MAX_KEYS keys.
 
-    Args:
-        queries: (B, M, 3) float32, meters.
-        points: (B, N, 3) float32, meters.
-        k: neighbors per query.
-        block: points to a program, a power of two.
+    Queries are (B, M, 3) and points (B, N, 3) float32, meters; `block` points per program, a power of two.
     """
     if k <= 3:
         squared, index = three_nearest(queries, points)

@@ -79,14 +79,10 @@ class PointTransformer(PointBackbone):
         self.cls_pos = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
 
     def forward(self, clouds: Sequence[Tensor]) -> list[PointFeatures]:
-        """Extract the tokens of some clouds, which pass through the blocks together.
+        """Extract features (num_group, embed_dim) and centers (num_group, 3) of clouds (N, 3), which are one batch.
 
-        Args:
-            clouds: (N, 3) float32 each, meters, camera frame, valid points only.
-
-        Returns:
-            for each cloud, features (num_group, embed_dim): outputs of the three taken blocks through the final norm,
-            concatenated; centers (num_group, 3).
+        Clouds are float32, meters, camera frame, valid points only. Features are the outputs of the three taken blocks
+        through the final norm, concatenated.
         """
         groups, centers = zip(*self.group(clouds), strict=True)
         tokens = torch.stack([self.reduce_dim(self.encoder(of_cloud)) for of_cloud in groups])  # (B, G, width)
