@@ -27,7 +27,7 @@ sys.path[0] = str(ROOT)
 from PIL import Image
 
 from benchmarks.measuring import in_fresh_process, make_parser, memory_slope, write_record
-from benchmarks.workload import PART, SCAN_SIZE, SEED, SIZES, build_networks, detector_config, grown
+from benchmarks.workload import CLASS_NAME, SCAN_SIZE, SEED, SIZES, build_networks, detector_config, grown
 from dataset import make_sample
 from feature_extractors.decision_fusion import DecisionFusion
 from feature_extractors.detector import Detector
@@ -58,7 +58,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
         Path(folder, name).mkdir()
     samples = []
     for i in range(2 * args.distinct):
-        scan = make_scan(PART, f"test/good/{i:04d}", SCAN_SIZE, SEED)
+        scan = make_scan(CLASS_NAME, f"test/good/{i:04d}", SCAN_SIZE, SEED)
         xyz, rgb, _ = clean_scan(scan.xyz, scan.rgb, None, CleaningRule())
         samples.append(make_sample(f"{i:04d}", rgb, xyz, config.img_size))
         if i < args.distinct:
@@ -75,7 +75,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
     fusion = DecisionFusion(np.ones(2), np.ones(2), (1.0, 0.1), (1.0, 0.1))
     detector = Detector(config, extractor, banks, fusion)
     calibrate_detectors({"": detector}, good, 0.01, "validation")
-    save_detector(detector, folder / "detector", class_name=PART)
+    save_detector(detector, folder / "detector", class_name=CLASS_NAME)
 
 
 def write_checkpoints(folder: Path) -> None:

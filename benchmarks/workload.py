@@ -21,7 +21,7 @@ from utils.synthetic_data.scanner import make_scan
 
 METHOD, TRIPLE = "DINO+Point_MAE", "DINO+Point_MAE+Fusion"
 SEED = 0
-PART, SCAN_SIZE = "cookie", 400  # after cleaning, a quarter of the pixels hold a point
+CLASS_NAME, SCAN_SIZE = "cookie", 400  # after cleaning, a quarter of the pixels hold a point
 NOISE = 0.1  # of the deviation of a column, see `varied`
 
 
@@ -90,7 +90,7 @@ def made_up_samples(count: int, split: str, size: int) -> list[Sample]:
     for i in range(count):
         defect = list(DEFECTS)[i // 2 % len(DEFECTS)] if split == "test" and i % 2 else "good"
         path = f"{split}/{defect}/{i:03d}"
-        scan = make_scan(PART, path, SCAN_SIZE, SEED)
+        scan = make_scan(CLASS_NAME, path, SCAN_SIZE, SEED)
         xyz, rgb, gt = clean_scan(scan.xyz, scan.rgb, scan.gt, CleaningRule())
         image = Image.fromarray(rgb).resize((size, size), Image.Resampling.BICUBIC)
         pixels = (np.asarray(image, np.float32) / 255 - IMAGENET_DEFAULT_MEAN) / IMAGENET_DEFAULT_STD
