@@ -1,20 +1,20 @@
-"""From a dataset folder to samples: class lists, the index of files paired by stem, and the loader.
+"""Dataset folders to samples: class lists, the index of files paired by stem, and the loader.
 
-The layout is that of MVTec 3D-AD; a good test scan may lack its ground truth, and a method of one modality needs
-no files of the other:
+The layout is that of MVTec 3D-AD. A good test sample may lack its ground truth, and a method of one modality needs no
+files of the other:
 
     <dataset>/<class>/train/good/{rgb,xyz}/000.{png,tiff}
     <dataset>/<class>/validation/good/{rgb,xyz}/...
     <dataset>/<class>/test/{good,<defect>,...}/{rgb,xyz,gt}/...
 
     files = index_split("datasets/mvtec3d/bagel", "test", frozenset({"rgb", "xyz"}))
+    for sample in load_samples(AnomalyDataset(files, frozenset({"rgb", "xyz"}), img_size=224), num_workers=4): ...
 
-A part that lies in memory becomes a sample by `make_sample`.
+`make_sample` makes a sample of arrays in memory.
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from utils.errors import InputError
 from utils.records import Sample, SampleFiles
 from utils.scans.files import FILE_SUFFIXES, files_by_stem, subfolders
-from utils.scans.images import defect_mask, open_image, to_rgb
+from utils.scans.images import defect_mask, image_size, open_image, to_rgb
 from utils.scans.organized_pc import check_organized, organized_pc_header, read_organized_pc, resize_nearest, valid_mask
 
 if TYPE_CHECKING:
@@ -48,14 +48,12 @@ _PUBLISHED = {
     "mvtec3d": "MVTec 3D-AD from https://www.mvtec.com/company/research/datasets/mvtec-3d-ad",
     "eyecandies": "Eyecandies from https://eyecan-ai.github.io/eyecandies",
 }
-_END_MARKERS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
-_TAIL_BYTES = 65536  # some writers put a trailer of their own behind the end marker
 _IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
 _IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 
 
 def find_classes(dataset_path: Path | str, dataset_type: str, chosen: Sequence[str] | None = None) -> list[str]:
-    """The classes to run: `chosen` (any folders in the same layout), or every published class that is there.
+    """Return the classes to run: `chosen` (any folders in the same layout), or every published class in the dataset.
 
     `dataset_type` is a key of DATASET_CLASSES. Chosen names keep their order, published ones that of their list.
     Raises InputError when the dataset folder, a chosen class, or every published class is missing.
@@ -63,8 +61,8 @@ def find_classes(dataset_path: Path | str, dataset_type: str, chosen: Sequence[s
     root = Path(dataset_path)
     if not root.is_dir():
         raise InputError(
-            f"{root} is not a folder: download {_PUBLISHED[dataset_type]}, preprocess it as the README tells, "
-            "and name its folder with --dataset_path"
+            f"{root} is not a folder. Download {_PUBLISHED[dataset_type]}, preprocess it as the README describes, "
+            "and give its folder with --dataset_path."
         )
     found = [path.name for path in subfolders(root)]
     listing = ", ".join(found) or "no folder"
@@ -72,22 +70,22 @@ def find_classes(dataset_path: Path | str, dataset_type: str, chosen: Sequence[s
         classes = [name for name in DATASET_CLASSES[dataset_type] if name in found]
         if not classes:
             raise InputError(
-                f"{root} holds none of the {dataset_type} classes but {listing}: name the class folders with "
-                "--classes, or another dataset folder with --dataset_path"
+                f"{root} holds none of the {dataset_type} classes but {listing}. Name the class folders with "
+                "--classes, or give another dataset folder with --dataset_path."
             )
         return classes
     for name in chosen:
         if name in ("", ".", "..") or "/" in name or "\\" in name:
-            raise InputError(f"class {name!r} is not a plain folder name: put the folders before it in --dataset_path")
+            raise InputError(f"Class {name!r} is not a plain folder name. Put the folders before it in --dataset_path.")
         if not (root / name).is_dir():
-            raise InputError(f"class {name!r} is not in {root}, which holds {listing}: name these with --classes")
+            raise InputError(f"Class {name!r} is not in {root}, which holds {listing}. Name these with --classes.")
     return list(dict.fromkeys(chosen))
 
 
 def class_folders(dataset_path: Path | str) -> list[str]:
-    """Names of all folders of a dataset that hold a split, whatever they are called; InputError where it is unreadable.
+    """Return the names of all folders of a dataset that hold a split; InputError where the dataset is unreadable.
 
-    A folder in it that cannot be read counts: what is wrong with it is for the reader of its splits to tell.
+    An unreadable folder in it counts, so that reading its splits reports the problem.
     """
     names = []
     for folder in subfolders(Path(dataset_path)):
@@ -101,11 +99,11 @@ def class_folders(dataset_path: Path | str) -> list[str]:
 
 
 def index_split(class_folder: Path | str, split: str, modalities: frozenset[str]) -> list[SampleFiles]:
-    """The scans of "train", "validation" or "test", sorted by (defect, stem) and paired by stem.
+    """Return the samples of "train", "validation" or "test", sorted by (defect, stem) and paired by stem.
 
-    `modalities` ("rgb", "xyz" or both) are those the method needs: every scan has them. Files of the other one are
-    recorded where they are. Raises InputError when there is no scan, a needed partner or the ground truth of a
-    defective test scan is missing, or two files of one folder share a stem.
+    Every sample has the `modalities` ("rgb", "xyz" or both) that the method needs, and files of the other one where
+    they are. Raises InputError when there is no sample, a needed file or the ground truth of a defective test sample
+    is missing, or two files of one folder share a stem.
     """
     files, problems = pair_split(class_folder, split, modalities)
     if problems:
@@ -114,7 +112,7 @@ def index_split(class_folder: Path | str, split: str, modalities: frozenset[str]
 
 
 def pair_split(class_folder: Path | str, split: str, modalities: frozenset[str]) -> tuple[list[SampleFiles], list[str]]:
-    """`index_split` of the scans that are complete, and what it would raise for the others."""
+    """Return the complete samples of a split as `index_split` does, and its errors for the others."""
     if split not in ("train", "validation", "test") or not modalities or not modalities <= {"rgb", "xyz"}:
         raise ValueError(f"split {split!r} with modalities {sorted(modalities)}: unknown split or modality")
     root = Path(class_folder) / split
@@ -123,12 +121,12 @@ def pair_split(class_folder: Path | str, split: str, modalities: frozenset[str])
     except InputError as error:
         return [], [str(error)]
     if not folders:
-        return [], [f"no test scans in {root}: expected a folder good and one for each type of defect"]
+        return [], [f"No test samples in {root}. Expected a folder good and one for each type of defect."]
     files: list[SampleFiles] = []
     problems: list[str] = []
     for folder in folders:
-        found, faults = _pair_folder(folder, modalities)
-        files += found
+        complete, faults = _pair_folder(folder, modalities)
+        files += complete
         problems += faults
     return files, problems
 
@@ -141,95 +139,79 @@ def _pair_folder(folder: Path, modalities: frozenset[str]) -> tuple[list[SampleF
         return [], [str(error)]
     stems = sorted(set().union(*(found[name] for name in modalities)))
     if not stems:
-        needed = " and ".join(sorted(modalities))
         kind = "training" if split == "train" else split
-        return [], [f"no {kind} files in {folder}: fill its folder {needed}, or remove {folder}"]
-    doubled = [files for each in found.values() for files in each.values() if len(files) > 1]
+        return [], [f"No {kind} files in {folder}. Fill its folder {' and '.join(sorted(modalities))}, or remove it."]
+    label = int(defect != "good") if split == "test" else None
+    doubled = [files for by_stem in found.values() for files in by_stem.values() if len(files) > 1]
     problems = [
-        f"{files[0]} and {files[1].name} are two files of one scan: run the preprocessing again if it was "
-        "interrupted, else keep one of them"
+        f"{files[0]} and {files[1].name} are two files of one sample. Run the preprocessing again if it was "
+        "interrupted, else keep one of them."
         for files in doubled
     ]
-    label = int(defect != "good") if split == "test" else None
-    partners = {}
-    if len(modalities) == 2:
-        partners = {"xyz": f"{len(found['rgb'])} rgb files", "rgb": f"{len(found['xyz'])} xyz files"}
-    if label == 1:
-        partners["gt"] = f"{len(stems)} defective scans"
-    problems += filter(None, (_missing(folder, name, found[name], stems, each) for name, each in partners.items()))
-    unclear = {files[0].stem for files in doubled}
+    complete = set(stems) - {files[0].stem for files in doubled}
+    needed = {*modalities, "gt"} if label == 1 else modalities
+    for name in (name for name in FILE_SUFFIXES if name in needed):
+        complete &= found[name].keys()
+        if missing := [stem for stem in stems if stem not in found[name]]:
+            problems.append(_missing_files(folder, name, found[name], missing, len(stems)))
     rgb, xyz, gt = ({stem: files[0] for stem, files in found[name].items()} for name in ("rgb", "xyz", "gt"))
-    needed_stems = [stem for stem in stems if stem not in unclear and all(stem in found[name] for name in partners)]
-    return [
+    samples = [
         SampleFiles(f"{split}/{defect}/{stem}", rgb.get(stem), xyz.get(stem), gt.get(stem), label)
-        for stem in needed_stems
-    ], problems
+        for stem in sorted(complete)
+    ]
+    return samples, problems
 
 
-def _missing(folder: Path, name: str, found: Mapping[str, Sequence[Path]], stems: list[str], partners: str) -> str:
-    """What is wrong with the folder `name` if it lacks files of these stems, else nothing."""
-    missing = [stem for stem in stems if stem not in found]
-    if not missing:
-        return ""
+def _missing_files(
+    folder: Path, name: str, found: Mapping[str, Sequence[Path]], missing: Sequence[str], samples: int
+) -> str:
     suffix = next(iter(found.values()))[0].suffix if found else FILE_SUFFIXES[name][0]
     listing = ", ".join(stem + suffix for stem in missing[:5]) + (", ..." if len(missing) > 5 else "")
     verb = "is" if len(missing) == 1 else "are"
     return (
-        f"{len(found)} {name} files for {partners} in {folder}: {listing} {verb} missing; "
-        f"restore what {folder / name} lacks or remove the other files of these scans"
+        f"{len(found)} {name} files for {samples} samples in {folder}: {listing} {verb} missing. Restore them in "
+        f"{folder / name} or remove the other files of these samples."
     )
 
 
 def check_files(files: Iterable[SampleFiles], modalities: frozenset[str]) -> None:
     """Find broken files before a long run: headers and ends of `modalities` and ground truth, and equal sizes.
 
-    Nothing is decoded, so thousands of files take seconds. Raises InputError at the first scan that fails.
+    Nothing is decoded, so that thousands of files take seconds. Raises InputError at the first sample that fails.
     """
-    for scan in tqdm(files, desc="Checking files", delay=2, leave=False):
-        check_scan(scan, modalities)
+    for sample in tqdm(files, desc="Checking files", delay=2, leave=False):
+        check_sample_files(sample, modalities)
 
 
-def check_scan(scan: SampleFiles, modalities: frozenset[str]) -> None:
-    """`check_files` of one scan."""
+def check_sample_files(files: SampleFiles, modalities: frozenset[str]) -> None:
+    """Check one sample as `check_files` does."""
     sizes: dict[Path, tuple[int, int]] = {}
-    if "rgb" in modalities and scan.rgb is not None:
-        sizes[scan.rgb] = _image_size(scan.rgb)
-    if "xyz" in modalities and scan.xyz is not None:
-        sizes[scan.xyz] = organized_pc_header(scan.xyz)
-    if scan.label is not None and scan.mask is not None:
-        sizes[scan.mask] = _image_size(scan.mask)
+    if "rgb" in modalities and files.rgb is not None:
+        sizes[files.rgb] = image_size(files.rgb)
+    if "xyz" in modalities and files.xyz is not None:
+        sizes[files.xyz] = organized_pc_header(files.xyz)
+    if files.label is not None and files.mask is not None:
+        sizes[files.mask] = image_size(files.mask)
     for (first, expected), (path, size) in pairwise(sizes.items()):
         if size != expected:
             raise InputError(
-                f"{first} has {expected[0]} x {expected[1]} pixels (height x width), {path} {size[0]} x {size[1]}: "
-                "a scan's files show one view pixel by pixel, so run the preprocessing again if it was interrupted, "
-                "else restore them and preprocess them together"
+                f"{first} has {expected[0]} x {expected[1]} pixels (H x W), {path} has {size[0]} x {size[1]}, but the "
+                "files of a sample show the same pixels. Run the preprocessing again if it was interrupted, else "
+                "restore them and preprocess them together."
             )
 
 
 def original_size(files: SampleFiles) -> tuple[int, int]:
-    """(H, W) in pixels of the scan before any resize: of its ground truth, else its photo, else its point cloud."""
+    """Return (H, W) in pixels before any resize: of the ground truth, else the image, else the point cloud."""
     image = files.mask or files.rgb
     if image is not None:
-        return _image_size(image)
-    assert files.xyz is not None, "an indexed scan has at least one modality"
+        return image_size(image)
+    assert files.xyz is not None, "an indexed sample has at least one modality"
     return organized_pc_header(files.xyz)
 
 
-def _image_size(path: Path) -> tuple[int, int]:
-    """(H, W) from the header of a PNG or JPEG; InputError when the file is none or lacks its end."""
-    with open_image(path) as image:
-        width, height = image.size
-        marker = _END_MARKERS[image.format or ""]
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            if marker not in file.read():
-                raise OSError("the end of the file is missing")
-    return height, width
-
-
 def read_rgb(files: SampleFiles) -> np.ndarray | None:
-    """The scan's photo, (H, W, 3) uint8, or None where it has none; InputError when it cannot be decoded."""
+    """Read the image, (H, W, 3) uint8, or None where there is none; InputError when it cannot be decoded."""
     if files.rgb is None:
         return None
     with open_image(files.rgb) as image:
@@ -237,15 +219,15 @@ def read_rgb(files: SampleFiles) -> np.ndarray | None:
 
 
 def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_size: int) -> Sample:
-    """One view of a part from arrays, as a detector judges it; S = img_size, the aspect is not kept.
+    """Make a sample of arrays, with S = img_size; the aspect ratio is not kept.
 
     Args:
-        path: what the sample is called, in errors too.
-        rgb: (H, W, 3) uint8 photograph, or None where the method needs none; resized bicubic (antialiased), then
+        path: name of the sample, also in errors.
+        rgb: (H, W, 3) uint8, or None where the method needs none. Resized bicubic (antialiased), then
             ImageNet-normalized.
-        xyz: (H, W, 3) float, meters, camera frame, or None likewise; resized nearest. A pixel with a coordinate that is
+        xyz: (H, W, 3) float, meters, camera frame, or None likewise. Resized nearest. A pixel with a coordinate that is
             zero, NaN or infinite has no measurement.
-        img_size: side of the result, pixels: that of the detector's config.
+        img_size: side of the result, pixels, as in the config of the detector.
 
     Raises:
         InputError: an array of another shape or type, or a point cloud without a valid point.
@@ -260,8 +242,8 @@ def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_s
 def _rgb_tensor(path: str, rgb: np.ndarray, img_size: int) -> Tensor:
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
         raise InputError(
-            f"the photograph of {path} is an array of {' x '.join(map(str, rgb.shape))} {rgb.dtype}, expected "
-            "H x W x 3 uint8: convert it to 8-bit RGB"
+            f"The image of {path} is an array of {' x '.join(map(str, rgb.shape))} {rgb.dtype}, expected H x W x 3 "
+            "uint8. Convert it to 8-bit RGB."
         )
     import torch  # here, because the class lists above are read where flags are parsed
 
@@ -272,21 +254,21 @@ def _rgb_tensor(path: str, rgb: np.ndarray, img_size: int) -> Tensor:
 
 
 def _xyz_tensor(path: str, xyz: np.ndarray, img_size: int) -> Tensor:
-    check_organized(f"the point cloud of {path}", xyz.shape, xyz.dtype)
+    check_organized(f"The point cloud of {path}", xyz.shape, xyz.dtype)
     resized = resize_nearest(xyz, img_size)
     planes = resized.numpy()
     valid = valid_mask(planes.transpose(1, 2, 0))
     if not valid.any():
         raise InputError(
-            f"{path} has no valid point (three finite coordinates, none of them zero): restore the scan from its "
-            "source and preprocess it again, or remove it"
+            f"{path} has no valid point (three finite coordinates, none of them zero). Restore the sample from its "
+            "source and preprocess it again, or remove it."
         )
     planes[:, ~valid] = 0
     return resized
 
 
 def _load_mask(path: Path | None, img_size: int) -> Tensor:
-    """Ground truth as (1, S, S) uint8: whatever is neither zero nor black is a defect."""
+    """Ground truth as (1, S, S) uint8, 1 = defect."""
     import torch
 
     if path is None:
@@ -298,10 +280,10 @@ def _load_mask(path: Path | None, img_size: int) -> Tensor:
 
 
 class AnomalyDataset:
-    """The scans of one split as Samples (see `make_sample`), with only the modalities that the method needs.
+    """Samples of one split (see `make_sample`), with only the modalities that the method needs.
 
-    Mask (resized nearest) and label are those of the test split. An item raises InputError when a file cannot be read,
-    or when a point cloud has no valid point.
+    Samples of the test split have a mask (resized nearest) and a label. Reading one raises InputError when a file
+    cannot be read, or when a point cloud has no valid point.
     """
 
     def __init__(self, files: Sequence[SampleFiles], modalities: frozenset[str], img_size: int) -> None:
@@ -325,7 +307,7 @@ class AnomalyDataset:
 
 
 class Indexed(Protocol[Item]):
-    """What items can be asked of by number, in any thread."""
+    """Items by number, which any thread may ask for."""
 
     def __len__(self) -> int: ...
 
@@ -333,12 +315,10 @@ class Indexed(Protocol[Item]):
 
 
 def load_samples(dataset: Indexed[Item], num_workers: int) -> Iterator[Item]:
-    """Yield the items of an AnomalyDataset, say, in order, read ahead by `num_workers` threads (0: by none).
+    """Yield the items of a dataset in order, read ahead by `num_workers` threads, two each (0: no threads).
 
-    Each thread is ahead by two items at most.
-
-    Threads, since decoding, resizing and reading release the interpreter lock: an InputError arrives as it is, nothing
-    is pickled and nothing forks beside CUDA. Closing the iterator early ends them.
+    Decoding and resizing release the interpreter lock, so threads suffice: nothing is pickled, and nothing forks
+    beside CUDA. Closing the iterator early ends them.
     """
     if num_workers == 0:
         yield from (dataset[index] for index in range(len(dataset)))
@@ -348,8 +328,8 @@ def load_samples(dataset: Indexed[Item], num_workers: int) -> Iterator[Item]:
     try:
         pending = deque(pool.submit(dataset.__getitem__, index) for index in islice(indices, 2 * num_workers))
         while pending:
-            sample = pending.popleft().result()
+            item = pending.popleft().result()
             pending.extend(pool.submit(dataset.__getitem__, index) for index in islice(indices, 1))
-            yield sample
+            yield item
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from dataset import check_scan, pair_split, read_rgb
+from dataset import check_sample_files, pair_split, read_rgb
 from utils.cleaning.cloud_cleaning import CleaningRule, shows_table
 from utils.cleaning.journal import Scan, has_results, read_manifest, script_of
 from utils.errors import InputError
@@ -88,7 +88,7 @@ def check_split(class_folder: Path | str, split: str, modalities: frozenset[str]
 def _check_sample(files: SampleFiles, modalities: frozenset[str]) -> _SampleReport | str:
     """Contents of a sample, or the problem of one of its files."""
     try:
-        check_scan(files, modalities)
+        check_sample_files(files, modalities)
         image = read_rgb(files) if "rgb" in modalities else None
         xyz = read_organized_pc(files.xyz) if "xyz" in modalities and files.xyz is not None else None
         if files.label is not None and files.mask is not None:

@@ -72,7 +72,7 @@ def refusal_of_files(capsys: pytest.CaptureFixture[str], root: Path, *flags: obj
     ("class_folder", "flags", "told"),
     [
         ("data/bagel", ["--classes", "bagle"], ["'bagle'", "holds bagel", "--classes"]),
-        ("elsewhere/bagel", [], ["data is not a folder", "download MVTec 3D-AD", "--dataset_path"]),
+        ("elsewhere/bagel", [], ["data is not a folder", "Download MVTec 3D-AD", "--dataset_path"]),
         ("data/bracket", [], ["none of the mvtec3d classes but bracket", "--classes"]),
         ("data/bagel", ["--dataset_type", "eyecandies"], ["none of the eyecandies classes but bagel", "--classes"]),
     ],
@@ -92,11 +92,11 @@ def test_classes_and_folders_that_are_not_there(
 @pytest.mark.parametrize(
     ("pattern", "told"),
     [
-        ("train/good/*/*", ["no training files in", "bagel/train/good", "fill its folder rgb and xyz"]),
-        ("test/*/*/*", ["no test files in", "bagel/test/good", "fill its folder rgb and xyz"]),
-        ("train/good/xyz/001.tiff", ["1 xyz files for 2 rgb files in", "bagel/train/good", "001.tiff is missing"]),
-        ("test/hole/rgb/000.png", ["0 rgb files for 1 xyz files in", "bagel/test/hole", "000.png is missing"]),
-        ("test/hole/gt/000.png", ["0 gt files for 1 defective scans in", "bagel/test/hole", "000.png is missing"]),
+        ("train/good/*/*", ["No training files in", "bagel/train/good", "Fill its folder rgb and xyz"]),
+        ("test/*/*/*", ["No test files in", "bagel/test/good", "fill its folder rgb and xyz"]),
+        ("train/good/xyz/001.tiff", ["1 xyz files for 2 samples in", "bagel/train/good", "001.tiff is missing"]),
+        ("test/hole/rgb/000.png", ["0 rgb files for 1 samples in", "bagel/test/hole", "000.png is missing"]),
+        ("test/hole/gt/000.png", ["0 gt files for 1 samples in", "bagel/test/hole", "000.png is missing"]),
     ],
 )
 def test_missing_files_are_found_before_the_work_starts(
@@ -117,7 +117,7 @@ def test_a_missing_split_is_found_before_the_work_starts(
 ) -> None:
     shutil.rmtree(bagels / "bagel" / split)
     message = refusal_of_files(capsys, bagels)
-    assert message.startswith("no training files in" if split == "train" else "no test scans in")
+    assert message.startswith("No training files in" if split == "train" else "No test samples in")
     assert f"bagel/{split}" in message
 
 
@@ -139,7 +139,7 @@ def test_a_missing_split_is_found_before_the_work_starts(
         ("train/good/xyz/001.tiff", lambda path: write_cloud(path, np.ones((64, 64, 3), "u2")), "holds uint16 numbers"),
         ("train/good/rgb/001.png", lambda path: write_picture(path, np.ones((64, 32, 3), "u1")), "64 x 32 pixels"),
         ("test/hole/rgb/000.png", lambda path: write_picture(path, np.ones((80, 80, 3), "u1")), "80 x 80 pixels"),
-        ("test/hole/gt/000.png", lambda path: write_picture(path, np.eye(48, dtype="u1")), "000.png 48 x 48"),
+        ("test/hole/gt/000.png", lambda path: write_picture(path, np.eye(48, dtype="u1")), "000.png has 48 x 48"),
     ],
 )
 def test_bad_files_are_found_before_the_work_starts(
@@ -454,8 +454,8 @@ def sparse(points: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("xyz", "told"),
     [
-        (sparse(0), ["has no valid point", "restore"]),
-        (np.full((SIDE, SIDE, 3), np.nan, np.float32), ["has no valid point", "restore"]),
+        (sparse(0), ["has no valid point", "Restore"]),
+        (np.full((SIDE, SIDE, 3), np.nan, np.float32), ["has no valid point", "Restore"]),
         (sparse(3), ["has 3 valid points", "FPFH needs at least 4", "Repair the point cloud."]),
     ],
 )
@@ -529,7 +529,7 @@ def test_a_first_call_without_data_says_what_to_do(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     message = sentence(done.stderr)
-    assert "datasets/mvtec3d is not a folder: download MVTec 3D-AD from https://www.mvtec.com" in message
+    assert "datasets/mvtec3d is not a folder. Download MVTec 3D-AD from https://www.mvtec.com" in message
     assert "--dataset_path" in message
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []

@@ -111,7 +111,7 @@ def test_unknown_class_names_those_found(tmp_path: Path) -> None:
     (tmp_path / "screw").mkdir()
     (tmp_path / "bracket").mkdir()
     (tmp_path / ".cache").mkdir()
-    with pytest.raises(InputError, match=r"'bagle' is not in .* holds bracket, screw: .*--classes"):
+    with pytest.raises(InputError, match=r"'bagle' is not in .* holds bracket, screw. .*--classes"):
         find_classes(tmp_path, "mvtec3d", ["screw", "bagle"])
     with pytest.raises(InputError) as error:
         find_classes(tmp_path, "mvtec3d", None)
@@ -127,7 +127,7 @@ def test_class_must_be_a_plain_folder_name(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(("dataset_type", "place"), [("mvtec3d", "mvtec.com"), ("eyecandies", "eyecandies")])
 def test_missing_dataset_tells_where_it_is_published(tmp_path: Path, dataset_type: str, place: str) -> None:
-    with pytest.raises(InputError, match=rf"absent is not a folder: .*{place}.*--dataset_path"):
+    with pytest.raises(InputError, match=rf"absent is not a folder. .*{place}.*--dataset_path"):
         find_classes(tmp_path / "absent", dataset_type, None)
 
 
@@ -192,8 +192,8 @@ def test_file_types_are_told_by_suffix_in_either_case(part: Path) -> None:
 @pytest.mark.parametrize(
     ("removed", "message"),
     [
-        ("xyz/017.tiff", "2 xyz files for 3 rgb files in .*train/good: 017.tiff is missing; restore"),
-        ("rgb/000.png", "2 rgb files for 3 xyz files in .*train/good: 000.png is missing; restore"),
+        ("xyz/017.tiff", "2 xyz files for 3 samples in .*train/good: 017.tiff is missing. Restore"),
+        ("rgb/000.png", "2 rgb files for 3 samples in .*train/good: 000.png is missing. Restore"),
     ],
 )
 def test_missing_partner_is_named(part: Path, removed: str, message: str) -> None:
@@ -204,7 +204,7 @@ def test_missing_partner_is_named(part: Path, removed: str, message: str) -> Non
 
 def test_equal_counts_do_not_hide_a_missing_partner(part: Path) -> None:
     (part / "train/good/xyz/017.tiff").rename(part / "train/good/xyz/018.tiff")
-    with pytest.raises(InputError, match=r"3 xyz files for 3 rgb files in .*: 017.tiff is missing"):
+    with pytest.raises(InputError, match=r"3 xyz files for 4 samples in .*: 017.tiff is missing"):
         index_split(part, "train", BOTH)
 
 
@@ -213,32 +213,32 @@ def test_a_wholly_missing_partner_folder_is_told_with_a_short_list(part: Path) -
     for stem in range(100, 110):
         save_picture(folder / f"rgb/{stem}.png", noise_picture())
     (folder / "xyz").rename(folder / "points")
-    with pytest.raises(InputError, match=r"0 xyz files for 13 rgb files.*000.tiff.*, \.\.\. are missing"):
+    with pytest.raises(InputError, match=r"0 xyz files for 13 samples.*000.tiff.*, \.\.\. are missing"):
         index_split(part, "train", BOTH)
 
 
 def test_defective_scan_needs_ground_truth(part: Path) -> None:
     (part / "test/hole/gt/005.png").unlink()
-    with pytest.raises(InputError, match=r"1 gt files for 2 defective scans in .*test/hole: 005.png is missing"):
+    with pytest.raises(InputError, match=r"1 gt files for 2 samples in .*test/hole: 005.png is missing"):
         index_split(part, "test", RGB)
 
 
 def test_two_files_of_one_stem(part: Path) -> None:
     save_picture(part / "train/good/rgb/002.jpg", noise_picture())
-    with pytest.raises(InputError, match=r"002.jpg and 002.png are two files of one scan: .*, else keep one"):
+    with pytest.raises(InputError, match=r"002.jpg and 002.png are two files of one sample. .*, else keep one"):
         index_split(part, "train", BOTH)
 
 
 def test_splits_without_files(part: Path) -> None:
-    with pytest.raises(InputError, match=r"no training files in .*other/train/good: .*rgb and xyz"):
+    with pytest.raises(InputError, match=r"No training files in .*other/train/good\. .*rgb and xyz"):
         index_split(part.parent / "other", "train", BOTH)
-    with pytest.raises(InputError, match=r"no validation files in .*folder xyz"):
+    with pytest.raises(InputError, match=r"No validation files in .*folder xyz"):
         index_split(part.parent / "other", "validation", XYZ)
     (part.parent / "other/test").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"no test scans in .*other/test"):
+    with pytest.raises(InputError, match=r"No test samples in .*other/test"):
         index_split(part.parent / "other", "test", RGB)
     (part / "test/combined").mkdir()
-    with pytest.raises(InputError, match=r"no test files in .*test/combined"):
+    with pytest.raises(InputError, match=r"No test files in .*test/combined"):
         index_split(part, "test", BOTH)
     with pytest.raises(ValueError, match="unknown split or modality"):
         index_split(part, "tests", BOTH)
@@ -256,7 +256,7 @@ def test_checks_read_only_what_is_needed(part: Path) -> None:
     (part / "train/good/rgb/002.png").write_bytes(b"no picture")
     scans = index_split(part, "train", XYZ)
     check_files(scans, XYZ)
-    with pytest.raises(InputError, match=r"002.png is no complete PNG or JPEG picture .*restore"):
+    with pytest.raises(InputError, match=r"002.png is no complete PNG or JPEG image .*Restore"):
         check_files(scans, BOTH)
 
 
@@ -317,7 +317,7 @@ def test_tiff_that_is_no_organized_cloud(part: Path, array: np.ndarray) -> None:
 def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scan = one_scan(tmp_path, "000.png", noise_picture())
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with pytest.raises(InputError, match=r"000.png has more pixels .*scale"):
+    with pytest.raises(InputError, match=r"000.png has more pixels .*Scale"):
         check_files([scan], RGB)
 
 
@@ -360,7 +360,7 @@ def test_real_images_without_clouds(real_data: Path) -> None:
     assert [len(scans) for scans in splits.values()] == [42, 6, 39]
     for scans in splits.values():
         check_files(scans, RGB)
-    with pytest.raises(InputError, match="0 xyz files for 42 rgb files"):
+    with pytest.raises(InputError, match="0 xyz files for 42 samples"):
         index_split(root / "tire", "train", BOTH)
 
     values: set[int] = set()
@@ -446,7 +446,7 @@ def test_scan_without_a_valid_point(tmp_path: Path, value: float) -> None:
     xyz = np.full((6, 6, 3), value, np.float32)
     xyz[..., 0] = 0.3
     scan = SampleFiles("train/good/000", xyz=save_cloud(tmp_path / "000.tiff", xyz))
-    with pytest.raises(InputError, match=r"000.tiff has no valid point .*restore"):
+    with pytest.raises(InputError, match=r"000.tiff has no valid point .*Restore"):
         AnomalyDataset([scan], XYZ, 4)[0]
 
 
@@ -479,7 +479,7 @@ def test_arrays_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("rgb", "xyz", "parts"),
     [
-        (np.zeros((8, 8), np.uint8), None, ["photograph of part", "8 x 8 uint8", "8-bit RGB"]),
+        (np.zeros((8, 8), np.uint8), None, ["image of part", "8 x 8 uint8", "8-bit RGB"]),
         (np.zeros((8, 8, 4), np.uint8), None, ["8 x 8 x 4 uint8"]),
         (np.zeros((8, 8, 3), np.float32), None, ["8 x 8 x 3 float32"]),
         (None, np.ones((8, 8), np.float32), ["point cloud of part", "8 x 8, expected H x W x 3"]),

@@ -89,7 +89,7 @@ def test_every_fault_is_collected(cleaned: Path, tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit) as stop:
         printed(*flags)
     assert stop.value.code == 1
-    assert "no test scans" in check_split(tmp_path / "parts" / "cookie", "test", BOTH, 0).problems[0]
+    assert "No test samples" in check_split(tmp_path / "parts" / "cookie", "test", BOTH, 0).problems[0]
 
 
 def test_a_fault_of_pairing_hides_no_other_scan(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_fault_of_pairing_hides_no_other_scan(tmp_path: Path) -> None:
     report = check_split(tmp_path / "parts/cookie", "test", BOTH, num_workers=0)
     assert (report.samples, report.defective, report.sizes) == (2, 1, ((8, 8),))
     parts = (
-        "no test files in",
+        "No test files in",
         "001.png is missing",
         "001.jpg and 001.png are two",
         "000.png is missing",
@@ -117,7 +117,7 @@ def test_a_fault_of_pairing_hides_no_other_scan(tmp_path: Path) -> None:
     assert len(report.problems) == len(parts)
     for problem, part in zip(report.problems, parts, strict=True):
         assert part in problem
-    with pytest.raises(InputError, match="no test files in"):
+    with pytest.raises(InputError, match="No test files in"):
         index_split(tmp_path / "parts/cookie", "test", BOTH)
 
 
@@ -306,7 +306,7 @@ def test_the_preview_has_the_format_of_its_suffix(tmp_path: Path, name: str) -> 
     [
         ("sheet.txt", r"--preview .*sheet.txt names no image format. End it in .png, .jpg, .* or .webp"),
         ("sheet", "names no image format"),
-        ("file/sheet.png", r"file cannot be made \(File exists\): choose another --preview"),
+        ("file/sheet.png", r"file cannot be made \(File exists\)\. Choose another --preview"),
         ("folder.png", r"folder.png cannot be written \(Is a directory\)"),
     ],
 )

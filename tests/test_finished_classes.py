@@ -246,7 +246,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
     class_file(tmp_path, "gasket").chmod(0)
     with unprivileged():
         message = refused(tmp_path)
-    assert message.endswith("cannot be read (Permission denied): make it and the folders above it readable")
+    assert message.endswith("cannot be read (Permission denied). Make it and the folders above it readable.")
 
 
 # Files that mean harm

@@ -363,7 +363,7 @@ def test_backbones_are_listed_once() -> None:
 def test_a_missing_dataset_is_told_once(tmp_path: Path) -> None:
     flags = [*SMALL, "--output_dir", tmp_path / "out", "--dataset_path", tmp_path / "nowhere"]
     message = refusal_of_ranks(2, *flags)
-    assert message.startswith(f"{tmp_path / 'nowhere'} is not a folder: download MVTec 3D-AD")
+    assert message.startswith(f"{tmp_path / 'nowhere'} is not a folder. Download MVTec 3D-AD")
     assert not (tmp_path / "out").exists()
 
 

@@ -9,7 +9,7 @@ import tifffile
 
 from utils.errors import InputError
 from utils.scans.organized_pc import (
-    MOST_PIXELS,
+    MAX_PIXELS,
     check_organized,
     organized_pc_header,
     read_organized_pc,
@@ -145,7 +145,7 @@ def test_refuses_a_truncated_file_at_any_length(tmp_path: Path, xyz: np.ndarray,
 
 
 def test_refuses_a_missing_file_and_another_format(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not there"):
+    with pytest.raises(InputError, match=r"000.tiff is missing"):
         read_organized_pc(tmp_path / "000.tiff")
     (tmp_path / "000.tiff").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(200))
     with pytest.raises(InputError, match="cannot be read as a tiff file"):
@@ -200,9 +200,9 @@ def test_an_empty_strip_is_a_missing_one(tmp_path: Path, xyz: np.ndarray) -> Non
 
 
 def test_refuses_more_pixels_than_any_camera_has(tmp_path: Path, xyz: np.ndarray) -> None:
-    check_organized("a", (1 << 13, MOST_PIXELS >> 13, 3), np.dtype(np.float32))
-    with pytest.raises(InputError, match=f"promises 8193 x .* at most {MOST_PIXELS}"):
-        check_organized("a", ((1 << 13) + 1, MOST_PIXELS >> 13, 3), np.dtype(np.float32))
+    check_organized("a", (1 << 13, MAX_PIXELS >> 13, 3), np.dtype(np.float32))
+    with pytest.raises(InputError, match=f"promises 8193 x .* at most {MAX_PIXELS}"):
+        check_organized("a", ((1 << 13) + 1, MAX_PIXELS >> 13, 3), np.dtype(np.float32))
     path = tmp_path / "000.tiff"
     tifffile.imwrite(path, xyz, photometric="rgb", compression="zlib", metadata=None)
     forge_height(path, 50_000_000)
@@ -215,5 +215,5 @@ def test_refuses_a_file_of_several_clouds(tmp_path: Path, xyz: np.ndarray) -> No
     with tifffile.TiffWriter(path) as tif:
         tif.write(xyz, photometric="rgb")
         tif.write(xyz[:10], photometric="rgb")
-    with pytest.raises(InputError, match="holds 2 pictures, expected one cloud"):
+    with pytest.raises(InputError, match="holds 2 images, expected one cloud"):
         read_organized_pc(path)

@@ -526,7 +526,7 @@ def test_a_write_that_fails_leaves_the_older_one(
         save_detector(fitted(settings(SINGLE)), saved, class_name="bagel")
     if expected is InputError:
         assert str(refusal.value).startswith(
-            f"{saved} cannot be written (No space left on device): free disk space and"
+            f"{saved} cannot be written (No space left on device). Free disk space and"
         )
     assert content(saved.parent) == before
     assert [path.name for path in saved.parent.iterdir()] == ["bagel"]
@@ -621,7 +621,7 @@ def test_a_folder_that_takes_no_files_is_refused_before_the_work(
     assert make_folder(tmp_path / "a/b", "--output_dir") == tmp_path / "a/b"
     assert not list((tmp_path / "a/b").iterdir())
     monkeypatch.setattr("tempfile.TemporaryFile", fails)
-    with pytest.raises(InputError, match=r"b takes no files \(Read-only file system\): make it writable, or choose"):
+    with pytest.raises(InputError, match=r"b is not writable \(Read-only file system\)\. Make it so, or choose"):
         make_folder(tmp_path / "a/b", "--output_dir")
 
 

@@ -364,8 +364,8 @@ def spoil(parts: Path) -> dict[str, str]:
         "004": f"{SIDE} x {SIDE} pixels (H x W), its scan {SIDE // 2} x {SIDE}",
         "005": "9 valid points",
         "006": "expected H x W x 3",
-        "007": "has no photo",
-        "008": "has no scan",
+        "007": "has no image",
+        "008": "has no cloud",
     }
 
 

@@ -258,7 +258,7 @@ def test_no_table_without_its_two_points(fault: str) -> None:
         points[-1, -3] = np.nan
     else:
         points[0, 3, 1:] = points[-1, -3, 1:]
-    with pytest.raises(InputError, match="the table cannot be found"):
+    with pytest.raises(InputError, match="The table cannot be found"):
         background(points)
 
 
@@ -462,15 +462,15 @@ def test_bad_folders_and_classes_are_refused(published: Path, tmp_path: Path) ->
     before = contents(tmp_path)
     out = tmp_path / "out"
     for root, target, flags, message in [
-        (tmp_path / "none", out, [], r"none is not a folder: give the folder that holds the classes"),
+        (tmp_path / "none", out, [], r"none is not a folder. Give the folder that holds the classes"),
         (published / "Confetto/train/data/000_pose.txt", out, [], "is not a folder"),
-        (published / "Confetto", out, [], "give the folder that holds the classes"),
+        (published / "Confetto", out, [], "Give the folder that holds the classes"),
         (tmp_path / "empty", out, [], "holds no <Class>/train/data/<number>_depth.png"),
         (published, published, [], "is the dataset itself. Give another folder"),
         (published, published / "Confetto" / "..", [], "is the dataset itself"),
         (published, tmp_path / "link", [], "is the dataset itself"),
-        (published, out, ["--classes", "Confetto", "Gummy"], r"no samples Gummy/.*--classes takes Confetto$"),
-        (published, out, ["--classes", "Plain"], r"no samples Plain/.*--classes takes Confetto$"),
+        (published, out, ["--classes", "Confetto", "Gummy"], r"no samples Gummy/.*--classes takes Confetto.$"),
+        (published, out, ["--classes", "Plain"], r"no samples Plain/.*--classes takes Confetto.$"),
         (tmp_path / "empty", out, ["--classes", "Confetto"], "nothing here"),
         (published, published / "Confetto/train/data/000_pose.txt", [], "cannot be made"),
     ]:
@@ -522,7 +522,7 @@ SINGULAR = np.eye(4)
 SINGULAR[2] = SINGULAR[1]
 
 FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {  # file, what happens to it, what is said of it
-    "no pose": ("pose.txt", Path.unlink, "pose.txt is missing: restore it"),
+    "no pose": ("pose.txt", Path.unlink, "pose.txt is missing. Restore it"),
     "pose of words": ("pose.txt", lambda path: path.write_text("a b\n"), "pose.txt cannot be read"),
     "pose of bytes": ("pose.txt", lambda path: path.write_bytes(b"\xff\xfe\x00"), "pose.txt cannot be read"),
     "ragged pose": ("pose.txt", lambda path: path.write_text("1 0\n0\n"), "pose.txt cannot be read"),
@@ -530,7 +530,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {  # file, what h
     "flat pose": ("pose.txt", lambda path: np.savetxt(path, np.eye(4).reshape(1, 16)), "holds no invertible 4 x 4"),
     "singular pose": ("pose.txt", lambda path: np.savetxt(path, SINGULAR), "pose.txt holds no invertible 4 x 4"),
     "nan pose": ("pose.txt", lambda path: np.savetxt(path, np.eye(4) * np.nan), "pose.txt holds no invertible 4 x 4"),
-    "no yaml": ("info_depth.yaml", Path.unlink, "info_depth.yaml is missing: restore it"),
+    "no yaml": ("info_depth.yaml", Path.unlink, "info_depth.yaml is missing. Restore it"),
     "empty yaml": ("info_depth.yaml", lambda path: path.write_text(""), "expected normalization: min, max"),
     "broken yaml": ("info_depth.yaml", lambda path: path.write_text("{a: ["), "expected normalization: min, max"),
     "yaml of bytes": ("info_depth.yaml", lambda path: path.write_bytes(b"\xff\xfe\xfa"), "info_depth.yaml cannot be"),
@@ -545,27 +545,27 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {  # file, what h
     "max inf": ("info_depth.yaml", limits(1, ".inf"), "has the depths 1.0 to inf"),
     "short depth": ("depth.png", lambda path: truncate(path, 900), "depth.png is no complete PNG"),
     "no picture": ("depth.png", lambda path: path.write_bytes(b"depth"), "depth.png is no complete PNG"),
-    "no depth": ("depth.png", Path.unlink, "00_depth.png is missing: restore it"),
+    "no depth": ("depth.png", Path.unlink, "00_depth.png is missing. Restore it"),
     "8-bit depth": ("depth.png", gray, "holds an image of mode L, expected 16-bit gray"),
-    "zero depth": ("depth.png", zero_depth, "the table cannot be found"),
+    "zero depth": ("depth.png", zero_depth, "The table cannot be found"),
     "no image": ("image_4.png", Path.unlink, "_image_4.png"),
     "short image": ("image_4.png", lambda path: truncate(path, 900), "image_4.png is no complete PNG"),
     "small image": (
         "image_4.png",
         lambda path: Image.new("RGB", (WIDTH, HEIGHT - 1)).save(path),
-        f"_image_4.png is {HEIGHT - 1} x {WIDTH}, its depth {HEIGHT} x {WIDTH} (H x W): copy them again",
+        f"_image_4.png is {HEIGHT - 1} x {WIDTH}, its depth {HEIGHT} x {WIDTH} (H x W). Copy them again",
     ),
     "turned image": (
         "image_4.png",
         lambda path: Image.new("RGB", (HEIGHT, WIDTH)).save(path),
-        f"_image_4.png is {WIDTH} x {HEIGHT}, its depth {HEIGHT} x {WIDTH} (H x W): copy them again",
+        f"_image_4.png is {WIDTH} x {HEIGHT}, its depth {HEIGHT} x {WIDTH} (H x W). Copy them again",
     ),
     "no mask": ("mask.png", Path.unlink, "_mask.png"),
     "short mask": ("mask.png", lambda path: truncate(path, 60), "_mask.png is no complete PNG"),
     "small mask": (
         "mask.png",
         lambda path: Image.new("L", (WIDTH + 1, HEIGHT)).save(path),
-        f"_mask.png is {HEIGHT} x {WIDTH + 1}, its depth {HEIGHT} x {WIDTH} (H x W): copy them again",
+        f"_mask.png is {HEIGHT} x {WIDTH + 1}, its depth {HEIGHT} x {WIDTH} (H x W). Copy them again",
     ),
 }
 
@@ -614,7 +614,7 @@ def test_two_samples_of_one_number_are_neither_done(
     summary, line = capsys.readouterr().out.splitlines()
     assert summary == "done 2, skipped 0 (done before), failed 1"
     assert line.startswith("  Confetto/train/000: ")
-    assert "train/data/000 and " in line and "train/data/00 bear the same number: remove one" in line
+    assert "train/data/000 and " in line and "train/data/00 have the same number. Remove one" in line
     assert not (tmp_path / "out/Confetto/train").exists()
 
 
@@ -811,4 +811,4 @@ def test_folders_that_are_hidden_or_may_not_be_read() -> None:
         locked.chmod(0o777)
         assert summary.done == ["Gummy/train/good/000"]
         assert list(summary.failed) == ["Confetto/train"]
-        assert f"{locked} cannot be read (Permission denied): make it" in summary.failed["Confetto/train"]
+        assert f"{locked} cannot be read (Permission denied). Make it" in summary.failed["Confetto/train"]

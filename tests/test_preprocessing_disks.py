@@ -63,7 +63,7 @@ def test_a_full_disk_loses_nothing_and_the_rest_follows(small_disk: Path, tmp_pa
         folder, _, stem = name.rpartition("/")
         assert f"{root}/{folder}/" in line
         assert " cannot be written (" in line
-        assert line.endswith("): free disk space and run the same command again")
+        assert line.endswith("). Free disk space and run the same command again.")
         for modality, suffix in (("xyz", "tiff"), ("rgb", "png"), ("gt", "png")):
             file = f"{folder}/{modality}/{stem}.{suffix}"
             assert file not in original or (root / file).read_bytes() == original[file]
@@ -84,7 +84,7 @@ def test_a_disk_without_room_for_the_manifest_stops_the_run_before_it_starts(sma
     result = run_script("preprocessing", root, "--workers", 1)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.count("\n") == 1
-    assert f"{root}/preprocessing.json cannot be written (No space left on device): free disk space" in result.stderr
+    assert f"{root}/preprocessing.json cannot be written (No space left on device). Free disk space" in result.stderr
     assert contents(root) == before
     (small_disk / "filler").unlink()
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
@@ -136,7 +136,7 @@ def test_a_write_that_fails_is_one_failed_scan(
     with monkeypatch.context() as patch:
         fail_once(patch, owner, function, call, partly)
         summary = preprocess(config_for(dataset))
-    mend = "cannot be written (No space left on device): free disk space and run the same command again"
+    mend = "cannot be written (No space left on device). Free disk space and run the same command again."
     assert (summary.done, summary.failed) == (ALL[1:], {ALL[0]: f"{dataset / file} {mend}"})
     found = contents(dataset)
     assert found.keys() == expected.keys()
@@ -179,7 +179,7 @@ def test_a_rename_that_fails_stops_the_run_and_the_next_goes_on(
     preprocess(config_for(dataset, tmp_path / "expected"))
     with monkeypatch.context() as patch:
         fail_once(patch, Path, "replace", 6)  # the manifest, three files written, xyz in place, rgb in place
-        with pytest.raises(InputError, match="free disk space and run the same command again"):
+        with pytest.raises(InputError, match="Free disk space and run the same command again"):
             preprocess(config_for(dataset))
     assert preprocess(config_for(dataset)).done == ALL[1:]
     assert contents(dataset) == contents(tmp_path / "expected")
@@ -260,7 +260,7 @@ def test_a_killed_worker_costs_only_the_scan_that_it_dies_of(tmp_path: Path) -> 
     failed = {scan.name: outcome for scan, outcome in outcomes if isinstance(outcome, str)}
     assert failed == {
         "always": worker_pool.KILLED,
-        "raises": "a.tiff cannot be read (Input/output error): check the disk and copy it again from its source",
+        "raises": "a.tiff cannot be read (Input/output error). Check the disk and copy it again from its source.",
     }
     assert (tmp_path / "log").read_text().split().count("always") == 2
 
@@ -271,7 +271,7 @@ def test_a_name_too_long_for_temporary_files_is_one_failed_scan(dataset: Path) -
     summary = preprocess(config_for(dataset))
     assert len(summary.done) == 2
     (reason,) = summary.failed.values()
-    assert reason.endswith("(File name too long): shorten the name of the scan's files and run the same command again")
+    assert "(File name too long). Shorten the names of the sample's files and run" in reason
 
 
 @pytest.mark.parametrize("flag", ["--dry_run", "--keep_rgb"])

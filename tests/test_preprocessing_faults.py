@@ -327,5 +327,5 @@ def test_an_original_that_changed_meanwhile_is_not_deleted(
     monkeypatch.setattr(journal, "_append", change_and_append)
     preprocess(config_for(other_suffixes))
     assert np.asarray(Image.open(photo))[0, 0, 0] > 200
-    with pytest.raises(InputError, match=r"000.jpg and 000.png are two files of one scan"):
+    with pytest.raises(InputError, match=r"000.jpg and 000.png are two files of one sample"):
         index_split(other_suffixes / "bagel", "test", BOTH)

@@ -13,7 +13,7 @@ from utils.errors import InputError
 from utils.preprocessing import preprocess
 
 BOTH = frozenset({"rgb", "xyz"})
-MEND = "(Permission denied): make it and the folders above it readable"
+MEND = "(Permission denied). Make it and the folders above it readable."
 
 
 @pytest.fixture

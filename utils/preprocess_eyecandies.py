@@ -36,7 +36,7 @@ from utils.scans.images import defect_mask, open_image, to_rgb
 
 VERSION = 2  # of the conversion: raise it when the same sample gives another result, or another record of its sources
 
-# Numbers of Bonfiglioli et al., ACCV 2022, and of the background rule that M3DM's published results were made with.
+# From Bonfiglioli et al., ACCV 2022, and the background rule of M3DM's published results.
 FOCAL_LENGTH = 711.11  # pixels
 LIGHTS = range(6)
 BOX_TOP, BOX_DEPTH, BOX_HALF_WIDTH = -0.02, 1.8, 1.0  # meters, in the frame of the table, see `background`
@@ -57,12 +57,12 @@ class Config:
 
 
 def meters_of(stored: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Depth (H, W) float64 in meters of 16-bit numbers; 0 stays 0, which is missing."""
+    """Convert 16-bit depth (H, W) to float64 meters; 0 stays 0, which is missing."""
     return np.where(stored == 0, 0.0, stored / 65535 * (high - low) + low)
 
 
 def unproject(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
-    """The point that each pixel sees.
+    """Compute the point of each pixel.
 
     depth * inv(K pose) (u, v, 1, 1 / depth), with K the pinhole camera of FOCAL_LENGTH whose principal point is the
     image center (w / 2, h / 2); u counts columns and v rows.
@@ -83,7 +83,7 @@ def unproject(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
 
 
 def background(points: np.ndarray) -> np.ndarray:
-    """The pixels that do not show the candy: outside a box that stands on the table.
+    """Tell the pixels outside a box on the table, which do not show the candy.
 
     The middle of the first and of the last row of the image see the table. The box is turned about x until the line
     between them is the z axis, and starts at the last row: a point belongs to the background where y > -0.02,
@@ -104,14 +104,14 @@ def background(points: np.ndarray) -> np.ndarray:
     length = float(np.hypot(along_y, along_z))
     if not length > 0:
         raise InputError(
-            "the table cannot be found: the depth in the middle of the first or last row is missing or both are equal; "
-            "leave the sample out"
+            "The table cannot be found: the depth in the middle of the first or last row is missing or both are equal. "
+            "Leave the sample out."
         )
     cos, sin = along_z / length, along_y / length
     x = points[..., 0]
     y, z = points[..., 1] - last[1], points[..., 2] - last[2]
     inside = (cos * y - sin * z <= BOX_TOP) & (sin * y + cos * z <= BOX_DEPTH) & (np.abs(x) <= BOX_HALF_WIDTH)
-    return ~inside  # comparisons with NaN are False: what is missing is not inside
+    return ~inside  # comparisons with NaN are False: a missing point is not inside
 
 
 def organized_cloud(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
@@ -135,7 +135,7 @@ def find_samples(root: Path, classes: Sequence[str] | None) -> tuple[dict[str, P
         InputError: no folder, a class that is not there, or no samples at all.
     """
     if not root.is_dir():
-        raise InputError(f"{root} is not a folder: give the folder that holds the classes of Eyecandies")
+        raise InputError(f"{root} is not a folder. Give the folder that holds the classes of Eyecandies.")
     sources: dict[str, Path] = {}
     failed: dict[str, str] = {}
     for folder in subfolders(root):
@@ -148,18 +148,18 @@ def find_samples(root: Path, classes: Sequence[str] | None) -> tuple[dict[str, P
             for prefix in prefixes:
                 name = f"{folder.name}/{ours}/{int(prefix.name):03d}"
                 if name in sources:
-                    failed[name] = f"{prefix} and {sources[name]} bear the same number: remove one"
+                    failed[name] = f"{prefix} and {sources[name]} have the same number. Remove one."
                 sources[name] = prefix
     found = sorted({name.partition("/")[0] for name in (*sources, *failed)})
     for name in classes or ():
         if name not in found:
             raise InputError(
-                f"{root} has no samples {name}/<split>/data/*_depth.png: --classes takes "
-                f"{', '.join(found) or 'nothing here'}"
+                f"{root} has no samples {name}/<split>/data/*_depth.png. --classes takes "
+                f"{', '.join(found) or 'nothing here'}."
             )
     if not sources and not failed:
         raise InputError(
-            f"{root} holds no <Class>/train/data/<number>_depth.png: give the folder that holds the classes"
+            f"{root} holds no <Class>/train/data/<number>_depth.png. Give the folder that holds the classes."
         )
     chosen = {name for name in (*sources, *failed) if not classes or name.partition("/")[0] in classes}
     failed = {name: failed[name] for name in failed if name in chosen}
@@ -221,7 +221,7 @@ def convert_files(scan: Scan, target: Path) -> Record:
     depth, limits, pose = scan.sources["xyz"]
     arrays = {"xyz": organized_cloud(_read_depth(depth, limits), _read_pose(pose))}
     if not arrays["xyz"].any():
-        raise InputError(f"nothing of {depth} lies inside the box on the table: leave the sample out")
+        raise InputError(f"Nothing of {depth} lies inside the box on the table. Leave the sample out.")
     with open_image(scan.sources["rgb"][0]) as image:
         arrays["rgb"] = np.asarray(to_rgb(image))
     if "gt" in scan.sources:
@@ -231,7 +231,7 @@ def convert_files(scan: Scan, target: Path) -> Record:
         if array.shape[:2] != (height, width):
             raise InputError(
                 f"{scan.sources[modality][0]} is {array.shape[0]} x {array.shape[1]}, "
-                f"its depth {height} x {width} (H x W): copy them again from the dataset"
+                f"its depth {height} x {width} (H x W). Copy them again from the dataset."
             )
     return write_results(scan, arrays, target)
 
@@ -259,14 +259,14 @@ def _read_depth(path: Path, limits: Path) -> np.ndarray:
         raise cannot_read(limits, error) from None
     except (yaml.YAMLError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(
-            f"{limits} cannot be read ({type(error).__name__}), expected normalization: min, max: copy it again"
+            f"{limits} cannot be read ({type(error).__name__}), expected normalization: min, max. Copy it again."
         ) from None
     if not 0 < low < high < np.inf:
-        raise InputError(f"{limits} has the depths {low} to {high}, expected 0 < min < max in meters: copy it again")
+        raise InputError(f"{limits} has the depths {low} to {high}, expected 0 < min < max in meters. Copy it again.")
     with open_image(path) as image:
         stored, mode = np.asarray(image), image.mode
     if not mode.startswith("I"):
-        raise InputError(f"{path} holds an image of mode {mode}, expected 16-bit gray: copy it again from the dataset")
+        raise InputError(f"{path} holds an image of mode {mode}, expected 16-bit gray. Copy it again from the dataset.")
     return meters_of(stored.astype(np.float64), low, high)
 
 
@@ -277,9 +277,9 @@ def _read_pose(path: Path) -> np.ndarray:
     except OSError as error:
         raise cannot_read(path, error) from None
     except ValueError as error:
-        raise InputError(f"{path} cannot be read ({error}): copy it again from the dataset") from None
+        raise InputError(f"{path} cannot be read ({error}). Copy it again from the dataset.") from None
     if pose.shape != (4, 4) or not np.isfinite(pose).all() or np.linalg.matrix_rank(pose) < 4:
-        raise InputError(f"{path} holds no invertible 4 x 4 matrix: copy it again from the dataset")
+        raise InputError(f"{path} holds no invertible 4 x 4 matrix. Copy it again from the dataset.")
     return pose
 
 

@@ -1,4 +1,4 @@
-"""Files of a dataset by their stems, and writing files so that a reader never meets half of one."""
+"""Files of a dataset by their stems, and atomic writes."""
 
 import errno
 import os
@@ -11,12 +11,12 @@ from pathlib import Path
 
 from utils.errors import InputError
 
-# What a scan's files may be, in any case; the first is what this project writes.
+# Suffixes of the files of a sample, in any case; this project writes the first.
 FILE_SUFFIXES = {"xyz": (".tiff", ".tif"), "rgb": (".png", ".jpg", ".jpeg"), "gt": (".png",)}
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted, hidden ones left out; none where there is no folder.
+    """Return the folders in a folder, sorted, without hidden ones; none where there is no folder.
 
     Raises:
         InputError: `folder` cannot be read.
@@ -28,9 +28,9 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def files_by_stem(folder: Path, modality: str) -> dict[str, tuple[Path, ...]]:
-    """A folder's files of a modality by stem, all sorted; none where there is no folder. Hidden ones do not count.
+    """Return a folder's files of a modality by stem, sorted, without hidden ones; none where there is no folder.
 
-    Several files of one stem are for the caller to refuse.
+    The caller refuses several files of one stem.
 
     Raises:
         InputError: `folder` cannot be read.
@@ -51,26 +51,25 @@ def _listing(folder: Path) -> list[Path]:
 
 
 def cannot_read(path: Path, error: OSError) -> InputError:
-    """Say why the system does not let `path` be read, and the mend."""
+    """Return the InputError of a system error while reading `path`, with the fix."""
     if isinstance(error, FileNotFoundError):
-        return InputError(f"{path} is missing: restore it from its source, or remove the scan's other files")
-    mend = {
-        errno.EACCES: "make it and the folders above it readable",
-        errno.EPERM: "make it and the folders above it readable",
-        errno.ENAMETOOLONG: "shorten the names in it",
-    }.get(error.errno or 0, "check the disk and copy it again from its source")
-    return InputError(f"{path} cannot be read ({error.strerror or error}): {mend}")
+        return InputError(f"{path} is missing. Restore it from its source, or remove the other files of the sample.")
+    fix = {
+        errno.EACCES: "Make it and the folders above it readable.",
+        errno.EPERM: "Make it and the folders above it readable.",
+        errno.ENAMETOOLONG: "Shorten the names in it.",
+    }.get(error.errno or 0, "Check the disk and copy it again from its source.")
+    return InputError(f"{path} cannot be read ({error.strerror or error}). {fix}")
 
 
 def cannot_write(path: Path, error: OSError) -> InputError:
-    """Say why `path` is not written, and the mend."""
+    """Return the InputError of a system error while writing `path`, with the fix."""
     # NumPy's error of a write cut short has no number.
     full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)
-    mend = "free disk space" if full else "make it and its folder writable"
+    fix = "Free disk space" if full else "Make it and its folder writable"
     if error.errno == errno.ENAMETOOLONG:
-        mend = "shorten the name of the scan's files"
-    reason = error.strerror or str(error)
-    return InputError(f"{path} cannot be written ({reason}): {mend} and run the same command again")
+        fix = "Shorten the names of the sample's files"
+    return InputError(f"{path} cannot be written ({error.strerror or error}). {fix} and run the same command again.")
 
 
 def make_folder(path: Path | str, flag: str) -> Path:
@@ -78,23 +77,20 @@ def make_folder(path: Path | str, flag: str) -> Path:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{path} cannot be made ({error.strerror}): choose another {flag}") from None
+        raise InputError(f"{path} cannot be made ({error.strerror}). Choose another {flag}.") from None
     try:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise InputError(
-            f"{path} takes no files ({error.strerror}): make it writable, or choose another {flag}"
-        ) from None
+        raise InputError(f"{path} is not writable ({error.strerror}). Make it so, or choose another {flag}.") from None
     return Path(path)
 
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, delete it if not.
+    """Yield a temporary path beside `path`, and rename it to `path` if the block succeeds.
 
-    The temporary name keeps the suffix, because libraries choose the format by it. The parent folder is made
-    when it is missing.
+    The temporary name keeps the suffix, because libraries choose the format by it. Parent folders are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,10 +104,10 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yield a new folder beside `path`; if the block succeeds it takes the place of `path`, if not it is deleted.
+    """Yield a new folder beside `path`, and put it in the place of `path` if the block succeeds.
 
-    What was at `path` before is moved aside until the new folder is there, and only then deleted, as is what killed
-    processes left. The parent folder is made when it is missing.
+    The folder at `path` is moved aside until the new one is there. Then it is deleted, with the folders that killed
+    processes left. Parent folders are made.
     """
     path = Path(path)
     temporary, older = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
@@ -136,12 +132,12 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 
 def set_aside(path: Path) -> list[Path]:
-    """The whole folders that `atomic_folder` moved away from `path`, where it was killed before it put in another."""
+    """Return the folders that a killed `atomic_folder` had moved aside before it put another one at `path`."""
     return [] if path.exists() else [leftover for leftover in _leftovers(path) if leftover.suffix == ".old"]
 
 
 def _leftovers(path: Path) -> dict[Path, int]:
-    """The folders that `atomic_folder` has beside `path`, sorted, with the numbers of its processes."""
+    """Return the folders of `atomic_folder` beside `path`, sorted, with the numbers of its processes."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.(tmp|old)")
     named = ((each, pattern.fullmatch(each.name)) for each in sorted(path.parent.glob(".*")))
     return {each: int(match[1]) for each, match in named if match}

@@ -1,5 +1,6 @@
-"""Pictures as stored: whatever PNG or JPEG holds becomes a photograph or a ground truth, the same way everywhere."""
+"""Images as stored: any PNG or JPEG becomes an RGB image or a ground truth."""
 
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,23 +12,25 @@ from PIL import Image
 from utils.errors import InputError
 from utils.scans.files import cannot_read
 
+_END_MARKERS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
+_TAIL_BYTES = 65536  # some programs append data of their own behind the end marker
+
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PNG or JPEG as 8-bit RGB; transparency is dropped."""
+    """Convert an image of any mode to 8-bit RGB, without transparency."""
     if image.mode.startswith("I"):  # 16-bit gray: scaled here, because PIL's own conversion clips at 255
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-    if image.mode == "P":  # by way of RGBA, for PIL warns of palettes with transparency otherwise
+    if image.mode == "P":  # by way of RGBA: otherwise PIL warns of palettes with transparency
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def defect_mask(image: Image.Image) -> np.ndarray:
-    """Ground truth as (H, W) bool: whatever is neither zero nor black is a defect."""
+    """Return a ground truth as (H, W) bool: a pixel that is neither zero nor black is a defect."""
     if image.mode == "P":
         palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
-        return np.asarray(
-            np.asarray(image) != palette.any(axis=1).argmin()
-        )  # its first black entry, 0 where none is black
+        background = palette.any(axis=1).argmin()  # the first black entry, 0 where none is black
+        return np.asarray(np.asarray(image) != background)
     if image.mode in ("1", "L") or image.mode.startswith("I"):
         return np.asarray(image) != 0  # class ids as stored: scaling 16 bits to 8 would lose the small ones
     return np.asarray(np.asarray(to_rgb(image)).any(axis=2))
@@ -35,15 +38,28 @@ def defect_mask(image: Image.Image) -> np.ndarray:
 
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """Open a PNG or JPEG; what PIL raises here or in the block becomes an InputError that names the file."""
+    """Open a PNG or JPEG. Errors of PIL, here or in the block, become an InputError that names the file."""
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             yield image
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path} has more pixels than a scan can have ({error}): scale its files down") from error
+        raise InputError(
+            f"{path} has more pixels than an image may have ({error}). Scale the files of the sample down."
+        ) from error
     except (OSError, SyntaxError, ValueError, IndexError, struct.error) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the system; those of PIL have no number
             raise cannot_read(path, error) from error
-        raise InputError(f"{path} is no complete PNG or JPEG picture ({error}): restore it from its source") from error
+        raise InputError(f"{path} is no complete PNG or JPEG image ({error}). Restore it from its source.") from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return (H, W) from the header of a PNG or JPEG; InputError when the file is none or lacks its end."""
+    with open_image(path) as image:
+        width, height = image.size
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            if _END_MARKERS[image.format or ""] not in file.read():
+                raise OSError("the end of the file is missing")
+    return height, width

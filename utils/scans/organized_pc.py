@@ -1,4 +1,4 @@
-"""Organized point clouds: tiff files of H x W x 3 coordinates, their valid pixels and their nearest resize.
+"""Organized point clouds: tiff files of H x W x 3 coordinates, valid pixels and nearest resize.
 
 Everywhere in the project a cloud is float32 in meters in the camera frame, and a pixel without a measurement is
 exactly (0, 0, 0).
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_COORDINATE = 100.0  # meters; a larger coordinate is in another unit, or damaged
-MOST_PIXELS = 1 << 26  # of a cloud, 0.8 GB of float32: no depth camera has more, but a damaged header may say so
+MAX_PIXELS = 1 << 26  # of a cloud, 0.8 GB of float32: more than any depth camera has, but a damaged header may say so
 
 
 def valid_mask(xyz: np.ndarray) -> np.ndarray:
@@ -44,40 +44,37 @@ def zero_invalid(xyz: np.ndarray) -> np.ndarray:
 
 
 def check_organized(name: Path | str, shape: Sequence[int], dtype: np.dtype | None) -> None:
-    """Refuse an array that is no organized point cloud, H x W x 3 floating-point numbers; InputError names it.
-
-    One of more than MOST_PIXELS pixels is refused too, before memory is asked for.
-    """
+    """Raise InputError for an array that is not H x W x 3 floating-point numbers, or has more than MAX_PIXELS."""
     if len(shape) != 3 or shape[2] != 3 or not all(shape):
         found = " x ".join(map(str, shape))
         raise InputError(
-            f"{name} holds an array of {found}, expected H x W x 3 (x, y, z of every pixel): "
-            "store the coordinates as the last axis"
+            f"{name} holds an array of {found}, expected H x W x 3 (x, y, z of every pixel). "
+            "Store the coordinates as the last axis."
         )
     if dtype is None or dtype.kind != "f":
         raise InputError(
-            f"{name} holds {dtype} numbers, expected floating-point coordinates in meters: "
-            "convert the units and store float32"
+            f"{name} holds {dtype} numbers, expected floating-point coordinates in meters. "
+            "Convert the units and store float32."
         )
-    if shape[0] * shape[1] > MOST_PIXELS:
+    if shape[0] * shape[1] > MAX_PIXELS:
         raise InputError(
-            f"{name} promises {shape[0]} x {shape[1]} points (H x W), expected at most {MOST_PIXELS} in all: its "
-            "header is damaged, or it has to be scaled down"
+            f"{name} promises {shape[0]} x {shape[1]} points (H x W), expected at most {MAX_PIXELS} in all. Its header "
+            "is damaged, or it has to be scaled down."
         )
 
 
 def as_cloud(xyz: np.ndarray) -> np.ndarray:
-    """`xyz` (..., 3) of any float type as float32, missing pixels (see `valid_mask`) exactly (0, 0, 0)."""
+    """Convert `xyz` (..., 3) to float32, with missing pixels (see `valid_mask`) exactly (0, 0, 0)."""
     with np.errstate(over="ignore"):  # a float64 beyond the range of float32 becomes infinite, which is missing
         return zero_invalid(xyz.astype(np.float32))
 
 
 def organized_pc_header(path: Path | str) -> tuple[int, int]:
-    """Return (H, W) of a cloud from the header of its file alone: cheap enough for thousands of files.
+    """Return (H, W) of a cloud from the header of its file, fast enough for thousands of files.
 
     Raises:
         InputError: the file cannot be opened as a tiff, is shorter than its header promises, is not H x W x 3, or
-            does not hold floating-point numbers. Damage inside the pixel data shows only in `read_organized_pc`.
+            does not hold floating-point numbers. Only `read_organized_pc` finds damage inside the pixel data.
     """
     with _open_checked(path) as tif:
         height, width, _ = tif.series[0].shape
@@ -92,7 +89,7 @@ def read_organized_pc(path: Path | str) -> np.ndarray:
 
     Returns:
         (H, W, 3) float32, meters, camera frame; a missing pixel (any coordinate zero, NaN or infinite) is exactly
-        (0, 0, 0), all others are as in the file.
+        (0, 0, 0).
 
     Raises:
         InputError: what `organized_pc_header` raises, or the pixel data cannot be decoded.
@@ -111,7 +108,7 @@ def write_organized_pc(path: Path | str, xyz: np.ndarray) -> None:
 
 
 def resize_nearest(xyz: np.ndarray, size: int) -> Tensor:
-    """Resize a cloud to size x size by picking pixels, so that no coordinate is ever averaged with a missing one.
+    """Resize a cloud to size x size by picking pixels: no coordinate is averaged with a missing one.
 
     Args:
         xyz: (H, W, 3) float, meters.
@@ -129,11 +126,11 @@ def resize_nearest(xyz: np.ndarray, size: int) -> Tensor:
 
 @contextmanager
 def _open_checked(path: Path | str) -> Iterator[tifffile.TiffFile]:
-    """Open a tiff whose header is that of an organized point cloud; turn every fault into an InputError."""
+    """Open a tiff with the header of an organized point cloud. Every fault becomes an InputError."""
     path = Path(path)
     try:
         if not path.is_file():
-            raise InputError(f"{path} is not there: expected the tiff file of an organized point cloud")
+            raise InputError(f"{path} is missing. Expected the tiff file of an organized point cloud.")
         with tifffile.TiffFile(path) as tif:
             _check_header(path, tif)
             yield tif
@@ -143,8 +140,8 @@ def _open_checked(path: Path | str) -> Iterator[tifffile.TiffFile]:
         raise cannot_read(path, error) from error
     except Exception as error:  # rubbish bytes make the decoder raise almost anything
         raise InputError(
-            f"{path} cannot be read as a tiff file ({type(error).__name__}: {error}): "
-            "it is damaged or of another format, copy it again from the dataset"
+            f"{path} cannot be read as a tiff file ({type(error).__name__}: {error}). "
+            "It is damaged or of another format. Copy it again from the dataset."
         ) from error
 
 
@@ -152,12 +149,12 @@ def _check_header(path: Path, tif: tifffile.TiffFile) -> None:
     series = tif.series[0]
     check_organized(path, series.shape, series.dtype)
     if len(tif.series) > 1:
-        raise InputError(f"{path} holds {len(tif.series)} pictures, expected one cloud: store it alone")
+        raise InputError(f"{path} holds {len(tif.series)} images, expected one cloud. Store it alone.")
     pages = [page for page in series.pages if page is not None]  # those without a gap share the first one's header
     if any(len(page.dataoffsets) != math.prod(page.chunked) or 0 in page.databytecounts for page in pages):
         raise InputError(
-            f"{path} lacks strips or tiles that its header promises, which would read as zeros: it is damaged, copy it "
-            "again from the dataset"
+            f"{path} lacks strips or tiles that its header promises, which would read as zeros. It is damaged. Copy it "
+            "again from the dataset."
         )
     if series.dataoffset is not None:
         end = series.dataoffset + series.nbytes
@@ -166,5 +163,5 @@ def _check_header(path: Path, tif: tifffile.TiffFile) -> None:
     size = path.stat().st_size
     if size < end:
         raise InputError(
-            f"{path} has {size} bytes where its header promises {end}: it is cut short, copy it again from the dataset"
+            f"{path} has {size} bytes where its header promises {end}, it is cut short. Copy it again from the dataset."
         )

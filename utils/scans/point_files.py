@@ -1,8 +1,8 @@
 """Organized point clouds in files of other programs: .npy arrays, .pcd of PCL, .ply of scanners.
 
-Every reader returns (H, W, 3) float in the units of the file, a point for each pixel, NaN or zeros where there is none.
-Points are kept in the order of the file, which is that of the pixels, row by row. open3d is not used: it does not tell
-height and width, fills what a file cut short lacks with arbitrary numbers, and stops at an infinite coordinate.
+Every reader returns (H, W, 3) float in the units of the file, with NaN or zeros where a pixel has no point. The order
+of the points is that of the pixels, row by row. open3d cannot read them: it ignores height and width, fills files that
+are cut short with arbitrary numbers, and stops at an infinite coordinate.
 """
 
 import struct
@@ -19,7 +19,7 @@ from utils.scans.files import cannot_read
 from utils.scans.organized_pc import check_organized
 
 AXES = ("x", "y", "z")
-LONGEST_HEADER = 1 << 16  # bytes; what has no end of header by then is another kind of file
+LONGEST_HEADER = 1 << 16  # bytes
 _PCD_TYPES = {"F": "f", "I": "i", "U": "u"}
 _PLY_TYPES = {
     "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1",
@@ -30,7 +30,7 @@ _PLY_TYPES = {
 
 
 class _Record(NamedTuple):
-    """Where x, y and z are in each point."""
+    """Position of x, y and z in each point."""
 
     binary: np.dtype  # with fields x, y, z; its size is that of the whole point
     columns: tuple[int, ...]  # of an ascii line
@@ -52,7 +52,7 @@ def read_npy(path: Path) -> np.ndarray:
     except OSError as error:
         raise cannot_read(path, error) from error
     except Exception as error:  # rubbish bytes make it raise almost anything
-        raise InputError(f"{path} is no complete .npy array ({error}): write it again with numpy.save") from error
+        raise InputError(f"{path} is no complete .npy array ({error}). Write it again with numpy.save.") from error
     check_organized(path, xyz.shape, xyz.dtype)
     return np.array(xyz)
 
@@ -75,7 +75,7 @@ def read_pcd(path: Path) -> np.ndarray:
     if min(size) <= 1:
         raise InputError(
             f"{path} holds {size[1]} x {size[0]} points (WIDTH x HEIGHT), an unorganized cloud, expected one point per "
-            "pixel: export the cloud organized, with NaN for pixels without a measurement"
+            "pixel. Export the cloud organized, with NaN for pixels without a measurement."
         )
     decoders = {"ascii": _from_ascii, "binary": _from_binary, "binary_compressed": _from_compressed}
     return _decode(path, body, record, size, encoding, decoders)
@@ -85,12 +85,11 @@ def read_ply(path: Path, image_size: tuple[int, int] | None = None) -> np.ndarra
     """Read a PLY file that holds a point for each pixel: ascii or binary, with x, y, z and any other properties.
 
     The format has no place for height and width. They are taken from lines such as `obj_info num_cols 640` and
-    `obj_info num_rows 480` (or with `comment`), as scanners write them, else from the photo where it has as many pixels
-    as the file has points.
+    `obj_info num_rows 480` (or with `comment`), as scanners write them, else from the image of the same view.
 
     Args:
         path: of the file.
-        image_size: (H, W) of the photo of the same view, if there is one.
+        image_size: (H, W) of that image, if there is one.
 
     Raises:
         InputError: no PLY file, a cloud that is not organized, no floating-point x, y, z, or fewer points than the
@@ -105,8 +104,8 @@ def read_ply(path: Path, image_size: tuple[int, int] | None = None) -> np.ndarra
     if size is None or min(size) < 1 or size[0] * size[1] != number:
         expected = "num_rows and num_cols in its header" if size is None else f"{size[0]} x {size[1]}, one a pixel"
         raise InputError(
-            f"{path} holds {number} points, expected {expected}: export the cloud organized, with NaN for pixels "
-            "without a measurement, or as .tiff or .npy of H x W x 3"
+            f"{path} holds {number} points, expected {expected}. Export the cloud organized, with NaN for pixels "
+            "without a measurement, or as .tiff or .npy of H x W x 3."
         )
     binary = dict.fromkeys(("binary_little_endian", "binary_big_endian"), _from_binary)
     return _decode(path, body, record, size, encoding, {"ascii": _from_ascii, **binary})
@@ -126,24 +125,24 @@ def _split_header(path: Path, kind: str, first: bytes, last: bytes) -> tuple[lis
         start += len(line) + 1
         if line.startswith(last):
             return lines, content[start:]
-    raise InputError(f"{path} is no {kind} file, or only its beginning: export the cloud again")
+    raise InputError(f"{path} is no {kind} file, or only its beginning. Export the cloud again.")
 
 
 @contextmanager
 def _header_of(path: Path, kind: str) -> Iterator[None]:
-    """Turn what goes wrong with the words of a header into an InputError."""
+    """Turn errors about the words of a header into an InputError."""
     try:
         yield
     except InputError:
         raise
     except (KeyError, IndexError, ValueError, TypeError, OverflowError, StopIteration) as error:
         raise InputError(
-            f"the header of {path} is not that of a {kind} file ({error!r}): export the cloud again"
+            f"The header of {path} is not that of a {kind} file ({error!r}). Export the cloud again."
         ) from error
 
 
 def _vertices(path: Path, lines: Sequence[str]) -> tuple[int, list[_Property]]:
-    """How many points a PLY header promises, and what each holds; InputError where they are not its first element."""
+    """Number of points in a PLY header, and their properties; InputError where they are not its first element."""
     number, properties, elements = 0, [], 0
     for words in map(str.split, lines):
         if words[:1] == ["element"]:
@@ -151,9 +150,9 @@ def _vertices(path: Path, lines: Sequence[str]) -> tuple[int, list[_Property]]:
             if elements == 1 and words[1] == "vertex":
                 number = int(words[2])
             elif elements == 1:
-                raise InputError(f"{path} begins with the element {words[1]}, expected vertex: export points alone")
+                raise InputError(f"{path} begins with the element {words[1]}, expected vertex. Export points alone.")
         elif words[:2] == ["property", "list"] and elements == 1:
-            raise InputError(f"{path} has points with a list, {words[-1]}, expected numbers alone: export it without")
+            raise InputError(f"{path} has points with a list, {words[-1]}, expected numbers alone. Export it without.")
         elif words[:1] == ["property"] and elements == 1:
             properties.append(_Property(words[-1], _PLY_TYPES[words[1]]))
     return number, properties
@@ -168,7 +167,7 @@ def _grid(lines: Sequence[str]) -> tuple[int, int] | None:
 
 
 def _record(path: Path, properties: Sequence[_Property], order: str) -> _Record:
-    """Refuses, by InputError, points without floating-point x, y, z."""
+    """Layout of points with these properties; InputError where they lack a floating-point x, y or z."""
     offsets, columns, codes = {}, {}, {}
     offset = column = 0
     for name, code, length in properties:
@@ -179,7 +178,7 @@ def _record(path: Path, properties: Sequence[_Property], order: str) -> _Record:
     if not single.issuperset(AXES):
         fields = ", ".join(f"{length} {name} ({code})" for name, code, length in properties)
         raise InputError(
-            f"{path} holds {fields or 'no fields'}, expected x, y and z as floating-point numbers: export them"
+            f"{path} holds {fields or 'no fields'}, expected x, y and z as floating-point numbers. Export them."
         )
     layout = {
         "names": list(AXES),
@@ -193,10 +192,10 @@ def _record(path: Path, properties: Sequence[_Property], order: str) -> _Record:
 def _decode(
     path: Path, body: bytes, record: _Record, size: tuple[int, int], encoding: str, decoders: Mapping[str, _Decoder]
 ) -> np.ndarray:
-    """The points as (H, W, 3); InputError for an encoding that there is no decoder for, or a size that cannot be."""
+    """Decode the points (H, W, 3); InputError for an encoding without a decoder, or an impossible size."""
     check_organized(path, (*size, len(AXES)), record.binary[AXES[0]])
     if encoding not in decoders:
-        raise InputError(f"{path} is encoded as {encoding!r}, expected {', '.join(decoders)}: export the cloud so")
+        raise InputError(f"{path} is encoded as {encoding!r}, expected {', '.join(decoders)}. Export the cloud so.")
     return decoders[encoding](path, body, record, size[0] * size[1]).reshape(*size, 3)
 
 
@@ -207,7 +206,7 @@ def _from_ascii(path: Path, body: bytes, record: _Record, number: int) -> np.nda
     try:
         return np.loadtxt(lines, usecols=record.columns, ndmin=2, comments=None).reshape(number, 3)
     except ValueError as error:
-        raise InputError(f"{path} holds a line that is no point ({error}): export the cloud again") from error
+        raise InputError(f"{path} holds a line that is no point ({error}). Export the cloud again.") from error
 
 
 def _from_binary(path: Path, body: bytes, record: _Record, number: int) -> np.ndarray:
@@ -225,11 +224,11 @@ def _from_compressed(path: Path, body: bytes, record: _Record, number: int) -> n
     if unpacked != number * record.binary.itemsize:
         raise _cut_short(path, unpacked // record.binary.itemsize, number)
     if len(body) < 8 + packed:
-        raise InputError(f"{path} has {len(body) - 8} of {packed} compressed bytes, it is cut short: copy it again")
+        raise InputError(f"{path} has {len(body) - 8} of {packed} compressed bytes, it is cut short. Copy it again.")
     try:
         whole = decompress_lzf(body[8 : 8 + packed], unpacked)
     except ValueError as error:
-        raise InputError(f"{path} cannot be decompressed ({error}): it is damaged, copy or export it again") from error
+        raise InputError(f"{path} is damaged ({error}). Copy or export it again.") from error
     fields = record.binary.fields
     assert fields is not None
     return np.stack(
@@ -240,8 +239,8 @@ def _from_compressed(path: Path, body: bytes, record: _Record, number: int) -> n
 def decompress_lzf(packed: bytes, length: int) -> bytes:
     """Undo the LZF compression of `length` bytes; ValueError where the result is not that long.
 
-    A control byte below 32 is followed by one literal byte more than it says. Any other one repeats what is some bytes
-    back: its upper 3 bits (7: and the next byte) and 2 are how many, its lower 5 and the next byte how far, less one.
+    A control byte c below 32 is followed by c + 1 literal bytes. Any other one repeats earlier bytes. Their number is
+    its upper 3 bits (7: and the next byte) plus 2, their distance its lower 5 bits and the next byte, plus 1.
     """
     whole, i = bytearray(), 0
     while i < len(packed) and len(whole) <= length:
@@ -267,4 +266,4 @@ def decompress_lzf(packed: bytes, length: int) -> bytes:
 
 
 def _cut_short(path: Path, found: int, promised: int) -> InputError:
-    return InputError(f"{path} holds {found} points where its header promises {promised}: copy or export it again")
+    return InputError(f"{path} holds {found} points where its header promises {promised}. Copy or export it again.")

@@ -1,7 +1,7 @@
-"""Files of parts to judge, outside a dataset: found by file, folder or pattern, paired by stem, read in any format.
+"""Files of samples outside a dataset: found by file, folder or pattern, paired by stem, read in any format.
 
-parts = find_samples("photos/", "scans/*.pcd", CLOUD_SUFFIXES)
-cloud = read_cloud(Path("scans/017.pcd"))
+found = find_samples("images/", "clouds/*.pcd")
+cloud = read_cloud(Path("clouds/017.pcd"))
 """
 
 import os
@@ -12,123 +12,114 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.choices import UNITS
-from utils.cleaning.cloud_cleaning import CleaningRule
 from utils.errors import InputError
 from utils.records import SampleFiles
 from utils.scans.depth_camera import Camera, read_depth_png
 from utils.scans.files import FILE_SUFFIXES, cannot_read
-from utils.scans.organized_pc import as_cloud, read_organized_pc, valid_mask
+from utils.scans.organized_pc import MAX_COORDINATE, as_cloud, read_organized_pc, valid_mask
 from utils.scans.point_files import read_npy, read_pcd, read_ply
 
 IMAGE_SUFFIXES = FILE_SUFFIXES["rgb"]
 CLOUD_SUFFIXES = (*FILE_SUFFIXES["xyz"], ".npy", ".pcd", ".ply")
 DEPTH_SUFFIXES = (".png",)  # with the intrinsics of the camera
-NEAREST = 0.032  # meters; points nearer than this are left out (see docs/DATA.md), so no part lies there
-FARTHEST = 20.0  # meters; a part that is farther away than this is not, its coordinates are in another unit
+NEAREST = 0.032  # meters; points nearer than this are left out (see docs/DATA.md), so that no object lies there
+FARTHEST = 20.0  # meters; coordinates of an object farther away are in another unit
 ASPECT_TOLERANCE = 0.01
 LONGEST_NAME = 220  # bytes of a stem: a file name has 255, and those of maps and overlays are longer
 
 
 class FoundSamples(NamedTuple):
-    """What was found of the parts that were asked for."""
+    """Samples found by `find_samples`."""
 
     samples: list[SampleFiles]  # complete, sorted by name
-    incomplete: list[tuple[SampleFiles, str]]  # and what each lacks, or has too much
+    incomplete: list[tuple[SampleFiles, str]]  # and the problem of each
 
 
 def cloud_suffixes(camera: Camera | None) -> tuple[str, ...]:
-    """Suffixes of what can be read as a cloud with this camera, or without one."""
+    """Suffixes of files that can be read as a cloud with this camera, or without one."""
     return CLOUD_SUFFIXES if camera is None else (*CLOUD_SUFFIXES, *DEPTH_SUFFIXES)
 
 
 def find_samples(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLOUD_SUFFIXES) -> FoundSamples:
-    """Find the files of parts.
+    """Find the files of samples, paired by stem.
 
     Args:
-        rgb: a photograph, a folder of them or a pattern such as "line/*/photo_*.png"; None: parts need none.
-        xyz: the same of point clouds.
+        rgb: an image, a folder of images or a pattern such as "line/*/image_*.png"; None if samples need none.
+        xyz: the same for point clouds. Where both are given a sample needs both. A single image and a single cloud
+            need no common stem, and the sample has the name of the image.
         suffixes: of point clouds, see `cloud_suffixes`.
 
-    Returns:
-        the parts. Files are paired by stem; a single file of each kind needs no common stem, and the part then bears
-        the name of the photograph. Where both are given a part needs both.
-
     Raises:
-        InputError: there is no file, or no part is complete.
+        InputError: there is no file, or no sample is complete.
     """
-    photos = None if rgb is None else _by_stem(rgb, IMAGE_SUFFIXES, "--rgb")
+    images = None if rgb is None else _by_stem(rgb, IMAGE_SUFFIXES, "--rgb")
     clouds = None if xyz is None else _by_stem(xyz, suffixes, "--xyz")
-    if photos and clouds and Path(rgb or "").is_file() and Path(xyz or "").is_file():
-        clouds = dict(zip(photos, clouds.values(), strict=True))
-    by_kind = {kind: files for kind, files in (("photo", photos), ("scan", clouds)) if files is not None}
+    if images and clouds and Path(rgb or "").is_file() and Path(xyz or "").is_file():
+        clouds = dict(zip(images, clouds.values(), strict=True))
     found = FoundSamples([], [])
+    by_kind = {kind: files for kind, files in (("image", images), ("cloud", clouds)) if files is not None}
     for name in sorted(set().union(*by_kind.values())):
         paths = {kind: files.get(name, []) for kind, files in by_kind.items()}
-        part = SampleFiles(name, *(next(iter(paths.get(kind, [])), None) for kind in ("photo", "scan")))  # type: ignore[arg-type]
-        fault = _fault(name, paths)
-        if fault:
-            found.incomplete.append((part, fault))
+        image, cloud = (next(iter(paths.get(kind, [])), None) for kind in ("image", "cloud"))
+        sample, problem = SampleFiles(name, image, cloud), _problem(name, paths)
+        if problem:
+            found.incomplete.append((sample, problem))
         else:
-            found.samples.append(part)
+            found.samples.append(sample)
     if not found.samples:
-        raise InputError(
-            f"none of {len(found.incomplete)} parts can be judged, the first, {found.incomplete[0][0].path}, because "
-            f"{found.incomplete[0][1]}"
-        )
+        sample, problem = found.incomplete[0]
+        raise InputError(f"None of {len(found.incomplete)} samples is complete. The first is {sample.path}: {problem}")
     return found
 
 
-def _fault(name: str, paths: Mapping[str, list[Path]]) -> str:
-    """What is wrong with the files of a part, by kind, else nothing."""
+def _problem(name: str, paths: Mapping[str, list[Path]]) -> str:
+    """Return the problem of the files of a sample, by kind, else nothing."""
     length = len(os.fsencode(name))
     if length > LONGEST_NAME:
-        return f"its name has {length} bytes, expected at most {LONGEST_NAME}: rename its files"
-    for kind, of_kind in paths.items():
-        if len(of_kind) > 1:
-            return f"{of_kind[0]} and {of_kind[1]} share a stem: give one folder at a time, or rename one of them"
-        if not of_kind:
-            lone = next(others[0] for others in paths.values() if others)
-            return f"{lone} has no {kind} of the same stem: add it, or remove this file"
+        return f"Its name has {length} bytes, expected at most {LONGEST_NAME}. Rename its files."
+    for kind, files in paths.items():
+        if len(files) > 1:
+            return f"{files[0]} and {files[1]} share a stem. Give one folder at a time, or rename one of them."
+        if not files:
+            partner = next(others[0] for others in paths.values() if others)
+            return f"{partner} has no {kind} of the same stem. Add it, or remove this file."
     return ""
 
 
 def _by_stem(given: str, suffixes: Sequence[str], flag: str) -> dict[str, list[Path]]:
-    """The files that a flag names by stem, each list sorted; InputError where there are none."""
+    """Return the files that a flag names by stem, each list sorted; InputError where there are none."""
     if not given:
-        raise InputError(f"{flag} is empty: name a file, a folder, or a pattern in quotes")
+        raise InputError(f"{flag} is empty. Name a file, a folder, or a pattern in quotes.")
     path = Path(given)
     try:
         if path.is_file():
-            if path.suffix.lower() not in suffixes:
-                raise InputError(f"{flag} {path} is none of {', '.join(suffixes)}{_hint(path, flag)}")
-            return {path.stem: [path]}
-        candidates = path.iterdir() if path.is_dir() else _matches(path)
-        files = sorted(each for each in candidates if each.is_file() and not each.name.startswith("."))
+            files = [path]
+        else:
+            candidates = path.iterdir() if path.is_dir() else _matches(path)
+            files = sorted(each for each in candidates if each.is_file() and not each.name.startswith("."))
     except OSError as error:
         raise cannot_read(path, error) from error
-    except InputError:
-        raise
     except ValueError as error:  # of pathlib, about "**" within a name
-        raise InputError(f"{flag} {path} is no pattern ({error}): write it as in 'line/**/*.png'") from error
+        raise InputError(f"{flag} {path} is no pattern ({error}). Write it as in 'line/**/*.png'.") from error
     found: dict[str, list[Path]] = {}
     for each in files:
         if each.suffix.lower() in suffixes:
             found.setdefault(each.stem, []).append(each)
-    if not found:
-        if not files:
-            what = "an empty folder" if path.is_dir() else "no file, no folder and no pattern that any file matches"
-            raise InputError(f"{flag} {path} is {what}: name a file, a folder, or a pattern in quotes")
-        raise InputError(f"{flag} {path} holds none of {', '.join(suffixes)}{_hint(files[0], flag)}")
-    return found
-
-
-def _hint(path: Path, flag: str) -> str:
-    depth = flag == "--xyz" and path.suffix.lower() in DEPTH_SUFFIXES
-    return ": a depth picture needs --intrinsics" if depth else f", but {path.name}: convert it, or name other files"
+    if found:
+        return found
+    if not files:
+        problem = "an empty folder" if path.is_dir() else "no file, no folder and no pattern that any file matches"
+        raise InputError(f"{flag} {path} is {problem}. Name a file, a folder, or a pattern in quotes.")
+    if flag == "--xyz" and files[0].suffix.lower() in DEPTH_SUFFIXES:
+        raise InputError(f"{flag} {path} names depth images. Give the intrinsics of their camera with --intrinsics.")
+    raise InputError(
+        f"{flag} {path} names {files[0].name} and no file with the suffix {', '.join(suffixes)}. Convert the files, or "
+        "name other ones."
+    )
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """The paths that match a pattern, whose parts up to the first one with a wildcard are a folder."""
+    """Return the paths that match a pattern. Its parts before the first wildcard are a folder."""
     parts = pattern.parts
     first = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), None)
     return [] if first is None else list(Path(*parts[:first]).glob(str(Path(*parts[first:]))))
@@ -137,25 +128,26 @@ def _matches(pattern: Path) -> list[Path]:
 def read_cloud(
     path: Path, camera: Camera | None = None, unit: str = "m", image_size: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """Read an organized point cloud, the format told by the suffix.
+    """Read an organized point cloud, with the format of its suffix.
 
     Args:
         path: .tiff, .tif, .npy, .pcd, .ply, or, with a camera, a depth .png.
-        camera: that took the depth picture.
-        unit: a key of UNITS, that of the coordinates; a depth picture has the scale of its camera instead.
-        image_size: (H, W) of the photo of the same view, see `read_ply`.
+        camera: that took the depth image.
+        unit: of the coordinates, a key of UNITS; a depth image has the scale of its camera instead.
+        image_size: (H, W) of the image of the same view, see `read_ply`.
 
     Returns:
         (H, W, 3) float32, meters, camera frame; a pixel without a measurement is exactly (0, 0, 0).
 
     Raises:
-        InputError: what the reader of the format raises, or coordinates that cannot be meters.
+        InputError: the reader of the format raises it, or the coordinates cannot be meters.
     """
     suffix = path.suffix.lower()
     if suffix in DEPTH_SUFFIXES:
         if camera is None:
-            raise InputError(f"{path} is a depth picture: give the intrinsics of its camera with --intrinsics")
-        return _in_meters(path, read_depth_png(path, camera), *["correct the depth_scale of its camera"] * 2)
+            raise InputError(f"{path} is a depth image. Give the intrinsics of its camera with --intrinsics.")
+        fix = "Correct the depth_scale of its camera."
+        return _in_meters(path, read_depth_png(path, camera), fix, fix)
     if suffix == ".npy":
         xyz = read_npy(path)
     elif suffix == ".pcd":
@@ -165,50 +157,43 @@ def read_cloud(
     else:
         xyz = read_organized_pc(path)
     meters = as_cloud(np.multiply(xyz, UNITS[unit], dtype=np.result_type(xyz.dtype, np.float32)))
+    convert = "Convert its coordinates."
     if unit == "m":
-        return _in_meters(path, meters, "give --xyz_unit mm if its numbers are millimeters", "convert its coordinates")
-    return _in_meters(path, meters, "convert its coordinates", f"leave out --xyz_unit {unit} if its numbers are meters")
+        return _in_meters(path, meters, "Give --xyz_unit mm if its numbers are millimeters.", convert)
+    return _in_meters(path, meters, convert, f"Leave out --xyz_unit {unit} if its numbers are meters.")
 
 
-def _in_meters(path: Path, xyz: np.ndarray, if_far: str, if_near: str) -> np.ndarray:
-    """`xyz` if its coordinates can be meters, else an InputError with one of these mends."""
+def _in_meters(path: Path, xyz: np.ndarray, fix_if_far: str, fix_if_near: str) -> np.ndarray:
+    """Return `xyz` if its coordinates can be meters; otherwise raise InputError with one of these fixes."""
     points = xyz[valid_mask(xyz)].astype(np.float64)
     if not len(points):
         return xyz
     middle, reach = float(np.median(np.linalg.norm(points, axis=1))), float(np.abs(points).max())
     if not NEAREST <= middle <= FARTHEST:
         raise InputError(
-            f"the median point of {path} is {middle:.4g} m away, expected a part between {NEAREST:g} and {FARTHEST:g} "
-            f"m: {if_far if middle > FARTHEST else if_near}"
+            f"The median point of {path} is {middle:.4g} m away, expected an object between {NEAREST:g} and "
+            f"{FARTHEST:g} m. {fix_if_far if middle > FARTHEST else fix_if_near}"
         )
-    if reach > CleaningRule.max_extent:
+    if reach > MAX_COORDINATE:
         raise InputError(
-            f"the coordinates of {path} reach {reach:.4g} m, expected at most {CleaningRule.max_extent:g}: set pixels "
-            "without a measurement to 0, or restore the scan if it is damaged"
+            f"The coordinates of {path} reach {reach:.4g} m, expected at most {MAX_COORDINATE:g}. Set pixels without a "
+            "measurement to 0, or restore the file if it is damaged."
         )
     return xyz
 
 
-def check_same_view(name: str, photo: np.ndarray, xyz: np.ndarray, same_pixels: bool) -> None:
-    """Refuse a photo (H, W, 3) and a cloud (h, w, 3) that cannot show the same view.
+def check_same_view(name: str, rgb: np.ndarray, xyz: np.ndarray, same_pixels: bool) -> None:
+    """Raise InputError for an image (H, W, 3) and a cloud (h, w, 3) that cannot show the same view.
 
-    Both are resized to the same square, so that one may have more pixels than the other.
-
-    Args:
-        name: of the part.
-        photo: its photograph.
-        xyz: its point cloud.
-        same_pixels: cleaning looks at both pixel by pixel.
-
-    Raises:
-        InputError: the sizes differ, or where these may, the aspect.
+    With `same_pixels`, as for cleaning, their sizes must agree, else their aspect ratios: both are resized to the same
+    square. `name` is that of the sample.
     """
-    (height, width), (rows, columns) = photo.shape[:2], xyz.shape[:2]
+    (height, width), (rows, columns) = rgb.shape[:2], xyz.shape[:2]
     if (height, width) == (rows, columns):
         return
     if same_pixels or abs(height * columns - rows * width) > ASPECT_TOLERANCE * rows * width:
         expected = "the same pixels, which cleaning needs" if same_pixels else "the same view"
         raise InputError(
-            f"the photo of {name} has {height} x {width} pixels (H x W), its scan {rows} x {columns}, expected "
-            f"{expected}: map the photo to the pixels of the scan"
+            f"The image of {name} has {height} x {width} pixels (H x W), its cloud {rows} x {columns}, expected "
+            f"{expected}. Map the image to the pixels of the cloud."
         )
