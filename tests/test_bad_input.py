@@ -93,7 +93,7 @@ def test_classes_and_folders_that_are_not_there(
     ("pattern", "told"),
     [
         ("train/good/*/*", ["No training files in", "bagel/train/good", "Fill its folder rgb and xyz"]),
-        ("test/*/*/*", ["No test files in", "bagel/test/good", "fill its folder rgb and xyz"]),
+        ("test/*/*/*", ["No test files in", "bagel/test/good", "Fill its folder rgb and xyz"]),
         ("train/good/xyz/001.tiff", ["1 xyz files for 2 samples in", "bagel/train/good", "001.tiff is missing"]),
         ("test/hole/rgb/000.png", ["0 rgb files for 1 samples in", "bagel/test/hole", "000.png is missing"]),
         ("test/hole/gt/000.png", ["0 gt files for 1 samples in", "bagel/test/hole", "000.png is missing"]),
@@ -107,7 +107,7 @@ def test_missing_files_are_found_before_the_work_starts(
     message = refusal_of_files(capsys, bagels)
     for words in told:
         assert words in message
-    assert "restore what" in message or "fill its folder" in message
+    assert "Restore them in" in message or "Fill its folder" in message
 
 
 @pytest.mark.usefixtures("no_networks")
@@ -149,7 +149,7 @@ def test_bad_files_are_found_before_the_work_starts(
     message = refusal_of_files(capsys, bagels)
     assert str(bagels / "bagel" / file) in message
     assert told in message
-    assert any(mend in message for mend in ("restore", "copy it again", "store"))
+    assert any(fix in message for fix in ("Restore", "restore", "Copy it again", "Store"))
 
 
 def test_files_of_a_modality_that_is_not_needed_may_be_bad(bagels: Path, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_folder_that_cannot_be_made_is_found_before_the_work_starts(
     folders = {"--output_dir": tmp_path / "out", "--save_feature_path": tmp_path / "lib"} | {flag: in_the_way / "new"}
     message = refusal(capsys, *flags, *(each for pair in folders.items() for each in pair))
     assert str(in_the_way / "new") in message
-    assert f"choose another {flag}" in message
+    assert f"Choose another {flag}." in message
     assert in_the_way.read_text() == "kept"
 
 

@@ -71,7 +71,7 @@ def test_a_failed_write_leaves_the_older_file(tmp_path: Path, monkeypatch: pytes
 
     write_record(tmp_path / "it.json", 1)
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(InputError, match=r"it\.json cannot be written \(No space left on device\): free disk space"):
+    with pytest.raises(InputError, match=r"it\.json cannot be written \(No space left on device\). Free disk space"):
         write_record(tmp_path / "it.json", 2)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["1\n"]
 
