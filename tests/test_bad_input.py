@@ -149,7 +149,7 @@ def test_bad_files_are_found_before_the_work_starts(
     message = refusal_of_files(capsys, bagels)
     assert str(bagels / "bagel" / file) in message
     assert told in message
-    assert any(fix in message for fix in ("Restore", "restore", "Copy it again", "Store"))
+    assert any(fix in message for fix in ("Restore", "restore", "Copy it again", "Store", "store"))
 
 
 def test_files_of_a_modality_that_is_not_needed_may_be_bad(bagels: Path, tmp_path: Path) -> None:

@@ -306,7 +306,7 @@ def test_killed_at_any_step_nothing_of_another_suffix_is_lost(other_suffixes: Pa
     try:
         index_split(other_suffixes / "bagel", "test", BOTH)
     except InputError as error:
-        assert "run the preprocessing again if it was interrupted" in str(error)
+        assert "Run the preprocessing again if it was interrupted" in str(error)
         assert {name for name in half_done if name.endswith(("000.tif", "000.jpg"))}
     foreseen = preprocess(config_for(other_suffixes, dry_run=True))
     assert contents(other_suffixes) == half_done
