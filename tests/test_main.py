@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from cleaning_runs import config_for
 from conftest import ROOT, GoldenFeatures
 from main_runs import (
     METRICS,
@@ -47,10 +48,9 @@ from feature_extractors.training_features import TrainingFeatures
 from models.feature_fusion import FeatureFusion
 from runner import class_run
 from runner.settings import detector_configs, parse_args
-from utils.cleaning.cloud_cleaning import CleaningRule
 from utils.feature_store import PatchFileDataset, pair_rgb
 from utils.precision import choose_precision
-from utils.preprocessing import Job, preprocess
+from utils.preprocessing import preprocess
 from utils.records import Sample
 from utils.synthetic import Plan, make_dataset
 from utils.synthetic_data.parts import DEFECTS
@@ -75,8 +75,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Cleaned scans of two kinds of made-up parts, one of which bears the name of a published class."""
     folder = tmp_path_factory.mktemp("parts")
     make_dataset(Plan(folder / "raw", ("gasket", "cookie"), TRAIN, 0, TEST_GOOD, 1, size=224))
-    job = Job(folder / "raw", folder / "clean", CleaningRule(), keep_rgb=False, suffix=".preprocessing")
-    assert not preprocess(job, workers=1).failed
+    assert not preprocess(config_for(folder / "raw", folder / "clean")).failed
     return folder / "clean"
 
 
