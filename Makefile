@@ -1,9 +1,9 @@
-# make demo    made-up parts from scan to tables, in minutes, nothing to download but pip packages
+# make demo    synthetic samples from scan to report, in minutes; downloads pip packages only
 # make test    the fast tests, including parity with the original's recorded numbers (minutes)
 # make test-slow  the other tests: benchmarks, several processes, a browser, whole runs
 # make lint    ruff and mypy
 # make browser  a headless browser, for the tests of report.html (with apt, as root)
-# make bench   every stage beside a plain twin of it, and the small steps; nothing else should run meanwhile
+# make bench   every stage beside its plain form, and the small steps; run it on an idle machine
 # All of them set up .venv first, once; a second call installs nothing.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -77,10 +77,10 @@ demo: setup
 	$(BIN)/python main.py $(DEMO_FLAGS) --method_name DINO Point_MAE Fusion DINO+Point_MAE DINO+Point_MAE+add $(FULL) \
 		--use_uff --fusion_module_path $(DEMO)/uff/checkpoint-2.pth --save_preds $(FULL) --output_dir $(DEMO)/compared
 	@echo
-	@echo "the parts:            $(DEMO)/parts/preview.png"
+	@echo "the samples:          $(DEMO)/parts/preview.png"
 	@echo "the report:           $(DEMO)/compared/$(FULL)/report.html"
-	@echo "pictures of results:  $(DEMO)/compared/$(FULL)/pred_maps/<class>/<defect>/<stem>.png"
-	@echo "tables, all figures:  $(DEMO)/compared/*.md, $(DEMO)/compared/<method>/results.json"
+	@echo "images of results:    $(DEMO)/compared/$(FULL)/pred_maps/<class>/<defect>/<stem>.png"
+	@echo "tables, all metrics:  $(DEMO)/compared/*.md, $(DEMO)/compared/<method>/results.json"
 
 clean:
 	rm -rf $(VENV) $(DEMO)
