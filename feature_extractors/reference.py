@@ -1,13 +1,13 @@
 """M3DM in plain PyTorch: one file to read from top to bottom with the paper at hand.
 
-Wang et al., "Multimodal Industrial Anomaly Detection via Hybrid Fusion" (Multi-3D-Memory), CVPR 2023. Sections have the
-numbers of the paper's. A sample is an image and an organized point cloud of the same view, (3, S, S) each. The shapes
+Wang et al., "Multimodal Industrial Anomaly Detection via Hybrid Fusion" (Multi-3D-Memory), CVPR 2023. Sections 3.2
+to 3.4 have the numbers of the paper's. A sample is an image and an organized point cloud of the same view, (3, S, S) each. The shapes
 below are those of the published configuration: S = 224, ViT-B/8 and Point-MAE.
 
-    3.1  Color features                      image -> rgb patches (784, 768)
-    3.2  Point Feature Alignment (PFA)       cloud -> xyz patches (3136, 1152)
-    3.3  Unsupervised Feature Fusion (UFF)   both -> fusion patches (3136, 1920)
-    3.4  Decision Layer Fusion (DLF)         patches -> memory banks -> score and anomaly map
+    Color features                           image -> rgb patches (784, 768)
+    3.2 Point Feature Alignment (PFA)        cloud -> xyz patches (3136, 1152)
+    3.3 Unsupervised Feature Fusion (UFF)    both -> fusion patches (3136, 1920)
+    3.4 Decision Layer Fusion (DLF)          patches -> memory banks -> score and anomaly map
 
 The code computes what the published tables were made with (`--protocol reference`), regardless of speed; a keyword that
 is off by default, or a field of `config.protocol`, is what `--protocol corrected` changes. Each fast routine of this
@@ -30,7 +30,7 @@ from feature_extractors.config import DetectorConfig
 
 Patches = Mapping[str, Tensor]  # (P, C) of each bank, by its name: xyz, rgb, fusion
 
-# 3.1  Color features
+# Color features
 
 
 def rgb_patches(vit: Any, rgb: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def resize_patches(patches: Tensor, grid: int) -> Tensor:
     return F.adaptive_avg_pool2d(patches.T.reshape(-1, side, side), grid).flatten(1).T
 
 
-# 3.2  Point Feature Alignment
+# 3.2 Point Feature Alignment
 
 
 def farthest_point_sample(points: Tensor, n: int) -> Tensor:
@@ -161,7 +161,7 @@ def project_and_pool(at_points: Tensor, valid: Tensor, grid: int, masked_pooling
     return torch.where(share > 0, patches / share, 0.0) if masked_pooling else patches
 
 
-# 3.3  Unsupervised Feature Fusion
+# 3.3 Unsupervised Feature Fusion
 
 
 class FeatureFusion(nn.Module):
@@ -193,7 +193,7 @@ def contrastive_loss(h_pt: Tensor, h_rgb: Tensor) -> Tensor:
     return 2 * F.cross_entropy(similarity, torch.arange(len(similarity)))
 
 
-# 3.4  Decision Layer Fusion
+# 3.4 Decision Layer Fusion
 
 
 class Bank(NamedTuple):
