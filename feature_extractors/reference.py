@@ -1,8 +1,8 @@
 """M3DM in plain PyTorch: one file to read from top to bottom with the paper at hand.
 
-Wang et al., "Multimodal Industrial Anomaly Detection via Hybrid Fusion" (Multi-3D-Memory), CVPR 2023. Sections 3.2
-to 3.4 have the numbers of the paper's. A sample is an image and an organized point cloud of the same view, (3, S, S) each. The shapes
-below are those of the published configuration: S = 224, ViT-B/8 and Point-MAE.
+Wang et al., "Multimodal Industrial Anomaly Detection via Hybrid Fusion" (Multi-3D-Memory), CVPR 2023. Sections 3.2 to
+3.4 have the numbers of the paper's. A sample is an image and an organized point cloud of the same view, (3, S, S) each.
+The shapes below are those of the published configuration: S = 224, ViT-B/8 and Point-MAE.
 
     Color features                           image -> rgb patches (784, 768)
     3.2 Point Feature Alignment (PFA)        cloud -> xyz patches (3136, 1152)
