@@ -62,7 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--world_size", type=int, help="number of processes without a launcher (default: 1)")
     add("--local_rank", "--local-rank", type=int, help="number of this process on its machine; launchers set it")
     add("--dist_on_itp", action="store_true", help="take rank and number of processes from mpirun (OMPI_COMM_WORLD_*)")
-    add("--dist_url", default="env://", help="meeting point of the processes; env:// is the launcher's")
+    add("--dist_url", default="env://", help="common address of the processes; env:// is the launcher's")
     add("--uff_pairing", choices=PAIRINGS, help="reference: the original's wrong order (default: as the files say)")
     add("--xyz_dim", type=int, help="width of xyz in the original's .pt files (default: found from the background)")
     add(

@@ -28,7 +28,7 @@ from runner.training_checkpoints import load_checkpoint, save_checkpoint
 from utils.distributed import (
     Ranks,
     all_reduce_any,
-    all_reduce_floats,
+    all_reduce_sum,
     choose_device,
     find_ranks,
     is_main,
@@ -207,7 +207,8 @@ def validate(
         found, by_chance = retrieval(*heads)
         rows, hits, chance = rows + len(heads[0]), hits + found, chance + by_chance
         loss += len(heads[0]) * float(contrastive_loss(*heads))
-    rows, hits, chance, loss = all_reduce_floats((rows, hits, chance, loss), device)
+    sums = torch.tensor((rows, hits, chance, loss), dtype=torch.float64, device=device)
+    rows, hits, chance, loss = all_reduce_sum(sums).tolist()
     if rows == 0:
         raise InputError("No file of the validation split has a patch free of zeros in xyz. Lower --val_fraction.")
     if not math.isfinite(loss):

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
 from runner.pretrain_config import PretrainConfig, Progress
-from utils.distributed import Ranks, all_gather_objects, all_reduce_sum, world_size
+from utils.distributed import Ranks, all_reduce_sum, broadcast_object, gather_objects, world_size
 from utils.errors import InputError
 from utils.precision import autocast
 
@@ -164,9 +164,10 @@ class Trainer:
         if math.isfinite(loss):
             return
         lr = self.optimizer.param_groups[0]["lr"]
+        files = broadcast_object(gather_objects(suspects))
         raise InputError(
             f"The loss is {loss} at epoch {self.progress.epoch}, batch {index}, learning rate {lr:g}: training has "
-            f"diverged, or one of these files is bad: {', '.join(all_gather_objects(suspects))}. {FIX_DIVERGENCE}"
+            f"diverged, or one of these files is bad: {', '.join(files)}. {FIX_DIVERGENCE}"
         )
 
     def _update(self, index: int, group_files: list[str]) -> float:
@@ -174,9 +175,10 @@ class Trainer:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each) for each in gradients])).item()
         if not math.isfinite(norm):
+            files = broadcast_object(gather_objects(group_files))
             raise InputError(
                 f"The gradient is not finite at epoch {self.progress.epoch}, batch {index}, though the loss is. Check "
-                f"the values of these files, or lower --lr or --blr: {', '.join(all_gather_objects(group_files))}"
+                f"the values of these files, or lower --lr or --blr: {', '.join(files)}"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()

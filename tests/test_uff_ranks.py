@@ -29,10 +29,8 @@ from models.contrastive import contrastive_loss
 from models.feature_fusion import FeatureFusion
 from utils.distributed import (
     Ranks,
-    all_gather_objects,
     all_gather_rows,
     all_reduce_any,
-    all_reduce_floats,
     choose_device,
     find_ranks,
     is_main,
@@ -59,7 +57,7 @@ def test_ranks_come_from_the_environment_or_the_flags(monkeypatch: pytest.Monkey
         with pytest.raises(InputError, match="without torchrun"):
             find_ranks(*flags)
     monkeypatch.setenv("RANK", "5")
-    with pytest.raises(InputError, match="has RANK but not both"):
+    with pytest.raises(InputError, match="sets only one of RANK and WORLD_SIZE"):
         find_ranks()
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert find_ranks(local_rank=1) == Ranks(5, 8, 1)
@@ -104,8 +102,6 @@ def test_collectives_of_one_process_change_nothing() -> None:
     assert all_gather_rows(rows) == (rows, 0)
     assert all_reduce_any(True, CPU)
     assert not all_reduce_any(False, CPU)
-    assert all_reduce_floats((0.1, 2), CPU) == [0.1, 2.0]
-    assert all_gather_objects(("a", "b")) == ["a", "b"]
 
 
 # Two and three processes
@@ -140,8 +136,6 @@ def work(rank: int, count: int, folder: str) -> None:
         (gathered * torch.arange(len(gathered))[:, None] * (rank + 1)).sum().backward()
         found["rows"] = (gathered.detach(), first, own.detach(), own.grad)
         found["any"] = [all_reduce_any(rank == place, CPU) for place in range(count + 1)]
-        found["sum"] = all_reduce_floats((0.1 * rank, 1, 2.0**60 * (rank == 0) + 2.0**8), CPU)
-        found["names"] = all_gather_objects([f"{rank}.{number}" for number in range(rank)])
         for negatives in ("local", "global"):
             for number, counts in enumerate(COUNTS[count]):
                 if negatives == "local" and 0 in counts:
@@ -186,11 +180,8 @@ def test_rows_are_gathered_in_order_and_gradients_flow_back(found: Found) -> Non
 
 def test_all_processes_hear_the_same(found: Found) -> None:
     count, by_rank = found
-    ranks = range(count)
     for each in by_rank:
         assert each["any"] == [True] * count + [False]
-        assert each["sum"] == pytest.approx([0.1 * sum(ranks), count, 2.0**60 + 2.0**8 * count], rel=1e-15)
-        assert each["names"] == [f"{rank}.{number}" for rank in ranks for number in range(rank)]
 
 
 @pytest.mark.parametrize("number", [0, 1])

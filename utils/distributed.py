@@ -1,6 +1,6 @@
-"""Ranks of a run: the environment that launchers set, and collectives that do nothing in a single process.
+"""Ranks, devices and collectives of a distributed run. In a single process, collectives return their input.
 
-Every rank of the `group` calls a collective together; None is the group of all ranks.
+All ranks of a `group` must call a collective together; None is the group of all ranks.
 """
 
 import io
@@ -22,28 +22,28 @@ from utils.errors import InputError
 Item = TypeVar("Item")
 Group = dist.ProcessGroup
 
-# Longest wait in a collective. Ranks wait while one of them fits the SVMs of a class or writes its report, and at
-# the end for the group that finishes last. The backend notices a dead rank sooner, by its closed connection.
+# Longest wait in a collective: for a rank that fits SVMs or writes a report, or for the group that finishes last. The
+# backend notices a dead rank sooner, by its closed connection.
 COLLECTIVE_TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Rank of this process, and number of processes."""
+    """Rank of this process and number of processes, of the whole run and on this machine."""
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0  # on this machine: the index of its GPU
-    local_world_size: int = 1  # processes on this machine
+    local_rank: int = 0  # also the index of its GPU
+    local_world_size: int = 1
 
 
 def find_ranks(
     local_rank: int | None = None, world_size: int | None = None, dist_url: str = "env://", mpirun: bool = False
 ) -> Ranks:
-    """Ranks from the environment that torchrun sets, with `mpirun` that of Open MPI, else from the flags.
+    """Ranks from the environment of torchrun, or of Open MPI if `mpirun` is set, else from the flags.
 
-    Without torchrun, `world_size` > 1 means processes started by hand on one machine. Then `local_rank` is the rank and
-    `dist_url` the meeting point (tcp://localhost:29500, file:///tmp/meet). A negative `local_rank` counts as None.
+    Processes started by hand on one machine give `world_size`, their rank as `local_rank`, and a common address as
+    `dist_url` (tcp://localhost:29500, file:///tmp/meet). A negative `local_rank` counts as None.
 
     Raises:
         InputError: the environment is incomplete, flags contradict it, or a rank is outside of 0 ... world_size - 1.
@@ -53,14 +53,11 @@ def find_ranks(
     local_rank = None if local_rank is None or local_rank < 0 else local_rank
     found = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if len(found) == 1:
-        raise InputError(f"the environment has {found[0]} but not both RANK and WORLD_SIZE. Start with torchrun.")
+        raise InputError("the environment sets only one of RANK and WORLD_SIZE. Start with torchrun.")
     if found:
-        ranks = Ranks(
-            int(os.environ["RANK"]),
-            int(os.environ["WORLD_SIZE"]),
-            int(os.environ.get("LOCAL_RANK", local_rank or 0)),
-            int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        )
+        own = int(os.environ.get("LOCAL_RANK", local_rank or 0))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), own, local_world_size)
         if world_size not in (None, ranks.world_size):
             raise InputError(
                 f"--world_size is {world_size}, but the launcher started {ranks.world_size} processes. Remove it."
@@ -75,7 +72,7 @@ def find_ranks(
         )
     if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
         raise InputError(
-            "several processes without torchrun need a meeting point. Give --dist_url, such as tcp://localhost:29500."
+            "several processes without torchrun need a common address. Give --dist_url, such as tcp://localhost:29500."
         )
     return Ranks(local_rank, world_size, local_rank, world_size)
 
@@ -88,12 +85,12 @@ def _mpirun_ranks(dist_url: str) -> Ranks:
         raise InputError(f"--dist_on_itp reads {', '.join(missing)}, not set here. Start with mpirun.")
     ranks = Ranks(*(int(value) for value in found.values() if value is not None))
     if ranks.world_size > 1 and dist_url == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise InputError("--dist_on_itp needs a meeting point. Set MASTER_ADDR and MASTER_PORT, or give --dist_url.")
+        raise InputError("--dist_on_itp needs a common address. Set MASTER_ADDR and MASTER_PORT, or give --dist_url.")
     return ranks
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of this process. "auto" is the GPU of number `local_rank` on a machine with GPUs, else the CPU.
+    """Device of this process. "auto" is a GPU if there is one, else the CPU; "cuda" is GPU number `local_rank`.
 
     Raises:
         InputError: the name is unknown, or the GPU does not exist.
@@ -111,11 +108,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def named_device(name: str) -> torch.device:
-    """The device of this name, even if it does not exist; "auto" as in `choose_device`.
-
-    Raises:
-        InputError: the name is unknown.
-    """
+    """Device of this name, even if it does not exist; "auto" as in `choose_device`. InputError if unknown."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -129,10 +122,9 @@ def named_device(name: str) -> torch.device:
 
 @contextmanager
 def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") -> Iterator[None]:
-    """Connect the ranks while the block runs; nothing to do for a single one.
+    """Connect the ranks while the block runs: NCCL for tensors on GPUs, Gloo for those on CPUs.
 
-    NCCL carries tensors on GPUs, Gloo those on CPUs. If a rank fails, torchrun ends the others of its node, and those
-    of other nodes fail at their next collective.
+    If a rank fails, torchrun ends the others of its node, and ranks of other nodes fail at their next collective.
 
     Raises:
         InputError: the ranks cannot connect.
@@ -159,7 +151,7 @@ def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") 
 
 @contextmanager
 def print_only_if(chosen: bool) -> Iterator[None]:
-    """For checks of all ranks before they connect: only the chosen one prints; the others exit quietly."""
+    """For checks before the ranks connect: only the chosen process prints an error; the others exit quietly."""
     if chosen:
         yield
         return
@@ -171,26 +163,23 @@ def print_only_if(chosen: bool) -> Iterator[None]:
 
 
 def make_groups(count: int) -> tuple[Group | None, int]:
-    """Divide the ranks into `count` groups of neighbors, as even as possible.
+    """Divide the ranks into `count` groups of consecutive ranks, as even as possible.
 
     Returns:
         the group of this rank, None for the group of all, and its number.
     """
     if count == 1:
         return None, 0
-    members = [list(share(world_size(), count, number)) for number in range(count)]
-    groups = [dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT) for ranks in members]  # on every rank, by torch's rules
+    members = [share(world_size(), count, number) for number in range(count)]
+    groups = [dist.new_group(list(ranks), timeout=COLLECTIVE_TIMEOUT) for ranks in members]  # each rank creates all
     number = next(number for number, ranks in enumerate(members) if rank() in ranks)
     group = groups[number]
-    assert isinstance(group, Group)  # ranks outside of a group get a number in its place
+    assert isinstance(group, Group)  # for mypy: torch returns a number for a group without this rank
     return group, number
 
 
 def share(count: int, shares: int, number: int, step: int = 1) -> range:
-    """Share `number` of `shares` of the items 0 ... count - 1, contiguous and as even as possible.
-
-    Every share begins at a multiple of `step`.
-    """
+    """Range of share `number` when 0 ... count - 1 is cut into even `shares` at multiples of `step`."""
     steps = -(-count // step)
     begin, end = (steps * each // shares * step for each in (number, number + 1))
     return range(min(begin, count), min(end, count))
@@ -202,7 +191,7 @@ def shard_range(count: int, group: Group | None = None, step: int = 1) -> range:
 
 
 def is_main(group: Group | None = None) -> bool:
-    """True on the first rank of the group; the first of all ranks reports and writes."""
+    """True on the first rank of the group."""
     return rank(group) == 0
 
 
@@ -216,17 +205,8 @@ def world_size(group: Group | None = None) -> int:
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
-def all_gather_objects(items: Sequence[Item], group: Group | None = None) -> list[Item]:
-    """The items of all ranks, in their order. They are pickled, between the processes of one run."""
-    if world_size(group) == 1:
-        return list(items)
-    gathered: list[list[Item]] = [[] for _ in range(world_size(group))]
-    dist.all_gather_object(gathered, list(items), group=group)
-    return [item for part in gathered for item in part]
-
-
 def gather_objects(items: Sequence[Item], group: Group | None = None) -> list[Item]:
-    """`all_gather_objects` on the first rank of the group; [] on the others."""
+    """Items of all ranks in the order of the ranks, pickled on the way; on the first rank only, [] on the others."""
     if world_size(group) == 1:
         return list(items)
     gathered: list[Any] | None = [None] * world_size(group) if is_main(group) else None
@@ -235,7 +215,7 @@ def gather_objects(items: Sequence[Item], group: Group | None = None) -> list[It
 
 
 def broadcast_object(value: Item | None, group: Group | None = None) -> Item:
-    """The value of the first rank of the group; that of the others is ignored."""
+    """Value of the first rank of the group, on every rank."""
     carrier: list[Any] = [value]
     if world_size(group) > 1:
         dist.broadcast_object_list(carrier, group=group, group_src=0)
@@ -243,17 +223,14 @@ def broadcast_object(value: Item | None, group: Group | None = None) -> Item:
 
 
 def all_gather_counts(count: int, group: Group | None = None) -> list[int]:
-    """The counts of all ranks, in their order."""
-    if world_size(group) == 1:
-        return [count]
-    own = torch.tensor([count], dtype=torch.int64)
-    counts = [torch.zeros_like(own) for _ in range(world_size(group))]
-    dist.all_gather(counts, own, group=group)
-    return [int(each) for each in counts]
+    """Counts of all ranks in the order of the ranks."""
+    counts = torch.zeros(world_size(group), dtype=torch.int64)
+    counts[rank(group)] = count
+    return all_reduce_sum(counts, group).tolist()
 
 
 def all_gather_rows(rows: Tensor, group: Group | None = None) -> tuple[Tensor, int]:
-    """The rows of all ranks, in their order. Gradients flow back to the rank that a row came from.
+    """Rows of all ranks in the order of the ranks. Gradients flow back to the rank that a row came from.
 
     Args:
         rows: (n, D); n may differ between ranks and be 0.
@@ -296,24 +273,16 @@ def all_reduce_sum(values: Tensor, group: Group | None = None) -> Tensor:
     return values
 
 
-def all_reduce_floats(values: Sequence[float], device: torch.device, group: Group | None = None) -> list[float]:
-    """Sums of numbers over the ranks, in float64, the same on every rank."""
-    return all_reduce_sum(torch.tensor(values, dtype=torch.float64, device=device), group).tolist()
-
-
 def all_reduce_any(flag: bool, device: torch.device, group: Group | None = None) -> bool:
     """True on every rank if the flag is set on any of them."""
-    return all_reduce_floats([flag], device, group)[0] > 0
+    return all_reduce_sum(torch.tensor(int(flag), device=device), group).item() > 0
 
 
 def log_in_first_process(group: Group | None = None) -> None:
-    """Let the first process of the group log, and the others of it log errors only."""
+    """Limit the log of all ranks of the group but the first to errors."""
     logging.disable(logging.NOTSET if is_main(group) else logging.WARNING)
 
 
 def progress_bar(items: Iterable[Item] | None = None, **options: Any) -> "tqdm[Item]":
-    """A tqdm bar that vanishes when its work is done. Of several ranks only the first draws it.
-
-    Without items, the caller counts by `update`. `options` are those of tqdm.
-    """
+    """tqdm with its `options`, on rank 0 only, gone at the end. Without items, the caller calls `update`."""
     return tqdm(items, leave=False, disable=not is_main(), **options)
