@@ -10,13 +10,13 @@ import tifffile
 from utils.errors import InputError
 from utils.scans.organized_pc import (
     MAX_PIXELS,
+    as_cloud,
     check_organized,
     organized_pc_header,
     read_organized_pc,
     resize_nearest,
     valid_mask,
     write_organized_pc,
-    zero_invalid,
 )
 
 
@@ -33,7 +33,7 @@ def test_valid_mask_follows_the_rule_point_by_point() -> None:
     expected = [all(value != 0 and np.isfinite(value) for value in point) for point in points]
     assert 0 < sum(expected) < len(expected)
     assert valid_mask(points).tolist() == expected
-    cleaned = zero_invalid(points)
+    cleaned = as_cloud(points)
     assert np.array_equal(cleaned[expected], points[expected])
     assert cleaned[~np.array(expected)].tobytes() == bytes(12 * (len(points) - sum(expected)))
 

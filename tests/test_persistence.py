@@ -621,7 +621,7 @@ def test_a_folder_that_takes_no_files_is_refused_before_the_work(
     assert make_folder(tmp_path / "a/b", "--output_dir") == tmp_path / "a/b"
     assert not list((tmp_path / "a/b").iterdir())
     monkeypatch.setattr("tempfile.TemporaryFile", fails)
-    with pytest.raises(InputError, match=r"b is not writable \(Read-only file system\)\. Make it so, or choose"):
+    with pytest.raises(InputError, match=r"b cannot be made or written \(Read-only file system\)\. Choose"):
         make_folder(tmp_path / "a/b", "--output_dir")
 
 

@@ -28,7 +28,7 @@ from utils.cleaning import journal
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, pad_to_square
 from utils.errors import InputError
 from utils.preprocessing import main, preprocess
-from utils.scans.organized_pc import read_organized_pc, zero_invalid
+from utils.scans.organized_pc import as_cloud, read_organized_pc
 
 BOTH = frozenset({"rgb", "xyz"})
 Files = dict[str, Path]  # of one scan, by modality
@@ -244,7 +244,7 @@ def formed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ex
         write_scan(folder, form, 0, with_gt=True)
         store({"xyz": folder / f"xyz/{form}.tiff", "rgb": folder / f"rgb/{form}.png", "gt": folder / f"gt/{form}.png"})
         found = {name: next((folder / name).glob(f"{form}.*")) for name in ("xyz", "rgb", "gt")}
-        xyz = zero_invalid(tifffile.imread(found["xyz"]).astype(np.float32))
+        xyz = as_cloud(tifffile.imread(found["xyz"]))
         gt = as_stored(found["gt"])
         clean_xyz, clean_rgb, _ = clean_scan(xyz, as_stored(found["rgb"]), gt, CleaningRule())
         expected[form] = Expected(clean_xyz, clean_rgb, pad_to_square(gt, 100))

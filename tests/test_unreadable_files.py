@@ -83,7 +83,7 @@ def test_dataset_check_names_what_it_may_not_read(dataset: Path) -> None:
         with unprivileged():
             assert class_folders(dataset) == find_classes(dataset, "mvtec3d") == ["bagel", "dowel"]
             report = check_split(dataset / "bagel", "train", BOTH, num_workers=0)
-        assert (report.scans, report.problems) == (scans, (f"{dataset / named} cannot be read {MEND}",))
+        assert (report.samples, report.problems) == (scans, (f"{dataset / named} cannot be read {MEND}",))
         (dataset / locked).chmod(0o777)
     dataset.chmod(0)
     with unprivileged(), pytest.raises(InputError, match="cannot be read"):

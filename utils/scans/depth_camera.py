@@ -12,16 +12,12 @@ import msgspec
 import numpy as np
 
 from utils.errors import InputError
-from utils.scans.files import cannot_read
 from utils.scans.images import open_image
-from utils.scans.json_records import decode_record
+from utils.scans.json_records import read_record
 from utils.scans.organized_pc import as_cloud
 
 OFF_AXIS = 1e-6  # meters, far below the resolution of a camera
-FIX = (
-    'Write {"fx": .., "fy": .., "cx": .., "cy": .., "depth_scale": meters per unit} into it, of depth images without '
-    "lens distortion"
-)
+FIX = 'Write {"fx": .., "fy": .., "cx": .., "cy": .., "depth_scale": meters per unit} into it, without lens distortion'
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Pixels = Annotated[int, msgspec.Meta(gt=0)]
 
@@ -42,16 +38,10 @@ def read_camera(path: Path) -> Camera:
     """Read the intrinsics of a camera.
 
     Raises:
-        InputError: not a JSON object, a number is missing or impossible, or a key is unknown, such as one of a
-            distortion, which the computation would ignore.
+        InputError: not a JSON object, a number is missing or impossible, or a key is unknown, such as a coefficient of
+            lens distortion, which `back_project` would ignore.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="replace")  # Windows begins files with a mark
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing. {FIX}, or name another file.") from error
-    except OSError as error:
-        raise cannot_read(path, error) from error
-    return decode_record(text, Camera, path, FIX)
+    return read_record(path, Camera, None, FIX)
 
 
 def read_depth_png(path: Path, camera: Camera) -> np.ndarray:
@@ -63,15 +53,10 @@ def read_depth_png(path: Path, camera: Camera) -> np.ndarray:
     with open_image(path) as image:
         mode, depth = image.mode, np.asarray(image)
     if not mode.startswith("I"):
-        raise InputError(
-            f"{path} holds {mode} pixels, expected one channel of 16 bits. Give the depth image as the camera stores "
-            "it, not a colored one."
-        )
+        raise InputError(f"{path} holds {mode} pixels, expected one channel of 16 bits. Give the camera's own file.")
     for name, found, expected in (("high", depth.shape[0], camera.height), ("wide", depth.shape[1], camera.width)):
         if expected is not None and found != expected:
-            raise InputError(
-                f"{path} is {found} pixels {name}, the intrinsics are for {expected}. Give those of its resolution."
-            )
+            raise InputError(f"{path} is {found} pixels {name}, the intrinsics are for {expected}. Give matching ones.")
     return back_project(depth, camera)
 
 
@@ -83,8 +68,8 @@ def back_project(depth: np.ndarray, camera: Camera) -> np.ndarray:
         camera: its intrinsics.
 
     Returns:
-        (H, W, 3) float32, meters, camera frame (x right, y down, z away); no measurement is exactly 0. A pixel on an
-        axis of the camera, whose x or y would be exactly 0 and read as missing, is moved by OFF_AXIS.
+        (H, W, 3) float32, meters, camera frame (x right, y down, z away); no measurement is exactly 0. An x or y of
+        exactly 0 on an axis of the camera, which would read as missing, becomes OFF_AXIS.
     """
     z = np.asarray(depth, dtype=np.float64) * camera.depth_scale
     v, u = np.indices(z.shape)

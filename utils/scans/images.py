@@ -1,4 +1,4 @@
-"""Images as stored: any PNG or JPEG becomes an RGB image or a ground truth."""
+"""PNG and JPEG files of any mode as RGB images and ground truths."""
 
 import os
 import struct
@@ -26,7 +26,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def defect_mask(image: Image.Image) -> np.ndarray:
-    """Return a ground truth as (H, W) bool: a pixel that is neither zero nor black is a defect."""
+    """Return a ground truth as (H, W) bool; a pixel that is neither zero nor black is a defect."""
     if image.mode == "P":
         palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
         background = palette.any(axis=1).argmin()  # the first black entry, 0 where none is black
@@ -38,7 +38,7 @@ def defect_mask(image: Image.Image) -> np.ndarray:
 
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """Open a PNG or JPEG. Errors of PIL, here or in the block, become an InputError that names the file."""
+    """Open a PNG or JPEG. Errors of PIL, also in the block, become an InputError that names the file."""
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             yield image
@@ -46,7 +46,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         raise
     except Image.DecompressionBombError as error:
         raise InputError(
-            f"{path} has more pixels than an image may have ({error}). Scale the files of the sample down."
+            f"{path} has more pixels than allowed ({error}). Scale the files of the sample down."
         ) from error
     except (OSError, SyntaxError, ValueError, IndexError, struct.error) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the system; those of PIL have no number

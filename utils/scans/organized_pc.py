@@ -28,53 +28,39 @@ MAX_PIXELS = 1 << 26  # of a cloud, 0.8 GB of float32: more than any depth camer
 def valid_mask(xyz: np.ndarray) -> np.ndarray:
     """Tell measured pixels from missing ones: all three coordinates non-zero and finite.
 
-    Args:
-        xyz: (..., 3) float, meters; (H, W, 3) for an organized cloud, (N, 3) for a list of points.
-
-    Returns:
-        (...) bool, True where the pixel holds a measurement.
+    `xyz` is (..., 3) float, such as (H, W, 3) of an organized cloud; returns (...) bool.
     """
     valid = (xyz != 0) & np.isfinite(xyz)
     return valid[..., 0] & valid[..., 1] & valid[..., 2]  # ten times as fast as all(axis=-1)
-
-
-def zero_invalid(xyz: np.ndarray) -> np.ndarray:
-    """Return a copy of `xyz` (..., 3) whose missing pixels (see `valid_mask`) are exactly (0, 0, 0)."""
-    return np.where(valid_mask(xyz)[..., None], xyz, xyz.dtype.type(0))
 
 
 def check_organized(name: Path | str, shape: Sequence[int], dtype: np.dtype | None) -> None:
     """Raise InputError for an array that is not H x W x 3 floating-point numbers, or has more than MAX_PIXELS."""
     if len(shape) != 3 or shape[2] != 3 or not all(shape):
         found = " x ".join(map(str, shape))
-        raise InputError(
-            f"{name} holds an array of {found}, expected H x W x 3 (x, y, z of every pixel). "
-            "Store the coordinates as the last axis."
-        )
+        raise InputError(f"{name} holds an array of {found}, expected H x W x 3. Store x, y and z as the last axis.")
     if dtype is None or dtype.kind != "f":
-        raise InputError(
-            f"{name} holds {dtype} numbers, expected floating-point coordinates in meters. "
-            "Convert the units and store float32."
-        )
+        raise InputError(f"{name} holds {dtype} numbers, expected floating-point coordinates. Store float32 meters.")
     if shape[0] * shape[1] > MAX_PIXELS:
         raise InputError(
-            f"{name} promises {shape[0]} x {shape[1]} points (H x W), expected at most {MAX_PIXELS} in all. Its header "
-            "is damaged, or it has to be scaled down."
+            f"{name} promises {shape[0]} x {shape[1]} points (H x W), expected at most {MAX_PIXELS} in all. Scale it "
+            "down, or copy it again if its header is damaged."
         )
 
 
 def as_cloud(xyz: np.ndarray) -> np.ndarray:
     """Convert `xyz` (..., 3) to float32, with missing pixels (see `valid_mask`) exactly (0, 0, 0)."""
     with np.errstate(over="ignore"):  # a float64 beyond the range of float32 becomes infinite, which is missing
-        return zero_invalid(xyz.astype(np.float32))
+        cloud = xyz.astype(np.float32)
+    return np.where(valid_mask(cloud)[..., None], cloud, np.float32(0))
 
 
 def organized_pc_header(path: Path | str) -> tuple[int, int]:
     """Return (H, W) of a cloud from the header of its file, fast enough for thousands of files.
 
     Raises:
-        InputError: the file cannot be opened as a tiff, is shorter than its header promises, is not H x W x 3, or
-            does not hold floating-point numbers. Only `read_organized_pc` finds damage inside the pixel data.
+        InputError: the file is no tiff of H x W x 3 floating-point numbers, or shorter than its header promises. Only
+            `read_organized_pc` finds damage inside the pixel data.
     """
     with _open_checked(path) as tif:
         height, width, _ = tif.series[0].shape
@@ -82,17 +68,12 @@ def organized_pc_header(path: Path | str) -> tuple[int, int]:
 
 
 def read_organized_pc(path: Path | str) -> np.ndarray:
-    """Read an organized point cloud.
+    """Read a tiff of H x W x 3 floats, meters, as an organized point cloud, (H, W, 3) float32.
 
-    Args:
-        path: tiff of H x W x 3 numbers, meters, float16, float32 or float64.
-
-    Returns:
-        (H, W, 3) float32, meters, camera frame; a missing pixel (any coordinate zero, NaN or infinite) is exactly
-        (0, 0, 0).
+    A pixel with a coordinate that is zero, NaN or infinite becomes (0, 0, 0).
 
     Raises:
-        InputError: what `organized_pc_header` raises, or the pixel data cannot be decoded.
+        InputError: as in `organized_pc_header`, or the pixel data cannot be decoded.
     """
     with _open_checked(path) as tif:
         return as_cloud(tif.series[0].asarray())
@@ -110,12 +91,8 @@ def write_organized_pc(path: Path | str, xyz: np.ndarray) -> None:
 def resize_nearest(xyz: np.ndarray, size: int) -> Tensor:
     """Resize a cloud to size x size by picking pixels: no coordinate is averaged with a missing one.
 
-    Args:
-        xyz: (H, W, 3) float, meters.
-        size: side of the result in pixels.
-
-    Returns:
-        (3, size, size) float32, meters; row i shows source row floor(i * H / size), columns likewise.
+    `xyz` is (H, W, 3) float; returns (3, size, size) float32. Row i shows source row floor(i * H / size), columns
+    likewise.
     """
     import torch  # here, because preprocessing starts a process per core and needs none of it
 
@@ -129,19 +106,16 @@ def _open_checked(path: Path | str) -> Iterator[tifffile.TiffFile]:
     """Open a tiff with the header of an organized point cloud. Every fault becomes an InputError."""
     path = Path(path)
     try:
-        if not path.is_file():
-            raise InputError(f"{path} is missing. Expected the tiff file of an organized point cloud.")
         with tifffile.TiffFile(path) as tif:
             _check_header(path, tif)
             yield tif
     except InputError:
         raise
-    except PermissionError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise cannot_read(path, error) from error
     except Exception as error:  # rubbish bytes make the decoder raise almost anything
         raise InputError(
-            f"{path} cannot be read as a tiff file ({type(error).__name__}: {error}). "
-            "It is damaged or of another format. Copy it again from the dataset."
+            f"{path} cannot be read as a tiff file ({type(error).__name__}: {error}). Copy it again from the dataset."
         ) from error
 
 
@@ -150,18 +124,12 @@ def _check_header(path: Path, tif: tifffile.TiffFile) -> None:
     check_organized(path, series.shape, series.dtype)
     if len(tif.series) > 1:
         raise InputError(f"{path} holds {len(tif.series)} images, expected one cloud. Store it alone.")
-    pages = [page for page in series.pages if page is not None]  # those without a gap share the first one's header
+    pages = [page for page in series.pages if page is not None]
     if any(len(page.dataoffsets) != math.prod(page.chunked) or 0 in page.databytecounts for page in pages):
-        raise InputError(
-            f"{path} lacks strips or tiles that its header promises, which would read as zeros. It is damaged. Copy it "
-            "again from the dataset."
-        )
-    if series.dataoffset is not None:
+        raise InputError(f"{path} lacks strips or tiles that its header promises. Copy it again from the dataset.")
+    end = max(o + n for page in pages for o, n in zip(page.dataoffsets, page.databytecounts, strict=True))
+    if series.dataoffset is not None:  # its pages follow one another, and share the first one's header
         end = series.dataoffset + series.nbytes
-    else:
-        end = max(o + n for page in pages for o, n in zip(page.dataoffsets, page.databytecounts, strict=True))
     size = path.stat().st_size
     if size < end:
-        raise InputError(
-            f"{path} has {size} bytes where its header promises {end}, it is cut short. Copy it again from the dataset."
-        )
+        raise InputError(f"{path} has {size} bytes where its header promises {end}. Copy it again from the dataset.")

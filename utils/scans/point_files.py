@@ -9,7 +9,6 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.format import open_memmap
@@ -28,21 +27,8 @@ _PLY_TYPES = {
     "float": "f4", "float32": "f4", "double": "f8", "float64": "f8",
 }  # fmt: skip
 
-
-class _Record(NamedTuple):
-    """Position of x, y and z in each point."""
-
-    binary: np.dtype  # with fields x, y, z; its size is that of the whole point
-    columns: tuple[int, ...]  # of an ascii line
-
-
-_Decoder = Callable[[Path, bytes, _Record, int], np.ndarray]
-
-
-class _Property(NamedTuple):
-    name: str
-    code: str  # NumPy's, without byte order: "f4"
-    length: int = 1  # numbers
+_Field = tuple[str, str, int]  # name, NumPy's code without byte order ("f4"), count of numbers
+_Decoder = Callable[[Path, bytes, np.dtype, int], np.ndarray]  # file, its points, their type, their number -> (N, 3)
 
 
 def read_npy(path: Path) -> np.ndarray:
@@ -65,24 +51,24 @@ def read_pcd(path: Path) -> np.ndarray:
             header promises.
     """
     lines, body = _split_header(path, "PCD", b"", b"DATA ")
-    with _header_of(path, "PCD"):
-        entries = {words[0]: words[1:] for line in lines if (words := line.split()) and words[0] != "#"}
+    with _header_errors(path, "PCD"):
+        entries = {words[0]: words[1:] for line in lines if (words := line.split())}
         size, encoding = (int(entries["HEIGHT"][0]), int(entries["WIDTH"][0])), entries["DATA"][0]
         names = entries["FIELDS"]
-        lengths = map(int, entries.get("COUNT", ["1"] * len(names)))
         codes = [_PCD_TYPES[kind] + width for kind, width in zip(entries["TYPE"], entries["SIZE"], strict=True)]
-        record = _record(path, [_Property(*each) for each in zip(names, codes, lengths, strict=True)], "<")
+        counts = map(int, entries.get("COUNT", ["1"] * len(names)))
+        point = _point_type(path, list(zip(names, codes, counts, strict=True)), "<")
     if min(size) <= 1:
         raise InputError(
-            f"{path} holds {size[1]} x {size[0]} points (WIDTH x HEIGHT), an unorganized cloud, expected one point per "
-            "pixel. Export the cloud organized, with NaN for pixels without a measurement."
+            f"{path} holds {size[1]} x {size[0]} points (WIDTH x HEIGHT), an unorganized cloud. Export it with a point "
+            "for each pixel, NaN where there is no measurement."
         )
     decoders = {"ascii": _from_ascii, "binary": _from_binary, "binary_compressed": _from_compressed}
-    return _decode(path, body, record, size, encoding, decoders)
+    return _decode(path, body, point, size, encoding, decoders)
 
 
 def read_ply(path: Path, image_size: tuple[int, int] | None = None) -> np.ndarray:
-    """Read a PLY file that holds a point for each pixel: ascii or binary, with x, y, z and any other properties.
+    """Read a PLY file with a point for each pixel: ascii or binary, with x, y, z and any other properties.
 
     The format has no place for height and width. They are taken from lines such as `obj_info num_cols 640` and
     `obj_info num_rows 480` (or with `comment`), as scanners write them, else from the image of the same view.
@@ -96,144 +82,123 @@ def read_ply(path: Path, image_size: tuple[int, int] | None = None) -> np.ndarra
             header promises.
     """
     lines, body = _split_header(path, "PLY", b"ply", b"end_header")
-    with _header_of(path, "PLY"):
-        encoding = next(words[1] for line in lines if (words := line.split())[:1] == ["format"])
-        number, properties = _vertices(path, lines)
-        record = _record(path, properties, ">" if encoding == "binary_big_endian" else "<")
-        size = _grid(lines) or image_size
+    with _header_errors(path, "PLY"):
+        encoding = next(line.split()[1] for line in lines if line.startswith("format "))
+        number, fields, size = _parse_ply(path, lines)
+        point = _point_type(path, fields, ">" if encoding == "binary_big_endian" else "<")
+    size = size or image_size
     if size is None or min(size) < 1 or size[0] * size[1] != number:
         expected = "num_rows and num_cols in its header" if size is None else f"{size[0]} x {size[1]}, one a pixel"
         raise InputError(
-            f"{path} holds {number} points, expected {expected}. Export the cloud organized, with NaN for pixels "
-            "without a measurement, or as .tiff or .npy of H x W x 3."
+            f"{path} holds {number} points, expected {expected}. Export it with a point for each pixel, NaN where there"
+            " is no measurement, or as .tiff or .npy of H x W x 3."
         )
-    binary = dict.fromkeys(("binary_little_endian", "binary_big_endian"), _from_binary)
-    return _decode(path, body, record, size, encoding, {"ascii": _from_ascii, **binary})
+    decoders = {"ascii": _from_ascii, "binary_little_endian": _from_binary, "binary_big_endian": _from_binary}
+    return _decode(path, body, point, size, encoding, decoders)
+
+
+def _parse_ply(path: Path, lines: Sequence[str]) -> tuple[int, list[_Field], tuple[int, int] | None]:
+    """Return the number of points in a PLY header, their fields, and (H, W) if it is there."""
+    counts: list[int] = []  # of the elements, the first of which has to be the points
+    fields: list[_Field] = []
+    sides = {}
+    for words in map(str.split, lines):
+        match words:
+            case ["comment" | "obj_info", "num_rows" | "num_cols" as side, digits] if digits.isdecimal():
+                sides[side] = int(digits)
+            case ["element", name, *_] if not counts and name != "vertex":
+                raise InputError(f"{path} begins with the element {name}, expected vertex. Export points alone.")
+            case ["element", *_]:
+                counts.append(int(words[2]))
+            case ["property", "list", *_] if len(counts) == 1:
+                raise InputError(f"{path} has points with a list, {words[-1]}. Export it without.")
+            case ["property", kind, *_] if len(counts) == 1:
+                fields.append((words[-1], _PLY_TYPES[kind], 1))
+    return counts[0], fields, (sides["num_rows"], sides["num_cols"]) if len(sides) == 2 else None
 
 
 def _split_header(path: Path, kind: str, first: bytes, last: bytes) -> tuple[list[str], bytes]:
-    """The lines of a header, which begins with `first`, through the one that begins with `last`, and what follows."""
+    """Return the lines of a header, from `first` through the line that begins with `last`, and what follows it."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise cannot_read(path, error) from error
     lines, start = [], 0
-    while content.startswith(first) and start < min(len(content), LONGEST_HEADER):
-        end = content.find(b"\n", start)
-        line = content[start : end if end >= 0 else None]
+    header = content[:LONGEST_HEADER] if content.startswith(first) else b""
+    for line in header.splitlines(keepends=True):
         lines.append(line.decode("utf-8", "replace").strip())
-        start += len(line) + 1
+        start += len(line)
         if line.startswith(last):
             return lines, content[start:]
     raise InputError(f"{path} is no {kind} file, or only its beginning. Export the cloud again.")
 
 
 @contextmanager
-def _header_of(path: Path, kind: str) -> Iterator[None]:
+def _header_errors(path: Path, kind: str) -> Iterator[None]:
     """Turn errors about the words of a header into an InputError."""
     try:
         yield
     except InputError:
         raise
     except (KeyError, IndexError, ValueError, TypeError, OverflowError, StopIteration) as error:
+        raise InputError(f"{path} has no {kind} header ({error!r}). Export the cloud again.") from error
+
+
+def _point_type(path: Path, fields: Sequence[_Field], order: str) -> np.dtype:
+    """Return the type of a point, with fields x, y and z; InputError where one of them is no floating-point number."""
+    if not {name for name, code, count in fields if code[0] == "f" and count == 1}.issuperset(AXES):
+        found = ", ".join(f"{count} {name} ({code})" for name, code, count in fields)
         raise InputError(
-            f"The header of {path} is not that of a {kind} file ({error!r}). Export the cloud again."
-        ) from error
-
-
-def _vertices(path: Path, lines: Sequence[str]) -> tuple[int, list[_Property]]:
-    """Number of points in a PLY header, and their properties; InputError where they are not its first element."""
-    number, properties, elements = 0, [], 0
-    for words in map(str.split, lines):
-        if words[:1] == ["element"]:
-            elements += 1
-            if elements == 1 and words[1] == "vertex":
-                number = int(words[2])
-            elif elements == 1:
-                raise InputError(f"{path} begins with the element {words[1]}, expected vertex. Export points alone.")
-        elif words[:2] == ["property", "list"] and elements == 1:
-            raise InputError(f"{path} has points with a list, {words[-1]}, expected numbers alone. Export it without.")
-        elif words[:1] == ["property"] and elements == 1:
-            properties.append(_Property(words[-1], _PLY_TYPES[words[1]]))
-    return number, properties
-
-
-def _grid(lines: Sequence[str]) -> tuple[int, int] | None:
-    """(H, W) from num_rows and num_cols of a PLY header."""
-    remarks = [words[1:] for line in lines if (words := line.split())[:1] in (["comment"], ["obj_info"])]
-    pairs = [words for words in remarks if len(words) == 2 and words[1].isdecimal()]
-    found = {name: int(number) for name, number in pairs if name in ("num_rows", "num_cols")}
-    return (found["num_rows"], found["num_cols"]) if len(found) == 2 else None
-
-
-def _record(path: Path, properties: Sequence[_Property], order: str) -> _Record:
-    """Layout of points with these properties; InputError where they lack a floating-point x, y or z."""
-    offsets, columns, codes = {}, {}, {}
-    offset = column = 0
-    for name, code, length in properties:
-        offsets[name], columns[name], codes[name] = offset, column, code
-        offset += np.dtype(code).itemsize * length
-        column += length
-    single = {name for name, code, length in properties if code[0] == "f" and length == 1}
-    if not single.issuperset(AXES):
-        fields = ", ".join(f"{length} {name} ({code})" for name, code, length in properties)
-        raise InputError(
-            f"{path} holds {fields or 'no fields'}, expected x, y and z as floating-point numbers. Export them."
+            f"{path} holds {found or 'no fields'}, expected x, y and z as floating-point numbers. Export them."
         )
-    layout = {
-        "names": list(AXES),
-        "formats": [order + codes[axis] for axis in AXES],
-        "offsets": [offsets[axis] for axis in AXES],
-        "itemsize": offset,
-    }
-    return _Record(np.dtype(layout), tuple(columns[axis] for axis in AXES))  # type: ignore[call-overload]
+    # Other names may occur twice, such as "_" of padding.
+    names = [name if name in AXES else f"field {i}" for i, (name, _, _) in enumerate(fields)]
+    return np.dtype([(name, order + code, (count,)) for name, (_, code, count) in zip(names, fields, strict=True)])
 
 
 def _decode(
-    path: Path, body: bytes, record: _Record, size: tuple[int, int], encoding: str, decoders: Mapping[str, _Decoder]
+    path: Path, body: bytes, point: np.dtype, size: tuple[int, int], encoding: str, decoders: Mapping[str, _Decoder]
 ) -> np.ndarray:
     """Decode the points (H, W, 3); InputError for an encoding without a decoder, or an impossible size."""
-    check_organized(path, (*size, len(AXES)), record.binary[AXES[0]])
+    check_organized(path, (*size, len(AXES)), point[AXES[0]].base)
     if encoding not in decoders:
         raise InputError(f"{path} is encoded as {encoding!r}, expected {', '.join(decoders)}. Export the cloud so.")
-    return decoders[encoding](path, body, record, size[0] * size[1]).reshape(*size, 3)
+    return decoders[encoding](path, body, point, size[0] * size[1]).reshape(*size, 3)
 
 
-def _from_ascii(path: Path, body: bytes, record: _Record, number: int) -> np.ndarray:
+def _from_ascii(path: Path, body: bytes, point: np.dtype, number: int) -> np.ndarray:
     lines = [line for line in body.decode("utf-8", "replace").splitlines() if line.strip()][:number]
     if len(lines) < number:
         raise _cut_short(path, len(lines), number)
+    names = list(point.names or ())
+    columns = [sum(point[name].shape[0] for name in names[: names.index(axis)]) for axis in AXES]
     try:
-        return np.loadtxt(lines, usecols=record.columns, ndmin=2, comments=None).reshape(number, 3)
+        return np.loadtxt(lines, usecols=columns, ndmin=2, comments=None).reshape(number, 3)
     except ValueError as error:
         raise InputError(f"{path} holds a line that is no point ({error}). Export the cloud again.") from error
 
 
-def _from_binary(path: Path, body: bytes, record: _Record, number: int) -> np.ndarray:
-    if len(body) < number * record.binary.itemsize:
-        raise _cut_short(path, len(body) // record.binary.itemsize, number)
-    points = np.frombuffer(body, record.binary, number)
-    return np.stack([points[axis] for axis in AXES], axis=-1)
+def _from_binary(path: Path, body: bytes, point: np.dtype, number: int) -> np.ndarray:
+    if len(body) < number * point.itemsize:
+        raise _cut_short(path, len(body) // point.itemsize, number)
+    points = np.frombuffer(body, point, number)
+    return np.concatenate([points[axis] for axis in AXES], axis=-1)
 
 
-def _from_compressed(path: Path, body: bytes, record: _Record, number: int) -> np.ndarray:
-    """The lengths before and after compression, then the compressed numbers, field by field."""
-    if len(body) < 8:
-        raise _cut_short(path, 0, number)
-    packed, unpacked = struct.unpack_from("<II", body)
-    if unpacked != number * record.binary.itemsize:
-        raise _cut_short(path, unpacked // record.binary.itemsize, number)
+def _from_compressed(path: Path, body: bytes, point: np.dtype, number: int) -> np.ndarray:
+    """Decode the lengths after and before compression, then the compressed numbers, field by field."""
+    packed, unpacked = struct.unpack_from("<II", body) if len(body) >= 8 else (0, 0)
+    if unpacked != number * point.itemsize:
+        raise _cut_short(path, unpacked // point.itemsize, number)
     if len(body) < 8 + packed:
-        raise InputError(f"{path} has {len(body) - 8} of {packed} compressed bytes, it is cut short. Copy it again.")
+        raise InputError(f"{path} has {len(body) - 8} of {packed} compressed bytes. Copy it again.")
     try:
         whole = decompress_lzf(body[8 : 8 + packed], unpacked)
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}). Copy or export it again.") from error
-    fields = record.binary.fields
-    assert fields is not None
-    return np.stack(
-        [np.frombuffer(whole, fields[axis][0], number, offset=fields[axis][1] * number) for axis in AXES], axis=-1
-    )
+    assert point.fields is not None
+    columns = [np.frombuffer(whole, point[axis].base, number, number * point.fields[axis][1]) for axis in AXES]
+    return np.stack(columns, axis=-1)
 
 
 def decompress_lzf(packed: bytes, length: int) -> bytes:

@@ -5,7 +5,9 @@ cloud = read_cloud(Path("clouds/017.pcd"))
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,17 +54,19 @@ def find_samples(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLO
     Raises:
         InputError: there is no file, or no sample is complete.
     """
-    images = None if rgb is None else _by_stem(rgb, IMAGE_SUFFIXES, "--rgb")
-    clouds = None if xyz is None else _by_stem(xyz, suffixes, "--xyz")
-    if images and clouds and Path(rgb or "").is_file() and Path(xyz or "").is_file():
-        clouds = dict(zip(images, clouds.values(), strict=True))
+    by_kind: dict[str, dict[str, list[Path]]] = {}
+    if rgb is not None:
+        by_kind["image"] = _by_stem(rgb, IMAGE_SUFFIXES, "--rgb")
+    if xyz is not None:
+        by_kind["cloud"] = _by_stem(xyz, suffixes, "--xyz")
+    if rgb and xyz and Path(rgb).is_file() and Path(xyz).is_file():
+        by_kind["cloud"] = dict(zip(by_kind["image"], by_kind["cloud"].values(), strict=True))
     found = FoundSamples([], [])
-    by_kind = {kind: files for kind, files in (("image", images), ("cloud", clouds)) if files is not None}
     for name in sorted(set().union(*by_kind.values())):
         paths = {kind: files.get(name, []) for kind, files in by_kind.items()}
         image, cloud = (next(iter(paths.get(kind, [])), None) for kind in ("image", "cloud"))
-        sample, problem = SampleFiles(name, image, cloud), _problem(name, paths)
-        if problem:
+        sample = SampleFiles(name, image, cloud)
+        if problem := _problem(name, paths):
             found.incomplete.append((sample, problem))
         else:
             found.samples.append(sample)
@@ -88,19 +92,16 @@ def _problem(name: str, paths: Mapping[str, list[Path]]) -> str:
 
 def _by_stem(given: str, suffixes: Sequence[str], flag: str) -> dict[str, list[Path]]:
     """Return the files that a flag names by stem, each list sorted; InputError where there are none."""
-    if not given:
-        raise InputError(f"{flag} is empty. Name a file, a folder, or a pattern in quotes.")
     path = Path(given)
     try:
         if path.is_file():
             files = [path]
         else:
-            candidates = path.iterdir() if path.is_dir() else _matches(path)
+            matches = glob(given, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+            candidates = path.iterdir() if given and path.is_dir() else map(Path, matches)
             files = sorted(each for each in candidates if each.is_file() and not each.name.startswith("."))
     except OSError as error:
         raise cannot_read(path, error) from error
-    except ValueError as error:  # of pathlib, about "**" within a name
-        raise InputError(f"{flag} {path} is no pattern ({error}). Write it as in 'line/**/*.png'.") from error
     found: dict[str, list[Path]] = {}
     for each in files:
         if each.suffix.lower() in suffixes:
@@ -108,21 +109,10 @@ def _by_stem(given: str, suffixes: Sequence[str], flag: str) -> dict[str, list[P
     if found:
         return found
     if not files:
-        problem = "an empty folder" if path.is_dir() else "no file, no folder and no pattern that any file matches"
-        raise InputError(f"{flag} {path} is {problem}. Name a file, a folder, or a pattern in quotes.")
+        raise InputError(f"{flag} {given!r} names no file. Give a file, a folder with files, or a pattern in quotes.")
     if flag == "--xyz" and files[0].suffix.lower() in DEPTH_SUFFIXES:
         raise InputError(f"{flag} {path} names depth images. Give the intrinsics of their camera with --intrinsics.")
-    raise InputError(
-        f"{flag} {path} names {files[0].name} and no file with the suffix {', '.join(suffixes)}. Convert the files, or "
-        "name other ones."
-    )
-
-
-def _matches(pattern: Path) -> list[Path]:
-    """Return the paths that match a pattern. Its parts before the first wildcard are a folder."""
-    parts = pattern.parts
-    first = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), None)
-    return [] if first is None else list(Path(*parts[:first]).glob(str(Path(*parts[first:]))))
+    raise InputError(f"{flag} {path} names {files[0].name}, expected {', '.join(suffixes)}. Convert the files.")
 
 
 def read_cloud(
@@ -148,14 +138,10 @@ def read_cloud(
             raise InputError(f"{path} is a depth image. Give the intrinsics of its camera with --intrinsics.")
         fix = "Correct the depth_scale of its camera."
         return _in_meters(path, read_depth_png(path, camera), fix, fix)
-    if suffix == ".npy":
-        xyz = read_npy(path)
-    elif suffix == ".pcd":
-        xyz = read_pcd(path)
-    elif suffix == ".ply":
-        xyz = read_ply(path, image_size)
-    else:
-        xyz = read_organized_pc(path)
+    readers: dict[str, Callable[[Path], np.ndarray]] = {
+        ".npy": read_npy, ".pcd": read_pcd, ".ply": partial(read_ply, image_size=image_size)
+    }  # fmt: skip
+    xyz = readers.get(suffix, read_organized_pc)(path)
     meters = as_cloud(np.multiply(xyz, UNITS[unit], dtype=np.result_type(xyz.dtype, np.float32)))
     convert = "Convert its coordinates."
     if unit == "m":
@@ -177,16 +163,16 @@ def _in_meters(path: Path, xyz: np.ndarray, fix_if_far: str, fix_if_near: str) -
     if reach > MAX_COORDINATE:
         raise InputError(
             f"The coordinates of {path} reach {reach:.4g} m, expected at most {MAX_COORDINATE:g}. Set pixels without a "
-            "measurement to 0, or restore the file if it is damaged."
+            "measurement to 0."
         )
     return xyz
 
 
 def check_same_view(name: str, rgb: np.ndarray, xyz: np.ndarray, same_pixels: bool) -> None:
-    """Raise InputError for an image (H, W, 3) and a cloud (h, w, 3) that cannot show the same view.
+    """Raise InputError for an image (H, W, 3) and a cloud (h, w, 3) of a sample that cannot show the same view.
 
     With `same_pixels`, as for cleaning, their sizes must agree, else their aspect ratios: both are resized to the same
-    square. `name` is that of the sample.
+    square.
     """
     (height, width), (rows, columns) = rgb.shape[:2], xyz.shape[:2]
     if (height, width) == (rows, columns):
