@@ -12,8 +12,7 @@
 
 Writes image_rocauc_results.md, pixel_rocauc_results.md, aupro_results.md, results.json and report.html to --output_dir,
 with --save_preds also anomaly_maps/ and pred_maps/. Several methods share the features, which are extracted once; each
-has a row in the tables and a folder of its own, <output_dir>/<method>, for the rest. --save_detector saves the fitted
-detectors; --load_detector evaluates them again.
+has a row in the tables, and the other files in its own folder, <output_dir>/<method>.
 """
 
 import argparse
@@ -45,12 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def print_information(args: argparse.Namespace) -> None:
-    """Print what --list_backbones or --inspect_dataset asks for; exit code 1 where the dataset has problems."""
-    from runner.information import print_backbones, print_dataset
-
+    """Print the tables of --list_backbones or --inspect_dataset; exit code 1 where the dataset has problems."""
     if args.list_backbones:
-        print_backbones(args.checkpoint_dir, args.img_size)
-    elif not print_dataset(args):
+        from models import print_backbones
+
+        return print_backbones(args.checkpoint_dir, args.img_size)
+    from runner.dataset_check import print_dataset_check
+
+    if print_dataset_check(args):
         raise SystemExit(1)
 
 

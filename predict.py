@@ -6,8 +6,8 @@
         --intrinsics camera.json
 
 Writes to --output_dir: <name>.tiff (anomaly map, float32, on the pixels of the cloud), <name>_overlay.png and
-predictions.jsonl with a line of JSON for each sample, written when its batch is done, so that an interrupted run keeps
-its results. A sample that cannot be predicted has a line with "error" in place of a score, and the others go on.
+predictions.jsonl with a line of JSON for each sample, which an interrupted run keeps. A sample that cannot be predicted
+has a line with "error" in place of a score, and the others go on.
 
 Exit code: 0 all samples predicted, 1 at least one could not be predicted, 2 the run stopped or never began,
 130 interrupted, 141 the reader of stdout has closed.
@@ -64,14 +64,10 @@ class PredictSettings:
             raise InputError(f"num_workers is {self.num_workers}, expected 0 or more.")
         if self.keep_rgb and not self.preprocess:
             raise InputError("--keep_rgb only applies to --preprocess. Give both, or leave it out.")
-        if self.xyz is None:
-            for flag, given in (
-                ("--preprocess", self.preprocess),
-                ("--intrinsics", self.intrinsics is not None),
-                ("--xyz_unit", self.xyz_unit != "m"),
-            ):
-                if given:
-                    raise InputError(f"{flag} only applies to --xyz. Give both, or leave it out.")
+        about_clouds = {"preprocess": self.preprocess, "intrinsics": self.intrinsics, "xyz_unit": self.xyz_unit != "m"}
+        for flag, given in about_clouds.items():
+            if given and self.xyz is None:
+                raise InputError(f"--{flag} only applies to --xyz. Give both, or leave it out.")
 
     def check_detector(self, detector: "Detector") -> None:
         """Refuse flags that do not give the files that the detector uses, or give others."""
@@ -103,10 +99,7 @@ class PredictSettings:
             return
         for path in (path for files in found.samples for path in output_paths(folder, files.path)):
             if path.exists():
-                raise InputError(
-                    f"{path} exists and was not written by this script, since there is no {PREDICTIONS} beside it. "
-                    "Choose another --output_dir."
-                )
+                raise InputError(f"{path} exists, with no {PREDICTIONS} beside it. Choose another --output_dir.")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

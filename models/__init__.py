@@ -1,7 +1,4 @@
-"""The networks: a table of the published backbones, and the factory that builds them with their weights.
-
-Nothing here imports torch before a network is built, since the names are choices of flags.
-"""
+"""The networks: a table of the published backbones, and the factory that builds them with their weights."""
 
 import logging
 from pathlib import Path
@@ -61,7 +58,7 @@ class BackboneRow(NamedTuple):
     name: str
     modality: str
     width: int
-    grid: str  # patches along both sides, or the place that a row of features belongs to
+    grid: str  # patches along both sides; of a 3D network the place of each feature
     weights: str  # the path found, "absent", or the reason that no file is needed
     published: str  # file names and source; empty where no file is needed
 
@@ -135,13 +132,13 @@ def rgb_spec(name: str) -> RgbSpec | None:
 
 
 def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoint: Path | None = None) -> "RgbBackbone":
-    """Build the RGB backbone `name` with its published weights, in evaluation mode, on the CPU.
+    """Build the RGB backbone `name` (see `rgb_spec`) with its weights, in evaluation mode, on the CPU.
 
     Args:
         name: a key of RGB_BACKBONES, or the name of a vision transformer in timm.
-        checkpoint_dir: folder of the published file; where it is not there, timm's own download is tried.
+        checkpoint_dir: folder of the published file; without the file, timm's own download is tried.
         img_size: side of the square input, pixels.
-        checkpoint: the file itself, instead of the search.
+        checkpoint: file to load instead.
 
     Raises:
         InputError: unknown name, img_size that the patches do not divide, missing or wrong checkpoint.
@@ -174,9 +171,7 @@ def build_xyz_backbone(
     point_ops: str,
     checkpoint: Path | None = None,
 ) -> "PointBackbone":
-    """Build the 3D backbone `name` with its published weights, in evaluation mode, on the CPU.
-
-    `checkpoint` is the file itself; without it, it is looked for in `checkpoint_dir`.
+    """Build the 3D backbone `name` in evaluation mode, on the CPU, from `checkpoint` or a file in `checkpoint_dir`.
 
     Raises:
         InputError: unknown name, missing or wrong checkpoint.
@@ -231,6 +226,17 @@ def list_backbones(checkpoint_dir: Path, img_size: int) -> list[BackboneRow]:
         weights = str(xyz.files.find(checkpoint_dir) or "absent")
         rows.append(BackboneRow(name, "xyz", width, "every group", weights, str(xyz.files)))
     return rows
+
+
+def print_backbones(checkpoint_dir: Path, img_size: int) -> None:
+    """Print the table of --list_backbones, and the sources of the weights."""
+    from utils.reporting.tables import print_columns
+
+    rows = list_backbones(checkpoint_dir, img_size)
+    print_columns([("name", "branch", "width", "grid", "weights"), *[tuple(map(str, row[:5])) for row in rows]])
+    published = [f"  {row.name}: {row.published}" for row in rows if row.published]
+    print("\nPublished as:", *published, sep="\n")
+    print("\nAny other vision transformer of timm works by its name there, such as vit_small_patch14_dinov2.lvd142m.")
 
 
 def build_feature_fusion(path: Path, *, xyz_dim: int, rgb_dim: int) -> "FeatureFusion":

@@ -1,7 +1,8 @@
 """One class of a run of main.py: fit its detectors, or load them, and evaluate them on its test split."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,11 +42,8 @@ Stopwatches = dict[str, Stopwatch]
 def run_class(name: str, run: Run, extractor: PatchExtractor, group: Group | None = None) -> dict[str, ClassReport]:
     """Fit the detectors of a class, or load them, and evaluate them. The processes of `group` share the samples.
 
-    Returns:
-        report of the class by method in the first process of the group, nothing in the others.
-
-    Raises:
-        InputError: a file cannot be used; the message begins with the class.
+    Returns the report by method, {} in all processes of the group but the first. Raises InputError, beginning with the
+    class, for a file that cannot be used.
     """
     try:
         if run.saved:
@@ -75,7 +73,7 @@ def fit_class(
         samples,
         count,
         extraction,
-        feature_saver(name, run) if settings.save_feature else None,
+        partial(save_patches, name, run) if settings.save_feature else None,
         memory_budget=budget,
         dtype=STORAGE_DTYPES[settings.train_feature_dtype],
         group=group,
@@ -90,8 +88,8 @@ def fit_class(
             round_banks(detector, detector_dtype)
     if validation is None:
         logger.warning(
-            "%s has no validation/good: thresholds are calibrated on the training samples, whose scores are lower than "
-            "those of other good samples, because the banks hold them. Expect more false alarms than --target_fpr",
+            "%s has no validation/good: thresholds are calibrated on the training samples. They score low, so expect "
+            "more false alarms than --target_fpr",
             name,
         )
     source: Source = "training" if validation is None else "validation"
@@ -132,17 +130,16 @@ def own_samples(
 ) -> tuple[Iterator[Sample], int]:
     """Samples of a split that this process reads, and their number.
 
-    Batches begin where they begin in a single process. Another composition changes the last digits of the features,
-    and the one-class SVMs are sensitive to these.
+    Batches are those of a single process: others change the last digits of the features, to which the SVMs are
+    sensitive.
     """
     own = shard_range(len(files), group, extractor.batch_size)
-    config = run.config
-    dataset = AnomalyDataset(files[own.start : own.stop], config.method.modalities, config.img_size)
+    dataset = AnomalyDataset(files[own.start : own.stop], run.config.method.modalities, run.config.img_size)
     return load_samples(dataset, run.settings.num_workers), len(dataset)
 
 
 def memory_budget(run: Run, device: torch.device) -> float:
-    """--memory_budget, or by default the share of this process in half of the machine's memory, GB."""
+    """--memory_budget, or this process's share of half of the machine's memory, GB."""
     if run.settings.memory_budget is not None:
         return run.settings.memory_budget
     sharing = find_ranks().local_world_size if device.type == "cpu" else 1
@@ -150,33 +147,26 @@ def memory_budget(run: Run, device: torch.device) -> float:
 
 
 def sample_readers(files: list[SampleFiles], run: Run) -> tuple[ReadArray, ReadArray]:
-    """Readers of image and cloud of a test sample by its number. They return None for modalities that are not read."""
+    """Readers of the image and the cloud of a test sample by its number; None for a modality that is not read."""
     used = run.config.method.modalities
-
-    def read_image(number: int) -> NDArray | None:
-        return read_rgb(files[number]) if "rgb" in shown_modalities(run.settings, used) else None
+    shown = shown_modalities(run.settings, used)
 
     def read_cloud(number: int) -> NDArray | None:
         path = files[number].xyz
         return read_organized_pc(path) if path is not None and "xyz" in used else None
 
-    return read_image, read_cloud
+    return lambda number: read_rgb(files[number]) if "rgb" in shown else None, read_cloud
 
 
-def feature_saver(class_name: str, run: Run) -> Callable[[Sample, PatchFeatures], None]:
-    """Function that writes the patch file of a training sample."""
-    settings, config = run.settings, run.config
-
-    def save(sample: Sample, features: PatchFeatures) -> None:
-        write_features(
-            settings.save_feature_path,
-            class_name,
-            Path(sample.path).name,
-            features,
-            xyz_backbone=config.xyz_backbone_name,
-            rgb_backbone=config.rgb_backbone_name,
-            pairing=settings.uff_pairing,
-            dtype=STORAGE_DTYPES[settings.feature_dtype],
-        )
-
-    return save
+def save_patches(class_name: str, run: Run, sample: Sample, features: PatchFeatures) -> None:
+    """Write the patch file of a training sample."""
+    write_features(
+        run.settings.save_feature_path,
+        class_name,
+        Path(sample.path).name,
+        features,
+        xyz_backbone=run.config.xyz_backbone_name,
+        rgb_backbone=run.config.rgb_backbone_name,
+        pairing=run.settings.uff_pairing,
+        dtype=STORAGE_DTYPES[run.settings.feature_dtype],
+    )

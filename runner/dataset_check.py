@@ -1,8 +1,6 @@
-"""Dataset check before a long run: contents of every split, problems of its files, and scans that are not cleaned.
+"""Dataset check: contents of every split, problems of its files, and scans that are not cleaned."""
 
-python main.py --inspect_dataset --dataset_path datasets/mvtec3d
-"""
-
+import argparse
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +9,8 @@ from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from dataset import check_sample_files, pair_split, read_rgb
+from dataset import check_sample_files, class_folders, find_classes, pair_split, read_rgb
+from runner.settings import detector_configs, extraction_config
 from utils.cleaning.cloud_cleaning import CleaningRule, shows_table
 from utils.cleaning.journal import Scan, has_results, read_manifest, script_of
 from utils.errors import InputError
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class SplitReport(NamedTuple):
-    """Contents of one split of a class. Samples with a problem count in `samples` and `defective` alone."""
+    """Contents of one split of a class. `samples` and `defective` also count samples with a problem."""
 
     class_name: str
     split: str
@@ -46,8 +45,9 @@ class SplitReport(NamedTuple):
             cleaned = f"not {self.raw}" if self.raw else "yes"
             cloud = ("{:.0%} to {:.0%}".format(*self.valid), "{:.3f} to {:.3f}".format(*self.depth), cleaned)
         sizes = " ".join(f"{height}x{width}" for height, width in self.sizes)
-        counts = (str(self.samples), str(self.defective))
-        return (self.class_name, self.split, *counts, sizes, *cloud, str(len(self.problems)))
+        return tuple(
+            map(str, (self.class_name, self.split, self.samples, self.defective, sizes, *cloud, len(self.problems)))
+        )
 
 
 class _SampleReport(NamedTuple):
@@ -107,19 +107,19 @@ def _check_sample(files: SampleFiles, modalities: frozenset[str]) -> _SampleRepo
     return _SampleReport(xyz.shape[:2], float(valid.mean()), depth, shows_table(xyz, CleaningRule()))
 
 
-def print_dataset_check(
-    dataset_path: Path, classes: Sequence[str], modalities: frozenset[str], num_workers: int
-) -> bool:
-    """Print the contents of every split in a table, then each problem; returns whether there is one."""
+def print_dataset_check(args: argparse.Namespace) -> bool:
+    """Print a table of the splits that the flags of main.py name, then each problem; returns True if there is one."""
+    modalities = extraction_config(detector_configs(args)).method.modalities
+    chosen = args.classes or class_folders(args.dataset_path)
     reports = [
-        check_split(dataset_path / name, split, modalities, num_workers)
-        for name in classes
+        check_split(args.dataset_path / name, split, modalities, args.num_workers)
+        for name in find_classes(args.dataset_path, args.dataset_type, chosen)
         for split in ("train", "validation", "test")
     ]
     head = ("class", "split", "samples", "defective", "size", "valid pixels", "depth, m", "cleaned", "problems")
     print_columns([head, *(each.row() for each in reports)])
     if any(each.raw for each in reports):
-        print(f"\nScans with a table plane along their border are not cleaned: {CLEANING_COMMAND} {dataset_path}")
+        print(f"\nScans with a table plane along their border are not cleaned: {CLEANING_COMMAND} {args.dataset_path}")
     problems = [f"  {each.class_name}: {problem}" for each in reports for problem in each.problems]
     if problems:
         print("\nProblems:", *problems, sep="\n")
@@ -127,13 +127,12 @@ def print_dataset_check(
 
 
 def warn_of_raw_scans(samples: Sequence[SampleFiles]) -> None:
-    """Warn if one of some samples, spread over the split of a class, shows its table: not cleaned, it ruins results."""
+    """Warn if a few samples, spread over a split, show the table they lie on, which ruins the results."""
     paths = [each.xyz for each in spread(samples) if each.xyz is not None]
     raw = [path for path in paths if shows_table(read_organized_pc(path), CleaningRule())]
     if raw:
         logger.warning(
-            "%s shows the table that the part lies on, which would be learned too (as do %d of %d scans checked). "
-            "Clean the scans first: %s %s",
+            "%s shows the table that the part lies on (%d of %d scans checked do). Clean the scans first: %s %s",
             *(raw[0], len(raw), len(paths), CLEANING_COMMAND, raw[0].parents[4]),
         )
 
@@ -145,10 +144,7 @@ def spread(items: Sequence[Item], number: int = 5) -> list[Item]:
 
 
 def warn_of_unfinished_scans(dataset_path: Path, files: Mapping[str, Iterable[SampleFiles]]) -> None:
-    """Warn of samples, by class, that a recorded preprocessing of the dataset did not finish.
-
-    They are found by the record and the sizes of the files, which are not read.
-    """
+    """Warn of samples that the preprocessing of the dataset did not finish, by its record and the files' sizes."""
     try:
         manifest = read_manifest(dataset_path)
     except InputError as error:

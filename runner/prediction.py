@@ -1,17 +1,14 @@
-"""Prediction of samples outside a dataset, one after the other: reading, scoring, and writing.
-
-predict.py is its command line. Memory does not grow with the number of samples.
-"""
+"""Prediction of files outside a dataset, in memory that does not grow with their number."""
 
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +39,7 @@ class LoadedSample(NamedTuple):
     image: np.ndarray | None = None  # (h, w, 3) uint8 as it was taken, for the overlay
     size: tuple[int, int] = (0, 0)  # (H, W) of the cloud, without one of the image
     side: int | None = None  # of the square that cleaning padded the cloud to
+    shows_table: bool = False  # only looked for in a few samples
 
 
 class Outcome(NamedTuple):
@@ -53,34 +51,23 @@ class Outcome(NamedTuple):
     problem: str = ""
 
 
+@dataclass(frozen=True)
 class SampleReader:
-    """Samples by number, read on access and not kept.
+    """Samples by number, read on access and not kept."""
 
-    Args:
-        files: of the samples.
-        modalities: those that the detector uses.
-        img_size: side of the detector's input, pixels.
-        camera: of depth images.
-        xyz_unit: unit of the coordinates, a key of UNITS.
-        preprocess: clean the clouds first.
-        keep_rgb: keep the background of the images where clouds are cleaned.
-    """
+    files: Sequence[SampleFiles]
+    modalities: frozenset[str]  # those that the detector uses
+    img_size: int  # side of the detector's input, pixels
+    camera: Camera | None = None  # of depth images
+    xyz_unit: str = "m"  # of the coordinates, a key of UNITS
+    preprocess: bool = False  # clean the clouds first
+    keep_rgb: bool = False  # where clouds are cleaned, keep the background of the images
 
-    def __init__(
-        self,
-        files: Sequence[SampleFiles],
-        modalities: frozenset[str],
-        img_size: int,
-        camera: Camera | None = None,
-        xyz_unit: str = "m",
-        preprocess: bool = False,
-        keep_rgb: bool = False,
-    ) -> None:
-        self.files, self.modalities, self.img_size = files, modalities, img_size
-        self.camera, self.xyz_unit, self.preprocess, self.keep_rgb = camera, xyz_unit, preprocess, keep_rgb
-        needs_cleaning = "xyz" in modalities and not preprocess
-        self.checked_for_table = {each.path for each in spread(files)} if needs_cleaning else set()
-        self._first_warning = Lock()
+    @cached_property
+    def checked_for_table(self) -> frozenset[str]:
+        """Names of a few samples whose clouds should have been cleaned."""
+        needs_cleaning = "xyz" in self.modalities and not self.preprocess
+        return frozenset(each.path for each in spread(self.files)) if needs_cleaning else frozenset()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -114,17 +101,8 @@ class SampleReader:
             cloud if "xyz" in self.modalities else None,
             self.img_size,
         )
-        if files.path in self.checked_for_table and xyz is not None and shows_table(xyz, CleaningRule()):
-            self._warn_of_table(files)
-        return LoadedSample(files, sample, image=image, size=view.shape[:2], side=side)
-
-    def _warn_of_table(self, files: SampleFiles) -> None:
-        if self._first_warning.acquire(blocking=False):
-            logger.warning(
-                "%s shows the table that the part lies on, which a detector of cleaned clouds takes for a defect. Give "
-                "--preprocess, or clean the scans first with utils/preprocessing.py",
-                files.xyz,
-            )
+        table = files.path in self.checked_for_table and xyz is not None and shows_table(xyz, CleaningRule())
+        return LoadedSample(files, sample, image=image, size=view.shape[:2], side=side, shows_table=table)
 
 
 def predict_samples(detector: Detector, reader: SampleReader, batch_size: int, num_workers: int) -> Iterator[Outcome]:
@@ -136,7 +114,16 @@ def predict_samples(detector: Detector, reader: SampleReader, batch_size: int, n
         batch_size: number of samples that go through the networks together.
         num_workers: threads that read ahead, two samples each. At most these and a batch are held at a time.
     """
+    warned = False
     for batch in batches(load_samples(reader, num_workers), batch_size):
+        raw = [each.files.xyz for each in batch if each.shows_table]
+        if raw and not warned:
+            warned = True
+            logger.warning(
+                "%s shows the table that the part lies on, which a detector of cleaned clouds takes for a defect. Give "
+                "--preprocess, or clean the scans first with utils/preprocessing.py",
+                raw[0],
+            )
         predicted = iter(_predict_batch(detector, [each for each in batch if each.sample is not None]))
         for loaded in batch:
             yield Outcome(loaded, problem=loaded.problem) if loaded.sample is None else next(predicted)
@@ -160,10 +147,7 @@ def _predict_batch(detector: Detector, batch: Sequence[LoadedSample]) -> list[Ou
         if math.isfinite(prediction.score) and prediction.anomaly_map.isfinite().all():
             outcomes.append(Outcome(loaded, prediction, spent))
         else:
-            problem = (
-                f"{sample.path} gives a score or a map that is not a number: its coordinates are damaged or far out of "
-                "range. Restore the file."
-            )
+            problem = f"{sample.path} gives a score or a map that is not a number. Restore its files."
             outcomes.append(Outcome(loaded, problem=problem))
     return outcomes
 
@@ -172,9 +156,9 @@ class PredictionWriter:
     """Writer of maps, overlays, and predictions.jsonl with a line of JSON for each sample.
 
     Args:
-        folder: where all of it goes; it must exist.
+        folder: existing folder of all these files.
         thresholds: of the detector: they decide, and set the colors of all overlays.
-        images: whether maps and overlays are written.
+        images: write maps and overlays too.
         append: add to an existing predictions.jsonl; an incomplete line at its end is removed.
 
     Raises:
@@ -185,13 +169,15 @@ class PredictionWriter:
         self.folder, self.thresholds, self.images = folder, thresholds, images
         self.path = folder / PREDICTIONS
         with _writing(self.path):
-            if append:
-                _drop_incomplete_line(self.path)
-            else:
-                self.path.write_text("")
+            content = self.path.read_bytes() if append and self.path.exists() else b""
+            complete = content.rfind(b"\n") + 1
+            if complete < len(content):
+                logger.warning("%s ends in an incomplete line of an interrupted run, which is removed", self.path)
+            with self.path.open("ab") as lines:
+                lines.truncate(complete)
 
     def add(self, outcome: Outcome) -> dict[str, Any]:
-        """Write the outcome of a sample, its line before the next sample begins; returns the content of the line."""
+        """Write the files and the line of a sample; returns the content of the line."""
         files, prediction, thresholds = outcome.loaded.files, outcome.prediction, self.thresholds
         record: dict[str, Any] = {"name": files.path, "rgb": _text(files.rgb), "xyz": _text(files.xyz)}
         if prediction is None:
@@ -227,14 +213,6 @@ class PredictionWriter:
 def output_paths(folder: Path, name: str) -> tuple[Path, Path]:
     """Paths of the map and the overlay of a sample."""
     return folder / f"{name}.tiff", folder / f"{name}_overlay.png"
-
-
-def _drop_incomplete_line(path: Path) -> None:
-    content = path.read_bytes() if path.exists() else b""
-    complete = content.rfind(b"\n") + 1
-    if complete < len(content):
-        logger.warning("%s ends in an incomplete line of an interrupted run, which is removed", path)
-        os.truncate(path, complete)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from models.point_ops import check_backend
 from runner.dataset_check import warn_of_raw_scans, warn_of_unfinished_scans
 from runner.finished_classes import FOLDER
 from runner.saved_detectors import FITTING_FLAGS, Saved, check_layout, read_detectors
-from runner.settings import RunSettings, detector_configs, extraction_config, method_folder
+from runner.settings import RunSettings, detector_configs, extraction_config
 from utils.command_line import from_flags
 from utils.distributed import Ranks, broadcast_object, choose_device, is_main, named_device, print_only_if
 from utils.errors import InputError
@@ -53,12 +53,12 @@ class Run:
         return extraction_config(self.configs)
 
     def folders(self, root: Path) -> dict[str, Path]:
-        """Folder of each method in `root`."""
-        return {method: method_folder(root, self.configs, method) for method in self.configs}
+        """Folder of each method's own files: `root`, or a folder in it where several methods run."""
+        return {method: root / method if len(self.configs) > 1 else root for method in self.configs}
 
 
 def own_device(name: str, ranks: Ranks) -> torch.device:
-    """The device of this process. Of several processes that have the same problem, one prints it.
+    """Device of this process. Of several processes with the same problem, one prints it.
 
     Raises:
         InputError: an unknown device, one that does not exist, or one GPU for several processes.
@@ -66,10 +66,7 @@ def own_device(name: str, ranks: Ranks) -> torch.device:
     with print_only_if(ranks.rank == 0):
         named_device(name)
         if ranks.local_world_size > 1 and name.startswith("cuda:"):
-            raise InputError(
-                f"--device {name} would put all {ranks.local_world_size} processes of this machine on one GPU. Give "
-                "cuda, and each takes its own."
-            )
+            raise InputError(f"--device {name} puts all processes of this machine on one GPU. Give --device cuda.")
     with print_only_if(ranks.local_rank <= torch.cuda.device_count()):
         return choose_device(name, ranks.local_rank)
 
@@ -77,28 +74,30 @@ def own_device(name: str, ranks: Ranks) -> torch.device:
 def set_up(args: argparse.Namespace, given: Collection[str], device: torch.device) -> tuple[Run, PatchExtractor]:
     """Check a run and build its networks, in rank 0 first, so that a problem is reported once.
 
-    The other ranks take over what rank 0 found, since files may look different from their machines.
+    The other ranks receive the run that rank 0 checked.
 
     Raises:
         InputError: anything is wrong that shows before the work starts.
     """
+    run: Run = prepare(args, given, device) if is_main() else broadcast_object(None)
+    extractor = build_extractor(
+        run.config,
+        run.settings.checkpoint_dir,
+        None if run.saved else run.settings.fusion_module_path,  # a saved detector holds its own UFF
+        device,
+        rgb_checkpoint=run.settings.rgb_checkpoint,
+        xyz_checkpoint=run.settings.xyz_checkpoint,
+    )
     if is_main():
-        run = prepare(args, given, device)
-        extractor = _build(run, device)
         broadcast_object(run)
-    else:
-        run = broadcast_object(None)
-        extractor = _build(run, device)
     return run, extractor
 
 
 def prepare(args: argparse.Namespace, given: Collection[str], device: torch.device) -> Run:
     """Check all that needs no network, and make the folders of the results."""
     saved = {} if args.load_detector is None else read_detectors(args, given)
-    if saved:
-        configs = {method: each.record.config for method, each in next(iter(saved.values())).items()}
-    else:
-        configs = detector_configs(args)
+    first_class = next(iter(saved.values()), {})
+    configs = {method: each.record.config for method, each in first_class.items()} or detector_configs(args)
     precision = choose_precision(extraction_config(configs).precision, device)
     configs = {method: replace(config, precision=precision) for method, config in configs.items()}
     settings, config = from_flags(RunSettings, args), extraction_config(configs)
@@ -157,25 +156,13 @@ def _make_folders(run: Run) -> None:
         make_folder(settings.save_feature_path, "--save_feature_path")
 
 
-def _build(run: Run, device: torch.device) -> PatchExtractor:
-    settings = run.settings
-    return build_extractor(
-        run.config,
-        settings.checkpoint_dir,
-        None if run.saved else settings.fusion_module_path,  # a saved detector holds its own UFF
-        device,
-        rgb_checkpoint=settings.rgb_checkpoint,
-        xyz_checkpoint=settings.xyz_checkpoint,
-    )
-
-
 def input_checksums(run: Run, extractor: PatchExtractor) -> dict[str, str]:
     """Checksum of each class's file names, networks and loaded detectors; --resume refuses a class of another one."""
     checksums = {}
     for name, files in run.files.items():
         paths = [[each.path for each in split] for split in files]
-        records = [(method, each.record) for method, each in sorted(run.saved.get(name, {}).items())]
-        detectors = [(method, record.config_sha256, record.state_sha256) for method, record in records]
+        saved = sorted(run.saved.get(name, {}).items())
+        detectors = [(method, each.record.config_sha256, each.record.state_sha256) for method, each in saved]
         inputs = [paths, sorted(extractor.checksums.items()), detectors]
         checksums[name] = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     return checksums

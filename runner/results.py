@@ -22,12 +22,7 @@ logger = logging.getLogger("main")
 
 
 class Results:
-    """Results of a run: kept class by class, and published by rank 0.
-
-    Args:
-        run: see runner.preparation.
-        inputs: by class, in the order of the tables: checksum of everything but the flags that decides the numbers.
-    """
+    """Results of a run: kept class by class, and published by rank 0. `inputs` are the `input_checksums` of the run."""
 
     def __init__(self, run: Run, inputs: Mapping[str, str]) -> None:
         self.run, self.inputs = run, inputs
@@ -43,18 +38,15 @@ class Results:
         if self.run.settings.resume:
             self.publish({})
             finished = [name for name in self.inputs if name not in self.missing()]
-            for name in finished:
-                logger.info("%s: finished before", name)
-            if not finished:
-                folder = self.run.settings.output_dir / FOLDER
-                logger.info("--resume: no class was finished before, with a file in %s", folder)
+            folder = self.run.settings.output_dir / FOLDER
+            logger.info("--resume: %s finished before, by the files in %s", ", ".join(finished) or "no class", folder)
         for name in self.missing():
             for folder in self.folders.values():
                 class_file(folder, name).unlink(missing_ok=True)
         return self.missing()
 
     def keep(self, name: str, reports: Mapping[str, ClassReport]) -> None:
-        """Write a finished class to its own files, which no other group writes."""
+        """Write the files of a finished class, for --resume and for rank 0."""
         for method, report in reports.items():
             write_class(self.folders[method], report, self.flags[method], self.inputs[name])
 
@@ -97,9 +89,7 @@ class Results:
 
     def finish(self, finished: Mapping[str, Mapping[str, ClassReport]]) -> None:
         """Publish what is left of `finished`, append the tables to those of earlier runs, and print them."""
-        missing = self.missing()
-        if missing:
-            self.publish({name: finished[name] for name in missing})
+        self.publish({name: finished[name] for name in self.missing()})
         output_dir = self.run.settings.output_dir
         methods = {
             method: {name: reports[name].entry for name in self.inputs} for method, reports in self.reports.items()

@@ -25,24 +25,19 @@ FREE_FLAGS = {"point_ops", "precision"}
 
 
 def read_detectors(args: argparse.Namespace, given: Collection[str]) -> Saved:
-    """Read the detectors of each class to run, without their tensors.
+    """Read the detectors of each class to run from --load_detector, without their tensors.
 
-    They lie in --load_detector by class, or by method and class, see `_find`. All detectors of a run have the same
-    settings, but for those of a method, and all classes have the same methods.
-
-    Args:
-        args: flags of main.py.
-        given: names of the flags on the command line.
+    `args` are the flags of main.py, `given` the names of those on the command line.
 
     Raises:
-        InputError: a class has no detector or both layouts, a detector is damaged or differs from the others, or a
-            flag contradicts them.
+        InputError: a class has no detector or both layouts, lacks a method, a detector is damaged or has other
+            settings than the others, or a flag contradicts them.
     """
     for name in sorted(set(given).intersection(FITTING_FLAGS)):
         raise InputError(f"--{name} has no effect with --load_detector, which fits nothing. Leave it out.")
     root: Path = args.load_detector
     if not root.is_dir():
-        raise InputError(f"{root} is not a folder. Give the one that --save_detector named, or save detectors first.")
+        raise InputError(f"{root} is not a folder. Give the one that --save_detector named.")
     if _holds_detector(root):
         raise InputError(f"{root} is a detector itself. Give the folder above it, {root.absolute().parent}.")
     classes = find_classes(args.dataset_path, args.dataset_type, args.classes)
@@ -62,10 +57,8 @@ def _read_class(name: str, args: argparse.Namespace, given: Collection[str]) -> 
         saved = read_saved(folder, point_ops=args.point_ops, precision=precision)
         own_method = saved.record.config.method_name
         if saved.record.class_name != name or method not in (FLAT, own_method):
-            raise InputError(
-                f"{folder} holds a detector of class {shortened(saved.record.class_name)} by {own_method}. Move it "
-                "back to the folder where it was saved."
-            )
+            other = f"class {shortened(saved.record.class_name)} by {own_method}"
+            raise InputError(f"{folder} holds a detector of {other}. Move it back to its own folder.")
         detectors[own_method] = saved
     if asked and set(asked) != set(detectors):
         raise InputError(
@@ -113,10 +106,7 @@ def _folders_of(root: Path, name: str) -> dict[str, Path]:
     found = _find(root, name)
     if FLAT in found and len(found) > 1:
         flat, other, *_ = found.values()
-        raise InputError(
-            f"{flat} and {other} both hold a detector of {name}, of a run of one method and of one of several. Move "
-            "away those that are not meant."
-        )
+        raise InputError(f"{flat} and {other} both hold a detector of {name}. Move away those that are not meant.")
     if not found:
         raise InputError(
             f"{root} holds no detector of {name}, neither in {name} nor in <method>/{name}. Fit one with "
@@ -133,8 +123,7 @@ def _check_alike(saved: Saved) -> None:
         if set(detectors) != set(first):
             raise InputError(
                 f"The detectors of {first_class} are by {' and '.join(first)}, those of {name} by "
-                f"{' and '.join(detectors)}. Name methods that all classes have with --method_name, or fewer classes "
-                "with --classes."
+                f"{' and '.join(detectors)}. Name common methods with --method_name, or fewer classes with --classes."
             )
         for method, each in detectors.items():
             _compare(first[method], each, but=["memory_bank"])
@@ -143,11 +132,10 @@ def _check_alike(saved: Saved) -> None:
 
 def _compare(one: SavedDetector, other: SavedDetector, but: Collection[str]) -> None:
     values, others = vars(one.record.config), vars(other.record.config)
-    differing = [name for name in values if name not in but and values[name] != others[name]]
+    differing = ", ".join(name for name in values if name not in but and values[name] != others[name])
     if differing:
         raise InputError(
-            f"{one.folder} and {other.folder} were fitted with different {', '.join(differing)}. Evaluate them in "
-            "separate runs, with --classes or --method_name."
+            f"{one.folder} and {other.folder} were fitted with different {differing}. Evaluate them in separate runs."
         )
 
 

@@ -7,19 +7,15 @@ from itertools import pairwise
 logger = logging.getLogger(__name__)
 
 PARALLEL = ("auto", "classes", "samples")
-# Fraction of a class's time that more processes do not shorten, assumed. SVMs and metrics are a hundredth on two cores
-# (docs/PERFORMANCE.md), and more with faster networks; selection, report and unequal shares of samples add to it.
+# Assumed fraction of a class's time that more processes do not shorten: SVMs, metrics, report (docs/PERFORMANCE.md).
 SERIAL_FRACTION = 0.1
 
 
 def divide_classes(parallel: str, costs: Mapping[str, float], processes: int) -> list[list[str]]:
-    """Classes of each group of processes, each group's in the order of `costs`.
+    """Classes of each group of processes, in the order of `costs`, the time of each class on one process.
 
-    Args:
-        parallel: "classes" makes as many groups as there are classes or processes, "samples" makes one group, and
-            "auto" as many as let the last class finish soonest.
-        costs: time of each class on one process, in any unit.
-        processes: number of processes of the run.
+    "samples" makes one group, "classes" as many as there are classes or processes, and "auto" as many as let the last
+    class finish soonest.
     """
     most = max(1, min(len(costs), processes))
     if parallel == "auto":

@@ -1,8 +1,4 @@
-"""Flags of main.py, and the frozen settings that they become.
-
-The name, type, help and default of a flag stand here alone, but for the defaults of what a detector computes, which
-are those of DetectorConfig. Importing this module does not import torch.
-"""
+"""Flags of main.py, and the frozen settings that they become. Importing this module does not import torch."""
 
 import argparse
 import logging
@@ -73,8 +69,8 @@ class RunSettings:
             saved, out = self.save_detector.resolve(), self.output_dir.resolve()
             if saved.is_relative_to(out) or out.is_relative_to(saved):
                 raise InputError(
-                    f"--save_detector {self.save_detector} and --output_dir {self.output_dir} lie in one another, "
-                    "where their files could collide. Choose folders beside each other."
+                    f"--save_detector {self.save_detector} and --output_dir {self.output_dir} lie in one another. "
+                    "Choose folders beside each other."
                 )
 
     def saves_predictions(self, method: str) -> bool:
@@ -83,21 +79,17 @@ class RunSettings:
 
     def check_use(self, config: DetectorConfig, methods: Iterable[str]) -> None:
         """Refuse flags that have no effect on a run of these methods, whose features `config` extracts."""
-        modalities = config.method.modalities
+        name, modalities = config.method_name, config.method.modalities
         if self.save_feature and len(modalities) < 2:
             raise InputError(
-                f"--save_feature writes rgb and xyz patches, but {config.method_name} extracts only "
-                f"{', '.join(modalities)}. Use DINO+Point_MAE."
+                f"--save_feature needs both, but {name} extracts only {', '.join(modalities)}. Use DINO+Point_MAE."
             )
         for method in self.save_preds or ():
             if method not in methods:
                 raise InputError(f"--save_preds {method}: this method does not run. Add it to --method_name.")
         for modality, checkpoint in (("xyz", self.xyz_checkpoint), ("rgb", self.rgb_checkpoint)):
             if checkpoint is not None and modality not in modalities:
-                raise InputError(
-                    f"--{modality}_checkpoint is not used, because {config.method_name} has no {modality} branch. "
-                    "Leave it out."
-                )
+                raise InputError(f"--{modality}_checkpoint is not used: {name} has no {modality} branch. Leave it out.")
         if "rgb" in modalities:
             rgb_spec(config.rgb_backbone_name)  # raises InputError for an unknown name
         unfused = "fusion" in config.method.banks and not config.use_uff
@@ -143,10 +135,15 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
 
 def _add_output_flags(add: Callable[..., Any]) -> None:
     add("--output_dir", type=Path, default=Path("results"), help="folder of the tables, results.json and report.html")
-    help_text = "also write anomaly maps and figures, of these methods or of all"
-    add("--save_preds", nargs="*", choices=METHODS, metavar="METHOD", help=help_text)
+    add(
+        "--save_preds",
+        nargs="*",
+        choices=METHODS,
+        metavar="METHOD",
+        help="also write maps and figures, of all methods or these",
+    )
     add("--report_parts", type=int, default=24, metavar="N", help="samples of each class that report.html shows")
-    help_text = "save the fitted detectors in FOLDER/<class>, or in FOLDER/<method>/<class> where several methods run"
+    help_text = "save the fitted detectors in FOLDER/<class>, those of several methods in FOLDER/<method>/<class>"
     add("--save_detector", type=Path, metavar="FOLDER", help=help_text)
     add("--detector_dtype", default="fp32", choices=STORAGE_DTYPE_NAMES, help="dtype of the saved memory banks")
     add("--target_fpr", type=float, default=0.01, help="false-alarm rate that the thresholds are calibrated for")
@@ -179,26 +176,17 @@ def _add_detector_flags(add: Callable[..., Any]) -> None:
 def _add_machine_flags(add: Callable[..., Any]) -> None:
     add("--device", default="auto", help="cpu, cuda, or cuda:<number>; auto takes a GPU where there is one")
     add("--precision", choices=PRECISIONS, help="precision of the networks; auto: bf16 where the device supports it")
-    help_text = (
-        "memory of each process, by default its share of half of the machine's; the rest goes to files in TMPDIR"
-    )
+    help_text = "memory of each process, by default its share of half the machine's; the rest goes to files in TMPDIR"
     add("--memory_budget", type=float, metavar="GB", help=help_text)
     add("--train_feature_dtype", default="fp32", choices=STORAGE_DTYPE_NAMES, help="dtype of these training features")
-    add(
-        "--point_ops",
-        choices=POINT_OPS,
-        help="backend of the point searches; auto: k-d trees on a CPU, triton on a GPU",
-    )
+    add("--point_ops", choices=POINT_OPS, help="backend of the point searches; auto: k-d trees on CPU, triton on GPU")
     add("--num_workers", type=int, default=2, help="threads of each process that read files ahead")
     help_text = "what several processes divide: classes, or the samples of each class; auto: whichever finishes sooner"
     add("--parallel", default="auto", choices=PARALLEL, help=help_text)
 
 
 def detector_configs(args: argparse.Namespace) -> dict[str, DetectorConfig]:
-    """Configuration of each method, in the order of the command line.
-
-    Where several methods are compared, a flag that concerns only some of them keeps its default in the others.
-    """
+    """Configuration of each method. A flag that concerns only some of them keeps its default in the others."""
     methods = {name: METHODS[name] for name in args.method_name}
     common = {
         "protocol": PROTOCOLS[args.protocol],
@@ -237,8 +225,3 @@ def extraction_config(configs: Mapping[str, DetectorConfig]) -> DetectorConfig:
         asy_memory_bank=None,
         rm_zero_for_project=False,
     )
-
-
-def method_folder(folder: Path, configs: Mapping[str, DetectorConfig], method: str) -> Path:
-    """Folder of a method's own files: `folder` itself, or one in it where several methods run."""
-    return folder / method if len(configs) > 1 else folder

@@ -184,7 +184,7 @@ def test_a_raw_scan_among_cleaned_ones_is_warned_of(
     with caplog.at_level(logging.WARNING):
         warn_of_raw_scans(scans)
     assert f"{raw}/cookie/test/bump/xyz/000.tiff shows the table" in caplog.text
-    assert f"(as do 1 of 5 scans checked). Clean the scans first: python utils/preprocessing.py {raw}" in caplog.text
+    assert f"(1 of 5 scans checked do). Clean the scans first: python utils/preprocessing.py {raw}" in caplog.text
     warn_of_raw_scans([])
 
 

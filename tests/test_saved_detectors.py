@@ -419,7 +419,7 @@ def test_detectors_of_different_settings_make_no_table(
     message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors)
     assert message == (
         f"{detectors}/bagel and {detectors}/cookie were fitted with different f_coreset, ocsvm_nu. Evaluate them in "
-        "separate runs, with --classes or --method_name."
+        "separate runs."
     )
 
 
@@ -443,8 +443,8 @@ def test_classes_of_different_methods_make_no_table(
     change_config(it / "DINO/cookie", lambda record: record.update(class_name="cookie"))
     flags = ["--dataset_path", data, "--load_detector", it, "--output_dir", tmp_path / "out"]
     assert refusal(capsys, *flags) == (
-        "The detectors of bagel are by DINO and Point_MAE, those of cookie by DINO. Name methods that all classes have "
-        "with --method_name, or fewer classes with --classes."
+        "The detectors of bagel are by DINO and Point_MAE, those of cookie by DINO. Name common methods with "
+        "--method_name, or fewer classes with --classes."
     )
     assert list(run_into(tmp_path / "out", *flags, "--method_name", "DINO").results["classes"]) == ["bagel", "cookie"]
     message = refusal(capsys, *flags, "--method_name", "Point_MAE")
@@ -460,8 +460,8 @@ def test_which_of_two_layouts_is_meant_is_not_guessed(
     assert list(run_into(tmp_path / "out", *flags).results["classes"]) == ["bagel", "cookie"]
     shutil.copytree(every[1] / "DINO/bagel", detectors / "DINO/bagel", dirs_exist_ok=True)
     assert refusal(capsys, *flags) == (
-        f"{detectors}/bagel and {detectors}/DINO/bagel both hold a detector of bagel, of a run of one method and of "
-        "one of several. Move away those that are not meant."
+        f"{detectors}/bagel and {detectors}/DINO/bagel both hold a detector of bagel. Move away those that "
+        "are not meant."
     )
     assert list(run_into(tmp_path / "out", *flags, "--classes", "cookie").results["classes"]) == ["cookie"]
 
