@@ -42,12 +42,7 @@ class SavedDetector(NamedTuple):
 
 
 def read_saved(folder: Path | str, *, point_ops: str = "auto", precision: str | None = None) -> SavedDetector:
-    """Read the config.json of a saved detector, without its tensors.
-
-    Args:
-        folder: the detector's folder.
-        point_ops: replaces `record.config.point_ops`.
-        precision: replaces `record.config.precision`; None keeps the precision of the fit.
+    """Read the config.json of a saved detector, and put `point_ops` and `precision`, if given, into its config.
 
     Raises:
         InputError: the folder is not a detector, or its config.json is damaged or of another version.
@@ -57,8 +52,8 @@ def read_saved(folder: Path | str, *, point_ops: str = "auto", precision: str | 
     try:
         record = read_record(path, DetectorRecord, SCHEMA, FIX)
     except MissingRecordError:
-        message = f"{folder} is not a detector, it has no {CONFIG_FILE}. {_fix_of_missing(folder)}."
-        raise InputError(message) from None
+        fix = _fix_of_missing(folder)
+        raise InputError(f"{folder} is not a detector, it has no {CONFIG_FILE}. {fix}.") from None
     if config_checksum(record.config) != record.config_sha256:
         raise InputError(f"{path} was changed: its config does not match config_sha256. {FIX}.")
     config = replace(record.config, point_ops=point_ops, precision=precision or record.config.precision)

@@ -58,10 +58,7 @@ def check_target(folder: Path | str) -> None:
     except OSError as error:
         raise InputError(f"{folder} cannot be read as a folder ({error.strerror}). Save to another folder.") from None
     if names and not is_detector:
-        raise InputError(
-            f"{folder} is not a detector and holds {', '.join(names[:5])}. Saving would delete them: move them away or "
-            "save to another folder."
-        )
+        raise InputError(f"{folder} is not a detector and holds {', '.join(names[:5])}. Save to another folder.")
 
 
 def round_banks(detector: Detector, dtype: torch.dtype) -> None:
@@ -83,9 +80,8 @@ def save_detector(
     Args:
         detector: fitted, with or without calibrated thresholds.
         folder: absent, empty, or a detector.
-        class_name: default: the folder's name.
-        dtype: of the banks' rows, float32 or float16. Half precision halves the file and changes the scores slightly;
-            see `round_banks`.
+        class_name: by default the folder's name.
+        dtype: of the banks' rows, float32 or float16, which changes the scores slightly; see `round_banks`.
 
     Raises:
         InputError: the folder holds something else or cannot be written, a value is not finite, or a bank exceeds the
@@ -132,11 +128,11 @@ def load_detector(
 
     Args:
         folder: the detector's folder.
-        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", …
+        device: see `choose_device`.
         checkpoint_dir: folder of the backbones' published files.
-        rgb_checkpoint: file of the RGB backbone, instead of a search in checkpoint_dir.
+        rgb_checkpoint: file of the RGB backbone, instead of one in checkpoint_dir.
         xyz_checkpoint: file of the 3D backbone, likewise.
-        point_ops: back-end of the point searches; the saved one may not exist on this device.
+        point_ops: backend of the point searches on this device.
         precision: of the networks; None: the precision of the fit.
 
     Raises:
@@ -154,11 +150,7 @@ def load_detector(
 
 
 def restore_detectors(saved: Mapping[str, SavedDetector], extractor: PatchExtractor) -> dict[str, Detector]:
-    """Restore the detectors of one class over one extractor, which then extracts features once for all of them.
-
-    Args:
-        saved: by method.
-        extractor: built without a UFF, for a method that covers theirs.
+    """Restore the detectors of one class, by method, over one extractor built without a UFF for all of them.
 
     Raises:
         InputError: a folder is damaged, a backbone has other weights than at the fit, or two detectors hold different
@@ -213,8 +205,7 @@ def _check_backbones(saved: SavedDetector, extractor: PatchExtractor) -> None:
         if found != expected:
             raise InputError(
                 f"{saved.folder} was fitted with other weights of {name} (SHA-256 {expected[:12]!r}, found "
-                f"{found[:12]!r}). Give its file as --{modality}_checkpoint or in --checkpoint_dir, or fit the "
-                "detector again with main.py --save_detector."
+                f"{found[:12]!r}). Give its file as --{modality}_checkpoint, or fit the detector again."
             )
 
 
@@ -237,11 +228,9 @@ def _restore(saved: SavedDetector, extractor: PatchExtractor) -> tuple[Detector,
             decision = DecisionFusion(score_coef, map_coef, *config.lambdas_of_banks)
     except KeyError as error:
         raise InputError(f"{path} lacks {error}. {FIX}.") from None
-    fusion = None
-    if config.use_uff:
-        prefix = "feature_fusion."
-        weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        fusion = FeatureFusion.from_state_dict(weights, path)
+    prefix = "feature_fusion."
+    weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    fusion = FeatureFusion.from_state_dict(weights, path) if config.use_uff else None
     return Detector(config, extractor, banks, decision, record.thresholds), fusion
 
 

@@ -21,6 +21,7 @@ from utils.reporting.html_report.gallery import (
     Decision,
     choose_samples,
     gallery,
+    outcome,
     pack_cloud,
     spread_order,
 )
@@ -46,16 +47,16 @@ def opened(uri: str) -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("label", "score", "said"),
+    ("path", "score", "said"),
     [
-        (1, 0.6, HIT),
-        (1, 0.5, MISS),  # a score above the threshold is anomalous, the threshold itself is not
-        (0, 0.6, FALSE_ALARM),
-        (0, 0.5, CORRECT_PASS),
+        ("test/hole/000", 0.6, HIT),
+        ("test/hole/000", 0.5, MISS),  # a score above the threshold is anomalous, the threshold itself is not
+        ("test/good/000", 0.6, FALSE_ALARM),
+        ("test/good/000", 0.5, CORRECT_PASS),
     ],
 )
-def test_outcomes(label: int, score: float, said: str) -> None:
-    assert AT_HALF.outcome(label, score) == said
+def test_outcomes(path: str, score: float, said: str) -> None:
+    assert outcome(made_up_sample(path, score), AT_HALF) == said
 
 
 # Which samples

@@ -553,7 +553,7 @@ def test_a_backbone_is_known_by_its_weights(capsys: pytest.CaptureFixture[str], 
     torch.save(weights, tmp_path / "first.pth")
     message = refusal(capsys, *flags, tmp_path / "first.pth")
     assert f"{tmp_path}/detectors/bagel was fitted with other weights of {TINY_VIT} (SHA-256 " in message
-    assert "Give its file as --rgb_checkpoint or in --checkpoint_dir, or fit the detector again" in message
+    assert "Give its file as --rgb_checkpoint, or fit the detector again" in message
     message = refusal(capsys, *flags[:-1])
     assert f"No checkpoint {TINY_VIT}.safetensors" in message
 

@@ -13,10 +13,7 @@ class InputError(ValueError):
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Exit on an InputError with one line on stderr and code 2, and on Ctrl-C with 130; other exceptions pass.
-
-    Where the reader of stdout has closed (`| head`), exit silently with 141, as other programs do.
-    """
+    """Exit on an InputError with one line on stderr and code 2, on Ctrl-C with 130, on a closed stdout with 141."""
     try:
         try:
             yield

@@ -111,9 +111,8 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[st
 
 def signed(value: float | None) -> str:
     """A difference with its sign, unless it rounds to 0.000."""
-    if value is None:
-        return UNDEFINED
-    return "0.000" if round(value, 3) == 0 else f"{value:+.3f}"
+    text = UNDEFINED if value is None else f"{value:+.3f}"
+    return "0.000" if text in ("+0.000", "-0.000") else text
 
 
 def format_comparison(comparison: Comparison) -> str:

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 from utils.metrics import EXACT_LIMITS, REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_over_classes
 from utils.scans.files import atomic_path
 
+FILE_NAMES = {
+    "I-AUROC": "image_rocauc_results.md", "P-AUROC": "pixel_rocauc_results.md", "AU-PRO": "aupro_results.md",
+}  # fmt: skip
 UNDEFINED = "n/a"
 UNDEFINED_NOTE = f"{UNDEFINED}: undefined without defective or without good data; left out of the mean."
 
@@ -53,20 +56,16 @@ def append_tables(
 ) -> None:
     """Append a table of this run to image_rocauc_, pixel_rocauc_ and aupro_results.md; older tables stay.
 
-    Args:
-        output_dir: folder of the three files.
-        methods: one row each.
-        command: of the run, shown above the table.
-        exact_headline: put the exact AU-PRO first, instead of the one of 100 thresholds. Each row names its AU-PRO.
-        note: a sentence below each table.
+    `command` is shown above each table, `note` below. `exact_headline` puts the exact AU-PRO before the one of 100
+    thresholds.
     """
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     for table in _tables(methods, exact_headline, note):
         path = Path(output_dir) / table.file_name
         older = path.read_text(encoding="utf-8").rstrip("\n") if path.exists() else f"# {table.title}"
         lines = [f"## {now} · {_escape(', '.join(methods))}", "", *_fenced(shlex.join(command)), ""]
-        lines += [_markdown_row(table.rows[0]), "|---|" + "---:|" * (len(table.rows[0]) - 1)]
-        lines += [_markdown_row(row) for row in table.rows[1:]]
+        header, *rows = [f"| {' | '.join(map(_escape, row))} |" for row in table.rows]
+        lines += [header, "|---|" + "---:|" * (len(table.rows[0]) - 1), *rows]
         for remark in table.remarks:
             lines += ["", _escape(remark)]
         with atomic_path(path) as temporary:
@@ -95,33 +94,21 @@ def _tables(methods: Methods, exact_headline: bool, note: str | None) -> list[_T
     if not names:
         raise ValueError("There is no class to tabulate. Pass the metrics of at least one.")
     columns = {method: [*classes.values(), mean_over_classes(classes)] for method, classes in methods.items()}
-
-    def rows_of(key: str) -> list[list[str]]:
-        return [_row(method, [metrics[key] for metrics in of_method]) for method, of_method in columns.items()]
-
-    # All methods of one AU-PRO, then all of the next.
-    areas = {method: _au_pro_rows(of_method, exact_headline) for method, of_method in columns.items()}
-    area_rows = [
-        _row(f"{method}, {label}", values)
-        for same_curve in zip(*areas.values(), strict=True)
-        for method, (label, values) in zip(areas, same_curve, strict=True)
-    ]
+    rows: dict[str, list[list[str]]] = {"I-AUROC": [], "P-AUROC": [], "AU-PRO": []}
+    for title, key in (("I-AUROC", "image_rocauc"), ("P-AUROC", "pixel_rocauc")):
+        rows[title] = [[method, *(number(each[key]) for each in of_method)] for method, of_method in columns.items()]
+    areas = [_au_pro_rows(of_method, exact_headline) for of_method in columns.values()]
+    for same_curve in zip(*areas, strict=True):  # all methods of one AU-PRO, then all of the next
+        for method, (label, values) in zip(columns, same_curve, strict=True):
+            rows["AU-PRO"].append([f"{method}, {label}", *map(number, values)])
     header = ["Method", *map(one_line, names), "Mean"]
     tables = []
-    for file_name, title, rows in (
-        ("image_rocauc_results.md", "I-AUROC", rows_of("image_rocauc")),
-        ("pixel_rocauc_results.md", "P-AUROC", rows_of("pixel_rocauc")),
-        ("aupro_results.md", "AU-PRO", area_rows),
-    ):
+    for title, of_metric in rows.items():
         remarks = [one_line(note)] if note else []
-        if any(UNDEFINED in row[1:] for row in rows):
+        if any(UNDEFINED in row[1:] for row in of_metric):
             remarks.append(UNDEFINED_NOTE)
-        tables.append(_Table(file_name, title, [header, *rows], remarks))
+        tables.append(_Table(FILE_NAMES[title], title, [header, *of_metric], remarks))
     return tables
-
-
-def _row(label: str, values: Sequence[float | None]) -> list[str]:
-    return [one_line(label), *map(number, values)]
 
 
 def _au_pro_rows(columns: Sequence[Mapping[str, Any]], exact_headline: bool) -> list[tuple[str, list[float | None]]]:
@@ -136,10 +123,6 @@ def _au_pro_rows(columns: Sequence[Mapping[str, Any]], exact_headline: bool) -> 
 def _escape(text: str) -> str:
     """One line of Markdown in which nothing ends a table cell or opens code, emphasis or a tag."""
     return re.sub(r"([\\|`*<])", r"\\\1", one_line(text))
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(map(_escape, cells))} |"
 
 
 def _fenced(code: str) -> list[str]:

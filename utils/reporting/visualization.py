@@ -43,10 +43,7 @@ def resize_map(anomaly_map: NDArray, size: tuple[int, int]) -> NDArray[np.float3
 
 
 def save_anomaly_map(path: Path | str, anomaly_map: NDArray, size: tuple[int, int]) -> None:
-    """Write a map (S, S) as float32 tiff of `size` = (H, W), the size of the sample's ground truth.
-
-    MVTec's official evaluation reads <output_dir>/anomaly_maps/<class>/test/<defect>/<stem>.tiff, pixel by pixel.
-    """
+    """Write a map (S, S) as float32 tiff of `size` = (H, W), which MVTec's official evaluation reads."""
     import tifffile
 
     with atomic_path(path) as temporary:
@@ -54,14 +51,10 @@ def save_anomaly_map(path: Path | str, anomaly_map: NDArray, size: tuple[int, in
 
 
 def color_scale(maps: Iterable[NDArray]) -> tuple[float, float]:
-    """Color limits (lo, hi) for all maps (S, S) of one class: the lowest value and the 99.9 % quantile.
-
-    The quantile keeps a few hot pixels from darkening every figure of the class; they get the last color.
-    """
+    """Color limits (lo, hi) for all maps (S, S) of one class: the lowest value and the 99.9 % quantile."""
     values = np.concatenate([np.ravel(each) for each in maps])
     lo, hi = float(values.min()), float(np.quantile(values, 0.999))
-    if hi <= lo:  # all but a few pixels are equal
-        hi = float(values.max())
+    hi = hi if hi > lo else float(values.max())  # all but a few pixels are equal
     return (lo, hi) if hi > lo else (lo, lo + 1.0)
 
 
@@ -88,15 +81,12 @@ def save_overlay(
     """Write a PNG, without margin or text: the map in heat colors over the gray image.
 
     Args:
-        path: of the PNG.
+        path: of the PNG, which has the size of the image, else of the map, but at most OVERLAY_SIDE pixels a side.
         image: (H, W, 3) uint8, or None: the map alone.
-        anomaly_map: (h, w) float, of the same view; the PNG has the size of the image, else of the map, but at most
-            OVERLAY_SIDE pixels a side.
+        anomaly_map: (h, w) float, of the same view.
         scale: color limits (lo, hi), see `threshold_scale`.
         threshold: values above it are outlined, and values far below it show the image alone; None: no outline, and
             the heat begins at lo.
-
-    Drawn without a matplotlib figure, whose memory would wait for the garbage collection.
     """
     import matplotlib
 
@@ -138,10 +128,9 @@ def save_prediction_figure(
 
     Args:
         path: of the PNG.
-        image: (H, W, 3) uint8, or None. It may be larger than the maps: all panels are stretched over its extent.
+        image: (H, W, 3) uint8 of any size, or None.
         mask: (S, S) bool or 0-1, 1 = defect, or None without ground truth. Defects are outlined.
-        bank_maps: {bank: (S, S) float} before decision fusion. A single bank's map, which is the fused map, is drawn
-            once.
+        bank_maps: {bank: (S, S) float} before decision fusion. A map equal to the fused one is drawn once.
         anomaly_map: (S, S) float, fused.
         scale: (lo, hi) of each bank and of FUSED, the same for all figures of a class (see `color_scale`).
         title: of the whole figure, plain text.
@@ -149,9 +138,8 @@ def save_prediction_figure(
     Raises:
         ValueError: a map has no usable scale.
     """
-    banks = dict(bank_maps)
-    if len(banks) == 1 and np.array_equal(next(iter(banks.values())), anomaly_map):
-        banks = {}
+    same = len(bank_maps) == 1 and all(np.array_equal(each, anomaly_map) for each in bank_maps.values())
+    banks = {} if same else bank_maps
     for name in (*banks, FUSED):
         if name not in scale or not scale[name][0] < scale[name][1]:
             raise ValueError(f"The color scale of {name} is {scale.get(name)}. Pass (lo, hi) with lo below hi.")

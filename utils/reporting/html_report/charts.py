@@ -40,12 +40,12 @@ def curve_chart(
     px, py = _across(np.asarray(xs), x_axis), _up(np.asarray(ys), y_axis)
     line = "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(px, py, strict=True))
     paths = [("area", f"M{px[0]:.1f} {FLOOR}L{line}L{px[-1]:.1f} {FLOOR}Z"), ("curve", f"M{line}")]
-    marks: dict[str, Any] = {}
-    if point is not None:
-        x, y = float(_across(point.x, x_axis)), float(_up(point.y, y_axis))
-        # A good curve runs along the top: the label of a high point goes below it.
-        marks = {"point": (x, y), "note": _note(x, y + 18 if y < TOP + 90 else y - 10, 8, point.label)}
-    return _render(x_axis, y_axis, paths, title, **marks)
+    if point is None:
+        return _render(x_axis, y_axis, title, paths=paths)
+    x, y = float(_across(point.x, x_axis)), float(_up(point.y, y_axis))
+    # A good curve runs along the top: the label of a high point goes below it.
+    note = _note(x, y + 18 if y < TOP + 90 else y - 10, 8, point.label)
+    return _render(x_axis, y_axis, title, paths=paths, point=(x, y), note=note)
 
 
 def histogram(good: ArrayLike, defective: ArrayLike, threshold: float | None, title: str) -> Markup:
@@ -60,10 +60,10 @@ def histogram(good: ArrayLike, defective: ArrayLike, threshold: float | None, ti
     y_axis = Axis(0, tallest * 1.12, sorted({0, (tallest + 1) // 2, tallest}), "samples")
     paths = [(name, _bars(edges, each, x_axis, y_axis)) for name, each in counts.items() if each.any()]
     if threshold is None:
-        return _render(x_axis, y_axis, paths, title)
+        return _render(x_axis, y_axis, title, paths=paths)
     x = float(_across(threshold, x_axis))
     paths.append(("threshold", f"M{x:.1f} {TOP}V{FLOOR}"))
-    return _render(x_axis, y_axis, paths, title, note=_note(x, TOP + 9, 4, "threshold"))
+    return _render(x_axis, y_axis, title, paths=paths, note=_note(x, TOP + 9, 4, "threshold"))
 
 
 def _edges(values: NDArray, threshold: float | None) -> NDArray:
@@ -89,29 +89,15 @@ def _bars(edges: NDArray, counts: NDArray, x_axis: Axis, y_axis: Axis) -> str:
 
 def _note(x: float, y: float, gap: float, text: str) -> dict[str, Any]:
     """A text beside a mark, on its roomier side."""
-    if x > WIDTH / 2:
-        return {"x": x - gap, "y": y, "anchor": "end", "text": text}
-    return {"x": x + gap, "y": y, "anchor": "start", "text": text}
+    left = x > WIDTH / 2
+    return {"x": x - gap if left else x + gap, "y": y, "anchor": "end" if left else "start", "text": text}
 
 
-def _render(
-    x_axis: Axis,
-    y_axis: Axis,
-    paths: Sequence[tuple[str, str]],
-    title: str,
-    point: tuple[float, float] | None = None,
-    note: dict[str, Any] | None = None,
-) -> Markup:
-    values: dict[str, Any] = {
-        "x_axis": x_axis,
-        "y_axis": y_axis,
-        "paths": paths,
-        "title": title,
-        "point": point,
-        "note": note,
-    }
-    values |= {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "floor": FLOOR}
-    svg = environment().get_template("chart.svg").render(values, across=_across, up=_up)
+def _render(x_axis: Axis, y_axis: Axis, title: str, **shapes: Any) -> Markup:
+    """The chart with the paths, the point and the note in `shapes`."""
+    edges = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "floor": FLOOR}
+    values = {"x_axis": x_axis, "y_axis": y_axis, "title": title, "point": None, "note": None}
+    svg = environment().get_template("chart.svg").render(values | edges | shapes, across=_across, up=_up)
     return Markup(svg)  # noqa: S704 (the template has escaped its values)
 
 

@@ -35,21 +35,21 @@ class Decision(NamedTuple):
     threshold: float
     source: str
 
-    def outcome(self, label: int, score: float) -> str:
-        if score > self.threshold:
-            return HIT if label else FALSE_ALARM
-        return MISS if label else CORRECT_PASS
-
 
 def outcome(sample: SampleResult, decision: Decision | None) -> str:
-    return UNDECIDED if decision is None else decision.outcome(sample.label, sample.prediction.score)
+    """Outcome of a sample: hit, miss, false alarm or correct pass."""
+    if decision is None:
+        return UNDECIDED
+    if sample.prediction.score > decision.threshold:
+        return HIT if sample.label else FALSE_ALARM
+    return MISS if sample.label else CORRECT_PASS
 
 
 def choose_samples(samples: Sequence[SampleResult], decision: Decision | None, limit: int) -> list[int]:
     """Numbers of at most `limit` samples in the order of the gallery.
 
-    Misses and false alarms come first, the farthest from the threshold first. The others follow, the nearest first; if
-    there is no room for all, they are taken from each type of defect in turn, spread over its scores.
+    Misses and false alarms come first, the farthest from the threshold first. The others follow, the nearest first, and
+    where not all fit, they come from each type of defect in turn, spread over its scores.
     """
     limit = min(limit, len(samples))
 
@@ -62,7 +62,7 @@ def choose_samples(samples: Sequence[SampleResult], decision: Decision | None, l
     wrong = wrong[: max(math.ceil(ERROR_SHARE * limit), limit - len(others))]
     by_defect: dict[str, list[int]] = {}
     for i in others:
-        by_defect.setdefault(_defect(samples[i].path), []).append(i)
+        by_defect.setdefault(PurePosixPath(samples[i].path).parent.name, []).append(i)
     queues = [[group[k] for k in spread_order(len(group))] for _, group in sorted(by_defect.items())]
     in_turn = [i for i in chain.from_iterable(zip_longest(*queues)) if i is not None]
     kept = set(in_turn[: limit - len(wrong)])
@@ -93,10 +93,10 @@ def gallery(
 
     Args:
         samples: the whole test split of a class.
-        decision: makes a sample a hit or a miss.
+        decision: threshold, or None.
         limit: number of shown samples at most.
-        read_rgb: (H, W, 3) uint8 of a sample, or None; called once for each shown sample.
-        read_cloud: (H, W, 3) float, meters, an invalid pixel exactly 0, or None; likewise.
+        read_rgb: reader of (H, W, 3) uint8, or None.
+        read_cloud: reader of (H, W, 3) float, meters, an invalid pixel exactly 0, or None.
     """
     chosen = choose_samples(samples, decision, limit)
     if not chosen:
@@ -121,11 +121,10 @@ def _view(
     height, width = fused.shape if image is None else image.shape[:2]
     size = max(1, round(VIEW_SIDE * width / max(height, width))), max(1, round(VIEW_SIDE * height / max(height, width)))
     maps = {name: plane.numpy() for name, plane in sample.prediction.bank_maps.items()}
-    if len(maps) == 1:  # a single bank's map is the fused map
-        maps = {}
+    maps = maps if len(maps) > 1 else {}  # a single bank's map is the fused map
     return {
         "path": sample.path,
-        "defect": _defect(sample.path),
+        "defect": PurePosixPath(sample.path).parent.name,
         "label": sample.label,
         "score": sample.prediction.score,
         "outcome": outcome(sample, decision),
@@ -144,10 +143,10 @@ def pack_cloud(
     """A cloud (H, W, 3) thinned on its grid to at most CLOUD_POINTS, with image and map at the same places.
 
     Returns:
-        "points": N; "grid": rows and columns, R and C; "data": base64 of gzip of x, y, z (N int16 each, little-endian),
-        score (N uint8), if "colored" red, green, blue (N uint8 each), and the pixels of the grid with a point (R * C
-        bits, the highest of a byte first) in the order of the points. A coordinate in millimeters is
-        "origin" + value * "step". "limits": the scores of 0 and 255. None if no point is valid.
+        None if no point is valid, else "points": N; "grid": rows R and columns C; "data": base64 of gzip of x, y, z (N
+        int16 each, little-endian; "origin" + value * "step" is in millimeters), score (N uint8, of which 0 and 255 are
+        the "limits"), if "colored" red, green, blue (N uint8 each), and a mask of the grid (R * C bits, the highest of
+        a byte first).
     """
     cloud = _thinned(cloud)
     valid = valid_mask(cloud)
@@ -236,8 +235,3 @@ def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:
     buffer = io.BytesIO()
     image.save(buffer, kind, optimize=True, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _defect(path: str) -> str:
-    """test/hole/000: hole."""
-    return PurePosixPath(path).parent.name

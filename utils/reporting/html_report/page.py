@@ -19,13 +19,8 @@ ASSETS = Path(__file__).parent / "assets"
 @cache
 def environment() -> Environment:
     """Templates of assets/; every value that they print is escaped."""
-    found = Environment(
-        loader=FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = FileSystemLoader(ASSETS)
+    found = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     found.filters["number"] = number
     found.filters["place"] = "{:.1f}".format  # a coordinate of a chart
     found.globals["undefined"] = UNDEFINED
@@ -40,26 +35,14 @@ def asset(name: str) -> str:
 
 
 def render_page(template: str, script: str = "", later_scripts: Sequence[str] = (), **values: Any) -> str:
-    """Render a template that extends page.html.
+    """Render a template that extends page.html, with `values`.
 
-    Args:
-        template: its file name.
-        script: JavaScript that runs at the end of the page.
-        later_scripts: JavaScript that `script` runs on request. The Content-Security-Policy names both by their
-            hashes and forbids any other script and any request.
-        values: plain data of the template.
+    `script` runs at the end of the page, and runs `later_scripts` on request. The Content-Security-Policy names them by
+    their hashes, and forbids any other script and any request.
     """
-    hashes = [script_hash(each) for each in (script, *later_scripts) if each]
-    return (
-        environment()
-        .get_template(template)
-        .render(
-            script_sources=" ".join(hashes) or "'none'",
-            style=Markup(asset("page.css")),  # noqa: S704 (a file of this project)
-            script=Markup(script),  # noqa: S704 (a file of this project)
-            **values,
-        )
-    )
+    sources = " ".join(script_hash(each) for each in (script, *later_scripts) if each) or "'none'"
+    own = {"style": Markup(asset("page.css")), "script": Markup(script)}  # noqa: S704 (files of this project)
+    return environment().get_template(template).render(own | values, script_sources=sources)
 
 
 def script_hash(script: str) -> str:

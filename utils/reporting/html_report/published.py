@@ -52,10 +52,9 @@ FIGURES = {
 
 
 def published_figures(args: Mapping[str, Any], classes: Mapping[str, Mapping[str, Any]]) -> Published | None:
-    """Published metrics for a run of these arguments and classes (of results.json), or None.
+    """Published metrics for a run of these arguments and classes (of results.json), or None where its setting differs.
 
-    Method, backbones, protocol, dataset type and the number of test samples of every class must be the paper's; the
-    mean also needs all ten classes.
+    The number of test samples of every class must be the paper's too; the mean also needs all ten classes.
     """
     figures = FIGURES.get(str(args.get("method_name")))
     wanted = dict(PAPER_ARGS)

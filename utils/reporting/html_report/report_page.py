@@ -3,7 +3,7 @@
 import base64
 import gzip
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from itertools import chain
@@ -25,6 +25,12 @@ from utils.reporting.visualization import heat_colors
 FILE_NAME = "report.html"
 PLURALS = {MISS: "misses", FALSE_ALARM: "false alarms", HIT: "hits", CORRECT_PASS: "correct passes"}
 CALIBRATED = {"precision": "Precision", "recall": "Recall", "false_alarm_rate": "False alarms"}
+# Name and detail of the metrics in the summary, in the order of `_cells`.
+HEADINGS = [
+    *(("I-AUROC", ""), ("P-AUROC", ""), (f"AU-PRO {REFERENCE_LIMIT}", f"{REFERENCE_THRESHOLDS} thresholds")),
+    *((f"AU-PRO {limit}", "exact curve") for limit in EXACT_LIMITS),
+    *(("F1", "best"), *((title, "calibrated") for title in CALIBRATED.values())),
+]
 STAGES = {
     "extract": "features of training, validation and test samples, once for all methods of a run",
     "fuse": "fitting of decision fusion",
@@ -43,25 +49,24 @@ class Cell(NamedTuple):
 def write_report(
     output_dir: Path | str, record: Mapping[str, Any], classes: Sequence[ClassReport], note: str | None = None
 ) -> None:
-    """Write report.html into `output_dir`, in place of an older one.
-
-    Args:
-        output_dir: the method's folder.
-        record: content of results.json, see `results_record`.
-        classes: the classes of the record, in its order.
-        note: a sentence on backbones and protocol.
-    """
+    """Write report.html; arguments as in `report_page`."""
     write_page(Path(output_dir) / FILE_NAME, report_page(record, classes, note))
 
 
 def report_page(record: Mapping[str, Any], classes: Sequence[ClassReport], note: str | None = None) -> str:
-    """The page as text; arguments as in `write_report`."""
+    """The report as HTML.
+
+    Args:
+        record: content of results.json, see `results_record`.
+        classes: the classes of the record, in its order.
+        note: a sentence on backbones and protocol.
+    """
     args = record["args"]
     method = str(args.get("method_name", "?"))
     published = published_figures(args, record["classes"])
     summary = _summary(record, classes, published)
-    shown = list(chain.from_iterable(map(_shown_samples, classes)))
-    shown.sort(key=lambda sample: sample["outcome"] not in WRONG)  # stable: the order within a class stays
+    # Stable: the order within a class stays.
+    shown = sorted(_shown_samples(classes), key=lambda sample: sample["outcome"] not in WRONG)
     plotly_source, plotly = _plotly() if any(sample["cloud"] for sample in shown) else ("", "")
     return render_page(
         "report.html",
@@ -79,7 +84,7 @@ def report_page(record: Mapping[str, Any], classes: Sequence[ClassReport], note:
         published=published,
         summary=summary,
         any_undefined=any(cell.value is None for cells in summary.values() for cell in cells),
-        metrics=_headings(),
+        metrics=HEADINGS,
         charts=[(_roc_chart(each), _pro_chart(each), _score_chart(each)) for each in classes],
         plurals=PLURALS,
         exact_limits=EXACT_LIMITS,
@@ -102,21 +107,12 @@ def _plotly() -> tuple[str, str]:
     return source, base64.b64encode(gzip.compress(source.encode(), mtime=0)).decode()
 
 
-def _shown_samples(each: ClassReport) -> list[dict[str, Any]]:
-    """The shown samples of a class with its name; names as the filters of the page write them."""
-    names = {"class": printable(each.name)}
-    return [
-        names | sample | {key: printable(sample[key]) for key in ("path", "defect", "outcome")}
-        for sample in each.samples
-    ]
-
-
-def _headings() -> list[tuple[str, str]]:
-    """Name and detail of the metrics in the summary, in the order of `_cells`."""
-    areas = [(f"AU-PRO {limit}", "exact curve") for limit in EXACT_LIMITS]
-    calibrated = [(title, "calibrated") for title in CALIBRATED.values()]
-    reference = (f"AU-PRO {REFERENCE_LIMIT}", f"{REFERENCE_THRESHOLDS} thresholds")
-    return [("I-AUROC", ""), ("P-AUROC", ""), reference, *areas, ("F1", "best"), *calibrated]
+def _shown_samples(classes: Sequence[ClassReport]) -> Iterator[dict[str, Any]]:
+    """The shown samples with the names of their classes, as the filters of the page write them."""
+    for each in classes:
+        for sample in each.samples:
+            names = {key: printable(sample[key]) for key in ("path", "defect", "outcome")}
+            yield {"class": printable(each.name)} | sample | names
 
 
 def _summary(
@@ -138,11 +134,9 @@ def _cells(metrics: Mapping[str, Any], published: Mapping[str, float]) -> list[C
 def _roc_chart(each: ClassReport) -> Markup | None:
     if each.roc is None:
         return None
-    point = None
-    if each.decision is not None:
-        false_alarms = each.outcomes.get(FALSE_ALARM, 0) / len(each.good_scores)
-        hits = each.outcomes.get(HIT, 0) / len(each.defective_scores)
-        point = Point(false_alarms, hits, "threshold")
+    false_alarms = each.outcomes.get(FALSE_ALARM, 0) / len(each.good_scores)
+    hits = each.outcomes.get(HIT, 0) / len(each.defective_scores)
+    point = None if each.decision is None else Point(false_alarms, hits, "threshold")
     axis = Axis(0, 1, (0, 0.25, 0.5, 0.75, 1), "false-alarm rate")
     title = f"ROC curve of {each.name}, {number(each.entry['image_rocauc'])}"
     return curve_chart(*each.roc, axis, "share of defective samples found", title, point)
