@@ -12,7 +12,7 @@ from tqdm import tqdm
 from dataset import check_sample_files, class_folders, find_classes, pair_split, read_rgb
 from runner.settings import detector_configs, extraction_config
 from utils.cleaning.cloud_cleaning import CleaningRule, shows_table
-from utils.cleaning.journal import Scan, has_results, read_manifest, script_of
+from utils.cleaning.journal import Record, Scan, read_manifest, script_of
 from utils.errors import InputError
 from utils.records import SampleFiles
 from utils.reporting.tables import print_columns
@@ -153,7 +153,7 @@ def warn_of_unfinished_scans(dataset_path: Path, files: Mapping[str, Iterable[Sa
     if manifest is None:
         return
     names = [f"{class_name}/{each.path}" for class_name, of_class in files.items() for each in of_class]
-    left = [name for name in names if not has_results(Scan(name, {}), manifest.scans.get(name, {}), dataset_path)]
+    left = [name for name in names if not _has_results(Scan(name, {}), manifest.scans.get(name, {}), dataset_path)]
     if left:
         logger.warning(
             "%d of %d samples of %s were not preprocessed like the others (%s%s). Run the command again that made it: "
@@ -161,3 +161,9 @@ def warn_of_unfinished_scans(dataset_path: Path, files: Mapping[str, Iterable[Sa
             *(len(left), len(names), dataset_path, ", ".join(left[:3]), ", ..." if len(left) > 3 else ""),
             script_of(manifest.settings),
         )
+
+
+def _has_results(scan: Scan, record: Record, root: Path) -> bool:
+    """Tell by presence and size of its files whether the results of a scan are there; False for an empty record."""
+    files = {scan.file(root, modality): file.bytes for modality, file in record.items()}
+    return bool(files) and all(path.is_file() and path.stat().st_size == size for path, size in files.items())

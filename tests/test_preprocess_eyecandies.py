@@ -768,24 +768,11 @@ def test_a_half_written_sample_of_another_class_without_temporary_files_is_no_tr
 
 
 def test_refusals_name_no_flag_of_another_script(published: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"Give another output folder|give another output folder"):
+    with pytest.raises(InputError, match="Choose another output folder"):
         run(published, published / "Confetto/train/data/000_pose.txt")
     assert run(published, tmp_path / "out") == 0
-    with pytest.raises(InputError, match=r"Give another output folder|give another output folder"):
+    with pytest.raises(InputError, match="give another output folder"):
         run(published, tmp_path / "out", "--light", 2)
-
-
-def test_a_changed_mask_does_not_leave_a_sample_in_two_folders(published: Path, tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    convert(published, target)
-    masks = published / "Confetto/test_public/data"
-    shutil.copy(masks / "01_mask.png", masks / "00_mask.png")
-    summary = convert(published, target)
-    assert (summary.done, list(summary.failed)) == ([], ["Confetto/test/bad/000"])
-    assert "converted as Confetto/test/good/000. Delete " in summary.failed["Confetto/test/bad/000"]
-    for path in target.glob("Confetto/test/good/*/000.*"):
-        path.unlink()
-    assert convert(published, target).done == ["Confetto/test/bad/000"]
 
 
 def test_scans_of_others_are_not_written_over(published: Path, tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from cleaning_runs import (
 from PIL import Image
 
 from dataset import index_split
-from utils.cleaning import journal
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, pad_to_square
+from utils.cleaning.journal import Journal
 from utils.errors import InputError
 from utils.preprocessing import main, preprocess
 from utils.scans.organized_pc import as_cloud, read_organized_pc
@@ -318,13 +318,13 @@ def test_an_original_that_changed_meanwhile_is_not_deleted(
     other_suffixes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photo = other_suffixes / "bagel/test/hole/rgb/000.jpg"
-    append = journal._append
+    commit = Journal.commit
 
-    def change_and_append(path: Path, line: bytes) -> None:
+    def change_and_commit(self: Journal, *args: object) -> None:
         Image.new("RGB", (44, 40), "red").save(photo)
-        append(path, line)
+        commit(self, *args)
 
-    monkeypatch.setattr(journal, "_append", change_and_append)
+    monkeypatch.setattr(Journal, "commit", change_and_commit)
     preprocess(config_for(other_suffixes))
     assert np.asarray(Image.open(photo))[0, 0, 0] > 200
     with pytest.raises(InputError, match=r"000.jpg and 000.png are two files of one sample"):

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 import numpy as np
 import yaml
 
-from utils.cleaning.journal import Journal, Record, Scan, has_results
+from utils.cleaning.journal import Journal, Record, Scan
 from utils.cleaning.scan_processing import Summary, process_scans, report, write_results
 from utils.command_line import Parser
 from utils.errors import InputError, exit_on_input_error
@@ -183,33 +183,19 @@ def name_scans(samples: dict[str, Path], light: int, failed: dict[str, str]) -> 
     for name, prefix in samples.items():
         class_name, split, number = name.split("/")
         sources = {
-            "xyz": tuple(_beside(prefix, ending) for ending in ("depth.png", "info_depth.yaml", "pose.txt")),
-            "rgb": (_beside(prefix, f"image_{light}.png"),),
+            "xyz": tuple(Path(f"{prefix}_{ending}") for ending in ("depth.png", "info_depth.yaml", "pose.txt")),
+            "rgb": (Path(f"{prefix}_image_{light}.png"),),
         }
-        try:
-            if split == "test":
-                sources["gt"] = (_beside(prefix, "mask.png"),)
-            defective = split == "test" and bool(_read_mask(sources["gt"][0]).any())
-            scans.append(Scan(f"{class_name}/{split}/{'bad' if defective else 'good'}/{number}", sources))
-        except InputError as error:
-            failed[name] = str(error)
+        defect = "good"
+        if split == "test":
+            sources["gt"] = (Path(f"{prefix}_mask.png"),)
+            try:
+                defect = "bad" if _read_mask(sources["gt"][0]).any() else "good"
+            except InputError as error:
+                failed[name] = str(error)
+                continue
+        scans.append(Scan(f"{class_name}/{split}/{defect}/{number}", sources))
     return scans
-
-
-def _without_renamed(scans: list[Scan], journal: Journal, failed: dict[str, str]) -> list[Scan]:
-    """Leave out scans whose mask has changed: their earlier results have another name. They go to `failed`."""
-    kept = []
-    for scan in scans:
-        swap = ("/bad/", "/good/") if "/bad/" in scan.name else ("/good/", "/bad/")
-        former = Scan(scan.name.replace(*swap), scan.sources)
-        if has_results(former, journal.done.get(former.name, {}), journal.output):
-            files = " and ".join(str(former.file(journal.output, modality)) for modality in former.sources)
-            failed[scan.name] = (
-                f"Its mask has changed since it was converted as {former.name}. Delete {files} and run again."
-            )
-        else:
-            kept.append(scan)
-    return kept
 
 
 def convert_files(scan: Scan, target: Path) -> Record:
@@ -243,12 +229,8 @@ def preprocess(config: Config) -> Summary:
         raise InputError(f"--target_dir {target} is the dataset itself. Give another folder.")
     samples, failed = find_samples(config.dataset_path, config.classes)
     journal = Journal(target, {"converter": "eyecandies", "version": VERSION, "light": config.light})
-    scans = _without_renamed(name_scans(samples, config.light, failed), journal, failed)
+    scans = name_scans(samples, config.light, failed)
     return process_scans(scans, journal, partial(convert_files, target=target), config.workers, failed)
-
-
-def _beside(prefix: Path, ending: str) -> Path:
-    return prefix.with_name(f"{prefix.name}_{ending}")
 
 
 def _read_depth(path: Path, limits: Path) -> np.ndarray:
@@ -307,7 +289,7 @@ def parse_args(argv: Sequence[str] | None) -> Config:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit code."""
     config = parse_args(argv)
-    return report(lambda: preprocess(config))
+    return report(preprocess(config))
 
 
 if __name__ == "__main__":

@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, reason in preview(config, config.preview).items():
             print(f"left out of the preview: {name}: {reason}")
         print(f"before and after: {config.preview}")
-    return report(lambda: preprocess(config), "to do" if config.dry_run else "done")
+    return report(preprocess(config), "to do" if config.dry_run else "done")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,15 @@
-"""Record of preprocessed scans: a run may be killed at any moment and repeated, and never cleans a scan twice.
+"""Record of preprocessed scans, so that a run may be killed at any moment and repeated, and no scan is cleaned twice.
 
-A scan is up to three files, and three files cannot be renamed at once. A run therefore writes the results of a scan
-under temporary names, appends their checksums to preprocessing.journal, and only then gives the files their names. The
-next run renames what the journal still promises, and moves the journal into preprocessing.json, the manifest. A scan
-that is in neither has not been touched.
+A scan has up to three files, which cannot be renamed at once. A run writes the results of a scan under temporary
+names, appends their checksums to preprocessing.journal, and only then renames them. The next run finishes the renames
+of the journal, and moves its lines into preprocessing.json, the manifest. A scan in neither file is untouched.
 """
 
-import errno
 import fcntl
 import hashlib
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,60 +18,53 @@ import msgspec
 
 from utils.errors import InputError
 from utils.scans.files import FILE_SUFFIXES, cannot_read, cannot_write
-from utils.scans.json_records import decode_record, plain_json, read_record, write_record
+from utils.scans.json_records import MissingRecordError, decode_record, encode_record, read_record, write_record
 
 SCHEMA = 1
 MANIFEST = "preprocessing.json"
 JOURNAL = "preprocessing.journal"
-TEMPORARY = ".preprocessing"  # last suffix of a result without its final name, so that no reader takes it for a scan
+TEMPORARY = ".preprocessing"  # last suffix of the temporary names; no reader of datasets takes them for scans
 FIX = f"Restore the original dataset and delete {MANIFEST} and {JOURNAL}"
-Stamp = tuple[int, int]  # size in bytes and time of the last change in ns
+Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One raw view of one object: an xyz and an rgb file, and a gt file where there is ground truth."""
+    """One raw view of one object: an xyz file, an rgb file, and a gt file where there is ground truth."""
 
     name: str  # "bagel/test/hole/000": class, split, defect, stem
-    sources: Mapping[str, tuple[Path, ...]]  # by modality: the files that it is made from
+    sources: Mapping[str, tuple[Path, ...]]  # by modality: the files that the result is made from
 
     def file(self, root: Path, modality: str) -> Path:
-        """Path of the result."""
+        """Path of a result."""
         folder, _, stem = self.name.rpartition("/")
         return root / folder / modality / (stem + FILE_SUFFIXES[modality][0])
 
     def temporary(self, root: Path, modality: str) -> Path:
-        """Path of the result before it is in the journal."""
+        """Path of a result until it is in the journal."""
         path = self.file(root, modality)
         return path.with_name(path.name + TEMPORARY)
 
-    def folders(self, root: Path) -> set[Path]:
-        """Folders of the results."""
-        return {self.file(root, modality).parent for modality in self.sources}
+    def is_in(self, root: Path) -> bool:
+        """Tell whether the results replace the sources."""
+        return any(path.parent == self.file(root, name).parent for name in self.sources for path in self.sources[name])
 
 
 class FileRecord(msgspec.Struct, frozen=True):
-    """Checksums of a file before and after preprocessing. While sizes and times stay, the files count as unchanged."""
+    """A file before and after preprocessing."""
 
     source: str  # see `sha256`
     result: str
     bytes: int  # of the result
-    mtime_ns: int | None = None  # of the result
-    sources: tuple[Stamp, ...] = ()
+    mtime_ns: int  # of the result
+    sources: tuple[Stamp, ...]
 
 
 Record = dict[str, FileRecord]  # by modality
 
 
-class _Line(msgspec.Struct):
-    """Line of the journal."""
-
-    scan: str
-    files: Record
-
-
 class Manifest(msgspec.Struct):
-    """Contents of preprocessing.json, and what the journal beside it adds."""
+    """Contents of preprocessing.json, and of the journal beside it."""
 
     schema: int
     settings: dict[str, Any]
@@ -88,18 +78,19 @@ def read_manifest(root: Path) -> Manifest | None:
     Raises:
         InputError: one of them cannot be read or is damaged.
     """
-    path, journal = root / MANIFEST, root / JOURNAL
-    if not path.is_file():
-        return None
-    manifest = read_record(path, Manifest, SCHEMA, FIX)
     try:
-        text = journal.read_text(encoding="ascii", errors="replace") if journal.is_file() else ""
+        manifest = read_record(root / MANIFEST, Manifest, SCHEMA, FIX)
+        text = (root / JOURNAL).read_text(encoding="ascii", errors="replace")
+    except MissingRecordError:
+        return None
+    except FileNotFoundError:
+        return manifest
     except OSError as error:
-        raise cannot_read(journal, error) from error
-    for each in text.split("\n")[:-1]:  # what follows the last line end was cut short
-        line = decode_record(each, _Line, journal, FIX)
-        manifest.scans[line.scan] = line.files
-        manifest.in_journal.add(line.scan)
+        raise cannot_read(root / JOURNAL, error) from error
+    for each in text.split("\n")[:-1]:  # the text after the last line end was cut short
+        line = decode_record(each, dict[str, Record], root / JOURNAL, FIX)
+        manifest.scans |= line
+        manifest.in_journal |= line.keys()
     return manifest
 
 
@@ -108,21 +99,15 @@ def script_of(settings: Mapping[str, Any]) -> str:
     return "preprocess_eyecandies" if settings.get("converter") == "eyecandies" else "preprocessing"
 
 
-def has_results(scan: Scan, record: Record, root: Path) -> bool:
-    """Tell by presence and size of its files whether a recorded scan is there. A scan without a record is not."""
-    files = {scan.file(root, modality): file.bytes for modality, file in record.items()}
-    return bool(files) and all(path.is_file() and path.stat().st_size == size for path, size in files.items())
-
-
 class Journal:
-    """Scans that are done in an output folder, kept on disk.
+    """Preprocessed scans of an output folder, kept on disk.
 
     Args:
         output: root of the results.
-        settings: JSON values that the results depend on. Other settings than the recorded ones are refused.
+        settings: JSON values that the results depend on.
 
     Raises:
-        InputError: the files on disk cannot be read, are damaged, or were made with other settings.
+        InputError: manifest or journal cannot be read, is damaged, or was written with other settings.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any]) -> None:
@@ -135,15 +120,12 @@ class Journal:
         self.is_new = manifest is None
         manifest = manifest or Manifest(SCHEMA, self.settings, {})
         self._check_settings(manifest.settings)
-        self.done = manifest.scans
-        self.renaming = manifest.in_journal  # some of their files may still have temporary names
+        self.done, self.renaming = manifest.scans, manifest.in_journal
 
     def recover(self, scans: Iterable[Scan]) -> None:
-        """Finish the renaming that a killed run began among `scans` and others, and move the journal to the manifest.
-
-        Raises:
-            InputError: a file cannot be renamed, or the manifest cannot be written.
-        """
+        """Finish the renames of a killed run, of `scans` and others; InputError where a file cannot be written."""
+        if not (self.output / JOURNAL).is_file():  # no run was killed
+            return
         known = {scan.name: scan for scan in scans}
         for name in self.renaming:
             self._put_in_place(known.get(name) or Scan(name, {}))
@@ -153,70 +135,68 @@ class Journal:
         """Record the temporary files of a scan and give them their final names.
 
         Raises:
-            OSError: the journal cannot be written. Nothing has changed.
-            InputError: a file cannot be renamed. The next run finishes the scan.
+            InputError: the journal cannot be written or a file not renamed. The next run goes on from there.
         """
-        line = json.dumps({"scan": scan.name, "files": record}, default=plain_json) + "\n"
-        _append(self.output / JOURNAL, line.encode())
+        path = self.output / JOURNAL
+        try:
+            with path.open("ab") as file:
+                file.write(encode_record({scan.name: record}).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(path, error) from error
         self.done[scan.name] = record
         self._put_in_place(scan)
 
     def save(self) -> None:
-        """Write the manifest and remove the journal. Where that fails both stay as they were, with an InputError."""
+        """Write the manifest and remove the journal and all temporary files, once every rename is finished.
+
+        Raises:
+            InputError: the manifest cannot be written. It and the journal stay as they were.
+        """
+        with suppress(OSError):
+            for pattern in (f"*/*/*/*/*{TEMPORARY}", ".preprocessing.*.tmp.json"):
+                for path in self.output.glob(pattern):
+                    path.unlink()
         content = {"schema": SCHEMA, "settings": self.settings, "scans": dict(sorted(self.done.items()))}
         write_record(self.output / MANIFEST, content, indent=1)
         (self.output / JOURNAL).unlink(missing_ok=True)
         self.renaming = set()
 
     def is_done(self, scan: Scan) -> bool:
-        """Tell whether a scan has its recorded results, and its recorded sources where they lie elsewhere.
+        """Tell whether a scan has its recorded results. Results elsewhere must be of the present sources.
 
-        Sizes and times decide. A file is read only where they differ, as after a copy.
+        Sizes and times decide. Files are only read where these differ, as in a copied dataset.
 
         Raises:
-            InputError, OSError: a file cannot be read.
+            InputError, OSError: files that were cleaned in place have changed, or a file cannot be read.
         """
-        record = self.done.get(scan.name, {})
-        if record.keys() != scan.sources.keys():
-            return False
-        in_place, renaming = self.in_place(scan), scan.name in self.renaming
-        for modality, file in record.items():
-            result, sources = scan.file(self.output, modality), scan.sources[modality]
-            if renaming and scan.temporary(self.output, modality).is_file():
-                result = scan.temporary(self.output, modality)
-            if not result.is_file() or not _unchanged((result,), ((file.bytes, file.mtime_ns),), file.result):
-                return False
-            if not in_place and not _unchanged(sources, file.sources, file.source):
-                return False
-            if in_place and not renaming and not all(each.samefile(result) for each in sources if each.is_file()):
-                return False  # an original of another suffix is back
-        return True
-
-    def in_place(self, scan: Scan) -> bool:
-        """Tell whether results of a scan lie in the folders of its sources."""
-        sources = ((source.parent, modality) for modality, each in scan.sources.items() for source in each)
-        folders = {(folder, scan.file(self.output, modality).parent) for folder, modality in sources}
-        return any(here == there or (there.is_dir() and there.samefile(here)) for here, there in folders)
-
-    def is_original(self, scan: Scan) -> bool:
-        """Tell by checksum whether the files of a recorded scan are those that it was made from."""
-        record = self.done[scan.name]
-        return all(name in scan.sources and sha256(*scan.sources[name]) == record[name].source for name in record)
+        record = self.done.get(scan.name)
+        if record is None or scan.name in self.renaming:
+            return record is not None  # `recover` finishes a scan of the journal
+        done = record.keys() == scan.sources.keys() and all(
+            _unchanged((scan.file(self.output, name),), ((file.bytes, file.mtime_ns),), file.result)
+            for name, file in record.items()
+        )
+        if not scan.is_in(self.output):
+            return done and all(
+                _unchanged(scan.sources[name], each.sources, each.source) for name, each in record.items()
+            )
+        if not done and any(sha256(*scan.sources.get(name, ())) != file.source for name, file in record.items()):
+            raise InputError("Its files changed after preprocessing. Restore the originals or the results.")
+        return done
 
     def _put_in_place(self, scan: Scan) -> None:
-        """Rename the temporary files of a scan, then delete originals beside them that have another suffix."""
-        record = self.done[scan.name]
+        """Rename the temporary files of a scan, and delete originals of another suffix beside them."""
         try:
-            for modality in record:
-                if (temporary := scan.temporary(self.output, modality)).is_file():
-                    temporary.replace(scan.file(self.output, modality))
-            for modality, file in record.items():
-                result = scan.file(self.output, modality)
+            for modality, file in self.done[scan.name].items():
+                temporary, result = scan.temporary(self.output, modality), scan.file(self.output, modality)
+                if temporary.is_file():
+                    temporary.replace(result)
                 for source in scan.sources.get(modality, ()):
-                    other = source.parent == result.parent and source.name != result.name and source.is_file()
+                    beside = source.parent == result.parent and source.is_file() and result.is_file()
                     # A file system that ignores case has one file by both names.
-                    if other and not source.samefile(result) and sha256(source) == file.source:
-                        sync(source.parent)  # the new name reaches the disk before the old one goes
+                    if beside and not source.samefile(result) and sha256(source) == file.source:
                         source.unlink()
         except OSError as error:
             raise cannot_write(Path(error.filename2 or error.filename or self.output), error) from error
@@ -236,15 +216,8 @@ class Journal:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second run out of `folder`. The lock ends with the process.
-
-    Raises:
-        InputError: another process holds the lock, or the folder cannot be read.
-    """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise cannot_read(folder, error) from error
+    """Keep a second run out of `folder`; InputError while another process is in. The lock ends with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -255,18 +228,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def sha256(*paths: Path) -> str:
-    """Return the SHA-256 in hexadecimal of a file, or of the lines of hexadecimal digits of several.
-
-    Raises:
-        InputError: a file cannot be read.
-    """
-    digests = []
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-        except OSError as error:
-            raise cannot_read(path, error) from error
+    """Return the SHA-256 of a file, or of the lines of hexadecimal digits of several; OSError for an unreadable one."""
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
@@ -276,27 +239,6 @@ def stamp(path: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns
 
 
-def _unchanged(files: tuple[Path, ...], stamps: tuple[tuple[int, int | None], ...], checksum: str) -> bool:
-    return tuple(map(stamp, files)) == stamps or sha256(*files) == checksum
-
-
-def sync(path: Path) -> None:
-    """Flush a written file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _append(path: Path, line: bytes) -> None:
-    """Append a whole line and flush it to the disk, or leave the file as it was and raise OSError."""
-    with path.open("ab", buffering=0) as file:
-        end = file.tell()
-        try:
-            if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(end)
-            raise
+def _unchanged(files: Sequence[Path], stamps: Sequence[Stamp], checksum: str) -> bool:
+    there = all(path.is_file() for path in files)
+    return there and (tuple(map(stamp, files)) == stamps or sha256(*files) == checksum)
