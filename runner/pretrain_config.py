@@ -1,4 +1,4 @@
-"""Settings of UFF training, the flags of fusion_pretrain.py; the schedule that they ask for; and the progress."""
+"""Settings of UFF training (the flags of fusion_pretrain.py), its learning-rate schedule, and its progress."""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from utils.errors import InputError
 
 LR_BATCH = 256  # the effective batch size of --blr
+FIX_DIVERGENCE = "Lower --lr or --blr, and continue from the last checkpoint with --resume."
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """The flags of fusion_pretrain.py, checked; their meaning is in its --help."""
+    """The flags of fusion_pretrain.py, checked; see its --help."""
 
     batch_size: int
     epochs: int
@@ -97,9 +98,8 @@ class PretrainConfig:
             raise InputError("--start_epoch contradicts --resume, which continues after its checkpoint. Remove one.")
 
     def with_lr(self, world_size: int) -> "PretrainConfig":
-        """The same with the peak learning rate filled in: blr * effective batch size / 256 if lr is not given."""
-        effective_batch = self.batch_size * self.accum_iter * world_size
-        lr = self.blr * effective_batch / LR_BATCH if self.lr is None else self.lr
+        """The same with `lr` filled in: blr * effective batch size / 256 where it is not given."""
+        lr = self.blr * (self.batch_size * self.accum_iter * world_size) / LR_BATCH if self.lr is None else self.lr
         if self.min_lr > lr:
             raise InputError(f"--min_lr {self.min_lr} is above the peak learning rate {lr}. Lower it.")
         return replace(self, lr=lr)

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -22,9 +22,8 @@ from tqdm import tqdm
 
 from models.contrastive import contrastive_loss, retrieval
 from models.feature_fusion import FeatureFusion
-from runner.pretrain_config import PretrainConfig, Progress
-from runner.training import FIX_DIVERGENCE, Step, Trainer, make_loader, make_optimizer, split_files
-from runner.training_checkpoints import load_checkpoint, save_checkpoint
+from runner.pretrain_config import FIX_DIVERGENCE, PretrainConfig, Progress
+from runner.training import Trainer, load_checkpoint, make_loader, make_optimizer, save_checkpoint, split_files
 from utils.distributed import (
     Ranks,
     all_reduce_any,
@@ -39,9 +38,8 @@ from utils.feature_store import PatchFileDataset
 from utils.precision import autocast
 from utils.scans.files import make_folder
 
-# Flags that the rest of an interrupted epoch depends on.
-BINDING: tuple[str, ...] = ("batch_size", "accum_iter", "seed", "val_fraction")
-BINDING += ("drop_last_group", "negatives", "uff_pairing", "precision")
+# Flags that a resumed run cannot change.
+FIXED = ("batch_size", "accum_iter", "seed", "val_fraction", "drop_last_group", "negatives", "uff_pairing", "precision")
 STOPPED = 130  # exit code after Ctrl-C, as in shells
 LAST, BEST = "checkpoint-last.pth", "checkpoint-best.pth"
 logger = logging.getLogger(__name__)
@@ -65,10 +63,9 @@ def pretrain(config: PretrainConfig, ranks: Ranks, device: torch.device) -> None
     Raises:
         SystemExit: after Ctrl-C or SIGTERM, once checkpoint-last.pth is written.
     """
-    dataset = PatchFileDataset(config.data_path, config.uff_pairing, xyz_dim=config.xyz_dim)
+    dataset = PatchFileDataset(config.data_path, config.uff_pairing, config.xyz_dim)
     training, validation = split_files(len(dataset), config.val_fraction, config.seed)
-    pin_memory = config.pin_mem and device.type == "cuda"
-    loader = make_loader(Subset(dataset, training), config, ranks, pin_memory)
+    loader = make_loader(Subset(dataset, training), config, ranks, config.pin_mem and device.type == "cuda")
     torch.manual_seed(config.seed)
     model = FeatureFusion(dataset.xyz_dim, dataset.rgb_dim).to(device)
     optimizer = make_optimizer(model, config.weight_decay)
@@ -81,28 +78,34 @@ def pretrain(config: PretrainConfig, ranks: Ranks, device: torch.device) -> None
     with open_tensorboard(config.log_dir) as board, stop_requests() as stop_requested:
         output = Output(trainer, model, board)
         while not config.is_finished(progress):
-            epoch = progress.epoch
+            epoch, stop = progress.epoch, False
             steps = trainer.train_epoch()
             bar = tqdm(steps, f"epoch {epoch}", len(loader), initial=progress.batch, disable=not is_main())
             for step in bar:
                 if step.grad_norm is None:
                     continue
                 bar.set_postfix(loss=f"{step.loss:.3f}")
-                output.log_step(step)
+                if board:  # at thousandths of an epoch: curves of different batch sizes overlay
+                    for name in ("loss", "lr", "grad_norm"):
+                        board.add_scalar(f"train_{name}", getattr(step, name), int(step.epoch * 1000))
                 if step.last:
-                    continue  # what follows is done below, once the epoch is complete
-                if all_reduce_any(stop_requested(), device):
+                    continue  # saved below, once the epoch is complete
+                stop = all_reduce_any(stop_requested(), device)
+                if stop or progress.updates % config.save_steps == 0:
                     output.save(LAST)
-                    output.stop()
-                if progress.updates % config.save_steps == 0:
-                    output.save(LAST)
-                if config.is_finished(progress):
+                if stop or config.is_finished(progress):
                     break
-            figures = {"train_lr": step.mean_lr, "train_loss": step.mean_loss, "train_grad_norm": progress.grad_norm}
-            figures |= validate(model, dataset, validation, ranks, device, config.precision)
-            output.end_epoch(epoch, figures)
-            if not config.is_finished(progress) and all_reduce_any(stop_requested(), device):
-                output.stop()
+            if not stop:
+                figures: dict[str, Any] = {"train_lr": step.mean_lr, "train_loss": step.mean_loss}
+                figures |= {"train_grad_norm": progress.grad_norm}
+                if validation:
+                    own = validation[ranks.rank :: ranks.world_size]
+                    figures |= validate(model, dataset, own, device, config.precision)
+                output.end_epoch(epoch, figures)
+                stop = not config.is_finished(progress) and all_reduce_any(stop_requested(), device)
+            if stop:
+                logger.info("Stopped. Continue with --resume %s", output.folder / LAST)
+                raise SystemExit(STOPPED)
 
 
 def first_progress(
@@ -111,11 +114,11 @@ def first_progress(
     """The start of training: at --resume, at --start_epoch, or at 0.
 
     Raises:
-        InputError: nothing is left to do, or the checkpoint of --resume was written mid-epoch in another setting.
+        InputError: nothing is left to do, or the checkpoint does not fit this run.
     """
     progress = Progress(epoch=config.start_epoch or 0)
     if config.resume:
-        progress = load_checkpoint(config.resume, model, optimizer, argparse.Namespace(**asdict(config)), BINDING)
+        progress = load_checkpoint(config.resume, model, optimizer, argparse.Namespace(**asdict(config)), FIXED)
         for parameters in optimizer.param_groups:
             parameters["weight_decay"] = config.weight_decay
         for name, now in (("files", files), ("processes", ranks.world_size)):
@@ -137,8 +140,7 @@ class Output:
 
     def __init__(self, trainer: Trainer, model: FeatureFusion, board: Any) -> None:
         self.config, self.optimizer, self.progress = trainer.config, trainer.optimizer, trainer.progress
-        self.model = model
-        self.board = board  # SummaryWriter or None
+        self.model, self.board = model, board  # board: SummaryWriter or None
         self.folder = make_folder(self.config.output_dir, "--output_dir")
 
     def save(self, name: str) -> None:
@@ -146,17 +148,6 @@ class Output:
         if is_main():
             args = argparse.Namespace(**asdict(self.config))
             save_checkpoint(self.folder / name, self.model, self.optimizer, self.progress, args)
-
-    def stop(self) -> NoReturn:
-        """Exit before the end of the training."""
-        logger.info("Stopped. Continue with --resume %s", self.folder / LAST)
-        raise SystemExit(STOPPED)
-
-    def log_step(self, step: Step) -> None:
-        """Add an update to TensorBoard, at thousandths of an epoch: curves of different batch sizes overlay."""
-        if self.board:
-            for name in ("loss", "lr", "grad_norm"):
-                self.board.add_scalar(f"train_{name}", getattr(step, name), int(step.epoch * 1000))
 
     def end_epoch(self, epoch: int, figures: dict[str, Any]) -> None:
         """Write the epoch's checkpoints, its line of log.txt, and its summary."""
@@ -182,23 +173,16 @@ class Output:
 
 @torch.no_grad()
 def validate(
-    model: FeatureFusion,
-    dataset: PatchFileDataset,
-    files: Sequence[int],
-    ranks: Ranks,
-    device: torch.device,
-    precision: str,
+    model: FeatureFusion, dataset: PatchFileDataset, files: Sequence[int], device: torch.device, precision: str
 ) -> dict[str, float]:
-    """Loss and retrieval accuracy on held-out files, each file by itself; empty without such files.
+    """Loss and retrieval accuracy on the held-out files of all ranks, each file by itself; `files` are this rank's.
 
-    val_retrieval is the share of xyz patches for which the rgb patch of the same place is the nearest in its image,
+    val_retrieval is the share of xyz patches to which the rgb patch of the same place is the nearest of the image,
     val_chance the share that random guesses would reach.
     """
-    if not files:
-        return {}
     model.eval()
     rows = hits = chance = loss = 0.0
-    for index in files[ranks.rank :: ranks.world_size]:
+    for index in files:
         xyz, rgb, _ = dataset[index]
         with autocast(device, precision):
             heads = model(xyz[None].to(device), rgb[None].to(device))
@@ -229,7 +213,7 @@ def open_tensorboard(log_dir: str | None) -> AbstractContextManager[Any]:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and SIGTERM only set a flag, which the yielded function tells. A second Ctrl-C ends at once."""
+    """Note Ctrl-C and SIGTERM, for the yielded function to tell. A second Ctrl-C ends the process at once."""
     requested: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

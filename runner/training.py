@@ -1,25 +1,26 @@
-"""Steps of UFF training: learning rate, loader, one epoch. runner/pretraining.py puts them together."""
+"""Steps of UFF training: loader, optimizer, one epoch, checkpoints. runner/pretraining.py puts them together."""
 
+import argparse
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
-from runner.pretrain_config import PretrainConfig, Progress
+from runner.pretrain_config import FIX_DIVERGENCE, PretrainConfig, Progress
+from utils.checkpoint_files import read_checkpoint
 from utils.distributed import Ranks, all_reduce_sum, broadcast_object, gather_objects, world_size
 from utils.errors import InputError
 from utils.precision import autocast
-
-BETAS = (0.9, 0.95)  # of AdamW, as in masked autoencoders, the source of the recipe
-
-FIX_DIVERGENCE = "Lower --lr or --blr, and continue from the last checkpoint with --resume."
+from utils.scans.files import atomic_path
 
 Batches = DataLoader[tuple[Tensor, Tensor, int]]  # collated: (B, P, C) patches, and the indices (B,) of their files
 
@@ -38,7 +39,7 @@ class Step(NamedTuple):
 
 
 class _EpochBatches(BatchSampler):
-    """Whole batches of a DistributedSampler; an epoch can start at any batch, and then reads nothing twice."""
+    """Batches of a DistributedSampler, from any batch of an epoch on, without reading the files before it."""
 
     first = 0
 
@@ -60,8 +61,8 @@ def split_files(count: int, val_fraction: float, seed: int) -> tuple[list[int], 
     held_out = round(count * val_fraction)
     if val_fraction > 0 and not 0 < held_out < count:
         raise InputError(
-            f"--val_fraction {val_fraction} of {count} patch files is {held_out}. Choose a fraction that leaves files "
-            "on both sides, or 0 for no validation."
+            f"--val_fraction {val_fraction} of {count} patch files is {held_out}. Choose one that leaves files to "
+            "train on and to validate on, or 0."
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(order[held_out:]), sorted(order[:held_out])
@@ -100,9 +101,9 @@ def make_loader(
     )
 
 
-def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over all parameters alike. Its learning rate is 0 until `Trainer` sets the schedule's."""
-    return torch.optim.AdamW(model.parameters(), lr=0.0, betas=BETAS, weight_decay=weight_decay)
+def make_optimizer(model: nn.Module, weight_decay: float) -> AdamW:
+    """AdamW over all parameters, with the betas of masked autoencoders. `Trainer` sets the learning rate."""
+    return AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay)
 
 
 @dataclass
@@ -110,10 +111,10 @@ class Trainer:
     """One epoch after another of UFF training."""
 
     config: PretrainConfig
-    model: nn.Module  # (xyz (B, P, C_xyz), rgb (B, P, C_rgb)) -> arguments of `loss_of`; in DDP for several ranks
+    model: nn.Module  # (xyz (B, P, C_xyz), rgb (B, P, C_rgb)) -> arguments of `loss_of`; DDP for several ranks
     loss_of: Callable[[Tensor, Tensor], Tensor]  # () loss, computed outside of autocast
     loader: Batches  # of `make_loader`
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     progress: Progress  # where to begin; kept up to date
     device: torch.device
     name_of: Callable[[int], str] = str  # name of the file of an index, for messages
@@ -122,14 +123,14 @@ class Trainer:
         """Train for the rest of an epoch, one `Step` per micro-batch.
 
         Gradients of `accum_iter` micro-batches are averaged into one update, with the learning rate at the start of
-        the group. Training advances only as the steps are taken: after a `Step` with a gradient norm, model, optimizer
-        and `progress` fit together and can be saved.
+        the group. After a `Step` with a gradient norm, model, optimizer and `progress` can be saved.
 
         Raises:
             InputError: the loss or the gradient is not finite; in all ranks alike.
         """
         progress, count, accum_iter = self.progress, len(self.loader), self.config.accum_iter
         schedule = self.config.schedule
+        replica = self.model if isinstance(self.model, DistributedDataParallel) else None
         group_files: list[str] = []
         assert isinstance(self.loader.batch_sampler, _EpochBatches)
         self.loader.batch_sampler.start(progress.epoch, progress.batch)
@@ -146,7 +147,7 @@ class Trainer:
             group_files += files
             size = accum_iter if self.config.drop_last_group else min(accum_iter, count - index + place)
             update = place == size - 1
-            with _gradient_sync(self.model, update):
+            with replica.no_sync() if replica and not update else nullcontext():  # gradients meet at the update
                 with autocast(self.device, self.config.precision):
                     heads = self.model(*(each.to(self.device, non_blocking=True) for each in (xyz, rgb)))
                 loss = self.loss_of(*heads)
@@ -173,7 +174,7 @@ class Trainer:
     def _update(self, index: int, group_files: list[str]) -> float:
         """Let the optimizer take a step after micro-batch `index`; returns the L2 norm of the gradient."""
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each) for each in gradients])).item()
+        norm = nn.utils.get_total_norm(gradients).item()
         if not math.isfinite(norm):
             files = broadcast_object(gather_objects(group_files))
             raise InputError(
@@ -196,6 +197,46 @@ def _batches(loader: Batches) -> Iterator[Any]:
         raise InputError(str(error).rsplit("InputError: ", 1)[-1].strip()) from None
 
 
-def _gradient_sync(model: nn.Module, update: bool) -> AbstractContextManager[None]:
-    """Average gradients between ranks only in the micro-batch that leads to an update."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not update else nullcontext()
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, args: argparse.Namespace
+) -> None:
+    """Write the original's {'model', 'optimizer', 'epoch', 'scaler', 'args'} and two more: 'progress' and 'rng'.
+
+    'epoch' is the last one finished, -1 within the first. 'scaler' is empty; readers of the original's files expect it.
+    """
+    checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": progress.epoch - 1}
+    checkpoint |= {"scaler": {}, "args": args, "progress": asdict(progress), "rng": torch.get_rng_state()}
+    with atomic_path(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def load_checkpoint(
+    path: Path | str, model: nn.Module, optimizer: Optimizer, args: argparse.Namespace, fixed: Sequence[str] = ()
+) -> Progress:
+    """Restore model, optimizer and random numbers of a checkpoint, and return its progress.
+
+    A checkpoint of the original code, which holds no progress, continues after its epoch.
+
+    Raises:
+        InputError: no such file, a damaged one, one of another model, or one whose args differ from `args` in `fixed`.
+    """
+    checkpoint = read_checkpoint(Path(path))
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if "progress" not in checkpoint:
+            return Progress(epoch=int(checkpoint["epoch"]) + 1)
+        progress = Progress(**checkpoint["progress"])
+        torch.set_rng_state(checkpoint["rng"])
+        written = vars(checkpoint["args"])
+    except RuntimeError as error:
+        raise InputError(f"{path} does not fit this model: {' '.join(str(error).split())}") from None
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is no checkpoint of this training: {error!r}. Check the path.") from None
+    for name in fixed:
+        if written.get(name) != getattr(args, name):
+            raise InputError(
+                f"{path} was written with --{name} {written.get(name)}, not {getattr(args, name)}. "
+                "Resume with the flags that it was written with."
+            )
+    return progress

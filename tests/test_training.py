@@ -32,8 +32,7 @@ from models.contrastive import contrastive_loss
 from models.feature_fusion import FeatureFusion
 from runner.pretrain_config import Progress, Schedule
 from runner.pretraining import stop_requests
-from runner.training import Batches, Step, make_optimizer, split_files
-from runner.training_checkpoints import load_checkpoint, save_checkpoint
+from runner.training import Batches, Step, load_checkpoint, make_optimizer, save_checkpoint, split_files
 from utils.distributed import Ranks
 from utils.errors import InputError
 from utils.feature_store import PatchFileDataset, resize_patches, write_features
