@@ -14,11 +14,7 @@ State = dict[str, Tensor]
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
-    """Load `state` into `module`.
-
-    Raises:
-        InputError: keys are missing, left over or of another shape; names them and the file.
-    """
+    """Load `state` into `module`; InputError if keys are missing, left over or of another shape."""
     expected = module.state_dict()
     shapes = {key: (tuple(state[key].shape), tuple(expected[key].shape)) for key in state.keys() & expected.keys()}
     problems = {
@@ -27,7 +23,8 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path | str
         "of another shape": sorted(f"{key} {one} for {other}" for key, (one, other) in shapes.items() if one != other),
     }
     if any(problems.values()):
-        listed = "; ".join(f"{problem}: {_first_five(keys)}" for problem, keys in problems.items() if keys)
+        more = {problem: f" and {len(keys) - 5} more" if len(keys) > 5 else "" for problem, keys in problems.items()}
+        listed = "; ".join(f"{each}: {', '.join(keys[:5])}{more[each]}" for each, keys in problems.items() if keys)
         raise InputError(
             f"{path} does not fit {type(module).__name__}: {listed}. "
             "Check that the file belongs to the chosen backbone."
@@ -36,10 +33,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path | str
 
 
 def weights_checksum(module: nn.Module) -> str:
-    """SHA-256, in hexadecimal, of a network's weights: names, dtypes, shapes and bytes of its state dict, by name.
-
-    It depends on the weights alone, not on the name and format of their file.
-    """
+    """SHA-256, in hexadecimal, of a network's state dict: the weights, whatever file they came from."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -48,9 +42,9 @@ def weights_checksum(module: nn.Module) -> str:
 
 
 def point_transformer_state(raw: Any, path: Path, prefix: str, left_out: Sequence[str]) -> State:
-    """Weights whose keys have the prefix, which is removed; keys that begin like one of `left_out` then are not used.
+    """Weights whose keys have the prefix, which is removed, without those that then begin like one of `left_out`.
 
-    A file holds more: the decoder of Point-MAE; the momentum copy, queue and class head of Point-BERT.
+    The other keys are the decoder of Point-MAE, and the momentum copy and queue of Point-BERT.
     """
     tensors = _tensors(raw, path, ("base_model",))
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -73,7 +67,7 @@ def feature_fusion_state(raw: Any, path: Path) -> State:
 
 
 def _tensors(raw: Any, path: Path, containers: Sequence[str]) -> State:
-    """The state dict inside one of `containers`, or `raw` itself; prefixes of parallel training are removed."""
+    """The state dict in one of `containers`, or `raw` itself, without the prefix of parallel training."""
     if isinstance(raw, Mapping):
         raw = next((raw[name] for name in containers if name in raw), raw)
     pairs = list(raw.items()) if isinstance(raw, Mapping) else []
@@ -83,7 +77,3 @@ def _tensors(raw: Any, path: Path, containers: Sequence[str]) -> State:
         f"{path} holds no state dict, flat or under {' or '.join(map(repr, containers))}. "
         "Check that it is the published file."
     )
-
-
-def _first_five(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

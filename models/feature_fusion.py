@@ -2,7 +2,7 @@
 
 Per modality, chi is an MLP after a LayerNorm and sigma a linear head on chi's output. The detector keeps the
 concatenation of both chi (`FeatureFusion.fuse`); the heads serve only the training loss (models/contrastive.py).
-Plain form: `FeatureFusion` in feature_extractors/reference.py.
+Plain form: `reference.FeatureFusion`.
 """
 
 from collections.abc import Mapping
@@ -34,13 +34,13 @@ class FeatureFusion(nn.Module):
     """chi and sigma of both modalities; parameter names as in the published checkpoints.
 
     `xyz_dim` and `rgb_dim` are the widths C_xyz and C_rgb of patches, `mlp_ratio` the hidden width of chi over its
-    input width, `head_dim` the width of sigma's output, in which the two modalities are compared.
+    input width, `head_dim` the width of sigma's output.
     """
 
     def __init__(self, xyz_dim: int, rgb_dim: int, mlp_ratio: float = 4.0, head_dim: int = 256) -> None:
         super().__init__()
         self.xyz_dim, self.rgb_dim, self.head_dim = xyz_dim, rgb_dim, head_dim
-        # The order of construction fixes the random initial weights of each layer: it is the original's.
+        # The original's order of construction, which fixes the random initial weights.
         self.xyz_norm = nn.LayerNorm(xyz_dim)
         self.xyz_mlp = Mlp(xyz_dim, round(xyz_dim * mlp_ratio))
         self.rgb_norm = nn.LayerNorm(rgb_dim)
@@ -53,7 +53,7 @@ class FeatureFusion(nn.Module):
         """Build the module of a checkpoint's `model` entry, in eval mode; its widths are those of the tensors.
 
         Raises:
-            InputError: a key is missing or left over, or a tensor has a shape that contradicts the others.
+            InputError: a key is missing or left over, or the shapes contradict each other.
         """
         layers = ("xyz_norm", "rgb_norm", "xyz_mlp.fc1", "xyz_head")
         try:
@@ -76,8 +76,8 @@ class FeatureFusion(nn.Module):
     def forward(self, xyz: Tensor, rgb: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs sigma_xyz(chi_xyz(xyz)) and sigma_rgb(chi_rgb(rgb)), both (N, head_dim), for the contrastive loss.
 
-        N counts the patches xyz (..., C_xyz) and rgb (..., C_rgb) of the same places whose xyz features hold no exact
-        zero; a patch with one has no valid point, as a rule.
+        N counts the patches xyz (..., C_xyz) and rgb (..., C_rgb) whose xyz features hold no exact zero, the mark of a
+        patch without a valid point.
         """
         valid = (xyz != 0).all(dim=-1)
         xyz, rgb = xyz[valid], rgb[valid]  # (N, C_xyz), (N, C_rgb)

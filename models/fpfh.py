@@ -1,6 +1,6 @@
 """Fast Point Feature Histograms (Rusu et al., ICRA 2009) as a 3D backbone that needs no weights.
 
-It is the 3D half of BTF (Horwitz and Hoshen, CVPRW 2023), the baseline that M3DM was built on.
+They are the 3D half of BTF (Horwitz and Hoshen, CVPRW 2023), the baseline that M3DM was built on.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,16 @@ from models.point_transformer import PointBackbone, PointFeatures
 
 NORMAL_RADIUS, NORMAL_NEIGHBORS = 0.01, 30  # meters, points
 FEATURE_RADIUS, FEATURE_NEIGHBORS = 0.02, 100
-# open3d's histograms sum to 200 each. A tenth of that has about the deviation (4) of the features of the RGB networks,
-# by which the reference protocol divides every bank.
+# Scales features to about the deviation (4) of rgb features, by which the reference protocol divides every bank.
 SCALE = 0.1
-MEAN_ENTRY = 200 * SCALE / 11  # 11 bins a histogram
+MEAN_ENTRY = 200 * SCALE / 11  # each of open3d's histograms has 11 bins, which sum to 200
 
 
 class FpfhBackbone(PointBackbone):
     """33 numbers a point: three histograms, of 11 bins each, of the angles between normals around it.
 
-    The mean entry is subtracted. That changes no distance, and no empty bin is an exact zero, the mark of a patch
-    without points.
+    The mean entry is subtracted. That changes no distance, and keeps empty bins from being exact zeros, the mark of a
+    patch without points.
     """
 
     embed_dim = 33

@@ -1,11 +1,11 @@
 """Group encoder (mini-PointNet): the points of a group become one token.
 
-The plain form is `GroupEncoder` in feature_extractors/reference.py. The fast form does less:
+Fast form of `reference.GroupEncoder`, which does less:
 
-1. The 512-wide layer is a sum W_m maximum + W_f local, in which W_m maximum is computed once per group, and
-   W_f local = W_f A hidden + W_f a is one matrix on the 128 hidden values, as local is linear in them.
-2. Each batch norm is folded into the linear layer y = W x + b before it, whose statistics over the current cloud follow
-   from those of x in double precision: mean(y) = W mean(x) + b, var(y) = diag(W cov(x) W^T).
+1. The 512-wide layer is a sum W_m maximum + W_f local. W_m maximum is computed once per group. W_f local = W_f A hidden
+   + W_f a is one matrix on the 128 hidden values, as local is linear in them.
+2. Each batch norm is folded into the linear layer y = W x + b before it. The statistics of y over the current cloud
+   follow from those of x, in double precision: mean(y) = W mean(x) + b, var(y) = diag(W cov(x) W^T).
 3. Groups pass through the wide layers in small blocks, which stay in the cache of a CPU.
 """
 
@@ -22,12 +22,10 @@ BLOCK_GROUPS = 16  # groups per block on a CPU: 4 MB of hidden values
 
 
 class GroupEncoder(nn.Module):
-    """Conv1d 3-128, BN, ReLU, 128-256; concatenation with the maximum (512); Conv1d 512-512, BN, ReLU, 512-C; maximum.
+    """Conv1d 3-128, BN, ReLU, 128-256; maximum in front (512); Conv1d 512-512, BN, ReLU, 512-C; maximum.
 
-    Args:
-        out_dim: C, width of the token.
-        point_norm: BatchNorm statistics: "cloud" takes those of the current cloud's groups, as the published results
-            do, "running" those of the checkpoint.
+    `out_dim` is C, the width of the token. `point_norm` chooses the BatchNorm statistics: "cloud" takes those of the
+    current cloud's groups, as the published results do, "running" those of the checkpoint.
     """
 
     def __init__(self, out_dim: int, point_norm: str = "cloud") -> None:
@@ -41,14 +39,7 @@ class GroupEncoder(nn.Module):
         )
 
     def forward(self, groups: Tensor) -> Tensor:
-        """Encode groups; plain form: `GroupEncoder.forward` in feature_extractors/reference.py.
-
-        Args:
-            groups: (G, K, 3) float32, meters, relative to each group's center.
-
-        Returns:
-            (G, C) float32 tokens.
-        """
+        """Encode groups (G, K, 3) float32, in meters relative to their centers, as tokens (G, C) float32."""
         device = groups.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else groups.dtype
         blocks = groups.split(BLOCK_GROUPS if device == "cpu" else len(groups))
@@ -75,14 +66,9 @@ class GroupEncoder(nn.Module):
         return _fold(self.first_conv[1], weight, bias, weight @ mean + bias, _variance(weight, covariance))
 
     def _mixing_layer(self, hidden: Sequence[Tensor], maximum: Tensor) -> tuple[Tensor, Tensor]:
-        """The two summands of the 512-wide layer and its batch norm, float64.
+        """The 512-wide layer with its batch norm: weight (512, 128) of hidden values, and summand (G, 512) of groups.
 
-        Args:
-            hidden: blocks (B, K, 128), output of the first layer.
-            maximum: (G, 256) of each group.
-
-        Returns:
-            weight (512, 128) on the hidden values of each point, and what is added once per group (G, 512).
+        `hidden` are blocks (B, K, 128) of the first layer's output, `maximum` (G, 256) is that of each group. float64.
         """
         weight, bias = _linear(self.second_conv[0])
         on_maximum, on_local = weight.chunk(2, dim=1)  # (512, 256) each
@@ -93,12 +79,11 @@ class GroupEncoder(nn.Module):
             return _fold(self.second_conv[1], on_hidden, of_group)
         group_means, mean, covariance = _moments(hidden)
         offset = of_group.mean(dim=0)
-        between = (of_group - offset).T @ (group_means - mean) / len(maximum)  # (512, 128)
-        variance = (  # of a sum: both variances and twice the covariance
-            _variance(on_hidden, covariance)
-            + 2 * (on_hidden * between).sum(dim=1)
-            + (of_group - offset).square().mean(dim=0)
-        )
+        centered = of_group - offset
+        between = centered.T @ (group_means - mean) / len(maximum)  # (512, 128)
+        # Variance of a sum: both variances and twice the covariance.
+        variance = _variance(on_hidden, covariance) + 2 * (on_hidden * between).sum(dim=1)
+        variance = variance + centered.square().mean(dim=0)
         return _fold(self.second_conv[1], on_hidden, of_group, on_hidden @ mean + offset, variance)
 
 

@@ -1,13 +1,13 @@
 """Point searches: farthest point sampling, nearest neighbors, inverse-distance interpolation.
 
-Each public function checks its input once and then calls its backend, one of utils.choices.POINT_OPS:
+The `backend` of a search is one of utils.choices.POINT_OPS:
 
 - "auto": k-d trees (SciPy) and NumPy on CPU; on CUDA "triton" where Triton can be imported, else "torch".
 - "torch": chunked direct differences in plain PyTorch, on any device.
 - "triton": the kernels of `models.point_ops_triton`, on float32 CUDA tensors.
 - "extension": the CUDA extensions pointnet2_ops and knn_cuda, which are never needed.
 
-Their plain forms are the functions of the same names in feature_extractors/reference.py.
+All points are float tensors, in meters; a wrong shape or dtype is a ValueError.
 """
 
 import importlib
@@ -29,23 +29,15 @@ CUDA_MODULES = {"triton": ("triton",), "extension": ("pointnet2_ops.pointnet2_ut
 FPS_IGNORED_SQUARED_NORM = 1e-3
 FPS_INITIAL_SQUARED_DISTANCE = 1e10
 INTERPOLATION_EPSILON = 1e-8
-# Bounds the distance block of the GPU search to 64 million entries (256 MB).
-MAX_BLOCK_ENTRIES = 1 << 26
+MAX_BLOCK_ENTRIES = 1 << 26  # distances at a time: 256 MB
 
 
 def farthest_point_sample(points: Tensor, n: int, backend: str = "auto") -> Tensor:
-    """Pick n points, each the farthest from those already picked; the first is index 0.
+    """Indices (B, n) int64 of n of points (B, N, 3), each the farthest from those already picked; the first is 0.
 
     Squared distances are direct differences in the dtype of `points`; the lowest index wins a tie. Points with
     |p|^2 <= 1e-3 are never picked (except index 0); once every other point is picked, picks repeat.
-    Plain form: `farthest_point_sample` in feature_extractors/reference.py.
-
-    Args:
-        points: (B, N, 3) float, meters.
-        n: number of picks, 1 <= n <= N.
-
-    Returns:
-        (B, n) int64 indices in order of picking.
+    Plain form: `reference.farthest_point_sample`.
     """
     _check_points("points", points)
     backend = _choose_backend(backend, points)
@@ -62,12 +54,7 @@ def farthest_point_sample(points: Tensor, n: int, backend: str = "auto") -> Tens
 
 
 def knn(queries: Tensor, points: Tensor, k: int, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """The k nearest points of each query. Plain form: `knn` in feature_extractors/reference.py.
-
-    Args:
-        queries: (B, M, 3) float, meters.
-        points: (B, N, 3) float, meters, N >= k.
-        k: neighbors per query.
+    """The k nearest of points (B, N, 3) to each of queries (B, M, 3). Plain form: `reference.knn`.
 
     Returns:
         distance (B, M, k), Euclidean (not squared), ascending, meters; index (B, M, k) int64 into the N points.
@@ -85,13 +72,9 @@ def knn(queries: Tensor, points: Tensor, k: int, backend: str = "auto") -> tuple
 
 
 def three_nn_weights(points: Tensor, centers: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """The three nearest centers of each point and their inverse-squared-distance weights.
+    """Interpolation weights of the three centers (B, G, 3) nearest to each of points (B, N, 3), by direct differences.
 
-    Plain form: alpha of `three_nn_interpolate` in feature_extractors/reference.py, with `exact_distances`.
-
-    Args:
-        points: (B, N, 3) float, meters.
-        centers: (B, G, 3) float, meters, G >= 3.
+    Plain form: alpha of `reference.three_nn_interpolate`, with `exact_distances`.
 
     Returns:
         weight (B, N, 3), positive, summing to 1: 1 / (d^2 + 1e-8), normalized; index (B, N, 3) int64 into the centers.
@@ -106,7 +89,7 @@ def three_nn_weights_expanded(points: Tensor, centers: Tensor, backend: str = "a
     Half a meter from the camera, the difference of squares is wrong by up to 6e-8 m^2, more than the 1e-8 added to it,
     and can be negative. That moves features near the centers by up to 0.4 %, enough to change a few coreset picks in a
     hundred. Two points in a thousand have a tie for the third center. The backend "extension" is "torch" here.
-    Plain form: alpha of `three_nn_interpolate` in feature_extractors/reference.py.
+    Plain form: alpha of `reference.three_nn_interpolate`.
     """
     _check_search(points, centers, 3)
     if _choose_backend(backend, points) == "triton":
@@ -118,17 +101,9 @@ def three_nn_weights_expanded(points: Tensor, centers: Tensor, backend: str = "a
 
 
 def three_nn_interpolate(points: Tensor, centers: Tensor, features: Tensor) -> Tensor:
-    """Interpolate features from centers to points (PointNet++, Qi et al. 2017, Eq. 2 with k = 3, p = 2).
+    """Interpolate features (B, G, C) from centers (B, G, 3) to points (B, N, 3): (B, N, C).
 
-    Plain form: `three_nn_interpolate` in feature_extractors/reference.py.
-
-    Args:
-        points: (B, N, 3) float, meters.
-        centers: (B, G, 3) float, meters.
-        features: (B, G, C) features of the centers.
-
-    Returns:
-        (B, N, C) weighted means of the features of each point's three nearest centers.
+    PointNet++ (Qi et al. 2017), Eq. 2 with k = 3, p = 2. Plain form: `reference.three_nn_interpolate`.
     """
     weight, index = three_nn_weights(points, centers)
     batch = torch.arange(len(features), device=features.device)[:, None, None]
@@ -195,7 +170,7 @@ def _inverse_distance_weights(squared: Tensor) -> Tensor:
 
 
 def _initial_distances(coordinates: Tensor) -> Tensor:
-    """(..., 3, N) -> (..., N), the running minimum at the start: -1 for points that are never picked nor updated."""
+    """The first running minimum (..., N) for coordinates (..., 3, N): -1 for points that are never picked."""
     ignored = coordinates.square().sum(dim=-2) <= FPS_IGNORED_SQUARED_NORM
     return torch.where(ignored, -1.0, FPS_INITIAL_SQUARED_DISTANCE).to(coordinates.dtype)
 
@@ -215,7 +190,7 @@ def _farthest_point_sample_torch(points: Tensor, n: int) -> Tensor:
 
 
 def _farthest_point_sample_numpy(points: Tensor, n: int) -> Tensor:
-    """The same in NumPy, whose thousand small steps wait for no thread pool."""
+    """`_farthest_point_sample_torch` in NumPy, which starts no threads for a thousand small steps."""
     coordinates = np.ascontiguousarray(points.numpy().T)  # (3, N)
     nearest = np.full(len(points), FPS_INITIAL_SQUARED_DISTANCE, coordinates.dtype)
     nearest[np.square(coordinates).sum(axis=0) <= FPS_IGNORED_SQUARED_NORM] = -1.0
@@ -236,7 +211,7 @@ def _knn_kd_tree(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tenso
 
 
 def _knn_direct(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Chunks of queries against all points; peak memory is one block of MAX_BLOCK_ENTRIES distances."""
+    """Search in chunks of queries; peak memory is one block of MAX_BLOCK_ENTRIES distances."""
     found = []
     for chunk in queries.split(max(1, MAX_BLOCK_ENTRIES // len(points))):
         distance = torch.cdist(chunk, points, compute_mode="donot_use_mm_for_euclid_dist")
@@ -255,10 +230,9 @@ def _three_nearest_expanded(points: Tensor, centers: Tensor) -> tuple[Tensor, Te
 
 
 def _smallest_three(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The first three columns of values.sort(dim=1), ascending: values (R, 3) and index (R, 3).
+    """The first three columns of values.sort(dim=1): values (R, 3), ascending, and index (R, 3).
 
-    Only rows whose third value ties with the fourth are sorted, where torch.sort decides as in the original. To find
-    them a GPU is waited for, once.
+    Only rows whose third value ties with the fourth are sorted, since there torch.sort decides in the original.
     """
     smallest, index = values.topk(min(4, values.shape[1]), largest=False, sorted=True)
     tied = smallest[:, 2] == smallest[:, -1]

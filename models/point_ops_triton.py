@@ -3,9 +3,9 @@
 The module can be imported without Triton. On CPU tensors the kernels run in Triton's interpreter, if TRITON_INTERPRET=1
 was set before Triton was imported.
 
-Distances are direct differences in float32, squares summed as (x^2 + y^2) + z^2 without fused multiply-adds, and the
-lowest index wins a tie: results do not depend on the block size, and picks equal those of the torch backend. Plain
-forms: `farthest_point_sample`, `knn` and alpha of `three_nn_interpolate` in feature_extractors/reference.py.
+Squared distances are (x^2 + y^2) + z^2 in float32 without fused multiply-adds, and the lowest index wins a tie: results
+do not depend on the block size, and picks equal those of the torch backend. Plain forms:
+`reference.farthest_point_sample`, `reference.knn` and alpha of `reference.three_nn_interpolate`.
 """
 
 from __future__ import annotations  # the kernels' `tl.constexpr` is not looked up
@@ -33,34 +33,28 @@ MAX_KEYS = 1 << 25  # 8 bytes each: 256 MB
 
 
 def farthest_point_sample(coordinates: Tensor, nearest: Tensor, n: int, block: int = SAMPLING_BLOCK) -> Tensor:
-    """Like models.point_ops.farthest_point_sample, with one program per cloud that picks without the host.
+    """Picks (B, n) int64 like models.point_ops.farthest_point_sample, by one program per cloud.
 
     Args:
         coordinates: (B, 3, N) float32, contiguous, meters.
-        nearest: (B, N) float32, contiguous: the running minimum of the squared distances at the start, negative for
-            points that are never picked; overwritten.
+        nearest: (B, N) float32, contiguous: squared distances to start from, negative for points that are never
+            picked; overwritten.
         n: number of picks.
         block: points at a time, a power of two.
-
-    Returns:
-        (B, n) int64.
     """
     batch, _, count = coordinates.shape
     picks = coordinates.new_empty(batch, n, dtype=torch.int64)
     with torch.cuda.device_of(coordinates):
-        _sample_kernel[(batch,)](
-            coordinates, nearest, picks, count, n, BLOCK=block, num_warps=16, enable_fp_fusion=False
-        )
+        launch = _sample_kernel[(batch,)]
+        launch(coordinates, nearest, picks, count, n, BLOCK=block, num_warps=16, enable_fp_fusion=False)
     return picks
 
 
 def knn(queries: Tensor, points: Tensor, k: int, block: int = KEYS_BLOCK) -> tuple[Tensor, Tensor]:
-    """Like models.point_ops.knn; of equally near points the lower index comes first.
+    """Like models.point_ops.knn, in float32; `block` points per program, a power of two.
 
-    More than three neighbors are the smallest keys, each the bits of a squared distance above the index of its point.
-    Peak memory is one block of MAX_KEYS keys.
-
-    Queries are (B, M, 3) and points (B, N, 3) float32, meters; `block` points per program, a power of two.
+    For k > 3, a key holds the bits of a squared distance above the index of its point, and the smallest keys are the
+    neighbors. Peak memory is one block of MAX_KEYS keys.
     """
     if k <= 3:
         squared, index = three_nearest(queries, points)
@@ -72,27 +66,20 @@ def knn(queries: Tensor, points: Tensor, k: int, block: int = KEYS_BLOCK) -> tup
 def three_nearest(
     queries: Tensor, points: Tensor, expanded: bool = False, block: int = THREE_BLOCK
 ) -> tuple[Tensor, Tensor]:
-    """The three nearest points of each query; of equally near ones the lower index comes first.
+    """The three nearest of points (B, N, 3) to each of queries (B, M, 3), float32; `block` queries per program.
 
-    Args:
-        queries: (B, M, 3) float32, meters.
-        points: (B, N, 3) float32, meters. Where N < 3 the last places hold infinity and index 0.
-        expanded: squared distances from |q|^2 + |p|^2 - 2 q p, which cancels and may be negative.
-        block: queries to a program, a power of two.
+    `expanded` computes squared distances from |q|^2 + |p|^2 - 2 q p, which cancels and may be negative.
 
     Returns:
-        squared distance (B, M, 3) float32, ascending; index (B, M, 3) int64 into the points.
+        squared distance (B, M, 3) float32, ascending; index (B, M, 3) int64 into the points. Where N < 3 the last
+        places hold infinity and index 0.
     """
     batch, count = queries.shape[:2]
     squared, index = queries.new_empty(batch, count, 3), queries.new_empty(batch, count, 3, dtype=torch.int64)
     with torch.cuda.device_of(queries):
-        _three_kernel[(-(-count // block), batch)](
-            *(queries.contiguous(), points.contiguous(), squared, index, count, points.shape[1]),
-            EXPANDED=expanded,
-            BLOCK=block,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+        arguments = queries.contiguous(), points.contiguous(), squared, index, count, points.shape[1]
+        launch = _three_kernel[(-(-count // block), batch)]
+        launch(*arguments, EXPANDED=expanded, BLOCK=block, num_warps=4, enable_fp_fusion=False)
     return squared, index
 
 
@@ -103,9 +90,8 @@ def _smallest_keys(queries: Tensor, coordinates: Tensor, k: int, block: int) -> 
     for chunk in queries.contiguous().split(max(1, MAX_KEYS // count)):
         keys = chunk.new_empty(len(chunk), count, dtype=torch.int64)
         with torch.cuda.device_of(chunk):
-            _keys_kernel[(len(chunk), -(-count // block))](
-                chunk, coordinates, keys, count, BLOCK=block, num_warps=4, enable_fp_fusion=False
-            )
+            launch = _keys_kernel[(len(chunk), -(-count // block))]
+            launch(chunk, coordinates, keys, count, BLOCK=block, num_warps=4, enable_fp_fusion=False)
         found.append(keys.topk(k, dim=1, largest=False, sorted=True).values)
     return torch.cat(found)
 

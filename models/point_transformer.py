@@ -1,8 +1,7 @@
-"""Point-MAE and Point-BERT as feature extractors: a cloud becomes groups, groups become tokens.
+"""Point-MAE (Pang et al., ECCV 2022) and Point-BERT (Yu et al., CVPR 2022): a cloud becomes groups, and they tokens.
 
-Point-MAE: Pang et al., ECCV 2022. Point-BERT: Yu et al., CVPR 2022. Module names are those of the published
-checkpoints. Coordinates are raw meters: nothing is scaled to the unit sphere. Plain form: `PointTransformer` in
-feature_extractors/reference.py.
+Module names are those of the published checkpoints. Coordinates are raw meters, not scaled to the unit sphere.
+Plain form: `reference.PointTransformer`.
 """
 
 from collections.abc import Sequence
@@ -36,16 +35,9 @@ class PointBackbone(nn.Module):
 class PointTransformer(PointBackbone):
     """Point-MAE, or with `class_token` Point-BERT, up to the tokens that M3DM uses.
 
-    Args:
-        num_group: number of groups (tokens) per cloud.
-        group_size: points per group.
-        width: transformer width; three blocks' outputs are concatenated, so `embed_dim` is three times that.
-        depth: number of blocks.
-        num_heads: attention heads per block.
-        encoder_dim: width of the group encoder's token; a Linear maps it to `width` where the two differ.
-        class_token: prepend a class token with its own position, and drop it at the end (Point-BERT).
-        point_norm: see GroupEncoder.
-        point_ops: backend of the point searches, see models.point_ops.
+    `num_group` groups of `group_size` points become tokens, `depth` blocks of `num_heads` heads transform them. Three
+    blocks' outputs are concatenated, so `embed_dim` is 3 * `width`. The group encoder's token is `encoder_dim` wide; a
+    Linear maps it to `width` where the two differ. For `point_norm` see GroupEncoder, for `point_ops` models.point_ops.
     """
 
     def __init__(
@@ -63,9 +55,7 @@ class PointTransformer(PointBackbone):
         from timm.models.vision_transformer import Block
 
         super().__init__()
-        self.num_group = num_group
-        self.group_size = group_size
-        self.point_ops = point_ops
+        self.num_group, self.group_size, self.point_ops = num_group, group_size, point_ops
         self.min_points = max(num_group, group_size)
         self.taken = (depth // 3 - 1, 2 * depth // 3 - 1, depth - 1)  # blocks 4, 8 and 12 of twelve
         self.embed_dim = width * len(self.taken)
@@ -79,9 +69,9 @@ class PointTransformer(PointBackbone):
         self.cls_pos = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
 
     def forward(self, clouds: Sequence[Tensor]) -> list[PointFeatures]:
-        """Extract features (num_group, embed_dim) and centers (num_group, 3) of clouds (N, 3), which are one batch.
+        """Extract features (num_group, embed_dim) and centers (num_group, 3) of a batch of clouds.
 
-        Clouds are float32, meters, camera frame, valid points only. Features are the outputs of the three taken blocks
+        Clouds (N, 3) are float32, in meters, valid points only. Features are the outputs of the three taken blocks
         through the final norm, concatenated.
         """
         groups, centers = zip(*self.group(clouds), strict=True)
@@ -106,12 +96,9 @@ class PointTransformer(PointBackbone):
         Raises:
             ValueError: a cloud has fewer points than `min_points`.
         """
-        for points in clouds:
-            if len(points) < self.min_points:
-                raise ValueError(
-                    f"{len(points)} valid points, but {self.num_group} groups of {self.group_size} points need at "
-                    f"least {self.min_points}"
-                )
+        if (fewest := min(map(len, clouds))) < self.min_points:
+            needed = f"{self.num_group} groups of {self.group_size} points need at least {self.min_points}"
+            raise ValueError(f"{fewest} valid points, but {needed}")
         padded = pad_sequence(list(clouds), batch_first=True)  # with zeros, which are never picked
         divided = []
         for points, picks in zip(clouds, farthest_point_sample(padded, self.num_group, self.point_ops), strict=True):

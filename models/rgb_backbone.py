@@ -1,7 +1,4 @@
-"""The RGB branch: networks that turn an image into a grid of patch features.
-
-Plain form: `rgb_patches` in feature_extractors/reference.py.
-"""
+"""The RGB branch: networks that turn an image into a grid of patch features. Plain form: `reference.rgb_patches`."""
 
 import re
 import sys
@@ -57,17 +54,16 @@ class VisionTransformerBackbone(RgbBackbone):
             self.prefix_tokens = model.num_prefix_tokens
         except (AttributeError, TypeError, ValueError, AssertionError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]  # another kind of network takes no img_size or has no patches
-            raise InputError(
-                f"{timm_name} cannot be the RGB backbone ({reason}). Choose a vision transformer of timm."
-            ) from None
+            problem = f"{timm_name} cannot be the RGB backbone ({reason})"
+            raise InputError(f"{problem}. Choose a vision transformer of timm.") from None
         if img_size % patch:
             raise InputError(f"img_size {img_size} is no multiple of {timm_name}'s patch size {patch}. Choose one.")
         self.model = model
         self.embed_dim = model.num_features
-        trained_with: dict[str, Any] = model.pretrained_cfg if own_normalization else {}
-        given_mean, given_std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
-        mean = torch.tensor(trained_with.get("mean", IMAGENET_DEFAULT_MEAN))
-        std = torch.tensor(trained_with.get("std", IMAGENET_DEFAULT_STD))
+        given = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+        wanted = given | (model.pretrained_cfg if own_normalization else {})
+        given_mean, given_std = torch.tensor(given["mean"]), torch.tensor(given["std"])
+        mean, std = torch.tensor(wanted["mean"]), torch.tensor(wanted["std"])
         self.register_buffer("scale", (given_std / std)[:, None, None], persistent=False)  # (3, 1, 1)
         self.register_buffer("shift", ((given_mean - mean) / std)[:, None, None], persistent=False)
 
@@ -101,10 +97,8 @@ class EfficientNetLiteBackbone(RgbBackbone):
     def forward(self, rgb: Tensor) -> Tensor:
         """Patch features (B, grid_size**2, embed_dim), row-major, of images (B, 3, S, S), ImageNet-normalized."""
         stages = self.model.forward_intermediates(rgb, indices=list(self.STAGES), intermediates_only=True)
-        size = (self.grid_size, self.grid_size)
-        planes = [
-            F.interpolate(F.avg_pool2d(stage, 3, stride=1, padding=1), size=size, mode="bilinear") for stage in stages
-        ]
+        means = (F.avg_pool2d(stage, 3, stride=1, padding=1) for stage in stages)
+        planes = [F.interpolate(mean, size=(self.grid_size, self.grid_size), mode="bilinear") for mean in means]
         return torch.cat(planes, dim=1).flatten(2).transpose(1, 2)  # (B, C, grid, grid) -> (B, grid**2, C)
 
 
@@ -112,11 +106,11 @@ def pretrained_source(timm_name: str) -> str | None:
     """Address of a timm model's weights; None where timm does not know the name."""
     import timm
 
+    if not timm.is_model(timm_name):
+        return None
     try:
         repository = _hub_repository(timm_name)
     except RuntimeError:  # timm knows the architecture, but no weights by that name
-        return None
-    if not timm.is_model(timm_name):
         return None
     return f"https://huggingface.co/{repository}" if repository else "its authors (timm knows no address)"
 
@@ -129,11 +123,7 @@ def _hub_repository(timm_name: str) -> str | None:
 
 
 def download_weights(timm_name: str) -> Path:
-    """Fetch the weights of a timm model into the cache of the Hugging Face hub, where timm keeps them.
-
-    Raises:
-        OSError: timm knows none, or the download fails.
-    """
+    """Fetch the weights of a timm model into the cache of the Hugging Face hub; OSError where that fails."""
     import huggingface_hub
 
     repository = _hub_repository(timm_name)
@@ -155,10 +145,10 @@ def cached_weights(timm_name: str) -> Path | None:
 
 
 def load_vision_transformer(backbone: VisionTransformerBackbone, path: Path) -> VisionTransformerBackbone:
-    """Load a .pth or .safetensors state dict or a JAX .npz file into a vision transformer.
+    """Load a .pth or .safetensors state dict or a JAX .npz file into a vision transformer, and return it.
 
-    timm's own conversion of published files is applied: other names of the same weights become timm's, and the
-    position embedding is resampled to the backbone's grid.
+    timm converts the file: other names of the same weights become its own, and the position embedding is resampled to
+    the backbone's grid.
 
     Raises:
         InputError: the file cannot be read, or a key is missing, left over or of another shape.
@@ -173,9 +163,8 @@ def load_vision_transformer(backbone: VisionTransformerBackbone, path: Path) -> 
     except Exception as error:  # a state of another model can raise anything
         load_strict(backbone.model, state, path)  # names what does not fit
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(
-            f"{path} does not fit {backbone.timm_name} ({reason}). Check that the file belongs to the chosen backbone."
-        ) from None
+        problem = f"{path} does not fit {backbone.timm_name} ({reason})"
+        raise InputError(f"{problem}. Check that the file belongs to the chosen backbone.") from None
     # Networks that averaged their tokens in training normed the mean; here every token is normed.
     load_strict(backbone.model, {re.sub(r"^fc_norm\.", "norm.", key): value for key, value in converted.items()}, path)
     return backbone

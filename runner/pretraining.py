@@ -1,7 +1,4 @@
-"""UFF training from patch files to checkpoints: the loop of fusion_pretrain.py.
-
-The loss is `contrastive_loss` in feature_extractors/reference.py; its fast form is in models/contrastive.py.
-"""
+"""UFF training from patch files to checkpoints: the loop of fusion_pretrain.py. The loss: models/contrastive.py."""
 
 import argparse
 import json
