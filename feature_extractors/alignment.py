@@ -1,9 +1,9 @@
 """Point feature alignment (PFA): features of group centers become a grid of xyz patches.
 
-The plain form is `three_nn_interpolate` and `project_and_pool` in feature_extractors/reference.py. Interpolation is
-linear in the features: a matrix A (N, G) with three weights per point. So are both poolings: a matrix P (grid**2, N)
-with few entries per point, each a product of a row's and a column's share, since pooling windows are rectangles. The
-patches are (P A) features, and the feature plane (C, S, S) of the paper is never computed.
+Fast form of `reference.three_nn_interpolate` and `reference.project_and_pool`. Interpolation is linear in the features:
+a matrix A (N, G) with three weights per point. So are both poolings: a matrix P (grid**2, N) with few entries per
+point, each a product of a row's and a column's share, since pooling windows are rectangles. The patches are
+(P A) features, and the feature plane (C, S, S) of the paper is never computed.
 """
 
 from functools import lru_cache
@@ -33,7 +33,7 @@ def align_to_patches(
     """Interpolate to every valid point, project to the pixels, pool to the patch grid.
 
     The pooling is the original's, AvgPool2d(3, stride 1) then AdaptiveAvgPool2d(grid), of a plane that is zero where
-    no point is. Plain form: `three_nn_interpolate` and `project_and_pool` in feature_extractors/reference.py.
+    no point is.
 
     Args:
         point_features: features (G, C) at centers (G, 3), or (N, C) at the valid points themselves.
@@ -81,16 +81,13 @@ def pooling_weights(valid: Tensor, grid: int, masked: bool) -> tuple[Tensor, Ten
 @lru_cache(maxsize=8)
 def _axis_pooling(size: int, grid: int, masked: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Both poolings along one axis: for each of `size` pixels its bins (size, m) int64 and shares (size, m) float64."""
-    window = np.arange(size)[:, None] + np.arange(-1, 2)  # three pixels around each
-    kept = window if masked else window[1:-1]  # without padding the two border windows are missing
-    first = np.zeros((len(kept), size + 2))
-    np.put_along_axis(first, kept + 1, 1 / 3, axis=1)
-    first = first[:, 1:-1]  # contributions of padding pixels fall away
+    first = (np.abs(np.subtract.outer(np.arange(size), np.arange(size))) <= 1) / 3  # three pixels around each
+    kept = first if masked else first[1:-1]  # without padding the two border windows are missing
     second = np.zeros((grid, len(kept)))
     for i in range(grid):  # the bins of AdaptiveAvgPool: floor of the start, ceiling of the end
         start, stop = i * len(kept) // grid, -(-(i + 1) * len(kept) // grid)
         second[i, start:stop] = 1 / (stop - start)
-    pooling = (second @ first).T  # (size, grid)
+    pooling = (second @ kept).T  # (size, grid)
     width = int((pooling > 0).sum(axis=1).max())
     bins = np.argsort(-pooling, axis=1, kind="stable")[:, :width]
     shares = np.take_along_axis(pooling, bins, axis=1)

@@ -1,7 +1,4 @@
-"""From a sample to its patch features: both backbones, the alignment, the fusion.
-
-Plain form: `extract` in feature_extractors/reference.py.
-"""
+"""From a sample to its patch features: both backbones, the alignment, the fusion. Fast form of `reference.extract`."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -29,8 +26,8 @@ BATCH_ON_CPU, BATCH_ON_GPU = 4, 16  # samples that pass through the networks tog
 class PatchExtractor:
     """Patch features of samples, on `device`, by finished networks.
 
-    The method decides which backbones are needed; without the trained UFF, fusion patches are plain concatenations.
-    The extractor owns its networks: in bf16 it rounds their weights.
+    The method decides which backbones are needed. Without a UFF, fusion patches are plain concatenations. The extractor
+    owns its networks: in bf16 it rounds their weights.
     """
 
     def __init__(
@@ -45,20 +42,20 @@ class PatchExtractor:
         self.device = torch.device(device)
         self.precision = choose_precision(config.precision, self.device)
         self.batch_size = BATCH_ON_CPU if self.device.type == "cpu" else BATCH_ON_GPU
-        # Saved detectors and finished classes are tied to the weights as they were read, before any rounding.
+        # Saved detectors and finished classes are tied to the weights before any rounding.
         networks = {"rgb": rgb_backbone, "xyz": xyz_backbone, "fusion": feature_fusion}
         self.checksums = {name: weights_checksum(network) for name, network in networks.items() if network is not None}
         self.rgb_backbone = rgb_backbone.to(self.device).eval() if rgb_backbone else None
         self.xyz_backbone = xyz_backbone.to(self.device).eval() if xyz_backbone else None
         self.feature_fusion = feature_fusion.to(self.device).eval() if feature_fusion else None
-        # Before its blocks, the point transformer computes in fp32 or with its weights in other forms.
+        # The point transformer rounds nothing before its blocks.
         point_blocks = xyz_backbone.blocks if isinstance(xyz_backbone, PointTransformer) else None
         for network in (self.rgb_backbone, point_blocks, self.feature_fusion):
             if network is not None:
                 round_weights(network, self.precision)
 
     def with_fusion(self, feature_fusion: FeatureFusion) -> "PatchExtractor":
-        """An extractor with the same backbones and another UFF, which it then owns."""
+        """An extractor with the same backbones and another UFF."""
         other = copy(self)
         other.checksums = self.checksums | {"fusion": weights_checksum(feature_fusion)}
         other.feature_fusion = feature_fusion.to(self.device).eval()
@@ -95,10 +92,7 @@ class PatchExtractor:
             rgb = pending.result()  # (784, C_rgb) each
         fused = "fusion" in self.config.method.banks
         fusion = map(self._fuse, xyz, rgb) if fused else [None] * len(samples)  # (3136, C_xyz + C_rgb) each
-        return [
-            PatchFeatures(rgb=of_rgb, xyz=of_xyz, fusion=of_both)
-            for of_rgb, of_xyz, of_both in zip(rgb, xyz, fusion, strict=True)
-        ]
+        return [PatchFeatures(*each) for each in zip(rgb, xyz, fusion, strict=True)]
 
     @torch.inference_mode()  # of the thread that runs it
     def _rgb_patches(self, samples: Sequence[Sample]) -> Sequence[Tensor | None]:
@@ -113,24 +107,31 @@ class PatchExtractor:
             return [None] * len(samples)
         planes = [self._given(sample, "xyz") for sample in samples]  # (3, S, S) each
         clouds = [xyz[:, valid_pixels(xyz)].T.contiguous() for xyz in planes]  # (N, 3) each
+        least = self.xyz_backbone.min_points
         for sample, points in zip(samples, clouds, strict=True):
-            self._check_points(sample, len(points), self.xyz_backbone)
+            if len(points) < least:
+                grouped = isinstance(self.xyz_backbone, PointTransformer)
+                lower = ", or fit with lower --num_group and --group_size" if grouped else ""
+                size = f"{self.config.img_size}x{self.config.img_size}"
+                raise InputError(
+                    f"{sample.path} has {len(points)} valid points at {size}, but {self.config.xyz_backbone_name} "
+                    f"needs at least {least}. Repair the point cloud{lower}."
+                )
         # One at a time on a CPU, where batches gain nothing, so results do not depend on batch composition.
-        step = 1 if self.device.type == "cpu" else len(clouds)
-        found: list[PointFeatures] = []
+        batches = [[points] for points in clouds] if self.device.type == "cpu" else [clouds]
         with autocast(self.device, self.precision):
-            for begin in range(0, len(clouds), step):
-                found += self.xyz_backbone(clouds[begin : begin + step])
+            found = [of_cloud for batch in batches for of_cloud in self.xyz_backbone(batch)]
+        protocol = self.config.protocol
         return [
             align_to_patches(
-                of_points._replace(features=of_points.features.float()),
+                PointFeatures(features.float(), centers),
                 xyz,
                 self.config.xyz_grid,
-                exact_distances=self.config.protocol.exact_distances,
-                masked=self.config.protocol.masked_pooling,
+                exact_distances=protocol.exact_distances,
+                masked=protocol.masked_pooling,
                 point_ops=self.config.point_ops,
             )
-            for of_points, xyz in zip(found, planes, strict=True)
+            for (features, centers), xyz in zip(found, planes, strict=True)
         ]
 
     def _fuse(self, xyz: Tensor | None, rgb: Tensor | None) -> Tensor:
@@ -147,16 +148,6 @@ class PatchExtractor:
         if plane is None:
             raise InputError(f"{sample.path} has no {modality} file. {self.config.method_name} needs one.")
         return plane.to(self.device)
-
-    def _check_points(self, sample: Sample, count: int, backbone: PointBackbone) -> None:
-        if count >= backbone.min_points:
-            return
-        lower = ", or fit with lower --num_group and --group_size" if isinstance(backbone, PointTransformer) else ""
-        size = f"{self.config.img_size}x{self.config.img_size}"
-        raise InputError(
-            f"{sample.path} has {count} valid points at {size}, but {self.config.xyz_backbone_name} needs at least "
-            f"{backbone.min_points}. Repair the point cloud{lower}."
-        )
 
 
 def build_extractor(

@@ -1,4 +1,4 @@
-"""The one reader of checkpoint files: it unpickles nothing but tensors and plain values."""
+"""The one reader of checkpoint files, which unpickles nothing but tensors and plain values."""
 
 import argparse
 import pickle
@@ -11,8 +11,7 @@ import torch
 
 from utils.errors import InputError
 
-# Published files contain argparse.Namespace and NumPy scalars too. NumPy 2 moved its modules, so files written under
-# NumPy 1 ask for the scalar constructor by its former name.
+# Published files contain argparse.Namespace and NumPy scalars too, under NumPy 1 by the constructor's former name.
 _NUMPY_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
@@ -27,7 +26,7 @@ def read_checkpoint(path: Path) -> Any:
     """Read a file written by torch.save, with weights_only=True, or a .safetensors file onto the CPU.
 
     Raises:
-        InputError: the file is absent, truncated, no checkpoint, or holds objects that are not allowed.
+        InputError: the file is absent, damaged, no checkpoint, or holds objects that are not allowed.
     """
     if not path.is_file():
         raise InputError(f"Checkpoint {path} does not exist. Check the path or train it first.")

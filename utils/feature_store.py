@@ -7,9 +7,8 @@ One safetensors file per good training sample, <save_feature_path>/<class>/<stem
 
 The metadata are the fields of `PatchFile` without the path, and a schema version.
 
-Zeros carry meaning: training leaves out every patch whose xyz features hold an exact zero. Half precision would turn
-tiny values into zeros, so the writer raises them to the smallest number of half precision (6e-8). The zeros of a file
-are therefore exactly the zeros of the features.
+Training leaves out every patch whose xyz features hold an exact zero. The writer therefore raises values that half
+precision would turn into zeros to its smallest number (6e-8).
 
 The patch files of the original code can be read too: <class><number>.pt, one float32 tensor (n, C_xyz + C_rgb) each,
 with the rgb patches on the xyz grid in the scrambled order of the "reference" pairing.
@@ -18,7 +17,7 @@ with the rgb patches on the xyz grid in the scrambled order of the "reference" p
 import math
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,28 +38,18 @@ _KEEP_APART = "Keep the files of one run in a folder."
 
 
 class PatchFile(NamedTuple):
-    """Header of a patch file."""
+    """Header of a patch file. The files of one training run agree from `xyz_dim` on."""
 
     path: Path
     class_name: str
-    stem: str  # of the scan, "000"
+    stem: str  # of the sample, "000"
     xyz_dim: int  # C_xyz
     rgb_dim: int  # C_rgb
     xyz_grid: int  # patches along a side
     rgb_grid: int
     xyz_backbone: str
     rgb_backbone: str
-    pairing: str  # that the writer asks training for, see `pair_rgb`
-
-    @property
-    def layout(self) -> tuple[int | str, ...]:
-        """The fields in which the files of one training run agree."""
-        return self[3:]
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors in the file."""
-        return {"xyz": (self.xyz_grid**2, self.xyz_dim), "rgb": (self.rgb_grid**2, self.rgb_dim)}
+    pairing: str  # the readers' default, see `pair_rgb`
 
 
 def grid_side(patches: Tensor) -> int:
@@ -72,10 +61,9 @@ def grid_side(patches: Tensor) -> int:
 
 
 def resize_patches(patches: Tensor, grid: int) -> Tensor:
-    """Bring patches to another grid by adaptive average pooling; a multiple of the grid (28 -> 56) replicates them.
+    """Bring patches to another grid by adaptive average pooling; a multiple of the grid (28 -> 56) repeats them.
 
-    (n, C) float, row-major over a square grid, becomes (grid**2, C), row-major, of the same dtype and device. Plain
-    form: `resize_patches` in feature_extractors/reference.py.
+    (n, C) float, row-major over a square grid, becomes (grid**2, C). Plain form: `reference.resize_patches`.
     """
     side = grid_side(patches)
     plane = patches.T.reshape(1, -1, side, side)
@@ -110,10 +98,10 @@ def write_features(
     pairing: str = "aligned",
     dtype: torch.dtype = torch.float16,
 ) -> Path:
-    """Write the patches of one training sample, whole or not at all, and return the path of the file.
+    """Write the xyz and rgb patches of one training sample, whole or not at all, and return the path of the file.
 
-    `folder` is the value of --save_feature_path; the class folder is made in it. Of the features, xyz and rgb are
-    stored, as float16 or float32. `pairing` is the readers' default, see `pair_rgb`; it changes nothing stored.
+    `folder` is the value of --save_feature_path; the class folder is made in it. `dtype` is float16 or float32.
+    `pairing` is only noted, as the readers' default.
 
     Raises:
         InputError: a modality is absent, or holds values that are not finite in this dtype.
@@ -135,17 +123,12 @@ def write_features(
     header = PatchFile(path, class_name, stem, *widths, *grids, xyz_backbone, rgb_backbone, pairing)
     metadata = {key: str(value) for key, value in header._asdict().items() if key != "path"}
     with atomic_path(path) as temporary:
-        # Through bytes: files of save_file can be read by their owner only.
-        temporary.write_bytes(save(tensors, metadata | {"schema": SCHEMA}))
+        temporary.write_bytes(save(tensors, metadata | {"schema": SCHEMA}))  # only its owner can read a save_file
     return path
 
 
 def read_header(path: Path) -> PatchFile:
-    """Read and check the header of a patch file without its patches.
-
-    Raises:
-        InputError: the file is cut off, is of another schema, or contradicts its own metadata.
-    """
+    """Read the header of a patch file; InputError if the file is cut off, of another schema or contradicts itself."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -157,21 +140,20 @@ def read_header(path: Path) -> PatchFile:
     if metadata.get("schema") != SCHEMA:
         raise InputError(f"{path} has schema {metadata.get('schema')!r}, not {SCHEMA!r}. {_WRITE_AGAIN}")
     try:
-        fields: dict[str, Any] = {name: metadata[name] for name in PatchFile._fields[1:]}
-        numbers = {name: int(fields[name]) for name in ("xyz_dim", "rgb_dim", "xyz_grid", "rgb_grid")}
+        header = PatchFile(path, *(kind(metadata[name]) for name, kind in list(PatchFile.__annotations__.items())[1:]))
     except (KeyError, ValueError) as error:
         raise InputError(f"{path} has incomplete metadata ({error}). {_WRITE_AGAIN}") from None
-    header = PatchFile(path, **(fields | numbers))
-    if shapes != header.shapes:
-        raise InputError(f"{path} holds {shapes}, but its metadata say {header.shapes}. {_WRITE_AGAIN}")
+    expected = {"xyz": (header.xyz_grid**2, header.xyz_dim), "rgb": (header.rgb_grid**2, header.rgb_dim)}
+    if shapes != expected:
+        raise InputError(f"{path} holds {shapes}, but its metadata say {expected}. {_WRITE_AGAIN}")
     return header
 
 
 class PatchFileDataset(Dataset[tuple[Tensor, Tensor, int]]):
     """The patch files of a folder, sorted by class and stem, as pairs of patches of one sample.
 
-    An item is float32 (xyz (xyz_grid**2, C_xyz), rgb (xyz_grid**2, C_rgb), index): row by row an xyz patch and its rgb
-    partner, and the item's own index, its place in `files`.
+    Each gives float32 (xyz (xyz_grid**2, C_xyz), rgb (xyz_grid**2, C_rgb), index): row by row an xyz patch and its rgb
+    partner, and the index in `files`. Reading one with patches that are not finite raises an InputError.
 
     Args:
         folder: value of --save_feature_path, with a folder per class; or a folder of the original's .pt files.
@@ -179,8 +161,7 @@ class PatchFileDataset(Dataset[tuple[Tensor, Tensor, int]]):
         xyz_dim: C_xyz of .pt files, which do not tell it; None: found from patches without a point, all zero in xyz.
 
     Raises:
-        InputError: no files, a damaged one, or files of different widths, grids or backbones; when an item is read:
-            patches that are not finite.
+        InputError: no files, a damaged one, or files of different widths, grids or backbones.
     """
 
     def __init__(self, folder: Path | str, pairing: str | None = None, xyz_dim: int | None = None) -> None:
@@ -189,10 +170,10 @@ class PatchFileDataset(Dataset[tuple[Tensor, Tensor, int]]):
         self.files = _original_headers(paths, xyz_dim) if original else [read_header(path) for path in paths]
         first = self.files[0]
         for file in self.files:
-            if file.layout != first.layout:
+            if file[3:] != first[3:]:
                 raise InputError(
-                    f"The patch files differ in ({', '.join(PatchFile._fields[3:])}): {first.path} has {first.layout}, "
-                    f"{file.path} has {file.layout}. {_KEEP_APART}"
+                    f"The patch files differ in ({', '.join(PatchFile._fields[3:])}): {first.path} has {first[3:]}, "
+                    f"{file.path} has {file[3:]}. {_KEEP_APART}"
                 )
         self.xyz_dim, self.rgb_dim = first.xyz_dim, first.rgb_dim
         self.pairing = pairing or first.pairing
@@ -215,10 +196,8 @@ def _list_files(folder: Path) -> list[Path]:
     ours = sorted(path for path in folder.glob(f"*/*{SUFFIX}") if not path.name.startswith("."))
     originals = sorted(folder.glob(f"*{ORIGINAL_SUFFIX}"))
     if ours and originals:
-        raise InputError(
-            f"{folder} holds {len(ours)} patch files and {len(originals)} {ORIGINAL_SUFFIX} files of the original "
-            "code. Keep them in two folders."
-        )
+        both = f"{len(ours)} patch files and {len(originals)} {ORIGINAL_SUFFIX} files of the original code"
+        raise InputError(f"{folder} holds {both}. Keep them in two folders.")
     if not ours and not originals:
         raise InputError(f"{folder} holds no <class>/<stem>{SUFFIX}. {_WRITE_AGAIN}")
     return ours or originals
@@ -235,7 +214,7 @@ def _read_patches(file: PatchFile) -> tuple[Tensor, Tensor]:
 
 
 def _original_headers(paths: list[Path], xyz_dim: int | None) -> list[PatchFile]:
-    """Headers for the original's .pt files, all like the first one, whose widths and grids are worked out."""
+    """Headers for the original's .pt files, with the widths and grids of the first one."""
     path, first = paths[0], _load_original(paths[0])
     background = first[first[:, 0] == 0]
     zeros = (background != 0).int().argmax(dim=1)  # in front of each row
@@ -249,8 +228,7 @@ def _original_headers(paths: list[Path], xyz_dim: int | None) -> list[PatchFile]
         raise InputError(f"{path} has an xyz part {shown} wide, as its background shows. Correct --xyz_dim {xyz_dim}.")
     if not 0 < xyz_dim < first.shape[1]:
         raise InputError(f"{path} is {first.shape[1]} wide, too narrow for an rgb part. Correct --xyz_dim {xyz_dim}.")
-    _check_finite(path, rgb=first[:, xyz_dim:])
-    grids = (grid_side(first), grid_side(_unscramble(first[:, xyz_dim:])))
+    grids = (grid_side(first), grid_side(_unscramble(path, first[:, xyz_dim:])))
     layout = (xyz_dim, first.shape[1] - xyz_dim, *grids, "unknown", "unknown", "aligned")
     names = [re.fullmatch(r"(.*?)(\d*)", path.stem) for path in paths]
     return [PatchFile(path, name[1], name[2], *layout) for path, name in zip(paths, names, strict=True) if name]
@@ -269,16 +247,15 @@ def _read_original(file: PatchFile) -> tuple[Tensor, Tensor]:
     patches, expected = _load_original(file.path), (file.xyz_grid**2, file.xyz_dim + file.rgb_dim)
     if patches.shape != expected:
         raise InputError(f"{file.path} holds {tuple(patches.shape)}, but the first file {expected}. {_KEEP_APART}")
-    xyz, paired = patches[:, : file.xyz_dim].contiguous(), patches[:, file.xyz_dim :]
-    _check_finite(file.path, rgb=paired)
-    rgb = _unscramble(paired)
+    rgb = _unscramble(file.path, patches[:, file.xyz_dim :])
     if len(rgb) != file.rgb_grid**2:
         raise InputError(f"{file.path} has another rgb grid than the first file. {_KEEP_APART}")
-    return xyz, rgb
+    return patches[:, : file.xyz_dim].contiguous(), rgb
 
 
-def _unscramble(paired: Tensor) -> Tensor:
-    """The rgb patches (n, C) that the "reference" pairing made (rows, C) of: n is the least that explains them all."""
+def _unscramble(path: Path, paired: Tensor) -> Tensor:
+    """The fewest rgb patches (n, C) of which the "reference" pairing makes (rows, C)."""
+    _check_finite(path, rgb=paired)
     rows = len(paired)
     for n in (side**2 for side in range(1, math.isqrt(rows) + 1) if rows % side**2 == 0):
         source = pair_rgb(torch.arange(n)[:, None], rows, "reference")[:, 0]

@@ -1,4 +1,4 @@
-"""The records that travel between the stages: named tuples of tensors, with their shapes and units."""
+"""Records that travel between the stages: named tuples of tensors, with their shapes and units."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class SampleFiles(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One view of one part, S = img_size. A modality that the method does not need is None."""
+    """One view of one object, S = img_size. A modality that the method does not need is None."""
 
-    path: str  # "test/hole/000": split, defect, stem, relative to the class folder
+    path: str  # as in SampleFiles
     rgb: Tensor | None = None  # (3, S, S) float32, ImageNet-normalized
     xyz: Tensor | None = None  # (3, S, S) float32, meters, camera frame; an invalid pixel is exactly 0
     mask: Tensor | None = None  # (1, S, S) uint8, 1 = defect; test split only
@@ -30,7 +30,7 @@ class Sample(NamedTuple):
 
 
 class PatchFeatures(NamedTuple):
-    """The patch features of one sample, row-major over their grid. A bank that the method lacks is None."""
+    """Patch features of one sample, row-major over their grid. A bank that the method lacks is None."""
 
     rgb: Tensor | None = None  # (rgb_grid**2, C_rgb) float32
     xyz: Tensor | None = None  # (xyz_grid**2, C_xyz) float32; a patch without a valid point is exactly 0
