@@ -18,10 +18,9 @@ Rows = dict[str, ShardedRows]  # raw patches of each bank, in the order of the m
 
 
 def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str, MemoryBank]:
-    """The memory banks M_xyz, M_rgb and M_fusion that the method has, in this order.
+    """Memory banks of the method, among M_xyz, M_rgb and M_fusion. Fast form of `reference.build_banks`.
 
-    Fast form of `reference.build_banks`. Ranks that share a class each keep the patches of their own samples; every
-    rank gets a copy of the banks.
+    Each rank holds the patches of its own samples, and every rank gets a copy of the banks.
 
     Raises:
         InputError: all xyz patches are background, and the configuration drops it.
@@ -45,7 +44,7 @@ def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str,
 
 
 def _without_background(xyz: ShardedRows, config: DetectorConfig) -> ShardedRows:
-    """The patches with a valid point; with --rm_zero_for_project those without any exact zero."""
+    """Patches with a valid point; with --rm_zero_for_project, those without any exact zero."""
 
     def condition(patches: Tensor) -> Tensor:
         nonzero = patches != 0
@@ -54,8 +53,8 @@ def _without_background(xyz: ShardedRows, config: DetectorConfig) -> ShardedRows
     kept = xyz.where(condition)
     if len(kept) == 0:
         raise InputError(
-            f"none of the {len(xyz)} xyz patches of the training samples is left without the background. Check the "
-            "point clouds, or use --protocol reference without --rm_zero_for_project."
+            f"all {len(xyz)} xyz patches of the training samples are background. Check the point clouds, or use "
+            "--protocol reference without --rm_zero_for_project."
         )
     return kept
 
@@ -72,49 +71,32 @@ def _bank_statistics(config: DetectorConfig, rows: Rows) -> dict[str, BankStatis
 def _select(
     config: DetectorConfig, features: TrainingFeatures, rows: Rows, statistics: dict[str, BankStatistics]
 ) -> dict[str, Tensor]:
-    """Indices (K,) of each bank's coreset.
+    """Indices (K,) of each bank's coreset. Methods with the same random_state share equal coresets.
 
     K is f_coreset of the bank. In the reference protocol, for rgb and fusion it is f_coreset of the reduced xyz bank.
     """
     picks: dict[str, Tensor] = {}
     for name, raw in rows.items():
+        if config.f_coreset == 1:
+            picks[name] = torch.arange(len(raw), device=raw.device)
+            continue
         base = len(raw) if config.protocol.own_coreset_size else len(picks.get("xyz", raw))
-        picks[name] = _coreset(config, features, name, raw, statistics[name], base)
-    return picks
-
-
-def _coreset(
-    config: DetectorConfig,
-    features: TrainingFeatures,
-    name: str,
-    raw: ShardedRows,
-    statistics: BankStatistics,
-    base: int,
-) -> Tensor:
-    """f_coreset of `base` rows, at least one and at most all. Methods that ask for the same coreset share it.
-
-    Without a random_state, each method has its own.
-    """
-    if config.f_coreset == 1:
-        return torch.arange(len(raw), device=raw.device)
-    n = min(max(int(config.f_coreset * base), 1), len(raw))
-    key = (name, len(raw), statistics, n, config.coreset_eps, config.random_state)
-    picks = features.coresets.get(key)
-    if picks is None:
-        picks = select_coreset(raw, statistics, n, config.coreset_eps, config.random_state)
+        n = min(max(int(config.f_coreset * base), 1), len(raw))
+        key = (name, len(raw), statistics[name], n, config.coreset_eps, config.random_state)
+        chosen = features.coresets.get(key)
+        if chosen is None:
+            chosen = select_coreset(raw, statistics[name], n, config.coreset_eps, config.random_state)
         if config.random_state is not None:
-            features.coresets[key] = picks
+            features.coresets[key] = chosen
+        picks[name] = chosen
     return picks
 
 
 def _with_background_row(xyz: Tensor, statistics: BankStatistics, config: DetectorConfig) -> Tensor:
-    """Selected xyz patches (K, C), followed by one row for the background where the configuration asks for one.
-
-    The reference's zero row is zero after normalization, so it is the mean patch rather than the background.
-    """
+    """Selected xyz patches (K, C), and one row for the background where the configuration asks for one."""
     zero = xyz.new_zeros(1, xyz.shape[1])
     if config.drops_background:
         return torch.cat([xyz, statistics.normalize(zero)])
-    if config.method.zero_row:
+    if config.method.zero_row:  # zero after normalization: the mean patch rather than the background
         return torch.cat([xyz[(xyz != 0).all(dim=1)], zero])
     return xyz

@@ -12,7 +12,7 @@ from utils.distributed import broadcast_object, is_main, progress_bar
 
 logger = logging.getLogger(__name__)
 
-# Candidates m of a round: at first, and the bounds within which m follows the number of picks. More candidates mean
+# Candidates m of a round: first value and bounds. m doubles or halves with the number of picks. More candidates mean
 # fewer rounds and a larger matrix of mutual distances (134 MB in float64 at most).
 FIRST_CANDIDATES, LEAST_CANDIDATES, MOST_CANDIDATES = 2048, 256, 4096
 # Entries of the distance block of an update: 16 MB on a CPU, to stay in the cache; 1 GB on a GPU.
@@ -25,10 +25,7 @@ def select_coreset(
 ) -> Tensor:
     """Choose n of the raw rows (N, D): normalize, project at random, then greedy k-center from index 0.
 
-    Rows are normalized and projected chunk by chunk, so that only the projected ones take memory.
-
-    Returns:
-        (n,) int64 indices in order of selection, the same on all ranks.
+    Only the projected rows take memory. Returns (n,) int64 indices in order of selection, the same on all ranks.
     """
     rows = as_sharded(rows)
     if random_state is None:  # all ranks draw the same projection
@@ -43,16 +40,11 @@ def select_coreset(
 def random_projection(num_rows: int, dim: int, eps: float, random_state: int | None) -> Tensor | None:
     """Sparse random projection of Achlioptas / Li et al., as drawn by scikit-learn.
 
-    Fast form of `reference.random_projection`.
-
-    Args:
-        num_rows: number of rows to project; it determines the width (Johnson-Lindenstrauss lemma).
-        dim: width D of the rows.
-        eps: allowed distortion.
-        random_state: seed; None draws another projection each time.
+    Fast form of `reference.random_projection`. The width K for `num_rows` rows of width D = `dim` follows from the
+    Johnson-Lindenstrauss lemma with distortion `eps`. Without a random_state, each call draws another projection.
 
     Returns:
-        (D, K) float32 matrix, or None where the lemma asks for more than D columns.
+        (D, K) float32, or None if K would exceed D.
     """
     from sklearn.random_projection import SparseRandomProjection, johnson_lindenstrauss_min_dim
 
@@ -67,19 +59,19 @@ def random_projection(num_rows: int, dim: int, eps: float, random_state: int | N
 def greedy_coreset(rows: Tensor | ShardedRows, n: int, start: int = 0) -> Tensor:
     """Greedy k-center: from `start` on, pick the row farthest from all picked ones; the lowest index wins a tie.
 
-    Fast form of `reference.greedy_coreset`, in rounds. A round takes the m rows farthest from the selection as
-    candidates and applies the rule to them alone: distances only shrink, so while the best candidate is farther than
-    tau, the largest distance outside the candidates, it is the global choice. One matrix product then updates the
-    distances of all rows to the selection, except of those that cannot change: if every new pick c is at least r from
-    the older ones, a row x at distance d <= r / 2 has |c - x| >= r - d >= d.
+    Fast form of `reference.greedy_coreset`, in rounds. A round applies the rule to the m rows farthest from the
+    selection alone: distances only shrink, so while the best of them is farther than tau, the largest distance outside
+    them, it is the global choice. One matrix product then updates the distances of all rows to the selection, except of
+    those that cannot change: if every new pick c is at least r from the older ones, a row x at distance d <= r / 2 has
+    |c - x| >= r - d >= d.
 
-    The product only finds the nearest new pick of each row; the distance to it is a direct difference, because the
-    order of selection depends on digits that products in fp32 lose. Where clusters lie more than some thousand times
-    their spread apart, the product may name a pick that is not quite the nearest; the order within a cluster can then
-    differ from that of the plain rule, and at ten times as much the choice.
+    The product only finds the nearest new pick; the distance to it is a direct difference, since the order depends on
+    digits that fp32 products lose. If clusters lie more than some thousand times their spread apart, the product may
+    find a pick that is not quite the nearest, which can change the order within a cluster, and at ten times as much the
+    choice.
 
-    With several ranks, each offers its farthest rows, the first rank picks among the farthest of all, and each updates
-    its shard. The traffic of a round does not depend on the number of rows.
+    Each rank offers its farthest rows, the first rank picks, and each rank updates its shard. The traffic of a round
+    does not depend on the number of rows.
 
     Args:
         rows: (N, D) float.
@@ -118,28 +110,18 @@ def greedy_coreset(rows: Tensor | ShardedRows, n: int, start: int = 0) -> Tensor
 
 
 class Selection:
-    """Squared distance of each row to the selected rows.
-
-    Attributes:
-        nearest: (n,) float32, of the rows of this rank; -inf marks a selected row.
-    """
+    """Squared distance of each row to the selected rows; `nearest` (n,) float32 is -inf for selected rows."""
 
     def __init__(self, rows: ShardedRows) -> None:
         assert isinstance(rows.shard, Tensor)
         self.rows, self.shard = rows, rows.shard.float()
         self.center = rows.mean().float()  # centered rows have small norms, which lose fewer digits in a product
         if not torch.isfinite(self.center).all():
-            raise ValueError("a row of which the coreset is to be chosen holds NaN or infinity")
+            raise ValueError("a row to choose the coreset from holds NaN or infinity")
         self.nearest = self.shard.new_full((len(self.shard),), torch.inf)
 
     def update(self, picks: Tensor, picked: Tensor, least_apart: float) -> None:
-        """Lower the distances by new picks.
-
-        Args:
-            picks: (K,) int64 indices.
-            picked: (K, D), their rows.
-            least_apart: smallest squared distance of a new pick to those before it.
-        """
+        """Lower the distances by new picks: indices (K,), their rows (K, D), and `least_apart` of greedy_among."""
         self.nearest[self.rows.locate(picks)[1]] = -torch.inf
         changing = (self.nearest > SAFE_HALF * least_apart / 4).nonzero()[:, 0]
         if len(changing) == 0:
@@ -155,60 +137,58 @@ class Selection:
             self.nearest[index] = torch.minimum(self.nearest[index], distance)
 
     def pick_among_farthest(self, wanted: int, candidates: int) -> tuple[Tensor, Tensor, float]:
-        """Apply the rule to the farthest rows, as long as it is the global rule.
+        """Apply greedy_among to the farthest rows.
 
         Returns:
-            K picks, at least one and at most `wanted`; their rows (K, D), none where all are copies of picked ones; the
-            smallest squared distance of a pick to those before it.
+            K picks, 1 <= K <= `wanted`; their rows (K, D), none if they are copies of selected rows; `least_apart`.
         """
         m = min(candidates, len(self.rows) - 1)
         distance, index = self._farthest(m + 1)
-        if distance[0] <= 0:  # every row left is a copy of a picked one, and changes no distance
+        if distance[0] <= 0:  # all remaining rows are copies of selected ones and change no distance
             copies = (self.nearest == 0).nonzero()[:wanted] + self.rows.begin
             return self.rows.gather(copies)[:wanted, 0], self.shard[:0], 0.0
         tau = distance[m]
         index, by_index = index[:m].sort()
         rows = self.rows.take(index)
         found = greedy_among(rows, distance[:m][by_index], tau, wanted) if is_main(self.rows.group) else None
-        positions, least_apart = broadcast_object(found, self.rows.group)  # processors may round differently
+        positions, least_apart = broadcast_object(found, self.rows.group)  # ranks may round differently
         positions = positions.to(index.device)
         return index[positions], rows[positions], least_apart
 
     def _farthest(self, m: int) -> tuple[Tensor, Tensor]:
         """Squared distances, descending, and indices (m,) of the rows farthest from the selection.
 
-        Of the rows at the largest distance, the one of the lowest index is first; topk promises no order among ties.
+        Among rows at the largest distance, the one of the lowest index is first.
         """
         values, index = self.nearest.topk(min(m, len(self.nearest)))
-        if len(values):
+        if len(values):  # topk promises no order among ties
             first = (self.nearest == values[0]).nonzero()[0]
             others = index != first
             values, index = torch.cat([values[:1], values[others]]), torch.cat([first, index[others]])
         table = torch.stack([values.double(), (index + self.rows.begin).double()], dim=1)  # both are exact in float64
         offered = self.rows.gather(table)
-        order = offered[:, 0].sort(descending=True, stable=True).indices[:m]  # in a tie the lowest rank
+        order = offered[:, 0].sort(descending=True, stable=True).indices[:m]  # the lowest rank wins a tie
         return offered[order, 0], offered[order, 1].long()
 
 
 def greedy_among(rows: Tensor, nearest: Tensor, tau: Tensor, wanted: int) -> tuple[Tensor, float]:
-    """Apply the greedy rule to some candidates, as long as its choice is the global one.
+    """Apply the greedy rule to candidates while their choice is the global one.
 
     Args:
         rows: (m, D) float32 candidates, in the order that decides ties.
         nearest: (m,) float64, their squared distances to the selection.
-        tau: the largest such distance of all other rows.
-        wanted: number of picks at most.
+        tau: the largest squared distance of all other rows.
+        wanted: maximum number of picks.
 
     Returns:
-        (K,) int64 positions in `rows`, K at least 1, on the CPU; the smallest squared distance of a pick to those
-        before it.
+        positions (K,) int64 in `rows`, K >= 1, on the CPU; `least_apart`, the smallest squared distance of a pick to
+        the selection before it.
     """
     rows = rows.double()
-    rows -= rows[0].clone()  # small norms again; in float64 this rounds nothing
+    rows -= rows[0].clone()  # for small norms again; exact in float64
     norms = rows.square().sum(dim=1)
     mutual = torch.addmm(norms, rows, rows.T, alpha=-2).add_(norms[:, None]).clamp_(min=0).cpu().numpy()
-    # Error of the product. Below it, a copy and a neighbor look alike (the next update tells them apart), and copies of
-    # a row tie only up to it.
+    # Error of the product. Copies of a row tie only up to it; closer neighbors look like copies until the next update.
     rounding = float(norms.max()) * rows.shape[1] * torch.finfo(norms.dtype).eps
     floor = max(float(tau), rounding)
     remaining = nearest.cpu().numpy().copy()

@@ -11,10 +11,9 @@ SVM_RANDOM_STATE = 42  # seeds the order of stochastic gradient descent; --rando
 
 
 class DecisionFusion(NamedTuple):
-    """The linear one-class SVMs D_a, of scores, and D_s, of pixels. Plain form: `reference.one_class_svm`.
+    """Linear one-class SVMs D_a, of scores, and D_s, of pixels. Plain form: `reference.one_class_svm`.
 
-    The anomaly score of a vector x is score_samples(x) = coef . x, larger = more anomalous. The SVM's offset is not
-    needed: it shifts the decision function, not score_samples.
+    The anomaly score of a vector x is score_samples(x) = coef . x, larger = more anomalous, without the SVM's offset.
     """
 
     score_coef: np.ndarray  # (K,) float64, on the K banks' scores
@@ -23,11 +22,7 @@ class DecisionFusion(NamedTuple):
     map_lambdas: tuple[float, ...]
 
     def fuse(self, scores: Sequence[Tensor | float], maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Fuse the K scores and maps (H, W) of one sample, in the order of the banks, on their device.
-
-        Returns:
-            score () float64; map (H, W) float32, computed in float64.
-        """
+        """Score () float64 and map (H, W) float32 from the K scores and maps (H, W) of one sample, on their device."""
         score = _weighted_sum(scores, self.score_lambdas, self.score_coef)
         return score, _weighted_sum(maps, self.map_lambdas, self.map_coef).float()
 
@@ -59,17 +54,14 @@ def fit_decision_fusion(
 
 
 def _weighted(values: Sequence[float] | Sequence[np.ndarray], lambdas: tuple[float, ...]) -> np.ndarray:
-    """K scalars or (H, W) planes times their factors -> (..., K) float64."""
+    """K scalars or (H, W) planes times their factors, stacked to (..., K) float64."""
     planes = [np.asarray(value, dtype=np.float64) * factor for value, factor in zip(values, lambdas, strict=True)]
     return np.stack(planes, axis=-1)
 
 
 def _weighted_sum(values: Sequence[Tensor | float], lambdas: tuple[float, ...], coef: np.ndarray) -> Tensor:
-    """Weighted sum in float64. The factors are Python numbers, which reach a device without a transfer."""
-    terms = [
-        torch.as_tensor(value, dtype=torch.float64) * factor * c
-        for value, factor, c in zip(values, lambdas, coef.tolist(), strict=True)
-    ]
+    factors = zip(values, lambdas, coef.tolist(), strict=True)  # Python numbers reach a GPU without a transfer
+    terms = [torch.as_tensor(value, dtype=torch.float64) * factor * c for value, factor, c in factors]
     return torch.stack(terms).sum(dim=0)
 
 

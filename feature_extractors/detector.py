@@ -17,12 +17,8 @@ from utils.records import PatchFeatures, Prediction, Sample
 class Detector:
     """A fitted detector of one class. Fast form of the scoring in `reference.fit_and_score`.
 
-    Args:
-        config: settings of the computation.
-        extractor: turns samples into patch features.
-        banks: memory banks by name, in the order of the method's banks.
-        decision_fusion: the fitted SVMs, for methods that use them; set once they are fitted.
-        thresholds: decision thresholds; set once they are calibrated.
+    `banks` are in the order of the method's banks. `decision_fusion`, of methods with SVMs, and `thresholds` may be set
+    later.
     """
 
     def __init__(
@@ -45,7 +41,7 @@ class Detector:
 
     @torch.inference_mode()
     def predict_features(self, features: PatchFeatures) -> Prediction:
-        """`predict` from the patch features of a sample. Scores and maps are read back once, at the end."""
+        """`predict` from the patch features of a sample."""
         # 1. phi and psi: score and map of each bank
         scores, maps = self._score_banks(features, "cancelling")
         # 2. D_a and D_s: one score and one map
@@ -53,8 +49,8 @@ class Detector:
             score, fused = self.decision_fusion.fuse(list(scores), list(maps))
         else:  # "sum", or a single bank
             score, fused = scores.sum(), maps.sum(dim=0)
-        *bank_scores, score = torch.cat([scores, score[None]]).tolist()
-        # Clones have memory of their own; keeping or sending one map would else keep or send all.
+        *bank_scores, score = torch.cat([scores, score[None]]).tolist()  # one transfer from the device
+        # Clones, because keeping or sending a view would keep or send all maps.
         *bank_maps, fused = (plane.clone() for plane in torch.cat([maps, fused[None]]).cpu())
         return Prediction(
             score, fused, dict(zip(self.banks, bank_scores, strict=True)), dict(zip(self.banks, bank_maps, strict=True))
@@ -62,7 +58,7 @@ class Detector:
 
     @torch.inference_mode()
     def bank_results(self, features: PatchFeatures) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Image score and anomaly map (img_size, img_size), on the CPU, of each bank, to fit decision fusion to."""
+        """Image score and anomaly map (img_size, img_size) of each bank, on the CPU, to fit decision fusion to."""
         scores, maps = self._score_banks(features, "everywhere")
         planes = [plane.clone() for plane in maps.cpu()]
         return dict(zip(self.banks, scores.tolist(), strict=True)), dict(zip(self.banks, planes, strict=True))
@@ -70,7 +66,7 @@ class Detector:
     def _score_banks(self, features: PatchFeatures, expanded: str) -> tuple[Tensor, Tensor]:
         """Scores (K,) float64 and maps (K, img_size, img_size) float32 of the K banks, on the features' device.
 
-        `expanded`: use of the reference's arithmetic in its protocol, see MemoryBank.nearest.
+        `expanded` is that of MemoryBank.nearest in the reference protocol.
         """
         method, protocol = self.config.method, self.config.protocol
         divisor = 1.0 if protocol.unscaled_scores else method.score_divisor

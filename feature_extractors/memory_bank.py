@@ -13,8 +13,8 @@ MAX_BLOCK_ENTRIES, MAX_BLOCK_ENTRIES_ON_GPU = 1 << 24, 1 << 28
 QUERIES_AT_ONCE_ON_CPU = 256
 # Entries of the direct differences computed at once: 64 MB, on a GPU 256 MB.
 MAX_DIFFERENCE_ENTRIES, MAX_DIFFERENCE_ENTRIES_ON_GPU = 1 << 24, 1 << 26
-# A distance is computed by expanded squares where its square is below this share of the squared norms. Below 2^-9 of
-# them, expanded squares keep less than four digits.
+# Expanded squares replace squared distances below this share of the squared norms. Below 2^-9 they keep less than four
+# digits.
 EXPANDED_BELOW = {"nowhere": 0.0, "cancelling": 2.0**-9, "everywhere": torch.inf}
 
 
@@ -29,10 +29,7 @@ class BankStatistics(NamedTuple):
 
 
 def mean_and_std(rows: Tensor | ShardedRows, step: int = CHUNK) -> BankStatistics:
-    """Mean and unbiased standard deviation over all entries of rows (N, D), in float64, `step` rows at a time.
-
-    Plain form: in `reference.bank_statistics`.
-    """
+    """Mean and unbiased std of all entries of rows (N, D), in float64. Plain form: in `reference.bank_statistics`."""
     rows = as_sharded(rows)
     count = len(rows) * rows.width
     mean = rows.sum(torch.sum, step) / count
@@ -45,7 +42,7 @@ class MemoryBank:
 
     Args:
         rows: (N, D) float32, already normalized.
-        statistics: mean and standard deviation that they were normalized with, for the queries.
+        statistics: mean and standard deviation of the normalization, for the queries.
     """
 
     def __init__(self, rows: Tensor, statistics: BankStatistics | None = None) -> None:
@@ -55,16 +52,15 @@ class MemoryBank:
         centered = rows - self._center  # small norms: the product keeps more digits
         self._norms = centered.square().sum(dim=1)
         self._lengths = self._norms.sqrt()
-        # Products in fp32, or on a GPU, which is fifteen times as fast in bf16, of bf16 halves.
+        # Products of fp32 numbers, or of their bf16 halves on a GPU, which is fifteen times as fast in bf16.
         self._halved = rows.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         self._factors = centered
         if self._halved:
             high, low = _halves(centered)
             self._factors = torch.cat([high, low, high], dim=1)  # (N, 3 D)
-        # A sum of D products in fp32 is wrong by less than D 2^-24 |q| |r|, and so are the squared distances that it is
-        # compared with. Of factors in halves the product of both low ones is left out, and each half rounds by 2^-16.
-        # The product counts twice in a squared distance. This holds for values whose squares neither overflow nor
-        # underflow.
+        # Error bounds if no square overflows or underflows. A sum of D products in fp32 is wrong by less than
+        # D 2^-24 |q| |r|, and so are the squared distances that it is compared with; halves round by 2^-16 and leave
+        # out the product of both low ones. The product counts twice in a squared distance.
         self._rounding = 2 * (self._factors.shape[1] + 64) * 2.0**-24
         self._product_error = 2 * (self._rounding + (3.03 * 2.0**-16 if self._halved else 0.0))
 
@@ -72,18 +68,16 @@ class MemoryBank:
         return len(self.rows)
 
     def nearest(self, queries: Tensor, expanded: str = "nowhere") -> tuple[Tensor, Tensor]:
-        """The nearest bank row of each query; the full distance matrix never exists.
+        """Nearest bank row of each query, without the full distance matrix. Fast form of `reference.nearest_rows`.
 
-        Fast form of `reference.nearest_rows`. A matrix product gives |q - r|^2 = |q|^2 - 2 q r + |r|^2 with an error
-        below a bound that holds for certain. A row whose product lies within the bound of the smallest one may be the
-        nearest and is a candidate. The distances of the candidates, hardly more than one a query, are computed by
-        direct difference, which loses no digits where query and row are close.
+        A matrix product gives |q - r|^2 = |q|^2 - 2 q r + |r|^2 with a proven error bound. Rows within the bound of the
+        smallest product are candidates. Their distances, hardly more than one a query, are computed by direct
+        difference, which loses no digits where query and row are close.
 
         Args:
             queries: (M, D) float32, normalized with `statistics`. Equal ones, such as background, are searched once.
-            expanded: a key of EXPANDED_BELOW: distances that are the reference's |q|^2 + |r|^2 - 2 q r in fp32
-                instead, which cancels. A patch of the bank may be at 0.04 from itself; the one-class SVMs, fitted on
-                training samples, are sensitive to that.
+            expanded: a key of EXPANDED_BELOW, for the reference's |q|^2 + |r|^2 - 2 q r in fp32, which cancels: a patch
+                of the bank may be at 0.04 from itself, and the SVMs fitted on training samples are sensitive to that.
 
         Returns:
             distance (M,), Euclidean (not squared); index (M,) int64 into `rows`, the lowest where distances tie.
@@ -108,15 +102,15 @@ class MemoryBank:
         return distance[inverse], index[inverse]
 
     def neighbors(self, row: int | Tensor, k: int) -> Tensor:
-        """Indices (k,) of the k rows nearest to a row of the bank, itself included; the lowest index wins a tie.
+        """Indices (k,), or fewer in a smaller bank, of the rows nearest to a row of the bank, itself included.
 
-        `row` is its index, or an int64 tensor (1,) of it. A smaller bank gives fewer.
+        `row` is its index, or an int64 tensor (1,) of it. The lowest index wins a tie.
         """
         distance = torch.linalg.vector_norm(self.rows - self.rows[row], dim=1)
         return distance.sort(stable=True).indices[:k]
 
     def _nearest_of(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """`nearest` of distinct queries (M, D), in one block of products. On a GPU it waits for the candidates."""
+        """`nearest` of distinct queries (M, D), in one block of products."""
         centered = queries - self._center
         squares = centered.square().sum(dim=1)
         partial = self._products(centered).mul_(-2).add_(self._norms)  # (M, N): |q - r|^2 - |q|^2
@@ -136,7 +130,7 @@ class MemoryBank:
         return best.sqrt(), index
 
     def _products(self, centered: Tensor) -> Tensor:
-        """Products (M, N), float32, of centered queries (M, D) and rows, wrong by at most `_product_error`."""
+        """Products (M, N) float32 of centered queries (M, D) and rows."""
         if not self._halved:
             return centered @ self._factors.T
         high, low = _halves(centered)
@@ -151,15 +145,15 @@ class MemoryBank:
 
 
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct ones (K, D) of rows (N, D) float32, in no order, and the index (N,) int64 of each row among them."""
-    if rows.is_cuda:  # torch.unique would sort whole rows, which takes several times as long as the search that follows
+    """Distinct rows (K, D), in no order, of rows (N, D) float32, and the index (N,) int64 of each row among them."""
+    if rows.is_cuda:  # where torch.unique takes several times as long as the search that follows
         return _distinct_by_hash(rows)
     distinct, inverse = torch.unique(rows, dim=0, return_inverse=True)
     return distinct, inverse
 
 
 def _distinct_by_hash(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """`distinct_rows`, bit by bit, by 64-bit hashes; where two different rows share one, copies of the second stay."""
+    """`distinct_rows` by 64-bit hashes of the bits. If different rows share a hash, copies of the second remain."""
     bits = rows.contiguous().view(torch.int32).long()
     hashes = (bits * _hash_factors(rows.shape[1], rows.device)).sum(dim=1)  # modulo 2^64
     groups, inverse = torch.unique(hashes, return_inverse=True)
@@ -179,7 +173,7 @@ def _hash_factors(width: int, device: torch.device) -> Tensor:
 
 
 def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Two bf16 tensors whose sum is `values`, float32, up to 2^-16 of it."""
+    """Two bf16 tensors whose sum is `values`, float32, up to a relative error of 2^-16."""
     high = values.bfloat16()
     return high, (values - high.float()).bfloat16()
 
@@ -189,11 +183,6 @@ def _squared_norms(rows: Tensor) -> Tensor:
 
 
 def _expanded_distances(queries: Tensor, rows: Tensor) -> Tensor:
-    """Distances (M, N) as torch.cdist computes them by a product, without preparing the rows anew at each call.
-
-    Args:
-        queries: (M, D).
-        rows: (N, D + 2), each followed by 1 and by its squared norm.
-    """
+    """Distances (M, N) as in torch.cdist, of queries (M, D) and rows (N, D + 2), each with 1 and its squared norm."""
     factors = torch.cat([-2 * queries, _squared_norms(queries), torch.ones_like(queries[:, :1])], dim=1)
     return (factors @ rows.T).clamp_min_(0).sqrt_()

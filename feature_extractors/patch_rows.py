@@ -8,8 +8,8 @@ from torch import Tensor
 
 from utils.distributed import Group, all_gather_counts, all_gather_rows, all_reduce_sum, rank, world_size
 
-CHUNK = 1 << 14  # rows that are read at once
-CHOSEN_AT_ONCE = 512  # rows picked from a mapped file before its pages are released: each may bring 64 KB with it
+CHUNK = 1 << 14  # rows read at once
+CHOSEN_AT_ONCE = 512  # rows picked from a mapped file before its pages are released; each may load 64 KB
 
 
 class PatchRows:
@@ -17,9 +17,9 @@ class PatchRows:
 
     Args:
         stored: (M, D), of any float dtype.
-        device: device of the rows that are read.
-        release: called after each chunk; gives pages of a mapped file back.
-        kept: (N,) indices of the rows that count, None for all.
+        device: device to read to.
+        release: called after each chunk, to release the pages of a mapped file.
+        kept: (N,) indices into `stored`, None for all.
     """
 
     def __init__(
@@ -49,15 +49,13 @@ class PatchRows:
         return rows
 
     def split(self, step: int) -> Iterator[Tensor]:
-        """All rows in order, (step, D) at a time, read-only. Those of a mapped file are valid until the next step."""
-        for begin in range(0, len(self), step):
+        """All rows in order, (step, D) at a time, read-only; from a mapped file, valid until the next chunk."""
+        for begin in range(0, max(len(self), 1), step):  # without rows, one empty chunk, as from a tensor
             yield self._read(slice(begin, begin + step))
             self.release()
 
     def where(self, condition: Callable[[Tensor], Tensor], step: int = CHUNK) -> "PatchRows":
-        """The rows for which `condition`, a function from (step, D) to bool (step,), holds. Copies nothing."""
-        if len(self) == 0:
-            return self
+        """Rows that meet a condition, a function from (step, D) to bool (step,), without a copy."""
         mask = torch.cat([condition(chunk) for chunk in self.split(step)]).to(self.stored.device)
         kept = mask.nonzero()[:, 0] if self.kept is None else self.kept[mask]
         return PatchRows(self.stored, self.device, self.release, kept)
@@ -67,10 +65,9 @@ class PatchRows:
 
 
 class ShardedRows:
-    """Rows (N, D) of which each rank of a group holds a shard; a single process holds them all.
+    """Rows (N, D) of which each rank of a group holds a shard, in the order of the ranks.
 
-    The shards follow each other in the order of the ranks, and indices count the rows of all of them. The constructor
-    and all methods but `locate` are collectives: every rank of the group calls them.
+    Indices count the rows of all shards. All ranks call the constructor and the methods, except `locate`, together.
 
     Args:
         shard: (n, D) rows of this rank; n may be 0.
@@ -90,21 +87,21 @@ class ShardedRows:
         return self.shard.shape[1]
 
     def locate(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The entries of an index (K,) that point into this shard: their positions in it, and the rows of the shard."""
+        """Entries of an index (K,) that point into this shard: their positions in the index, and rows of the shard."""
         position = ((index >= self.begin) & (index < self.begin + len(self.shard))).nonzero()[:, 0]
         return position, index[position] - self.begin
 
     def take(self, index: Tensor) -> Tensor:
-        """The rows (K, D), float32, at an index (K,), the same on every rank."""
+        """Rows (K, D), float32, at an index (K,), the same on every rank."""
         position, mine = self.locate(index)
         block = torch.zeros(len(index), self.width, device=self.device)
         block[position] = self.shard[mine].float()
-        if world_size(self.group) > 1:
+        if world_size(self.group) > 1:  # in place, unlike all_reduce_sum
             dist.all_reduce(block, group=self.group)
         return block
 
     def gather(self, table: Tensor) -> Tensor:
-        """The tables (k, C) of all ranks, one below the other; k may differ and be 0."""
+        """Concatenated tables (k, C) of all ranks; k may differ and be 0."""
         return all_gather_rows(table, self.group)[0]
 
     def where(self, condition: Callable[[Tensor], Tensor]) -> "ShardedRows":
@@ -115,10 +112,8 @@ class ShardedRows:
     def map(self, function: Callable[[Tensor], Tensor], width: int) -> "ShardedRows":
         """New rows (N, width) by a function from (CHUNK, D) to (CHUNK, width)."""
         mapped = torch.empty(len(self.shard), width, device=self.device)
-        begin = 0
-        for chunk in self.shard.split(CHUNK):
-            mapped[begin : begin + len(chunk)] = function(chunk)
-            begin += len(chunk)
+        for block, chunk in zip(mapped.split(CHUNK), self.shard.split(CHUNK), strict=True):
+            block[:] = function(chunk)
         return ShardedRows(mapped, self.group)
 
     def sum(self, function: Callable[[Tensor], Tensor], step: int = CHUNK) -> float:
@@ -135,5 +130,5 @@ class ShardedRows:
 
 
 def as_sharded(rows: Tensor | ShardedRows) -> ShardedRows:
-    """Rows (N, D) that all lie in this process, as a set of shards."""
+    """Rows (N, D), as ShardedRows if they are a tensor of this process."""
     return rows if isinstance(rows, ShardedRows) else ShardedRows(rows)

@@ -1,6 +1,6 @@
 """Fit detectors on good samples, calibrate their thresholds, and evaluate them on the test split.
 
-Ranks that share a class call these functions together, each with its own samples, in the order of the ranks.
+Ranks that share a class call these functions together, each with its own samples.
 """
 
 import math
@@ -64,10 +64,9 @@ def collect_features(
     dtype: torch.dtype = torch.float32,
     group: Group | None = None,
 ) -> TrainingFeatures:
-    """Extract the features of the `count` good samples of this rank once, to fit on or to calibrate with.
+    """Features of the `count` good samples of this rank, to fit or calibrate detectors.
 
-    `on_features` is called with each sample and its features, to save them for instance. The other keyword arguments
-    are those of TrainingFeatures.
+    `on_features` is called with each sample and its features. The last three arguments are those of TrainingFeatures.
     """
     collected = TrainingFeatures(count, memory_budget, dtype, empty=extractor.no_patches, group=group)
     with (stopwatch or Stopwatch()).measure("extract"):
@@ -97,7 +96,7 @@ def fit_detector(
 
 
 def _fit_decision_fusion(detector: Detector, features: TrainingFeatures) -> DecisionFusion:
-    """Fit the SVMs on the first rank, to the training samples of all ranks."""
+    """Fit the SVMs to the training samples of all ranks, on the first rank."""
     config, group = detector.config, features.group
     scores: list[list[float]] = []
     maps: list[list[Tensor]] = []
@@ -120,12 +119,9 @@ def calibrate_detectors(
     source: Source,
     stopwatches: Mapping[str, Stopwatch] | None = None,
 ) -> None:
-    """Set the thresholds of each detector, from its predictions for good samples.
+    """Set the thresholds of each method's detector by thresholds.calibrate, preferably on samples it was not fitted to.
 
-    Preferably, these samples are not those that the banks were built from. Detectors and stopwatches are given by
-    method; for the other arguments see thresholds.calibrate.
-
-    Peak memory: one map, img_size**2 float32, of each sample and detector; on the first rank of all samples.
+    Peak memory: a map of img_size**2 float32 for each sample and detector; on the first rank for those of all ranks.
     """
     stopwatches = stopwatches or {name: Stopwatch() for name in detectors}
     group = features.group
@@ -138,7 +134,7 @@ def calibrate_detectors(
                 prediction = detector.predict_features(each)
             scores[name].append(prediction.score)
             maps[name].append(prediction.anomaly_map)
-    # 2. Thresholds from those of all ranks
+    # 2. Thresholds from the predictions of all ranks
     for name, detector in detectors.items():
         with stopwatches[name].measure("calibrate"):
             all_scores, all_maps = gather_objects(scores[name], group), gather_objects(maps.pop(name), group)
@@ -155,14 +151,13 @@ def evaluate(
     stopwatches: Mapping[str, Stopwatch] | None = None,
     group: Group | None = None,
 ) -> dict[str, Evaluation]:
-    """Predict the `count` test samples of this rank with each detector, and compute the metrics of the class.
+    """Predict the `count` test samples of this rank with each method's detector, and compute the metrics of the class.
 
-    Detectors and stopwatches are given by method. The detectors share an extractor, whose time every stopwatch counts.
-
-    Peak memory: (K + 1) * img_size**2 float32 a sample for the maps of K banks, of each detector.
+    The detectors share an extractor, and each stopwatch counts its time. Peak memory: (K + 1) * img_size**2 float32 for
+    each sample and detector of K banks.
 
     Returns:
-        the evaluation of each detector over the samples of all ranks, on the first rank of the group; {} on the others.
+        evaluations over the samples of all ranks, on the first rank of the group; {} on the others.
     """
     stopwatches = stopwatches or {name: Stopwatch() for name in detectors}
     extractor = next(iter(detectors.values())).extractor
@@ -183,40 +178,40 @@ def evaluate(
         gathered = gather_objects(results.pop(name), group)
         if is_main(group):
             with stopwatches[name].measure("metrics"):
-                evaluations[name] = Evaluation(gathered, _metrics_of(gathered))
+                masks = [each.mask.numpy() for each in gathered]
+                maps = [each.prediction.anomaly_map.numpy() for each in gathered]
+                metrics = compute_metrics(*_labels_and_scores(gathered), masks, maps)
+            evaluations[name] = Evaluation(gathered, metrics)
     return evaluations
 
 
 def extract_timed(extractor: PatchExtractor, batch: Sequence[Sample]) -> tuple[list[PatchFeatures], float]:
-    """The features of a batch, and the seconds spent."""
+    """Features of a batch, and the seconds spent."""
     begin = time.perf_counter()
     extracted = extractor.extract(batch)
     if extractor.device.type == "cuda":
-        torch.cuda.synchronize(extractor.device)  # else the first sample's scoring would wait for the whole batch
+        torch.cuda.synchronize(extractor.device)  # so that scoring is timed without the extraction
     return extracted, time.perf_counter() - begin
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items; the last one may be shorter."""
+    """Lists of `size` items, the last one possibly shorter."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
 
 
 def class_entry(detector: Detector, evaluation: Evaluation) -> dict[str, Any]:
-    """Entry of a class in results.json, but for seconds and memory."""
+    """Entry of a class in results.json, without seconds and memory."""
     results, thresholds = evaluation.results, detector.thresholds
-    labels, scores = [each.label for each in results], [each.prediction.score for each in results]
-    image_threshold, threshold = None, None
-    normalized: list[float | None] = [None] * len(results)
-    if thresholds is not None:
-        image_threshold = thresholds.image
-        threshold = {key: value for key, value in asdict(thresholds).items() if key != "typical"}
-        normalized = [thresholds.normalize(score) for score in scores]
+    labels, scores = _labels_and_scores(results)
+    threshold = asdict(thresholds) if thresholds else {}
+    threshold.pop("typical", None)
+    normalized = [thresholds.normalize(score) if thresholds else None for score in scores]
     return {
         **evaluation.metrics,
-        **decision_metrics(labels, scores, image_threshold),
-        "threshold": threshold,
+        **decision_metrics(labels, scores, thresholds.image if thresholds else None),
+        "threshold": threshold or None,
         "latency": latency_percentiles(each.seconds for each in results),
         "samples": [
             {"path": each.path, "label": each.label, "score": each.prediction.score, "normalised": value}
@@ -229,7 +224,7 @@ def _predict_timed(
     detector: Detector, sample: Sample, features: PatchFeatures, extraction: float, stopwatch: Stopwatch
 ) -> SampleResult:
     if sample.label is None or sample.mask is None:
-        raise ValueError(f"{sample.path} has no label or no mask: evaluate takes samples of the test split")
+        raise ValueError(f"{sample.path} has no label or no mask. Pass samples of the test split.")
     begin = time.perf_counter()
     prediction = detector.predict_features(features)
     seconds = time.perf_counter() - begin
@@ -237,10 +232,5 @@ def _predict_timed(
     return SampleResult(sample.path, sample.label, sample.mask[0], prediction, extraction + seconds)
 
 
-def _metrics_of(results: Sequence[SampleResult]) -> dict[str, Any]:
-    return compute_metrics(
-        [result.label for result in results],
-        [result.prediction.score for result in results],
-        [result.mask.numpy() for result in results],
-        [result.prediction.anomaly_map.numpy() for result in results],
-    )
+def _labels_and_scores(results: Sequence[SampleResult]) -> tuple[list[int], list[float]]:
+    return [each.label for each in results], [each.prediction.score for each in results]

@@ -1,4 +1,4 @@
-"""Image score and anomaly map of each bank. Everything stays on the device of the patches and waits for nothing."""
+"""Image score and anomaly map of each bank, on the device of the patches, without waiting for a GPU."""
 
 import math
 from collections.abc import Sequence
@@ -14,8 +14,7 @@ from feature_extractors.memory_bank import MemoryBank
 REWEIGHTING_NEIGHBORS = 3  # rows nearest to m*, m* itself among them
 BLUR_SIGMA = 4.0
 BLUR_TRUNCATE = 4.0  # radius of the float Gaussian in sigma: SciPy's default
-# PIL's 8-bit blur of sigma 4: so many passes of a box, its radius, and the weights of its pixels and of the two beside
-# it, in 2^-24. 7 * BOX_WEIGHT + 2 * EDGE_WEIGHT = 2^24.
+# PIL's 8-bit blur of sigma 4: passes of a box, its radius, and weights in 2^-24 of its 7 pixels and the two beside it.
 BOX_PASSES, BOX_RADIUS, BOX_WEIGHT, EDGE_WEIGHT, FIXED_POINT_BITS = 3, 3, 2130440, 932068, 24
 
 
@@ -30,18 +29,18 @@ def image_score(
     """Image score s of PatchCore (Roth et al., CVPR 2022, Eq. 7), the phi of M3DM. Plain: `reference.image_score`.
 
     m_test is the patch farthest from the bank, at distance s*, and m* its nearest bank row. With N_b the bank rows
-    nearest to m*, m* itself left out: w = 1 - exp(s* / sqrt(D)) / sum_{m in N_b} exp(|m_test - m| / sqrt(D)); s = w s*.
+    nearest to m*, without m*: w = 1 - exp(s* / sqrt(D)) / sum_{m in N_b} exp(|m_test - m| / sqrt(D)); s = w s*.
 
     Args:
         patches: (M, D) float32, normalized.
         distances: (M,) to the nearest bank row of each patch.
         index: (M,) int64 of that row.
         bank: the memory bank.
-        divisor: distances are divided by it first.
+        divisor: divides all distances.
         epsilon: added to the sum of exponentials.
 
     Returns:
-        s, a scalar float64 tensor; 0 <= w < 1. A bank of one row, which has no N_b, gives s = s*.
+        s, a scalar float64 tensor; 0 <= w < 1. A bank of one row, without N_b, gives s = s*.
     """
     m_test = distances.argmax(dim=0, keepdim=True)  # (1,): indexing with a scalar tensor would wait for its value
     s_star = distances[m_test].double() / divisor
@@ -50,23 +49,15 @@ def image_score(
         return s_star[0]
     to_neighbors = torch.linalg.vector_norm(bank.rows[neighbors] - patches[m_test], dim=1).double() / divisor
     root = math.sqrt(patches.shape[1])
-    # exp(s*) is taken out of the fraction, so that large distances do not overflow
+    # the fraction is reduced by exp(s*), so that large distances do not overflow
     total = torch.exp((to_neighbors - s_star) / root).sum() + epsilon * torch.exp(-s_star / root)
     return ((1.0 - 1.0 / total) * s_star)[0]
 
 
 def anomaly_maps(distances: Sequence[Tensor], size: int, float_blur: bool = False) -> Tensor:
-    """Anomaly maps psi of K banks: bilinear resize of the patch distances, then Gaussian blur.
+    """Anomaly maps psi (K, size, size) float32 of K banks. Plain form: `reference.anomaly_map`.
 
-    Plain form: `reference.anomaly_map`.
-
-    Args:
-        distances: K tensors (grid**2,) float32, row-major; the grids may differ.
-        size: side of the maps, pixels.
-        float_blur: see gaussian_blur.
-
-    Returns:
-        (K, size, size) float32.
+    The patch distances, K tensors (grid**2,) float32, row-major, are resized bilinearly and blurred by gaussian_blur.
     """
     planes = []
     for each in distances:
@@ -77,10 +68,10 @@ def anomaly_maps(distances: Sequence[Tensor], size: int, float_blur: bool = Fals
 
 
 def gaussian_blur(planes: Tensor, float_blur: bool = False) -> Tensor:
-    """Blur non-negative (..., H, W) float32 maps, each by itself, with sigma 4. Plain form: in `reference.anomaly_map`.
+    """Blur each of the non-negative maps (..., H, W) float32 with sigma 4. Plain form: in `reference.anomaly_map`.
 
     The reference goes through an 8-bit image: divide by the maximum, times 255, truncate, PIL's GaussianBlur(4), and
-    back. `float_blur` is the Gaussian itself, borders repeated as PIL repeats them; it is computed in float64.
+    back. `float_blur` is the Gaussian itself in float64, with PIL's repeated borders.
     """
     if float_blur:
         vertical, horizontal = (_gaussian_matrix(size, planes.device) for size in planes.shape[-2:])
@@ -93,11 +84,10 @@ def gaussian_blur(planes: Tensor, float_blur: bool = False) -> Tensor:
 def blur_8_bit(images: Tensor) -> Tensor:
     """PIL's ImageFilter.GaussianBlur(4) of (..., H, W) uint8 images, bit by bit.
 
-    PIL blurs with three extended box filters along each axis: boxes of fractional radius after Gwosdek et al.,
-    "Theoretical foundations of Gaussian convolution by extended box filtering" (SSVM 2011), borders repeated, weights
-    of 24 fractional bits, rounded to 8 bits after every pass.
+    PIL filters each axis with three boxes of fractional radius (Gwosdek et al., "Theoretical foundations of Gaussian
+    convolution by extended box filtering", SSVM 2011), with repeated borders, and rounds to 8 bits after every pass.
     """
-    values = images.int() - 128  # the weights sum up to 2^24: values around zero keep the sums within 32 bits
+    values = images.int() - 128  # the weights add up to 2^24: values around zero keep the sums within 32 bits
     for dim in (-1, -2):
         for _ in range(BOX_PASSES):
             values = _box_pass(values, dim)
@@ -118,8 +108,7 @@ def _box_pass(values: Tensor, dim: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _gaussian_matrix(size: int, device: torch.device) -> Tensor:
-    """(size, size) float64 that blurs along an axis. Row i holds the weights of pixel i; a border pixel also gets the
-    weights beyond the border."""
+    """Matrix (size, size) float64 that blurs along an axis, with repeated borders; row i has the weights of pixel i."""
     radius = int(BLUR_TRUNCATE * BLUR_SIGMA + 0.5)
     offset = np.arange(-radius, radius + 1)
     weight = np.exp(-0.5 * (offset / BLUR_SIGMA) ** 2)
