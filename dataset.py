@@ -1,7 +1,7 @@
 """Dataset folders to samples: class lists, the index of files paired by stem, and the loader.
 
-The layout is that of MVTec 3D-AD. A good test sample may lack its ground truth, and a method of one modality needs no
-files of the other:
+The layout is that of MVTec 3D-AD. A good test sample needs no ground truth, and a method of one modality no files of
+the other:
 
     <dataset>/<class>/train/good/{rgb,xyz}/000.{png,tiff}
     <dataset>/<class>/validation/good/{rgb,xyz}/...
@@ -9,15 +9,14 @@ files of the other:
 
     files = index_split("datasets/mvtec3d/bagel", "test", frozenset({"rgb", "xyz"}))
     for sample in load_samples(AnomalyDataset(files, frozenset({"rgb", "xyz"}), img_size=224), num_workers=4): ...
-
-`make_sample` makes a sample of arrays in memory.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -30,7 +29,7 @@ from utils.errors import InputError
 from utils.records import Sample, SampleFiles
 from utils.scans.files import FILE_SUFFIXES, files_by_stem, subfolders
 from utils.scans.images import defect_mask, image_size, open_image, to_rgb
-from utils.scans.organized_pc import check_organized, organized_pc_header, read_organized_pc, resize_nearest, valid_mask
+from utils.scans.organized_pc import as_cloud, check_organized, organized_pc_header, read_organized_pc, resize_nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,10 +52,10 @@ _IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 
 
 def find_classes(dataset_path: Path | str, dataset_type: str, chosen: Sequence[str] | None = None) -> list[str]:
-    """Return the classes to run: `chosen` (any folders in the same layout), or every published class in the dataset.
+    """Return the classes to run: the `chosen` folders in their order, or the published classes that are there.
 
-    `dataset_type` is a key of DATASET_CLASSES. Chosen names keep their order, published ones that of their list.
-    Raises InputError when the dataset folder, a chosen class, or every published class is missing.
+    `dataset_type` is a key of DATASET_CLASSES. Raises InputError when the dataset folder, a chosen class, or every
+    published class is missing.
     """
     root = Path(dataset_path)
     if not root.is_dir():
@@ -66,26 +65,24 @@ def find_classes(dataset_path: Path | str, dataset_type: str, chosen: Sequence[s
         )
     found = [path.name for path in subfolders(root)]
     listing = ", ".join(found) or "no folder"
-    if not chosen:
-        classes = [name for name in DATASET_CLASSES[dataset_type] if name in found]
-        if not classes:
-            raise InputError(
-                f"{root} holds none of the {dataset_type} classes but {listing}. Name the class folders with "
-                "--classes, or give another dataset folder with --dataset_path."
-            )
-        return classes
-    for name in chosen:
+    for name in chosen or ():
         if name in ("", ".", "..") or "/" in name or "\\" in name:
             raise InputError(f"Class {name!r} is not a plain folder name. Put the folders before it in --dataset_path.")
         if not (root / name).is_dir():
             raise InputError(f"Class {name!r} is not in {root}, which holds {listing}. Name these with --classes.")
-    return list(dict.fromkeys(chosen))
+    classes = list(dict.fromkeys(chosen or (name for name in DATASET_CLASSES[dataset_type] if name in found)))
+    if not classes:
+        raise InputError(
+            f"{root} holds none of the {dataset_type} classes but {listing}. Name these with --classes, or another "
+            "dataset with --dataset_path."
+        )
+    return classes
 
 
 def class_folders(dataset_path: Path | str) -> list[str]:
-    """Return the names of all folders of a dataset that hold a split; InputError where the dataset is unreadable.
+    """Return the names of all folders of a dataset that hold a split, or are unreadable so that a reader reports it.
 
-    An unreadable folder in it counts, so that reading its splits reports the problem.
+    Raises InputError when the dataset itself is unreadable.
     """
     names = []
     for folder in subfolders(Path(dataset_path)):
@@ -99,11 +96,11 @@ def class_folders(dataset_path: Path | str) -> list[str]:
 
 
 def index_split(class_folder: Path | str, split: str, modalities: frozenset[str]) -> list[SampleFiles]:
-    """Return the samples of "train", "validation" or "test", sorted by (defect, stem) and paired by stem.
+    """Return the samples of "train", "validation" or "test", paired by stem, sorted by (defect, stem).
 
-    Every sample has the `modalities` ("rgb", "xyz" or both) that the method needs, and files of the other one where
-    they are. Raises InputError when there is no sample, a needed file or the ground truth of a defective test sample
-    is missing, or two files of one folder share a stem.
+    Every sample has files of the `modalities` ("rgb", "xyz" or both), and of the other one if there are any. Raises
+    InputError when there is no sample, a needed file or the ground truth of a defective test sample is missing, or
+    two files of one folder share a stem.
     """
     files, problems = pair_split(class_folder, split, modalities)
     if problems:
@@ -116,14 +113,14 @@ def pair_split(class_folder: Path | str, split: str, modalities: frozenset[str])
     if split not in ("train", "validation", "test") or not modalities or not modalities <= {"rgb", "xyz"}:
         raise ValueError(f"split {split!r} with modalities {sorted(modalities)}: unknown split or modality")
     root = Path(class_folder) / split
+    files: list[SampleFiles] = []
+    problems: list[str] = []
     try:
         folders = subfolders(root) if split == "test" else [root / "good"]
     except InputError as error:
-        return [], [str(error)]
+        return files, [str(error)]
     if not folders:
-        return [], [f"No test samples in {root}. Expected a folder good and one for each type of defect."]
-    files: list[SampleFiles] = []
-    problems: list[str] = []
+        problems.append(f"No test samples in {root}. Expected a folder good and one for each type of defect.")
     for folder in folders:
         complete, faults = _pair_folder(folder, modalities)
         files += complete
@@ -141,7 +138,6 @@ def _pair_folder(folder: Path, modalities: frozenset[str]) -> tuple[list[SampleF
     if not stems:
         kind = "training" if split == "train" else split
         return [], [f"No {kind} files in {folder}. Fill its folder {' and '.join(sorted(modalities))}, or remove it."]
-    label = int(defect != "good") if split == "test" else None
     doubled = [files for by_stem in found.values() for files in by_stem.values() if len(files) > 1]
     problems = [
         f"{files[0]} and {files[1].name} are two files of one sample. Run the preprocessing again if it was "
@@ -149,11 +145,18 @@ def _pair_folder(folder: Path, modalities: frozenset[str]) -> tuple[list[SampleF
         for files in doubled
     ]
     complete = set(stems) - {files[0].stem for files in doubled}
-    needed = {*modalities, "gt"} if label == 1 else modalities
-    for name in (name for name in FILE_SUFFIXES if name in needed):
-        complete &= found[name].keys()
-        if missing := [stem for stem in stems if stem not in found[name]]:
-            problems.append(_missing_files(folder, name, found[name], missing, len(stems)))
+    label = int(defect != "good") if split == "test" else None
+    for name in FILE_SUFFIXES:
+        missing = [stem for stem in stems if stem not in found[name]]
+        if missing and (name in modalities or (name == "gt" and label == 1)):
+            complete.difference_update(missing)
+            suffix = next(iter(found[name].values()))[0].suffix if found[name] else FILE_SUFFIXES[name][0]
+            listing = ", ".join(stem + suffix for stem in missing[:5]) + (", ..." if len(missing) > 5 else "")
+            verb = "is" if len(missing) == 1 else "are"
+            problems.append(
+                f"{len(found[name])} {name} files for {len(stems)} samples in {folder}: {listing} {verb} missing. "
+                "Restore them, or remove the other files of these samples."
+            )
     rgb, xyz, gt = ({stem: files[0] for stem, files in found[name].items()} for name in ("rgb", "xyz", "gt"))
     samples = [
         SampleFiles(f"{split}/{defect}/{stem}", rgb.get(stem), xyz.get(stem), gt.get(stem), label)
@@ -162,20 +165,8 @@ def _pair_folder(folder: Path, modalities: frozenset[str]) -> tuple[list[SampleF
     return samples, problems
 
 
-def _missing_files(
-    folder: Path, name: str, found: Mapping[str, Sequence[Path]], missing: Sequence[str], samples: int
-) -> str:
-    suffix = next(iter(found.values()))[0].suffix if found else FILE_SUFFIXES[name][0]
-    listing = ", ".join(stem + suffix for stem in missing[:5]) + (", ..." if len(missing) > 5 else "")
-    verb = "is" if len(missing) == 1 else "are"
-    return (
-        f"{len(found)} {name} files for {samples} samples in {folder}: {listing} {verb} missing. Restore them in "
-        f"{folder / name} or remove the other files of these samples."
-    )
-
-
 def check_files(files: Iterable[SampleFiles], modalities: frozenset[str]) -> None:
-    """Find broken files before a long run: headers and ends of `modalities` and ground truth, and equal sizes.
+    """Check headers, ends and equal sizes of the files of `modalities` and of ground truth, before a long run.
 
     Nothing is decoded, so that thousands of files take seconds. Raises InputError at the first sample that fails.
     """
@@ -195,9 +186,8 @@ def check_sample_files(files: SampleFiles, modalities: frozenset[str]) -> None:
     for (first, expected), (path, size) in pairwise(sizes.items()):
         if size != expected:
             raise InputError(
-                f"{first} has {expected[0]} x {expected[1]} pixels (H x W), {path} has {size[0]} x {size[1]}, but the "
-                "files of a sample show the same pixels. Run the preprocessing again if it was interrupted, else "
-                "restore them and preprocess them together."
+                f"{first} has {expected[0]} x {expected[1]} pixels (H x W), but {path} of the same sample {size[0]} x "
+                f"{size[1]}. Run the preprocessing again if it was interrupted, else restore both and preprocess them."
             )
 
 
@@ -219,12 +209,11 @@ def read_rgb(files: SampleFiles) -> np.ndarray | None:
 
 
 def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_size: int) -> Sample:
-    """Make a sample of arrays, with S = img_size; the aspect ratio is not kept.
+    """Make a sample of arrays in memory, with S = img_size; the aspect ratio is not kept.
 
     Args:
         path: name of the sample, also in errors.
-        rgb: (H, W, 3) uint8, or None where the method needs none. Resized bicubic (antialiased), then
-            ImageNet-normalized.
+        rgb: (H, W, 3) uint8, or None where the method needs none. Resized bicubic (antialiased), ImageNet-normalized.
         xyz: (H, W, 3) float, meters, camera frame, or None likewise. Resized nearest. A pixel with a coordinate that is
             zero, NaN or infinite has no measurement.
         img_size: side of the result, pixels, as in the config of the detector.
@@ -241,9 +230,9 @@ def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_s
 
 def _rgb_tensor(path: str, rgb: np.ndarray, img_size: int) -> Tensor:
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
+        shape = " x ".join(map(str, rgb.shape))
         raise InputError(
-            f"The image of {path} is an array of {' x '.join(map(str, rgb.shape))} {rgb.dtype}, expected H x W x 3 "
-            "uint8. Convert it to 8-bit RGB."
+            f"The image of {path} is {shape} {rgb.dtype}, expected H x W x 3 uint8. Convert it to 8-bit RGB."
         )
     import torch  # here, because the class lists above are read where flags are parsed
 
@@ -255,30 +244,16 @@ def _rgb_tensor(path: str, rgb: np.ndarray, img_size: int) -> Tensor:
 
 def _xyz_tensor(path: str, xyz: np.ndarray, img_size: int) -> Tensor:
     check_organized(f"The point cloud of {path}", xyz.shape, xyz.dtype)
-    resized = resize_nearest(xyz, img_size)
-    planes = resized.numpy()
-    valid = valid_mask(planes.transpose(1, 2, 0))
-    if not valid.any():
+    resized = resize_nearest(as_cloud(xyz), img_size)
+    if not resized.numpy().any():
         raise InputError(
             f"{path} has no valid point (three finite coordinates, none of them zero). Restore the sample from its "
             "source and preprocess it again, or remove it."
         )
-    planes[:, ~valid] = 0
     return resized
 
 
-def _load_mask(path: Path | None, img_size: int) -> Tensor:
-    """Ground truth as (1, S, S) uint8, 1 = defect."""
-    import torch
-
-    if path is None:
-        return torch.zeros(1, img_size, img_size, dtype=torch.uint8)
-    with open_image(path) as image:
-        defect = defect_mask(image)
-    resized = Image.fromarray(defect.astype(np.uint8)).resize((img_size, img_size), Image.Resampling.NEAREST)
-    return torch.from_numpy(np.array(resized)[None])
-
-
+@dataclass(frozen=True)
 class AnomalyDataset:
     """Samples of one split (see `make_sample`), with only the modalities that the method needs.
 
@@ -286,24 +261,34 @@ class AnomalyDataset:
     cannot be read, or when a point cloud has no valid point.
     """
 
-    def __init__(self, files: Sequence[SampleFiles], modalities: frozenset[str], img_size: int) -> None:
-        self.files = files
-        self.modalities = modalities
-        self.img_size = img_size
+    files: Sequence[SampleFiles]
+    modalities: frozenset[str]
+    img_size: int
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        files, size = self.files[index], self.img_size
+        files = self.files[index]
         sample = make_sample(
             str(files.xyz or files.rgb or files.path),  # an error names the file
             read_rgb(files) if "rgb" in self.modalities else None,
             read_organized_pc(files.xyz) if "xyz" in self.modalities and files.xyz else None,
-            size,
+            self.img_size,
         )
-        mask = _load_mask(files.mask, size) if files.label is not None else None
+        mask = None if files.label is None else self._mask(files.mask)
         return sample._replace(path=files.path, mask=mask, label=files.label)
+
+    def _mask(self, path: Path | None) -> Tensor:
+        """Return a ground truth as (1, S, S) uint8, 1 = defect; without a file there is none."""
+        import torch
+
+        size = (self.img_size, self.img_size)
+        if path is None:
+            return torch.zeros(1, *size, dtype=torch.uint8)
+        with open_image(path) as image:
+            defect = Image.fromarray(defect_mask(image).astype(np.uint8))
+        return torch.from_numpy(np.array(defect.resize(size, Image.Resampling.NEAREST))[None])
 
 
 class Indexed(Protocol[Item]):
@@ -317,8 +302,7 @@ class Indexed(Protocol[Item]):
 def load_samples(dataset: Indexed[Item], num_workers: int) -> Iterator[Item]:
     """Yield the items of a dataset in order, read ahead by `num_workers` threads, two each (0: no threads).
 
-    Decoding and resizing release the interpreter lock, so threads suffice: nothing is pickled, and nothing forks
-    beside CUDA. Closing the iterator early ends them.
+    Threads suffice because decoding and resizing release the interpreter lock. Closing the iterator early ends them.
     """
     if num_workers == 0:
         yield from (dataset[index] for index in range(len(dataset)))

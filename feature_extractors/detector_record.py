@@ -63,7 +63,7 @@ def read_saved(folder: Path | str, *, point_ops: str = "auto", precision: str | 
 def _fix_of_missing(folder: Path) -> str:
     interrupted = set_aside(folder)
     if interrupted:
-        return f"Saving it was interrupted: rename {interrupted[-1]} to {folder.name}"
+        return f"Saving it was interrupted: rename {interrupted} to {folder.name}"
     inside = ", ".join(sorted(each.parent.name for each in folder.glob(f"[!.]*/{CONFIG_FILE}"))[:5])
     return f"Name one of the detectors in it ({inside})" if inside else "Save one with main.py --save_detector"
 

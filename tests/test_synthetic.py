@@ -300,7 +300,7 @@ def test_what_is_there_is_not_overwritten(in_the_way: str, tmp_path: Path, capsy
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path / "out"), "--size", "64", "--num_workers", "1"])
     assert stop.value.code == 2
-    assert "Give another OUTPUT_DIR" in capsys.readouterr().err
+    assert "another OUTPUT_DIR" in capsys.readouterr().err
     assert files_of(tmp_path) == {in_the_way: b"mine"}
 
 

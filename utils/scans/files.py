@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -99,16 +98,16 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield a new folder beside `path`, and put it in the place of `path` if the block succeeds.
 
-    The older folder at `path` is set aside meanwhile, and deleted in the end together with any folder that a killed
-    process left. Parent folders are made.
+    The older folder at `path` is set aside meanwhile, and deleted in the end. Parent folders are made.
     """
     path = Path(path)
-    temporary, older = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process of the same number
+    temporary, older = (path.with_name(f".{path.name}.{kind}") for kind in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
     temporary.mkdir(parents=True)
     try:
         yield temporary
         if path.exists():
+            shutil.rmtree(older, ignore_errors=True)
             path.rename(older)
         try:
             temporary.rename(path)
@@ -116,30 +115,12 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             if older.exists():
                 older.rename(path)
             raise
-        for leftover, process in _leftovers(path).items():
-            if leftover == older or not _is_running(process):
-                shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(older, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def set_aside(path: Path) -> list[Path]:
-    """Return the folders that a killed `atomic_folder` had set aside before another one was at `path`."""
-    return [] if path.exists() else [leftover for leftover in _leftovers(path) if leftover.suffix == ".old"]
-
-
-def _leftovers(path: Path) -> dict[Path, int]:
-    """Return the folders of `atomic_folder` beside `path`, sorted, with the numbers of their processes."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.(tmp|old)")
-    named = ((each, pattern.fullmatch(each.name)) for each in sorted(path.parent.glob(".*")))
-    return {each: int(match[1]) for each, match in named if match}
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except PermissionError:  # it is another user's
-        return True
-    except (ProcessLookupError, OverflowError):
-        return False
-    return True
+def set_aside(path: Path) -> Path | None:
+    """Return the folder that an `atomic_folder` had set aside if it was killed before another one was at `path`."""
+    older = path.with_name(f".{path.name}.old")
+    return older if older.exists() and not path.exists() else None

@@ -91,13 +91,11 @@ def write_organized_pc(path: Path | str, xyz: np.ndarray) -> None:
 def resize_nearest(xyz: np.ndarray, size: int) -> Tensor:
     """Resize a cloud to size x size by picking pixels: no coordinate is averaged with a missing one.
 
-    `xyz` is (H, W, 3) float; returns (3, size, size) float32. Row i shows source row floor(i * H / size), columns
-    likewise.
+    `xyz` is (H, W, 3) float; returns (3, size, size) float32. Row i shows row floor(i * H / size), columns likewise.
     """
     import torch  # here, because preprocessing starts a process per core and needs none of it
 
-    with np.errstate(over="ignore"):  # beyond the range of float32: infinite
-        planes = torch.from_numpy(np.ascontiguousarray(xyz.transpose(2, 0, 1), dtype=np.float32))
+    planes = torch.from_numpy(np.ascontiguousarray(xyz.transpose(2, 0, 1), dtype=np.float32))
     return torch.nn.functional.interpolate(planes[None], size=(size, size), mode="nearest")[0]
 
 

@@ -2,7 +2,7 @@
 
 Part frame: u and v on the table, height above it; meters. Row i of a grid lies at v = (i - (GRID - 1) / 2) * CELL,
 column j at u = (j - (GRID - 1) / 2) * CELL. Colors are linear reflectances, red, green, blue. Good parts vary a
-little in shape and color, as castings, moldings and bakery do, so that not every difference is a defect.
+little in shape and color, so that not every difference is a defect.
 """
 
 import math
@@ -18,7 +18,7 @@ CELL = 0.0003  # meters; about one pixel of the finest scanners
 GRID = 480  # cells a side: 144 mm
 TOP = 0.032  # meters; no part is taller, its bumps included
 SPLINE_GAIN = 1.41  # along each axis, for a smooth random field of deviation 1
-HOLE_FLOOR = 0.0025  # meters; a hole ends on this thin floor, of the color of the part, so that rgb stays as it is
+HOLE_FLOOR = 0.0025  # meters above the table, where a hole ends; the floor has the color of the part
 
 
 class Part(NamedTuple):
@@ -35,10 +35,7 @@ def grid() -> tuple[np.ndarray, np.ndarray]:
 
 
 def smooth_noise(rng: Generator, wavelength: float, size: int = GRID, cell: float = CELL) -> np.ndarray:
-    """Random field (size, size) float32 of mean 0 and deviation 1 that changes over `wavelength` meters.
-
-    Random knots under a cubic B-spline. Its sparse weights save most of the work of a part.
-    """
+    """Random field (size, size) float32 of mean 0, deviation 1: a cubic B-spline of knots `wavelength` meters apart."""
     weights = _spline_weights(size, cell / wavelength)
     knots = rng.standard_normal((weights.shape[1], weights.shape[1]), np.float32)
     return weights @ (weights @ knots).T
@@ -79,7 +76,7 @@ def _box(u: np.ndarray, v: np.ndarray, left: float, right: float, low: float, hi
 
 
 def _paint(rng: Generator, color: tuple[float, float, float], mottle: float, grain: float) -> np.ndarray:
-    """A color (3, GRID, GRID) with the variation of one material: from part to part, over centimeters and as grain."""
+    """A color (3, GRID, GRID) that varies from part to part, over centimeters and as grain."""
     base = np.array(color) * (1 + rng.normal(0, 0.03)) * (1 + rng.normal(0, 0.012, 3))
     field = 1 + mottle * smooth_noise(rng, 0.012) + grain * smooth_noise(rng, 0.0008)
     return base.astype(np.float32)[:, None, None] * field
@@ -105,12 +102,11 @@ def gasket(rng: Generator) -> Part:
 
 
 def bracket(rng: Generator) -> Part:
-    """A cast gray L-shaped angle with an upright flange along its outer edges and three machined bosses with bores."""
+    """A cast gray L with an upright flange along its outer edges and three machined bosses with bores."""
     u, v = grid()
     thick, tall, width, *end = rng.normal([0.0155, 0.0255, 0.034, 0.046, 0.046], 2e-4).tolist()
-    arms = np.maximum(
-        _box(u, v, -0.046, end[0], -0.046, -0.046 + width), _box(u, v, -0.046, -0.046 + width, -0.046, end[1])
-    )
+    inner = -0.046 + width  # edge of the arms
+    arms = np.maximum(_box(u, v, -0.046, end[0], -0.046, inner), _box(u, v, -0.046, inner, -0.046, end[1]))
     gusset = np.minimum(-(u + v + 0.002) * 0.7071, np.minimum(u + 0.046, v + 0.046))  # stiffens the inner corner
     height = _extrude(np.maximum(arms, gusset), thick, 0.002)
     along = np.where(u > v, u, v)
@@ -152,9 +148,9 @@ PARTS: dict[str, Callable[[Generator], Part]] = {"gasket": gasket, "bracket": br
 
 
 def _spot(part: Part, rng: Generator, radius: float) -> np.ndarray:
-    """Distance (GRID, GRID) from a random place on the part, in units of an irregular outline: 1 on the outline.
+    """Distance (GRID, GRID) from a random place on the part, 1 on the outline of the spot.
 
-    The outline is a wobbly ellipse; nine tenths of a circle of the same mean radius (meters) lie on the part.
+    The outline is an irregular ellipse of this mean `radius`, meters, nine tenths of it on the part where possible.
     """
     u, v = grid()
     cells = rng.choice(np.flatnonzero(part.height), 256)
@@ -174,19 +170,19 @@ def _spot(part: Part, rng: Generator, radius: float) -> np.ndarray:
 
 
 def _relief(part: Part, spot: np.ndarray, amount: float) -> Part:
-    """Raise (amount > 0, meters) or lower the surface of the part inside the spot, with a soft edge."""
+    """Raise the surface inside the spot by `amount` meters, or lower it if negative, with a soft edge."""
     return part._replace(height=np.where(part.height > 0, part.height + amount * _bell(spot), 0).astype(np.float32))
 
 
 def _stain(part: Part, spot: np.ndarray, rng: Generator) -> Part:
-    """Let the surface soak up something translucent: darker and tinted, stronger in places, soft at the edge."""
+    """Tint the surface inside the spot translucently and unevenly, with a soft edge."""
     tint = np.array([(0.45, 0.40, 0.30), (0.55, 0.35, 0.25), (0.35, 0.42, 0.55)][rng.integers(3)], np.float32)
     strength = rng.uniform(0.6, 0.9) * _step(spot, 1.0, 0.55) * np.clip(0.85 + 0.15 * smooth_noise(rng, 0.003), 0.6, 1)
     return part._replace(albedo=part.albedo * (1 - strength * (1 - tint[:, None, None])))
 
 
 def _contaminate(part: Part, spot: np.ndarray, rng: Generator) -> Part:
-    """Cover the spot with an opaque foreign color, one of those that differ from the color of the part."""
+    """Cover the spot with an opaque color that differs from the color of the part."""
     foreign = np.array(
         [(0.05, 0.12, 0.40), (0.06, 0.25, 0.10), (0.60, 0.60, 0.56), (0.03, 0.03, 0.03), (0.55, 0.42, 0.05)], np.float32
     )
@@ -208,7 +204,7 @@ def bump(part: Part, rng: Generator) -> Part:
 
 
 def hole(part: Part, rng: Generator) -> Part:
-    """3D only: a bore that leaves a thin floor (HOLE_FLOOR) of the same color."""
+    """3D only: a bore down to HOLE_FLOOR."""
     depth = _step(_spot(part, rng, rng.uniform(0.0025, 0.0045)), 1.0, 0.85)
     return part._replace(height=np.where(part.height > 0, part.height * (1 - depth) + HOLE_FLOOR * depth, 0))
 
@@ -234,10 +230,5 @@ def combined(part: Part, rng: Generator) -> Part:
 
 
 DEFECTS: dict[str, Callable[[Part, Generator], Part]] = {
-    "dent": dent,
-    "bump": bump,
-    "hole": hole,
-    "stain": stain,
-    "contamination": contamination,
-    "combined": combined,
+    each.__name__: each for each in (dent, bump, hole, stain, contamination, combined)
 }

@@ -1,8 +1,8 @@
 """Synthetic structured-light scanner: image and organized point cloud of a part on a table.
 
 Camera frame: x right, y down, z away from the camera, meters. The camera hangs half a meter above a slightly tilted
-table, the projector beside it. The light is diffuse and frontal and every surface is matt, so that relief appears in
-the image as faint shading only. In this module vectors run along the first axis: (3, S, S).
+table, the projector beside it. The light is diffuse and every surface matt, so that relief appears in the image as
+faint shading only. Vectors run along the first axis: (3, S, S).
 """
 
 from functools import partial
@@ -47,6 +47,7 @@ class View(NamedTuple):
     depth: np.ndarray  # (S, S) meters along the optical axis
     point: np.ndarray  # (3, S, S) u, v and height above the table, meters, part frame
     normal: np.ndarray  # (3, S, S) unit, part frame
+    on_part: np.ndarray  # (S, S) bool, False where the pixel sees the table
 
 
 def make_scan(part_class: str, path: str, size: int, seed: int, damaged: bool = True) -> Scan:
@@ -57,7 +58,7 @@ def make_scan(part_class: str, path: str, size: int, seed: int, damaged: bool = 
         path: "split/defect/stem", like "test/dent/003"; the defect is "good" or a key of DEFECTS.
         size: side of the image in pixels.
         seed: of the dataset; with class and path it determines everything.
-        damaged: False leaves out the defect alone: the good twin of the scan, with the same part, pose and noise.
+        damaged: False leaves out the defect but keeps part, pose and noise.
     """
     stream = partial(random_stream, seed, part_class, path)
     defect = path.split("/")[1]
@@ -70,7 +71,7 @@ def make_scan(part_class: str, path: str, size: int, seed: int, damaged: bool = 
         changed |= np.abs(view.depth - look(good.height, pose, rays).depth) > DEPTH_CHANGE
     if part.albedo is not good.albedo:
         recolored = np.abs(_display(part.albedo) - _display(good.albedo)).max(0) > COLOR_CHANGE
-        changed |= on_part(view) & (_lookup(recolored.astype(np.float32), view.point) > 0.5)
+        changed |= view.on_part & (_lookup(recolored.astype(np.float32), view.point) > 0.5)
     rgb = photograph(view, part.albedo, good.height, pose, stream("photo"))
     xyz = measure(view, part.height, pose, rays, stream("scanner"))
     return Scan(rgb, xyz, changed.astype(np.uint8) * 255)
@@ -96,7 +97,7 @@ def pixel_rays(size: int) -> np.ndarray:
 
 
 def lay_down(rng: Generator) -> Pose:
-    """Lay a part on the table by hand: nearly the same place and turn each time."""
+    """Lay a part on the table by hand, with small shifts and turns."""
     tilt = Rotation.from_euler("xy", rng.normal(TILT, 0.5), degrees=True).as_matrix()
     turn = Rotation.from_euler("z", rng.uniform(-12, 12), degrees=True).as_matrix()
     facing = tilt @ np.diag([1.0, -1.0, -1.0])  # v up in the image, height toward the camera
@@ -118,7 +119,7 @@ def look(height: np.ndarray, pose: Pose, rays: np.ndarray) -> View:
     normal[2] = 1
     slope_v, slope_u = np.gradient(height, CELL)
     normal[:2, near] = -_lookup(np.stack([slope_u, slope_v]).astype(np.float32), point[:, near])
-    return View((level - eye[2]) / directions[2], point, normal / _length(normal))
+    return View((level - eye[2]) / directions[2], point, normal / _length(normal), level > 0.0005)
 
 
 def _in_part_frame(point: tuple[float, float, float], pose: Pose) -> np.ndarray:
@@ -127,7 +128,7 @@ def _in_part_frame(point: tuple[float, float, float], pose: Pose) -> np.ndarray:
 
 
 def _near_part(height: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Tell places (2, S, S) in a box around the part, wide enough for its shadow and for the slant of every ray."""
+    """Mark the places (2, S, S) in a box around the part, which holds its shadow and the rays that meet it."""
     occupied = np.concatenate([np.flatnonzero(height.any(axis=axis)) for axis in (0, 1)])
     reach = CELL * np.abs(occupied - (GRID - 1) / 2).max() + 0.01
     return (np.abs(place) < reach).all(0)
@@ -136,8 +137,8 @@ def _near_part(height: np.ndarray, place: np.ndarray) -> np.ndarray:
 def _first_hit(height: np.ndarray, foot: np.ndarray, slant: np.ndarray) -> np.ndarray:
     """Height (N,) at which rays from above, foot and slant (2, N), meet the height field: steps, then bisection.
 
-    A step is 2 mm of height and, as the rays are steep, half a millimeter sideways: nothing is thinner. A hit in the
-    lowest step is the table. The bisection ends at 8 micrometers, well below the noise.
+    A step is 2 mm of height and, as the rays are steep, half a millimeter sideways. A hit in the lowest step is the
+    table. The bisection ends at 8 micrometers, well below the noise.
     """
     hit = np.zeros(foot.shape[1], np.float32)
     falling, way = np.arange(len(hit)), np.concatenate([foot, slant])
@@ -157,19 +158,13 @@ def _first_hit(height: np.ndarray, foot: np.ndarray, slant: np.ndarray) -> np.nd
 
 
 def _lookup(field: np.ndarray, point: np.ndarray) -> np.ndarray:
-    """Interpolate a field (..., GRID, GRID) linearly at points (2 or 3, *P) of the part frame; result (..., *P).
-
-    Outside the grid lies what is on its border: no part.
-    """
+    """Interpolate a field (..., GRID, GRID) linearly at points (2 or 3, *P) of the part frame; result (..., *P)."""
     column, row = (np.clip(axis / np.float32(CELL) + (GRID - 1) / 2, 0, GRID - 1.001) for axis in point[:2])
     i, j = row.astype(np.int32), column.astype(np.int32)
     row, column = row - i.astype(np.float32), column - j.astype(np.float32)
     flat, index = field.reshape(*field.shape[:-2], GRID * GRID), i * GRID + j
-    top, bottom = (
-        left + column * (flat.take(at + 1, axis=-1) - left)
-        for at in (index, index + GRID)
-        for left in (flat.take(at, axis=-1),)
-    )
+    a, b, c, d = (flat.take(index + step, axis=-1) for step in (0, 1, GRID, GRID + 1))
+    top, bottom = a + column * (b - a), c + column * (d - c)
     return top + row * (bottom - top)
 
 
@@ -178,33 +173,22 @@ def _length(vectors: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(vectors).sum(0))
 
 
-def on_part(view: View) -> np.ndarray:
-    """Tell the pixels (S, S) that see the part, not the table."""
-    return view.point[2] > 0.0005
-
-
 def _display(linear: np.ndarray) -> np.ndarray:
     """Image values in [0, 1] of linear light."""
     return np.clip(linear, 0, 1) ** np.float32(1 / 2.2)
 
 
 def photograph(view: View, albedo: np.ndarray, surroundings: np.ndarray, pose: Pose, rng: Generator) -> np.ndarray:
-    """Take the image (S, S, 3) uint8.
+    """Take the image (S, S, 3) uint8; the random numbers do not depend on the part.
 
-    Args:
-        view: of the pixels.
-        albedo: (3, GRID, GRID) of the part.
-        surroundings: (GRID, GRID) height of the undamaged part, meters. A place below its surroundings gets less of
-            the diffuse light. Without the defects in them, these stay faint.
-        pose: as for `look`.
-        rng: of light, table and sensor; the draws do not depend on the part.
+    `albedo` is (3, GRID, GRID). `surroundings` is the height (GRID, GRID) of the undamaged part, meters: a place below
+    them gets less of the diffuse light, a defect in them does not.
     """
     size = len(view.depth)
     table = np.array([0.022, 0.025, 0.030], np.float32)[:, None, None] * (
         1 + 0.06 * smooth_noise(rng, 0.02, size, _spacing(size)) + 0.10 * rng.standard_normal((size, size), np.float32)
     )
-    part = on_part(view)
-    table[:, part] = _lookup(albedo, view.point[:, part])
+    table[:, view.on_part] = _lookup(albedo, view.point[:, view.on_part])
     light = ((np.array(LIGHT) + rng.normal(0, 0.03, 3)) @ pose.rotation).astype(np.float32)
     shade = 0.65 + 0.35 * np.clip(np.einsum("i,i...", light / _length(light), view.normal), 0, 1)
     blurred = ndimage.uniform_filter(ndimage.uniform_filter(surroundings, 0.012 / CELL), 0.012 / CELL)
@@ -228,11 +212,7 @@ def _spacing(size: int) -> float:
 def measure(view: View, height: np.ndarray, pose: Pose, rays: np.ndarray, rng: Generator) -> np.ndarray:
     """Measure the cloud (S, S, 3) float32, meters, camera frame; missing pixels are exactly 0.
 
-    Args:
-        view: of the pixels.
-        height: (GRID, GRID) of the part, meters.
-        pose, rays: as for `look`.
-        rng: of the noise; the draws do not depend on the part.
+    `height`, `pose` and `rays` are as for `look`; the random numbers do not depend on the part.
     """
     size = len(view.depth)
     ripple = smooth_noise(rng, 0.004, size, _spacing(size))
@@ -250,7 +230,7 @@ def measure(view: View, height: np.ndarray, pose: Pose, rays: np.ndarray, rng: G
 
 
 def _in_shadow(view: View, height: np.ndarray, lamp: np.ndarray) -> np.ndarray:
-    """Tell the pixels (S, S) that the part hides from the projector, at `lamp` (3,) in the part frame."""
+    """Mark the pixels (S, S) that the part hides from the projector, at `lamp` (3,) in the part frame."""
     shadow = _near_part(height, view.point[:2])
     start = view.point[:, shadow]
     slant = (lamp[:2, None] - start[:2]) / (lamp[2] - start[2])
