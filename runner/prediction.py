@@ -179,7 +179,7 @@ class PredictionWriter:
     def add(self, outcome: Outcome) -> dict[str, Any]:
         """Write the files and the line of a sample; returns the content of the line."""
         files, prediction, thresholds = outcome.loaded.files, outcome.prediction, self.thresholds
-        record: dict[str, Any] = {"name": files.path, "rgb": _text(files.rgb), "xyz": _text(files.xyz)}
+        record: dict[str, Any] = {"name": files.path, "rgb": files.rgb, "xyz": files.xyz}
         if prediction is None:
             record["error"] = outcome.problem
         else:
@@ -190,11 +190,11 @@ class PredictionWriter:
                 "anomalous": None if thresholds is None else prediction.score > thresholds.image,
                 "threshold": None if thresholds is None else thresholds.image,
                 "seconds": outcome.seconds,
-                "map": _text(map_path),
-                "overlay": _text(overlay_path),
+                "map": map_path,
+                "overlay": overlay_path,
             }
         with _writing(self.path), self.path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record, allow_nan=False) + "\n")
+            lines.write(json.dumps(record, allow_nan=False, default=str) + "\n")
         return record
 
     def _save_images(self, loaded: LoadedSample, prediction: Prediction) -> tuple[Path, Path]:
@@ -221,7 +221,3 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise cannot_write(path, error) from error
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)

@@ -13,8 +13,7 @@ from report_pages import read_page
 
 from utils import report
 from utils.errors import InputError
-from utils.reporting.comparison import compare, format_comparison, signed
-from utils.reporting.html_report.comparison_page import comparison_page
+from utils.reporting.comparison import compare, comparison_page, format_comparison, signed
 from utils.reporting.results_json import read_results, results_record, write_results
 
 EVIL = "<script>alert(1)</script>"

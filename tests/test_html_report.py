@@ -22,7 +22,7 @@ from report_pages import (
 
 from utils.au_pro import area_to_limit, pro_curve
 from utils.metrics import EXACT_LIMITS
-from utils.reporting.html_report.charts import LEFT, RIGHT, Axis, Point, curve_chart, histogram
+from utils.reporting.html_report.charts import LEFT, RIGHT, Axis, curve_chart, histogram
 from utils.reporting.html_report.class_report import CURVE_POINTS, PRO_LIMIT, ClassReport, decide, thin_curve
 from utils.reporting.html_report.gallery import CLOUD_POINTS, UNDECIDED, WRONG
 from utils.reporting.html_report.page import ASSETS, asset, environment, script_hash
@@ -445,7 +445,7 @@ def note_of(svg: str) -> tuple[float, str]:
 
 @pytest.mark.parametrize(("x", "anchor"), [(0.0, "start"), (0.9, "end"), (1.0, "end")])
 def test_the_name_of_a_point_stays_within_the_chart(x: float, anchor: str) -> None:
-    svg = curve_chart([0, 1], [0, 1], Axis(0, 1, (0, 1), "x"), "y", "title", Point(x, x, "threshold"))
+    svg = curve_chart([0, 1], [0, 1], Axis(0, 1, (0, 1), "x"), "y", "title", (x, x))
     assert note_of(svg)[1] == anchor
     assert LEFT < note_of(svg)[0] < RIGHT
 

@@ -30,8 +30,7 @@ def write_comparison(a: Path, b: Path, output: Path) -> None:
     Raises:
         InputError: a file is not a results.json, or the page cannot be written or would replace one of them.
     """
-    from utils.reporting.comparison import compare, format_comparison
-    from utils.reporting.html_report.comparison_page import comparison_page
+    from utils.reporting.comparison import compare, comparison_page, format_comparison
     from utils.reporting.html_report.page import write_page
     from utils.reporting.tables import printable
 

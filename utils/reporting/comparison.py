@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from utils.metrics import EXACT_LIMITS, REFERENCE_LIMIT, REFERENCE_THRESHOLDS
+from utils.reporting.html_report.page import render_page
 from utils.reporting.results_json import ClassResults, read_results
 from utils.reporting.tables import UNDEFINED, aligned, number, one_line
 
+LEAST_SCALE = 0.01  # smallest difference that may fill a bar, so that rounding does not look like progress
 LOWER_IS_BETTER = "False-alarm rate at the calibrated threshold (lower is better)"
 
 
@@ -37,6 +39,18 @@ class MetricDifference(NamedTuple):
     @property
     def mean_label(self) -> str:
         return "Mean" if self.averaged == len(self.classes) else f"Mean of the {self.averaged} that both have"
+
+    def change(self, pair: Pair) -> str:
+        """Style of a cell: gain, loss, or none if three decimals show no difference."""
+        if pair.difference is None or signed(pair.difference) == "0.000":
+            return ""
+        return "gain" if self.sign * pair.difference > 0 else "loss"
+
+    def share(self, pair: Pair) -> float:
+        """Length of a bar, percent."""
+        differences = [each.difference for each in self.classes.values()]
+        scale = max([LEAST_SCALE, *(abs(each) for each in differences if each is not None)])
+        return 100 * min(abs(pair.difference or 0) / scale, 1)
 
 
 class Comparison(NamedTuple):
@@ -107,6 +121,24 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[st
 
     pairs = {key: (text(a, key), text(b, key)) for key in dict.fromkeys([*a, *b])}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """The comparison as HTML, with a signed bar for each difference."""
+    return render_page(
+        "comparison.html",
+        title="B against A",
+        comparison=comparison,
+        headings=[_heading(metric.title) for metric in comparison.metrics],
+        signed=signed,
+        least_scale=LEAST_SCALE,
+    )
+
+
+def _heading(title: str) -> tuple[str, str]:
+    """Name and detail of a metric: "AU-PRO" and "limit 0.3 exact curve"."""
+    name, _, detail = title.replace(" at ", ", ").partition(", ")
+    return name, detail.replace(", ", " ")
 
 
 def signed(value: float | None) -> str:

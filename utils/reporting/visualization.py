@@ -64,6 +64,11 @@ def threshold_scale(threshold: float) -> tuple[float, float]:
     return threshold - reach, threshold + reach
 
 
+def heat_strength(values: NDArray, scale: tuple[float, float]) -> NDArray:
+    """Position of values between color limits (lo, hi), from 0 to 1."""
+    return np.clip((values - scale[0]) / (scale[1] - scale[0]), 0, 1)
+
+
 def heat_colors(strength: NDArray) -> NDArray[np.uint8]:
     """Colors (…, 3) of values (…) from 0 to 1."""
     import matplotlib
@@ -94,12 +99,11 @@ def save_overlay(
     shrink = min(1.0, OVERLAY_SIDE / max(height, width))
     size = max(1, round(height * shrink)), max(1, round(width * shrink))
     heat = resize_map(anomaly_map, size)
-    strength = np.clip((heat - scale[0]) / (scale[1] - scale[0]), 0, 1)
-    colors = matplotlib.colormaps[HEAT](strength)[..., :3] * 255
+    colors = matplotlib.colormaps[HEAT](heat_strength(heat, scale))[..., :3] * 255
     if image is not None:
         smaller = Image.fromarray(image).resize(size[::-1], Image.Resampling.BOX) if shrink < 1 else image
         start = scale[0] if threshold is None else scale[0] + FAINT * (threshold - scale[0])
-        opacity = OVERLAY_OPACITY * np.clip((heat - start) / (scale[1] - start), 0, 1)[..., None]
+        opacity = OVERLAY_OPACITY * heat_strength(heat, (start, scale[1]))[..., None]
         colors = opacity * colors + (1 - opacity) * _gray(np.asarray(smaller))
     if threshold is not None:
         _outline_pixels(colors, heat > threshold)
@@ -197,8 +201,8 @@ def _draw_layers(axes: "Axes", panel: _Panel, extent: tuple[int, int, int, int])
         axes.imshow(panel.image, extent=extent, aspect="auto")
     if panel.heat is not None:
         low, high = panel.limits
-        strength = np.clip((np.asarray(panel.heat, dtype=float) - low) / (high - low), 0, 1)
-        alpha = None if panel.image is None else OVERLAY_OPACITY * strength  # low values let the image show
+        # Low values let the image show.
+        alpha = None if panel.image is None else OVERLAY_OPACITY * heat_strength(panel.heat, panel.limits)
         heat = axes.imshow(panel.heat, extent=extent, aspect="auto", cmap=HEAT, vmin=low, vmax=high, alpha=alpha)
     if panel.outlined is not None:
         _outline(axes, panel.outlined, extent)

@@ -24,27 +24,19 @@ class Axis(NamedTuple):
     label: str
 
 
-class Point(NamedTuple):
-    """A marked point of a curve."""
-
-    x: float
-    y: float
-    label: str
-
-
 def curve_chart(
-    xs: ArrayLike, ys: ArrayLike, x_axis: Axis, y_label: str, title: str, point: Point | None = None
+    xs: ArrayLike, ys: ArrayLike, x_axis: Axis, y_label: str, title: str, point: tuple[float, float] | None = None
 ) -> Markup:
-    """A curve (P,), (P,) with y in [0, 1], the area below it, and a marked point."""
+    """A curve (P,), (P,) with y in [0, 1], the area below it, and its point at the threshold."""
     y_axis = Axis(0, 1, (0, 0.25, 0.5, 0.75, 1), y_label)
     px, py = _across(np.asarray(xs), x_axis), _up(np.asarray(ys), y_axis)
     line = "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(px, py, strict=True))
     paths = [("area", f"M{px[0]:.1f} {FLOOR}L{line}L{px[-1]:.1f} {FLOOR}Z"), ("curve", f"M{line}")]
     if point is None:
         return _render(x_axis, y_axis, title, paths=paths)
-    x, y = float(_across(point.x, x_axis)), float(_up(point.y, y_axis))
+    x, y = float(_across(point[0], x_axis)), float(_up(point[1], y_axis))
     # A good curve runs along the top: the label of a high point goes below it.
-    note = _note(x, y + 18 if y < TOP + 90 else y - 10, 8, point.label)
+    note = _note(x, y + 18 if y < TOP + 90 else y - 10, 8)
     return _render(x_axis, y_axis, title, paths=paths, point=(x, y), note=note)
 
 
@@ -63,7 +55,7 @@ def histogram(good: ArrayLike, defective: ArrayLike, threshold: float | None, ti
         return _render(x_axis, y_axis, title, paths=paths)
     x = float(_across(threshold, x_axis))
     paths.append(("threshold", f"M{x:.1f} {TOP}V{FLOOR}"))
-    return _render(x_axis, y_axis, title, paths=paths, note=_note(x, TOP + 9, 4, "threshold"))
+    return _render(x_axis, y_axis, title, paths=paths, note=_note(x, TOP + 9, 4))
 
 
 def _edges(values: NDArray, threshold: float | None) -> NDArray:
@@ -87,10 +79,10 @@ def _bars(edges: NDArray, counts: NDArray, x_axis: Axis, y_axis: Axis) -> str:
     return "".join(f"M{x[k]:.1f} {FLOOR}V{tops[k]:.1f}h{x[k + 1] - x[k]:.1f}V{FLOOR}Z" for k in np.flatnonzero(counts))
 
 
-def _note(x: float, y: float, gap: float, text: str) -> dict[str, Any]:
-    """A text beside a mark, on its roomier side."""
+def _note(x: float, y: float, gap: float) -> dict[str, Any]:
+    """The label of the threshold, on the roomier side of its mark."""
     left = x > WIDTH / 2
-    return {"x": x - gap if left else x + gap, "y": y, "anchor": "end" if left else "start", "text": text}
+    return {"x": x - gap if left else x + gap, "y": y, "anchor": "end" if left else "start"}
 
 
 def _render(x_axis: Axis, y_axis: Axis, title: str, **shapes: Any) -> Markup:

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import ndimage
 
 from utils.records import SampleResult
-from utils.reporting.visualization import FUSED, OUTLINE, color_scale, heat_colors
+from utils.reporting.visualization import FUSED, OUTLINE, color_scale, heat_colors, heat_strength
 from utils.scans.organized_pc import valid_mask
 
 VIEW_SIDE = 224  # pixels of an image's longer side
@@ -156,7 +156,7 @@ def pack_cloud(
     low, high = points.min(axis=0), points.max(axis=0)
     origin = (low + high) / 2
     step = max(float((high - low).max()) / 65534, 1e-9)
-    strength = _strength(_on_grid(anomaly_map, valid.shape)[valid], scale)
+    strength = heat_strength(_on_grid(anomaly_map, valid.shape)[valid], scale)
     planes = [np.rint((points - origin) / step).T.astype("<i2"), np.rint(255 * strength).astype(np.uint8)]
     if image is not None:
         planes.append(_on_grid(image, valid.shape)[valid].T)
@@ -192,11 +192,6 @@ def _on_grid(plane: NDArray, grid: tuple[int, ...]) -> NDArray:
     return plane[rows][:, columns]
 
 
-def _strength(values: NDArray, scale: tuple[float, float]) -> NDArray:
-    """Position of values between color limits, from 0 to 1."""
-    return np.clip((values - scale[0]) / (scale[1] - scale[0]), 0, 1)
-
-
 def _background(image: NDArray | None, cloud: NDArray | None, size: tuple[int, int]) -> dict[str, str] | None:
     """The image, else the depths of the cloud with the nearest point white, else None."""
     if image is not None:
@@ -212,7 +207,7 @@ def _background(image: NDArray | None, cloud: NDArray | None, size: tuple[int, i
 
 
 def _heat(plane: NDArray, scale: tuple[float, float], size: tuple[int, int]) -> str:
-    colored = heat_colors(_strength(plane, scale))
+    colored = heat_colors(heat_strength(plane, scale))
     return _data_uri(Image.fromarray(colored).resize(size, Image.Resampling.BILINEAR), "JPEG", quality=82)
 
 

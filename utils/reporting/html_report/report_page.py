@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from utils.metrics import EXACT_LIMITS, REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_of_known
-from utils.reporting.html_report.charts import Axis, Point, curve_chart, histogram
+from utils.reporting.html_report.charts import Axis, curve_chart, histogram
 from utils.reporting.html_report.class_report import PRO_LIMIT, ClassReport
 from utils.reporting.html_report.gallery import CORRECT_PASS, FALSE_ALARM, HIT, MISS, UNDECIDED, WRONG
 from utils.reporting.html_report.page import asset, render_page, write_page
@@ -65,6 +65,7 @@ def report_page(record: Mapping[str, Any], classes: Sequence[ClassReport], note:
     method = str(args.get("method_name", "?"))
     published = published_figures(args, record["classes"])
     summary = _summary(record, classes, published)
+    stages = list(dict.fromkeys(chain.from_iterable(each.entry["seconds"] for each in classes)))
     # Stable: the order within a class stays.
     shown = sorted(_shown_samples(classes), key=lambda sample: sample["outcome"] not in WRONG)
     plotly_source, plotly = _plotly() if any(sample["cloud"] for sample in shown) else ("", "")
@@ -88,7 +89,10 @@ def report_page(record: Mapping[str, Any], classes: Sequence[ClassReport], note:
         charts=[(_roc_chart(each), _pro_chart(each), _score_chart(each)) for each in classes],
         plurals=PLURALS,
         exact_limits=EXACT_LIMITS,
-        **_timing(classes),
+        stages=stages,
+        stage_remarks=[f"{stage.capitalize()}: {STAGES[stage]}." for stage in stages if stage in STAGES],
+        longest=max(sum(each.entry["seconds"].values()) for each in classes) or 1.0,
+        any_latency=any(each.entry.get("latency") for each in classes),
         data={"samples": shown, "heat": ["#" + bytes(color).hex() for color in heat_colors(np.linspace(0, 1, 32))]},
         filters={
             "class": list(dict.fromkeys(printable(each.name) for each in classes)),
@@ -136,7 +140,7 @@ def _roc_chart(each: ClassReport) -> Markup | None:
         return None
     false_alarms = each.outcomes.get(FALSE_ALARM, 0) / len(each.good_scores)
     hits = each.outcomes.get(HIT, 0) / len(each.defective_scores)
-    point = None if each.decision is None else Point(false_alarms, hits, "threshold")
+    point = None if each.decision is None else (false_alarms, hits)
     axis = Axis(0, 1, (0, 0.25, 0.5, 0.75, 1), "false-alarm rate")
     title = f"ROC curve of {each.name}, {number(each.entry['image_rocauc'])}"
     return curve_chart(*each.roc, axis, "share of defective samples found", title, point)
@@ -157,13 +161,3 @@ def _score_chart(each: ClassReport) -> Markup:
     if threshold is not None:
         title += f", threshold {threshold:.4g}"
     return histogram(each.good_scores, each.defective_scores, threshold, title)
-
-
-def _timing(classes: Sequence[ClassReport]) -> dict[str, Any]:
-    stages = list(dict.fromkeys(chain.from_iterable(each.entry["seconds"] for each in classes)))
-    return {
-        "stages": stages,
-        "stage_remarks": [f"{stage.capitalize()}: {STAGES[stage]}." for stage in stages if stage in STAGES],
-        "longest": max(sum(each.entry["seconds"].values()) for each in classes) or 1.0,
-        "any_latency": any(each.entry.get("latency") for each in classes),
-    }
