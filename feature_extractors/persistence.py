@@ -1,7 +1,4 @@
-"""Saving and loading fitted detectors: a folder with config.json, for people too, and state.safetensors.
-
-    save_detector(detector, "detectors/bagel", class_name="bagel")
-    detector = load_detector("detectors/bagel")
+"""Saving and loading fitted detectors: a folder with config.json and state.safetensors.
 
 The folder holds banks, statistics, one-class SVMs, thresholds and the UFF. The published backbones stay outside:
 config.json keeps a checksum of their weights, and loading builds them again.
@@ -150,7 +147,7 @@ def load_detector(
 
 
 def restore_detectors(saved: Mapping[str, SavedDetector], extractor: PatchExtractor) -> dict[str, Detector]:
-    """Restore the detectors of one class, by method, over one extractor built without a UFF for all of them.
+    """Restore the detectors of one class, by method. They share one extractor, which is built without a UFF.
 
     Raises:
         InputError: a folder is damaged, a backbone has other weights than at the fit, or two detectors hold different

@@ -63,31 +63,23 @@ class BackboneRow(NamedTuple):
     published: str  # file names and source; empty where no file is needed
 
 
-_DINO = "https://dl.fbaipublicfiles.com/dino"
-_AUGREG = "https://storage.googleapis.com/vit_models/augreg"
+def _dino(stem: str) -> CheckpointFiles:
+    return CheckpointFiles((f"{stem}.pth",), f"https://dl.fbaipublicfiles.com/dino/{stem}/{stem}.pth")
+
+
+def _augreg(stem: str) -> CheckpointFiles:
+    return CheckpointFiles((f"{stem}.npz",), f"https://storage.googleapis.com/vit_models/augreg/{stem}.npz")
+
+
 _B8_IN21K = "B_8-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0"
 _B8_IN1K = f"{_B8_IN21K}--imagenet2012-steps_20k-lr_0.01-res_224"
 
 # The keys are timm's names of 2022, which are the flag values of the original. None: the weights come with pip.
 RGB_BACKBONES: dict[str, RgbSpec | None] = {
-    "vit_base_patch8_224_dino": RgbSpec(
-        "vit_base_patch8_224.dino",
-        CheckpointFiles(("dino_vitbase8_pretrain.pth",), f"{_DINO}/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth"),
-    ),
-    "vit_base_patch8_224": RgbSpec(
-        "vit_base_patch8_224.augreg_in21k_ft_in1k",
-        CheckpointFiles((f"{_B8_IN1K}.npz",), f"{_AUGREG}/{_B8_IN1K}.npz"),
-    ),
-    "vit_base_patch8_224_in21k": RgbSpec(
-        "vit_base_patch8_224.augreg_in21k",
-        CheckpointFiles((f"{_B8_IN21K}.npz",), f"{_AUGREG}/{_B8_IN21K}.npz"),
-    ),
-    "vit_small_patch8_224_dino": RgbSpec(
-        "vit_small_patch8_224.dino",
-        CheckpointFiles(
-            ("dino_deitsmall8_pretrain.pth",), f"{_DINO}/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
-        ),
-    ),
+    "vit_base_patch8_224_dino": RgbSpec("vit_base_patch8_224.dino", _dino("dino_vitbase8_pretrain")),
+    "vit_base_patch8_224": RgbSpec("vit_base_patch8_224.augreg_in21k_ft_in1k", _augreg(_B8_IN1K)),
+    "vit_base_patch8_224_in21k": RgbSpec("vit_base_patch8_224.augreg_in21k", _augreg(_B8_IN21K)),
+    "vit_small_patch8_224_dino": RgbSpec("vit_small_patch8_224.dino", _dino("dino_deitsmall8_pretrain")),
     "efficientnet_lite0": None,
 }
 

@@ -16,7 +16,7 @@ from utils.scans.json_records import MissingRecordError, plain_json, read_record
 FOLDER = "classes"
 SCHEMA = 1  # of the files of finished classes
 FIX = "Delete it to compute its class again"
-# Flags that a resumed run may change: the place and speed of the computation, and the rest of its work.
+# Flags that a resumed run may change, since the numbers of a class do not depend on them.
 FREE_FLAGS = (
     "classes", "output_dir", "resume", "parallel", "num_workers", "device", "memory_budget", "point_ops",
     "report_parts", "list_backbones", "inspect_dataset",

@@ -14,7 +14,7 @@ from utils.scans.files import cannot_read, set_aside
 
 Saved = Mapping[str, Mapping[str, SavedDetector]]  # by class, then by method
 
-FLAT = ""  # stands for the method where a folder holds the detector of the only one
+FLAT = ""  # key in place of the method where a run had only one
 # Flags without effect where detectors are loaded.
 FITTING_FLAGS = (
     "max_sample", "fusion_module_path", "save_detector", "detector_dtype", "target_fpr", "save_feature",

@@ -18,7 +18,7 @@ from utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Flags that concern some methods only: whether a method can use the value.
+# Flags that only some methods use, with a test whether a method can use a value.
 CONCERNS: dict[str, Callable[[Method, Any], bool]] = {
     "memory_bank": lambda method, value: method.memory_bank == value,
     "use_uff": lambda method, value: "fusion" in method.banks,

@@ -28,7 +28,7 @@ class Pair(NamedTuple):
 
 
 class MetricDifference(NamedTuple):
-    """One metric of the classes in both runs."""
+    """One metric in both runs, by class."""
 
     title: str
     sign: int  # 1: more is better, -1: less is better
