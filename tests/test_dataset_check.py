@@ -304,7 +304,7 @@ def test_the_preview_has_the_format_of_its_suffix(tmp_path: Path, name: str) -> 
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("sheet.txt", r"--preview .*sheet.txt names no image format. End it in .png, .jpg, .* or .webp"),
+        ("sheet.txt", r"--preview .*sheet.txt names no image format. End it in one of .png, .jpg, .*, .webp"),
         ("sheet", "names no image format"),
         ("file/sheet.png", r"file cannot be made or written \(File exists\)\. Choose another --preview"),
         ("folder.png", r"folder.png cannot be written \(Is a directory\)"),

@@ -17,7 +17,7 @@ import tifffile
 from cleaning_runs import ALL, ROOT, config_for, contents, run_script, write_dataset
 from PIL import Image
 
-from utils.cleaning import journal, scan_processing, worker_pool
+from utils.cleaning import journal, scan_processing
 from utils.cleaning.journal import FileRecord, Journal, Record, Scan
 from utils.errors import InputError
 from utils.preprocessing import preprocess
@@ -200,7 +200,11 @@ with exit_on_input_error():
         (None, "new/out", ""),
         ("parts", "parts", "{locked}/preprocessing.json cannot be written (Permission denied). Make it and its folder"),
         ("out", "out", "{locked}/preprocessing.json cannot be written (Permission denied). Make it and its folder"),
-        ("above", "above/out", "{locked}/out cannot be made (Permission denied). Choose another output folder"),
+        (
+            "above",
+            "above/out",
+            "{locked}/out cannot be made or written (Permission denied). Choose another output folder",
+        ),
     ],
 )
 def test_a_read_only_folder_is_one_sentence(locked: str | None, output: str, message: str) -> None:
@@ -238,7 +242,7 @@ def kill_own_process(_: Scan) -> Record:
 @pytest.mark.slow
 def test_a_killed_worker_is_one_sentence() -> None:
     with pytest.raises(InputError, match=r"A worker was killed, .* Run again with fewer --workers\."):
-        list(worker_pool.process_all([Scan("0", {}), Scan("1", {})], kill_own_process, workers=2))
+        list(scan_processing.process_all([Scan("0", {}), Scan("1", {})], kill_own_process, workers=2))
 
 
 def test_a_name_too_long_for_temporary_files_is_one_failed_scan(dataset: Path) -> None:

@@ -4,18 +4,15 @@
     python utils/preprocess_eyecandies.py --dataset_path Eyecandies --target_dir datasets/eyecandies \
         --classes Confetto --light 2
 
-Read are <Class>/{train,val,test_public}/data/<number>_{depth.png,info_depth.yaml,pose.txt,image_<light>.png,mask.png};
-written are <Class>/{train/good,validation/good,test/good,test/bad}/{rgb,xyz,gt}/<number>.*, gt for the test split only.
-
-The script may be killed at any moment. The same command continues where it ended, and does nothing once all is done.
-preprocessing.json in the target folder records the parameters and the checksums of every file before and after.
-Exit code: 0 all done, 1 some samples failed (listed at the end, the others are done), 2 bad arguments or folder.
+It reads <Class>/{train,val,test_public}/data/<number>_{depth.png,info_depth.yaml,pose.txt,image_<light>.png,mask.png}
+and writes <Class>/{train/good,validation/good,test/good,test/bad}/{rgb,xyz,gt}/<number>.*, gt for the test split only.
+It may be killed and repeated, and its exit codes are, as described in utils/preprocessing.py.
 """
 
+import itertools
 import os
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +31,7 @@ from utils.errors import InputError, exit_on_input_error
 from utils.scans.files import cannot_read, subfolders
 from utils.scans.images import defect_mask, open_image, to_rgb
 
-VERSION = 2  # of the conversion: raise it when the same sample gives another result, or another record of its sources
+VERSION = 2  # of the conversion: raise it when the same sample gives another result or record
 
 # From Bonfiglioli et al., ACCV 2022, and the background rule of M3DM's published results.
 FOCAL_LENGTH = 711.11  # pixels
@@ -62,10 +59,9 @@ def meters_of(stored: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def unproject(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
-    """Compute the point of each pixel.
+    """Compute the point of each pixel: depth * inv(K pose) (u, v, 1, 1 / depth), for column u and row v.
 
-    depth * inv(K pose) (u, v, 1, 1 / depth), with K the pinhole camera of FOCAL_LENGTH whose principal point is the
-    image center (w / 2, h / 2); u counts columns and v rows.
+    K is the pinhole camera of FOCAL_LENGTH whose principal point is the image center (w / 2, h / 2).
 
     Args:
         depth: (H, W) float64, meters; 0 = missing.
@@ -85,9 +81,8 @@ def unproject(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
 def background(points: np.ndarray) -> np.ndarray:
     """Tell the pixels outside a box on the table, which do not show the candy.
 
-    The middle of the first and of the last row of the image see the table. The box is turned about x until the line
-    between them is the z axis, and starts at the last row: a point belongs to the background where y > -0.02,
-    z > 1.8 or |x| > 1 there.
+    The middles of the first and last row of the image see the table. The box is turned about x until the line
+    between them is the z axis, and starts at the last row. Background has y > -0.02, z > 1.8 or |x| > 1 there.
 
     Args:
         points: (H, W, 3) float64, meters, as `unproject` gives them.
@@ -104,8 +99,8 @@ def background(points: np.ndarray) -> np.ndarray:
     length = float(np.hypot(along_y, along_z))
     if not length > 0:
         raise InputError(
-            "The table cannot be found: the depth in the middle of the first or last row is missing or both are equal. "
-            "Leave the sample out."
+            "The table cannot be found: the depth in the middle of the first or last row is missing, or both are the "
+            "same. Leave the sample out."
         )
     cos, sin = along_z / length, along_y / length
     x = points[..., 0]
@@ -115,94 +110,68 @@ def background(points: np.ndarray) -> np.ndarray:
 
 
 def organized_cloud(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
-    """The cloud (H, W, 3) float32 of the published results: axes (x, z, y) times SCALE, background exactly 0.
+    """Return the cloud (H, W, 3) float32 of the published results: axes (x, z, y) times SCALE, background exactly 0.
 
-    Args and errors as for `unproject` and `background`.
+    Args and errors as of `unproject` and `background`.
     """
     points = unproject(depth, pose)
-    kept = ~background(points)
-    return np.where(kept[..., None], points[..., [0, 2, 1]] * SCALE, 0).astype(np.float32)
+    return np.where(background(points)[..., None], 0, points[..., [0, 2, 1]] * SCALE).astype(np.float32)
 
 
-def find_samples(root: Path, classes: Sequence[str] | None) -> tuple[dict[str, Path], dict[str, str]]:
+def find_scans(root: Path, classes: Sequence[str] | None, light: int) -> tuple[list[Scan], dict[str, str]]:
     """Find the samples of the published layout by any of the files that make one up.
 
     Returns:
-        the path of each sample's files up to "_depth.png", by class, split and three-digit number; and the reason for
-        each that cannot be used, and for each split whose folder cannot be read.
+        the scans as they will be written, and the reason for each sample whose mask cannot be read and each split
+        whose folder cannot be read.
 
     Raises:
         InputError: no folder, a class that is not there, or no samples at all.
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder. Give the folder that holds the classes of Eyecandies.")
-    sources: dict[str, Path] = {}
+    folders = {folder.name: folder for folder in subfolders(root)}
+    if unknown := sorted(set(classes or ()) - folders.keys()):
+        raise InputError(f"{root} has no class {unknown[0]}. --classes takes {', '.join(folders) or 'nothing here'}.")
+    scans: list[Scan] = []
     failed: dict[str, str] = {}
-    for folder in subfolders(root):
-        for split, ours in SPLITS.items():
+    for name, split in itertools.product(sorted(set(classes or folders)), SPLITS):
+        data = folders[name] / split / "data"
+        try:
+            found = [_SAMPLE_FILE.fullmatch(path.name) for path in data.iterdir()] if data.is_dir() else []
+        except OSError as error:
+            failed[f"{name}/{SPLITS[split]}"] = str(cannot_read(data, error))
+            continue
+        for number in sorted({match[1] for match in found if match}):
             try:
-                prefixes = _prefixes(folder / split / "data")
-            except OSError as error:
-                failed[f"{folder.name}/{ours}"] = str(cannot_read(folder / split / "data", error))
-                continue
-            for prefix in prefixes:
-                name = f"{folder.name}/{ours}/{int(prefix.name):03d}"
-                if name in sources:
-                    failed[name] = f"{prefix} and {sources[name]} have the same number. Remove one."
-                sources[name] = prefix
-    found = sorted({name.partition("/")[0] for name in (*sources, *failed)})
-    for name in classes or ():
-        if name not in found:
-            raise InputError(
-                f"{root} has no samples {name}/<split>/data/*_depth.png. --classes takes "
-                f"{', '.join(found) or 'nothing here'}."
-            )
-    if not sources and not failed:
+                scans.append(_scan_of(data / number, f"{name}/{SPLITS[split]}", light))
+            except InputError as error:
+                failed[f"{name}/{SPLITS[split]}/{int(number):03d}"] = str(error)
+    if not scans and not failed:
         raise InputError(
             f"{root} holds no <Class>/train/data/<number>_depth.png. Give the folder that holds the classes."
         )
-    chosen = {name for name in (*sources, *failed) if not classes or name.partition("/")[0] in classes}
-    failed = {name: failed[name] for name in failed if name in chosen}
-    return {name: sources[name] for name in sources if name in chosen - failed.keys()}, failed
+    return scans, failed
 
 
-def _prefixes(folder: Path) -> list[Path]:
-    """The paths of the samples in a folder up to "_depth.png", sorted; none where there is no folder."""
-    if not folder.is_dir():
-        return []
-    numbers = ((path, _SAMPLE_FILE.fullmatch(path.name)) for path in folder.iterdir())
-    return sorted({path.with_name(number[1]) for path, number in numbers if number})
-
-
-def name_scans(samples: dict[str, Path], light: int, failed: dict[str, str]) -> list[Scan]:
-    """Return the scans as they will be written, and put samples whose mask cannot be read into `failed`.
-
-    The mask decides whether a test sample is good or bad.
-    """
-    scans = []
-    for name, prefix in samples.items():
-        class_name, split, number = name.split("/")
-        sources = {
-            "xyz": tuple(Path(f"{prefix}_{ending}") for ending in ("depth.png", "info_depth.yaml", "pose.txt")),
-            "rgb": (Path(f"{prefix}_image_{light}.png"),),
-        }
-        defect = "good"
-        if split == "test":
-            sources["gt"] = (Path(f"{prefix}_mask.png"),)
-            try:
-                defect = "bad" if _read_mask(sources["gt"][0]).any() else "good"
-            except InputError as error:
-                failed[name] = str(error)
-                continue
-        scans.append(Scan(f"{class_name}/{split}/{defect}/{number}", sources))
-    return scans
+def _scan_of(prefix: Path, split: str, light: int) -> Scan:
+    """Return the scan of the files `prefix`_*, in the folder bad of "<Class>/test" if its mask has a defect."""
+    sources = {
+        "xyz": tuple(Path(f"{prefix}_{ending}") for ending in ("depth.png", "info_depth.yaml", "pose.txt")),
+        "rgb": (Path(f"{prefix}_image_{light}.png"),),
+    }
+    defect = "good"
+    if split.endswith("/test"):
+        sources["gt"] = (Path(f"{prefix}_mask.png"),)
+        defect = "bad" if _read_mask(sources["gt"][0]).any() else "good"
+    return Scan(f"{split}/{defect}/{int(prefix.name):03d}", sources)
 
 
 def convert_files(scan: Scan, target: Path) -> Record:
     """Convert one sample and write the results under temporary names.
 
     Raises:
-        InputError: a file is missing or cannot be read or written, sizes differ, or the table cannot be found.
+        InputError, OSError: a file cannot be read or written, sizes differ, or the table cannot be found.
     """
     depth, limits, pose = scan.sources["xyz"]
     arrays = {"xyz": organized_cloud(_read_depth(depth, limits), _read_pose(pose))}
@@ -223,13 +192,12 @@ def convert_files(scan: Scan, target: Path) -> Record:
 
 
 def preprocess(config: Config) -> Summary:
-    """Convert every sample that is not done yet or has changed; errors as of `find_samples` and `process_scans`."""
+    """Convert every sample that is new or has changed; errors as of `find_scans`, `Journal` and `process_scans`."""
     target = config.target_dir
     if target.resolve() == config.dataset_path.resolve():
         raise InputError(f"--target_dir {target} is the dataset itself. Give another folder.")
-    samples, failed = find_samples(config.dataset_path, config.classes)
+    scans, failed = find_scans(config.dataset_path, config.classes, config.light)
     journal = Journal(target, {"converter": "eyecandies", "version": VERSION, "light": config.light})
-    scans = name_scans(samples, config.light, failed)
     return process_scans(scans, journal, partial(convert_files, target=target), config.workers, failed)
 
 
@@ -237,9 +205,7 @@ def _read_depth(path: Path, limits: Path) -> np.ndarray:
     try:
         normalization = yaml.safe_load(limits.read_text(encoding="utf-8"))["normalization"]
         low, high = float(normalization["min"]), float(normalization["max"])
-    except OSError as error:
-        raise cannot_read(limits, error) from None
-    except (yaml.YAMLError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
         raise InputError(
             f"{limits} cannot be read ({type(error).__name__}), expected normalization: min, max. Copy it again."
         ) from None
@@ -254,13 +220,11 @@ def _read_depth(path: Path, limits: Path) -> np.ndarray:
 
 def _read_pose(path: Path) -> np.ndarray:
     try:
-        with warnings.catch_warnings(action="ignore"):  # of an empty file, which is refused below
-            pose = np.loadtxt(path)
-    except OSError as error:
-        raise cannot_read(path, error) from None
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read ({error}). Copy it again from the dataset.") from None
-    if pose.shape != (4, 4) or not np.isfinite(pose).all() or np.linalg.matrix_rank(pose) < 4:
+        pose = np.array([line.split() for line in path.read_text().strip().splitlines()], dtype=np.float64)
+        valid = pose.shape == (4, 4) and np.isfinite(pose).all() and np.linalg.matrix_rank(pose) == 4
+    except ValueError:
+        valid = False
+    if not valid:
         raise InputError(f"{path} holds no invertible 4 x 4 matrix. Copy it again from the dataset.")
     return pose
 
@@ -274,9 +238,7 @@ def parse_args(argv: Sequence[str] | None) -> Config:
     """Read the flags."""
     parser = Parser((__doc__ or "").split("\n\n")[0])
     parser.add_argument("--dataset_path", type=Path, required=True, help="folder that holds the classes as published")
-    parser.add_argument(
-        "--target_dir", type=Path, required=True, help="receives the classes in the layout of MVTec 3D-AD"
-    )
+    parser.add_argument("--target_dir", type=Path, required=True, help="receives classes in the layout of MVTec 3D-AD")
     parser.add_argument("--classes", nargs="+", help="classes to convert; by default all that are there")
     parser.add_argument("--light", type=int, default=4, choices=LIGHTS, help="light image that becomes rgb")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one for each core")

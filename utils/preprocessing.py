@@ -1,17 +1,15 @@
-"""Clean the scans of a dataset in the layout of MVTec 3D-AD, once, before anything is trained on it.
+"""Clean the scans of a dataset in the layout of MVTec 3D-AD: remove the plane, keep the largest cluster, and pad.
 
-    python utils/preprocessing.py datasets/mvtec3d/ --dry_run        # check and count, write nothing
-    python utils/preprocessing.py datasets/mvtec3d/ --dry_run --preview before_after.png   # and show the effect
+    python utils/preprocessing.py datasets/mvtec3d/ --dry_run --preview before_after.png   # check, show, write nothing
     python utils/preprocessing.py datasets/mvtec3d/                  # in place, on all cores
     python utils/preprocessing.py datasets/mvtec3d/ --output_dir datasets/mvtec3d_clean/ --workers 4
 
-Every <class>/<split>/<defect>/{rgb,xyz,gt} triple of the same stem loses the plane under the object and all but its
-largest cluster, and is padded to a square (utils/cleaning/cloud_cleaning.py). Results are .tiff and .png files. In
-place they replace .tif and .jpg files.
+Every scan <class>/<split>/<defect>/{rgb,xyz,gt}/<stem> is cleaned and padded to a square (see
+utils/cleaning/cloud_cleaning.py). Results are .tiff and .png files. In place they replace .tif and .jpg files.
 
-The script may be killed at any moment. The same command continues where it ended, and does nothing once all is done.
+The script may be killed at any moment. The same command continues, and does nothing once all is done.
 preprocessing.json in the output folder records the parameters and the checksums of every file before and after.
-Exit code: 0 all done, 1 some scans failed (listed at the end, the others are done), 2 bad arguments or folder.
+Exit code: 0 all done, 1 some scans failed (listed at the end), 2 bad arguments or folder.
 """
 
 import os
@@ -75,35 +73,27 @@ def find_scans(root: Path) -> tuple[list[Scan], dict[str, str]]:
     """List the scans under `root`, sorted; hidden folders are left out.
 
     Returns:
-        the scans, and the reason for each stem that lacks one of its files, each folder that cannot be read, and each
-        folder of defective test scans without any ground truth.
+        the scans, and the reason for each scan that lacks a file and each folder that cannot be read.
 
     Raises:
         InputError: `root` is no folder, cannot be read, or holds no scans in the layout of MVTec 3D-AD.
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder. Give the folder that holds the classes of the dataset.")
-    folders, failed = [root], {}
-    for _ in ("class", "split", "defect"):
+    scans: list[Scan] = []
+    failed: dict[str, str] = {}
+    folders = subfolders(root)
+    for depth in ("class", "split", "defect"):
         below = []
         for folder in folders:
             try:
-                below += subfolders(folder)
+                if depth == "defect":
+                    scans += _complete_scans(folder, root, failed)
+                else:
+                    below += subfolders(folder)
             except InputError as error:
-                if folder == root:
-                    raise
                 failed[folder.relative_to(root).as_posix()] = str(error)
         folders = below
-    scans: list[Scan] = []
-    for folder in folders:
-        try:
-            found = {modality: files_by_stem(folder / modality, modality) for modality in FILE_SUFFIXES}
-        except InputError as error:
-            failed[folder.relative_to(root).as_posix()] = str(error)
-            continue
-        complete, faults = _complete_scans(folder, root, found)
-        scans += complete
-        failed |= faults
     if not scans and not failed:
         raise InputError(
             f"{root} holds no <class>/<split>/<defect>/xyz/*.tiff. Give the folder that holds the classes."
@@ -111,23 +101,16 @@ def find_scans(root: Path) -> tuple[list[Scan], dict[str, str]]:
     return scans, failed
 
 
-def _complete_scans(
-    folder: Path, root: Path, found: dict[str, dict[str, tuple[Path, ...]]]
-) -> tuple[list[Scan], dict[str, str]]:
-    """Return the scans of a folder whose files are all there, and the reasons for the others.
+def _complete_scans(folder: Path, root: Path, failed: dict[str, str]) -> list[Scan]:
+    """Return the scans of a folder whose files are all there, and put the others into `failed`.
 
     Only defective test scans need ground truth.
     """
+    found = {modality: files_by_stem(folder / modality, modality) for modality in FILE_SUFFIXES}
     place = folder.relative_to(root)
     defective = place.parts[1] == "test" and place.parts[2] != "good"
-    views = {**found["xyz"], **found["rgb"]}
-    if defective and views and not found["gt"]:
-        return [], {
-            place.as_posix(): f"None of its {len(views)} scans has ground truth, expected {folder / 'gt'}/*.png for "
-            "defective test scans. Add it, or move the folder out of test."
-        }
-    scans, failed = [], {}
-    for stem in sorted({*views, *found["gt"]}):
+    scans = []
+    for stem in sorted({stem for files in found.values() for stem in files}):
         sources = {modality: files.get(stem, ()) for modality, files in found.items()}
         if not sources["gt"] and not defective:
             del sources["gt"]
@@ -137,15 +120,11 @@ def _complete_scans(
             failed[scan.name] = f"{' and '.join(missing)} missing. Restore from the dataset or remove the scan."
         else:
             scans.append(scan)
-    return scans, failed
+    return scans
 
 
 def clean_files(scan: Scan, config: Config) -> Record:
-    """Clean one scan and write the results under temporary names.
-
-    Raises:
-        InputError: a file cannot be read or written, or the scan cannot be cleaned (see `clean_scan`).
-    """
+    """Clean one scan and write the results under temporary names; errors as of `clean_scan` and `write_results`."""
     pair, padded_gt = _read_and_clean(scan, config)
     arrays = {"xyz": pair.clean_xyz, "rgb": pair.clean_rgb}
     if padded_gt is not None:
@@ -154,7 +133,7 @@ def clean_files(scan: Scan, config: Config) -> Record:
 
 
 def _source(scan: Scan, modality: str) -> Path:
-    """The one file that a modality is made from; InputError where there are several."""
+    """Return the file of a modality; InputError where there are several."""
     files = scan.sources[modality]
     if len(files) > 1:
         raise InputError(f"{' and '.join(map(str, files))} are files of one scan. Keep one of them.")
@@ -162,7 +141,7 @@ def _source(scan: Scan, modality: str) -> Path:
 
 
 def _read_and_clean(scan: Scan, config: Config) -> tuple[Pair, np.ndarray | None]:
-    """The scan before and after, and its padded ground truth where it has one; errors as of `clean_files`."""
+    """Return a scan before and after, and its padded ground truth or None; errors as of `clean_scan`."""
     xyz = read_organized_pc(_source(scan, "xyz"))
     with open_image(_source(scan, "rgb")) as image:
         rgb = np.asarray(to_rgb(image))
@@ -175,14 +154,13 @@ def _read_and_clean(scan: Scan, config: Config) -> tuple[Pair, np.ndarray | None
 
 
 def preview(config: Config, path: Path) -> dict[str, str]:
-    """Draw one scan of each class, not cleaned yet, before and after: the first that can be cleaned.
+    """Draw the first scan of each class that is not cleaned yet and can be, before and after.
 
     Returns:
         the reason for each scan that was left out because it cannot be cleaned.
 
     Raises:
-        InputError: the suffix of `path` is no image format, every scan is done, none can be cleaned, or the image
-            cannot be written.
+        InputError: no format has the suffix of `path`, there is no scan to draw, or the file cannot be written.
     """
     check_format(path)
     pairs: dict[str, Pair] = {}
@@ -196,11 +174,11 @@ def preview(config: Config, path: Path) -> dict[str, str]:
             pairs[scan.name], _ = _read_and_clean(scan, config)
         except InputError as error:
             left_out[scan.name] = str(error)
-    if not pairs and not left_out:
-        raise InputError(f"Every scan of {config.dataset} is cleaned already. --preview shows scans that are not.")
-    if not pairs:
+    if left_out and not pairs:
         name, reason = next(iter(left_out.items()))
         raise InputError(f"None of {len(left_out)} scans can be shown by --preview. The first is {name}: {reason}")
+    if not pairs:
+        raise InputError(f"Every scan of {config.dataset} is cleaned already. --preview shows scans that are not.")
     make_folder(path.parent, "--preview")
     try:
         write_preview(path, pairs)
@@ -210,18 +188,15 @@ def preview(config: Config, path: Path) -> dict[str, str]:
 
 
 def preprocess(config: Config) -> Summary:
-    """Clean every scan of the dataset that is not done yet.
-
-    In a dry run, check headers and sizes and write nothing; `done` lists the scans that would be cleaned.
+    """Clean every scan that is not done yet. A dry run only reads headers; its `done` are the scans left to clean.
 
     Raises:
-        InputError: no dataset, other parameters than before, or another run at work on the same folder.
+        InputError: see `find_scans`, `Journal` and `process_scans`; or a preprocessed dataset would be cleaned twice.
     """
     scans, failed = find_scans(config.dataset)
     if config.output != config.dataset and (config.dataset / MANIFEST).is_file():
         raise InputError(
-            f"{config.dataset} holds scans that are preprocessed already ({MANIFEST} is there). Cleaning them twice "
-            "ruins them: give the folder of the original scans."
+            f"{config.dataset} is preprocessed already ({MANIFEST} is there). Give the folder of the original scans."
         )
     journal = config.journal()
     if not config.dry_run:
@@ -234,7 +209,7 @@ def preprocess(config: Config) -> Summary:
 
 
 def _fault(scan: Scan) -> str:
-    """The reason why a scan would fail, as far as headers tell, else nothing."""
+    """Return the reason why a scan would fail, as far as headers tell, or nothing."""
     try:
         height, width = organized_pc_header(_source(scan, "xyz"))
         for modality in scan.sources.keys() - {"xyz"}:
@@ -251,17 +226,13 @@ def _fault(scan: Scan) -> str:
 
 def parse_args(argv: Sequence[str] | None) -> Config:
     """Read the flags."""
-    parser = Parser(
-        "Clean the scans of a dataset in the layout of MVTec 3D-AD: remove the plane, keep the largest cluster, pad\n"
-        "to a square. May be interrupted and continued at any moment."
-    )
+    parser = Parser((__doc__ or "").split("\n\n")[0])
     parser.add_argument("dataset", type=Path, help="folder that holds the classes")
     parser.add_argument("--output_dir", type=Path, help="write there instead of in place; the dataset stays as it is")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one for each core")
     parser.add_argument("--keep_rgb", action="store_true", help="only pad the images, keep their background")
     parser.add_argument("--dry_run", action="store_true", help="check pairs, headers and sizes; change nothing")
-    formats = ", ".join(FORMATS)
-    text = f"first draw a scan of each class before and after ({formats})"
+    text = f"first draw a scan of each class before and after ({', '.join(FORMATS)})"
     parser.add_argument("--preview", type=Path, metavar="IMAGE", help=text)
     args = parser.parse_args(argv)
     if args.workers < 1:

@@ -1,7 +1,7 @@
 """Cleaning of a raw scan: remove the plane, keep the largest cluster, pad to a square.
 
-Pure and deterministic functions of arrays. Clouds are organized, float32, meters, camera frame; a missing pixel is
-exactly (0, 0, 0) (see utils/scans/organized_pc.py).
+Pure and deterministic functions of arrays. Clouds (H, W, 3) are organized, float32, in meters and the camera's frame;
+a missing pixel is exactly (0, 0, 0).
 """
 
 import math
@@ -19,18 +19,18 @@ from utils.scans.organized_pc import MAX_COORDINATE, valid_mask
 
 @dataclass(frozen=True)
 class CleaningRule:
-    """Parameters of the cleaning; the defaults are those of the reference. Lengths in meters, borders in pixels."""
+    """Parameters of the cleaning, lengths in meters. The defaults are those of the reference."""
 
-    border: int = 10  # width of the frame of the image that the plane is fitted to; the object rarely reaches it
+    border: int = 10  # pixels: width of the frame along the image border that the plane is fitted to
     fit_distance: float = 0.004  # from a candidate plane to the border points that support it
     fit_sample: int = 50  # border points for one candidate plane
     fit_iterations: int = 1000  # candidates at most
     fit_confidence: float = 1 - 1e-8  # stop early when a better candidate is less likely than 1 minus this
-    seed: int = 0  # of the candidates, the same for every scan: results do not depend on the order of the scans
+    seed: int = 0  # of the candidates, for each scan anew
     plane_distance: float = 0.005  # from the plane to the points that are removed with it
     cluster_eps: float = 0.006  # radius of a point's neighborhood
-    cluster_min_points: int = 30  # points in the neighborhood of a core point, itself included
-    side_multiple: int = 100  # the padded side is the larger image side rounded up to this, in pixels
+    cluster_min_points: int = 30  # size of a core point's neighborhood, itself included
+    side_multiple: int = 100  # pixels: the padded side is the larger image side rounded up to a multiple
     max_extent: float = MAX_COORDINATE
     min_border: float = 0.25  # share of the border pixels with a measurement in a raw scan
     min_support: float = 0.5  # share of the measured border points on the plane in a raw scan
@@ -43,14 +43,14 @@ class CleaningRule:
 def clean_scan(
     xyz: np.ndarray, rgb: np.ndarray, gt: np.ndarray | None, rule: CleaningRule, keep_rgb: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Clean one scan: remove its plane, keep its largest cluster, pad to a square of side S.
+    """Remove the plane of a scan, keep its largest cluster, and pad it to a square of side S.
 
     Args:
-        xyz: (H, W, 3) float32, meters, camera frame; missing pixels exactly 0.
+        xyz: (H, W, 3) cloud.
         rgb: (H, W, C) uint8 image of the same view.
-        gt: (H, W) ground truth of any dtype, only padded; None where the scan has none.
+        gt: (H, W) ground truth of any dtype, which is only padded.
         rule: parameters.
-        keep_rgb: only pad the image, keep its background.
+        keep_rgb: only pad the image.
 
     Returns:
         xyz (S, S, 3), rgb (S, S, C) and gt (S, S) or None, dtypes as given. Removed pixels and padding are 0. As in
@@ -62,22 +62,19 @@ def clean_scan(
     """
     for name, image in (("image", rgb), ("ground truth", gt)):
         if image is not None and image.shape[:2] != xyz.shape[:2]:
-            (height, width), (rows, columns) = image.shape[:2], xyz.shape[:2]
             raise InputError(
-                f"The {name} is {height} x {width} (H x W), the point cloud {rows} x {columns}; the files of a scan "
-                "must show the same pixels. Restore them from the dataset."
+                f"The {name} is {image.shape[0]} x {image.shape[1]} (H x W), the point cloud {xyz.shape[0]} x "
+                f"{xyz.shape[1]}. Restore the files from the dataset."
             )
     measured = valid_mask(xyz)
     if not measured.any():
         raise InputError(
-            f"None of the {measured.size} pixels has a measurement (three finite non-zero coordinates). "
-            "Restore the xyz file from the dataset or leave the scan out."
+            f"None of the {measured.size} pixels has a measurement. Restore the xyz file or leave the scan out."
         )
     reach = float(np.abs(xyz[measured]).max())
     if reach > rule.max_extent:
         raise InputError(
-            f"The coordinates reach {reach:g}, expected meters and at most {rule.max_extent:g}. "
-            "Convert the units of the xyz file."
+            f"The coordinates reach {reach:g}, expected meters and at most {rule.max_extent:g}. Convert them to meters."
         )
     plane = fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
     part = largest_cluster(remove_plane(xyz, plane, rule.plane_distance), rule)
@@ -91,20 +88,20 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
     """Fit the plane under the object to the measurements in a frame along the image border (RANSAC).
 
     The best of many planes through small random samples is refitted to its supporters until these no longer change.
-    The reference refits once. Repeated fits make the result independent of the random samples, unless the object
-    covers more than about a quarter of the border.
+    (The reference refits once.) The result does not depend on the random samples, unless the object covers more than
+    about a quarter of the border.
 
     Args:
-        xyz: (H, W, 3) float32, meters; missing pixels exactly 0.
+        xyz: (H, W, 3) cloud.
         rng: draws the samples.
         rule: parameters.
 
     Returns:
-        (4,) float64: unit normal n and offset d of the plane n . p + d = 0, sign of n arbitrary.
+        (4,) float64: unit normal n, of either sign, and offset d of the plane n . p + d = 0.
 
     Raises:
-        InputError: the border shows no table. Too little of it is measured, as in a cleaned scan, too few of its
-            points lie on the plane, or these lie on a line.
+        InputError: too little of the border is measured, as in a cleaned scan, too few of its points lie on the
+            plane, or these lie on a line.
     """
     frame = np.ones(xyz.shape[:2], dtype=bool)
     frame[rule.border : -rule.border, rule.border : -rule.border] = False
@@ -112,8 +109,8 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
     if len(points) < max(rule.fit_sample, rule.min_border * frame.sum()):
         raise InputError(
             f"{len(points)} of the {frame.sum()} pixels within {rule.border} of the image border have a measurement, "
-            f"expected {rule.min_border:.0%} and at least {rule.fit_sample} to find the plane under the object. Take "
-            "the original scan if this one was cleaned before, or else crop it to its measured area."
+            f"expected {rule.min_border:.0%} and at least {rule.fit_sample}. Take the original scan if this one was "
+            "cleaned before, or else crop it to its measured area."
         )
     support = _best_support(points, rng, rule)
     for _ in range(rule.fit_iterations):
@@ -128,7 +125,7 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
 
 
 def _require_table(points: np.ndarray, support: np.ndarray, rule: CleaningRule) -> None:
-    """Raise InputError if too few of the border's points (N, 3) support a plane, or do not determine it."""
+    """Raise InputError where too few points (N, 3) of the border support the plane, or these lie on a line."""
     if not support.mean() > rule.min_support:
         raise InputError(
             f"{support.mean():.0%} of the {len(points)} measurements within {rule.border} pixels of the image border "
@@ -139,13 +136,12 @@ def _require_table(points: np.ndarray, support: np.ndarray, rule: CleaningRule) 
     if across < rule.fit_distance:
         raise InputError(
             f"The measurements within {rule.border} pixels of the image border lie on a line or a point, {across:.2g} "
-            f"m wide, expected at least {rule.fit_distance:g} m to find the plane under the object. Restore the xyz "
-            "file or leave the scan out."
+            f"m wide, expected at least {rule.fit_distance:g} m. Restore the xyz file or leave the scan out."
         )
 
 
 def shows_table(xyz: np.ndarray, rule: CleaningRule) -> bool:
-    """Tell a raw scan (H, W, 3), whose border shows the table as `fit_border_plane` demands, from a cleaned one."""
+    """Tell a raw cloud (H, W, 3) from a cleaned one by the table that `fit_border_plane` finds along its border."""
     try:
         fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
     except InputError:
@@ -160,14 +156,7 @@ def remove_plane(xyz: np.ndarray, plane: np.ndarray, distance: float) -> np.ndar
 
 
 def largest_cluster(xyz: np.ndarray, rule: CleaningRule) -> np.ndarray:
-    """Find the largest cluster of a cloud; of equally large ones the first in row-major order.
-
-    Args:
-        xyz: (H, W, 3) float, meters; missing and removed pixels exactly 0.
-        rule: parameters.
-
-    Returns:
-        (H, W) bool, True for the pixels of the largest cluster.
+    """Return the mask (H, W) of the largest cluster of a cloud (H, W, 3); of equally large ones, the first by rows.
 
     Raises:
         InputError: no pixel is left, or all of them are noise.
@@ -178,8 +167,8 @@ def largest_cluster(xyz: np.ndarray, rule: CleaningRule) -> np.ndarray:
     if not sizes.size:
         raise InputError(
             f"Nothing is left of the scan: {len(labels)} pixels lie off the plane and none has "
-            f"{rule.cluster_min_points} neighbors within {rule.cluster_eps:g} m, expected an object on a plane. "
-            "Check that the coordinates are in meters and that the object is in view."
+            f"{rule.cluster_min_points} neighbors within {rule.cluster_eps:g} m. Check that the coordinates are in "
+            "meters and the object is in view."
         )
     mask = np.zeros_like(present)
     mask[present] = labels == sizes.argmax()
@@ -187,9 +176,9 @@ def largest_cluster(xyz: np.ndarray, rule: CleaningRule) -> np.ndarray:
 
 
 def pad_to_square(image: np.ndarray, multiple: int) -> np.ndarray:
-    """Pad (H, W, ...) with zeros to (S, S, ...), S = the larger side rounded up to `multiple`.
+    """Pad (H, W, ...) on all sides with zeros to (S, S, ...), S = the larger side rounded up to `multiple`.
 
-    The image is centered; where the difference is odd, the bottom or right gets the larger share.
+    An odd pixel goes to the bottom or right.
     """
     side = math.ceil(max(image.shape[:2]) / multiple) * multiple
     (top, left) = ((side - length) // 2 for length in image.shape[:2])
@@ -210,8 +199,8 @@ def cluster_labels(points: np.ndarray, eps: float, min_points: int) -> np.ndarra
     A core point has at least `min_points` points within `eps`, itself counted. Core points within `eps` of each
     other share a cluster, numbered by its first core point. Another point joins the lowest cluster with a core point
     within `eps`. The usual algorithm visits every pair of neighbors, hundreds for each point of a dense scan. Here
-    space is cut into cells so small that the points of one cell are all neighbors: points in a full cell are core
-    points, and clusters grow cell by cell. (The pip package `dbscan` is not exact: it misses core points.)
+    space is cut into cells so small that all points of a cell are neighbors: points in a full cell are core points,
+    and clusters grow cell by cell.
 
     Args:
         points: (N, 3) float64, meters; finite, within a million eps of each other.
@@ -243,7 +232,7 @@ def cluster_labels(points: np.ndarray, eps: float, min_points: int) -> np.ndarra
 
 
 def _core_labels(points: np.ndarray, cell: np.ndarray, cell_id: np.ndarray, eps: float) -> np.ndarray:
-    """Label core points (N, 3), of the cells (N, 3), by connected component, numbered by first appearance."""
+    """Label core points (N, 3) of cells (N, 3) by connected component, numbered in order of their first point."""
     _, first, inverse = np.unique(cell_id, return_index=True, return_inverse=True)
     # Cells three or more apart along an axis are further apart than eps.
     pairs = KDTree(cell[first]).query_pairs(2, p=np.inf, output_type="ndarray")
@@ -251,10 +240,13 @@ def _core_labels(points: np.ndarray, cell: np.ndarray, cell_id: np.ndarray, eps:
     near = np.linalg.norm(points[first[pairs[:, 0]]] - points[first[pairs[:, 1]]], axis=1) <= eps
     component = _components(pairs[near], len(first))
     apart = pairs[component[pairs[:, 0]] != component[pairs[:, 1]]]
-    by_cell, sizes = points[np.argsort(inverse, kind="stable")], np.bincount(inverse)
-    ends = np.cumsum(sizes)
-    members = {number: by_cell[ends[number] - sizes[number] : ends[number]] for number in np.unique(apart)}
-    bridges = [pair for pair in apart if _touch(members[pair[0]], members[pair[1]], eps)]
+    members = np.split(points[np.argsort(inverse, kind="stable")], np.cumsum(np.bincount(inverse))[:-1])
+    reach = np.nextafter(eps, np.inf)
+    bridges = [
+        (one, other)
+        for one, other in apart
+        if (KDTree(members[one]).query(members[other], distance_upper_bound=reach)[0] <= eps).any()
+    ]
     joined = np.concatenate([pairs[near], np.reshape(bridges, (-1, 2)).astype(pairs.dtype)])
     component = _components(joined, len(first))[inverse]
     _, first_point, renumbered = np.unique(component, return_index=True, return_inverse=True)
@@ -267,12 +259,8 @@ def _components(edges: np.ndarray, n: int) -> np.ndarray:
     return connected_components(graph, directed=False)[1]
 
 
-def _touch(a: np.ndarray, b: np.ndarray, eps: float) -> bool:
-    return bool((KDTree(a).query(b, distance_upper_bound=np.nextafter(eps, np.inf))[0] <= eps).any())
-
-
 def _best_support(points: np.ndarray, rng: np.random.Generator, rule: CleaningRule) -> np.ndarray:
-    """Return the mask (N,) of the points that support the best of the sampled planes: most points, then least error."""
+    """Return the mask (N,) of the points that support the best sampled plane: most points, then least error."""
     best, best_support = (-1, 0.0), np.ones(len(points), dtype=bool)
     needed = float(rule.fit_iterations)
     iteration = 0

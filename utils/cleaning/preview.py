@@ -1,4 +1,4 @@
-"""Contact sheet of the effect of cleaning: one scan of each class before and after."""
+"""Contact sheet of scans before and after cleaning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = ("image", "depth", "cleaned image", "cleaned depth")
 
 
 class Pair(NamedTuple):
-    """A scan before and after; the sizes differ by the padding."""
+    """A scan before and after cleaning."""
 
     rgb: np.ndarray  # (H, W, 3) uint8
     xyz: np.ndarray  # (H, W, 3) float32, meters
@@ -29,15 +29,13 @@ class Pair(NamedTuple):
 
 
 def check_format(path: Path) -> None:
-    """Raise InputError for a contact sheet whose suffix names no format that can be written."""
+    """Raise InputError for a path whose suffix names no format of a contact sheet."""
     if path.suffix.lower() not in FORMATS:
-        raise InputError(
-            f"--preview {path} names no image format. End it in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}."
-        )
+        raise InputError(f"--preview {path} names no image format. End it in one of {', '.join(FORMATS)}.")
 
 
 def write_preview(path: Path, pairs: Mapping[str, Pair]) -> None:
-    """Draw a row for each named scan, in the format of the suffix; both depths share the colors of the cleaned one."""
+    """Draw a row for each named scan, in the format of the suffix. The cleaned depth sets the colors of both."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

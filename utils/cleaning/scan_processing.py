@@ -1,8 +1,14 @@
 """Preprocessing of many scans: in several processes, recorded in the journal, with a summary at the end."""
 
+import multiprocessing
 import os
-from collections.abc import Callable, Mapping
+import signal
+import threading
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +17,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.cleaning.journal import MANIFEST, FileRecord, Journal, Record, Scan, locked, sha256, stamp
-from utils.cleaning.worker_pool import process_all, reason_of
 from utils.errors import InputError
-from utils.scans.files import atomic_path, cannot_write, make_folder
+from utils.scans.files import atomic_path, cannot_read, cannot_write, make_folder
 from utils.scans.organized_pc import write_organized_pc
+
+Outcome = tuple[Scan, Record | str]  # the record, or the reason why the scan failed
 
 
 class Summary(NamedTuple):
@@ -61,6 +68,49 @@ def process_scans(
     return Summary(sorted(done), skipped, dict(sorted(failed.items())))
 
 
+def process_all(scans: list[Scan], process: Callable[[Scan], Record], workers: int) -> Generator[Outcome, None, None]:
+    """Yield the outcome of each scan, in order of completion; InputError where a worker is killed."""
+    attempt = partial(_attempt, process=process)
+    if workers == 1 or len(scans) < 2:
+        yield from map(attempt, scans)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the workers, which occupy the cores already
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(scans)), context, initializer=_start_worker)
+    try:
+        for future in as_completed([pool.submit(attempt, scan) for scan in scans]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise InputError("A worker was killed, perhaps for lack of memory. Run again with fewer --workers.") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def reason_of(error: InputError | OSError) -> str:
+    """Return the reason why a scan failed."""
+    return str(cannot_read(Path(error.filename or "a file"), error) if isinstance(error, OSError) else error)
+
+
+def _attempt(scan: Scan, process: Callable[[Scan], Record]) -> Outcome:
+    try:
+        return scan, process(scan)
+    except (InputError, OSError) as error:
+        return scan, reason_of(error)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the main process, and end with it, even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None, "runs in a worker"
+
+    def end_with_main_process() -> None:
+        main_process.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_main_process, daemon=True).start()
+
+
 def require_own_folder(scans: list[Scan], journal: Journal) -> None:
     """Raise InputError for an output folder with scans that the script did not write."""
     if not scans or not journal.is_new or scans[0].is_in(journal.output):
@@ -98,15 +148,10 @@ def report(summary: Summary, done: str = "done") -> int:
 
 
 def write_results(scan: Scan, arrays: Mapping[str, np.ndarray], output: Path) -> Record:
-    """Write the results of a scan under temporary names and flush them to the disk.
-
-    Args:
-        scan: the scan.
-        arrays: by modality: a cloud (H, W, 3) float32, written as tiff, or an image of uint8, written as PNG.
-        output: root of the results.
+    """Write clouds (float32) as tiff and images (uint8) as PNG under temporary names, and flush them to the disk.
 
     Raises:
-        InputError: a file cannot be written, or a source cannot be read.
+        InputError, OSError: a file cannot be written, or a source cannot be read.
     """
     record = {}
     for modality, array in arrays.items():
