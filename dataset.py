@@ -186,8 +186,8 @@ def check_sample_files(files: SampleFiles, modalities: frozenset[str]) -> None:
     for (first, expected), (path, size) in pairwise(sizes.items()):
         if size != expected:
             raise InputError(
-                f"{first} has {expected[0]} x {expected[1]} pixels (H x W), but {path} of the same sample {size[0]} x "
-                f"{size[1]}. Run the preprocessing again if it was interrupted, else restore both and preprocess them."
+                f"{first} has {expected[0]} x {expected[1]} pixels (H x W), but {path} has {size[0]} x {size[1]}. Run "
+                "the preprocessing again if it was interrupted, else restore the sample and preprocess it."
             )
 
 

@@ -107,7 +107,7 @@ def test_missing_files_are_found_before_the_work_starts(
     message = refusal_of_files(capsys, bagels)
     for words in told:
         assert words in message
-    assert "Restore them in" in message or "Fill its folder" in message
+    assert "Restore them" in message or "Fill its folder" in message
 
 
 @pytest.mark.usefixtures("no_networks")

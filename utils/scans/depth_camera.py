@@ -1,6 +1,6 @@
-"""Depth images of a pinhole camera, as organized point clouds.
+"""Depth images of a pinhole camera as organized point clouds.
 
-The intrinsics are a JSON file, all in pixels but the scale:
+The intrinsics are a JSON file, all in pixels but the scale, which is in meters:
 
     {"fx": 616.4, "fy": 616.6, "cx": 321.9, "cy": 238.2, "depth_scale": 0.001, "width": 640, "height": 480}
 """
@@ -61,7 +61,7 @@ def read_depth_png(path: Path, camera: Camera) -> np.ndarray:
 
 
 def back_project(depth: np.ndarray, camera: Camera) -> np.ndarray:
-    """z = depth * depth_scale, x = (u - cx) z / fx, y = (v - cy) z / fy, for the pixel in column u and row v.
+    """Back-project pixels in column u and row v: z = depth * depth_scale, x = (u - cx) z / fx, y = (v - cy) z / fy.
 
     Args:
         depth: (H, W) numbers, units of the camera; 0, NaN or infinity: no measurement.

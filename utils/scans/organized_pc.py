@@ -130,4 +130,4 @@ def _check_header(path: Path, tif: tifffile.TiffFile) -> None:
         end = series.dataoffset + series.nbytes
     size = path.stat().st_size
     if size < end:
-        raise InputError(f"{path} has {size} bytes where its header promises {end}. Copy it again from the dataset.")
+        raise InputError(f"{path} is cut short, with {size} of {end} bytes. Copy it again from the dataset.")

@@ -162,7 +162,9 @@ def _decode(
     """Decode the points (H, W, 3); InputError for an encoding without a decoder, or an impossible size."""
     check_organized(path, (*size, len(AXES)), point[AXES[0]].base)
     if encoding not in decoders:
-        raise InputError(f"{path} is encoded as {encoding!r}, expected {', '.join(decoders)}. Export the cloud so.")
+        raise InputError(
+            f"{path} is encoded as {encoding!r}, expected {', '.join(decoders)}. Export it in one of these."
+        )
     return decoders[encoding](path, body, point, size[0] * size[1]).reshape(*size, 3)
 
 

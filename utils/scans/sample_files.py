@@ -77,7 +77,7 @@ def find_samples(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLO
 
 
 def _problem(name: str, paths: Mapping[str, list[Path]]) -> str:
-    """Return the problem of the files of a sample, by kind, else nothing."""
+    """Return the problem of a sample with these files by kind, "" if there is none."""
     length = len(os.fsencode(name))
     if length > LONGEST_NAME:
         return f"Its name has {length} bytes, expected at most {LONGEST_NAME}. Rename its files."
@@ -150,7 +150,7 @@ def read_cloud(
 
 
 def _in_meters(path: Path, xyz: np.ndarray, fix_if_far: str, fix_if_near: str) -> np.ndarray:
-    """Return `xyz` if its coordinates can be meters; otherwise raise InputError with one of these fixes."""
+    """Return `xyz` if its coordinates can be meters, else raise InputError with the fix for its side."""
     points = xyz[valid_mask(xyz)].astype(np.float64)
     if not len(points):
         return xyz

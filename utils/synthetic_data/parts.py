@@ -54,7 +54,7 @@ def _spline_weights(n: int, pace: float) -> sparse.csr_array:
 
 
 def _bell(x: np.ndarray) -> np.ndarray:
-    """1 at 0, 0 with zero slope from |x| = 1 on."""
+    """Smooth bump: 1 at x = 0, 0 where |x| >= 1."""
     return np.square(np.clip(1 - np.square(x), 0, None))
 
 
@@ -65,18 +65,18 @@ def _step(x: np.ndarray, start: float, stop: float) -> np.ndarray:
 
 
 def _extrude(inside: np.ndarray, height: float | np.ndarray, fillet: float) -> np.ndarray:
-    """A plate with vertical walls and a rounded upper edge; `inside` is the distance from its outline, meters."""
+    """Plate with vertical walls and a rounded upper edge; `inside` is the distance from its outline, meters."""
     rounding = fillet - np.sqrt(np.clip(fillet**2 - np.square(np.clip(fillet - inside, 0, fillet)), 0, None))
     return np.where(inside > 0, height - rounding, 0).astype(np.float32)
 
 
 def _box(u: np.ndarray, v: np.ndarray, left: float, right: float, low: float, high: float) -> np.ndarray:
-    """Distance inside an axis-aligned box, negative outside (exact inside, which is all that is used)."""
+    """Distance from the outline of an axis-aligned box, exact inside, negative outside."""
     return np.minimum(np.minimum(u - left, right - u), np.minimum(v - low, high - v))
 
 
 def _paint(rng: Generator, color: tuple[float, float, float], mottle: float, grain: float) -> np.ndarray:
-    """A color (3, GRID, GRID) that varies from part to part, over centimeters and as grain."""
+    """Color (3, GRID, GRID) that varies from part to part, over centimeters and as grain."""
     base = np.array(color) * (1 + rng.normal(0, 0.03)) * (1 + rng.normal(0, 0.012, 3))
     field = 1 + mottle * smooth_noise(rng, 0.012) + grain * smooth_noise(rng, 0.0008)
     return base.astype(np.float32)[:, None, None] * field

@@ -27,7 +27,7 @@ COLOR_CHANGE = 0.04  # ... or where the image changed color by more than ten gra
 
 
 class Scan(NamedTuple):
-    """Stored form of one view; all three of the same size."""
+    """Files of one view, all of the same size."""
 
     rgb: np.ndarray  # (S, S, 3) uint8
     xyz: np.ndarray  # (S, S, 3) float32, meters, camera frame; missing pixels exactly 0
@@ -78,7 +78,7 @@ def make_scan(part_class: str, path: str, size: int, seed: int, damaged: bool = 
 
 
 def random_stream(seed: int, part_class: str, path: str, use: str) -> Generator:
-    """Random numbers of one scan for one use, independent of what else is drawn."""
+    """Random numbers of one scan for one use, independent of all others."""
     key = f"{part_class}/{path}/{use}".encode()
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=tuple(key)))
 
@@ -119,11 +119,11 @@ def look(height: np.ndarray, pose: Pose, rays: np.ndarray) -> View:
     normal[2] = 1
     slope_v, slope_u = np.gradient(height, CELL)
     normal[:2, near] = -_lookup(np.stack([slope_u, slope_v]).astype(np.float32), point[:, near])
-    return View((level - eye[2]) / directions[2], point, normal / _length(normal), level > 0.0005)
+    return View((level - eye[2]) / directions[2], point, normal / np.linalg.norm(normal, axis=0), level > 0.0005)
 
 
 def _in_part_frame(point: tuple[float, float, float], pose: Pose) -> np.ndarray:
-    """A point (3,) of the camera frame in the part frame, float32."""
+    """Transform a point (3,) from the camera frame to the part frame, float32."""
     return ((np.array(point) - pose.origin) @ pose.rotation).astype(np.float32)
 
 
@@ -168,13 +168,8 @@ def _lookup(field: np.ndarray, point: np.ndarray) -> np.ndarray:
     return top + row * (bottom - top)
 
 
-def _length(vectors: np.ndarray) -> np.ndarray:
-    """Lengths (*P) of vectors (3, *P)."""
-    return np.sqrt(np.square(vectors).sum(0))
-
-
 def _display(linear: np.ndarray) -> np.ndarray:
-    """Image values in [0, 1] of linear light."""
+    """Convert linear light to image values in [0, 1]."""
     return np.clip(linear, 0, 1) ** np.float32(1 / 2.2)
 
 
@@ -190,7 +185,7 @@ def photograph(view: View, albedo: np.ndarray, surroundings: np.ndarray, pose: P
     )
     table[:, view.on_part] = _lookup(albedo, view.point[:, view.on_part])
     light = ((np.array(LIGHT) + rng.normal(0, 0.03, 3)) @ pose.rotation).astype(np.float32)
-    shade = 0.65 + 0.35 * np.clip(np.einsum("i,i...", light / _length(light), view.normal), 0, 1)
+    shade = 0.65 + 0.35 * np.clip(np.einsum("i,i...", light / np.linalg.norm(light, axis=0), view.normal), 0, 1)
     blurred = ndimage.uniform_filter(ndimage.uniform_filter(surroundings, 0.012 / CELL), 0.012 / CELL)
     near = _near_part(surroundings, view.point[:2])
     shade[near] /= 1 + _lookup(np.clip(blurred - surroundings, 0, None), view.point[:, near]) / 0.008
@@ -205,7 +200,7 @@ def photograph(view: View, albedo: np.ndarray, surroundings: np.ndarray, pose: P
 
 
 def _spacing(size: int) -> float:
-    """Meters on the table between the pixels of an image of that size."""
+    """Distance of neighboring pixels of an image of this size on the table, meters."""
     return FIELD_OF_VIEW * DISTANCE / size
 
 
@@ -221,7 +216,9 @@ def measure(view: View, height: np.ndarray, pose: Pose, rays: np.ndarray, rng: G
     smudge = smooth_noise(rng, 0.003, size, _spacing(size)) > 3.3  # small patches without a value
     lamp = _in_part_frame(PROJECTOR, pose)
     ways = [source[:, None, None] - view.point for source in (_in_part_frame((0, 0, 0), pose), lamp)]
-    facing = np.minimum(*[(view.normal * way).sum(0) / _length(way) for way in ways])  # cosine of the incidence
+    facing = np.minimum(
+        *[(view.normal * way).sum(0) / np.linalg.norm(way, axis=0) for way in ways]
+    )  # cosine of the incidence
     grazing = luck < np.clip((0.45 - facing) / 0.2, SPECKLE, 1)
     jump = ndimage.maximum_filter(view.depth, 3) - ndimage.minimum_filter(view.depth, 3)
     edge = (jump > 0.003 + _spacing(size)) & (luck < 0.6)  # a pixel that sees two surfaces
