@@ -1,7 +1,7 @@
 """Methods and protocols, a row each, and the settings of a detector."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
 from reprlib import repr as shortened
 from typing import NamedTuple
@@ -45,7 +45,7 @@ METHODS = {
 
 
 def covering_method(names: Iterable[str]) -> str:
-    """The method with the fewest banks whose features serve all named methods, preferably one of these."""
+    """Method with the fewest banks that include those of all named methods, preferably one of these."""
     named = list(names)
     wanted = {bank for name in named for bank in METHODS[name].banks}
     covering = [name for name, method in METHODS.items() if wanted <= set(method.banks)]
@@ -58,8 +58,8 @@ class Protocol:
 
     own_statistics: bool = False  # mean and std of each bank, instead of the method's rule
     own_coreset_size: bool = False  # f_coreset of each bank, instead of rgb and fusion from the reduced xyz bank
-    drop_background: bool = False  # background rows leave the xyz bank first, one of them is appended last
-    unscaled_scores: bool = False  # the method's score_divisor is not used
+    drop_background: bool = False  # xyz bank without background rows, then one of them appended
+    unscaled_scores: bool = False  # without the method's score_divisor
     float_blur: bool = False  # Gaussian in floats, instead of through an 8-bit image
     exact_distances: bool = False  # by direct differences, instead of expanded fp32 squares, which cancel
     masked_pooling: bool = False  # padded border and background left out of the mean, instead of plain pooling
@@ -103,10 +103,6 @@ class DetectorConfig:
     score_lambdas: tuple[float, float, float] = (1.0, 0.1, 1.0)  # xyz, rgb, fusion
     map_lambdas: tuple[float, float, float] = (1.0, 0.1, 1.0)
 
-    def __post_init__(self) -> None:
-        self._check_values()
-        self._check_combinations()
-
     @property
     def method(self) -> Method:
         return METHODS[self.method_name]
@@ -119,11 +115,11 @@ class DetectorConfig:
 
     @property
     def drops_background(self) -> bool:
-        """True if background patches leave the xyz bank, and one background row ends it."""
+        """True if the xyz bank is built without background patches, and one background row is appended."""
         return self.protocol.drop_background or self.rm_zero_for_project
 
     def samples_of(self, bank: str) -> int | None:
-        """Number of training samples that a bank is built from, None for all."""
+        """Number of training samples of a bank, None for all."""
         return None if bank == "rgb" else self.asy_memory_bank
 
     @property
@@ -132,56 +128,52 @@ class DetectorConfig:
         places = [BANKS.index(name) for name in self.method.banks]
         return tuple(self.score_lambdas[k] for k in places), tuple(self.map_lambdas[k] for k in places)
 
+    def __post_init__(self) -> None:
+        self._check_values()
+        self._check_combinations()
+
     def _check_values(self) -> None:
-        _one_of("method_name", self.method_name, tuple(METHODS))
-        _one_of("point_norm", self.point_norm, POINT_NORMS)
-        _one_of("point_ops", self.point_ops, POINT_OPS)
-        _one_of("precision", self.precision, PRECISIONS)
-        _within("f_coreset", self.f_coreset, 0 < self.f_coreset <= 1, "above 0 and at most 1")
-        _within("coreset_eps", self.coreset_eps, 0 < self.coreset_eps < 1, "between 0 and 1")
-        _within("ocsvm_nu", self.ocsvm_nu, 0 < self.ocsvm_nu <= 1, "above 0 and at most 1")
-        _within("ocsvm_maxiter", self.ocsvm_maxiter, self.ocsvm_maxiter >= 1, "at least 1")
-        _within("xyz_grid", self.xyz_grid, self.xyz_grid >= 1, "at least 1")
+        choices: dict[str, Collection[str]] = {
+            "method_name": METHODS,
+            "point_norm": POINT_NORMS,
+            "point_ops": POINT_OPS,
+            "precision": PRECISIONS,
+        }
+        if self.memory_bank is not None:
+            choices["memory_bank"] = MEMORY_BANKS
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} is {shortened(getattr(self, name))}, expected one of {', '.join(allowed)}")
+        share = "above 0 and at most 1"
         least = self.xyz_grid + 2  # pooling without padding loses two pixels
-        expected = f"at least {least} for {self.xyz_grid} xyz patches a side"
-        _within("img_size", self.img_size, self.img_size >= least, expected)
-        _within("num_group", self.num_group, self.num_group >= 3, "at least 3, to interpolate from 3 centers")
-        _within("group_size", self.group_size, self.group_size >= 1, "at least 1")
+        for name, good, expected in (
+            ("f_coreset", 0 < self.f_coreset <= 1, share),
+            ("coreset_eps", 0 < self.coreset_eps < 1, "between 0 and 1"),
+            ("ocsvm_nu", 0 < self.ocsvm_nu <= 1, share),
+            ("ocsvm_maxiter", self.ocsvm_maxiter >= 1, "at least 1"),
+            ("xyz_grid", self.xyz_grid >= 1, "at least 1"),
+            ("img_size", self.img_size >= least, f"at least {least} for {self.xyz_grid} xyz patches a side"),
+            ("num_group", self.num_group >= 3, "at least 3, to interpolate from 3 centers"),
+            ("group_size", self.group_size >= 1, "at least 1"),
+            ("random_state", self.random_state is None or 0 <= self.random_state < 2**32, "between 0 and 2**32 - 1"),
+            ("asy_memory_bank", self.asy_memory_bank is None or self.asy_memory_bank >= 1, "at least 1"),
+        ):
+            if not good:
+                raise InputError(f"{name} is {shortened(getattr(self, name))}, expected {expected}")
         for name, value in zip(BANKS * 2, self.score_lambdas + self.map_lambdas, strict=True):
-            _within(f"a lambda of {name}", value, math.isfinite(value), "a finite number")
-        if self.random_state is not None:
-            _within("random_state", self.random_state, 0 <= self.random_state < 2**32, "between 0 and 2**32 - 1")
-        if self.asy_memory_bank is not None:
-            _within("asy_memory_bank", self.asy_memory_bank, self.asy_memory_bank >= 1, "at least 1")
+            if not math.isfinite(value):
+                raise InputError(f"a lambda of {name} is {value}, expected a finite number")
 
     def _check_combinations(self) -> None:
         method, name = self.method, self.method_name
-        if self.memory_bank is not None:
-            _one_of("memory_bank", self.memory_bank, MEMORY_BANKS)
-            if self.memory_bank != method.memory_bank:
-                banks = "bank" if len(method.banks) == 1 else "banks"
-                raise InputError(
-                    f"{name} builds {len(method.banks)} memory {banks} ({', '.join(method.banks)}). "
-                    f"Use --memory_bank {method.memory_bank} instead of {self.memory_bank}."
-                )
+        if self.memory_bank not in (None, method.memory_bank):
+            raise InputError(
+                f"--memory_bank {self.memory_bank} does not fit the banks of {name} ({', '.join(method.banks)}). "
+                f"Use --memory_bank {method.memory_bank} instead of {self.memory_bank}."
+            )
         if self.use_uff and "fusion" not in method.banks:
             raise InputError(f"--use_uff has no effect on {name}, without a fusion bank. Remove it or choose Fusion.")
         if self.rm_zero_for_project and method.banks != ("xyz",):
-            raise InputError(
-                f"--rm_zero_for_project is for the single xyz bank (Point_MAE), not for {name}. Remove it."
-            )
+            raise InputError(f"--rm_zero_for_project is for the single xyz bank (Point_MAE), not {name}. Remove it.")
         if self.asy_memory_bank is not None and len(method.banks) == 1:
-            raise InputError(
-                f"--asy_memory_bank gives banks different numbers of samples, but {name} has one bank. "
-                "Use --max_sample."
-            )
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name} is {shortened(value)}, expected one of {', '.join(allowed)}")
-
-
-def _within(name: str, value: float, good: bool, expected: str) -> None:
-    if not good:
-        raise InputError(f"{name} is {shortened(value)}, expected {expected}")
+            raise InputError(f"--asy_memory_bank needs several memory banks, but {name} has one. Use --max_sample.")

@@ -14,7 +14,7 @@ from utils.errors import InputError
 
 Source = Literal["validation", "training"]
 TYPICAL_VALUE = 0.05  # normalized score of the median good sample; that of the threshold is 0.5
-LEAST_FPR = 1e-6  # smaller rates need more samples or pixels than anybody has
+LEAST_FPR = 1e-6  # smaller rates need impractically many samples
 ROUNDING = 1e-14  # relative error of a share of a count: 0.29 * 100 is 28.999…996 in floating point
 
 logger = logging.getLogger(__name__)
@@ -22,21 +22,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Decision thresholds, and the good samples that they were calibrated on."""
+    """Decision thresholds and their calibration."""
 
     image: float  # a sample with a score above is anomalous
     pixel: float  # a pixel with a value above in the anomaly map is anomalous
     target_fpr: Annotated[float, Meta(gt=0, lt=1)]  # requested false-alarm rate
     source: Source  # split of the good samples
-    parts: Annotated[int, Meta(ge=1)]  # number of these samples
-    typical: float  # median score of these samples
+    parts: Annotated[int, Meta(ge=1)]  # their number
+    typical: float  # their median score
 
     def normalize(self, score: float) -> float:
         """Score on a scale from 0 to 1 that is comparable between detectors.
 
-        A logistic curve, 0.5 at the threshold and 0.05 at the median good sample, that never falls as the score rises.
-        Without any spread, the threshold is the median itself, and the value is 0 below, 0.5 at and 1 above it. A
-        target_fpr above one half puts the threshold below the median; the slope is the same then.
+        An increasing logistic curve with 0.5 at the threshold and 0.05 at the median good sample (0.95 if the threshold
+        lies below it). If they coincide, the value is 0 below, 0.5 at and 1 above the threshold.
         """
         spread, above = abs(self.image - self.typical), score - self.image
         if spread == 0:
@@ -54,18 +53,15 @@ def check_target_fpr(target_fpr: float) -> None:
 def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: float, source: Source) -> Thresholds:
     """Choose both thresholds for a false-alarm rate.
 
-    Image: the score of rank ceil((1 - target_fpr)(n + 1)) among n good ones. A new good sample of the same distribution
-    exceeds it with a probability of at most target_fpr (split conformal prediction). If n is too small for that rank,
-    it is the largest score, with a warning. Pixel: the smallest value that at most target_fpr of all pixels of the good
-    maps exceed.
+    Image: the score of rank ceil((1 - target_fpr)(n + 1)) among n good ones, or the largest, with a warning, if n is
+    too small. A new good sample of the same distribution exceeds it with a probability of at most target_fpr (split
+    conformal prediction). Pixel: the smallest value that at most target_fpr of all pixels of the good maps exceed.
 
     Args:
         scores: n scores of good samples, larger = more anomalous.
-        maps: n anomaly maps (H, W) float32.
+        maps: n anomaly maps (H, W) float32; their pixels are copied once.
         target_fpr: requested false-alarm rate, from LEAST_FPR to below 1.
         source: split of the samples.
-
-    Peak memory: all pixels once more, 4 * n * H * W bytes: 72 MB for 361 maps of 224 x 224.
 
     Raises:
         InputError: target_fpr is out of its range.
@@ -102,5 +98,5 @@ def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: fl
 
 
 def _share_of(rate: float, count: int) -> int:
-    """Largest number that is at most this share of a count."""
+    """`rate` of a count, rounded down."""
     return math.floor(rate * count * (1 + ROUNDING))

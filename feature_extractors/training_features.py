@@ -21,24 +21,20 @@ from utils.records import PatchFeatures
 
 logger = logging.getLogger(__name__)
 
-# Share of the memory budget. The rest is for the networks, the projected rows, the banks and the maps.
-FEATURES_SHARE = 0.5
+FEATURES_SHARE = 0.5  # of the memory budget; the rest is for the networks, the projected rows, the banks and the maps
 
 
 class TrainingFeatures:
-    """Patch features of the training samples, from which the banks are built and which are scored against them.
+    """Patch features of the training samples of this rank, to build the banks and to fit decision fusion.
 
-    Each bank has one array that is filled in place. For M3DM's three banks a sample takes 41 MB in float32:
-    3136 x 1152 + 784 x 768 + 3136 x 1920 numbers. Where all samples would take more than half of the memory budget, the
-    arrays are unnamed files mapped into memory, in the folder for temporary files (TMPDIR). They vanish with the
-    process, and what has been read of them does not stay in memory.
-
-    Ranks that share a class each keep the features of their own samples.
+    Each bank has one array. For M3DM's three banks a sample takes 41 MB in float32: 3136 x 1152 + 784 x 768 +
+    3136 x 1920 numbers. If all samples would take more than half of the memory budget, the arrays are memory-mapped
+    unnamed files in the folder for temporary files (TMPDIR). They vanish with the process.
 
     Args:
         capacity: number of training samples of this rank.
         memory_budget: budget of this rank, GB.
-        dtype: dtype of the stored numbers, float32 or float16; zeros stay the only zeros.
+        dtype: dtype of the stored numbers, float32 or float16; no other number becomes zero.
         empty: features of a sample without patches, for a rank without samples.
         group: the ranks that share the class.
     """
@@ -52,12 +48,8 @@ class TrainingFeatures:
         empty: PatchFeatures | None = None,
         group: Group | None = None,
     ) -> None:
-        self.capacity = capacity
-        self.count = 0
-        self.empty = empty or PatchFeatures()
-        self.group = group
-        self.memory_budget = memory_budget
-        self.dtype = dtype
+        self.capacity, self.memory_budget, self.dtype = capacity, memory_budget, dtype
+        self.empty, self.group, self.count = empty or PatchFeatures(), group, 0
         self.coresets: dict[tuple[Any, ...], Tensor] = {}  # shared by methods fitted on the same features
         self._arrays: dict[str, Tensor] = {}
         self._maps: dict[str, mmap.mmap] = {}
@@ -74,7 +66,7 @@ class TrainingFeatures:
         return bool(self._maps)
 
     def append(self, features: PatchFeatures, path: str | None = None) -> None:
-        """Keep the features of the next sample. Errors name it by its path, or else by its number.
+        """Store the features of the next sample; `path` names it in errors.
 
         Raises:
             InputError: the mapped file does not fit on its disk, or the features hold NaN or infinity.
@@ -96,7 +88,7 @@ class TrainingFeatures:
         self.count += 1
 
     def sample(self, i: int) -> PatchFeatures:
-        """Features of the i-th sample of this rank, float32, read-only."""
+        """Features of sample i of this rank, float32, read-only."""
         features = {}
         for name, array in self._arrays.items():
             self._release(name)
@@ -104,7 +96,7 @@ class TrainingFeatures:
         return PatchFeatures(**features)
 
     def rows(self, name: str, samples: int | None = None) -> ShardedRows:
-        """Patches (N, C) of the first `samples` samples of all ranks, None for all samples."""
+        """Patches (N, C) of the first `samples` samples over all ranks, None for all."""
         if samples is not None:
             before = all_gather_counts(self.count, self.group)[: rank(self.group)]
             samples = max(0, samples - sum(before))
@@ -126,30 +118,31 @@ class TrainingFeatures:
                 self._arrays[name] = torch.frombuffer(self._maps[name], dtype=self.dtype).view(shape)
 
     def _release(self, name: str) -> None:
-        """Release the pages of a mapped file. They stay in the file and, while there is room, in the cache."""
+        """Release the pages of a mapped file from the memory of this process."""
         if name in self._maps:
             self._maps[name].madvise(mmap.MADV_DONTNEED)
 
 
 def _mapped_file(size: int) -> mmap.mmap:
-    """Memory of `size` bytes in a file without a name.
+    """Memory map of an unnamed file of `size` bytes.
 
     Raises:
         InputError: the disk is too small.
     """
-    if file_system_of(Path(tempfile.gettempdir())) in MEMORY_FILE_SYSTEMS:
+    folder = tempfile.gettempdir()
+    if file_system_of(Path(folder)) in MEMORY_FILE_SYSTEMS:
         logger.warning(
             "the training features go to %s, which is memory and no disk, so --memory_budget has no effect. Set the "
             "environment variable TMPDIR to a folder on a disk.",
-            tempfile.gettempdir(),
+            folder,
         )
     with tempfile.TemporaryFile(prefix="m3dm-features-") as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is noticed here, not while the map is written
+            os.posix_fallocate(file.fileno(), 0, size)  # detects a full disk before the map is written
         except OSError as error:
             raise InputError(
-                f"the training features take {size / 1e9:.1f} GB, which do not fit in {tempfile.gettempdir()} "
-                f"({error.strerror}). Set the environment variable TMPDIR to a folder of a larger disk, raise "
-                "--memory_budget, or halve them with --train_feature_dtype fp16."
+                f"the training features take {size / 1e9:.1f} GB, which do not fit in {folder} ({error.strerror}). Set "
+                "the environment variable TMPDIR to a folder of a larger disk, raise --memory_budget, or halve them "
+                "with --train_feature_dtype fp16."
             ) from None
         return mmap.mmap(file.fileno(), size)

@@ -24,8 +24,7 @@ class UndefinedMetricError(ValueError):
 def au_pro(masks: Images, anomaly_maps: Images, limit: float = 0.3, num_thresholds: int | None = None) -> float:
     """Area under the PRO curve from FPR 0 to `limit`, divided by `limit`: 1 is perfect.
 
-    Arguments and errors as in `pro_curve` and `area_to_limit`. num_thresholds: None for the exact curve, 100 for the
-    published protocol.
+    Arguments and errors as in `pro_curve` and `area_to_limit`; the published metric has 100 thresholds.
     """
     return area_to_limit(*pro_curve(masks, anomaly_maps, num_thresholds), limit)
 
@@ -67,9 +66,7 @@ def area_to_limit(fprs: NDArray, pros: NDArray, limit: float = 0.3) -> float:
     if not 0 < limit <= 1:
         raise ValueError(f"the limit of the false positive rate is {limit}; expected a value above 0 and up to 1")
     if fprs[0] != 0 or fprs[-1] < limit or np.any(np.diff(fprs) < 0):
-        raise ValueError(
-            f"the curve runs from FPR {fprs[0]} to {fprs[-1]}; expected to ascend from 0 to {limit} or more"
-        )
+        raise ValueError(f"the curve runs from FPR {fprs[0]} to {fprs[-1]}; expected to ascend from 0 to {limit}")
     inside = int(np.searchsorted(fprs, limit, side="right"))  # points at the limit itself are inside
     area = np.trapezoid(pros[:inside], fprs[:inside])
     if fprs[inside - 1] < limit:
@@ -80,7 +77,7 @@ def area_to_limit(fprs: NDArray, pros: NDArray, limit: float = 0.3) -> float:
 
 
 def checked_pixels(masks: Images, anomaly_maps: Images) -> list[tuple[NDArray[np.bool_], NDArray]]:
-    """Pairs of mask (H, W) bool and map (H, W) float, checked; errors as in `pro_curve`."""
+    """Checked pairs of mask (H, W) bool and map (H, W) float; errors as in `pro_curve`."""
     if len(masks) != len(anomaly_maps):
         raise ValueError(f"{len(masks)} masks for {len(anomaly_maps)} anomaly maps; expected one mask for each map")
     if len(masks) == 0:
@@ -89,10 +86,8 @@ def checked_pixels(masks: Images, anomaly_maps: Images) -> list[tuple[NDArray[np
     for number, (given_mask, given_map) in enumerate(zip(masks, anomaly_maps, strict=True)):
         mask, anomaly_map = np.asarray(given_mask) > 0.5, np.asarray(given_map)
         if mask.ndim != 2 or mask.shape != anomaly_map.shape:
-            raise ValueError(
-                f"sample {number}: mask of shape {mask.shape}, anomaly map of shape {anomaly_map.shape}; "
-                "expected the same (H, W) for both"
-            )
+            shapes = f"mask of shape {mask.shape}, anomaly map of shape {anomaly_map.shape}"
+            raise ValueError(f"sample {number}: {shapes}; expected the same (H, W) for both")
         if not np.isfinite(anomaly_map).all():
             raise ValueError(f"the anomaly map of sample {number} holds NaN or infinite values")
         pairs.append((mask, anomaly_map))
@@ -100,7 +95,7 @@ def checked_pixels(masks: Images, anomaly_maps: Images) -> list[tuple[NDArray[np
 
 
 def _scores_and_weights(masks: Images, anomaly_maps: Images) -> tuple[NDArray, NDArray[np.float64]]:
-    """All pixels in one row: score (P,) and weight (P,), 1 / size of the pixel's region, 0 where anomaly-free."""
+    """Score (P,) and weight (P,) of all pixels: 1 / size of the pixel's region, 0 in anomaly-free pixels."""
     scores, weights = [], []
     for mask, anomaly_map in checked_pixels(masks, anomaly_maps):
         regions, _ = ndimage.label(mask, structure=EIGHT_NEIGHBORS)
@@ -112,13 +107,13 @@ def _scores_and_weights(masks: Images, anomaly_maps: Images) -> tuple[NDArray, N
 
 
 def _exact_curve(scores: NDArray, weights: NDArray[np.float64]) -> Curve:
-    """Curve with one point per distinct score, after all pixels of that score, and (0, 0) before the first."""
+    """Curve with (0, 0) and one point per distinct score, at which all pixels of that score are above the threshold."""
     order = np.argsort(scores)[::-1]
     scores, weights = scores[order], weights[order]
     last_of_tie = np.append(np.flatnonzero(scores[1:] != scores[:-1]), scores.size - 1)
     false_positives = np.cumsum(weights == 0)[last_of_tie]
     overlap = np.cumsum(weights)[last_of_tie]
-    # the total overlap is the number of regions; dividing by the sum as rounded makes the last point exactly 1
+    # dividing by the rounded sum rather than the number of regions makes the last point exactly 1
     fprs, pros = false_positives / false_positives[-1], overlap / overlap[-1]
     return np.append(0.0, fprs), np.append(0.0, pros)
 
@@ -126,8 +121,7 @@ def _exact_curve(scores: NDArray, weights: NDArray[np.float64]) -> Curve:
 def _curve_at_ranks(scores: NDArray, weights: NDArray[np.float64], num_thresholds: int) -> Curve:
     """Curve of the official evaluation: thresholds at equidistant ranks of the anomaly-free scores, then (1, 1).
 
-    As in the official one, PRO counts pixels strictly above the threshold, but FPR comes from the rank. Where
-    anomaly-free scores tie, FPR is therefore too large and the area too small.
+    PRO counts pixels strictly above the threshold, but FPR comes from the rank, so it is too large for tied scores.
     """
     normal = np.sort(scores[weights == 0])
     ranks = np.linspace(0, normal.size - 1, num=num_thresholds, dtype=int)[::-1]

@@ -14,7 +14,7 @@ PROCESS_STATUS = Path("/proc/self/status")  # of Linux
 
 
 def file_system_of(folder: Path) -> str | None:
-    """Type of the file system of a folder, such as "ext4"; None if the operating system is not Linux."""
+    """Type of the file system of a folder, such as "ext4"; None outside of Linux."""
     if not MOUNTS.is_file():
         return None
     path = folder.resolve()
@@ -24,7 +24,7 @@ def file_system_of(folder: Path) -> str | None:
 
 
 def default_memory_budget(device: torch.device) -> float:
-    """Half of the device's memory, GB. That of a CPU is the machine's, or the limit of the container."""
+    """Half of the memory of the GPU, or of the machine or container, GB."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 2 / 1e9
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

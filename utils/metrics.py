@@ -18,11 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def image_rocauc(labels: ArrayLike, scores: ArrayLike) -> float:
-    """Area under the ROC curve of image scores.
-
-    Args:
-        labels: (N,) 0-1, 1 = defective.
-        scores: (N,) float, larger = more anomalous.
+    """Area under the ROC curve of image scores (N,), larger = more anomalous, and labels (N,), 1 = defective.
 
     Raises:
         UndefinedMetricError: all samples are good, or all are defective.
@@ -37,34 +33,28 @@ def image_rocauc(labels: ArrayLike, scores: ArrayLike) -> float:
 
 
 def pixel_rocauc(masks: Images, anomaly_maps: Images) -> float:
-    """Area under the ROC curve of all pixels together; arguments and errors as in `utils.au_pro.pro_curve`."""
+    """Area under the ROC curve of all pixels; arguments and errors as in `utils.au_pro.pro_curve`."""
     pairs = checked_pixels(masks, anomaly_maps)
     defective = np.concatenate([mask.ravel() for mask, _ in pairs])
     return _rocauc(defective, np.concatenate([anomaly_map.ravel() for _, anomaly_map in pairs]), "pixels")
 
 
 def evaluate(labels: ArrayLike, scores: ArrayLike, masks: Images, anomaly_maps: Images) -> dict[str, Any]:
-    """The metrics of one class under the keys of results.json, unrounded.
+    """Metrics of one class under the keys of results.json, unrounded; None, with a warning, where undefined.
 
-    Arguments and ValueErrors are those of the single metrics. A metric that is undefined for the data is None, with a
-    warning.
-
-    Returns:
-        `au_pro` is the published metric (limit 0.3, 100 thresholds), `au_pro_exact` the exact curve by limit.
+    Arguments and ValueErrors are those of the single metrics. `au_pro` is the published metric (limit 0.3, 100
+    thresholds), `au_pro_exact` the area under the exact curve by limit.
     """
-
-    def exact_areas() -> dict[str, float]:
-        fprs, pros = pro_curve(masks, anomaly_maps)
-        return {limit: area_to_limit(fprs, pros, float(limit)) for limit in EXACT_LIMITS}
-
-    def reference_area() -> float:
-        return au_pro(masks, anomaly_maps, REFERENCE_LIMIT, REFERENCE_THRESHOLDS)
-
+    curve = _or_none("AU-PRO (exact curve)", pro_curve, masks, anomaly_maps)
     return {
-        "image_rocauc": _or_none("I-AUROC", lambda: image_rocauc(labels, scores)),
-        "pixel_rocauc": _or_none("P-AUROC", lambda: pixel_rocauc(masks, anomaly_maps)),
-        "au_pro": _or_none("AU-PRO (100 thresholds)", reference_area),
-        "au_pro_exact": _or_none("AU-PRO (exact curve)", exact_areas) or dict.fromkeys(EXACT_LIMITS),
+        "image_rocauc": _or_none("I-AUROC", image_rocauc, labels, scores),
+        "pixel_rocauc": _or_none("P-AUROC", pixel_rocauc, masks, anomaly_maps),
+        "au_pro": _or_none(
+            "AU-PRO (100 thresholds)", au_pro, masks, anomaly_maps, REFERENCE_LIMIT, REFERENCE_THRESHOLDS
+        ),
+        "au_pro_exact": {
+            limit: area_to_limit(curve[0], curve[1], float(limit)) if curve else None for limit in EXACT_LIMITS
+        },
     }
 
 
@@ -101,22 +91,16 @@ def latency_percentiles(seconds: Iterable[float]) -> dict[str, float]:
 
 
 def mean_over_classes(classes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean of each metric over {class: metrics of `evaluate`}; other keys are ignored.
-
-    Values of None are left out. The mean is None where no class has a value.
-    """
-    means: dict[str, Any] = {
-        key: mean_of_known(metrics[key] for metrics in classes.values())
-        for key in ("image_rocauc", "pixel_rocauc", "au_pro")
-    }
-    means["au_pro_exact"] = {
-        limit: mean_of_known(metrics["au_pro_exact"][limit] for metrics in classes.values()) for limit in EXACT_LIMITS
-    }
-    return means
+    """Mean of each metric of `evaluate` over classes by name. None values are left out; without others, it is None."""
+    entries = classes.values()
+    keys = ("image_rocauc", "pixel_rocauc", "au_pro")
+    means: dict[str, Any] = {key: mean_of_known(entry[key] for entry in entries) for key in keys}
+    exact = [entry["au_pro_exact"] for entry in entries]
+    return means | {"au_pro_exact": {limit: mean_of_known(each[limit] for each in exact) for limit in EXACT_LIMITS}}
 
 
 def _best_f1(defective: NDArray[np.bool_], scores: NDArray[np.float64]) -> dict[str, float | None]:
-    """Best F1 over the thresholds that matter: the scores themselves, and one below all of them."""
+    """Best F1 over all thresholds that differ: the scores themselves, and one below all of them."""
     thresholds = np.unique(scores)[::-1]
     thresholds = np.append(thresholds, np.nextafter(thresholds[-1], -np.inf))
     called = len(scores) - np.searchsorted(np.sort(scores), thresholds, side="right")
@@ -139,9 +123,9 @@ def _rocauc(positive: NDArray[np.bool_], scores: NDArray, things: str) -> float:
     return float(roc_auc_score(positive, scores))
 
 
-def _or_none(name: str, compute: Callable[[], Any]) -> Any:
+def _or_none(name: str, metric: Callable[..., Any], *arguments: Any) -> Any:
     try:
-        return compute()
+        return metric(*arguments)
     except UndefinedMetricError as error:
         logger.warning("%s is undefined: %s", name, error)
         return None
