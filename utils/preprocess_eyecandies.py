@@ -6,7 +6,7 @@
 
 It reads <Class>/{train,val,test_public}/data/<number>_{depth.png,info_depth.yaml,pose.txt,image_<light>.png,mask.png}
 and writes <Class>/{train/good,validation/good,test/good,test/bad}/{rgb,xyz,gt}/<number>.*, gt for the test split only.
-It may be killed and repeated, and its exit codes are, as described in utils/preprocessing.py.
+Repeated runs and exit codes are as described in utils/preprocessing.py.
 """
 
 import itertools
@@ -122,8 +122,7 @@ def find_scans(root: Path, classes: Sequence[str] | None, light: int) -> tuple[l
     """Find the samples of the published layout by any of the files that make one up.
 
     Returns:
-        the scans as they will be written, and the reason for each sample whose mask cannot be read and each split
-        whose folder cannot be read.
+        the scans as they will be written, and the reason for each unreadable mask and each unreadable split.
 
     Raises:
         InputError: no folder, a class that is not there, or no samples at all.

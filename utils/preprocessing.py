@@ -82,18 +82,8 @@ def find_scans(root: Path) -> tuple[list[Scan], dict[str, str]]:
         raise InputError(f"{root} is not a folder. Give the folder that holds the classes of the dataset.")
     scans: list[Scan] = []
     failed: dict[str, str] = {}
-    folders = subfolders(root)
-    for depth in ("class", "split", "defect"):
-        below = []
-        for folder in folders:
-            try:
-                if depth == "defect":
-                    scans += _complete_scans(folder, root, failed)
-                else:
-                    below += subfolders(folder)
-            except InputError as error:
-                failed[folder.relative_to(root).as_posix()] = str(error)
-        folders = below
+    for folder in subfolders(root):
+        scans += _scans_below(folder, root, failed)
     if not scans and not failed:
         raise InputError(
             f"{root} holds no <class>/<split>/<defect>/xyz/*.tiff. Give the folder that holds the classes."
@@ -101,8 +91,20 @@ def find_scans(root: Path) -> tuple[list[Scan], dict[str, str]]:
     return scans, failed
 
 
+def _scans_below(folder: Path, root: Path, failed: dict[str, str]) -> list[Scan]:
+    """Return the scans below a folder of a class, split or defect, and put unreadable folders into `failed`."""
+    place = folder.relative_to(root)
+    try:
+        if len(place.parts) == 3:
+            return _complete_scans(folder, root, failed)
+        return [scan for each in subfolders(folder) for scan in _scans_below(each, root, failed)]
+    except InputError as error:
+        failed[place.as_posix()] = str(error)
+        return []
+
+
 def _complete_scans(folder: Path, root: Path, failed: dict[str, str]) -> list[Scan]:
-    """Return the scans of a folder whose files are all there, and put the others into `failed`.
+    """Return the scans of a defect's folder whose files are all there, and put the others into `failed`.
 
     Only defective test scans need ground truth.
     """

@@ -50,7 +50,7 @@ def clean_scan(
         rgb: (H, W, C) uint8 image of the same view.
         gt: (H, W) ground truth of any dtype, which is only padded.
         rule: parameters.
-        keep_rgb: only pad the image.
+        keep_rgb: only pad the image; its background stays.
 
     Returns:
         xyz (S, S, 3), rgb (S, S, C) and gt (S, S) or None, dtypes as given. Removed pixels and padding are 0. As in
@@ -88,13 +88,8 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
     """Fit the plane under the object to the measurements in a frame along the image border (RANSAC).
 
     The best of many planes through small random samples is refitted to its supporters until these no longer change.
-    (The reference refits once.) The result does not depend on the random samples, unless the object covers more than
-    about a quarter of the border.
-
-    Args:
-        xyz: (H, W, 3) cloud.
-        rng: draws the samples.
-        rule: parameters.
+    (The reference refits once.) The result does not depend on the samples, which `rng` draws, unless the object covers
+    more than about a quarter of the border.
 
     Returns:
         (4,) float64: unit normal n, of either sign, and offset d of the plane n . p + d = 0.

@@ -1,8 +1,8 @@
-"""Record of preprocessed scans, so that a run may be killed at any moment and repeated, and no scan is cleaned twice.
+"""Record of preprocessed scans. A run may be killed at any moment and repeated, and no scan is cleaned twice.
 
-A scan has up to three files, which cannot be renamed at once. A run writes the results of a scan under temporary
-names, appends their checksums to preprocessing.journal, and only then renames them. The next run finishes the renames
-of the journal, and moves its lines into preprocessing.json, the manifest. A scan in neither file is untouched.
+A scan has up to three files, which cannot be renamed at once. A run writes them under temporary names, appends their
+checksums to preprocessing.journal, and only then renames them. The next run finishes the renames of the journal and
+moves its lines into preprocessing.json, the manifest. A scan in neither record is untouched.
 """
 
 import fcntl
@@ -23,14 +23,14 @@ from utils.scans.json_records import MissingRecordError, decode_record, encode_r
 SCHEMA = 1
 MANIFEST = "preprocessing.json"
 JOURNAL = "preprocessing.journal"
-TEMPORARY = ".preprocessing"  # last suffix of the temporary names; no reader of datasets takes them for scans
+TEMPORARY = ".preprocessing"  # last suffix of the temporary names, which no reader of datasets takes for scans
 FIX = f"Restore the original dataset and delete {MANIFEST} and {JOURNAL}"
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One raw view of one object: an xyz file, an rgb file, and a gt file where there is ground truth."""
+    """One raw view of one object: an xyz and an rgb file, and a gt file where there is ground truth."""
 
     name: str  # "bagel/test/hole/000": class, split, defect, stem
     sources: Mapping[str, tuple[Path, ...]]  # by modality: the files that the result is made from
@@ -73,11 +73,7 @@ class Manifest(msgspec.Struct):
 
 
 def read_manifest(root: Path) -> Manifest | None:
-    """Read manifest and journal of a folder; None without a manifest.
-
-    Raises:
-        InputError: one of them cannot be read or is damaged.
-    """
+    """Read manifest and journal of a folder; None without a manifest, InputError where one of them is damaged."""
     try:
         manifest = read_record(root / MANIFEST, Manifest, SCHEMA, FIX)
         text = (root / JOURNAL).read_text(encoding="ascii", errors="replace")
@@ -100,11 +96,7 @@ def script_of(settings: Mapping[str, Any]) -> str:
 
 
 class Journal:
-    """Preprocessed scans of an output folder, kept on disk.
-
-    Args:
-        output: root of the results.
-        settings: JSON values that the results depend on.
+    """Preprocessed scans of the folder `output`, kept there, and the `settings` that their results depend on.
 
     Raises:
         InputError: manifest or journal cannot be read, is damaged, or was written with other settings.
@@ -135,7 +127,7 @@ class Journal:
         """Record the temporary files of a scan and give them their final names.
 
         Raises:
-            InputError: the journal cannot be written or a file not renamed. The next run goes on from there.
+            InputError: the journal cannot be written or a file cannot be renamed. The next run continues.
         """
         path = self.output / JOURNAL
         try:
@@ -149,10 +141,9 @@ class Journal:
         self._put_in_place(scan)
 
     def save(self) -> None:
-        """Write the manifest and remove the journal and all temporary files, once every rename is finished.
+        """Remove temporary files, write the manifest and remove the journal; InputError if it cannot be written.
 
-        Raises:
-            InputError: the manifest cannot be written. It and the journal stay as they were.
+        Every rename must be finished.
         """
         with suppress(OSError):
             for pattern in (f"*/*/*/*/*{TEMPORARY}", ".preprocessing.*.tmp.json"):
@@ -201,16 +192,15 @@ class Journal:
         except OSError as error:
             raise cannot_write(Path(error.filename2 or error.filename or self.output), error) from error
 
-    def _check_settings(self, found: Mapping[str, Any]) -> None:
+    def _check_settings(self, found: dict[str, Any]) -> None:
         if (script := script_of(found)) != script_of(self.settings):
             raise InputError(f"{self.output} was written by the other script, utils/{script}.py. Give another folder.")
-        names = sorted(self.settings.keys() | found.keys())
-        changed = [name for name in names if self.settings.get(name) != found.get(name)]
+        pairs = {name: (found.get(name), self.settings.get(name)) for name in sorted(self.settings | found)}
+        changed = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in pairs.items() if old != new)
         if changed:
-            differences = ", ".join(f"{name} {found.get(name)} (now {self.settings.get(name)})" for name in changed)
             raise InputError(
-                f"{self.output} was preprocessed with {differences}. Keep to that, give another output folder, or "
-                f"restore the originals where they were replaced and delete {MANIFEST}."
+                f"{self.output} was preprocessed with {changed}. Keep to that, give another output folder, or "
+                f"restore replaced originals and delete {MANIFEST}."
             )
 
 

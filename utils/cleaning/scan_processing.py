@@ -35,14 +35,9 @@ class Summary(NamedTuple):
 def process_scans(
     scans: list[Scan], journal: Journal, process: Callable[[Scan], Record], workers: int, failed: dict[str, str]
 ) -> Summary:
-    """Process every scan that is not done yet.
+    """Process every scan that is not done yet, in `workers` processes; 1 means this one.
 
-    Args:
-        scans: all scans.
-        journal: of the output folder.
-        process: writes the results of a scan under temporary names; sent to other processes.
-        workers: processes; 1 works in this one.
-        failed: reasons of scans that failed before.
+    `process` writes the results of a scan under temporary names. `failed` are the reasons of scans that failed before.
 
     Raises:
         InputError: the output folder cannot be written to, another run is at work on it, or a worker was killed.
@@ -125,18 +120,15 @@ def require_own_folder(scans: list[Scan], journal: Journal) -> None:
 
 def split_scans(scans: list[Scan], journal: Journal) -> tuple[list[Scan], list[str], dict[str, str]]:
     """Return the scans to process, the names of those done, and the reason for each that can be neither."""
-    pending: list[Scan] = []
-    skipped: list[str] = []
+    done: dict[str, bool] = {}
     faults: dict[str, str] = {}
     for scan in scans:
         try:
-            if journal.is_done(scan):
-                skipped.append(scan.name)
-            else:
-                pending.append(scan)
+            done[scan.name] = journal.is_done(scan)
         except (InputError, OSError) as error:
             faults[scan.name] = reason_of(error)
-    return pending, skipped, faults
+    pending = [scan for scan in scans if not done.get(scan.name, True)]
+    return pending, [name for name in done if done[name]], faults
 
 
 def report(summary: Summary, done: str = "done") -> int:
