@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -30,9 +30,6 @@ from utils.records import Sample, SampleFiles
 from utils.scans.files import FILE_SUFFIXES, files_by_stem, subfolders
 from utils.scans.images import defect_mask, image_size, open_image, to_rgb
 from utils.scans.organized_pc import as_cloud, check_organized, organized_pc_header, read_organized_pc, resize_nearest
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Item = TypeVar("Item", covariant=True)
 
@@ -152,10 +149,9 @@ def _pair_folder(folder: Path, modalities: frozenset[str]) -> tuple[list[SampleF
             complete.difference_update(missing)
             suffix = next(iter(found[name].values()))[0].suffix if found[name] else FILE_SUFFIXES[name][0]
             listing = ", ".join(stem + suffix for stem in missing[:5]) + (", ..." if len(missing) > 5 else "")
-            verb = "is" if len(missing) == 1 else "are"
             problems.append(
-                f"{len(found[name])} {name} files for {len(stems)} samples in {folder}: {listing} {verb} missing. "
-                "Restore them, or remove the other files of these samples."
+                f"{len(found[name])} {name} files for {len(stems)} samples in {folder}: {listing} "
+                f"{'is' if len(missing) == 1 else 'are'} missing. Restore them, or remove their samples."
             )
     rgb, xyz, gt = ({stem: files[0] for stem, files in found[name].items()} for name in ("rgb", "xyz", "gt"))
     samples = [
@@ -221,36 +217,29 @@ def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_s
     Raises:
         InputError: an array of another shape or type, or a point cloud without a valid point.
     """
-    return Sample(
-        path,
-        rgb=None if rgb is None else _rgb_tensor(path, rgb, img_size),
-        xyz=None if xyz is None else _xyz_tensor(path, xyz, img_size),
-    )
-
-
-def _rgb_tensor(path: str, rgb: np.ndarray, img_size: int) -> Tensor:
-    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
-        shape = " x ".join(map(str, rgb.shape))
-        raise InputError(
-            f"The image of {path} is {shape} {rgb.dtype}, expected H x W x 3 uint8. Convert it to 8-bit RGB."
-        )
     import torch  # here, because the class lists above are read where flags are parsed
 
-    image = Image.fromarray(rgb).resize((img_size, img_size), Image.Resampling.BICUBIC)
-    # NumPy, not torch: in a loader thread each torch operation would start a pool of threads of its own.
-    pixels = (np.asarray(image, dtype=np.float32) / 255 - _IMAGENET_MEAN) / _IMAGENET_STD
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-
-
-def _xyz_tensor(path: str, xyz: np.ndarray, img_size: int) -> Tensor:
-    check_organized(f"The point cloud of {path}", xyz.shape, xyz.dtype)
-    resized = resize_nearest(as_cloud(xyz), img_size)
-    if not resized.numpy().any():
-        raise InputError(
-            f"{path} has no valid point (three finite coordinates, none of them zero). Restore the sample from its "
-            "source and preprocess it again, or remove it."
-        )
-    return resized
+    sample = Sample(path)
+    if rgb is not None:
+        if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
+            shape = " x ".join(map(str, rgb.shape))
+            raise InputError(
+                f"The image of {path} is {shape} {rgb.dtype}, expected H x W x 3 uint8. Convert it to RGB."
+            )
+        image = Image.fromarray(rgb).resize((img_size, img_size), Image.Resampling.BICUBIC)
+        # NumPy, not torch: in a loader thread each torch operation would start a pool of threads of its own.
+        pixels = (np.asarray(image, dtype=np.float32) / 255 - _IMAGENET_MEAN) / _IMAGENET_STD
+        sample = sample._replace(rgb=torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))))
+    if xyz is not None:
+        check_organized(f"The point cloud of {path}", xyz.shape, xyz.dtype)
+        cloud = resize_nearest(as_cloud(xyz), img_size)
+        if not cloud.numpy().any():
+            raise InputError(
+                f"{path} has no valid point (three finite coordinates, none of them zero). Restore the sample from its "
+                "source and preprocess it again, or remove it."
+            )
+        sample = sample._replace(xyz=cloud)
+    return sample
 
 
 @dataclass(frozen=True)
@@ -269,6 +258,8 @@ class AnomalyDataset:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
+        import torch
+
         files = self.files[index]
         sample = make_sample(
             str(files.xyz or files.rgb or files.path),  # an error names the file
@@ -276,19 +267,15 @@ class AnomalyDataset:
             read_organized_pc(files.xyz) if "xyz" in self.modalities and files.xyz else None,
             self.img_size,
         )
-        mask = None if files.label is None else self._mask(files.mask)
-        return sample._replace(path=files.path, mask=mask, label=files.label)
-
-    def _mask(self, path: Path | None) -> Tensor:
-        """Return a ground truth as (1, S, S) uint8, 1 = defect; without a file there is none."""
-        import torch
-
+        sample = sample._replace(path=files.path, label=files.label)
+        if files.label is None:
+            return sample
         size = (self.img_size, self.img_size)
-        if path is None:
-            return torch.zeros(1, *size, dtype=torch.uint8)
-        with open_image(path) as image:
-            defect = Image.fromarray(defect_mask(image).astype(np.uint8))
-        return torch.from_numpy(np.array(defect.resize(size, Image.Resampling.NEAREST))[None])
+        defect = Image.new("L", size)  # without a file there is none
+        if files.mask is not None:
+            with open_image(files.mask) as image:
+                defect = Image.fromarray(defect_mask(image).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+        return sample._replace(mask=torch.from_numpy(np.array(defect)[None]))
 
 
 class Indexed(Protocol[Item]):

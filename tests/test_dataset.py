@@ -479,7 +479,7 @@ def test_arrays_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("rgb", "xyz", "parts"),
     [
-        (np.zeros((8, 8), np.uint8), None, ["image of part", "8 x 8 uint8", "8-bit RGB"]),
+        (np.zeros((8, 8), np.uint8), None, ["image of part", "8 x 8 uint8", "Convert it to RGB"]),
         (np.zeros((8, 8, 4), np.uint8), None, ["8 x 8 x 4 uint8"]),
         (np.zeros((8, 8, 3), np.float32), None, ["8 x 8 x 3 float32"]),
         (None, np.ones((8, 8), np.float32), ["point cloud of part", "8 x 8, expected H x W x 3"]),

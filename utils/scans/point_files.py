@@ -6,7 +6,7 @@ are cut short with arbitrary numbers, and stops at an infinite coordinate.
 """
 
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +28,6 @@ _PLY_TYPES = {
 }  # fmt: skip
 
 _Field = tuple[str, str, int]  # name, NumPy's code without byte order ("f4"), count of numbers
-_Decoder = Callable[[Path, bytes, np.dtype, int], np.ndarray]  # file, its points, their type, their number -> (N, 3)
 
 
 def read_npy(path: Path) -> np.ndarray:
@@ -63,8 +62,7 @@ def read_pcd(path: Path) -> np.ndarray:
             f"{path} holds {size[1]} x {size[0]} points (WIDTH x HEIGHT), an unorganized cloud. Export it with a point "
             "for each pixel, NaN where there is no measurement."
         )
-    decoders = {"ascii": _from_ascii, "binary": _from_binary, "binary_compressed": _from_compressed}
-    return _decode(path, body, point, size, encoding, decoders)
+    return _decode(path, body, point, size, encoding, ("ascii", "binary", "binary_compressed"))
 
 
 def read_ply(path: Path, image_size: tuple[int, int] | None = None) -> np.ndarray:
@@ -93,8 +91,7 @@ def read_ply(path: Path, image_size: tuple[int, int] | None = None) -> np.ndarra
             f"{path} holds {number} points, expected {expected}. Export it with a point for each pixel, NaN where there"
             " is no measurement, or as .tiff or .npy of H x W x 3."
         )
-    decoders = {"ascii": _from_ascii, "binary_little_endian": _from_binary, "binary_big_endian": _from_binary}
-    return _decode(path, body, point, size, encoding, decoders)
+    return _decode(path, body, point, size, encoding, ("ascii", "binary_little_endian", "binary_big_endian"))
 
 
 def _parse_ply(path: Path, lines: Sequence[str]) -> tuple[int, list[_Field], tuple[int, int] | None]:
@@ -157,18 +154,18 @@ def _point_type(path: Path, fields: Sequence[_Field], order: str) -> np.dtype:
 
 
 def _decode(
-    path: Path, body: bytes, point: np.dtype, size: tuple[int, int], encoding: str, decoders: Mapping[str, _Decoder]
+    path: Path, body: bytes, point: np.dtype, size: tuple[int, int], encoding: str, known: Sequence[str]
 ) -> np.ndarray:
-    """Decode the points (H, W, 3); InputError for an encoding without a decoder, or an impossible size."""
+    """Decode the points (H, W, 3); InputError for an encoding that is not `known`, or an impossible size."""
     check_organized(path, (*size, len(AXES)), point[AXES[0]].base)
-    if encoding not in decoders:
-        raise InputError(
-            f"{path} is encoded as {encoding!r}, expected {', '.join(decoders)}. Export it in one of these."
-        )
-    return decoders[encoding](path, body, point, size[0] * size[1]).reshape(*size, 3)
+    if encoding not in known:
+        raise InputError(f"{path} is encoded as {encoding!r}, expected {', '.join(known)}. Export it as one of these.")
+    decode = {"ascii": _from_ascii, "binary_compressed": _from_compressed}.get(encoding, _from_binary)
+    return decode(path, body, point, size[0] * size[1]).reshape(*size, 3)
 
 
 def _from_ascii(path: Path, body: bytes, point: np.dtype, number: int) -> np.ndarray:
+    """Decode `number` points of type `point`, result (number, 3); the other decoders likewise."""
     lines = [line for line in body.decode("utf-8", "replace").splitlines() if line.strip()][:number]
     if len(lines) < number:
         raise _cut_short(path, len(lines), number)
