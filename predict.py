@@ -36,7 +36,7 @@ logger = logging.getLogger("predict")
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """The flags, checked as far as they can be without the detector."""
+    """The flags, checked as far as possible without the detector."""
 
     detector: Path
     rgb: str | None
@@ -70,7 +70,7 @@ class PredictSettings:
                 raise InputError(f"--{flag} only applies to --xyz. Give both, or leave it out.")
 
     def check_detector(self, detector: "Detector") -> None:
-        """Refuse flags that do not give the files that the detector uses, or give others."""
+        """Refuse files that the detector does not use, and missing ones."""
         modalities, method = detector.config.method.modalities, detector.config.method_name
         for modality, files in (("rgb", self.rgb), ("xyz", self.xyz)):
             if modality in modalities and files is None:
@@ -79,7 +79,7 @@ class PredictSettings:
             raise InputError(f"--xyz is not used: {self.detector} ({method}) uses images alone. Leave it out.")
 
     def check_files(self, found: "FoundSamples") -> None:
-        """Refuse flags about clouds that no file needs, and an --output_dir where files could be replaced."""
+        """Refuse flags that concern none of the files, and an --output_dir where files could be replaced."""
         from runner.prediction import PREDICTIONS, output_paths
         from utils.scans.sample_files import DEPTH_SUFFIXES
 

@@ -104,11 +104,7 @@ XYZ_BACKBONES: dict[str, XyzSpec | None] = {
 
 
 def rgb_spec(name: str) -> RgbSpec | None:
-    """The row of an RGB backbone: one of RGB_BACKBONES, or a new one for any other vision transformer of timm.
-
-    Raises:
-        InputError: timm does not know the name either.
-    """
+    """The row of RGB_BACKBONES, or a new one for another vision transformer of timm; InputError for an unknown name."""
     if name in RGB_BACKBONES:
         return RGB_BACKBONES[name]
     from models.rgb_backbone import pretrained_source

@@ -108,11 +108,7 @@ class SampleReader:
 def predict_samples(detector: Detector, reader: SampleReader, batch_size: int, num_workers: int) -> Iterator[Outcome]:
     """Predict samples in order. A problem with one of them does not affect the others.
 
-    Args:
-        detector: fitted.
-        reader: of the samples.
-        batch_size: number of samples that go through the networks together.
-        num_workers: threads that read ahead, two samples each. At most these and a batch are held at a time.
+    At most a batch of `batch_size` samples is held, and two more for each of the `num_workers` threads that read ahead.
     """
     warned = False
     for batch in batches(load_samples(reader, num_workers), batch_size):

@@ -54,9 +54,7 @@ class Results:
         """Print a line for each newly finished class and method, and write results.json and report.html again.
 
         Newly finished are `finished` and the classes whose files other groups, or an interrupted run, have written.
-
-        Raises:
-            InputError: see read_class.
+        Errors as in `read_class`.
         """
         kept = {name: self._kept(name) for name in self.missing() if name not in finished}
         finished = {**finished, **{name: reports for name, reports in kept.items() if reports}}

@@ -69,7 +69,7 @@ def _read_class(name: str, args: argparse.Namespace, given: Collection[str]) -> 
 
 
 def check_layout(root: Path, methods: Collection[str], classes: Iterable[str]) -> None:
-    """Check that detectors can be found again in a folder, before they are saved there.
+    """Check, before detectors are saved in a folder, that --load_detector will find them there.
 
     Raises:
         InputError: a class has a detector of the other layout there, or the folder of a method is a detector.

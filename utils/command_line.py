@@ -14,11 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser with defaults in its help, a --version flag, and errors of two lines: usage and problem.
-
-    Args:
-        description: shown above the flags, with its line breaks; for example the docstring of the script.
-    """
+    """ArgumentParser with defaults in its help, a --version flag, and errors of two lines: usage and problem."""
 
     def __init__(self, description: str | None) -> None:
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)

@@ -64,11 +64,7 @@ def write_results(output_dir: Path | str, record: Mapping[str, Any]) -> None:
 
 
 def read_results(path: Path) -> Results:
-    """Read a results.json.
-
-    Raises:
-        InputError: the file cannot be read, is not a results.json of this schema, or a metric is not from 0 to 1.
-    """
+    """Read a results.json; InputError where it cannot be read, has another schema, or a metric is not from 0 to 1."""
     if path.is_dir():
         raise InputError(f"{path} is a folder. Name the {FILE_NAME} in it.")
     return read_record(path, Results, SCHEMA, f"Name a {FILE_NAME} of main.py")

@@ -176,22 +176,17 @@ def _draw(panels: list[_Panel], size: tuple[int, ...], title: str) -> "Figure":
     figure.text(GAP / inches[0], 1 - 0.08 / inches[1], title, fontsize=10, va="top", parse_math=False)
     for number, panel in enumerate(panels):
         left = GAP + number * (PANEL_INCHES + GAP)
-        axes = figure.add_axes(_box(left, FOOT, PANEL_INCHES, panel_height, inches))
+        axes = figure.add_axes(tuple(np.array([left, FOOT, PANEL_INCHES, panel_height]) / [*inches, *inches]))
         axes.set(xticks=[], yticks=[], facecolor="black")
         axes.set_title(panel.title, fontsize=9, pad=4, parse_math=False)
         heat = _draw_layers(axes, panel, extent=(0, width, height, 0))
         if heat is not None and panel.image is None:
-            bar_axes = figure.add_axes(_box(left, FOOT - 0.17, PANEL_INCHES, 0.1, inches))
+            bar_axes = figure.add_axes(tuple(np.array([left, FOOT - 0.17, PANEL_INCHES, 0.1]) / [*inches, *inches]))
             bar = figure.colorbar(heat, cax=bar_axes, orientation="horizontal", ticks=panel.limits)
             low, high = bar.ax.set_xticklabels([f"{limit:.3g}" for limit in panel.limits], fontsize=7)
             low.set_horizontalalignment("left")
             high.set_horizontalalignment("right")
     return figure
-
-
-def _box(left: float, bottom: float, width: float, height: float, inches: NDArray) -> tuple[float, float, float, float]:
-    """A rectangle in inches as fractions of the figure."""
-    return left / inches[0], bottom / inches[1], width / inches[0], height / inches[1]
 
 
 def _draw_layers(axes: "Axes", panel: _Panel, extent: tuple[int, int, int, int]) -> "AxesImage | None":

@@ -122,6 +122,8 @@ def _view(
     size = max(1, round(VIEW_SIDE * width / max(height, width))), max(1, round(VIEW_SIDE * height / max(height, width)))
     maps = {name: plane.numpy() for name, plane in sample.prediction.bank_maps.items()}
     maps = maps if len(maps) > 1 else {}  # a single bank's map is the fused map
+    colors = {name: heat_colors(heat_strength(plane, scales[name])) for name, plane in {**maps, FUSED: fused}.items()}
+    heat = {name: Image.fromarray(each).resize(size, Image.Resampling.BILINEAR) for name, each in colors.items()}
     return {
         "path": sample.path,
         "defect": PurePosixPath(sample.path).parent.name,
@@ -131,7 +133,7 @@ def _view(
         "size": size,
         "view": _background(image, cloud, size),
         "truth": _outline(sample.mask.numpy() > 0.5, size),
-        "maps": {name: _heat(plane, scales[name], size) for name, plane in {**maps, FUSED: fused}.items()},
+        "maps": {name: _data_uri(plane, "JPEG", quality=82) for name, plane in heat.items()},
         "scores": sample.prediction.bank_scores if maps else {},
         "cloud": None if cloud is None else pack_cloud(cloud, image, fused, scales[FUSED]),
     }
@@ -204,11 +206,6 @@ def _background(image: NDArray | None, cloud: NDArray | None, size: tuple[int, i
     gray = np.where(valid, 255 - 200 * np.clip((depth - low) / max(high - low, 1e-9), 0, 1), 0).astype(np.uint8)
     shown = Image.fromarray(gray).resize(size, Image.Resampling.BOX)
     return {"name": "depth", "picture": _data_uri(shown, "JPEG", quality=82)}
-
-
-def _heat(plane: NDArray, scale: tuple[float, float], size: tuple[int, int]) -> str:
-    colored = heat_colors(heat_strength(plane, scale))
-    return _data_uri(Image.fromarray(colored).resize(size, Image.Resampling.BILINEAR), "JPEG", quality=82)
 
 
 def _outline(mask: NDArray[np.bool_], size: tuple[int, int]) -> str | None:

@@ -54,13 +54,7 @@ def write_report(
 
 
 def report_page(record: Mapping[str, Any], classes: Sequence[ClassReport], note: str | None = None) -> str:
-    """The report as HTML.
-
-    Args:
-        record: content of results.json, see `results_record`.
-        classes: the classes of the record, in its order.
-        note: a sentence on backbones and protocol.
-    """
+    """The report as HTML, of a `results_record`, its classes in its order, and a note on backbones and protocol."""
     args = record["args"]
     method = str(args.get("method_name", "?"))
     published = published_figures(args, record["classes"])
