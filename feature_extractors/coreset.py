@@ -67,11 +67,11 @@ def greedy_coreset(rows: Tensor | ShardedRows, n: int, start: int = 0) -> Tensor
 
     The product only finds the nearest new pick; the distance to it is a direct difference, since the order depends on
     digits that fp32 products lose. If clusters lie more than some thousand times their spread apart, the product may
-    find a pick that is not quite the nearest, which can change the order within a cluster, and at ten times as much the
-    choice.
+    miss the nearest pick, which can change the order within a cluster, and at ten times as much the choice.
 
     Each rank offers its farthest rows, the first rank picks, and each rank updates its shard. The traffic of a round
-    does not depend on the number of rows.
+    does not depend on N. Peak memory: beside `rows` in fp32 an (m, m) float64 block and a few blocks of
+    MAX_BLOCK_ENTRIES.
 
     Args:
         rows: (N, D) float.
@@ -83,8 +83,6 @@ def greedy_coreset(rows: Tensor | ShardedRows, n: int, start: int = 0) -> Tensor
 
     Raises:
         ValueError: n or start is out of range, or a row holds NaN or infinity; on all ranks.
-
-    Peak memory: beside `rows` in fp32 an (m, m) float64 block and a few blocks of MAX_BLOCK_ENTRIES.
     """
     rows = as_sharded(rows)
     if not 1 <= n <= len(rows):

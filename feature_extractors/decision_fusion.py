@@ -35,16 +35,10 @@ def fit_decision_fusion(
     nu: float,
     max_iter: int,
 ) -> DecisionFusion:
-    """Fit both SVMs on the training samples' scores (N, K) and pixels (N * H * W, K), in float64.
+    """Fit both SVMs on N training samples with K scores and K maps (H, W) each, in float64.
 
-    Args:
-        scores: K scores of each sample.
-        maps: K maps (H, W) of each sample.
-        score_lambdas, map_lambdas: factor of each bank.
-        nu: allowed share of training errors.
-        max_iter: maximum number of epochs.
-
-    Peak memory: the pixels in float64, 8 * N * H * W * K bytes, twice.
+    The lambdas are factors of the banks, `nu` is the allowed share of training errors, and `max_iter` the maximum
+    number of epochs. Peak memory: the pixels in float64, 8 * N * H * W * K bytes, twice.
     """
     score_rows = np.stack([_weighted(row, score_lambdas) for row in scores])
     pixels = np.concatenate([_weighted([m.numpy() for m in row], map_lambdas).reshape(-1, len(row)) for row in maps])

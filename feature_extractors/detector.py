@@ -1,6 +1,6 @@
 """The fitted detector: memory banks and decision fusion over an extractor."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,26 +14,15 @@ from feature_extractors.thresholds import Thresholds
 from utils.records import PatchFeatures, Prediction, Sample
 
 
+@dataclass(eq=False)
 class Detector:
-    """A fitted detector of one class. Fast form of the scoring in `reference.fit_and_score`.
+    """A fitted detector of one class. Fast form of the scoring in `reference.fit_and_score`."""
 
-    `banks` are in the order of the method's banks. `decision_fusion`, of methods with SVMs, and `thresholds` may be set
-    later.
-    """
-
-    def __init__(
-        self,
-        config: DetectorConfig,
-        extractor: PatchExtractor,
-        banks: Mapping[str, MemoryBank],
-        decision_fusion: DecisionFusion | None = None,
-        thresholds: Thresholds | None = None,
-    ) -> None:
-        self.config = config
-        self.extractor = extractor
-        self.banks = dict(banks)
-        self.decision_fusion = decision_fusion
-        self.thresholds = thresholds
+    config: DetectorConfig
+    extractor: PatchExtractor
+    banks: dict[str, MemoryBank]  # in the order of the method's banks
+    decision_fusion: DecisionFusion | None = None  # of methods with SVMs, set once they are fitted
+    thresholds: Thresholds | None = None  # set once they are calibrated
 
     def predict(self, sample: Sample) -> Prediction:
         """Score, larger = more anomalous, and anomaly map (img_size, img_size) of one sample."""
@@ -64,10 +53,7 @@ class Detector:
         return dict(zip(self.banks, scores.tolist(), strict=True)), dict(zip(self.banks, planes, strict=True))
 
     def _score_banks(self, features: PatchFeatures, expanded: str) -> tuple[Tensor, Tensor]:
-        """Scores (K,) float64 and maps (K, img_size, img_size) float32 of the K banks, on the features' device.
-
-        `expanded` is that of MemoryBank.nearest in the reference protocol.
-        """
+        """Scores (K,) float64 and maps (K, img_size, img_size) float32; `expanded` as in MemoryBank.nearest."""
         method, protocol = self.config.method, self.config.protocol
         divisor = 1.0 if protocol.unscaled_scores else method.score_divisor
         scores, distances = [], []

@@ -98,13 +98,10 @@ def fit_detector(
 def _fit_decision_fusion(detector: Detector, features: TrainingFeatures) -> DecisionFusion:
     """Fit the SVMs to the training samples of all ranks, on the first rank."""
     config, group = detector.config, features.group
-    scores: list[list[float]] = []
-    maps: list[list[Tensor]] = []
-    for each in progress_bar(features, desc="decision fusion", unit="sample"):
-        bank_scores, bank_maps = detector.bank_results(each)
-        scores.append(list(bank_scores.values()))
-        maps.append(list(bank_maps.values()))
-    scores, maps = gather_objects(scores, group), gather_objects(maps, group)
+    bar = progress_bar(features, desc="decision fusion", unit="sample")
+    results = [detector.bank_results(each) for each in bar]
+    scores = gather_objects([list(bank_scores.values()) for bank_scores, _ in results], group)
+    maps = gather_objects([list(bank_maps.values()) for _, bank_maps in results], group)
     fusion = None
     if is_main(group):
         lambdas = config.lambdas_of_banks

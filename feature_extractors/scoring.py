@@ -19,12 +19,7 @@ BOX_PASSES, BOX_RADIUS, BOX_WEIGHT, EDGE_WEIGHT, FIXED_POINT_BITS = 3, 3, 213044
 
 
 def image_score(
-    patches: Tensor,
-    distances: Tensor,
-    index: Tensor,
-    bank: MemoryBank,
-    divisor: float = 1.0,
-    epsilon: float = 0.0,
+    patches: Tensor, distances: Tensor, index: Tensor, bank: MemoryBank, divisor: float = 1.0, epsilon: float = 0.0
 ) -> Tensor:
     """Image score s of PatchCore (Roth et al., CVPR 2022, Eq. 7), the phi of M3DM. Plain: `reference.image_score`.
 
@@ -33,9 +28,7 @@ def image_score(
 
     Args:
         patches: (M, D) float32, normalized.
-        distances: (M,) to the nearest bank row of each patch.
-        index: (M,) int64 of that row.
-        bank: the memory bank.
+        distances, index: (M,) float32 and int64, of the nearest row of `bank` to each patch.
         divisor: divides all distances.
         epsilon: added to the sum of exponentials.
 

@@ -58,8 +58,7 @@ def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: fl
     conformal prediction). Pixel: the smallest value that at most target_fpr of all pixels of the good maps exceed.
 
     Args:
-        scores: n scores of good samples, larger = more anomalous.
-        maps: n anomaly maps (H, W) float32; their pixels are copied once.
+        scores, maps: n scores and n anomaly maps (H, W) float32 of good samples; pixels are copied once.
         target_fpr: requested false-alarm rate, from LEAST_FPR to below 1.
         source: split of the samples.
 

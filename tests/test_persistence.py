@@ -56,7 +56,7 @@ def stub_networks(monkeypatch: pytest.MonkeyPatch) -> None:
 def fitted(config: DetectorConfig) -> Detector:
     """A detector of its own, for the attributes that a test sets."""
     found = run(config).detector
-    return Detector(config, found.extractor, found.banks, found.decision_fusion, THRESHOLDS)
+    return Detector(config, found.extractor, dict(found.banks), found.decision_fusion, THRESHOLDS)
 
 
 def full() -> Detector:

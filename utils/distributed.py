@@ -90,7 +90,7 @@ def _mpirun_ranks(dist_url: str) -> Ranks:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Device of this process. "auto" is a GPU if there is one, else the CPU; "cuda" is GPU number `local_rank`.
+    """Device of this process. "auto" is "cuda" if there is a GPU, else "cpu"; "cuda" is GPU number `local_rank`.
 
     Raises:
         InputError: the name is unknown, or the GPU does not exist.
@@ -124,10 +124,8 @@ def named_device(name: str) -> torch.device:
 def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") -> Iterator[None]:
     """Connect the ranks while the block runs: NCCL for tensors on GPUs, Gloo for those on CPUs.
 
-    If a rank fails, torchrun ends the others of its node, and ranks of other nodes fail at their next collective.
-
-    Raises:
-        InputError: the ranks cannot connect.
+    If a rank fails, torchrun ends the others of its node, and ranks of other nodes fail at their next collective. If
+    the ranks cannot connect, an InputError is raised.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -163,11 +161,7 @@ def print_only_if(chosen: bool) -> Iterator[None]:
 
 
 def make_groups(count: int) -> tuple[Group | None, int]:
-    """Divide the ranks into `count` groups of consecutive ranks, as even as possible.
-
-    Returns:
-        the group of this rank, None for the group of all, and its number.
-    """
+    """Divide the ranks evenly into `count` groups of neighbors; returns the group of this rank and its number."""
     if count == 1:
         return None, 0
     members = [share(world_size(), count, number) for number in range(count)]
@@ -230,14 +224,9 @@ def all_gather_counts(count: int, group: Group | None = None) -> list[int]:
 
 
 def all_gather_rows(rows: Tensor, group: Group | None = None) -> tuple[Tensor, int]:
-    """Rows of all ranks in the order of the ranks. Gradients flow back to the rank that a row came from.
+    """Rows (sum of all n, D) of all ranks, in their order, and the index of this rank's first row.
 
-    Args:
-        rows: (n, D); n may differ between ranks and be 0.
-        group: the ranks that take part.
-
-    Returns:
-        (sum of all n, D), the same on every rank, and the index of this rank's first row.
+    `rows` are (n, D); n may differ between ranks and be 0. Gradients flow back to the rank that a row came from.
     """
     if world_size(group) == 1:
         return rows, 0
