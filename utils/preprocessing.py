@@ -127,11 +127,9 @@ def _complete_scans(folder: Path, root: Path, failed: dict[str, str]) -> list[Sc
 
 def clean_files(scan: Scan, config: Config) -> Record:
     """Clean one scan and write the results under temporary names; errors as of `clean_scan` and `write_results`."""
-    pair, padded_gt = _read_and_clean(scan, config)
-    arrays = {"xyz": pair.clean_xyz, "rgb": pair.clean_rgb}
-    if padded_gt is not None:
-        arrays["gt"] = padded_gt
-    return write_results(scan, arrays, config.output)
+    pair = _read_and_clean(scan, config)
+    arrays = {"xyz": pair.clean_xyz, "rgb": pair.clean_rgb, "gt": pair.clean_gt}
+    return write_results(scan, {name: array for name, array in arrays.items() if array is not None}, config.output)
 
 
 def _source(scan: Scan, modality: str) -> Path:
@@ -142,8 +140,8 @@ def _source(scan: Scan, modality: str) -> Path:
     return files[0]
 
 
-def _read_and_clean(scan: Scan, config: Config) -> tuple[Pair, np.ndarray | None]:
-    """Return a scan before and after, and its padded ground truth or None; errors as of `clean_scan`."""
+def _read_and_clean(scan: Scan, config: Config) -> Pair:
+    """Return a scan before and after cleaning; errors as of `clean_scan`."""
     xyz = read_organized_pc(_source(scan, "xyz"))
     with open_image(_source(scan, "rgb")) as image:
         rgb = np.asarray(to_rgb(image))
@@ -151,8 +149,8 @@ def _read_and_clean(scan: Scan, config: Config) -> tuple[Pair, np.ndarray | None
     if "gt" in scan.sources:
         with open_image(_source(scan, "gt")) as image:  # 8-bit ids as stored, any other form as 0 and 255
             gt = np.asarray(image) if image.mode == "L" else defect_mask(image).astype(np.uint8) * 255
-    clean_xyz, clean_rgb, padded_gt = clean_scan(xyz, rgb, gt, config.rule, config.keep_rgb)
-    return Pair(rgb, xyz, clean_rgb, clean_xyz), padded_gt
+    clean_xyz, clean_rgb, clean_gt = clean_scan(xyz, rgb, gt, config.rule, config.keep_rgb)
+    return Pair(rgb, xyz, clean_rgb, clean_xyz, clean_gt)
 
 
 def preview(config: Config, path: Path) -> dict[str, str]:
@@ -173,14 +171,12 @@ def preview(config: Config, path: Path) -> dict[str, str]:
         if scan.name in done or any(name.startswith(f"{class_name}/") for name in pairs):
             continue
         try:
-            pairs[scan.name], _ = _read_and_clean(scan, config)
+            pairs[scan.name] = _read_and_clean(scan, config)
         except InputError as error:
             left_out[scan.name] = str(error)
-    if left_out and not pairs:
-        name, reason = next(iter(left_out.items()))
-        raise InputError(f"None of {len(left_out)} scans can be shown by --preview. The first is {name}: {reason}")
     if not pairs:
-        raise InputError(f"Every scan of {config.dataset} is cleaned already. --preview shows scans that are not.")
+        reasons = [f"{name}: {reason}" for name, reason in left_out.items()] or ["All are cleaned already."]
+        raise InputError(f"--preview cannot show any scan of {config.dataset}. {reasons[0]}")
     make_folder(path.parent, "--preview")
     try:
         write_preview(path, pairs)

@@ -26,6 +26,7 @@ class Pair(NamedTuple):
     xyz: np.ndarray  # (H, W, 3) float32, meters
     clean_rgb: np.ndarray  # (S, S, 3)
     clean_xyz: np.ndarray  # (S, S, 3)
+    clean_gt: np.ndarray | None = None  # (S, S)
 
 
 def check_format(path: Path) -> None:
