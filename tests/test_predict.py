@@ -469,7 +469,7 @@ def test_nothing_can_be_done(fitted: Fitted, tmp_path: Path, capsys: pytest.Capt
             ["--detector", both, *photo, "--xyz", parts / "rgb", "--intrinsics", camera, "--xyz_unit", "mm"],
             ["--xyz_unit only applies to point clouds"],
         ),
-        (["--detector", rgb, "--rgb", ""], ["--rgb is empty"]),
+        (["--detector", rgb, "--rgb", ""], ["--rgb '' names no file"]),
         (["--detector", rgb, "--rgb", tmp_path / "none"], ["none"]),
         (["--detector", rgb, *photo, "--device", "tpu"], ["tpu"]),
     ):
