@@ -133,12 +133,8 @@ class DetectorConfig:
         self._check_combinations()
 
     def _check_values(self) -> None:
-        choices: dict[str, Collection[str]] = {
-            "method_name": METHODS,
-            "point_norm": POINT_NORMS,
-            "point_ops": POINT_OPS,
-            "precision": PRECISIONS,
-        }
+        choices: dict[str, Collection[str]] = {"method_name": METHODS, "precision": PRECISIONS}
+        choices |= {"point_norm": POINT_NORMS, "point_ops": POINT_OPS}
         if self.memory_bank is not None:
             choices["memory_bank"] = MEMORY_BANKS
         for name, allowed in choices.items():

@@ -79,7 +79,7 @@ def greedy_coreset(rows: Tensor | ShardedRows, n: int, start: int = 0) -> Tensor
         start: index of the first pick.
 
     Returns:
-        (n,) int64 indices in order of selection, all different, the same on all ranks, on the device of `rows`.
+        (n,) int64, distinct indices in order of selection, the same on all ranks, on the device of `rows`.
 
     Raises:
         ValueError: n or start is out of range, or a row holds NaN or infinity; on all ranks.

@@ -22,10 +22,7 @@ class UndefinedMetricError(ValueError):
 
 
 def au_pro(masks: Images, anomaly_maps: Images, limit: float = 0.3, num_thresholds: int | None = None) -> float:
-    """Area under the PRO curve from FPR 0 to `limit`, divided by `limit`: 1 is perfect.
-
-    Arguments and errors as in `pro_curve` and `area_to_limit`; the published metric has 100 thresholds.
-    """
+    """Area under the PRO curve up to FPR `limit`, divided by it; arguments as in `pro_curve` and `area_to_limit`."""
     return area_to_limit(*pro_curve(masks, anomaly_maps, num_thresholds), limit)
 
 
@@ -35,8 +32,8 @@ def pro_curve(masks: Images, anomaly_maps: Images, num_thresholds: int | None = 
     Args:
         masks: (N, H, W), or N arrays (H, W) of any sizes; bool or 0-1, 1 = defect (above 0.5 counts).
         anomaly_maps: float, shaped as the masks, larger = more anomalous.
-        num_thresholds: None for one point per distinct score, T for thresholds at T equidistant ranks of the
-            anomaly-free scores.
+        num_thresholds: None for one point per distinct score, T for T equidistant ranks of the anomaly-free scores,
+            100 in the published metric.
 
     Returns:
         fprs, pros: (P,) float64 in [0, 1], both ascending, fprs from 0 to 1 and the last point (1, 1).

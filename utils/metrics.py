@@ -61,16 +61,12 @@ def evaluate(labels: ArrayLike, scores: ArrayLike, masks: Images, anomaly_maps: 
 def decision_metrics(labels: ArrayLike, scores: ArrayLike, threshold: float | None) -> dict[str, float | None]:
     """Quality of the decision "anomalous if the score is above the threshold", under the keys of results.json.
 
-    Args:
-        labels: (N,) 0-1, 1 = defective.
-        scores: (N,) finite float, larger = more anomalous.
-        threshold: None where no decision is made.
+    Labels are (N,), 1 = defective; scores (N,) finite float. Ratios with a denominator of 0 are None.
 
     Returns:
-        from 0 to 1, None where a ratio has an empty denominator: `precision`, `recall` and `false_alarm_rate` (share of
-        good samples called anomalous) at the threshold; `f1`, the best F1 of any threshold, and `f1_threshold`, the
-        largest score that gives it as a threshold, or a value just below all scores. The best F1 uses the labels, so it
-        is an upper bound, not an estimate of future performance.
+        `precision`, `recall` and `false_alarm_rate` (share of good samples called anomalous) at the threshold, None
+        without one; `f1`, the best F1 of any threshold, and `f1_threshold`, the largest score that gives it as a
+        threshold, or a value just below all scores. It uses the labels: an upper bound, not an estimate.
     """
     defective, values = np.asarray(labels) > 0.5, np.asarray(scores, dtype=np.float64)
     figures: dict[str, float | None] = dict.fromkeys(("f1", "f1_threshold", "precision", "recall", "false_alarm_rate"))
