@@ -13,12 +13,8 @@ Several processes, one per GPU (also with `python -m torch.distributed.launch`, 
 
     torchrun --nproc_per_node=4 fusion_pretrain.py --data_path datasets/patch_lib --output_dir checkpoints
 
-The paper's length: --max_steps 750 --warmup_steps 250 --lr 0.003. With --val_fraction 0.1, a tenth of the files shows
-after each epoch how often the rgb patch of the same place is found, which tells if anything is learned.
-
---output_dir receives checkpoint-<epoch>.pth, checkpoint-last.pth (also within an epoch, and on Ctrl-C),
-checkpoint-best.pth and log.txt. After an interruption: --resume checkpoints/checkpoint-last.pth, all other flags as
-before.
+The paper's length: --max_steps 750 --warmup_steps 250 --lr 0.003. After an interruption, add --resume
+checkpoints/checkpoint-last.pth to the same flags. More: docs/TRAINING_UFF.md.
 """
 
 import argparse
@@ -65,12 +61,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dist_url", default="env://", help="common address of the processes; env:// is the launcher's")
     add("--uff_pairing", choices=PAIRINGS, help="reference: the original's wrong order (default: as the files say)")
     add("--xyz_dim", type=int, help="width of xyz in the original's .pt files (default: found from the background)")
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="of the networks, the loss is always fp32; auto: bf16 on a GPU, fp32 on a CPU",
-    )
+    precision = "of the networks, the loss is always fp32; auto: bf16 on a GPU, fp32 on a CPU"
+    add("--precision", choices=PRECISIONS, default="auto", help=precision)
     add("--input_size", type=int, default=224, help="no effect, as in the original")
     return parser.parse_args(argv)
 

@@ -32,15 +32,13 @@ def align_to_patches(
 ) -> Tensor:
     """Interpolate to every valid point, project to the pixels, pool to the patch grid.
 
-    The pooling is the original's, AvgPool2d(3, stride 1) then AdaptiveAvgPool2d(grid), of a plane that is zero where
-    no point is.
-
     Args:
         point_features: features (G, C) at centers (G, 3), or (N, C) at the valid points themselves.
         xyz: (3, S, S) float32, meters, invalid pixels exactly 0, with N valid points.
         grid: patches along a side.
         exact_distances: interpolate with direct differences instead of expanded squares.
-        masked: pad the first pooling by one and leave the background out of the mean of a patch.
+        masked: pad the first of the poolings, AvgPool2d(3, stride 1) and AdaptiveAvgPool2d(grid), by one, and leave the
+            background out of the mean of a patch. Otherwise it counts as zero.
         point_ops: backend of the point search, see models.point_ops.
 
     Returns:

@@ -25,10 +25,8 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path | str
     if any(problems.values()):
         more = {problem: f" and {len(keys) - 5} more" if len(keys) > 5 else "" for problem, keys in problems.items()}
         listed = "; ".join(f"{each}: {', '.join(keys[:5])}{more[each]}" for each, keys in problems.items() if keys)
-        raise InputError(
-            f"{path} does not fit {type(module).__name__}: {listed}. "
-            "Check that the file belongs to the chosen backbone."
-        )
+        problem = f"{path} does not fit {type(module).__name__}: {listed}"
+        raise InputError(f"{problem}. Check that the file belongs to the chosen backbone.")
     module.load_state_dict(dict(state))
 
 
@@ -73,7 +71,5 @@ def _tensors(raw: Any, path: Path, containers: Sequence[str]) -> State:
     pairs = list(raw.items()) if isinstance(raw, Mapping) else []
     if pairs and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
         return {key.removeprefix("module."): value for key, value in pairs}
-    raise InputError(
-        f"{path} holds no state dict, flat or under {' or '.join(map(repr, containers))}. "
-        "Check that it is the published file."
-    )
+    places = f"flat or under {' or '.join(map(repr, containers))}"
+    raise InputError(f"{path} holds no state dict, {places}. Check that it is the published file.")

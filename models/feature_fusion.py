@@ -5,6 +5,7 @@ concatenation of both chi (`FeatureFusion.fuse`); the heads serve only the train
 Plain form: `reference.FeatureFusion`.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,20 +15,10 @@ from torch import Tensor, nn
 from models.checkpoints import load_strict
 from utils.errors import InputError
 
-_FIX = "Train one with fusion_pretrain.py."
 
-
-class Mlp(nn.Module):
+def mlp(dim: int, hidden_dim: int) -> nn.Sequential:
     """Linear, exact GELU, Linear: (..., dim) -> (..., dim)."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden_dim), act=nn.GELU(), fc2=nn.Linear(hidden_dim, dim)))
 
 
 class FeatureFusion(nn.Module):
@@ -41,12 +32,9 @@ class FeatureFusion(nn.Module):
         super().__init__()
         self.xyz_dim, self.rgb_dim, self.head_dim = xyz_dim, rgb_dim, head_dim
         # The original's order of construction, which fixes the random initial weights.
-        self.xyz_norm = nn.LayerNorm(xyz_dim)
-        self.xyz_mlp = Mlp(xyz_dim, round(xyz_dim * mlp_ratio))
-        self.rgb_norm = nn.LayerNorm(rgb_dim)
-        self.rgb_mlp = Mlp(rgb_dim, round(rgb_dim * mlp_ratio))
-        self.rgb_head = nn.Linear(rgb_dim, head_dim)
-        self.xyz_head = nn.Linear(xyz_dim, head_dim)
+        self.xyz_norm, self.xyz_mlp = nn.LayerNorm(xyz_dim), mlp(xyz_dim, round(xyz_dim * mlp_ratio))
+        self.rgb_norm, self.rgb_mlp = nn.LayerNorm(rgb_dim), mlp(rgb_dim, round(rgb_dim * mlp_ratio))
+        self.rgb_head, self.xyz_head = nn.Linear(rgb_dim, head_dim), nn.Linear(xyz_dim, head_dim)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], source: Path | str = "feature fusion") -> "FeatureFusion":
@@ -59,18 +47,17 @@ class FeatureFusion(nn.Module):
         try:
             xyz_dim, rgb_dim, hidden_dim, head_dim = (sum(state[f"{layer}.weight"].shape[:1]) for layer in layers)
         except KeyError as error:
-            raise InputError(f"{source} is no UFF checkpoint: {error} is missing. {_FIX}") from None
+            problem = f"{source} is no UFF checkpoint: {error} is missing"
+            raise InputError(f"{problem}. Train one with fusion_pretrain.py.") from None
         if 0 in (xyz_dim, rgb_dim, hidden_dim, head_dim):
-            raise InputError(f"{source} is no UFF checkpoint: a weight in it is empty. {_FIX}")
+            problem = f"{source} is no UFF checkpoint: a weight in it is empty"
+            raise InputError(f"{problem}. Train one with fusion_pretrain.py.")
         module = cls(xyz_dim, rgb_dim, hidden_dim / xyz_dim, head_dim)
         load_strict(module, state, source)
         return module.eval()
 
     def fuse(self, xyz: Tensor, rgb: Tensor) -> Tensor:
-        """Fusion patches f_fs = chi_xyz(f_xyz) (+) chi_rgb(f_rgb), (+) being concatenation in this order.
-
-        xyz (..., C_xyz) and rgb (..., C_rgb), float, of the same places become (..., C_xyz + C_rgb).
-        """
+        """Concatenate chi_xyz(xyz) and chi_rgb(rgb): (..., C_xyz) and (..., C_rgb) -> (..., C_xyz + C_rgb)."""
         return torch.cat([self.xyz_mlp(self.xyz_norm(xyz)), self.rgb_mlp(self.rgb_norm(rgb))], dim=-1)
 
     def forward(self, xyz: Tensor, rgb: Tensor) -> tuple[Tensor, Tensor]:

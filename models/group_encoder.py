@@ -34,9 +34,8 @@ class GroupEncoder(nn.Module):
             raise ValueError(f"point_norm is {point_norm!r}, expected one of {POINT_NORMS}")
         self.point_norm = point_norm
         self.first_conv = nn.Sequential(nn.Conv1d(3, 128, 1), nn.BatchNorm1d(128), nn.ReLU(), nn.Conv1d(128, 256, 1))
-        self.second_conv = nn.Sequential(
-            nn.Conv1d(512, 512, 1), nn.BatchNorm1d(512), nn.ReLU(), nn.Conv1d(512, out_dim, 1)
-        )
+        layers = nn.Conv1d(512, 512, 1), nn.BatchNorm1d(512), nn.ReLU(), nn.Conv1d(512, out_dim, 1)
+        self.second_conv = nn.Sequential(*layers)
 
     def forward(self, groups: Tensor) -> Tensor:
         """Encode groups (G, K, 3) float32, in meters relative to their centers, as tokens (G, C) float32."""
@@ -48,10 +47,8 @@ class GroupEncoder(nn.Module):
             hidden = [F.linear(block, weight, bias).relu_().to(dtype) for block in blocks]  # (B, K, 128) each
             maximum = _group_maxima(hidden, self.first_conv[3])  # (G, 256)
             weight, of_group = (each.to(dtype) for each in self._mixing_layer(hidden, maximum))  # (512, 128), (G, 512)
-            mixed = (  # (B, K, 512) each
-                F.linear(block, weight).add_(once[:, None]).relu_()
-                for block, once in zip(hidden, of_group.split([len(block) for block in hidden]), strict=True)
-            )
+            pairs = zip(hidden, of_group.split([len(block) for block in hidden]), strict=True)
+            mixed = (F.linear(block, weight).add_(once[:, None]).relu_() for block, once in pairs)  # (B, K, 512) each
             return _group_maxima(mixed, self.second_conv[3]).to(groups.dtype)
 
     def _first_layer(self, groups: Tensor) -> tuple[Tensor, Tensor]:

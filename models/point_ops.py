@@ -12,7 +12,7 @@ All points are float tensors, in meters; a wrong shape or dtype is a ValueError.
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,8 +95,7 @@ def three_nn_weights_expanded(points: Tensor, centers: Tensor, backend: str = "a
     if _choose_backend(backend, points) == "triton":
         squared, index = _triton_kernels().three_nearest(points, centers, expanded=True)
     else:
-        nearest = [_three_nearest_expanded(cloud, middle) for cloud, middle in zip(points, centers, strict=True)]
-        squared, index = _join(torch.stack, nearest)
+        squared, index = _join(torch.stack, map(_three_nearest_expanded, points, centers))
     return _inverse_distance_weights(squared), index
 
 
@@ -130,14 +129,14 @@ def _check_points(name: str, points: Tensor) -> None:
 def _check_search(queries: Tensor, points: Tensor, k: int) -> None:
     _check_points("queries", queries)
     _check_points("points", points)
-    if queries.shape[0] != points.shape[0]:
-        raise ValueError(f"queries and points differ in batch size: {queries.shape[0]} and {points.shape[0]}")
+    if len(queries) != len(points):
+        raise ValueError(f"queries and points differ in batch size: {len(queries)} and {len(points)}")
     if not 1 <= k <= points.shape[1]:
         raise ValueError(f"cannot find {k} neighbors among {points.shape[1]} points")
 
 
 def _choose_backend(backend: str, points: Tensor) -> str:
-    """The backend itself, or for "auto" the one that suits these points; "host" is k-d trees and NumPy."""
+    """The backend itself, or for "auto" the one that suits these points; "host": k-d trees and NumPy."""
     if backend not in POINT_OPS:
         raise ValueError(f"backend is {backend!r}, expected one of {POINT_OPS}")
     if backend == "triton" and points.dtype != torch.float32:
@@ -156,7 +155,7 @@ def _triton_kernels() -> Any:
     return importlib.import_module("models.point_ops_triton")
 
 
-def _join(how: Any, pairs: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+def _join(how: Any, pairs: Iterable[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
     """Join (values, index) pairs with torch.stack or torch.cat."""
     values, index = zip(*pairs, strict=True)
     return how(values), how(index)
@@ -212,11 +211,9 @@ def _knn_kd_tree(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tenso
 
 def _knn_direct(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Search in chunks of queries; peak memory is one block of MAX_BLOCK_ENTRIES distances."""
-    found = []
-    for chunk in queries.split(max(1, MAX_BLOCK_ENTRIES // len(points))):
-        distance = torch.cdist(chunk, points, compute_mode="donot_use_mm_for_euclid_dist")
-        found.append(distance.topk(k, largest=False, sorted=True))
-    return _join(torch.cat, found)
+    chunks = queries.split(max(1, MAX_BLOCK_ENTRIES // len(points)))
+    distances = (torch.cdist(chunk, points, compute_mode="donot_use_mm_for_euclid_dist") for chunk in chunks)
+    return _join(torch.cat, (distance.topk(k, largest=False, sorted=True) for distance in distances))
 
 
 def _three_nearest_expanded(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,16 +222,8 @@ def _three_nearest_expanded(points: Tensor, centers: Tensor) -> tuple[Tensor, Te
     found = []
     for chunk in points.split(max(1, MAX_BLOCK_ENTRIES // len(centers))):
         squared = (-2 * (chunk @ centers.T)).add_(chunk.square().sum(dim=1, keepdim=True)).add_(norms)
-        found.append(_smallest_three(squared))
+        smallest, index = squared.topk(min(4, len(centers)), largest=False, sorted=True)
+        tied = smallest[:, 2] == smallest[:, -1]  # the third center with the fourth: torch.sort decides in the original
+        index[tied, :3] = squared[tied].sort(dim=1).indices[:, :3]
+        found.append((smallest[:, :3], index[:, :3]))
     return _join(torch.cat, found)
-
-
-def _smallest_three(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The first three columns of values.sort(dim=1): values (R, 3), ascending, and index (R, 3).
-
-    Only rows whose third value ties with the fourth are sorted, since there torch.sort decides in the original.
-    """
-    smallest, index = values.topk(min(4, values.shape[1]), largest=False, sorted=True)
-    tied = smallest[:, 2] == smallest[:, -1]
-    index[tied, :3] = values[tied].sort(dim=1).indices[:, :3]
-    return smallest[:, :3], index[:, :3]

@@ -29,9 +29,8 @@ class VisionTransformerBackbone(RgbBackbone):
 
     Args:
         timm_name: name in timm 1.0, such as "vit_base_patch8_224.dino".
-        img_size: side of the square input, pixels; a multiple of the model's patch size.
-        own_normalization: bring the ImageNet-normalized input to the mean and deviation that the network was trained
-            with. The original does not, whatever the network.
+        img_size: side of the square input, pixels; a multiple of the patch size.
+        own_normalization: give the network the mean and deviation that it was trained with. The original does not.
 
     Raises:
         InputError: timm has no such vision transformer, or the patches do not divide img_size.
@@ -58,8 +57,7 @@ class VisionTransformerBackbone(RgbBackbone):
             raise InputError(f"{problem}. Choose a vision transformer of timm.") from None
         if img_size % patch:
             raise InputError(f"img_size {img_size} is no multiple of {timm_name}'s patch size {patch}. Choose one.")
-        self.model = model
-        self.embed_dim = model.num_features
+        self.model, self.embed_dim = model, model.num_features
         given = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
         wanted = given | (model.pretrained_cfg if own_normalization else {})
         given_mean, given_std = torch.tensor(given["mean"]), torch.tensor(given["std"])
@@ -147,8 +145,7 @@ def cached_weights(timm_name: str) -> Path | None:
 def load_vision_transformer(backbone: VisionTransformerBackbone, path: Path) -> VisionTransformerBackbone:
     """Load a .pth or .safetensors state dict or a JAX .npz file into a vision transformer, and return it.
 
-    timm converts the file: other names of the same weights become its own, and the position embedding is resampled to
-    the backbone's grid.
+    timm converts names of the same weights to its own, and resamples the position embedding to the backbone's grid.
 
     Raises:
         InputError: the file cannot be read, or a key is missing, left over or of another shape.
@@ -179,9 +176,7 @@ def _load_jax(model: Any, path: Path) -> None:
         model.load_pretrained(str(path))
     except (*unreadable, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as JAX ViT weights ({error}). Download it again.") from None
-    left_over = blocks - set(range(len(model.blocks)))  # timm ignores these
-    if left_over:
-        raise InputError(
-            f"{path} does not fit {type(model).__name__} of {len(model.blocks)} blocks: left over: "
-            f"encoderblock_{min(left_over)}. Check that the file belongs to the chosen backbone."
-        )
+    if left_over := blocks - set(range(len(model.blocks))):  # timm ignores these
+        problem = f"{path} does not fit {type(model).__name__} of {len(model.blocks)} blocks"
+        left = f"left over: encoderblock_{min(left_over)}"
+        raise InputError(f"{problem}: {left}. Check that the file belongs to the chosen backbone.")

@@ -5,25 +5,21 @@ from dataclasses import dataclass, replace
 
 from utils.errors import InputError
 
-LR_BATCH = 256  # the effective batch size of --blr
 FIX_DIVERGENCE = "Lower --lr or --blr, and continue from the last checkpoint with --resume."
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear from 0 to `peak_lr` over the warm-up, then half a cosine down to `min_lr` at the end.
-
-    Warm-up and total are counted in epochs, or in updates if `in_updates` is set.
-    """
+    """Linear from 0 to `peak_lr` over the warm-up, then half a cosine down to `min_lr` at the end."""
 
     peak_lr: float
     min_lr: float
     warmup: float
     total: float
-    in_updates: bool = False
+    in_updates: bool = False  # warm-up and total are counted in updates, not in epochs
 
     def learning_rate(self, progress: float) -> float:
-        """Learning rate at a fractional epoch, or number of updates made, in [0, total)."""
+        """Learning rate at a fractional epoch, or after so many updates, in [0, total)."""
         if progress < self.warmup:
             return self.peak_lr * progress / self.warmup
         rest = (progress - self.warmup) / (self.total - self.warmup)
@@ -99,7 +95,7 @@ class PretrainConfig:
 
     def with_lr(self, world_size: int) -> "PretrainConfig":
         """The same with `lr` filled in: blr * effective batch size / 256 where it is not given."""
-        lr = self.blr * (self.batch_size * self.accum_iter * world_size) / LR_BATCH if self.lr is None else self.lr
+        lr = self.blr * (self.batch_size * self.accum_iter * world_size) / 256 if self.lr is None else self.lr
         if self.min_lr > lr:
             raise InputError(f"--min_lr {self.min_lr} is above the peak learning rate {lr}. Lower it.")
         return replace(self, lr=lr)

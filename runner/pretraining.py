@@ -21,15 +21,7 @@ from models.contrastive import contrastive_loss, retrieval
 from models.feature_fusion import FeatureFusion
 from runner.pretrain_config import FIX_DIVERGENCE, PretrainConfig, Progress
 from runner.training import Trainer, load_checkpoint, make_loader, make_optimizer, save_checkpoint, split_files
-from utils.distributed import (
-    Ranks,
-    all_reduce_any,
-    all_reduce_sum,
-    choose_device,
-    find_ranks,
-    is_main,
-    process_group,
-)
+from utils.distributed import Ranks, all_reduce_any, all_reduce_sum, choose_device, find_ranks, is_main, process_group
 from utils.errors import InputError
 from utils.feature_store import PatchFileDataset
 from utils.precision import autocast
@@ -93,8 +85,8 @@ def pretrain(config: PretrainConfig, ranks: Ranks, device: torch.device) -> None
                 if stop or config.is_finished(progress):
                     break
             if not stop:
-                figures: dict[str, Any] = {"train_lr": step.mean_lr, "train_loss": step.mean_loss}
-                figures |= {"train_grad_norm": progress.grad_norm}
+                norm = progress.grad_norm
+                figures = {"train_lr": step.mean_lr, "train_loss": step.mean_loss, "train_grad_norm": norm}
                 if validation:
                     own = validation[ranks.rank :: ranks.world_size]
                     figures |= validate(model, dataset, own, device, config.precision)
@@ -121,10 +113,8 @@ def first_progress(
         for name, now in (("files", files), ("processes", ranks.world_size)):
             before = getattr(progress, name)
             if progress.batch and before != now:
-                raise InputError(
-                    f"{config.resume} was written mid-epoch with {before} {name}, not {now}. Resume with as many, or "
-                    "from the end of an epoch."
-                )
+                problem = f"{config.resume} was written mid-epoch with {before} {name}, not {now}"
+                raise InputError(f"{problem}. Resume with as many, or from the end of an epoch.")
     progress.processes, progress.files = ranks.world_size, files
     if config.is_finished(progress):
         done = f"{progress.epoch} epochs and {progress.updates} updates"

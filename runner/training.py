@@ -60,10 +60,8 @@ def split_files(count: int, val_fraction: float, seed: int) -> tuple[list[int], 
     """
     held_out = round(count * val_fraction)
     if val_fraction > 0 and not 0 < held_out < count:
-        raise InputError(
-            f"--val_fraction {val_fraction} of {count} patch files is {held_out}. Choose one that leaves files to "
-            "train on and to validate on, or 0."
-        )
+        problem = f"--val_fraction {val_fraction} of {count} patch files is {held_out}"
+        raise InputError(f"{problem}. Choose one that leaves files to train on and to validate on, or 0.")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(order[held_out:]), sorted(order[:held_out])
 
@@ -80,24 +78,15 @@ def make_loader(
     share = math.ceil(files / ranks.world_size)
     batches = share // size
     if batches == 0:
-        raise InputError(
-            f"{files} patch files for {ranks.world_size} process(es) are fewer than one batch of {size} each. "
-            f"Give --batch_size {share} or less."
-        )
+        problem = f"{files} patch files for {ranks.world_size} process(es) are fewer than one batch of {size} each"
+        raise InputError(f"{problem}. Give --batch_size {share} or less.")
     if config.drop_last_group and batches < config.accum_iter:
-        raise InputError(
-            f"An epoch has {batches} batches ({files} files, batch size {size}, {ranks.world_size} process(es)), "
-            f"fewer than the {config.accum_iter} of one update. Give --accum_iter {batches} or less."
-        )
-    sampler: DistributedSampler[tuple[Tensor, Tensor, int]] = DistributedSampler(
-        dataset, ranks.world_size, ranks.rank, shuffle=True, seed=config.seed
-    )
+        problem = f"An epoch has {batches} batches, fewer than the {config.accum_iter} of one update"
+        raise InputError(f"{problem}. Give --accum_iter {batches} or less.")
+    sampler: DistributedSampler[Any] = DistributedSampler(dataset, ranks.world_size, ranks.rank, seed=config.seed)
+    epoch, workers = _EpochBatches(sampler, size, drop_last=True), config.num_workers
     return DataLoader(
-        dataset,
-        batch_sampler=_EpochBatches(sampler, size, drop_last=True),  # type: ignore[arg-type]
-        num_workers=config.num_workers,
-        pin_memory=pin_memory,
-        persistent_workers=config.num_workers > 0,
+        dataset, batch_sampler=epoch, num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0
     )
 
 
@@ -152,7 +141,11 @@ class Trainer:
                     heads = self.model(*(each.to(self.device, non_blocking=True) for each in (xyz, rgb)))
                 loss = self.loss_of(*heads)
                 mean_loss = all_reduce_sum(loss.detach()).item() / world_size()
-                self._check_loss(mean_loss, index, [] if torch.isfinite(loss) else files)
+                if not math.isfinite(mean_loss):
+                    suspects = broadcast_object(gather_objects([] if torch.isfinite(loss) else files))
+                    where = f"epoch {progress.epoch}, batch {index}, learning rate {lr:g}"
+                    reasons = f"training has diverged, or one of these files is bad: {', '.join(suspects)}"
+                    raise InputError(f"The loss is {mean_loss} at {where}: {reasons}. {FIX_DIVERGENCE}")
                 (loss / size).backward()
             progress.loss_sum += mean_loss
             progress.lr_sum += lr
@@ -161,30 +154,17 @@ class Trainer:
             yield Step(epoch, lr, mean_loss, len(heads[0]), grad_norm, *means, last=index + 1 == count)
         progress.epoch, progress.batch, progress.loss_sum, progress.lr_sum = progress.epoch + 1, 0, 0.0, 0.0
 
-    def _check_loss(self, loss: float, index: int, suspects: list[str]) -> None:
-        if math.isfinite(loss):
-            return
-        lr = self.optimizer.param_groups[0]["lr"]
-        files = broadcast_object(gather_objects(suspects))
-        raise InputError(
-            f"The loss is {loss} at epoch {self.progress.epoch}, batch {index}, learning rate {lr:g}: training has "
-            f"diverged, or one of these files is bad: {', '.join(files)}. {FIX_DIVERGENCE}"
-        )
-
     def _update(self, index: int, group_files: list[str]) -> float:
         """Let the optimizer take a step after micro-batch `index`; returns the L2 norm of the gradient."""
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients).item()
         if not math.isfinite(norm):
-            files = broadcast_object(gather_objects(group_files))
-            raise InputError(
-                f"The gradient is not finite at epoch {self.progress.epoch}, batch {index}, though the loss is. Check "
-                f"the values of these files, or lower --lr or --blr: {', '.join(files)}"
-            )
+            files = ", ".join(broadcast_object(gather_objects(group_files)))
+            problem = f"The gradient is not finite at epoch {self.progress.epoch}, batch {index}, though the loss is"
+            raise InputError(f"{problem}. Check the values of these files, or lower --lr or --blr: {files}")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.progress.grad_norm = norm
-        self.progress.batch = index + 1
+        self.progress.grad_norm, self.progress.batch = norm, index + 1
         self.progress.updates += 1
         return norm
 
@@ -234,9 +214,8 @@ def load_checkpoint(
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is no checkpoint of this training: {error!r}. Check the path.") from None
     for name in fixed:
-        if written.get(name) != getattr(args, name):
-            raise InputError(
-                f"{path} was written with --{name} {written.get(name)}, not {getattr(args, name)}. "
-                "Resume with the flags that it was written with."
-            )
+        before, now = written.get(name), getattr(args, name)
+        if before != now:
+            problem = f"{path} was written with --{name} {before}, not {now}"
+            raise InputError(f"{problem}. Resume with the flags that it was written with.")
     return progress

@@ -53,7 +53,7 @@ class PatchFile(NamedTuple):
 
 
 def grid_side(patches: Tensor) -> int:
-    """Side of the square grid of (n, C) patches; ValueError if n is no square."""
+    """Side of the square grid of patches (n, C); ValueError if n is no square."""
     side = math.isqrt(len(patches))
     if side**2 != len(patches):
         raise ValueError(f"{len(patches)} patches do not fill a square grid")
@@ -108,15 +108,11 @@ def write_features(
     """
     from safetensors.torch import save
 
-    if dtype not in STORAGE_DTYPES.values():
-        raise ValueError(f"patch files hold float16 or float32, not {dtype}")
     if features.xyz is None or features.rgb is None:
         raise InputError(f"{class_name}/{stem} lacks a modality. Save features with DINO+Point_MAE: both rgb and xyz.")
     path = Path(folder) / class_name / f"{stem}{SUFFIX}"
-    tensors = {
-        name: to_storage(patches.detach(), dtype).cpu().contiguous()
-        for name, patches in (("xyz", features.xyz), ("rgb", features.rgb))
-    }
+    patches = {"xyz": features.xyz, "rgb": features.rgb}
+    tensors = {name: to_storage(each.detach(), dtype).cpu().contiguous() for name, each in patches.items()}
     _check_finite(path, **tensors)
     widths = (features.xyz.shape[1], features.rgb.shape[1])
     grids = (grid_side(features.xyz), grid_side(features.rgb))
@@ -171,10 +167,9 @@ class PatchFileDataset(Dataset[tuple[Tensor, Tensor, int]]):
         first = self.files[0]
         for file in self.files:
             if file[3:] != first[3:]:
-                raise InputError(
-                    f"The patch files differ in ({', '.join(PatchFile._fields[3:])}): {first.path} has {first[3:]}, "
-                    f"{file.path} has {file[3:]}. {_KEEP_APART}"
-                )
+                both = f"{first.path} has {first[3:]}, {file.path} has {file[3:]}"
+                names = ", ".join(PatchFile._fields[3:])
+                raise InputError(f"The patch files differ in ({names}): {both}. {_KEEP_APART}")
         self.xyz_dim, self.rgb_dim = first.xyz_dim, first.rgb_dim
         self.pairing = pairing or first.pairing
 
@@ -278,9 +273,6 @@ def to_storage(features: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _check_finite(path: Path, **modalities: Tensor) -> None:
     for name, patches in modalities.items():
-        bad = int((~torch.isfinite(patches)).any(dim=1).sum())
-        if bad:
-            raise InputError(
-                f"{path}: {bad} of {len(patches)} {name} patches hold NaN or infinite values in {patches.dtype}. "
-                "Check the scan and the backbone's weights."
-            )
+        if bad := int((~torch.isfinite(patches)).any(dim=1).sum()):
+            problem = f"{bad} of {len(patches)} {name} patches hold NaN or infinite values in {patches.dtype}"
+            raise InputError(f"{path}: {problem}. Check the sample and the backbone's weights.")
