@@ -64,7 +64,7 @@ class PatchExtractor:
 
     @property
     def no_patches(self) -> PatchFeatures:
-        """The features of a sample without patches: (0, C) of each bank."""
+        """Features of no patches: (0, C) of each bank."""
         networks = {"xyz": self.xyz_backbone, "rgb": self.rgb_backbone}
         widths = {name: network.embed_dim for name, network in networks.items() if network is not None}
         if "fusion" in self.config.method.banks:
@@ -72,7 +72,7 @@ class PatchExtractor:
         return PatchFeatures(**{name: torch.empty(0, width, device=self.device) for name, width in widths.items()})
 
     def __call__(self, sample: Sample) -> PatchFeatures:
-        """Extract the features of one sample; errors as in `extract`."""
+        """Extract the features of one sample; see `extract`."""
         return self.extract([sample])[0]
 
     @torch.inference_mode()
@@ -112,23 +112,20 @@ class PatchExtractor:
             if len(points) < least:
                 grouped = isinstance(self.xyz_backbone, PointTransformer)
                 lower = ", or fit with lower --num_group and --group_size" if grouped else ""
-                size = f"{self.config.img_size}x{self.config.img_size}"
-                raise InputError(
-                    f"{sample.path} has {len(points)} valid points at {size}, but {self.config.xyz_backbone_name} "
-                    f"needs at least {least}. Repair the point cloud{lower}."
-                )
+                size, name = self.config.img_size, self.config.xyz_backbone_name
+                problem = f"{sample.path} has {len(points)} valid points at {size}x{size}, but {name} needs at least"
+                raise InputError(f"{problem} {least}. Repair the point cloud{lower}.")
         # One at a time on a CPU, where batches gain nothing, so results do not depend on batch composition.
         batches = [[points] for points in clouds] if self.device.type == "cpu" else [clouds]
         with autocast(self.device, self.precision):
             found = [of_cloud for batch in batches for of_cloud in self.xyz_backbone(batch)]
-        protocol = self.config.protocol
         return [
             align_to_patches(
                 PointFeatures(features.float(), centers),
                 xyz,
                 self.config.xyz_grid,
-                exact_distances=protocol.exact_distances,
-                masked=protocol.masked_pooling,
+                exact_distances=self.config.protocol.exact_distances,
+                masked=self.config.protocol.masked_pooling,
                 point_ops=self.config.point_ops,
             )
             for (features, centers), xyz in zip(found, planes, strict=True)
@@ -172,15 +169,8 @@ def build_extractor(
     if "rgb" in needed:
         rgb = build_rgb_backbone(config.rgb_backbone_name, checkpoint_dir, config.img_size, rgb_checkpoint)
     if "xyz" in needed:
-        xyz = build_xyz_backbone(
-            config.xyz_backbone_name,
-            checkpoint_dir,
-            num_group=config.num_group,
-            group_size=config.group_size,
-            point_norm=config.point_norm,
-            point_ops=config.point_ops,
-            checkpoint=xyz_checkpoint,
-        )
+        settings = {name: getattr(config, name) for name in ("num_group", "group_size", "point_norm", "point_ops")}
+        xyz = build_xyz_backbone(config.xyz_backbone_name, checkpoint_dir, checkpoint=xyz_checkpoint, **settings)
     if config.use_uff and fusion_module_path is not None and xyz is not None and rgb is not None:
         fusion = build_feature_fusion(fusion_module_path, xyz_dim=xyz.embed_dim, rgb_dim=rgb.embed_dim)
     return PatchExtractor(config, rgb, xyz, fusion, device)

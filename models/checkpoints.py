@@ -31,7 +31,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path | str
 
 
 def weights_checksum(module: nn.Module) -> str:
-    """SHA-256, in hexadecimal, of a network's state dict: the weights, whatever file they came from."""
+    """SHA-256, in hexadecimal, of a network's state dict: of its weights, whatever file they came from."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

@@ -74,7 +74,12 @@ class GroupEncoder(nn.Module):
         of_group = maximum.double() @ on_maximum.T + (on_local @ local_bias + bias)  # (G, 512)
         if self.point_norm == "running":
             return _fold(self.second_conv[1], on_hidden, of_group)
-        group_means, mean, covariance = _moments(hidden)
+        group_means = torch.cat([block.mean(dim=1, dtype=torch.float32) for block in hidden]).double()  # (G, 128)
+        mean = group_means.mean(dim=0)
+        around = mean.to(hidden[0].dtype)  # subtracted in the precision of the products, so that nothing cancels
+        products = sum((x.T @ x).double() for x in (block.flatten(0, 1) - around for block in hidden))
+        rounding = mean - around
+        covariance = products / (len(maximum) * hidden[0].shape[1]) - rounding.outer(rounding)  # (128, 128)
         offset = of_group.mean(dim=0)
         centered = of_group - offset
         between = centered.T @ (group_means - mean) / len(maximum)  # (512, 128)
@@ -98,16 +103,6 @@ def _fold(
     # Rounding in bf16 can make a small variance negative.
     scale = norm.weight / torch.sqrt(variance.double().clamp_min(0) + norm.eps)
     return scale[:, None] * weight, scale * (bias - mean) + norm.bias
-
-
-def _moments(hidden: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Group means (G, D), mean (D,) and covariance (D, D), float64, of the points in blocks (B, K, D)."""
-    group_means = torch.cat([block.mean(dim=1, dtype=torch.float32) for block in hidden]).double()
-    mean = group_means.mean(dim=0)
-    around = mean.to(hidden[0].dtype)  # subtracted in the precision of the products, so that nothing cancels
-    products = sum((x.T @ x).double() for x in (block.flatten(0, 1) - around for block in hidden))
-    rounding = mean - around
-    return group_means, mean, products / (len(group_means) * hidden[0].shape[1]) - rounding.outer(rounding)
 
 
 def _variance(weight: Tensor, covariance: Tensor) -> Tensor:

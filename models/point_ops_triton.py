@@ -35,12 +35,8 @@ MAX_KEYS = 1 << 25  # 8 bytes each: 256 MB
 def farthest_point_sample(coordinates: Tensor, nearest: Tensor, n: int, block: int = SAMPLING_BLOCK) -> Tensor:
     """Picks (B, n) int64 like models.point_ops.farthest_point_sample, by one program per cloud.
 
-    Args:
-        coordinates: (B, 3, N) float32, contiguous, meters.
-        nearest: (B, N) float32, contiguous: squared distances to start from, negative for points that are never
-            picked; overwritten.
-        n: number of picks.
-        block: points at a time, a power of two.
+    `coordinates` are (B, 3, N) float32, contiguous, meters. `nearest` (B, N) float32, contiguous, holds the squared
+    distances to start from, negative for points that are never picked, and is overwritten. `block`: points at a time.
     """
     batch, _, count = coordinates.shape
     picks = coordinates.new_empty(batch, n, dtype=torch.int64)

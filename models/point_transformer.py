@@ -25,7 +25,7 @@ class PointFeatures(NamedTuple):
 class PointBackbone(nn.Module):
     """A network of the 3D branch: clouds of valid points (N, 3) float32, meters, N >= min_points -> PointFeatures each.
 
-    N may differ between clouds. The features of a cloud do not depend on the others, up to rounding.
+    N may differ between clouds, and features do not depend on the other clouds of the batch, up to rounding.
     """
 
     embed_dim: int
@@ -69,11 +69,7 @@ class PointTransformer(PointBackbone):
         self.cls_pos = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
 
     def forward(self, clouds: Sequence[Tensor]) -> list[PointFeatures]:
-        """Extract features (num_group, embed_dim) and centers (num_group, 3) of a batch of clouds.
-
-        Clouds (N, 3) are float32, in meters, valid points only. Features are the outputs of the three taken blocks
-        through the final norm, concatenated.
-        """
+        """Extract features (num_group, embed_dim), of three blocks, and centers (num_group, 3) of clouds (N, 3)."""
         groups, centers = zip(*self.group(clouds), strict=True)
         tokens = torch.stack([self.reduce_dim(self.encoder(of_cloud)) for of_cloud in groups])  # (B, G, width)
         with torch.autocast(tokens.device.type, enabled=False):  # in bf16 the centers would move by a millimeter

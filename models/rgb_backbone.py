@@ -18,7 +18,7 @@ HUB_FILE = "model.safetensors"  # of every model that timm publishes on the Hugg
 
 
 class RgbBackbone(nn.Module):
-    """A network of the RGB branch: (B, 3, S, S) float32, ImageNet-normalized -> (B, grid_size**2, embed_dim)."""
+    """Images (B, 3, S, S) float32, ImageNet-normalized -> patch features (B, grid_size**2, embed_dim), row-major."""
 
     embed_dim: int
     grid_size: int
@@ -66,7 +66,7 @@ class VisionTransformerBackbone(RgbBackbone):
         self.register_buffer("shift", ((given_mean - mean) / std)[:, None, None], persistent=False)
 
     def forward(self, rgb: Tensor) -> Tensor:
-        """Patch features (B, grid_size**2, embed_dim), row-major, of images (B, 3, S, S), ImageNet-normalized."""
+        """Extract patch features; see RgbBackbone."""
         tokens: Tensor = self.model.forward_features(rgb * self.scale + self.shift)
         return tokens.flatten(1, -2)[:, self.prefix_tokens :]  # some models give (B, grid, grid, C)
 
@@ -93,7 +93,7 @@ class EfficientNetLiteBackbone(RgbBackbone):
         self.grid_size = -(-img_size // self.model.feature_info[self.STAGES[0]]["reduction"])
 
     def forward(self, rgb: Tensor) -> Tensor:
-        """Patch features (B, grid_size**2, embed_dim), row-major, of images (B, 3, S, S), ImageNet-normalized."""
+        """Extract patch features; see RgbBackbone."""
         stages = self.model.forward_intermediates(rgb, indices=list(self.STAGES), intermediates_only=True)
         means = (F.avg_pool2d(stage, 3, stride=1, padding=1) for stage in stages)
         planes = [F.interpolate(mean, size=(self.grid_size, self.grid_size), mode="bilinear") for mean in means]
@@ -104,13 +104,12 @@ def pretrained_source(timm_name: str) -> str | None:
     """Address of a timm model's weights; None where timm does not know the name."""
     import timm
 
-    if not timm.is_model(timm_name):
-        return None
     try:
         repository = _hub_repository(timm_name)
     except RuntimeError:  # timm knows the architecture, but no weights by that name
         return None
-    return f"https://huggingface.co/{repository}" if repository else "its authors (timm knows no address)"
+    address = f"https://huggingface.co/{repository}" if repository else "its authors (timm knows no address)"
+    return address if timm.is_model(timm_name) else None
 
 
 def _hub_repository(timm_name: str) -> str | None:
@@ -169,7 +168,7 @@ def load_vision_transformer(backbone: VisionTransformerBackbone, path: Path) -> 
 
 @torch.no_grad()
 def _load_jax(model: Any, path: Path) -> None:
-    unreadable = (OSError, ValueError, LookupError, AttributeError, AssertionError, EOFError, RuntimeError)
+    unreadable = OSError, ValueError, LookupError, AttributeError, AssertionError, EOFError, RuntimeError
     try:
         with zipfile.ZipFile(path) as archive:
             blocks = {int(number) for number in re.findall(r"encoderblock_(\d+)/", " ".join(archive.namelist()))}

@@ -15,7 +15,6 @@ with the rgb patches on the xyz grid in the scrambled order of the "reference" p
 """
 
 import math
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,8 +82,8 @@ def pair_rgb(rgb: Tensor, rows: int, pairing: str = "aligned") -> Tensor:
     n = len(rgb)
     if rows % n:
         raise InputError(f"{rows} xyz patches per {n} rgb patches is no whole number. Use the aligned pairing.")
-    i, j = torch.arange(rows) % n, torch.arange(rows) // n
-    return rgb[(rows // n * i + j) % n]
+    row = torch.arange(rows)
+    return rgb[(rows // n * (row % n) + row // n) % n]
 
 
 def write_features(
@@ -119,7 +118,7 @@ def write_features(
     header = PatchFile(path, class_name, stem, *widths, *grids, xyz_backbone, rgb_backbone, pairing)
     metadata = {key: str(value) for key, value in header._asdict().items() if key != "path"}
     with atomic_path(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata | {"schema": SCHEMA}))  # only its owner can read a save_file
+        temporary.write_bytes(save(tensors, metadata | {"schema": SCHEMA}))  # save_file would hide it from other users
     return path
 
 
@@ -225,8 +224,8 @@ def _original_headers(paths: list[Path], xyz_dim: int | None) -> list[PatchFile]
         raise InputError(f"{path} is {first.shape[1]} wide, too narrow for an rgb part. Correct --xyz_dim {xyz_dim}.")
     grids = (grid_side(first), grid_side(_unscramble(path, first[:, xyz_dim:])))
     layout = (xyz_dim, first.shape[1] - xyz_dim, *grids, "unknown", "unknown", "aligned")
-    names = [re.fullmatch(r"(.*?)(\d*)", path.stem) for path in paths]
-    return [PatchFile(path, name[1], name[2], *layout) for path, name in zip(paths, names, strict=True) if name]
+    classes = [path.stem.rstrip("0123456789") for path in paths]
+    return [PatchFile(p, name, p.stem.removeprefix(name), *layout) for p, name in zip(paths, classes, strict=True)]
 
 
 def _load_original(path: Path) -> Tensor:
