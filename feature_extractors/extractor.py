@@ -156,13 +156,10 @@ def build_extractor(
     rgb_checkpoint: Path | None = None,
     xyz_checkpoint: Path | None = None,
 ) -> PatchExtractor:
-    """Build the networks that the method needs, and only those, with their weights.
+    """Build the networks that the method needs, and only those; InputError if a checkpoint is missing or does not fit.
 
     The published files are in `checkpoint_dir`, unless `rgb_checkpoint` or `xyz_checkpoint` names one. Without
     `fusion_module_path`, the UFF is left to PatchExtractor.with_fusion.
-
-    Raises:
-        InputError: a checkpoint is missing or does not fit.
     """
     needed = config.method.modalities
     rgb = xyz = fusion = None

@@ -22,11 +22,9 @@ def contrastive_loss(xyz_head_out: Tensor, rgb_head_out: Tensor, negatives: str 
     2 * mean_i(-log(exp(q_i . k_i) / sum_t exp(q_i . k_t))), about 2 ln N before anything is learned. Computed in
     float32 or better. Peak memory: blocks of MAX_BLOCK_ENTRIES similarities. Plain form: `reference.contrastive_loss`.
 
-    Args:
-        xyz_head_out: (N, head_dim) outputs of the xyz head.
-        rgb_head_out: (N, head_dim) outputs of the rgb head; the partner of row i is row i.
-        negatives: the k of the sum: "local" are those of this rank, "global" those of all ranks. The mean of the
-            global value and gradient over the ranks, as DDP takes it, equals a single process with all rows.
+    The heads' outputs are (N, head_dim) each; the partner of row i is row i. `negatives` chooses the k of the sum:
+    "local" those of this rank, "global" those of all ranks. The mean of the global value and gradient over the ranks,
+    as DDP takes it, equals a single process with all rows.
 
     Raises:
         InputError: N is 0; with "global", in all ranks together.

@@ -27,10 +27,8 @@ class RgbBackbone(nn.Module):
 class VisionTransformerBackbone(RgbBackbone):
     """A timm vision transformer: all patch tokens after the final norm, class and register tokens dropped.
 
-    Args:
-        timm_name: name in timm 1.0, such as "vit_base_patch8_224.dino".
-        img_size: side of the square input, pixels; a multiple of the patch size.
-        own_normalization: give the network the mean and deviation that it was trained with. The original does not.
+    `timm_name` is a name in timm 1.0, such as "vit_base_patch8_224.dino"; `img_size` the side of the square input in
+    pixels. `own_normalization` gives the network the mean and deviation that it was trained with.
 
     Raises:
         InputError: timm has no such vision transformer, or the patches do not divide img_size.

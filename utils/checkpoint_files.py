@@ -41,10 +41,8 @@ def read_checkpoint(path: Path) -> Any:
         # Only the name is taken: torch's message also advises how to unpickle everything.
         named = re.search(r"GLOBAL (\S+)", str(error))
         found = f"it holds a {named[1]}" if named else "it is no checkpoint or a damaged one"
-        raise InputError(
-            f"{path} is refused: {found}, and only tensors, plain containers, argparse.Namespace and NumPy scalars are "
-            "unpickled. Download it again from its authors."
-        ) from None
+        allowed = "only tensors, plain containers, argparse.Namespace and NumPy scalars are unpickled"
+        raise InputError(f"{path} is refused: {found}, and {allowed}. Download it again from its authors.") from None
     except Exception as error:  # damaged bytes make the unpickler raise anything
         reason = re.split(r"\n|\. ", str(error).strip())[0] or type(error).__name__
         raise InputError(f"{path} cannot be read as a checkpoint ({reason}). Download it again.") from None
