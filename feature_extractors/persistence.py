@@ -42,11 +42,7 @@ SVMS = ("score_coef", "map_coef")
 
 
 def check_target(folder: Path | str) -> None:
-    """Check, before the fit, that a detector may be saved in `folder`: absent, empty, or a detector.
-
-    Raises:
-        InputError: the folder holds something else, which saving would delete.
-    """
+    """Check that a detector may be saved in `folder`; InputError if it holds anything but a detector."""
     folder = Path(folder)
     try:
         found = sorted(folder.iterdir()) if folder.exists() else []
@@ -197,6 +193,7 @@ def _rows_in(dtype: torch.dtype, name: str, bank: MemoryBank) -> Tensor:
 
 
 def _check_backbones(saved: SavedDetector, extractor: PatchExtractor) -> None:
+    """Refuse an extractor whose weights are not those of the fit."""
     for modality, name in saved.record.config.backbone_names.items():
         expected, found = saved.record.backbone_sha256.get(modality, ""), extractor.checksums[modality]
         if found != expected:

@@ -151,11 +151,14 @@ def sample_readers(files: list[SampleFiles], run: Run) -> tuple[ReadArray, ReadA
     used = run.config.method.modalities
     shown = shown_modalities(run.settings, used)
 
+    def read_image(number: int) -> NDArray | None:
+        return read_rgb(files[number]) if "rgb" in shown else None
+
     def read_cloud(number: int) -> NDArray | None:
         path = files[number].xyz
         return read_organized_pc(path) if path is not None and "xyz" in used else None
 
-    return lambda number: read_rgb(files[number]) if "rgb" in shown else None, read_cloud
+    return read_image, read_cloud
 
 
 def save_patches(class_name: str, run: Run, sample: Sample, features: PatchFeatures) -> None:

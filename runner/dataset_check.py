@@ -45,9 +45,8 @@ class SplitReport(NamedTuple):
             cleaned = f"not {self.raw}" if self.raw else "yes"
             cloud = ("{:.0%} to {:.0%}".format(*self.valid), "{:.3f} to {:.3f}".format(*self.depth), cleaned)
         sizes = " ".join(f"{height}x{width}" for height, width in self.sizes)
-        return tuple(
-            map(str, (self.class_name, self.split, self.samples, self.defective, sizes, *cloud, len(self.problems)))
-        )
+        cells = (self.class_name, self.split, self.samples, self.defective, sizes, *cloud, len(self.problems))
+        return tuple(map(str, cells))
 
 
 class _SampleReport(NamedTuple):

@@ -78,7 +78,7 @@ class RunSettings:
         return self.save_preds is not None and (not self.save_preds or method in self.save_preds)
 
     def check_use(self, config: DetectorConfig, methods: Iterable[str]) -> None:
-        """Refuse flags that have no effect on a run of these methods, whose features `config` extracts."""
+        """Refuse flags without effect on these methods; `config` is the one of their `extraction_config`."""
         name, modalities = config.method_name, config.method.modalities
         if self.save_feature and len(modalities) < 2:
             raise InputError(
