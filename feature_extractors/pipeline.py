@@ -32,7 +32,7 @@ STAGES = ("extract", "coreset", "fuse", "calibrate", "score", "metrics")
 
 
 class Stopwatch:
-    """Seconds spent in each named stage, added to a copy of `seconds`."""
+    """Seconds spent in each stage, in addition to the given `seconds`."""
 
     def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
         self.seconds = dict(seconds or dict.fromkeys(STAGES, 0.0))
@@ -98,8 +98,7 @@ def fit_detector(
 def _fit_decision_fusion(detector: Detector, features: TrainingFeatures) -> DecisionFusion:
     """Fit the SVMs to the training samples of all ranks, on the first rank."""
     config, group = detector.config, features.group
-    bar = progress_bar(features, desc="decision fusion", unit="sample")
-    results = [detector.bank_results(each) for each in bar]
+    results = [detector.bank_results(each) for each in progress_bar(features, desc="decision fusion", unit="sample")]
     scores = gather_objects([list(bank_scores.values()) for bank_scores, _ in results], group)
     maps = gather_objects([list(bank_maps.values()) for _, bank_maps in results], group)
     fusion = None

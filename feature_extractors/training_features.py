@@ -79,10 +79,9 @@ class TrainingFeatures:
             if not stored.isfinite().all():
                 too_large = each.isfinite().all()
                 fix = "Use --train_feature_dtype fp32." if too_large else "Check its files and the checkpoints."
-                raise InputError(
-                    f"the {name} features of {path or f'good sample {self.count}'} hold NaN or infinity as "
-                    f"{str(self.dtype).removeprefix('torch.')}. {fix}"
-                )
+                dtype = str(self.dtype).removeprefix("torch.")
+                which = path or f"good sample {self.count}"
+                raise InputError(f"the {name} features of {which} hold NaN or infinity as {dtype}. {fix}")
             self._arrays[name][self.count] = stored
             self._release(name)
         self.count += 1

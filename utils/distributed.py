@@ -100,10 +100,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         return device
     device = torch.device("cuda", local_rank if device.index is None else device.index)
     if device.index >= (count := torch.cuda.device_count()):
-        raise InputError(
-            f"there is no {device}, only {count} GPU{'s' if count != 1 else ''}. Give --device cpu, or start no more "
-            "processes on a machine than it has GPUs."
-        )
+        gpus = f"{count} GPU{'s' if count != 1 else ''}"
+        raise InputError(f"there is no {device}, only {gpus}. Give --device cpu, or start no more processes than GPUs.")
     return device
 
 
