@@ -87,11 +87,7 @@ class PointTransformer(PointBackbone):
         return [PointFeatures(*each) for each in zip(features, centers, strict=True)]
 
     def group(self, clouds: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Divide each cloud (N, 3) into groups (G, K, 3), relative to their centers (G, 3); meters.
-
-        Raises:
-            ValueError: a cloud has fewer points than `min_points`.
-        """
+        """Divide clouds (N, 3) into groups (G, K, 3), relative to centers (G, 3); ValueError if N < min_points."""
         if (fewest := min(map(len, clouds))) < self.min_points:
             needed = f"{self.num_group} groups of {self.group_size} points need at least {self.min_points}"
             raise ValueError(f"{fewest} valid points, but {needed}")

