@@ -2,11 +2,11 @@
 
 Three steps lead to the triple method; this script is the second:
 
-    python main.py --method_name DINO+Point_MAE --memory_bank multiple --save_feature \
+    python main.py --method_name DINO+Point_MAE --memory_bank multiple --save_feature \\
         --save_feature_path datasets/patch_lib
-    OMP_NUM_THREADS=1 python fusion_pretrain.py --accum_iter 16 --lr 0.003 --batch_size 16 \
+    OMP_NUM_THREADS=1 python fusion_pretrain.py --accum_iter 16 --lr 0.003 --batch_size 16 \\
         --data_path datasets/patch_lib --output_dir checkpoints
-    python main.py --method_name DINO+Point_MAE+Fusion --use_uff --memory_bank multiple \
+    python main.py --method_name DINO+Point_MAE+Fusion --use_uff --memory_bank multiple \\
         --fusion_module_path checkpoints/checkpoint-2.pth
 
 Several processes, one per GPU (also with `python -m torch.distributed.launch`, or mpirun and --dist_on_itp):

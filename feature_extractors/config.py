@@ -45,7 +45,7 @@ METHODS = {
 
 
 def covering_method(names: Iterable[str]) -> str:
-    """Method with the fewest banks that include those of all named methods, preferably one of these."""
+    """The smallest method whose banks cover those of every named method; a named one wins a tie."""
     named = list(names)
     wanted = {bank for name in named for bank in METHODS[name].banks}
     covering = [name for name, method in METHODS.items() if wanted <= set(method.banks)]
@@ -54,7 +54,7 @@ def covering_method(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Behaviors in which the published computation differs from the intended one. Defaults: the published ones."""
+    """Switches where the published code does not do what was intended. False: as published; True: corrected."""
 
     own_statistics: bool = False  # mean and std of each bank, instead of the method's rule
     own_coreset_size: bool = False  # f_coreset of each bank, instead of rgb and fusion from the reduced xyz bank

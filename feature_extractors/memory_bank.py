@@ -13,8 +13,8 @@ MAX_BLOCK_ENTRIES, MAX_BLOCK_ENTRIES_ON_GPU = 1 << 24, 1 << 28
 QUERIES_AT_ONCE_ON_CPU = 256
 # Entries of the direct differences computed at once: 64 MB, on a GPU 256 MB.
 MAX_DIFFERENCE_ENTRIES, MAX_DIFFERENCE_ENTRIES_ON_GPU = 1 << 24, 1 << 26
-# Expanded squares replace squared distances below this share of the squared norms. Below 2^-9 they keep less than four
-# digits.
+# Where d^2 / (|q|^2 + |r|^2) is below this value, |q|^2 + |r|^2 - 2 q r replaces the exact d^2, to reproduce the
+# original's rounding. Below 2^-9 less than four digits are left.
 EXPANDED_BELOW = {"nowhere": 0.0, "cancelling": 2.0**-9, "everywhere": torch.inf}
 
 
@@ -76,8 +76,8 @@ class MemoryBank:
 
         Args:
             queries: (M, D) float32, normalized with `statistics`. Equal ones, such as background, are searched once.
-            expanded: a key of EXPANDED_BELOW, for the reference's |q|^2 + |r|^2 - 2 q r in fp32, which cancels: a patch
-                of the bank may be at 0.04 from itself, and the SVMs fitted on training samples are sensitive to that.
+            expanded: a key of EXPANDED_BELOW. The published code computes |q|^2 + |r|^2 - 2 q r in fp32, so that a
+                patch of the bank can be 0.04 away from itself; its SVMs are fitted to these errors.
 
         Returns:
             distance (M,), Euclidean (not squared); index (M,) int64 into `rows`, the lowest where distances tie.

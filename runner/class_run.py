@@ -130,8 +130,8 @@ def own_samples(
 ) -> tuple[Iterator[Sample], int]:
     """Samples of a split that this process reads, and their number.
 
-    Batches are those of a single process: others change the last digits of the features, to which the SVMs are
-    sensitive.
+    Shards start at batch boundaries, so that batches match those of a single process. Other batches would change the
+    last digits of the features, to which the SVMs are sensitive.
     """
     own = shard_range(len(files), group, extractor.batch_size)
     dataset = AnomalyDataset(files[own.start : own.stop], run.config.method.modalities, run.config.img_size)

@@ -7,7 +7,7 @@ from itertools import pairwise
 logger = logging.getLogger(__name__)
 
 PARALLEL = ("auto", "classes", "samples")
-# Assumed fraction of a class's time that more processes do not shorten: SVMs, metrics, report (docs/PERFORMANCE.md).
+# Assumed fraction of a class's time that more processes do not shorten: SVMs, metrics, report (docs/DISTRIBUTED.md).
 SERIAL_FRACTION = 0.1
 
 

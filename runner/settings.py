@@ -69,8 +69,8 @@ class RunSettings:
             saved, out = self.save_detector.resolve(), self.output_dir.resolve()
             if saved.is_relative_to(out) or out.is_relative_to(saved):
                 raise InputError(
-                    f"--save_detector {self.save_detector} and --output_dir {self.output_dir} lie in one another. "
-                    "Choose folders beside each other."
+                    f"--save_detector {self.save_detector} and --output_dir {self.output_dir} are the same folder, or "
+                    "one is inside the other. Choose separate folders."
                 )
 
     def saves_predictions(self, method: str) -> bool:
@@ -82,7 +82,7 @@ class RunSettings:
         name, modalities = config.method_name, config.method.modalities
         if self.save_feature and len(modalities) < 2:
             raise InputError(
-                f"--save_feature needs both, but {name} extracts only {', '.join(modalities)}. Use DINO+Point_MAE."
+                f"--save_feature needs rgb and xyz, but {name} has only {', '.join(modalities)}. Use DINO+Point_MAE."
             )
         for method in self.save_preds or ():
             if method not in methods:
@@ -157,7 +157,7 @@ def _add_output_flags(add: Callable[..., Any]) -> None:
 def _add_detector_flags(add: Callable[..., Any]) -> None:
     """Flags that become a DetectorConfig, whose defaults they have."""
     add("--protocol", choices=PROTOCOLS, help="as published, or with the corrections listed in the README")
-    add("--point_norm", choices=POINT_NORMS, help="BatchNorm statistics of the group encoder: cloud, or checkpoint")
+    add("--point_norm", choices=POINT_NORMS, help="BatchNorm statistics: cloud (its own) or running (the checkpoint's)")
     add("--img_size", type=int, help="side that images and clouds are resized to, pixels")
     add("--group_size", type=int, help="points per group of the point transformer")
     add("--num_group", type=int, help="groups per cloud of the point transformer")
@@ -176,9 +176,9 @@ def _add_detector_flags(add: Callable[..., Any]) -> None:
 def _add_machine_flags(add: Callable[..., Any]) -> None:
     add("--device", default="auto", help="cpu, cuda, or cuda:<number>; auto takes a GPU where there is one")
     add("--precision", choices=PRECISIONS, help="precision of the networks; auto: bf16 where the device supports it")
-    help_text = "memory of each process, by default its share of half the machine's; the rest goes to files in TMPDIR"
+    help_text = "memory limit of each process (default: half the machine's, shared); features beyond go to TMPDIR"
     add("--memory_budget", type=float, metavar="GB", help=help_text)
-    add("--train_feature_dtype", default="fp32", choices=STORAGE_DTYPE_NAMES, help="dtype of these training features")
+    add("--train_feature_dtype", default="fp32", choices=STORAGE_DTYPE_NAMES, help="dtype of features in the fit")
     add("--point_ops", choices=POINT_OPS, help="backend of the point searches; auto: k-d trees on CPU, triton on GPU")
     add("--num_workers", type=int, default=2, help="threads of each process that read files ahead")
     help_text = "what several processes divide: classes, or the samples of each class; auto: whichever finishes sooner"

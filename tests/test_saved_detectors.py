@@ -525,7 +525,7 @@ def test_detectors_and_results_lie_apart(
     capsys: pytest.CaptureFixture[str], base: list[object], tmp_path: Path, kept: str, left: str
 ) -> None:
     message = refusal(capsys, *base, "--save_detector", kept, "--output_dir", left)
-    assert message.startswith(f"--save_detector {kept} and --output_dir {left} lie in one another")
+    assert message.startswith(f"--save_detector {kept} and --output_dir {left} are the same folder, or one is inside")
     assert not list(tmp_path.iterdir())
 
 
