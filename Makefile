@@ -1,10 +1,10 @@
-# make demo    synthetic samples from scan to report, in minutes; downloads pip packages only
+# make demo    all steps from synthetic scans to the report, in minutes; downloads only pip packages
 # make test    the fast tests, including parity with the original's recorded numbers (minutes)
 # make test-slow  the other tests: benchmarks, several processes, a browser, whole runs
 # make lint    ruff and mypy
 # make browser  a headless browser, for the tests of report.html (with apt, as root)
-# make bench   every stage beside its plain form, and the small steps; run it on an idle machine
-# All of them set up .venv first, once; a second call installs nothing.
+# make bench   time of every stage beside its plain form, and of the small steps; run it on an idle machine
+# All but browser first set up .venv; a second call installs nothing.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -24,7 +24,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 	@$(MAKE) --no-print-directory system-libraries
 	@touch $@
 
-# open3d's wheel needs libraries of the system: its import tells whether they are there.
+# open3d's wheel needs system libraries. Its import fails if they are missing.
 .PHONY: system-libraries
 system-libraries:
 	@if $(BIN)/python -c 'import open3d' 2>/dev/null; then exit 0; fi; \
@@ -48,7 +48,7 @@ test: setup
 test-slow: setup
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
-# For the tests of report.html, which skip without it.
+# The browser tests of report.html skip without chromium.
 browser:
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; }
