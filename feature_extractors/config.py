@@ -66,10 +66,7 @@ class Protocol:
     exact_au_pro: bool = False  # headline AU-PRO from the exact curve, instead of 100 thresholds
 
 
-PROTOCOLS = {
-    "reference": Protocol(),
-    "corrected": Protocol(**{each.name: True for each in fields(Protocol)}),
-}
+PROTOCOLS = {"reference": Protocol(), "corrected": Protocol(**{each.name: True for each in fields(Protocol)})}
 
 
 @dataclass(frozen=True)
