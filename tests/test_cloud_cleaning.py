@@ -255,7 +255,7 @@ def faulty(fault: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ("millimeters", r"reach 5\d\d.*, expected meters and at most 100"),
         ("no border", r"^\d\d of the 3000 pixels within 10 of the image border .* expected 25% and at least 50"),
         ("all plane", "Nothing is left of the scan: 0 pixels lie off the plane"),
-        ("dust", "^60 of the 3000 pixels .* Take the original scan if this one was cleaned before"),
+        ("dust", "^60 of the 3000 pixels .* If the scan was cleaned before, take the original one"),
         ("rgb size", r"The image is 79 x 90 \(H x W\), the point cloud 80 x 90"),
         ("gt size", r"The ground truth is 80 x 50 \(H x W\), the point cloud 80 x 90"),
     ],

@@ -361,7 +361,7 @@ def spoil(parts: Path) -> dict[str, str]:
         "001": "cut short",
         "002": "no complete PNG or JPEG",
         "003": "no valid point",
-        "004": f"{SIDE} x {SIDE} pixels (H x W), its cloud {SIDE // 2} x {SIDE}",
+        "004": f"{SIDE} x {SIDE} pixels (H x W), but its cloud {SIDE // 2} x {SIDE}",
         "005": "9 valid points",
         "006": "expected H x W x 3",
         "007": "has no image",

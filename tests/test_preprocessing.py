@@ -75,7 +75,7 @@ def test_keep_rgb_only_pads_the_photograph(dataset: Path) -> None:
 def test_changed_parameters_are_refused(dataset: Path) -> None:
     preprocess(config_for(dataset))
     before = contents(dataset)
-    with pytest.raises(InputError, match=r"keep_rgb False \(now True\)\. Keep to that, give another output folder"):
+    with pytest.raises(InputError, match=r"keep_rgb False \(now True\)\. Use the old settings, give another output"):
         preprocess(config_for(dataset, keep_rgb=True))
     other = replace(config_for(dataset, dry_run=True), rule=CleaningRule(cluster_eps=0.005))
     with pytest.raises(InputError, match=r"cluster_eps 0.006 \(now 0.005\)"):
@@ -92,7 +92,7 @@ def test_dry_run_writes_nothing_and_finds_what_headers_tell(dataset: Path, tmp_p
         summary = preprocess(config_for(dataset, output, dry_run=True))
         assert summary.done == ALL[:1]
         photo = dataset / "bagel/train/good/rgb/000.png"
-        reason = f"{photo} is 41 x 44, its xyz file 40 x 44 (H x W). Restore them from the dataset."
+        reason = f"{photo} is 41 x 44, but its xyz file 40 x 44 (H x W). Restore them from the dataset."
         assert summary.failed[ALL[1]] == reason
         assert "cut short" in summary.failed[ALL[2]]
     assert contents(tmp_path) == before
@@ -147,7 +147,7 @@ def test_a_cleaned_part_that_reaches_the_border_is_not_cleaned_twice(tmp_path: P
     before = contents(folder)
     assert valid_mask(read_organized_pc(folder / "xyz/000.tiff"))[:, 0].any()
     failed = preprocess(config_for(tmp_path / "parts")).failed
-    assert "Take the original scan if this one was cleaned before" in failed["rod/train/good/000"]
+    assert "If the scan was cleaned before, take the original one" in failed["rod/train/good/000"]
     assert contents(folder) == before
 
 

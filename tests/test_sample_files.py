@@ -334,8 +334,8 @@ def test_intrinsics_that_windows_wrote(tmp_path: Path) -> None:
     [
         (np.zeros((H, W), np.uint8), "holds L pixels"),
         (np.zeros((H, W, 3), np.uint8), "holds RGB pixels"),
-        (np.ones((H + 1, W), np.uint16), f"{H + 1} pixels high, the intrinsics are for {H}"),
-        (np.ones((H, W + 1), np.uint16), f"{W + 1} pixels wide, the intrinsics are for {W}"),
+        (np.ones((H + 1, W), np.uint16), f"{H + 1} pixels high, but the intrinsics say {H}"),
+        (np.ones((H, W + 1), np.uint16), f"{W + 1} pixels wide, but the intrinsics say {W}"),
     ],
 )
 def test_a_picture_that_is_no_depth(tmp_path: Path, pixels: np.ndarray, part: str) -> None:
@@ -361,20 +361,20 @@ def without(content: bytes, *lines: bytes) -> bytes:
 
 
 BROKEN = {
-    "empty.pcd": (b"", "no PCD file"),
-    "rubbish.pcd": (bytes(range(256)) * 600, "no PCD file"),
-    "header_only.pcd": (pcd_bytes("binary")[:100], "no PCD file"),
+    "empty.pcd": (b"", "not a PCD file"),
+    "rubbish.pcd": (bytes(range(256)) * 600, "not a PCD file"),
+    "header_only.pcd": (pcd_bytes("binary")[:100], "not a PCD file"),
     "flat.pcd": (pcd_bytes("binary", height=1, width=H * W), f"{H * W} x 1 points.*unorganized.*NaN"),
-    "cut.pcd": (pcd_bytes("binary")[:-1], f"{H * W - 1} points where its header promises {H * W}"),
+    "cut.pcd": (pcd_bytes("binary")[:-1], f"{H * W - 1} points, but its header says {H * W}"),
     "cut_ascii.pcd": (pcd_bytes("ascii").rsplit(b"\n", 3)[0], f"{H * W - 2} points where"),
-    "short_line.pcd": (pcd_bytes("ascii").rsplit(b" ", 1)[0] + b"\n", "a line that is no point"),
-    "words.pcd": (pcd_bytes("ascii").rsplit(b"\n", 2)[0] + b"\na b c\n", "a line that is no point"),
+    "short_line.pcd": (pcd_bytes("ascii").rsplit(b" ", 1)[0] + b"\n", "a line that is not a point"),
+    "words.pcd": (pcd_bytes("ascii").rsplit(b"\n", 2)[0] + b"\na b c\n", "a line that is not a point"),
     "blank.pcd": (pcd_bytes("ascii").split(b"DATA ascii\n")[0] + b"DATA ascii\n" + b"\n" * H * W, "0 points where"),
     "cut_packed.pcd": (pcd_bytes("binary_compressed")[:-1], "compressed bytes"),
     "no_packed.pcd": (pcd_bytes("binary_compressed").split(b"compressed\n")[0] + b"compressed\n123", "0 points where"),
     "few_packed.pcd": (
         pcd_bytes("binary_compressed").replace(f"WIDTH {W}".encode(), f"WIDTH {W + 1}".encode()),
-        f"{H * W} points where its header promises {H * (W + 1)}",
+        f"{H * W} points, but its header says {H * (W + 1)}",
     ),
     "bad_packed.pcd": (
         pcd_bytes("binary_compressed")[:-170] + b"\xff" * 170,
@@ -389,11 +389,11 @@ BROKEN = {
     "no_z.pcd": (pcd_bytes("binary").replace(b"FIELDS x y z", b"FIELDS x y w"), r"1 w \(f4\), expected x, y and z"),
     "no_x.pcd": (pcd_bytes("binary").replace(b"COUNT 1 1 1", b"COUNT 0 1 1"), r"0 x \(f4\), .*expected x, y and z"),
     "many.pcd": (pcd_bytes("binary", MIXED).replace(b"COUNT 1", b"COUNT 1" + bytes(22).replace(b"\0", b"0")), "header"),
-    "vast.pcd": (pcd_bytes("binary", height=8193, width=8192), "promises 8193 x 8192 points.*at most"),
+    "vast.pcd": (pcd_bytes("binary", height=8193, width=8192), "has 8193 x 8192 points.*at most"),
     "remark.pcd": (pcd_bytes("ascii").rsplit(b"\n", 2)[0] + b"\n# 1 2 3\n", "no point.*convert string '#'"),
-    "empty.ply": (b"", "no PLY file"),
-    "pcd.ply": (pcd_bytes("binary"), "no PLY file"),
-    "header_only.ply": (ply_bytes("ascii")[:80], "no PLY file"),
+    "empty.ply": (b"", "not a PLY file"),
+    "pcd.ply": (pcd_bytes("binary"), "not a PLY file"),
+    "header_only.ply": (ply_bytes("ascii")[:80], "not a PLY file"),
     "other_size.ply": (ply_bytes("ascii", points=H * W - 1), f"{H * W - 1} points, expected {H} x {W}"),
     "fewer_points.ply": (
         ply_bytes("ascii", remarks=[f"obj_info num_cols {W + 1}", f"obj_info num_rows {H}"]),

@@ -1,13 +1,13 @@
-"""Clean the scans of a dataset in the layout of MVTec 3D-AD: remove the plane, keep the largest cluster, and pad.
+"""Clean the scans of a dataset in the layout of MVTec 3D-AD: remove the table, keep the largest cluster, and pad.
 
     python utils/preprocessing.py datasets/mvtec3d/ --dry_run --preview before_after.png   # check, show, write nothing
     python utils/preprocessing.py datasets/mvtec3d/                  # in place, on all cores
     python utils/preprocessing.py datasets/mvtec3d/ --output_dir datasets/mvtec3d_clean/ --workers 4
 
 Every scan <class>/<split>/<defect>/{rgb,xyz,gt}/<stem> is cleaned and padded to a square (see
-utils/cleaning/cloud_cleaning.py). Results are .tiff and .png files. In place they replace .tif and .jpg files.
+utils/cleaning/cloud_cleaning.py). Results are .tiff and .png files. In place, they replace .tif and .jpg files.
 
-The script may be killed at any moment. The same command continues, and does nothing once all is done.
+The script may be killed at any moment. Repeated, the same command continues; once all is done, it changes nothing.
 preprocessing.json in the output folder records the parameters and the checksums of every file before and after.
 Exit code: 0 all done, 1 some scans failed (listed at the end), 2 bad arguments or folder.
 """
@@ -47,7 +47,7 @@ VERSION = 1  # of the cleaning: raise it when the same scan and rule give anothe
 
 @dataclass(frozen=True)
 class Config:
-    """Flags of the script, and the rule of the cleaning."""
+    """Flags of the script, and the parameters of the cleaning."""
 
     dataset: Path
     output_dir: Path | None
@@ -126,14 +126,14 @@ def _complete_scans(folder: Path, root: Path, failed: dict[str, str]) -> list[Sc
 
 
 def clean_files(scan: Scan, config: Config) -> Record:
-    """Clean one scan and write the results under temporary names; errors as of `clean_scan` and `write_results`."""
+    """Clean one scan and write the results under temporary names; errors as in `clean_scan` and `write_results`."""
     pair = _read_and_clean(scan, config)
     arrays = {"xyz": pair.clean_xyz, "rgb": pair.clean_rgb, "gt": pair.clean_gt}
     return write_results(scan, {name: array for name, array in arrays.items() if array is not None}, config.output)
 
 
 def _source(scan: Scan, modality: str) -> Path:
-    """Return the file of a modality; InputError where there are several."""
+    """Return the file of a modality; InputError if there are several."""
     files = scan.sources[modality]
     if len(files) > 1:
         raise InputError(f"{' and '.join(map(str, files))} are files of one scan. Keep one of them.")
@@ -160,7 +160,7 @@ def preview(config: Config, path: Path) -> dict[str, str]:
         the reason for each scan that was left out because it cannot be cleaned.
 
     Raises:
-        InputError: no format has the suffix of `path`, there is no scan to draw, or the file cannot be written.
+        InputError: the suffix of `path` is no image format, there is no scan to draw, or the file cannot be written.
     """
     check_format(path)
     pairs: dict[str, Pair] = {}
@@ -186,7 +186,7 @@ def preview(config: Config, path: Path) -> dict[str, str]:
 
 
 def preprocess(config: Config) -> Summary:
-    """Clean every scan that is not done yet. A dry run only reads headers; its `done` are the scans left to clean.
+    """Clean every scan that is not done yet. A dry run only reads headers; its `done` lists the scans left to clean.
 
     Raises:
         InputError: see `find_scans`, `Journal` and `process_scans`; or a preprocessed dataset would be cleaned twice.
@@ -207,14 +207,14 @@ def preprocess(config: Config) -> Summary:
 
 
 def _fault(scan: Scan) -> str:
-    """Return the reason why a scan would fail, as far as headers tell, or nothing."""
+    """Return the reason why a scan would fail, as far as headers show, or an empty string."""
     try:
         height, width = organized_pc_header(_source(scan, "xyz"))
         for modality in scan.sources.keys() - {"xyz"}:
             with open_image(path := _source(scan, modality)) as image:
                 if image.size != (width, height):
                     return (
-                        f"{path} is {image.height} x {image.width}, its xyz file {height} x {width} (H x W). "
+                        f"{path} is {image.height} x {image.width}, but its xyz file {height} x {width} (H x W). "
                         "Restore them from the dataset."
                     )
     except InputError as error:
@@ -228,9 +228,9 @@ def parse_args(argv: Sequence[str] | None) -> Config:
     parser.add_argument("dataset", type=Path, help="folder that holds the classes")
     parser.add_argument("--output_dir", type=Path, help="write there instead of in place; the dataset stays as it is")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one for each core")
-    parser.add_argument("--keep_rgb", action="store_true", help="only pad the images, keep their background")
+    parser.add_argument("--keep_rgb", action="store_true", help="keep the background of the images; only pad them")
     parser.add_argument("--dry_run", action="store_true", help="check pairs, headers and sizes; change nothing")
-    text = f"first draw a scan of each class before and after ({', '.join(FORMATS)})"
+    text = f"first draw one scan of each class before and after cleaning ({', '.join(FORMATS)})"
     parser.add_argument("--preview", type=Path, metavar="IMAGE", help=text)
     args = parser.parse_args(argv)
     if args.workers < 1:

@@ -26,8 +26,8 @@ class CleaningRule:
     fit_sample: int = 50  # border points for one candidate plane
     fit_iterations: int = 1000  # candidates at most
     fit_confidence: float = 1 - 1e-8  # stop early when a better candidate is less likely than 1 minus this
-    seed: int = 0  # of the candidates, for each scan anew
-    plane_distance: float = 0.005  # from the plane to the points that are removed with it
+    seed: int = 0  # of the candidates, the same for each scan
+    plane_distance: float = 0.005  # points nearer to the plane than this are removed
     cluster_eps: float = 0.006  # radius of a point's neighborhood
     cluster_min_points: int = 30  # size of a core point's neighborhood, itself included
     side_multiple: int = 100  # pixels: the padded side is the larger image side rounded up to a multiple
@@ -36,7 +36,7 @@ class CleaningRule:
     min_support: float = 0.5  # share of the measured border points on the plane in a raw scan
 
     def settings(self) -> dict[str, Any]:
-        """Parameters that results depend on, for the manifest. The last two only refuse scans."""
+        """Parameters that results depend on, for the manifest; the two left out only decide which scans are refused."""
         return {name: value for name, value in asdict(self).items() if name not in ("min_border", "min_support")}
 
 
@@ -87,16 +87,16 @@ def clean_scan(
 def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRule) -> np.ndarray:
     """Fit the plane under the object to the measurements in a frame along the image border (RANSAC).
 
-    The best of many planes through small random samples is refitted to its supporters until these no longer change.
-    (The reference refits once.) The result does not depend on the samples, which `rng` draws, unless the object covers
-    more than about a quarter of the border.
+    The best of many planes through small random samples is refitted to its supporting points until these no longer
+    change. (The reference refits once.) The result does not depend on the samples, which `rng` draws, unless the object
+    covers more than about a quarter of the border.
 
     Returns:
         (4,) float64: unit normal n, of either sign, and offset d of the plane n . p + d = 0.
 
     Raises:
-        InputError: too little of the border is measured, as in a cleaned scan, too few of its points lie on the
-            plane, or these lie on a line.
+        InputError: too little of the border is measured, as in a cleaned scan; too few of its points lie on the
+            plane; or the points on the plane form a line.
     """
     frame = np.ones(xyz.shape[:2], dtype=bool)
     frame[rule.border : -rule.border, rule.border : -rule.border] = False
@@ -104,8 +104,8 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
     if len(points) < max(rule.fit_sample, rule.min_border * frame.sum()):
         raise InputError(
             f"{len(points)} of the {frame.sum()} pixels within {rule.border} of the image border have a measurement, "
-            f"expected {rule.min_border:.0%} and at least {rule.fit_sample}. Take the original scan if this one was "
-            "cleaned before, or else crop it to its measured area."
+            f"expected {rule.min_border:.0%} and at least {rule.fit_sample}. If the scan was cleaned before, take the "
+            "original one; otherwise crop it to its measured area."
         )
     support = _best_support(points, rng, rule)
     for _ in range(rule.fit_iterations):
@@ -120,12 +120,12 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
 
 
 def _require_table(points: np.ndarray, support: np.ndarray, rule: CleaningRule) -> None:
-    """Raise InputError where too few points (N, 3) of the border support the plane, or these lie on a line."""
+    """Raise InputError if too few of the border points (N, 3) support the plane, or the supporting ones form a line."""
     if not support.mean() > rule.min_support:
         raise InputError(
             f"{support.mean():.0%} of the {len(points)} measurements within {rule.border} pixels of the image border "
-            f"lie on one plane, expected more than {rule.min_support:.0%}. Take the original scan if this one was "
-            "cleaned before, or else leave it out."
+            f"lie on one plane, expected more than {rule.min_support:.0%}. If the scan was cleaned before, take the "
+            "original one; otherwise leave it out."
         )
     across = float(np.sqrt(np.linalg.eigvalsh(np.cov(points[support].T))[1].clip(0)))
     if across < rule.fit_distance:
@@ -151,7 +151,7 @@ def remove_plane(xyz: np.ndarray, plane: np.ndarray, distance: float) -> np.ndar
 
 
 def largest_cluster(xyz: np.ndarray, rule: CleaningRule) -> np.ndarray:
-    """Return the mask (H, W) of the largest cluster of a cloud (H, W, 3); of equally large ones, the first by rows.
+    """Return the mask (H, W) of the largest cluster of a cloud (H, W, 3); the first by rows if several are as large.
 
     Raises:
         InputError: no pixel is left, or all of them are noise.
@@ -193,9 +193,9 @@ def cluster_labels(points: np.ndarray, eps: float, min_points: int) -> np.ndarra
 
     A core point has at least `min_points` points within `eps`, itself counted. Core points within `eps` of each
     other share a cluster, numbered by its first core point. Another point joins the lowest cluster with a core point
-    within `eps`. The usual algorithm visits every pair of neighbors, hundreds for each point of a dense scan. Here
-    space is cut into cells so small that all points of a cell are neighbors: points in a full cell are core points,
-    and clusters grow cell by cell.
+    within `eps`. The usual algorithm visits every pair of neighbors, hundreds for each point of a dense scan. This one
+    divides space into cells so small that all points of a cell are neighbors. All points of a cell with at least
+    `min_points` are core points, and clusters grow cell by cell.
 
     Args:
         points: (N, 3) float64, meters; finite, within a million eps of each other.
@@ -275,7 +275,7 @@ def _best_support(points: np.ndarray, rng: np.random.Generator, rule: CleaningRu
 
 
 def _least_squares_plane(points: np.ndarray) -> np.ndarray:
-    """Return the plane (4,) of least squared distance to points (N, 3): the direction they vary least in."""
+    """Return the plane (4,) of least squared distance to points (N, 3); they vary least along its normal."""
     center = points.mean(axis=0)
     offset = points - center
     normal = np.linalg.eigh(offset.T @ offset)[1][:, 0]

@@ -1,8 +1,8 @@
 """Record of preprocessed scans. A run may be killed at any moment and repeated, and no scan is cleaned twice.
 
-A scan has up to three files, which cannot be renamed at once. A run writes them under temporary names, appends their
-checksums to preprocessing.journal, and only then renames them. The next run finishes the renames of the journal and
-moves its lines into preprocessing.json, the manifest. A scan in neither record is untouched.
+A scan has up to three files, which cannot be renamed in one step. A run writes them under temporary names, appends
+their checksums to preprocessing.journal, and only then renames them. The next run finishes the renames listed in the
+journal and moves its lines into preprocessing.json, the manifest. A scan in neither record is untouched.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ from utils.scans.json_records import MissingRecordError, decode_record, encode_r
 SCHEMA = 1
 MANIFEST = "preprocessing.json"
 JOURNAL = "preprocessing.journal"
-TEMPORARY = ".preprocessing"  # last suffix of the temporary names, which no reader of datasets takes for scans
+TEMPORARY = ".preprocessing"  # last suffix of the temporary names, so that no reader takes the files for scans
 FIX = f"Restore the original dataset and delete {MANIFEST} and {JOURNAL}"
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
 
@@ -46,7 +46,7 @@ class Scan:
         return path.with_name(path.name + TEMPORARY)
 
     def is_in(self, root: Path) -> bool:
-        """Tell whether the results replace the sources."""
+        """Return True if results under `root` replace the sources."""
         return any(path.parent == self.file(root, name).parent for name in self.sources for path in self.sources[name])
 
 
@@ -73,7 +73,7 @@ class Manifest(msgspec.Struct):
 
 
 def read_manifest(root: Path) -> Manifest | None:
-    """Read manifest and journal of a folder; None without a manifest, InputError where one of them is damaged."""
+    """Read manifest and journal of a folder; None without a manifest, InputError if one of them is damaged."""
     try:
         manifest = read_record(root / MANIFEST, Manifest, SCHEMA, FIX)
         text = (root / JOURNAL).read_text(encoding="ascii", errors="replace")
@@ -96,7 +96,7 @@ def script_of(settings: Mapping[str, Any]) -> str:
 
 
 class Journal:
-    """Preprocessed scans of the folder `output`, kept there, and the `settings` that their results depend on.
+    """Record, kept in the folder `output`, of its preprocessed scans and the `settings` that they depend on.
 
     Raises:
         InputError: manifest or journal cannot be read, is damaged, or was written with other settings.
@@ -107,7 +107,7 @@ class Journal:
         self.read()
 
     def read(self) -> None:
-        """Read manifest and journal again, and write nothing; errors as of the constructor."""
+        """Read manifest and journal again without writing anything; errors as in the constructor."""
         manifest = read_manifest(self.output)
         self.is_new = manifest is None
         manifest = manifest or Manifest(SCHEMA, self.settings, {})
@@ -115,7 +115,7 @@ class Journal:
         self.done, self.renaming = manifest.scans, manifest.in_journal
 
     def recover(self, scans: Iterable[Scan]) -> None:
-        """Finish the renames of a killed run, of `scans` and others; InputError where a file cannot be written."""
+        """Finish the renames of a killed run, also of scans not in `scans`; InputError if a file cannot be written."""
         if not (self.output / JOURNAL).is_file():  # no run was killed
             return
         known = {scan.name: scan for scan in scans}
@@ -155,9 +155,9 @@ class Journal:
         self.renaming = set()
 
     def is_done(self, scan: Scan) -> bool:
-        """Tell whether a scan has its recorded results. Results elsewhere must be of the present sources.
+        """Return True if a scan has its recorded results. If these are not in place, the sources must be unchanged.
 
-        Sizes and times decide. Files are only read where these differ, as in a copied dataset.
+        Sizes and times decide. Files are only read if these differ, as in a copied dataset.
 
         Raises:
             InputError, OSError: files that were cleaned in place have changed, or a file cannot be read.
@@ -186,7 +186,7 @@ class Journal:
                     temporary.replace(result)
                 for source in scan.sources.get(modality, ()):
                     beside = source.parent == result.parent and source.is_file() and result.is_file()
-                    # A file system that ignores case has one file by both names.
+                    # On a file system that ignores case, both names may denote the same file.
                     if beside and not source.samefile(result) and sha256(source) == file.source:
                         source.unlink()
         except OSError as error:
@@ -199,14 +199,14 @@ class Journal:
         changed = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in pairs.items() if old != new)
         if changed:
             raise InputError(
-                f"{self.output} was preprocessed with {changed}. Keep to that, give another output folder, or "
+                f"{self.output} was preprocessed with {changed}. Use the old settings, give another output folder, or "
                 f"restore replaced originals and delete {MANIFEST}."
             )
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second run out of `folder`; InputError while another process is in. The lock ends with the process."""
+    """Lock `folder` against a second run; InputError if another process holds the lock. It ends with the process."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -218,13 +218,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def sha256(*paths: Path) -> str:
-    """Return the SHA-256 of a file, or of the lines of hexadecimal digits of several; OSError for an unreadable one."""
+    """Return the SHA-256 of a file, or of the joined digests of several files; OSError if one cannot be read."""
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def stamp(path: Path) -> Stamp:
-    """Return size and time of the last change; OSError where there is no such file."""
+    """Return size and time of the last change; OSError if there is no such file."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 

@@ -1,4 +1,4 @@
-"""Preprocessing of many scans: in several processes, recorded in the journal, with a summary at the end."""
+"""Preprocessing of many scans in several processes, with a journal and a summary."""
 
 import multiprocessing
 import os
@@ -37,10 +37,10 @@ def process_scans(
 ) -> Summary:
     """Process every scan that is not done yet, in `workers` processes; 1 means this one.
 
-    `process` writes the results of a scan under temporary names. `failed` are the reasons of scans that failed before.
+    `process` writes the results of a scan under temporary names. `failed` has the reasons of scans that failed before.
 
     Raises:
-        InputError: the output folder cannot be written to, another run is at work on it, or a worker was killed.
+        InputError: the output folder cannot be written to, another run is using it, or a worker was killed.
     """
     require_own_folder(scans, journal)
     if not journal.output.is_dir():
@@ -51,7 +51,7 @@ def process_scans(
         pending, skipped, faults = split_scans(scans, journal)
         failed, done = failed | faults, []
         if pending:  # a finished dataset may lie on a read-only disk
-            journal.save()  # a journal counts only beside a manifest
+            journal.save()  # a journal is only read beside a manifest
             with closing(process_all(pending, process, workers)) as outcomes:
                 for scan, outcome in tqdm(outcomes, total=len(pending), unit="scan", disable=None):
                     if isinstance(outcome, str):
@@ -64,7 +64,7 @@ def process_scans(
 
 
 def process_all(scans: list[Scan], process: Callable[[Scan], Record], workers: int) -> Generator[Outcome, None, None]:
-    """Yield the outcome of each scan, in order of completion; InputError where a worker is killed."""
+    """Yield the outcome of each scan, in order of completion; InputError if a worker is killed."""
     attempt = partial(_attempt, process=process)
     if workers == 1 or len(scans) < 2:
         yield from map(attempt, scans)
@@ -94,7 +94,7 @@ def _attempt(scan: Scan, process: Callable[[Scan], Record]) -> Outcome:
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the main process, and end with it, even if it is killed."""
+    """Ignore Ctrl-C, which the main process handles, and exit when that process ends, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     main_process = multiprocessing.parent_process()
     assert main_process is not None, "runs in a worker"
@@ -119,7 +119,7 @@ def require_own_folder(scans: list[Scan], journal: Journal) -> None:
 
 
 def split_scans(scans: list[Scan], journal: Journal) -> tuple[list[Scan], list[str], dict[str, str]]:
-    """Return the scans to process, the names of those done, and the reason for each that can be neither."""
+    """Return the scans to process, the names of those done, and the reason for each that cannot be processed."""
     done: dict[str, bool] = {}
     faults: dict[str, str] = {}
     for scan in scans:
@@ -140,7 +140,7 @@ def report(summary: Summary, done: str = "done") -> int:
 
 
 def write_results(scan: Scan, arrays: Mapping[str, np.ndarray], output: Path) -> Record:
-    """Write clouds (float32) as tiff and images (uint8) as PNG under temporary names, and flush them to the disk.
+    """Write clouds (float32) as tiff and images (uint8) as PNG under temporary names, and flush them to disk.
 
     Raises:
         InputError, OSError: a file cannot be written, or a source cannot be read.

@@ -1,6 +1,6 @@
 """Depth images of a pinhole camera as organized point clouds.
 
-The intrinsics are a JSON file, all in pixels but the scale, which is in meters:
+The intrinsics are a JSON file. All numbers are in pixels except `depth_scale`, in meters per unit:
 
     {"fx": 616.4, "fy": 616.6, "cx": 321.9, "cy": 238.2, "depth_scale": 0.001, "width": 640, "height": 480}
 """
@@ -45,10 +45,10 @@ def read_camera(path: Path) -> Camera:
 
 
 def read_depth_png(path: Path, camera: Camera) -> np.ndarray:
-    """Read a 16-bit depth image as an organized point cloud, (H, W, 3) float32, meters; 0 is no measurement.
+    """Read a 16-bit depth image as an organized point cloud, (H, W, 3) float32, meters; 0 means no measurement.
 
     Raises:
-        InputError: no complete PNG, not one channel of 16 bits, or not of the camera's size.
+        InputError: the file is no complete PNG, has not one channel of 16 bits, or differs from the camera's size.
     """
     with open_image(path) as image:
         mode, depth = image.mode, np.asarray(image)
@@ -56,7 +56,7 @@ def read_depth_png(path: Path, camera: Camera) -> np.ndarray:
         raise InputError(f"{path} holds {mode} pixels, expected one channel of 16 bits. Give the camera's own file.")
     for name, found, expected in (("high", depth.shape[0], camera.height), ("wide", depth.shape[1], camera.width)):
         if expected is not None and found != expected:
-            raise InputError(f"{path} is {found} pixels {name}, the intrinsics are for {expected}. Give matching ones.")
+            raise InputError(f"{path} is {found} pixels {name}, but the intrinsics say {expected}. Give matching ones.")
     return back_project(depth, camera)
 
 
@@ -68,8 +68,8 @@ def back_project(depth: np.ndarray, camera: Camera) -> np.ndarray:
         camera: its intrinsics.
 
     Returns:
-        (H, W, 3) float32, meters, camera frame (x right, y down, z away); no measurement is exactly 0. An x or y of
-        exactly 0 on an axis of the camera, which would read as missing, becomes OFF_AXIS.
+        (H, W, 3) float32, meters, camera frame (x right, y down, z away); a pixel without a measurement is exactly 0.
+        On an axis of the camera, x or y of exactly 0 would mean a missing pixel, so OFF_AXIS replaces it.
     """
     z = np.asarray(depth, dtype=np.float64) * camera.depth_scale
     v, u = np.indices(z.shape)

@@ -1,4 +1,4 @@
-"""Files of a dataset by their stems, atomic writes, and the errors of both."""
+"""Files of a dataset by stem, atomic writes, and the errors of reading and writing."""
 
 import errno
 import os
@@ -69,7 +69,7 @@ def cannot_write(path: Path, error: OSError) -> InputError:
 
 
 def make_folder(path: Path | str, flag: str) -> Path:
-    """Make the folder that `flag` names before the work that fills it; InputError if it is not writable."""
+    """Make the folder that `flag` names, before any work starts; InputError if it is not writable."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
@@ -98,7 +98,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield a new folder beside `path`, and put it in the place of `path` if the block succeeds.
 
-    The older folder at `path` is set aside meanwhile, and deleted in the end. Parent folders are made.
+    The older folder at `path` is first renamed, and deleted at the end. Parent folders are made.
     """
     path = Path(path)
     temporary, older = (path.with_name(f".{path.name}.{kind}") for kind in ("tmp", "old"))
@@ -121,6 +121,6 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Return the folder that an `atomic_folder` had set aside if it was killed before another one was at `path`."""
+    """Return the older folder, renamed by an `atomic_folder` that was killed before it put the new one at `path`."""
     older = path.with_name(f".{path.name}.old")
     return older if older.exists() and not path.exists() else None

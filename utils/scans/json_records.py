@@ -1,4 +1,4 @@
-"""JSON records: written as a whole, read into typed classes."""
+"""JSON records, written atomically and read into typed classes."""
 
 import json
 import math
@@ -25,12 +25,12 @@ def read_record(path: Path, kind: type[Record], schema: int | None, fix: str) ->
     Args:
         path: the file.
         kind: a msgspec.Struct or a dataclass with type hints, nested as needed. Named tuples become JSON lists.
-        schema: the number that the file's "schema" must have; None: the file has none.
-        fix: the remedy for a missing, damaged or older file, a sentence without its full stop.
+        schema: required value of the file's "schema"; None if the file has no such field.
+        fix: remedy for a missing, damaged or older file: a sentence without its final period.
 
     Raises:
         MissingRecordError: the file does not exist.
-        InputError: the file cannot be read, is not JSON, has another schema, or a field is wrong.
+        InputError: the file cannot be read, is not JSON, has another schema, or has a wrong field.
     """
     try:
         text = path.read_text(encoding="utf-8").removeprefix("\ufeff")  # byte order mark of Windows
@@ -110,6 +110,6 @@ def _finite(digits: str) -> float:
 
 
 def _damaged(path: Path, problem: str, fix: str) -> InputError:
-    """Return an error without the control characters of a file, which could command a terminal."""
+    """Return an error without the file's control characters, which a terminal might execute."""
     text = "".join(letter if letter.isprintable() else "?" for letter in problem)
     return InputError(f"{path} is damaged ({text[:200]}). {fix}.")

@@ -1,7 +1,7 @@
-"""Organized point clouds: tiff files of H x W x 3 coordinates, valid pixels and nearest resize.
+"""Organized point clouds: tiff files of H x W x 3 coordinates, valid pixels, and nearest-neighbor resizing.
 
-Everywhere in the project a cloud is float32 in meters in the camera frame, and a pixel without a measurement is
-exactly (0, 0, 0).
+In the whole project, a cloud is float32, in meters, in the camera frame, and a pixel without a measurement is exactly
+(0, 0, 0).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from utils.scans.files import atomic_path, cannot_read
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_COORDINATE = 100.0  # meters; a larger coordinate is in another unit, or damaged
-MAX_PIXELS = 1 << 26  # of a cloud, 0.8 GB of float32: more than any depth camera has, but a damaged header may say so
+MAX_COORDINATE = 100.0  # meters; a larger coordinate has another unit or is damaged
+MAX_PIXELS = 1 << 26  # of a cloud, 0.8 GB of float32; no depth camera has more, so a larger header is damaged
 
 
 def valid_mask(xyz: np.ndarray) -> np.ndarray:
-    """Tell measured pixels from missing ones: all three coordinates non-zero and finite.
+    """Return True for each measured pixel: all three coordinates are non-zero and finite.
 
     `xyz` is (..., 3) float, such as (H, W, 3) of an organized cloud; returns (...) bool.
     """
@@ -43,8 +43,8 @@ def check_organized(name: Path | str, shape: Sequence[int], dtype: np.dtype | No
         raise InputError(f"{name} holds {dtype} numbers, expected floating-point coordinates. Store float32 meters.")
     if shape[0] * shape[1] > MAX_PIXELS:
         raise InputError(
-            f"{name} promises {shape[0]} x {shape[1]} points (H x W), expected at most {MAX_PIXELS} in all. Scale it "
-            "down, or copy it again if its header is damaged."
+            f"{name} has {shape[0]} x {shape[1]} points (H x W) by its header, expected at most {MAX_PIXELS} in all. "
+            "Scale it down, or copy it again if its header is damaged."
         )
 
 
@@ -59,8 +59,8 @@ def organized_pc_header(path: Path | str) -> tuple[int, int]:
     """Return (H, W) of a cloud from the header of its file, fast enough for thousands of files.
 
     Raises:
-        InputError: the file is no tiff of H x W x 3 floating-point numbers, or shorter than its header promises. Only
-            `read_organized_pc` finds damage inside the pixel data.
+        InputError: the file is not a tiff of H x W x 3 floating-point numbers, or is shorter than its header says.
+            Only `read_organized_pc` finds damage inside the pixel data.
     """
     with _open_checked(path) as tif:
         height, width, _ = tif.series[0].shape
@@ -89,11 +89,11 @@ def write_organized_pc(path: Path | str, xyz: np.ndarray) -> None:
 
 
 def resize_nearest(xyz: np.ndarray, size: int) -> Tensor:
-    """Resize a cloud to size x size by picking pixels: no coordinate is averaged with a missing one.
+    """Resize a cloud to size x size by picking pixels, so that no coordinate is averaged with a missing one.
 
     `xyz` is (H, W, 3) float; returns (3, size, size) float32. Row i shows row floor(i * H / size), columns likewise.
     """
-    import torch  # here, because preprocessing starts a process per core and needs none of it
+    import torch  # here, because preprocessing starts a process per core and does not need it
 
     planes = torch.from_numpy(np.ascontiguousarray(xyz.transpose(2, 0, 1), dtype=np.float32))
     return torch.nn.functional.interpolate(planes[None], size=(size, size), mode="nearest")[0]
@@ -101,7 +101,7 @@ def resize_nearest(xyz: np.ndarray, size: int) -> Tensor:
 
 @contextmanager
 def _open_checked(path: Path | str) -> Iterator[tifffile.TiffFile]:
-    """Open a tiff with the header of an organized point cloud. Every fault becomes an InputError."""
+    """Open a tiff and check that its header is that of an organized point cloud. Every error becomes an InputError."""
     path = Path(path)
     try:
         with tifffile.TiffFile(path) as tif:
@@ -111,7 +111,7 @@ def _open_checked(path: Path | str) -> Iterator[tifffile.TiffFile]:
         raise
     except (FileNotFoundError, PermissionError) as error:
         raise cannot_read(path, error) from error
-    except Exception as error:  # rubbish bytes make the decoder raise almost anything
+    except Exception as error:  # with damaged bytes the decoder may raise almost anything
         raise InputError(
             f"{path} cannot be read as a tiff file ({type(error).__name__}: {error}). Copy it again from the dataset."
         ) from error
@@ -124,7 +124,7 @@ def _check_header(path: Path, tif: tifffile.TiffFile) -> None:
         raise InputError(f"{path} holds {len(tif.series)} images, expected one cloud. Store it alone.")
     pages = [page for page in series.pages if page is not None]
     if any(len(page.dataoffsets) != math.prod(page.chunked) or 0 in page.databytecounts for page in pages):
-        raise InputError(f"{path} lacks strips or tiles that its header promises. Copy it again from the dataset.")
+        raise InputError(f"{path} lacks strips or tiles that its header lists. Copy it again from the dataset.")
     end = max(o + n for page in pages for o, n in zip(page.dataoffsets, page.databytecounts, strict=True))
     if series.dataoffset is not None:  # its pages follow one another, and share the first one's header
         end = series.dataoffset + series.nbytes

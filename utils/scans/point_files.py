@@ -1,8 +1,8 @@
 """Organized point clouds in files of other programs: .npy arrays, .pcd of PCL, .ply of scanners.
 
-Every reader returns (H, W, 3) float in the units of the file, with NaN or zeros where a pixel has no point. The order
-of the points is that of the pixels, row by row. open3d cannot read them: it ignores height and width, fills files that
-are cut short with arbitrary numbers, and stops at an infinite coordinate.
+Every reader returns (H, W, 3) float in the units of the file, with NaN or zeros for a pixel without a point. The points
+are in the order of the pixels, row by row. open3d's readers do not serve: they ignore height and width, fill files that
+are cut short with arbitrary numbers, and stop at an infinite coordinate.
 """
 
 import struct
@@ -31,12 +31,12 @@ _Field = tuple[str, str, int]  # name, NumPy's code without byte order ("f4"), c
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """Read a NumPy array of H x W x 3 floating-point numbers; InputError where it is none, is pickled or cut short."""
+    """Read a NumPy array of H x W x 3 floating-point numbers; InputError if it is none, is pickled or cut short."""
     try:
-        xyz = open_memmap(path, mode="r")  # reads this format alone, and no pickled objects
+        xyz = open_memmap(path, mode="r")  # reads only this format, and no pickled objects
     except OSError as error:
         raise cannot_read(path, error) from error
-    except Exception as error:  # rubbish bytes make it raise almost anything
+    except Exception as error:  # with damaged bytes it may raise almost anything
         raise InputError(f"{path} is no complete .npy array ({error}). Write it again with numpy.save.") from error
     check_organized(path, xyz.shape, xyz.dtype)
     return np.array(xyz)
@@ -46,8 +46,8 @@ def read_pcd(path: Path) -> np.ndarray:
     """Read an organized PCD file: ascii, binary or binary_compressed, with x, y, z and any other fields.
 
     Raises:
-        InputError: no PCD file, an unorganized cloud (HEIGHT 1), no floating-point x, y, z, or fewer points than the
-            header promises.
+        InputError: the file is not PCD, its cloud is unorganized (HEIGHT 1), x, y or z is not floating-point, or it
+            has fewer points than its header says.
     """
     lines, body = _split_header(path, "PCD", b"", b"DATA ")
     with _header_errors(path, "PCD"):
@@ -68,16 +68,16 @@ def read_pcd(path: Path) -> np.ndarray:
 def read_ply(path: Path, image_size: tuple[int, int] | None = None) -> np.ndarray:
     """Read a PLY file with a point for each pixel: ascii or binary, with x, y, z and any other properties.
 
-    The format has no place for height and width. They are taken from lines such as `obj_info num_cols 640` and
-    `obj_info num_rows 480` (or with `comment`), as scanners write them, else from the image of the same view.
+    The format has no fields for height and width. Scanners write lines such as `obj_info num_cols 640` and `obj_info
+    num_rows 480` (or with `comment`). Without them, the size is that of the image of the same view.
 
     Args:
-        path: of the file.
+        path: the file.
         image_size: (H, W) of that image, if there is one.
 
     Raises:
-        InputError: no PLY file, a cloud that is not organized, no floating-point x, y, z, or fewer points than the
-            header promises.
+        InputError: the file is not PLY, its cloud is not organized, x, y or z is not floating-point, or it has fewer
+            points than its header says.
     """
     lines, body = _split_header(path, "PLY", b"ply", b"end_header")
     with _header_errors(path, "PLY"):
@@ -96,7 +96,7 @@ def read_ply(path: Path, image_size: tuple[int, int] | None = None) -> np.ndarra
 
 def _parse_ply(path: Path, lines: Sequence[str]) -> tuple[int, list[_Field], tuple[int, int] | None]:
     """Return the number of points in a PLY header, their fields, and (H, W) if it is there."""
-    counts: list[int] = []  # of the elements, the first of which has to be the points
+    counts: list[int] = []  # of the elements; the first element must be the points
     fields: list[_Field] = []
     sides = {}
     for words in map(str.split, lines):
@@ -108,14 +108,14 @@ def _parse_ply(path: Path, lines: Sequence[str]) -> tuple[int, list[_Field], tup
             case ["element", *_]:
                 counts.append(int(words[2]))
             case ["property", "list", *_] if len(counts) == 1:
-                raise InputError(f"{path} has points with a list, {words[-1]}. Export it without.")
+                raise InputError(f"{path} has points with a list, {words[-1]}. Export it without the list.")
             case ["property", kind, *_] if len(counts) == 1:
                 fields.append((words[-1], _PLY_TYPES[kind], 1))
     return counts[0], fields, (sides["num_rows"], sides["num_cols"]) if len(sides) == 2 else None
 
 
 def _split_header(path: Path, kind: str, first: bytes, last: bytes) -> tuple[list[str], bytes]:
-    """Return the lines of a header, from `first` through the line that begins with `last`, and what follows it."""
+    """Return the lines of a header, from `first` through the line that begins with `last`, and the bytes after it."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -127,7 +127,7 @@ def _split_header(path: Path, kind: str, first: bytes, last: bytes) -> tuple[lis
         start += len(line)
         if line.startswith(last):
             return lines, content[start:]
-    raise InputError(f"{path} is no {kind} file, or only its beginning. Export the cloud again.")
+    raise InputError(f"{path} is not a {kind} file, or is cut short. Export the cloud again.")
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def _header_errors(path: Path, kind: str) -> Iterator[None]:
 
 
 def _point_type(path: Path, fields: Sequence[_Field], order: str) -> np.dtype:
-    """Return the type of a point, with fields x, y and z; InputError where one of them is no floating-point number."""
+    """Return the type of a point, with fields x, y and z; InputError if one of them is not a floating-point number."""
     if not {name for name, code, count in fields if code[0] == "f" and count == 1}.issuperset(AXES):
         found = ", ".join(f"{count} {name} ({code})" for name, code, count in fields)
         raise InputError(
@@ -165,7 +165,7 @@ def _decode(
 
 
 def _from_ascii(path: Path, body: bytes, point: np.dtype, number: int) -> np.ndarray:
-    """Decode `number` points of type `point`, result (number, 3); the other decoders likewise."""
+    """Decode `number` points of type `point` as (number, 3); the other decoders have the same contract."""
     lines = [line for line in body.decode("utf-8", "replace").splitlines() if line.strip()][:number]
     if len(lines) < number:
         raise _cut_short(path, len(lines), number)
@@ -174,7 +174,7 @@ def _from_ascii(path: Path, body: bytes, point: np.dtype, number: int) -> np.nda
     try:
         return np.loadtxt(lines, usecols=columns, ndmin=2, comments=None).reshape(number, 3)
     except ValueError as error:
-        raise InputError(f"{path} holds a line that is no point ({error}). Export the cloud again.") from error
+        raise InputError(f"{path} has a line that is not a point ({error}). Export the cloud again.") from error
 
 
 def _from_binary(path: Path, body: bytes, point: np.dtype, number: int) -> np.ndarray:
@@ -185,7 +185,7 @@ def _from_binary(path: Path, body: bytes, point: np.dtype, number: int) -> np.nd
 
 
 def _from_compressed(path: Path, body: bytes, point: np.dtype, number: int) -> np.ndarray:
-    """Decode the lengths after and before compression, then the compressed numbers, field by field."""
+    """Decode compressed points: the lengths after and before compression, then the numbers, field by field."""
     packed, unpacked = struct.unpack_from("<II", body) if len(body) >= 8 else (0, 0)
     if unpacked != number * point.itemsize:
         raise _cut_short(path, unpacked // point.itemsize, number)
@@ -201,10 +201,11 @@ def _from_compressed(path: Path, body: bytes, point: np.dtype, number: int) -> n
 
 
 def decompress_lzf(packed: bytes, length: int) -> bytes:
-    """Undo the LZF compression of `length` bytes; ValueError where the result is not that long.
+    """Undo the LZF compression of `length` bytes; ValueError if the result has another length.
 
-    A control byte c below 32 is followed by c + 1 literal bytes. Any other one repeats earlier bytes. Their number is
-    its upper 3 bits (7: and the next byte) plus 2, their distance its lower 5 bits and the next byte, plus 1.
+    A control byte c below 32 is followed by c + 1 literal bytes. Any other control byte repeats earlier bytes. Their
+    number is its upper 3 bits (if these are 7, plus the next byte) plus 2. Their distance has its lower 5 bits as high
+    bits and the next byte as low bits, plus 1.
     """
     whole, i = bytearray(), 0
     while i < len(packed) and len(whole) <= length:
@@ -221,8 +222,8 @@ def decompress_lzf(packed: bytes, length: int) -> bytes:
         distance = ((control & 31) << 8) + packed[i + extra] + 1
         i += 1 + extra
         if distance > len(whole):
-            raise ValueError("it repeats what is before its beginning")
-        repeated = whole[-distance:][:count]  # shorter than count where it repeats itself
+            raise ValueError("it repeats bytes before its beginning")
+        repeated = whole[-distance:][:count]  # shorter than count if the repetition overlaps itself
         whole += (repeated * (count // len(repeated) + 1))[:count]
     if len(whole) != length:
         raise ValueError(f"it has {len(whole)} bytes instead of {length}")
@@ -230,4 +231,4 @@ def decompress_lzf(packed: bytes, length: int) -> bytes:
 
 
 def _cut_short(path: Path, found: int, promised: int) -> InputError:
-    return InputError(f"{path} holds {found} points where its header promises {promised}. Copy or export it again.")
+    return InputError(f"{path} holds {found} points, but its header says {promised}. Copy or export it again.")

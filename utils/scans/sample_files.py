@@ -1,4 +1,4 @@
-"""Files of samples outside a dataset: found by file, folder or pattern, paired by stem, read in any format.
+"""Files of samples outside a dataset, given as file, folder or pattern, paired by stem, and read in any format.
 
 found = find_samples("images/", "clouds/*.pcd")
 cloud = read_cloud(Path("clouds/017.pcd"))
@@ -24,8 +24,8 @@ from utils.scans.point_files import read_npy, read_pcd, read_ply
 IMAGE_SUFFIXES = FILE_SUFFIXES["rgb"]
 CLOUD_SUFFIXES = (*FILE_SUFFIXES["xyz"], ".npy", ".pcd", ".ply")
 DEPTH_SUFFIXES = (".png",)  # with the intrinsics of the camera
-NEAREST = 0.032  # meters; points nearer than this are left out (see docs/DATA.md), so that no object lies there
-FARTHEST = 20.0  # meters; coordinates of an object farther away are in another unit
+NEAREST = 0.032  # meters; nearer points are left out (see docs/DATA.md), so no object lies there
+FARTHEST = 20.0  # meters; if an object is farther away, its coordinates have another unit
 ASPECT_TOLERANCE = 0.01
 LONGEST_NAME = 220  # bytes of a stem: a file name has 255, and those of maps and overlays are longer
 
@@ -34,7 +34,7 @@ class FoundSamples(NamedTuple):
     """Samples found by `find_samples`."""
 
     samples: list[SampleFiles]  # complete, sorted by name
-    incomplete: list[tuple[SampleFiles, str]]  # and the problem of each
+    incomplete: list[tuple[SampleFiles, str]]  # with the problem of each
 
 
 def cloud_suffixes(camera: Camera | None) -> tuple[str, ...]:
@@ -46,9 +46,9 @@ def find_samples(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLO
     """Find the files of samples, paired by stem.
 
     Args:
-        rgb: an image, a folder of images or a pattern such as "line/*/image_*.png"; None if samples need none.
-        xyz: the same for point clouds. Where both are given a sample needs both. A single image and a single cloud
-            need no common stem, and the sample has the name of the image.
+        rgb: an image, a folder of images or a pattern such as "line/*/image_*.png"; None without images.
+        xyz: the same for point clouds. If both are given, a sample needs both. A single image and a single cloud
+            need not have the same stem; the sample then has the name of the image.
         suffixes: of point clouds, see `cloud_suffixes`.
 
     Raises:
@@ -91,7 +91,7 @@ def _problem(name: str, paths: Mapping[str, list[Path]]) -> str:
 
 
 def _by_stem(given: str, suffixes: Sequence[str], flag: str) -> dict[str, list[Path]]:
-    """Return the files that a flag names by stem, each list sorted; InputError where there are none."""
+    """Return the files that a flag names, by stem, each list sorted; InputError if there are none."""
     path = Path(given)
     try:
         if path.is_file():
@@ -118,19 +118,19 @@ def _by_stem(given: str, suffixes: Sequence[str], flag: str) -> dict[str, list[P
 def read_cloud(
     path: Path, camera: Camera | None = None, unit: str = "m", image_size: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """Read an organized point cloud, with the format of its suffix.
+    """Read an organized point cloud in the format that its suffix names.
 
     Args:
         path: .tiff, .tif, .npy, .pcd, .ply, or, with a camera, a depth .png.
-        camera: that took the depth image.
-        unit: of the coordinates, a key of UNITS; a depth image has the scale of its camera instead.
+        camera: camera that took the depth image.
+        unit: unit of the coordinates, a key of UNITS; a depth image has the scale of its camera instead.
         image_size: (H, W) of the image of the same view, see `read_ply`.
 
     Returns:
         (H, W, 3) float32, meters, camera frame; a pixel without a measurement is exactly (0, 0, 0).
 
     Raises:
-        InputError: the reader of the format raises it, or the coordinates cannot be meters.
+        InputError: the file cannot be read in its format, or the coordinates cannot be meters.
     """
     suffix = path.suffix.lower()
     if suffix in DEPTH_SUFFIXES:
@@ -150,7 +150,7 @@ def read_cloud(
 
 
 def _in_meters(path: Path, xyz: np.ndarray, fix_if_far: str, fix_if_near: str) -> np.ndarray:
-    """Return `xyz` if its coordinates can be meters, else raise InputError with the fix for its side."""
+    """Return `xyz` if its coordinates can be meters, else raise InputError with the fix for too far or too near."""
     points = xyz[valid_mask(xyz)].astype(np.float64)
     if not len(points):
         return xyz
@@ -171,8 +171,8 @@ def _in_meters(path: Path, xyz: np.ndarray, fix_if_far: str, fix_if_near: str) -
 def check_same_view(name: str, rgb: np.ndarray, xyz: np.ndarray, same_pixels: bool) -> None:
     """Raise InputError for an image (H, W, 3) and a cloud (h, w, 3) of a sample that cannot show the same view.
 
-    With `same_pixels`, as for cleaning, their sizes must agree, else their aspect ratios: both are resized to the same
-    square.
+    With `same_pixels`, as cleaning needs, their sizes must agree, otherwise only their aspect ratios, because both are
+    resized to the same square.
     """
     (height, width), (rows, columns) = rgb.shape[:2], xyz.shape[:2]
     if (height, width) == (rows, columns):
@@ -180,6 +180,6 @@ def check_same_view(name: str, rgb: np.ndarray, xyz: np.ndarray, same_pixels: bo
     if same_pixels or abs(height * columns - rows * width) > ASPECT_TOLERANCE * rows * width:
         expected = "the same pixels, which cleaning needs" if same_pixels else "the same view"
         raise InputError(
-            f"The image of {name} has {height} x {width} pixels (H x W), its cloud {rows} x {columns}, expected "
+            f"The image of {name} has {height} x {width} pixels (H x W), but its cloud {rows} x {columns}; expected "
             f"{expected}. Map the image to the pixels of the cloud."
         )
