@@ -77,11 +77,7 @@ def heat_colors(strength: NDArray) -> NDArray[np.uint8]:
 
 
 def save_overlay(
-    path: Path | str,
-    image: NDArray | None,
-    anomaly_map: NDArray,
-    scale: tuple[float, float],
-    threshold: float | None,
+    path: Path | str, image: NDArray | None, anomaly_map: NDArray, scale: tuple[float, float], threshold: float | None
 ) -> None:
     """Write a PNG, without margin or text: the map in heat colors over the gray image.
 

@@ -83,11 +83,7 @@ def spread_order(count: int) -> list[int]:
 
 
 def gallery(
-    samples: Sequence[SampleResult],
-    decision: Decision | None,
-    limit: int,
-    read_rgb: ReadArray,
-    read_cloud: ReadArray,
+    samples: Sequence[SampleResult], decision: Decision | None, limit: int, read_rgb: ReadArray, read_cloud: ReadArray
 ) -> list[dict[str, Any]]:
     """The shown samples as plain data for the script of the page, some 115 kB each.
 
