@@ -214,8 +214,7 @@ def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_s
             zero, NaN or infinite has no measurement.
         img_size: side of the result, pixels, as in the config of the detector.
 
-    Raises:
-        InputError: an array of another shape or type, or a point cloud without a valid point.
+    Raises InputError for an array of another shape or type, or a point cloud without a valid point.
     """
     import torch  # here, because the class lists above are read where flags are parsed
 

@@ -35,13 +35,11 @@ def pro_curve(masks: Images, anomaly_maps: Images, num_thresholds: int | None = 
         num_thresholds: None for one point per distinct score, T for T equidistant ranks of the anomaly-free scores,
             100 in the published metric.
 
-    Returns:
-        fprs, pros: (P,) float64 in [0, 1], both ascending, fprs from 0 to 1 and the last point (1, 1).
-        P = 1 + distinct scores, or T + 1. Peak memory of the exact curve: about 50 bytes per pixel.
+    Returns fprs and pros, (P,) float64 in [0, 1], both ascending, fprs from 0 to 1 and the last point (1, 1).
+    P = 1 + distinct scores, or T + 1. Peak memory of the exact curve: about 50 bytes per pixel.
 
-    Raises:
-        UndefinedMetricError: no sample, no defective or no anomaly-free pixel (a ValueError).
-        ValueError: shapes that differ, scores that are NaN or infinite, fewer than two thresholds.
+    Raises UndefinedMetricError for no sample, no defective or no anomaly-free pixel (a ValueError), and ValueError for
+    shapes that differ, scores that are NaN or infinite, fewer than two thresholds.
     """
     if num_thresholds is not None and num_thresholds < 2:
         raise ValueError(f"num_thresholds is {num_thresholds}; expected at least 2, or None for the exact curve")

@@ -102,8 +102,7 @@ def write_features(
     `folder` is the value of --save_feature_path; the class folder is made in it. `dtype` is float16 or float32.
     `pairing` is only noted, as the readers' default.
 
-    Raises:
-        InputError: a modality is absent, or holds values that are not finite in this dtype.
+    Raises InputError where a modality is absent, or holds values that are not finite in this dtype.
     """
     from safetensors.torch import save
 
@@ -155,8 +154,7 @@ class PatchFileDataset(Dataset[tuple[Tensor, Tensor, int]]):
         pairing: "aligned" or "reference", see `pair_rgb`; None: the files' own ("aligned" for .pt files).
         xyz_dim: C_xyz of .pt files, which do not tell it; None: found from patches without a point, all zero in xyz.
 
-    Raises:
-        InputError: no files, a damaged one, or files of different widths, grids or backbones.
+    Raises InputError for no files, a damaged one, or files of different widths, grids or backbones.
     """
 
     def __init__(self, folder: Path | str, pairing: str | None = None, xyz_dim: int | None = None) -> None:

@@ -20,9 +20,8 @@ logger = logging.getLogger(__name__)
 def image_rocauc(labels: ArrayLike, scores: ArrayLike) -> float:
     """Area under the ROC curve of image scores (N,), larger = more anomalous, and labels (N,), 1 = defective.
 
-    Raises:
-        UndefinedMetricError: all samples are good, or all are defective.
-        ValueError: the shapes differ, or a score is NaN or infinite.
+    Raises UndefinedMetricError where all samples are good or all are defective, ValueError where the shapes differ or a
+    score is NaN or infinite.
     """
     labels, scores = np.asarray(labels), np.asarray(scores)
     if labels.ndim != 1 or labels.shape != scores.shape:
@@ -61,12 +60,10 @@ def evaluate(labels: ArrayLike, scores: ArrayLike, masks: Images, anomaly_maps: 
 def decision_metrics(labels: ArrayLike, scores: ArrayLike, threshold: float | None) -> dict[str, float | None]:
     """Quality of the decision "anomalous if the score is above the threshold", under the keys of results.json.
 
-    Labels are (N,), 1 = defective; scores (N,) finite float. Ratios with a denominator of 0 are None.
-
-    Returns:
-        `precision`, `recall` and `false_alarm_rate` (share of good samples called anomalous) at the threshold, None
-        without one; `f1`, the best F1 of any threshold, and `f1_threshold`, the largest score that gives it as a
-        threshold, or a value just below all scores. It uses the labels: an upper bound, not an estimate.
+    Labels are (N,), 1 = defective; scores (N,) finite float. Ratios with a denominator of 0 are None. Returns
+    `precision`, `recall` and `false_alarm_rate` (share of good samples called anomalous) at the threshold, None without
+    one; `f1`, the best F1 of any threshold, and `f1_threshold`, the largest score that gives it as a threshold, or a
+    value just below all scores. It uses the labels: an upper bound, not an estimate.
     """
     defective, values = np.asarray(labels) > 0.5, np.asarray(scores, dtype=np.float64)
     figures: dict[str, float | None] = dict.fromkeys(("f1", "f1_threshold", "precision", "recall", "false_alarm_rate"))

@@ -63,12 +63,8 @@ def unproject(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
 
     K is the pinhole camera of FOCAL_LENGTH whose principal point is the image center (w / 2, h / 2).
 
-    Args:
-        depth: (H, W) float64, meters; 0 = missing.
-        pose: (4, 4) of the camera.
-
-    Returns:
-        (H, W, 3) float64, meters, in the frame of the pose; NaN where missing.
+    `depth` is (H, W) float64, meters, 0 where missing; `pose` the (4, 4) of the camera. Returns (H, W, 3) float64,
+    meters, in the frame of the pose; NaN where missing.
     """
     height, width = depth.shape
     camera = np.array([[FOCAL_LENGTH, 0, width / 2, 0], [0, FOCAL_LENGTH, height / 2, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
@@ -84,14 +80,8 @@ def background(points: np.ndarray) -> np.ndarray:
     The middles of the first and last row of the image see the table. The box is turned about x until the line
     between them is the z axis, and starts at the last row. Background has y > -0.02, z > 1.8 or |x| > 1 there.
 
-    Args:
-        points: (H, W, 3) float64, meters, as `unproject` gives them.
-
-    Returns:
-        (H, W) bool, True also where the measurement is missing.
-
-    Raises:
-        InputError: one of the two points is missing, or they are the same.
+    `points` are (H, W, 3) float64, meters, of `unproject`. Returns (H, W) bool, True also where the measurement is
+    missing. Raises InputError where one of the two middles is missing, or they are the same point.
     """
     middle = points.shape[1] // 2
     first, last = points[0, middle], points[-1, -middle]
@@ -121,11 +111,8 @@ def organized_cloud(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
 def find_scans(root: Path, classes: Sequence[str] | None, light: int) -> tuple[list[Scan], dict[str, str]]:
     """Find the samples of the published layout by any of the files that make one up.
 
-    Returns:
-        the scans as they will be written, and the reason for each unreadable mask and each unreadable split.
-
-    Raises:
-        InputError: no folder, a class that is not there, or no samples at all.
+    Returns the scans as they will be written, and the reason for each unreadable mask and each unreadable split. Raises
+    InputError for no folder, a class that is not there, or no samples at all.
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder. Give the folder that holds the classes of Eyecandies.")
@@ -169,8 +156,7 @@ def _scan_of(prefix: Path, split: str, light: int) -> Scan:
 def convert_files(scan: Scan, target: Path) -> Record:
     """Convert one sample and write the results under temporary names.
 
-    Raises:
-        InputError, OSError: a file cannot be read or written, sizes differ, or the table cannot be found.
+    Raises InputError or OSError where a file cannot be read or written, sizes differ, or the table cannot be found.
     """
     depth, limits, pose = scan.sources["xyz"]
     arrays = {"xyz": organized_cloud(_read_depth(depth, limits), _read_pose(pose))}

@@ -72,11 +72,8 @@ class Config:
 def find_scans(root: Path) -> tuple[list[Scan], dict[str, str]]:
     """List the scans under `root`, sorted; hidden folders are left out.
 
-    Returns:
-        the scans, and the reason for each scan that lacks a file and each folder that cannot be read.
-
-    Raises:
-        InputError: `root` is no folder, cannot be read, or holds no scans in the layout of MVTec 3D-AD.
+    With them comes the reason for each scan that lacks a file and each folder that cannot be read. Raises InputError
+    where `root` is no folder, cannot be read, or holds no scans in the layout of MVTec 3D-AD.
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder. Give the folder that holds the classes of the dataset.")
@@ -141,7 +138,6 @@ def _source(scan: Scan, modality: str) -> Path:
 
 
 def _read_and_clean(scan: Scan, config: Config) -> Pair:
-    """Return a scan before and after cleaning; errors as of `clean_scan`."""
     xyz = read_organized_pc(_source(scan, "xyz"))
     with open_image(_source(scan, "rgb")) as image:
         rgb = np.asarray(to_rgb(image))
@@ -156,11 +152,8 @@ def _read_and_clean(scan: Scan, config: Config) -> Pair:
 def preview(config: Config, path: Path) -> dict[str, str]:
     """Draw the first scan of each class that is not cleaned yet and can be, before and after.
 
-    Returns:
-        the reason for each scan that was left out because it cannot be cleaned.
-
-    Raises:
-        InputError: the suffix of `path` is no image format, there is no scan to draw, or the file cannot be written.
+    Returns the reason for each scan that was left out because it cannot be cleaned. Raises InputError if the suffix of
+    `path` is no image format, there is no scan to draw, or the file cannot be written.
     """
     check_format(path)
     pairs: dict[str, Pair] = {}
@@ -188,8 +181,7 @@ def preview(config: Config, path: Path) -> dict[str, str]:
 def preprocess(config: Config) -> Summary:
     """Clean every scan that is not done yet. A dry run only reads headers; its `done` lists the scans left to clean.
 
-    Raises:
-        InputError: see `find_scans`, `Journal` and `process_scans`; or a preprocessed dataset would be cleaned twice.
+    Raises InputError as `find_scans`, `Journal` and `process_scans`, or where a dataset would be cleaned twice.
     """
     scans, failed = find_scans(config.dataset)
     if config.output != config.dataset and (config.dataset / MANIFEST).is_file():

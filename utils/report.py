@@ -25,11 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_comparison(a: Path, b: Path, output: Path) -> None:
-    """Print the comparison of two results.json files and write it as a page.
-
-    Raises:
-        InputError: a file is not a results.json, or the page cannot be written or would replace one of them.
-    """
+    """Print the comparison of two results.json files and write it as a page; InputError for an unusable file."""
     from utils.reporting.comparison import compare, comparison_page, format_comparison
     from utils.reporting.html_report.page import write_page
     from utils.reporting.tables import printable

@@ -81,11 +81,7 @@ class Plan:
 
 
 def make_dataset(plan: Plan, num_workers: int = 1) -> None:
-    """Write the scans of a plan, `num_workers` at a time.
-
-    Raises:
-        InputError: a class folder cannot be made or holds files already.
-    """
+    """Write the scans of a plan, `num_workers` at a time; InputError if a folder cannot be made or is not empty."""
     folders = [plan.output_dir / name for name in plan.classes]
     for folder in folders:
         if folder.is_dir() and any(folder.iterdir()):

@@ -56,9 +56,8 @@ def clean_scan(
         xyz (S, S, 3), rgb (S, S, C) and gt (S, S) or None, dtypes as given. Removed pixels and padding are 0. As in
         the reference, the image keeps its pixels without a measurement.
 
-    Raises:
-        InputError: sizes differ, there is no measurement, the coordinates are not in meters, the border shows no
-            table (see `fit_border_plane`), or nothing is left.
+    Raises InputError where sizes differ, there is no measurement, the coordinates are not in meters, the border shows
+    no table (see `fit_border_plane`), or nothing is left.
     """
     for name, image in (("image", rgb), ("ground truth", gt)):
         if image is not None and image.shape[:2] != xyz.shape[:2]:
@@ -91,12 +90,9 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
     change. (The reference refits once.) The result does not depend on the samples, which `rng` draws, unless the object
     covers more than about a quarter of the border.
 
-    Returns:
-        (4,) float64: unit normal n, of either sign, and offset d of the plane n . p + d = 0.
-
-    Raises:
-        InputError: too little of the border is measured, as in a cleaned scan; too few of its points lie on the
-            plane; or the points on the plane form a line.
+    Returns (4,) float64: unit normal n, of either sign, and offset d of the plane n . p + d = 0. Raises InputError if
+    too little of the border is measured, as in a cleaned scan, too few of its points lie on the plane, or the points on
+    the plane form a line.
     """
     frame = np.ones(xyz.shape[:2], dtype=bool)
     frame[rule.border : -rule.border, rule.border : -rule.border] = False
@@ -153,8 +149,7 @@ def remove_plane(xyz: np.ndarray, plane: np.ndarray, distance: float) -> np.ndar
 def largest_cluster(xyz: np.ndarray, rule: CleaningRule) -> np.ndarray:
     """Return the mask (H, W) of the largest cluster of a cloud (H, W, 3); the first by rows if several are as large.
 
-    Raises:
-        InputError: no pixel is left, or all of them are noise.
+    Raises InputError where no pixel is left, or all of them are noise.
     """
     present = valid_mask(xyz)
     labels = cluster_labels(xyz[present].astype(np.float64), rule.cluster_eps, rule.cluster_min_points)
@@ -197,13 +192,8 @@ def cluster_labels(points: np.ndarray, eps: float, min_points: int) -> np.ndarra
     divides space into cells so small that all points of a cell are neighbors. All points of a cell with at least
     `min_points` are core points, and clusters grow cell by cell.
 
-    Args:
-        points: (N, 3) float64, meters; finite, within a million eps of each other.
-        eps: radius of a neighborhood, meters.
-        min_points: size of the neighborhood that makes a core point.
-
-    Returns:
-        (N,) int64 cluster number of each point, -1 for noise.
+    `points` are (N, 3) float64, finite, within a million `eps` (meters) of each other. Returns the (N,) int64 cluster
+    number of each point, -1 for noise.
     """
     labels = np.full(len(points), -1)
     if not len(points):
@@ -283,5 +273,4 @@ def _least_squares_plane(points: np.ndarray) -> np.ndarray:
 
 
 def _distance(points: np.ndarray, plane: np.ndarray) -> np.ndarray:
-    """Return the distance (...), meters, of points (..., 3) to a plane (4,)."""
     return np.abs(points @ plane[:3] + plane[3])

@@ -98,8 +98,7 @@ def script_of(settings: Mapping[str, Any]) -> str:
 class Journal:
     """Record, kept in the folder `output`, of its preprocessed scans and the `settings` that they depend on.
 
-    Raises:
-        InputError: manifest or journal cannot be read, is damaged, or was written with other settings.
+    Raises InputError where manifest or journal cannot be read, is damaged, or was written with other settings.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any]) -> None:
@@ -124,11 +123,7 @@ class Journal:
         self.save()
 
     def commit(self, scan: Scan, record: Record) -> None:
-        """Record the temporary files of a scan and give them their final names.
-
-        Raises:
-            InputError: the journal cannot be written or a file cannot be renamed. The next run continues.
-        """
+        """Record the temporary files of a scan and rename them. After an InputError the next run continues."""
         path = self.output / JOURNAL
         try:
             with path.open("ab") as file:
@@ -157,10 +152,8 @@ class Journal:
     def is_done(self, scan: Scan) -> bool:
         """Return True if a scan has its recorded results. If these are not in place, the sources must be unchanged.
 
-        Sizes and times decide. Files are only read if these differ, as in a copied dataset.
-
-        Raises:
-            InputError, OSError: files that were cleaned in place have changed, or a file cannot be read.
+        Sizes and times decide. Files are only read if these differ, as in a copied dataset. Raises InputError or
+        OSError if files that were cleaned in place have changed, or a file cannot be read.
         """
         record = self.done.get(scan.name)
         if record is None or scan.name in self.renaming:

@@ -38,9 +38,7 @@ def process_scans(
     """Process every scan that is not done yet, in `workers` processes; 1 means this one.
 
     `process` writes the results of a scan under temporary names. `failed` has the reasons of scans that failed before.
-
-    Raises:
-        InputError: the output folder cannot be written to, another run is using it, or a worker was killed.
+    Raises InputError if the output folder is not writable, another run is using it, or a worker was killed.
     """
     require_own_folder(scans, journal)
     if not journal.output.is_dir():
@@ -142,8 +140,7 @@ def report(summary: Summary, done: str = "done") -> int:
 def write_results(scan: Scan, arrays: Mapping[str, np.ndarray], output: Path) -> Record:
     """Write clouds (float32) as tiff and images (uint8) as PNG under temporary names, and flush them to disk.
 
-    Raises:
-        InputError, OSError: a file cannot be written, or a source cannot be read.
+    Raises InputError where a file cannot be written, OSError where a source cannot be read.
     """
     record = {}
     for modality, array in arrays.items():

@@ -135,8 +135,7 @@ def save_prediction_figure(
         scale: (lo, hi) of each bank and of FUSED, the same for all figures of a class (see `color_scale`).
         title: of the whole figure, plain text.
 
-    Raises:
-        ValueError: a map has no usable scale.
+    Raises ValueError for a map without a usable scale.
     """
     same = len(bank_maps) == 1 and all(np.array_equal(each, anomaly_map) for each in bank_maps.values())
     banks = {} if same else bank_maps

@@ -35,20 +35,14 @@ class Camera(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_camera(path: Path) -> Camera:
-    """Read the intrinsics of a camera.
-
-    Raises:
-        InputError: not a JSON object, a number is missing or impossible, or a key is unknown, such as a coefficient of
-            lens distortion, which `back_project` would ignore.
-    """
+    """Read the intrinsics of a camera; InputError for wrong numbers, or unknown keys such as those of distortion."""
     return read_record(path, Camera, None, FIX)
 
 
 def read_depth_png(path: Path, camera: Camera) -> np.ndarray:
     """Read a 16-bit depth image as an organized point cloud, (H, W, 3) float32, meters; 0 means no measurement.
 
-    Raises:
-        InputError: the file is no complete PNG, has not one channel of 16 bits, or differs from the camera's size.
+    Raises InputError if the file is no complete PNG, has not one channel of 16 bits, or differs from the camera's size.
     """
     with open_image(path) as image:
         mode, depth = image.mode, np.asarray(image)
@@ -63,13 +57,9 @@ def read_depth_png(path: Path, camera: Camera) -> np.ndarray:
 def back_project(depth: np.ndarray, camera: Camera) -> np.ndarray:
     """Back-project pixels in column u and row v: z = depth * depth_scale, x = (u - cx) z / fx, y = (v - cy) z / fy.
 
-    Args:
-        depth: (H, W) numbers, units of the camera; 0, NaN or infinity: no measurement.
-        camera: its intrinsics.
-
-    Returns:
-        (H, W, 3) float32, meters, camera frame (x right, y down, z away); a pixel without a measurement is exactly 0.
-        On an axis of the camera, x or y of exactly 0 would mean a missing pixel, so OFF_AXIS replaces it.
+    `depth` is (H, W) in units of the camera; 0, NaN or infinity: no measurement. Returns (H, W, 3) float32, meters,
+    camera frame (x right, y down, z away); a pixel without a measurement is exactly 0. On an axis of the camera, x or y
+    of exactly 0 would mean a missing pixel, so OFF_AXIS replaces it.
     """
     z = np.asarray(depth, dtype=np.float64) * camera.depth_scale
     v, u = np.indices(z.shape)

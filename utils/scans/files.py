@@ -15,21 +15,14 @@ FILE_SUFFIXES = {"xyz": (".tiff", ".tif"), "rgb": (".png", ".jpg", ".jpeg"), "gt
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Return the folders in a folder, sorted, without hidden ones; none if it does not exist.
-
-    Raises:
-        InputError: `folder` cannot be read.
-    """
+    """Return the folders in a folder, sorted, without hidden ones; none if it is absent, InputError if unreadable."""
     return _listing(folder, Path.is_dir)
 
 
 def files_by_stem(folder: Path, modality: str) -> dict[str, tuple[Path, ...]]:
     """Return a folder's files of a modality by stem, sorted, without hidden ones; none if it does not exist.
 
-    The caller refuses several files of one stem.
-
-    Raises:
-        InputError: `folder` cannot be read.
+    The caller refuses several files of one stem. Raises InputError if the folder cannot be read.
     """
     found: dict[str, tuple[Path, ...]] = {}
     for path in _listing(folder, lambda path: path.suffix.lower() in FILE_SUFFIXES[modality]):

@@ -67,9 +67,7 @@ def decode_record(text: str, kind: type[Record], path: Path, fix: str, schema: i
 def encode_record(record: object, indent: int | None = None) -> str:
     """Encode Structs, dataclasses, mappings, NumPy values and paths as JSON.
 
-    Raises:
-        ValueError: a number is NaN or infinite.
-        TypeError: JSON has no form for a value.
+    Raises ValueError for a number that is NaN or infinite, TypeError for a value that JSON has no form for.
     """
     return json.dumps(record, indent=indent, allow_nan=False, default=plain_json) + "\n"
 
@@ -77,9 +75,7 @@ def encode_record(record: object, indent: int | None = None) -> str:
 def write_record(path: Path, record: object, indent: int | None = None) -> None:
     """Replace a file by a record. An older file stays until the new one is complete.
 
-    Raises:
-        InputError: the file cannot be written.
-        ValueError, TypeError: see `encode_record`.
+    Raises InputError if the file cannot be written, and the errors of `encode_record`.
     """
     text = encode_record(record, indent)
     try:

@@ -26,10 +26,7 @@ MAX_PIXELS = 1 << 26  # of a cloud, 0.8 GB of float32; no depth camera has more,
 
 
 def valid_mask(xyz: np.ndarray) -> np.ndarray:
-    """Return True for each measured pixel: all three coordinates are non-zero and finite.
-
-    `xyz` is (..., 3) float, such as (H, W, 3) of an organized cloud; returns (...) bool.
-    """
+    """Mask (...) of the measured pixels of `xyz` (..., 3): all three coordinates are non-zero and finite."""
     valid = (xyz != 0) & np.isfinite(xyz)
     return valid[..., 0] & valid[..., 1] & valid[..., 2]  # ten times as fast as all(axis=-1)
 
@@ -58,9 +55,8 @@ def as_cloud(xyz: np.ndarray) -> np.ndarray:
 def organized_pc_header(path: Path | str) -> tuple[int, int]:
     """Return (H, W) of a cloud from the header of its file, fast enough for thousands of files.
 
-    Raises:
-        InputError: the file is not a tiff of H x W x 3 floating-point numbers, or is shorter than its header says.
-            Only `read_organized_pc` finds damage inside the pixel data.
+    Raises InputError if the file is not a tiff of H x W x 3 floating-point numbers, or is shorter than its header says.
+    Only `read_organized_pc` finds damage inside the pixel data.
     """
     with _open_checked(path) as tif:
         height, width, _ = tif.series[0].shape
@@ -70,10 +66,8 @@ def organized_pc_header(path: Path | str) -> tuple[int, int]:
 def read_organized_pc(path: Path | str) -> np.ndarray:
     """Read a tiff of H x W x 3 floats, meters, as an organized point cloud, (H, W, 3) float32.
 
-    A pixel with a coordinate that is zero, NaN or infinite becomes (0, 0, 0).
-
-    Raises:
-        InputError: as in `organized_pc_header`, or the pixel data cannot be decoded.
+    A pixel with a coordinate that is zero, NaN or infinite becomes (0, 0, 0). Raises InputError as
+    `organized_pc_header`, and where the pixel data cannot be decoded.
     """
     with _open_checked(path) as tif:
         return as_cloud(tif.series[0].asarray())

@@ -45,9 +45,8 @@ def read_npy(path: Path) -> np.ndarray:
 def read_pcd(path: Path) -> np.ndarray:
     """Read an organized PCD file: ascii, binary or binary_compressed, with x, y, z and any other fields.
 
-    Raises:
-        InputError: the file is not PCD, its cloud is unorganized (HEIGHT 1), x, y or z is not floating-point, or it
-            has fewer points than its header says.
+    Raises InputError if the file is not PCD, its cloud is unorganized (HEIGHT 1), x, y or z is not floating-point, or
+    it has fewer points than its header says.
     """
     lines, body = _split_header(path, "PCD", b"", b"DATA ")
     with _header_errors(path, "PCD"):
@@ -69,15 +68,8 @@ def read_ply(path: Path, image_size: tuple[int, int] | None = None) -> np.ndarra
     """Read a PLY file with a point for each pixel: ascii or binary, with x, y, z and any other properties.
 
     The format has no fields for height and width. Scanners write lines such as `obj_info num_cols 640` and `obj_info
-    num_rows 480` (or with `comment`). Without them, the size is that of the image of the same view.
-
-    Args:
-        path: the file.
-        image_size: (H, W) of that image, if there is one.
-
-    Raises:
-        InputError: the file is not PLY, its cloud is not organized, x, y or z is not floating-point, or it has fewer
-            points than its header says.
+    num_rows 480` (or with `comment`). Without them, the size is `image_size`, the (H, W) of the image of the same view.
+    Errors are those of `read_pcd`.
     """
     lines, body = _split_header(path, "PLY", b"ply", b"end_header")
     with _header_errors(path, "PLY"):

@@ -51,8 +51,7 @@ def find_samples(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLO
             need not have the same stem; the sample then has the name of the image.
         suffixes: of point clouds, see `cloud_suffixes`.
 
-    Raises:
-        InputError: there is no file, or no sample is complete.
+    Raises InputError where there is no file, or no sample is complete.
     """
     by_kind: dict[str, dict[str, list[Path]]] = {}
     if rgb is not None:
@@ -126,11 +125,8 @@ def read_cloud(
         unit: unit of the coordinates, a key of UNITS; a depth image has the scale of its camera instead.
         image_size: (H, W) of the image of the same view, see `read_ply`.
 
-    Returns:
-        (H, W, 3) float32, meters, camera frame; a pixel without a measurement is exactly (0, 0, 0).
-
-    Raises:
-        InputError: the file cannot be read in its format, or the coordinates cannot be meters.
+    Returns (H, W, 3) float32, meters, camera frame; a pixel without a measurement is exactly (0, 0, 0). Raises
+    InputError if the file cannot be read in its format, or the coordinates cannot be meters.
     """
     suffix = path.suffix.lower()
     if suffix in DEPTH_SUFFIXES:
