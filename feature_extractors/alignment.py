@@ -33,13 +33,11 @@ def align_to_patches(
     """Interpolate to every valid point, project to the pixels, pool to the patch grid.
 
     Args:
-        point_features: features (G, C) at centers (G, 3), or (N, C) at the valid points themselves.
+        point_features: of G centers, or of the N valid points themselves.
         xyz: (3, S, S) float32, meters, invalid pixels exactly 0, with N valid points.
-        grid: patches along a side.
         exact_distances: interpolate with direct differences instead of expanded squares.
         masked: pad the first of the poolings, AvgPool2d(3, stride 1) and AdaptiveAvgPool2d(grid), by one, and leave the
             background out of the mean of a patch. Otherwise it counts as zero.
-        point_ops: backend of the point search, see models.point_ops.
 
     Returns:
         (grid**2, C), row-major; a patch without a valid point is exactly 0.
