@@ -20,10 +20,8 @@ Rows = dict[str, ShardedRows]  # raw patches of each bank, in the order of the m
 def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str, MemoryBank]:
     """Memory banks of the method, among M_xyz, M_rgb and M_fusion. Fast form of `reference.build_banks`.
 
-    Each rank holds the patches of its own samples, and every rank gets a copy of the banks.
-
-    Raises:
-        InputError: all xyz patches are background, and the configuration drops it.
+    Each rank holds the patches of its own samples, and every rank gets a copy of the banks. InputError if all xyz
+    patches are background, and the configuration drops it.
     """
     rows = {name: features.rows(name, config.samples_of(name)) for name in config.method.banks}
     if "xyz" in rows and config.drops_background:
@@ -45,12 +43,8 @@ def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str,
 
 def _without_background(xyz: ShardedRows, config: DetectorConfig) -> ShardedRows:
     """Patches with a valid point; with --rm_zero_for_project, those without any exact zero."""
-
-    def condition(patches: Tensor) -> Tensor:
-        nonzero = patches != 0
-        return nonzero.all(dim=1) if config.rm_zero_for_project else nonzero.any(dim=1)
-
-    kept = xyz.where(condition)
+    enough = torch.all if config.rm_zero_for_project else torch.any
+    kept = xyz.where(lambda patches: enough(patches != 0, dim=1))
     if len(kept) == 0:
         raise InputError(
             f"all {len(xyz)} xyz patches of the training samples are background. Check the point clouds, or use "
