@@ -40,11 +40,9 @@ def select_coreset(
 def random_projection(num_rows: int, dim: int, eps: float, random_state: int | None) -> Tensor | None:
     """Sparse random projection of Achlioptas / Li et al., as drawn by scikit-learn.
 
-    Fast form of `reference.random_projection`. The width K for `num_rows` rows of width D = `dim` follows from the
-    Johnson-Lindenstrauss lemma with distortion `eps`. Without a random_state, each call draws another projection.
-
-    Returns:
-        (D, K) float32, or None if K would exceed D.
+    Returns (D, K) float32, or None if K would exceed D. The width K for `num_rows` rows of width D = `dim` follows from
+    the Johnson-Lindenstrauss lemma with distortion `eps`. Without a random_state, each call draws another projection.
+    Fast form of `reference.random_projection`.
     """
     from sklearn.random_projection import SparseRandomProjection, johnson_lindenstrauss_min_dim
 
@@ -73,16 +71,8 @@ def greedy_coreset(rows: Tensor | ShardedRows, n: int, start: int = 0) -> Tensor
     does not depend on N. Peak memory: beside `rows` in fp32 an (m, m) float64 block and a few blocks of
     MAX_BLOCK_ENTRIES.
 
-    Args:
-        rows: (N, D) float.
-        n: number of picks, 1 <= n <= N.
-        start: index of the first pick.
-
-    Returns:
-        (n,) int64, distinct indices in order of selection, the same on all ranks, on the device of `rows`.
-
-    Raises:
-        ValueError: n or start is out of range, or a row holds NaN or infinity; on all ranks.
+    From rows (N, D) returns (n,) int64, distinct indices in order of selection, the same on all ranks, on the device of
+    `rows`. Raises ValueError on all ranks if n or start is out of range, or a row holds NaN or infinity.
     """
     rows = as_sharded(rows)
     if not 1 <= n <= len(rows):
@@ -135,10 +125,9 @@ class Selection:
             self.nearest[index] = torch.minimum(self.nearest[index], distance)
 
     def pick_among_farthest(self, wanted: int, candidates: int) -> tuple[Tensor, Tensor, float]:
-        """Apply greedy_among to the farthest rows.
+        """Apply greedy_among to the farthest rows: K picks, 1 <= K <= `wanted`, their rows (K, D), and `least_apart`.
 
-        Returns:
-            K picks, 1 <= K <= `wanted`; their rows (K, D), none if they are copies of selected rows; `least_apart`.
+        There are no rows if the picks are copies of selected rows.
         """
         m = min(candidates, len(self.rows) - 1)
         distance, index = self._farthest(m + 1)
@@ -172,15 +161,10 @@ class Selection:
 def greedy_among(rows: Tensor, nearest: Tensor, tau: Tensor, wanted: int) -> tuple[Tensor, float]:
     """Apply the greedy rule to candidates while their choice is the global one.
 
-    Args:
-        rows: (m, D) float32 candidates, in the order that decides ties.
-        nearest: (m,) float64, their squared distances to the selection.
-        tau: the largest squared distance of all other rows.
-        wanted: maximum number of picks.
-
-    Returns:
-        positions (K,) int64 in `rows`, K >= 1, on the CPU; `least_apart`, the smallest squared distance of a pick to
-        the selection before it.
+    The candidates are `rows` (m, D) float32, in the order that decides ties, and `nearest` (m,) float64 their squared
+    distances to the selection; `tau` is the largest one of all other rows. Returns at most `wanted` positions (K,)
+    int64 in `rows`, K >= 1, on the CPU, and `least_apart`, the smallest squared distance of a pick to the selection
+    before it.
     """
     rows = rows.double()
     rows -= rows[0].clone()  # for small norms again; exact in float64
