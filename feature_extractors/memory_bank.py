@@ -38,16 +38,10 @@ def mean_and_std(rows: Tensor | ShardedRows, step: int = CHUNK) -> BankStatistic
 
 
 class MemoryBank:
-    """Memory bank of normal patches with exact nearest-neighbor search.
-
-    Args:
-        rows: (N, D) float32, already normalized.
-        statistics: mean and standard deviation of the normalization, for the queries.
-    """
+    """Normalized `rows` (N, D) float32, and the `statistics` of the normalization, for the queries."""
 
     def __init__(self, rows: Tensor, statistics: BankStatistics | None = None) -> None:
-        self.rows = rows
-        self.statistics = statistics or BankStatistics()
+        self.rows, self.statistics = rows, statistics or BankStatistics()
         self._center = rows.mean(dim=0)
         centered = rows - self._center  # small norms: the product keeps more digits
         self._norms = centered.square().sum(dim=1)
@@ -166,7 +160,6 @@ def _distinct_by_hash(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=8)
 def _hash_factors(width: int, device: torch.device) -> Tensor:
-    """(width,) int64, odd."""
     ends = torch.iinfo(torch.int64)
     drawn = torch.randint(ends.min, ends.max, (width,), generator=torch.Generator().manual_seed(0))
     return (drawn | 1).to(device)
