@@ -13,13 +13,10 @@ CHOSEN_AT_ONCE = 512  # rows picked from a mapped file before its pages are rele
 
 
 class PatchRows:
-    """Patches (N, D) in memory or in a mapped file, read as float32, chunk by chunk.
+    """Patches (N, D) in memory or in a mapped file, read as float32 to `device`, chunk by chunk.
 
-    Args:
-        stored: (M, D), of any float dtype.
-        device: device to read to.
-        release: called after each chunk, to release the pages of a mapped file.
-        kept: (N,) indices into `stored`, None for all.
+    They are the rows `kept` (N,), None for all, of `stored` (M, D), of any float dtype. `release` is called after each
+    chunk, to release the pages of a mapped file.
     """
 
     def __init__(
@@ -65,13 +62,9 @@ class PatchRows:
 
 
 class ShardedRows:
-    """Rows (N, D) of which each rank of a group holds a shard, in the order of the ranks.
+    """Rows (N, D) of which each rank of a group holds a shard (n, D), n >= 0, in the order of the ranks.
 
     Indices count the rows of all shards. All ranks call the constructor and the methods, except `locate`, together.
-
-    Args:
-        shard: (n, D) rows of this rank; n may be 0.
-        group: the ranks that share the rows, None for all.
     """
 
     def __init__(self, shard: Tensor | PatchRows, group: Group | None = None) -> None:
