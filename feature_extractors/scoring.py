@@ -26,14 +26,9 @@ def image_score(
     m_test is the patch farthest from the bank, at distance s*, and m* its nearest bank row. With N_b the bank rows
     nearest to m*, without m*: w = 1 - exp(s* / sqrt(D)) / sum_{m in N_b} exp(|m_test - m| / sqrt(D)); s = w s*.
 
-    Args:
-        patches: (M, D) float32, normalized.
-        distances, index: (M,) float32 and int64, of the nearest row of `bank` to each patch.
-        divisor: divides all distances.
-        epsilon: added to the sum of exponentials.
-
-    Returns:
-        s, a scalar float64 tensor; 0 <= w < 1. A bank of one row, without N_b, gives s = s*.
+    `distances` (M,) float32 and `index` (M,) int64 are those of the nearest row of `bank` to each of the normalized
+    `patches` (M, D) float32. All distances are divided by `divisor`; `epsilon` is added to the sum of exponentials.
+    Returns s, a scalar float64 tensor; 0 <= w < 1. A bank of one row, without N_b, gives s = s*.
     """
     m_test = distances.argmax(dim=0, keepdim=True)  # (1,): indexing with a scalar tensor would wait for its value
     s_star = distances[m_test].double() / divisor
