@@ -57,13 +57,10 @@ def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: fl
     too small. A new good sample of the same distribution exceeds it with a probability of at most target_fpr (split
     conformal prediction). Pixel: the smallest value that at most target_fpr of all pixels of the good maps exceed.
 
-    Args:
-        scores, maps: n scores and n anomaly maps (H, W) float32 of good samples; pixels are copied once.
-        target_fpr: requested false-alarm rate, from LEAST_FPR to below 1.
-        source: split of the samples.
+    The n scores and n maps (H, W) float32 are those of good samples of the split `source`; pixels are copied once.
 
     Raises:
-        InputError: target_fpr is out of its range.
+        InputError: target_fpr is out of its range, see check_target_fpr.
         ValueError: there is no sample, or a score or map is not finite.
     """
     check_target_fpr(target_fpr)
@@ -96,6 +93,5 @@ def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: fl
     )
 
 
-def _share_of(rate: float, count: int) -> int:
-    """`rate` of a count, rounded down."""
+def _share_of(rate: float, count: int) -> int:  # rounded down
     return math.floor(rate * count * (1 + ROUNDING))
