@@ -31,12 +31,9 @@ class TrainingFeatures:
     3136 x 1920 numbers. If all samples would take more than half of the memory budget, the arrays are memory-mapped
     unnamed files in the folder for temporary files (TMPDIR). They vanish with the process.
 
-    Args:
-        capacity: number of training samples of this rank.
-        memory_budget: budget of this rank, GB.
-        dtype: dtype of the stored numbers, float32 or float16; no other number becomes zero.
-        empty: features of a sample without patches, for a rank without samples.
-        group: the ranks that share the class.
+    `capacity` is the number of training samples of this rank, `memory_budget` its budget in GB, and `group` the ranks
+    that share the class. Numbers are stored as `dtype`, float32 or float16; no other number becomes zero. `empty` are
+    the features of a sample without patches, for a rank without samples.
     """
 
     def __init__(
@@ -68,8 +65,7 @@ class TrainingFeatures:
     def append(self, features: PatchFeatures, path: str | None = None) -> None:
         """Store the features of the next sample; `path` names it in errors.
 
-        Raises:
-            InputError: the mapped file does not fit on its disk, or the features hold NaN or infinity.
+        InputError if the mapped file does not fit on its disk, or the features hold NaN or infinity.
         """
         patches = {name: each for name in BANKS if (each := getattr(features, name)) is not None}
         if not self._arrays:
@@ -123,11 +119,7 @@ class TrainingFeatures:
 
 
 def _mapped_file(size: int) -> mmap.mmap:
-    """Memory map of an unnamed file of `size` bytes.
-
-    Raises:
-        InputError: the disk is too small.
-    """
+    """Memory map of an unnamed file of `size` bytes; InputError if the disk is too small."""
     folder = tempfile.gettempdir()
     if file_system_of(Path(folder)) in MEMORY_FILE_SYSTEMS:
         logger.warning(
