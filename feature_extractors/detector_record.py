@@ -44,8 +44,7 @@ class SavedDetector(NamedTuple):
 def read_saved(folder: Path | str, *, point_ops: str = "auto", precision: str | None = None) -> SavedDetector:
     """Read the config.json of a saved detector, and put `point_ops` and `precision`, if given, into its config.
 
-    Raises:
-        InputError: the folder is not a detector, or its config.json is damaged or of another version.
+    InputError if the folder is not a detector, or its config.json is damaged or of another version.
     """
     folder = Path(folder)
     path = folder / CONFIG_FILE
