@@ -57,8 +57,7 @@ def check_target(folder: Path | str) -> None:
 def round_banks(detector: Detector, dtype: torch.dtype) -> None:
     """Round the rows of the banks to `dtype`, so that thresholds calibrated afterwards fit the saved detector.
 
-    Raises:
-        InputError: a bank exceeds the range of the dtype.
+    InputError if a bank exceeds the range of the dtype.
     """
     for name, bank in detector.banks.items():
         rows = _rows_in(dtype, name, bank).to(bank.rows.dtype)
@@ -70,15 +69,9 @@ def save_detector(
 ) -> None:
     """Write a fitted detector as a folder; an older detector is replaced once the new one is complete.
 
-    Args:
-        detector: fitted, with or without calibrated thresholds.
-        folder: absent, empty, or a detector.
-        class_name: by default the folder's name.
-        dtype: of the banks' rows, float32 or float16, which changes the scores slightly; see `round_banks`.
-
-    Raises:
-        InputError: the folder holds something else or cannot be written, a value is not finite, or a bank exceeds the
-            range of the dtype.
+    `class_name` is by default the folder's name, `dtype` that of the banks' rows: float32, or float16, which changes
+    the scores slightly; see `round_banks`. InputError if the folder holds anything but a detector or cannot be written,
+    a value is not finite, or a bank exceeds the range of the dtype.
     """
     storage = next((name for name, each in STORAGE_DTYPES.items() if each == dtype), None)
     if storage is None:
@@ -119,14 +112,8 @@ def load_detector(
 ) -> Detector:
     """Load a detector that `save_detector` wrote, on any device.
 
-    Args:
-        folder: the detector's folder.
-        device: see `choose_device`.
-        checkpoint_dir: folder of the backbones' published files.
-        rgb_checkpoint: file of the RGB backbone, instead of one in checkpoint_dir.
-        xyz_checkpoint: file of the 3D backbone, likewise.
-        point_ops: backend of the point searches on this device.
-        precision: of the networks; None: the precision of the fit.
+    For `device` see `choose_device`, for the checkpoints `build_extractor`, for `point_ops` models.point_ops. Without a
+    `precision` the networks run in that of the fit.
 
     Raises:
         InputError: the folder is not a detector, is damaged or of another version, a backbone is missing or has other
