@@ -149,11 +149,9 @@ def evaluate(
 ) -> dict[str, Evaluation]:
     """Predict the `count` test samples of this rank with each method's detector, and compute the metrics of the class.
 
-    The detectors share an extractor, and each stopwatch counts its time. Peak memory: (K + 1) * img_size**2 float32 for
-    each sample and detector of K banks.
-
-    Returns:
-        evaluations over the samples of all ranks, on the first rank of the group; {} on the others.
+    Returns evaluations over the samples of all ranks on the first rank of the group, {} on the others. The detectors
+    share an extractor, and each stopwatch counts its time. Peak memory: (K + 1) * img_size**2 float32 for each sample
+    and detector of K banks.
     """
     stopwatches = stopwatches or {name: Stopwatch() for name in detectors}
     extractor = next(iter(detectors.values())).extractor
