@@ -24,10 +24,7 @@ def contrastive_loss(xyz_head_out: Tensor, rgb_head_out: Tensor, negatives: str 
 
     The heads' outputs are (N, head_dim) each; the partner of row i is row i. `negatives` chooses the k of the sum:
     "local" those of this rank, "global" those of all ranks. The mean of the global value and gradient over the ranks,
-    as DDP takes it, equals a single process with all rows.
-
-    Raises:
-        InputError: N is 0; with "global", in all ranks together.
+    as DDP takes it, equals a single process with all rows. InputError if N is 0; with "global", in all ranks together.
     """
     dtype = torch.promote_types(xyz_head_out.dtype, torch.float32)
     q = F.normalize(rgb_head_out.to(dtype), dim=-1)
