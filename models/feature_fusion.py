@@ -40,8 +40,7 @@ class FeatureFusion(nn.Module):
     def from_state_dict(cls, state: Mapping[str, Tensor], source: Path | str = "feature fusion") -> "FeatureFusion":
         """Build the module of a checkpoint's `model` entry, in eval mode; its widths are those of the tensors.
 
-        Raises:
-            InputError: a key is missing or left over, or the shapes contradict each other.
+        InputError if a key is missing or left over, or the shapes contradict each other.
         """
         layers = ("xyz_norm", "rgb_norm", "xyz_mlp.fc1", "xyz_head")
         try:
