@@ -149,16 +149,10 @@ def _predict_batch(detector: Detector, batch: Sequence[LoadedSample]) -> list[Ou
 
 
 class PredictionWriter:
-    """Writer of maps, overlays, and predictions.jsonl with a line of JSON for each sample.
+    """Writer of predictions.jsonl, with a line of JSON for each sample, and if `images` also of maps and overlays.
 
-    Args:
-        folder: existing folder of all these files.
-        thresholds: of the detector: they decide, and set the colors of all overlays.
-        images: write maps and overlays too.
-        append: add to an existing predictions.jsonl; an incomplete line at its end is removed.
-
-    Raises:
-        InputError: a file cannot be written; also from `add`.
+    The `thresholds` of the detector decide, and set the colors of all overlays. With `append` an existing file goes on;
+    an incomplete line at its end is removed. InputError, also from `add`, if a file cannot be written.
     """
 
     def __init__(self, folder: Path, thresholds: Thresholds | None, images: bool, append: bool = False) -> None:
