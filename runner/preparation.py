@@ -60,8 +60,7 @@ class Run:
 def own_device(name: str, ranks: Ranks) -> torch.device:
     """Device of this process. Of several processes with the same problem, one prints it.
 
-    Raises:
-        InputError: an unknown device, one that does not exist, or one GPU for several processes.
+    InputError for an unknown device, one that does not exist, or one GPU for several processes.
     """
     with print_only_if(ranks.rank == 0):
         named_device(name)
@@ -74,10 +73,7 @@ def own_device(name: str, ranks: Ranks) -> torch.device:
 def set_up(args: argparse.Namespace, given: Collection[str], device: torch.device) -> tuple[Run, PatchExtractor]:
     """Check a run and build its networks, in rank 0 first, so that a problem is reported once.
 
-    The other ranks receive the run that rank 0 checked.
-
-    Raises:
-        InputError: anything is wrong that shows before the work starts.
+    The other ranks receive the run that rank 0 checked. InputError for all that shows before the work starts.
     """
     run: Run = prepare(args, given, device) if is_main() else broadcast_object(None)
     extractor = build_extractor(
