@@ -49,8 +49,7 @@ def run(config: PretrainConfig) -> None:
 def pretrain(config: PretrainConfig, ranks: Ranks, device: torch.device) -> None:
     """Train to the last epoch or update; the main process writes checkpoints and log lines.
 
-    Raises:
-        SystemExit: after Ctrl-C or SIGTERM, once checkpoint-last.pth is written.
+    SystemExit after Ctrl-C or SIGTERM, once checkpoint-last.pth is written.
     """
     dataset = PatchFileDataset(config.data_path, config.uff_pairing, config.xyz_dim)
     training, validation = split_files(len(dataset), config.val_fraction, config.seed)
@@ -102,8 +101,7 @@ def first_progress(
 ) -> Progress:
     """The start of training: at --resume, at --start_epoch, or at 0.
 
-    Raises:
-        InputError: nothing is left to do, or the checkpoint does not fit this run.
+    InputError if nothing is left to do, or the checkpoint does not fit this run.
     """
     progress = Progress(epoch=config.start_epoch or 0)
     if config.resume:
