@@ -69,10 +69,8 @@ def find_classes(dataset_path: Path | str, dataset_type: str, chosen: Sequence[s
             raise InputError(f"Class {name!r} is not in {root}, which holds {listing}. Name these with --classes.")
     classes = list(dict.fromkeys(chosen or (name for name in DATASET_CLASSES[dataset_type] if name in found)))
     if not classes:
-        raise InputError(
-            f"{root} holds none of the {dataset_type} classes but {listing}. Name these with --classes, or another "
-            "dataset with --dataset_path."
-        )
+        problem = f"{root} holds none of the {dataset_type} classes but {listing}"
+        raise InputError(f"{problem}. Name these with --classes, or another dataset with --dataset_path.")
     return classes
 
 
@@ -222,9 +220,8 @@ def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_s
     if rgb is not None:
         if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
             shape = " x ".join(map(str, rgb.shape))
-            raise InputError(
-                f"The image of {path} is {shape} {rgb.dtype}, expected H x W x 3 uint8. Convert it to RGB."
-            )
+            problem = f"The image of {path} is {shape} {rgb.dtype}, expected H x W x 3 uint8"
+            raise InputError(f"{problem}. Convert it to RGB.")
         image = Image.fromarray(rgb).resize((img_size, img_size), Image.Resampling.BICUBIC)
         # NumPy, not torch: in a loader thread each torch operation would start a pool of threads of its own.
         pixels = (np.asarray(image, dtype=np.float32) / 255 - _IMAGENET_MEAN) / _IMAGENET_STD
@@ -233,10 +230,8 @@ def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_s
         check_organized(f"The point cloud of {path}", xyz.shape, xyz.dtype)
         cloud = resize_nearest(as_cloud(xyz), img_size)
         if not cloud.numpy().any():
-            raise InputError(
-                f"{path} has no valid point (three finite coordinates, none of them zero). Restore the sample from its "
-                "source and preprocess it again, or remove it."
-            )
+            problem = f"{path} has no valid point (three finite coordinates, none of them zero)"
+            raise InputError(f"{problem}. Restore the sample from its source and preprocess it again, or remove it.")
         sample = sample._replace(xyz=cloud)
     return sample
 

@@ -58,21 +58,18 @@ def find_ranks(
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), own, local_world_size)
         if world_size not in (None, ranks.world_size):
-            raise InputError(
-                f"--world_size is {world_size}, but the launcher started {ranks.world_size} processes. Remove it."
-            )
+            problem = f"--world_size is {world_size}, but the launcher started {ranks.world_size} processes"
+            raise InputError(f"{problem}. Remove it.")
         return ranks
     if world_size in (None, 1):
         return Ranks(local_rank=local_rank or 0)
     assert world_size is not None
     if local_rank is None or local_rank >= world_size:
-        raise InputError(
-            f"--world_size {world_size} without torchrun needs a rank. Give --local_rank 0 ... {world_size - 1}."
-        )
+        problem = f"--world_size {world_size} without torchrun needs a rank"
+        raise InputError(f"{problem}. Give --local_rank 0 ... {world_size - 1}.")
     if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
-        raise InputError(
-            "several processes without torchrun need a common address. Give --dist_url, such as tcp://localhost:29500."
-        )
+        problem = "several processes without torchrun need a common address"
+        raise InputError(f"{problem}. Give --dist_url, such as tcp://localhost:29500.")
     return Ranks(local_rank, world_size, local_rank, world_size)
 
 
@@ -135,10 +132,8 @@ def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") 
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"rank {ranks.rank} cannot connect to the other {ranks.world_size - 1} by {dist_url} ({reason}). Start all "
-            "ranks, and give them an address that each can reach."
-        ) from None
+        problem = f"rank {ranks.rank} cannot connect to the other {ranks.world_size - 1} by {dist_url} ({reason})"
+        raise InputError(f"{problem}. Start all ranks, and give them an address that each can reach.") from None
     yield
     dist.destroy_process_group()  # not after an error: it would wait for the other ranks
 

@@ -134,9 +134,8 @@ def find_scans(root: Path, classes: Sequence[str] | None, light: int) -> tuple[l
             except InputError as error:
                 failed[f"{name}/{SPLITS[split]}/{int(number):03d}"] = str(error)
     if not scans and not failed:
-        raise InputError(
-            f"{root} holds no <Class>/train/data/<number>_depth.png. Give the folder that holds the classes."
-        )
+        problem = f"{root} holds no <Class>/train/data/<number>_depth.png"
+        raise InputError(f"{problem}. Give the folder that holds the classes.")
     return scans, failed
 
 
@@ -191,9 +190,8 @@ def _read_depth(path: Path, limits: Path) -> np.ndarray:
         normalization = yaml.safe_load(limits.read_text(encoding="utf-8"))["normalization"]
         low, high = float(normalization["min"]), float(normalization["max"])
     except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{limits} cannot be read ({type(error).__name__}), expected normalization: min, max. Copy it again."
-        ) from None
+        problem = f"{limits} cannot be read ({type(error).__name__}), expected normalization: min, max"
+        raise InputError(f"{problem}. Copy it again.") from None
     if not 0 < low < high < np.inf:
         raise InputError(f"{limits} has the depths {low} to {high}, expected 0 < min < max in meters. Copy it again.")
     with open_image(path) as image:

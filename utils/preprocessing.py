@@ -82,9 +82,8 @@ def find_scans(root: Path) -> tuple[list[Scan], dict[str, str]]:
     for folder in subfolders(root):
         scans += _scans_below(folder, root, failed)
     if not scans and not failed:
-        raise InputError(
-            f"{root} holds no <class>/<split>/<defect>/xyz/*.tiff. Give the folder that holds the classes."
-        )
+        problem = f"{root} holds no <class>/<split>/<defect>/xyz/*.tiff"
+        raise InputError(f"{problem}. Give the folder that holds the classes.")
     return scans, failed
 
 
@@ -185,9 +184,8 @@ def preprocess(config: Config) -> Summary:
     """
     scans, failed = find_scans(config.dataset)
     if config.output != config.dataset and (config.dataset / MANIFEST).is_file():
-        raise InputError(
-            f"{config.dataset} is preprocessed already ({MANIFEST} is there). Give the folder of the original scans."
-        )
+        problem = f"{config.dataset} is preprocessed already ({MANIFEST} is there)"
+        raise InputError(f"{problem}. Give the folder of the original scans.")
     journal = config.journal()
     if not config.dry_run:
         return process_scans(scans, journal, partial(clean_files, config=config), config.workers, failed)

@@ -67,14 +67,12 @@ def clean_scan(
             )
     measured = valid_mask(xyz)
     if not measured.any():
-        raise InputError(
-            f"None of the {measured.size} pixels has a measurement. Restore the xyz file or leave the scan out."
-        )
+        problem = f"None of the {measured.size} pixels has a measurement"
+        raise InputError(f"{problem}. Restore the xyz file or leave the scan out.")
     reach = float(np.abs(xyz[measured]).max())
     if reach > rule.max_extent:
-        raise InputError(
-            f"The coordinates reach {reach:g}, expected meters and at most {rule.max_extent:g}. Convert them to meters."
-        )
+        problem = f"The coordinates reach {reach:g}, expected meters and at most {rule.max_extent:g}"
+        raise InputError(f"{problem}. Convert them to meters.")
     plane = fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
     part = largest_cluster(remove_plane(xyz, plane, rule.plane_distance), rule)
     clean_xyz = np.where(part[..., None], xyz, xyz.dtype.type(0))

@@ -110,10 +110,8 @@ def require_own_folder(scans: list[Scan], journal: Journal) -> None:
         return
     found = [*journal.output.glob("*/*/*/xyz/[!.]*"), *journal.output.glob("*/*/*/rgb/[!.]*")]
     if found:
-        raise InputError(
-            f"{journal.output} holds scans of another origin, such as {found[0]}, and no {MANIFEST}. Give an empty "
-            "output folder."
-        )
+        problem = f"{journal.output} holds scans of another origin, such as {found[0]}, and no {MANIFEST}"
+        raise InputError(f"{problem}. Give an empty output folder.")
 
 
 def split_scans(scans: list[Scan], journal: Journal) -> tuple[list[Scan], list[str], dict[str, str]]:

@@ -45,9 +45,8 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(
-            f"{path} has more pixels than allowed ({error}). Scale the files of the sample down."
-        ) from error
+        problem = f"{path} has more pixels than allowed ({error})"
+        raise InputError(f"{problem}. Scale the files of the sample down.") from error
     except (OSError, SyntaxError, ValueError, IndexError, struct.error) as error:
         if isinstance(error, OSError) and error.errno is not None:  # a system error; PIL's have no number
             raise cannot_read(path, error) from error

@@ -106,9 +106,8 @@ def _open_checked(path: Path | str) -> Iterator[tifffile.TiffFile]:
     except (FileNotFoundError, PermissionError) as error:
         raise cannot_read(path, error) from error
     except Exception as error:  # with damaged bytes the decoder may raise almost anything
-        raise InputError(
-            f"{path} cannot be read as a tiff file ({type(error).__name__}: {error}). Copy it again from the dataset."
-        ) from error
+        problem = f"{path} cannot be read as a tiff file ({type(error).__name__}: {error})"
+        raise InputError(f"{problem}. Copy it again from the dataset.") from error
 
 
 def _check_header(path: Path, tif: tifffile.TiffFile) -> None:

@@ -57,10 +57,8 @@ def read_pcd(path: Path) -> np.ndarray:
         counts = map(int, entries.get("COUNT", ["1"] * len(names)))
         point = _point_type(path, list(zip(names, codes, counts, strict=True)), "<")
     if min(size) <= 1:
-        raise InputError(
-            f"{path} holds {size[1]} x {size[0]} points (WIDTH x HEIGHT), an unorganized cloud. Export it with a point "
-            "for each pixel, NaN where there is no measurement."
-        )
+        problem = f"{path} holds {size[1]} x {size[0]} points (WIDTH x HEIGHT), an unorganized cloud"
+        raise InputError(f"{problem}. Export it with a point for each pixel, NaN where there is no measurement.")
     return _decode(path, body, point, size, encoding, ("ascii", "binary", "binary_compressed"))
 
 
@@ -137,9 +135,8 @@ def _point_type(path: Path, fields: Sequence[_Field], order: str) -> np.dtype:
     """Return the type of a point, with fields x, y and z; InputError if one of them is not a floating-point number."""
     if not {name for name, code, count in fields if code[0] == "f" and count == 1}.issuperset(AXES):
         found = ", ".join(f"{count} {name} ({code})" for name, code, count in fields)
-        raise InputError(
-            f"{path} holds {found or 'no fields'}, expected x, y and z as floating-point numbers. Export them."
-        )
+        problem = f"{path} holds {found or 'no fields'}, expected x, y and z as floating-point numbers"
+        raise InputError(f"{problem}. Export them.")
     # Other names may occur twice, such as "_" of padding.
     names = [name if name in AXES else f"field {i}" for i, (name, _, _) in enumerate(fields)]
     return np.dtype([(name, order + code, (count,)) for name, (_, code, count) in zip(names, fields, strict=True)])

@@ -157,10 +157,8 @@ def _in_meters(path: Path, xyz: np.ndarray, fix_if_far: str, fix_if_near: str) -
             f"{FARTHEST:g} m. {fix_if_far if middle > FARTHEST else fix_if_near}"
         )
     if reach > MAX_COORDINATE:
-        raise InputError(
-            f"The coordinates of {path} reach {reach:.4g} m, expected at most {MAX_COORDINATE:g}. Set pixels without a "
-            "measurement to 0."
-        )
+        problem = f"The coordinates of {path} reach {reach:.4g} m, expected at most {MAX_COORDINATE:g}"
+        raise InputError(f"{problem}. Set pixels without a measurement to 0.")
     return xyz
 
 
