@@ -127,9 +127,7 @@ def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") 
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(
-            backend, dist_url, timeout=COLLECTIVE_TIMEOUT, rank=ranks.rank, world_size=ranks.world_size
-        )
+        dist.init_process_group(backend, dist_url, COLLECTIVE_TIMEOUT, ranks.world_size, ranks.rank)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         problem = f"rank {ranks.rank} cannot connect to the other {ranks.world_size - 1} by {dist_url} ({reason})"

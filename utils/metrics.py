@@ -45,15 +45,12 @@ def evaluate(labels: ArrayLike, scores: ArrayLike, masks: Images, anomaly_maps: 
     thresholds), `au_pro_exact` the area under the exact curve by limit.
     """
     curve = _or_none("AU-PRO (exact curve)", pro_curve, masks, anomaly_maps)
+    published = masks, anomaly_maps, REFERENCE_LIMIT, REFERENCE_THRESHOLDS
     return {
         "image_rocauc": _or_none("I-AUROC", image_rocauc, labels, scores),
         "pixel_rocauc": _or_none("P-AUROC", pixel_rocauc, masks, anomaly_maps),
-        "au_pro": _or_none(
-            "AU-PRO (100 thresholds)", au_pro, masks, anomaly_maps, REFERENCE_LIMIT, REFERENCE_THRESHOLDS
-        ),
-        "au_pro_exact": {
-            limit: area_to_limit(curve[0], curve[1], float(limit)) if curve else None for limit in EXACT_LIMITS
-        },
+        "au_pro": _or_none("AU-PRO (100 thresholds)", au_pro, *published),
+        "au_pro_exact": {key: area_to_limit(curve[0], curve[1], float(key)) if curve else None for key in EXACT_LIMITS},
     }
 
 

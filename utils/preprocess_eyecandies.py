@@ -62,7 +62,6 @@ def unproject(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
     """Compute the point of each pixel: depth * inv(K pose) (u, v, 1, 1 / depth), for column u and row v.
 
     K is the pinhole camera of FOCAL_LENGTH whose principal point is the image center (w / 2, h / 2).
-
     `depth` is (H, W) float64, meters, 0 where missing; `pose` the (4, 4) of the camera. Returns (H, W, 3) float64,
     meters, in the frame of the pose; NaN where missing.
     """
@@ -168,10 +167,8 @@ def convert_files(scan: Scan, target: Path) -> Record:
     height, width = arrays["xyz"].shape[:2]
     for modality, array in arrays.items():
         if array.shape[:2] != (height, width):
-            raise InputError(
-                f"{scan.sources[modality][0]} is {array.shape[0]} x {array.shape[1]}, "
-                f"its depth {height} x {width} (H x W). Copy them again from the dataset."
-            )
+            found = f"{scan.sources[modality][0]} is {array.shape[0]} x {array.shape[1]}"
+            raise InputError(f"{found}, its depth {height} x {width} (H x W). Copy them again from the dataset.")
     return write_results(scan, arrays, target)
 
 
@@ -233,8 +230,7 @@ def parse_args(argv: Sequence[str] | None) -> Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit code."""
-    config = parse_args(argv)
-    return report(preprocess(config))
+    return report(preprocess(parse_args(argv)))
 
 
 if __name__ == "__main__":

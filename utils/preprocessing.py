@@ -203,10 +203,8 @@ def _fault(scan: Scan) -> str:
         for modality in scan.sources.keys() - {"xyz"}:
             with open_image(path := _source(scan, modality)) as image:
                 if image.size != (width, height):
-                    return (
-                        f"{path} is {image.height} x {image.width}, but its xyz file {height} x {width} (H x W). "
-                        "Restore them from the dataset."
-                    )
+                    sizes = f"{image.height} x {image.width}, but its xyz file {height} x {width} (H x W)"
+                    return f"{path} is {sizes}. Restore them from the dataset."
     except InputError as error:
         return str(error)
     return ""

@@ -45,26 +45,19 @@ def clean_scan(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Remove the plane of a scan, keep its largest cluster, and pad it to a square of side S.
 
-    Args:
-        xyz: (H, W, 3) cloud.
-        rgb: (H, W, C) uint8 image of the same view.
-        gt: (H, W) ground truth of any dtype, which is only padded.
-        rule: parameters.
-        keep_rgb: only pad the image; its background stays.
-
-    Returns:
-        xyz (S, S, 3), rgb (S, S, C) and gt (S, S) or None, dtypes as given. Removed pixels and padding are 0. As in
-        the reference, the image keeps its pixels without a measurement.
+    Takes the cloud (H, W, 3), the uint8 image (H, W, C) of the same view, and the ground truth (H, W) of any dtype,
+    which is only padded, as is the image with `keep_rgb`. Returns xyz (S, S, 3), rgb (S, S, C) and gt (S, S) or None,
+    dtypes as given. Removed pixels and padding are 0. As in the reference, the image keeps its pixels without a
+    measurement.
 
     Raises InputError where sizes differ, there is no measurement, the coordinates are not in meters, the border shows
     no table (see `fit_border_plane`), or nothing is left.
     """
     for name, image in (("image", rgb), ("ground truth", gt)):
         if image is not None and image.shape[:2] != xyz.shape[:2]:
-            raise InputError(
-                f"The {name} is {image.shape[0]} x {image.shape[1]} (H x W), the point cloud {xyz.shape[0]} x "
-                f"{xyz.shape[1]}. Restore the files from the dataset."
-            )
+            found, expected = (" x ".join(map(str, each.shape[:2])) for each in (image, xyz))
+            problem = f"The {name} is {found} (H x W), the point cloud {expected}"
+            raise InputError(f"{problem}. Restore the files from the dataset.")
     measured = valid_mask(xyz)
     if not measured.any():
         problem = f"None of the {measured.size} pixels has a measurement"

@@ -45,7 +45,7 @@ class Results(msgspec.Struct, frozen=True):
 def results_record(
     command: Sequence[str], args: Mapping[str, Any], classes: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Content of results.json: command, arguments, package versions, each class and the mean over classes."""
+    """Content of results.json."""
     from utils.metrics import mean_over_classes
 
     return {

@@ -94,9 +94,10 @@ def _tables(methods: Methods, exact_headline: bool, note: str | None) -> list[_T
     if not names:
         raise ValueError("There is no class to tabulate. Pass the metrics of at least one.")
     columns = {method: [*classes.values(), mean_over_classes(classes)] for method, classes in methods.items()}
-    rows: dict[str, list[list[str]]] = {"I-AUROC": [], "P-AUROC": [], "AU-PRO": []}
+    rows: dict[str, list[list[str]]] = {}
     for title, key in (("I-AUROC", "image_rocauc"), ("P-AUROC", "pixel_rocauc")):
         rows[title] = [[method, *(number(each[key]) for each in of_method)] for method, of_method in columns.items()]
+    rows["AU-PRO"] = []
     areas = [_au_pro_rows(of_method, exact_headline) for of_method in columns.values()]
     for same_curve in zip(*areas, strict=True):  # all methods of one AU-PRO, then all of the next
         for method, (label, values) in zip(columns, same_curve, strict=True):
@@ -114,9 +115,7 @@ def _tables(methods: Methods, exact_headline: bool, note: str | None) -> list[_T
 def _au_pro_rows(columns: Sequence[Mapping[str, Any]], exact_headline: bool) -> list[tuple[str, list[float | None]]]:
     """Label and values by column of each AU-PRO, the headline first."""
     published = f"limit {REFERENCE_LIMIT}, {REFERENCE_THRESHOLDS} thresholds", [each["au_pro"] for each in columns]
-    exact = [
-        (f"limit {limit}, exact curve", [each["au_pro_exact"][limit] for each in columns]) for limit in EXACT_LIMITS
-    ]
+    exact = [(f"limit {key}, exact curve", [each["au_pro_exact"][key] for each in columns]) for key in EXACT_LIMITS]
     return [exact[0], published, *exact[1:]] if exact_headline else [published, *exact]
 
 

@@ -81,13 +81,9 @@ def save_overlay(
 ) -> None:
     """Write a PNG, without margin or text: the map in heat colors over the gray image.
 
-    Args:
-        path: of the PNG, which has the size of the image, else of the map, but at most OVERLAY_SIDE pixels a side.
-        image: (H, W, 3) uint8, or None: the map alone.
-        anomaly_map: (h, w) float, of the same view.
-        scale: color limits (lo, hi), see `threshold_scale`.
-        threshold: values above it are outlined, and values far below it show the image alone; None: no outline, and
-            the heat begins at lo.
+    The PNG has the size of the `image` (H, W, 3) uint8, or without one of the map, but at most OVERLAY_SIDE pixels a
+    side. The map (h, w) has the same view, `scale` is (lo, hi) of `threshold_scale`. Values above the threshold are
+    outlined, and values far below it show the image alone; without a threshold the heat begins at lo.
     """
     import matplotlib
 

@@ -22,15 +22,12 @@ class MissingRecordError(InputError):
 def read_record(path: Path, kind: type[Record], schema: int | None, fix: str) -> Record:
     """Read a JSON file into a typed class.
 
-    Args:
-        path: the file.
-        kind: a msgspec.Struct or a dataclass with type hints, nested as needed. Named tuples become JSON lists.
-        schema: required value of the file's "schema"; None if the file has no such field.
-        fix: remedy for a missing, damaged or older file: a sentence without its final period.
+    `kind` is a msgspec.Struct or a dataclass with type hints, nested as needed; named tuples become JSON lists.
+    `schema` is the required value of the file's "schema", None if it has no such field. `fix` is the remedy for a
+    missing, damaged or older file: a sentence without its final period.
 
-    Raises:
-        MissingRecordError: the file does not exist.
-        InputError: the file cannot be read, is not JSON, has another schema, or has a wrong field.
+    Raises MissingRecordError if the file does not exist, and InputError if it cannot be read, is not JSON, has another
+    schema, or has a wrong field.
     """
     try:
         text = path.read_text(encoding="utf-8").removeprefix("\ufeff")  # byte order mark of Windows

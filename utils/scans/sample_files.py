@@ -31,8 +31,6 @@ LONGEST_NAME = 220  # bytes of a stem: a file name has 255, and those of maps an
 
 
 class FoundSamples(NamedTuple):
-    """Samples found by `find_samples`."""
-
     samples: list[SampleFiles]  # complete, sorted by name
     incomplete: list[tuple[SampleFiles, str]]  # with the problem of each
 
@@ -119,11 +117,8 @@ def read_cloud(
 ) -> np.ndarray:
     """Read an organized point cloud in the format that its suffix names.
 
-    Args:
-        path: .tiff, .tif, .npy, .pcd, .ply, or, with a camera, a depth .png.
-        camera: camera that took the depth image.
-        unit: unit of the coordinates, a key of UNITS; a depth image has the scale of its camera instead.
-        image_size: (H, W) of the image of the same view, see `read_ply`.
+    `path` is a .tiff, .tif, .npy, .pcd or .ply file, or with the camera that took it a depth .png. The coordinates have
+    the `unit`, a key of UNITS, those of a depth image the scale of its camera. `image_size` is as in `read_ply`.
 
     Returns (H, W, 3) float32, meters, camera frame; a pixel without a measurement is exactly (0, 0, 0). Raises
     InputError if the file cannot be read in its format, or the coordinates cannot be meters.

@@ -51,14 +51,10 @@ class View(NamedTuple):
 
 
 def make_scan(part_class: str, path: str, size: int, seed: int, damaged: bool = True) -> Scan:
-    """Make one scan.
+    """Make one scan of size x size pixels; class, path and seed determine everything.
 
-    Args:
-        part_class: a key of PARTS.
-        path: "split/defect/stem", like "test/dent/003"; the defect is "good" or a key of DEFECTS.
-        size: side of the image in pixels.
-        seed: of the dataset; with class and path it determines everything.
-        damaged: False leaves out the defect but keeps part, pose and noise.
+    `part_class` is a key of PARTS, `path` is "split/defect/stem", like "test/dent/003", where the defect is "good" or a
+    key of DEFECTS. Without `damaged` the defect is left out, but part, pose and noise stay.
     """
     stream = partial(random_stream, seed, part_class, path)
     defect = path.split("/")[1]

@@ -85,14 +85,9 @@ def spread_order(count: int) -> list[int]:
 def gallery(
     samples: Sequence[SampleResult], decision: Decision | None, limit: int, read_rgb: ReadArray, read_cloud: ReadArray
 ) -> list[dict[str, Any]]:
-    """The shown samples as plain data for the script of the page, some 115 kB each.
+    """At most `limit` of the `samples` of a test split as plain data for the script of the page, some 115 kB each.
 
-    Args:
-        samples: the whole test split of a class.
-        decision: threshold, or None.
-        limit: number of shown samples at most.
-        read_rgb: reader of (H, W, 3) uint8, or None.
-        read_cloud: reader of (H, W, 3) float, meters, an invalid pixel exactly 0, or None.
+    `read_rgb` reads (H, W, 3) uint8, `read_cloud` (H, W, 3) float, meters, an invalid pixel exactly 0; or None.
     """
     chosen = choose_samples(samples, decision, limit)
     if not chosen:
