@@ -117,15 +117,10 @@ class PatchExtractor:
         batches = [[points] for points in clouds] if self.device.type == "cpu" else [clouds]
         with autocast(self.device, self.precision):
             found = [of_cloud for batch in batches for of_cloud in self.xyz_backbone(batch)]
+        grid, protocol, point_ops = self.config.xyz_grid, self.config.protocol, self.config.point_ops
+        switches = {"exact_distances": protocol.exact_distances, "masked": protocol.masked_pooling}
         return [
-            align_to_patches(
-                PointFeatures(features.float(), centers),
-                xyz,
-                self.config.xyz_grid,
-                exact_distances=self.config.protocol.exact_distances,
-                masked=self.config.protocol.masked_pooling,
-                point_ops=self.config.point_ops,
-            )
+            align_to_patches(PointFeatures(features.float(), centers), xyz, grid, point_ops=point_ops, **switches)
             for (features, centers), xyz in zip(found, planes, strict=True)
         ]
 
