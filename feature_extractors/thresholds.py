@@ -73,24 +73,16 @@ def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: fl
         raise ValueError("a score or an anomaly map of a good sample holds NaN or infinity")
     exceeding = _share_of(target_fpr, parts + 1)  # n + 1 minus the rank
     if exceeding == 0:
+        needed = math.ceil(1 / target_fpr * (1 - ROUNDING)) - 1
         logger.warning(
             "a false-alarm rate of %g needs %d good samples, but there are %d, which allow %.2g. The image threshold "
             "is their largest score.",
-            target_fpr,
-            math.ceil(1 / target_fpr * (1 - ROUNDING)) - 1,
-            parts,
-            1 / (parts + 1),
+            *(target_fpr, needed, parts, 1 / (parts + 1)),
         )
     rank = max(len(pixels) - _share_of(target_fpr, len(pixels)), 1)
     pixels.partition(rank - 1)
-    return Thresholds(
-        image=float(ordered[parts - min(max(exceeding, 1), parts)]),
-        pixel=float(pixels[rank - 1]),
-        target_fpr=target_fpr,
-        source=source,
-        parts=parts,
-        typical=float(np.median(ordered)),
-    )
+    image, pixel = float(ordered[parts - min(max(exceeding, 1), parts)]), float(pixels[rank - 1])
+    return Thresholds(image, pixel, target_fpr, source, parts, typical=float(np.median(ordered)))
 
 
 def _share_of(rate: float, count: int) -> int:  # rounded down
