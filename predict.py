@@ -141,26 +141,16 @@ def predict(settings: PredictSettings) -> int:
     camera = None if settings.intrinsics is None else read_camera(settings.intrinsics)
     found = find_samples(settings.rgb, settings.xyz, cloud_suffixes(camera))
     settings.check_files(found)
-    detector = load_detector(
-        settings.detector,
-        settings.device,
-        checkpoint_dir=settings.checkpoint_dir,
-        rgb_checkpoint=settings.rgb_checkpoint,
-        xyz_checkpoint=settings.xyz_checkpoint,
-    )
+    weights: dict[str, Any] = {"checkpoint_dir": settings.checkpoint_dir}
+    weights |= {"rgb_checkpoint": settings.rgb_checkpoint, "xyz_checkpoint": settings.xyz_checkpoint}
+    detector = load_detector(settings.detector, settings.device, **weights)
     settings.check_detector(detector)
     config, thresholds = detector.config, detector.thresholds
     if thresholds is None:
         logger.warning("%s has no thresholds: there are scores but no decisions", settings.detector)
-    reader = SampleReader(
-        found.samples,
-        config.method.modalities,
-        config.img_size,
-        camera,
-        settings.xyz_unit,
-        settings.preprocess,
-        settings.keep_rgb,
-    )
+    cleaning = settings.preprocess, settings.keep_rgb
+    modalities, size = config.method.modalities, config.img_size
+    reader = SampleReader(found.samples, modalities, size, camera, settings.xyz_unit, *cleaning)
     folder = make_folder(settings.output_dir, "--output_dir")
     writer = PredictionWriter(folder, thresholds, not settings.no_images, settings.append)
     records = []
