@@ -68,15 +68,10 @@ def fit_class(
         samples, count = own_samples(files.validation, run, extractor, group)
         validation = collect_features(extractor, samples, count, extraction, memory_budget=budget, group=group)
     samples, count = own_samples(files.train, run, extractor, group)
+    save = partial(save_patches, name, run) if settings.save_feature else None
+    dtype = STORAGE_DTYPES[settings.train_feature_dtype]
     features = collect_features(
-        extractor,
-        samples,
-        count,
-        extraction,
-        partial(save_patches, name, run) if settings.save_feature else None,
-        memory_budget=budget,
-        dtype=STORAGE_DTYPES[settings.train_feature_dtype],
-        group=group,
+        extractor, samples, count, extraction, save, memory_budget=budget, dtype=dtype, group=group
     )
     stopwatches = {method: Stopwatch(extraction.seconds) for method in run.configs}
     detectors = {
@@ -163,13 +158,8 @@ def sample_readers(files: list[SampleFiles], run: Run) -> tuple[ReadArray, ReadA
 
 def save_patches(class_name: str, run: Run, sample: Sample, features: PatchFeatures) -> None:
     """Write the patch file of a training sample."""
-    write_features(
-        run.settings.save_feature_path,
-        class_name,
-        Path(sample.path).name,
-        features,
-        xyz_backbone=run.config.xyz_backbone_name,
-        rgb_backbone=run.config.rgb_backbone_name,
-        pairing=run.settings.uff_pairing,
-        dtype=STORAGE_DTYPES[run.settings.feature_dtype],
-    )
+    settings, config = run.settings, run.config
+    backbones = {"xyz_backbone": config.xyz_backbone_name, "rgb_backbone": config.rgb_backbone_name}
+    place = settings.save_feature_path, class_name, Path(sample.path).name
+    dtype = STORAGE_DTYPES[settings.feature_dtype]
+    write_features(*place, features, **backbones, pairing=settings.uff_pairing, dtype=dtype)
