@@ -95,12 +95,8 @@ class SampleReader:
             except InputError as error:
                 raise InputError(f"{files.xyz} cannot be cleaned: {error}") from None
             side = len(cloud)
-        sample = make_sample(
-            str(files.xyz or files.rgb),  # the file that errors name
-            rgb if "rgb" in self.modalities else None,
-            cloud if "xyz" in self.modalities else None,
-            self.img_size,
-        )
+        used = rgb if "rgb" in self.modalities else None, cloud if "xyz" in self.modalities else None
+        sample = make_sample(str(files.xyz or files.rgb), *used, self.img_size)  # the file that errors name
         table = files.path in self.checked_for_table and xyz is not None and shows_table(xyz, CleaningRule())
         return LoadedSample(files, sample, image=image, size=view.shape[:2], side=side, shows_table=table)
 
