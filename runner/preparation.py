@@ -76,14 +76,10 @@ def set_up(args: argparse.Namespace, given: Collection[str], device: torch.devic
     The other ranks receive the run that rank 0 checked. InputError for all that shows before the work starts.
     """
     run: Run = prepare(args, given, device) if is_main() else broadcast_object(None)
-    extractor = build_extractor(
-        run.config,
-        run.settings.checkpoint_dir,
-        None if run.saved else run.settings.fusion_module_path,  # a saved detector holds its own UFF
-        device,
-        rgb_checkpoint=run.settings.rgb_checkpoint,
-        xyz_checkpoint=run.settings.xyz_checkpoint,
-    )
+    settings = run.settings
+    uff = None if run.saved else settings.fusion_module_path  # a saved detector holds its own UFF
+    weights = {"rgb_checkpoint": settings.rgb_checkpoint, "xyz_checkpoint": settings.xyz_checkpoint}
+    extractor = build_extractor(run.config, settings.checkpoint_dir, uff, device, **weights)
     if is_main():
         broadcast_object(run)
     return run, extractor
