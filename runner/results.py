@@ -115,12 +115,7 @@ def save_predictions(class_name: str, files: list[SampleFiles], results: list[Sa
     for file, result in pairs:
         prediction, plane = result.prediction, result.prediction.anomaly_map.numpy()
         save_anomaly_map(output_dir / "anomaly_maps" / class_name / f"{file.path}.tiff", plane, original_size(file))
-        save_prediction_figure(
-            output_dir / "pred_maps" / class_name / f"{file.path.removeprefix('test/')}.png",
-            read_rgb(file),
-            result.mask.numpy(),
-            {bank: bank_map.numpy() for bank, bank_map in prediction.bank_maps.items()},
-            plane,
-            scale,
-            f"{class_name}/{file.path}  score {prediction.score:.4g}",
-        )
+        figure = output_dir / "pred_maps" / class_name / f"{file.path.removeprefix('test/')}.png"
+        title = f"{class_name}/{file.path}  score {prediction.score:.4g}"
+        bank_maps = {bank: bank_map.numpy() for bank, bank_map in prediction.bank_maps.items()}
+        save_prediction_figure(figure, read_rgb(file), result.mask.numpy(), bank_maps, plane, scale, title)
