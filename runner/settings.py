@@ -135,13 +135,8 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
 
 def _add_output_flags(add: Callable[..., Any]) -> None:
     add("--output_dir", type=Path, default=Path("results"), help="folder of the tables, results.json and report.html")
-    add(
-        "--save_preds",
-        nargs="*",
-        choices=METHODS,
-        metavar="METHOD",
-        help="also write maps and figures, of all methods or these",
-    )
+    help_text = "also write maps and figures, of all methods or these"
+    add("--save_preds", nargs="*", choices=METHODS, metavar="METHOD", help=help_text)
     add("--report_parts", type=int, default=24, metavar="N", help="samples of each class that report.html shows")
     help_text = "save the fitted detectors in FOLDER/<class>, those of several methods in FOLDER/<method>/<class>"
     add("--save_detector", type=Path, metavar="FOLDER", help=help_text)
