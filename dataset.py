@@ -203,14 +203,11 @@ def read_rgb(files: SampleFiles) -> np.ndarray | None:
 
 
 def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_size: int) -> Sample:
-    """Make a sample of arrays in memory, with S = img_size; the aspect ratio is not kept.
+    """Make the sample `path` of arrays in memory, with S = img_size pixels; the aspect ratio is not kept.
 
-    Args:
-        path: name of the sample, also in errors.
-        rgb: (H, W, 3) uint8, or None where the method needs none. Resized bicubic (antialiased), ImageNet-normalized.
-        xyz: (H, W, 3) float, meters, camera frame, or None likewise. Resized nearest. A pixel with a coordinate that is
-            zero, NaN or infinite has no measurement.
-        img_size: side of the result, pixels, as in the config of the detector.
+    `rgb` is (H, W, 3) uint8; it is resized bicubic (antialiased) and ImageNet-normalized. `xyz` is (H, W, 3) float,
+    meters, camera frame; it is resized nearest, and a pixel with a coordinate that is zero, NaN or infinite has no
+    measurement. Either is None where the method needs none.
 
     Raises InputError for an array of another shape or type, or a point cloud without a valid point.
     """

@@ -29,11 +29,9 @@ def au_pro(masks: Images, anomaly_maps: Images, limit: float = 0.3, num_threshol
 def pro_curve(masks: Images, anomaly_maps: Images, num_thresholds: int | None = None) -> Curve:
     """PRO curve over all maps together, from the highest threshold to the lowest.
 
-    Args:
-        masks: (N, H, W), or N arrays (H, W) of any sizes; bool or 0-1, 1 = defect (above 0.5 counts).
-        anomaly_maps: float, shaped as the masks, larger = more anomalous.
-        num_thresholds: None for one point per distinct score, T for T equidistant ranks of the anomaly-free scores,
-            100 in the published metric.
+    `masks` are (N, H, W), or N arrays (H, W) of any sizes, 1 = defect (above 0.5 counts); `anomaly_maps` are float of
+    the same shapes, larger = more anomalous. `num_thresholds` is None for one point per distinct score, or T for T
+    equidistant ranks of the anomaly-free scores, 100 in the published metric.
 
     Returns fprs and pros, (P,) float64 in [0, 1], both ascending, fprs from 0 to 1 and the last point (1, 1).
     P = 1 + distinct scores, or T + 1. Peak memory of the exact curve: about 50 bytes per pixel.

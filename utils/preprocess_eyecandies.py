@@ -87,10 +87,8 @@ def background(points: np.ndarray) -> np.ndarray:
     _, along_y, along_z = first - last
     length = float(np.hypot(along_y, along_z))
     if not length > 0:
-        raise InputError(
-            "The table cannot be found: the depth in the middle of the first or last row is missing, or both are the "
-            "same. Leave the sample out."
-        )
+        problem = "the depth in the middle of the first or last row is missing, or both are the same"
+        raise InputError(f"The table cannot be found: {problem}. Leave the sample out.")
     cos, sin = along_z / length, along_y / length
     x = points[..., 0]
     y, z = points[..., 1] - last[1], points[..., 2] - last[2]

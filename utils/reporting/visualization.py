@@ -122,16 +122,10 @@ def save_prediction_figure(
 ) -> None:
     """Write a PNG of panels: image, ground truth, each bank's map, the fused map, and the same over the image.
 
-    Args:
-        path: of the PNG.
-        image: (H, W, 3) uint8 of any size, or None.
-        mask: (S, S) bool or 0-1, 1 = defect, or None without ground truth. Defects are outlined.
-        bank_maps: {bank: (S, S) float} before decision fusion. A map equal to the fused one is drawn once.
-        anomaly_map: (S, S) float, fused.
-        scale: (lo, hi) of each bank and of FUSED, the same for all figures of a class (see `color_scale`).
-        title: of the whole figure, plain text.
-
-    Raises ValueError for a map without a usable scale.
+    The image is (H, W, 3) uint8 of any size, the mask (S, S) with 1 = defect, which is outlined; each may be None. Maps
+    are (S, S) float, those of the banks before decision fusion; a single one equal to the fused map is left out.
+    `scale` has (lo, hi) of each bank and of FUSED, the same for all figures of a class (see `color_scale`). Raises
+    ValueError for a map without a usable scale.
     """
     same = len(bank_maps) == 1 and all(np.array_equal(each, anomaly_map) for each in bank_maps.values())
     banks = {} if same else bank_maps

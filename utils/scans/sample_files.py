@@ -147,10 +147,9 @@ def _in_meters(path: Path, xyz: np.ndarray, fix_if_far: str, fix_if_near: str) -
         return xyz
     middle, reach = float(np.median(np.linalg.norm(points, axis=1))), float(np.abs(points).max())
     if not NEAREST <= middle <= FARTHEST:
-        raise InputError(
-            f"The median point of {path} is {middle:.4g} m away, expected an object between {NEAREST:g} and "
-            f"{FARTHEST:g} m. {fix_if_far if middle > FARTHEST else fix_if_near}"
-        )
+        problem = f"The median point of {path} is {middle:.4g} m away"
+        fix = fix_if_far if middle > FARTHEST else fix_if_near
+        raise InputError(f"{problem}, expected an object between {NEAREST:g} and {FARTHEST:g} m. {fix}")
     if reach > MAX_COORDINATE:
         problem = f"The coordinates of {path} reach {reach:.4g} m, expected at most {MAX_COORDINATE:g}"
         raise InputError(f"{problem}. Set pixels without a measurement to 0.")
@@ -168,7 +167,5 @@ def check_same_view(name: str, rgb: np.ndarray, xyz: np.ndarray, same_pixels: bo
         return
     if same_pixels or abs(height * columns - rows * width) > ASPECT_TOLERANCE * rows * width:
         expected = "the same pixels, which cleaning needs" if same_pixels else "the same view"
-        raise InputError(
-            f"The image of {name} has {height} x {width} pixels (H x W), but its cloud {rows} x {columns}; expected "
-            f"{expected}. Map the image to the pixels of the cloud."
-        )
+        problem = f"The image of {name} has {height} x {width} pixels (H x W), but its cloud {rows} x {columns}"
+        raise InputError(f"{problem}; expected {expected}. Map the image to the pixels of the cloud.")

@@ -212,9 +212,8 @@ def measure(view: View, height: np.ndarray, pose: Pose, rays: np.ndarray, rng: G
     smudge = smooth_noise(rng, 0.003, size, _spacing(size)) > 3.3  # small patches without a value
     lamp = _in_part_frame(PROJECTOR, pose)
     ways = [source[:, None, None] - view.point for source in (_in_part_frame((0, 0, 0), pose), lamp)]
-    facing = np.minimum(
-        *[(view.normal * way).sum(0) / np.linalg.norm(way, axis=0) for way in ways]
-    )  # cosine of the incidence
+    cosines = [(view.normal * way).sum(0) / np.linalg.norm(way, axis=0) for way in ways]  # of the incidence
+    facing = np.minimum(*cosines)
     grazing = luck < np.clip((0.45 - facing) / 0.2, SPECKLE, 1)
     jump = ndimage.maximum_filter(view.depth, 3) - ndimage.minimum_filter(view.depth, 3)
     edge = (jump > 0.003 + _spacing(size)) & (luck < 0.6)  # a pixel that sees two surfaces

@@ -179,9 +179,7 @@ def _thinned(cloud: NDArray) -> NDArray:
 
 def _on_grid(plane: NDArray, grid: tuple[int, ...]) -> NDArray:
     """Pixels of a plane (H, W, …) at the middles of R rows and C columns of cells: (R, C, …)."""
-    rows, columns = (
-        (2 * np.arange(count) + 1) * side // (2 * count) for count, side in zip(grid, plane.shape[:2], strict=True)
-    )
+    rows, columns = ((2 * np.arange(n) + 1) * side // (2 * n) for n, side in zip(grid, plane.shape[:2], strict=True))
     return plane[rows][:, columns]
 
 
