@@ -390,7 +390,7 @@ BROKEN = {
     "no_x.pcd": (pcd_bytes("binary").replace(b"COUNT 1 1 1", b"COUNT 0 1 1"), r"0 x \(f4\), .*expected x, y and z"),
     "many.pcd": (pcd_bytes("binary", MIXED).replace(b"COUNT 1", b"COUNT 1" + bytes(22).replace(b"\0", b"0")), "header"),
     "vast.pcd": (pcd_bytes("binary", height=8193, width=8192), "has 8193 x 8192 points.*at most"),
-    "remark.pcd": (pcd_bytes("ascii").rsplit(b"\n", 2)[0] + b"\n# 1 2 3\n", "no point.*convert string '#'"),
+    "remark.pcd": (pcd_bytes("ascii").rsplit(b"\n", 2)[0] + b"\n# 1 2 3\n", "not a point.*convert string '#'"),
     "empty.ply": (b"", "not a PLY file"),
     "pcd.ply": (pcd_bytes("binary"), "not a PLY file"),
     "header_only.ply": (ply_bytes("ascii")[:80], "not a PLY file"),
