@@ -25,7 +25,7 @@ _SAFE_GLOBALS: list[Any] = [
 def read_checkpoint(path: Path) -> Any:
     """Read a file written by torch.save, with weights_only=True, or a .safetensors file onto the CPU.
 
-    Raises InputError where the file is absent, damaged, no checkpoint, or holds objects that are not allowed.
+    Raises InputError if the file is absent, damaged, no checkpoint, or holds objects that are not allowed.
     """
     if not path.is_file():
         raise InputError(f"Checkpoint {path} does not exist. Check the path or train it first.")

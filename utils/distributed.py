@@ -45,7 +45,7 @@ def find_ranks(
     Processes started by hand on one machine give `world_size`, their rank as `local_rank`, and a common address as
     `dist_url` (tcp://localhost:29500, file:///tmp/meet). A negative `local_rank` counts as None.
 
-    Raises InputError where the environment is incomplete, flags contradict it, or a rank is not below `world_size`.
+    Raises InputError if the environment is incomplete, flags contradict it, or a rank is not below `world_size`.
     """
     if mpirun:
         return _mpirun_ranks(dist_url)
@@ -88,7 +88,7 @@ def _mpirun_ranks(dist_url: str) -> Ranks:
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """Device of this process. "auto" is "cuda" if there is a GPU, else "cpu"; "cuda" is GPU number `local_rank`.
 
-    Raises InputError where the name is unknown, or the GPU does not exist.
+    Raises InputError if the name is unknown, or the GPU does not exist.
     """
     device = named_device(name)
     if device.type == "cpu":

@@ -102,7 +102,7 @@ def write_features(
     `folder` is the value of --save_feature_path; the class folder is made in it. `dtype` is float16 or float32.
     `pairing` is only noted, as the readers' default.
 
-    Raises InputError where a modality is absent, or holds values that are not finite in this dtype.
+    Raises InputError if a modality is absent, or holds values that are not finite in this dtype.
     """
     from safetensors.torch import save
 

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def image_rocauc(labels: ArrayLike, scores: ArrayLike) -> float:
     """Area under the ROC curve of image scores (N,), larger = more anomalous, and labels (N,), 1 = defective.
 
-    Raises UndefinedMetricError where all samples are good or all are defective, ValueError where the shapes differ or a
+    Raises UndefinedMetricError if all samples are good or all are defective, ValueError if the shapes differ or a
     score is NaN or infinite.
     """
     labels, scores = np.asarray(labels), np.asarray(scores)

@@ -80,7 +80,7 @@ def background(points: np.ndarray) -> np.ndarray:
     between them is the z axis, and starts at the last row. Background has y > -0.02, z > 1.8 or |x| > 1 there.
 
     `points` are (H, W, 3) float64, meters, of `unproject`. Returns (H, W) bool, True also where the measurement is
-    missing. Raises InputError where one of the two middles is missing, or they are the same point.
+    missing. Raises InputError if one of the two middles is missing, or they are the same point.
     """
     middle = points.shape[1] // 2
     first, last = points[0, middle], points[-1, -middle]
@@ -152,7 +152,7 @@ def _scan_of(prefix: Path, split: str, light: int) -> Scan:
 def convert_files(scan: Scan, target: Path) -> Record:
     """Convert one sample and write the results under temporary names.
 
-    Raises InputError or OSError where a file cannot be read or written, sizes differ, or the table cannot be found.
+    Raises InputError or OSError if a file cannot be read or written, sizes differ, or the table cannot be found.
     """
     depth, limits, pose = scan.sources["xyz"]
     arrays = {"xyz": organized_cloud(_read_depth(depth, limits), _read_pose(pose))}

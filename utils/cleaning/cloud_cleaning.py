@@ -50,7 +50,7 @@ def clean_scan(
     dtypes as given. Removed pixels and padding are 0. As in the reference, the image keeps its pixels without a
     measurement.
 
-    Raises InputError where sizes differ, there is no measurement, the coordinates are not in meters, the border shows
+    Raises InputError if sizes differ, there is no measurement, the coordinates are not in meters, the border shows
     no table (see `fit_border_plane`), or nothing is left.
     """
     for name, image in (("image", rgb), ("ground truth", gt)):
@@ -140,7 +140,7 @@ def remove_plane(xyz: np.ndarray, plane: np.ndarray, distance: float) -> np.ndar
 def largest_cluster(xyz: np.ndarray, rule: CleaningRule) -> np.ndarray:
     """Return the mask (H, W) of the largest cluster of a cloud (H, W, 3); the first by rows if several are as large.
 
-    Raises InputError where no pixel is left, or all of them are noise.
+    Raises InputError if no pixel is left, or all of them are noise.
     """
     present = valid_mask(xyz)
     labels = cluster_labels(xyz[present].astype(np.float64), rule.cluster_eps, rule.cluster_min_points)

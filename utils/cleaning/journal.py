@@ -98,7 +98,7 @@ def script_of(settings: Mapping[str, Any]) -> str:
 class Journal:
     """Record, kept in the folder `output`, of its preprocessed scans and the `settings` that they depend on.
 
-    Raises InputError where manifest or journal cannot be read, is damaged, or was written with other settings.
+    Raises InputError if manifest or journal cannot be read, is damaged, or was written with other settings.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any]) -> None:

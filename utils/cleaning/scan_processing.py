@@ -138,7 +138,7 @@ def report(summary: Summary, done: str = "done") -> int:
 def write_results(scan: Scan, arrays: Mapping[str, np.ndarray], output: Path) -> Record:
     """Write clouds (float32) as tiff and images (uint8) as PNG under temporary names, and flush them to disk.
 
-    Raises InputError where a file cannot be written, OSError where a source cannot be read.
+    Raises InputError if a file cannot be written, OSError if a source cannot be read.
     """
     record = {}
     for modality, array in arrays.items():

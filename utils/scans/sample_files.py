@@ -49,7 +49,7 @@ def find_samples(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLO
             need not have the same stem; the sample then has the name of the image.
         suffixes: of point clouds, see `cloud_suffixes`.
 
-    Raises InputError where there is no file, or no sample is complete.
+    Raises InputError if there is no file, or no sample is complete.
     """
     by_kind: dict[str, dict[str, list[Path]]] = {}
     if rgb is not None:
