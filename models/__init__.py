@@ -1,4 +1,4 @@
-"""The networks: a table of the published backbones, and the factory that builds them with their weights."""
+"""Table of the published backbones, and the functions that build networks with their weights."""
 
 import logging
 from pathlib import Path
@@ -15,17 +15,17 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointFiles(NamedTuple):
-    """File names of a checkpoint, and the place where its authors publish it."""
+    """File names of a checkpoint, and the address where its authors publish it."""
 
     names: tuple[str, ...]
     source: str
 
     def find(self, folder: Path) -> Path | None:
-        """The first of the names that is a file in `folder`; None where none is."""
+        """Path of the first of these files that exists in `folder`, or None."""
         return next((folder / name for name in self.names if (folder / name).is_file()), None)
 
     def missing(self, folder: Path, tried: str = "") -> InputError:
-        """The error for a missing file; `tried` adds what else was tried to get it."""
+        """Error for a missing file; `tried` describes a failed attempt to download it."""
         return InputError(
             f"No checkpoint {' or '.join(self.names)} in {folder}{tried}. "
             f"Download it from {self.source} and put it there."
@@ -40,15 +40,15 @@ class RgbSpec(NamedTuple):
 
     timm_name: str
     files: CheckpointFiles
-    own_normalization: bool = False  # the reference gives ImageNet-normalized images to every network
+    own_normalization: bool = False  # False: that of ImageNet, as in the original for every network
 
 
 class XyzSpec(NamedTuple):
     """A point transformer: its settings, the keys of its weights, and its files."""
 
     numbers: dict[str, Any]  # arguments of models.point_transformer.PointTransformer
-    prefix: str  # of its keys in the file; keys without it belong to other networks
-    left_out: tuple[str, ...]  # keys that begin like this, after the prefix, are not used
+    prefix: str  # its keys in the file start with this; the others belong to other networks
+    left_out: tuple[str, ...]  # keys that start with one of these, after the prefix, are ignored
     files: CheckpointFiles
 
 
@@ -58,7 +58,7 @@ class BackboneRow(NamedTuple):
     name: str
     modality: str
     width: int
-    grid: str  # patches along both sides; of a 3D network the place of each feature
+    grid: str  # rgb: patches along both sides; xyz: location of the features
     weights: str  # the path found, "absent", or the reason that no file is needed
     published: str  # file names and source; empty where no file is needed
 
@@ -74,7 +74,7 @@ def _augreg(stem: str) -> CheckpointFiles:
 _B8_IN21K = "B_8-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0"
 _B8_IN1K = f"{_B8_IN21K}--imagenet2012-steps_20k-lr_0.01-res_224"
 
-# The keys are timm's names of 2022, which are the flag values of the original. None: the weights come with pip.
+# The keys are timm's names of 2022, the flag values of the original code. None: the weights come with pip.
 RGB_BACKBONES: dict[str, RgbSpec | None] = {
     "vit_base_patch8_224_dino": RgbSpec("vit_base_patch8_224.dino", _dino("dino_vitbase8_pretrain")),
     "vit_base_patch8_224": RgbSpec("vit_base_patch8_224.augreg_in21k_ft_in1k", _augreg(_B8_IN1K)),
@@ -104,7 +104,7 @@ XYZ_BACKBONES: dict[str, XyzSpec | None] = {
 
 
 def rgb_spec(name: str) -> RgbSpec | None:
-    """The row of RGB_BACKBONES, or a new one for another vision transformer of timm; InputError for an unknown name."""
+    """Row of RGB_BACKBONES, or a new one for another timm vision transformer; InputError for an unknown name."""
     if name in RGB_BACKBONES:
         return RGB_BACKBONES[name]
     from models.rgb_backbone import pretrained_source
@@ -112,8 +112,8 @@ def rgb_spec(name: str) -> RgbSpec | None:
     published = pretrained_source(name)
     if published is None:
         raise InputError(
-            f"rgb_backbone_name {name!r} is unknown. Choose one of {', '.join(RGB_BACKBONES)}, or a vision transformer "
-            "of timm by its name there, such as vit_small_patch14_dinov2.lvd142m."
+            f"rgb_backbone_name {name!r} is unknown. Choose one of {', '.join(RGB_BACKBONES)}, or the timm name "
+            "of another vision transformer, such as vit_small_patch14_dinov2.lvd142m."
         )
     names = tuple(f"{name}{suffix}" for suffix in (".safetensors", ".pth", ".npz"))
     return RgbSpec(name, CheckpointFiles(names, published), own_normalization=True)
@@ -124,12 +124,12 @@ def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoin
 
     Args:
         name: a key of RGB_BACKBONES, or the name of a vision transformer in timm.
-        checkpoint_dir: folder of the published file; without the file, timm's own download is tried.
+        checkpoint_dir: folder of the published file; if that is missing, timm downloads the weights.
         img_size: side of the square input, pixels.
         checkpoint: file to load instead.
 
     Raises:
-        InputError: unknown name, img_size that the patches do not divide, missing or wrong checkpoint.
+        InputError: unknown name, img_size that is not a multiple of the patch size, missing or wrong checkpoint.
     """
     from models import rgb_backbone
 
@@ -141,7 +141,7 @@ def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoin
     backbone = rgb_backbone.VisionTransformerBackbone(spec.timm_name, img_size, spec.own_normalization)
     path = checkpoint or spec.files.find(checkpoint_dir)
     if path is None:
-        logger.info("no %s in %s: trying timm's download", " or ".join(spec.files.names), checkpoint_dir)
+        logger.info("%s is not in %s. Downloading it with timm.", " or ".join(spec.files.names), checkpoint_dir)
         try:
             path = rgb_backbone.download_weights(spec.timm_name)
         except OSError as error:
@@ -224,7 +224,7 @@ def print_backbones(checkpoint_dir: Path, img_size: int) -> None:
     print_columns([("name", "branch", "width", "grid", "weights"), *[tuple(map(str, row[:5])) for row in rows]])
     published = [f"  {row.name}: {row.published}" for row in rows if row.published]
     print("\nPublished as:", *published, sep="\n")
-    print("\nAny other vision transformer of timm works by its name there, such as vit_small_patch14_dinov2.lvd142m.")
+    print("\nAny other timm vision transformer works by its timm name, such as vit_small_patch14_dinov2.lvd142m.")
 
 
 def build_feature_fusion(path: Path, *, xyz_dim: int, rgb_dim: int) -> "FeatureFusion":

@@ -1,4 +1,4 @@
-"""Weights from checkpoints as their authors publish them, loaded strictly: every key must fit."""
+"""Loading of published checkpoints. Every key must fit."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path | str
 
 
 def weights_checksum(module: nn.Module) -> str:
-    """SHA-256, in hexadecimal, of a network's state dict: of its weights, whatever file they came from."""
+    """SHA-256, in hexadecimal, of a network's weights, independent of the file that they came from."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -40,9 +40,9 @@ def weights_checksum(module: nn.Module) -> str:
 
 
 def point_transformer_state(raw: Any, path: Path, prefix: str, left_out: Sequence[str]) -> State:
-    """Weights whose keys have the prefix, which is removed, without those that then begin like one of `left_out`.
+    """Weights whose keys start with `prefix`, which is removed; those that then start with a `left_out` are dropped.
 
-    The other keys are the decoder of Point-MAE, and the momentum copy and queue of Point-BERT.
+    The rest of the file is the decoder of Point-MAE, or the momentum copy and queue of Point-BERT.
     """
     tensors = _tensors(raw, path, ("base_model",))
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -53,19 +53,19 @@ def point_transformer_state(raw: Any, path: Path, prefix: str, left_out: Sequenc
 
 
 def vision_transformer_state(raw: Any, path: Path) -> State:
-    """Weights in timm names: flat, or under `state_dict` or `teacher`; heads and their pooling are left out."""
+    """Weights under timm's names, flat or in the entry `teacher` or `state_dict`, without heads and pooling."""
     tensors = _tensors(raw, path, ("teacher", "state_dict"))
     state = {key.removeprefix("backbone."): value for key, value in tensors.items()}
     return {key: value for key, value in state.items() if not key.startswith(("head.", "head_dist.", "attn_pool."))}
 
 
 def feature_fusion_state(raw: Any, path: Path) -> State:
-    """Weights of a UFF checkpoint, under `model`."""
+    """Weights of a UFF checkpoint, from its entry `model`."""
     return _tensors(raw, path, ("model",))
 
 
 def _tensors(raw: Any, path: Path, containers: Sequence[str]) -> State:
-    """The state dict in one of `containers`, or `raw` itself, without the prefix of parallel training."""
+    """State dict under one of `containers`, or `raw` itself, without the key prefix of parallel training."""
     if isinstance(raw, Mapping):
         raw = next((raw[name] for name in containers if name in raw), raw)
     pairs = list(raw.items()) if isinstance(raw, Mapping) else []

@@ -1,6 +1,6 @@
-"""The contrastive loss of UFF training, and the retrieval accuracy that it leads to.
+"""Contrastive loss of UFF training, and the retrieval accuracy that shows its effect.
 
-q are the rgb heads' outputs and k the xyz heads', both L2-normalized: each rgb patch has to find its xyz patch.
+q are the outputs of the rgb head and k those of the xyz head, both L2-normalized. Row i of q belongs to row i of k.
 """
 
 from typing import Any
@@ -13,13 +13,13 @@ from torch.autograd.function import once_differentiable
 from utils.distributed import all_gather_rows, world_size
 from utils.errors import InputError
 
-MAX_BLOCK_ENTRIES = 1 << 24  # similarities that exist at a time (64 MB)
+MAX_BLOCK_ENTRIES = 1 << 24  # similarities in memory at a time (64 MB)
 
 
 def contrastive_loss(xyz_head_out: Tensor, rgb_head_out: Tensor, negatives: str = "local") -> Tensor:
-    """The patch-wise contrastive loss L_con of M3DM over all patches of a batch.
+    """Patch-wise contrastive loss L_con of M3DM over all patches of a batch.
 
-    2 * mean_i(-log(exp(q_i . k_i) / sum_t exp(q_i . k_t))), about 2 ln N before anything is learned. Computed in
+    2 * mean_i(-log(exp(q_i . k_i) / sum_t exp(q_i . k_t))), about 2 ln N before training. Computed in
     float32 or better. Peak memory: blocks of MAX_BLOCK_ENTRIES similarities. Plain form: `reference.contrastive_loss`.
 
     The heads' outputs are (N, head_dim) each; the partner of row i is row i. `negatives` chooses the k of the sum:
@@ -35,15 +35,15 @@ def contrastive_loss(xyz_head_out: Tensor, rgb_head_out: Tensor, negatives: str 
         ranks = world_size()
     rows = len(k)
     if rows == 0:
-        raise InputError("No patch of this batch is free of zeros in xyz. Remove samples that hold no valid point.")
+        raise InputError("Every xyz patch of this batch holds a zero. Remove samples without valid points.")
     summed: Tensor = _SummedCrossEntropy.apply(q, k, first)
     return summed * (2 * ranks / rows)
 
 
 def retrieval(xyz_head_out: Tensor, rgb_head_out: Tensor) -> tuple[int, float]:
-    """Number of xyz patches whose rgb patch is the nearest of the image, found and expected by chance.
+    """Number of xyz patches whose nearest rgb patch in the image is their own, and the number expected by chance.
 
-    The arguments are those of `contrastive_loss`, for one image. Xyz patches that share an rgb patch count each.
+    Arguments as in `contrastive_loss`, for one image. Xyz patches that share an rgb patch are counted separately.
     """
     q, k = F.normalize(rgb_head_out.float(), dim=-1), F.normalize(xyz_head_out.float(), dim=-1)
     distinct = len(torch.unique((q * 1e5).round(), dim=0))
@@ -51,14 +51,14 @@ def retrieval(xyz_head_out: Tensor, rgb_head_out: Tensor) -> tuple[int, float]:
     for first in range(0, len(k), step := max(1, MAX_BLOCK_ENTRIES // max(1, len(k)))):
         similarity = k[first : first + step] @ q.T  # (chunk, N)
         own = similarity.diagonal(first)
-        hits += int((own >= similarity.amax(dim=1) - 1e-6).sum())  # copies of one patch differ by rounding
+        hits += int((own >= similarity.amax(dim=1) - 1e-6).sum())  # equal patches differ by rounding
     return hits, len(k) / max(1, distinct)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     """sum_i(logsumexp_t(q_i . k_t) - q_i . k_{first + i}) for q (M, D) and k (N, D), in blocks of rows of q.
 
-    The backward pass computes the similarities again; one logsumexp per row is kept.
+    The backward pass recomputes the similarities. Only one logsumexp per row is kept.
     """
 
     @staticmethod

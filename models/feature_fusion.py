@@ -1,7 +1,7 @@
 """Unsupervised Feature Fusion (UFF): one MLP per modality, trained so that patches of the same place agree.
 
-Per modality, chi is an MLP after a LayerNorm and sigma a linear head on chi's output. The detector keeps the
-concatenation of both chi (`FeatureFusion.fuse`); the heads serve only the training loss (models/contrastive.py).
+Per modality, chi is an MLP after a LayerNorm and sigma a linear head on chi's output. The detector uses
+both chi outputs, concatenated (`FeatureFusion.fuse`). Only the training loss (models/contrastive.py) needs the heads.
 Plain form: `reference.FeatureFusion`.
 """
 
@@ -24,21 +24,21 @@ def mlp(dim: int, hidden_dim: int) -> nn.Sequential:
 class FeatureFusion(nn.Module):
     """chi and sigma of both modalities; parameter names as in the published checkpoints.
 
-    `xyz_dim` and `rgb_dim` are the widths C_xyz and C_rgb of patches, `mlp_ratio` the hidden width of chi over its
-    input width, `head_dim` the width of sigma's output.
+    `xyz_dim` and `rgb_dim` are the widths C_xyz and C_rgb of patches, `mlp_ratio` the ratio of chi's hidden
+    width to its input width, `head_dim` the width of sigma's output.
     """
 
     def __init__(self, xyz_dim: int, rgb_dim: int, mlp_ratio: float = 4.0, head_dim: int = 256) -> None:
         super().__init__()
         self.xyz_dim, self.rgb_dim, self.head_dim = xyz_dim, rgb_dim, head_dim
-        # The original's order of construction, which fixes the random initial weights.
+        # In the original's order, so that a seed gives the same initial weights.
         self.xyz_norm, self.xyz_mlp = nn.LayerNorm(xyz_dim), mlp(xyz_dim, round(xyz_dim * mlp_ratio))
         self.rgb_norm, self.rgb_mlp = nn.LayerNorm(rgb_dim), mlp(rgb_dim, round(rgb_dim * mlp_ratio))
         self.rgb_head, self.xyz_head = nn.Linear(rgb_dim, head_dim), nn.Linear(xyz_dim, head_dim)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], source: Path | str = "feature fusion") -> "FeatureFusion":
-        """Build the module of a checkpoint's `model` entry, in eval mode; its widths are those of the tensors.
+        """Build the module of a checkpoint's `model` entry, in eval mode. The tensors determine its widths.
 
         InputError if a key is missing or left over, or the shapes contradict each other.
         """
@@ -62,8 +62,8 @@ class FeatureFusion(nn.Module):
     def forward(self, xyz: Tensor, rgb: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs sigma_xyz(chi_xyz(xyz)) and sigma_rgb(chi_rgb(rgb)), both (N, head_dim), for the contrastive loss.
 
-        N counts the patches xyz (..., C_xyz) and rgb (..., C_rgb) whose xyz features hold no exact zero, the mark of a
-        patch without a valid point.
+        Of the patches xyz (..., C_xyz) and rgb (..., C_rgb), only the N without an exact zero in xyz are used. A zero
+        marks a patch without a valid point.
         """
         valid = (xyz != 0).all(dim=-1)
         xyz, rgb = xyz[valid], rgb[valid]  # (N, C_xyz), (N, C_rgb)

@@ -1,6 +1,6 @@
 """Fast Point Feature Histograms (Rusu et al., ICRA 2009) as a 3D backbone that needs no weights.
 
-They are the 3D half of BTF (Horwitz and Hoshen, CVPRW 2023), the baseline that M3DM was built on.
+FPFH is the 3D half of BTF (Horwitz and Hoshen, CVPRW 2023), the baseline that M3DM builds on.
 """
 
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ from models.point_transformer import PointBackbone, PointFeatures
 
 NORMAL_RADIUS, NORMAL_NEIGHBORS = 0.01, 30  # meters, points
 FEATURE_RADIUS, FEATURE_NEIGHBORS = 0.02, 100
-# Scales features to about the deviation (4) of rgb features, by which the reference protocol divides every bank.
+# Scales features to the deviation of rgb features (about 4), by which the reference protocol divides every bank.
 SCALE = 0.1
 MEAN_ENTRY = 200 * SCALE / 11  # each of open3d's histograms has 11 bins, which sum to 200
 
 
 class FpfhBackbone(PointBackbone):
-    """33 numbers a point: three histograms, of 11 bins each, of the angles between normals around it.
+    """Network with 33 features per point: three 11-bin histograms of the angles between the normals around it.
 
-    The mean entry is subtracted. That changes no distance, and keeps empty bins from being exact zeros, the mark of a
-    patch without points.
+    The mean entry is subtracted. This changes no distance. It keeps empty bins from being exactly zero, which would
+    mark a patch without points.
     """
 
     embed_dim = 33
-    min_points = 4  # fewer have no neighborhood to fit a normal to
+    min_points = 4  # a normal cannot be fitted to fewer
 
     def forward(self, clouds: Sequence[Tensor]) -> list[PointFeatures]:
         """Features (N, 33), a row for each point, of clouds (N, 3) float32, meters, camera frame, valid points only."""

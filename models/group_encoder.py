@@ -1,12 +1,12 @@
 """Group encoder (mini-PointNet): the points of a group become one token.
 
-Fast form of `reference.GroupEncoder`, which does less:
+Fast form of `reference.GroupEncoder`. It saves work in three ways:
 
-1. The 512-wide layer is a sum W_m maximum + W_f local. W_m maximum is computed once per group. W_f local = W_f A hidden
-   + W_f a is one matrix on the 128 hidden values, as local is linear in them.
+1. The 512-wide layer is a sum W_m maximum + W_f local. W_m maximum is computed once per group. As local = A hidden + a
+   is linear in the 128 hidden values, W_f A is one matrix on them.
 2. Each batch norm is folded into the linear layer y = W x + b before it. The statistics of y over the current cloud
    follow from those of x, in double precision: mean(y) = W mean(x) + b, var(y) = diag(W cov(x) W^T).
-3. Groups pass through the wide layers in small blocks, which stay in the cache of a CPU.
+3. Groups pass through the wide layers in small blocks, which fit in the cache of a CPU.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ BLOCK_GROUPS = 16  # groups per block on a CPU: 4 MB of hidden values
 
 
 class GroupEncoder(nn.Module):
-    """Conv1d 3-128, BN, ReLU, 128-256; maximum in front (512); Conv1d 512-512, BN, ReLU, 512-C; maximum.
+    """Conv1d 3-128, BN, ReLU, 128-256; group maximum prepended (512); Conv1d 512-512, BN, ReLU, 512-C; maximum.
 
     `out_dim` is C, the width of the token. `point_norm` chooses the BatchNorm statistics: "cloud" takes those of the
     current cloud's groups, as the published results do, "running" those of the checkpoint.
@@ -63,9 +63,9 @@ class GroupEncoder(nn.Module):
         return _fold(self.first_conv[1], weight, bias, weight @ mean + bias, _variance(weight, covariance))
 
     def _mixing_layer(self, hidden: Sequence[Tensor], maximum: Tensor) -> tuple[Tensor, Tensor]:
-        """The 512-wide layer with its batch norm: weight (512, 128) of hidden values, and summand (G, 512) of groups.
+        """The 512-wide layer with its batch norm: weight (512, 128) on hidden values and offset (G, 512) of groups.
 
-        `hidden` are blocks (B, K, 128) of the first layer's output, `maximum` (G, 256) is that of each group. float64.
+        `hidden` are blocks (B, K, 128) of the first layer's output, `maximum` (G, 256) their group maxima. float64.
         """
         weight, bias = _linear(self.second_conv[0])
         on_maximum, on_local = weight.chunk(2, dim=1)  # (512, 256) each
@@ -97,7 +97,7 @@ def _linear(conv: Any) -> tuple[Tensor, Tensor]:
 def _fold(
     norm: Any, weight: Tensor, bias: Tensor, mean: Tensor | None = None, variance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Fold batch norm into weight (C, D) and bias (..., C); its running statistics serve where none are given."""
+    """Fold batch norm into weight (C, D) and bias (..., C); its running statistics are used if none are given."""
     mean = norm.running_mean if mean is None else mean
     variance = norm.running_var if variance is None else variance
     # Rounding in bf16 can make a small variance negative.
@@ -106,11 +106,11 @@ def _fold(
 
 
 def _variance(weight: Tensor, covariance: Tensor) -> Tensor:
-    """The variances (C,) of W x, for W (C, D) and the covariance (D, D) of x."""
+    """Variances (C,) of W x, for W (C, D) and the covariance (D, D) of x."""
     return ((weight @ covariance) * weight).sum(dim=1)
 
 
 def _group_maxima(blocks: Iterable[Tensor], conv: Any) -> Tensor:
-    """The maximum over each group's points of a linear layer: blocks (B, K, D) -> (G, C) float64."""
+    """Maximum of a linear layer's output over each group's points: blocks (B, K, D) -> (G, C) float64."""
     weight, bias = _linear(conv)
     return torch.cat([F.linear(block, weight.to(block.dtype)).amax(dim=1) for block in blocks]).double() + bias

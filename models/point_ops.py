@@ -5,7 +5,7 @@ The `backend` of a search is one of utils.choices.POINT_OPS:
 - "auto": k-d trees (SciPy) and NumPy on CPU; on CUDA "triton" where Triton can be imported, else "torch".
 - "torch": chunked direct differences in plain PyTorch, on any device.
 - "triton": the kernels of `models.point_ops_triton`, on float32 CUDA tensors.
-- "extension": the CUDA extensions pointnet2_ops and knn_cuda, which are never needed.
+- "extension": the CUDA extensions pointnet2_ops and knn_cuda, which are optional.
 
 All points are float tensors, in meters; a wrong shape or dtype is a ValueError.
 """
@@ -22,18 +22,18 @@ from torch import Tensor
 from utils.choices import POINT_OPS
 from utils.errors import InputError
 
-# Imports of these backends, which need CUDA tensors.
+# Modules that these backends import. Both backends need CUDA tensors.
 CUDA_MODULES = {"triton": ("triton",), "extension": ("pointnet2_ops.pointnet2_utils", "knn_cuda")}
 
-# The usual CUDA op ignores points this close to the origin (squared meters): they are padding there.
+# The usual CUDA operation takes points this close to the origin (squared meters) for padding and ignores them.
 FPS_IGNORED_SQUARED_NORM = 1e-3
 FPS_INITIAL_SQUARED_DISTANCE = 1e10
 INTERPOLATION_EPSILON = 1e-8
-MAX_BLOCK_ENTRIES = 1 << 26  # distances at a time: 256 MB
+MAX_BLOCK_ENTRIES = 1 << 26  # distances in memory at a time: 256 MB
 
 
 def farthest_point_sample(points: Tensor, n: int, backend: str = "auto") -> Tensor:
-    """Indices (B, n) int64 of n of points (B, N, 3), each the farthest from those already picked; the first is 0.
+    """Indices (B, n) int64 of n points out of (B, N, 3), each the farthest from those already picked; the first is 0.
 
     Squared distances are direct differences in the dtype of `points`; the lowest index wins a tie. Points with
     |p|^2 <= 1e-3 are never picked (except index 0); once every other point is picked, picks repeat.
@@ -54,7 +54,7 @@ def farthest_point_sample(points: Tensor, n: int, backend: str = "auto") -> Tens
 
 
 def knn(queries: Tensor, points: Tensor, k: int, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """The k nearest of points (B, N, 3) to each of queries (B, M, 3). Plain form: `reference.knn`.
+    """Find the k of points (B, N, 3) that are nearest to each of queries (B, M, 3). Plain form: `reference.knn`.
 
     Returns:
         distance (B, M, k), Euclidean (not squared), ascending, meters; index (B, M, k) int64 into the N points.
@@ -88,7 +88,7 @@ def three_nn_weights_expanded(points: Tensor, centers: Tensor, backend: str = "a
 
     Half a meter from the camera, the difference of squares is wrong by up to 6e-8 m^2, more than the 1e-8 added to it,
     and can be negative. That moves features near the centers by up to 0.4 %, enough to change a few coreset picks in a
-    hundred. Two points in a thousand have a tie for the third center. The backend "extension" is "torch" here.
+    hundred. For two points in a thousand, the third center is tied. The backend "extension" runs "torch" here.
     Plain form: alpha of `reference.three_nn_interpolate`.
     """
     _check_search(points, centers, 3)
@@ -136,7 +136,7 @@ def _check_search(queries: Tensor, points: Tensor, k: int) -> None:
 
 
 def _choose_backend(backend: str, points: Tensor) -> str:
-    """The backend itself, or for "auto" the one that suits these points; "host": k-d trees and NumPy."""
+    """`backend`, or for "auto" the fastest one for these points; "host" means k-d trees and NumPy."""
     if backend not in POINT_OPS:
         raise ValueError(f"backend is {backend!r}, expected one of {POINT_OPS}")
     if backend == "triton" and points.dtype != torch.float32:
@@ -169,7 +169,7 @@ def _inverse_distance_weights(squared: Tensor) -> Tensor:
 
 
 def _initial_distances(coordinates: Tensor) -> Tensor:
-    """The first running minimum (..., N) for coordinates (..., 3, N): -1 for points that are never picked."""
+    """Initial squared distances (..., N) for coordinates (..., 3, N): -1 for points that are never picked."""
     ignored = coordinates.square().sum(dim=-2) <= FPS_IGNORED_SQUARED_NORM
     return torch.where(ignored, -1.0, FPS_INITIAL_SQUARED_DISTANCE).to(coordinates.dtype)
 
@@ -189,7 +189,7 @@ def _farthest_point_sample_torch(points: Tensor, n: int) -> Tensor:
 
 
 def _farthest_point_sample_numpy(points: Tensor, n: int) -> Tensor:
-    """`_farthest_point_sample_torch` in NumPy, which starts no threads for a thousand small steps."""
+    """`_farthest_point_sample_torch` in NumPy, which is faster in many small steps because it starts no threads."""
     coordinates = np.ascontiguousarray(points.numpy().T)  # (3, N)
     nearest = np.full(len(points), FPS_INITIAL_SQUARED_DISTANCE, coordinates.dtype)
     nearest[np.square(coordinates).sum(axis=0) <= FPS_IGNORED_SQUARED_NORM] = -1.0
@@ -217,7 +217,7 @@ def _knn_direct(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor
 
 
 def _three_nearest_expanded(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """Expanded squares (N, 3), ascending, and index (N, 3); peak memory as of `_knn_direct`."""
+    """Expanded squares (N, 3), ascending, and index (N, 3); peak memory as in `_knn_direct`."""
     norms = centers.square().sum(dim=1)
     found = []
     for chunk in points.split(max(1, MAX_BLOCK_ENTRIES // len(centers))):

@@ -8,7 +8,7 @@ do not depend on the block size, and picks equal those of the torch backend. Pla
 `reference.farthest_point_sample`, `reference.knn` and alpha of `reference.three_nn_interpolate`.
 """
 
-from __future__ import annotations  # the kernels' `tl.constexpr` is not looked up
+from __future__ import annotations  # `tl.constexpr` is not evaluated without Triton
 
 from collections.abc import Callable
 from typing import Any
@@ -27,13 +27,13 @@ except ImportError:  # PyTorch for CPUs comes without it
 else:
     _jit = triton.jit
 
-# Lanes: a point each in sampling and keys, a query each in the search of three.
+# Lanes of a program. A lane handles a point in the sampling and keys kernels, a query in the search for three.
 SAMPLING_BLOCK, KEYS_BLOCK, THREE_BLOCK = 4096, 1024, 128
 MAX_KEYS = 1 << 25  # 8 bytes each: 256 MB
 
 
 def farthest_point_sample(coordinates: Tensor, nearest: Tensor, n: int, block: int = SAMPLING_BLOCK) -> Tensor:
-    """Picks (B, n) int64 like models.point_ops.farthest_point_sample, by one program per cloud.
+    """Picks (B, n) int64 as in models.point_ops.farthest_point_sample, with one program per cloud.
 
     `coordinates` are (B, 3, N) float32, contiguous, meters. `nearest` (B, N) float32, contiguous, holds the squared
     distances to start from, negative for points that are never picked, and is overwritten. `block`: points at a time.
@@ -47,10 +47,10 @@ def farthest_point_sample(coordinates: Tensor, nearest: Tensor, n: int, block: i
 
 
 def knn(queries: Tensor, points: Tensor, k: int, block: int = KEYS_BLOCK) -> tuple[Tensor, Tensor]:
-    """Like models.point_ops.knn, in float32; `block` points per program, a power of two.
+    """Search as in models.point_ops.knn, in float32; `block` points per program, a power of two.
 
-    For k > 3, a key holds the bits of a squared distance above the index of its point, and the smallest keys are the
-    neighbors. Peak memory is one block of MAX_KEYS keys.
+    For k > 3, a key holds a squared distance in its upper 32 bits and the index of the point in its lower 32 bits, so
+    the smallest keys are the neighbors. Peak memory is one block of MAX_KEYS keys.
     """
     if k <= 3:
         squared, index = three_nearest(queries, points)
@@ -62,7 +62,7 @@ def knn(queries: Tensor, points: Tensor, k: int, block: int = KEYS_BLOCK) -> tup
 def three_nearest(
     queries: Tensor, points: Tensor, expanded: bool = False, block: int = THREE_BLOCK
 ) -> tuple[Tensor, Tensor]:
-    """The three nearest of points (B, N, 3) to each of queries (B, M, 3), float32; `block` queries per program.
+    """Find the three of points (B, N, 3) nearest to each of queries (B, M, 3), float32; `block` queries per program.
 
     `expanded` computes squared distances from |q|^2 + |p|^2 - 2 q p, which cancels and may be negative.
 

@@ -1,4 +1,4 @@
-"""Point-MAE (Pang et al., ECCV 2022) and Point-BERT (Yu et al., CVPR 2022): a cloud becomes groups, and they tokens.
+"""Point-MAE (Pang et al., ECCV 2022) and Point-BERT (Yu et al., CVPR 2022): transformers on groups of points.
 
 Module names are those of the published checkpoints. Coordinates are raw meters, not scaled to the unit sphere.
 Plain form: `reference.PointTransformer`.
@@ -23,7 +23,7 @@ class PointFeatures(NamedTuple):
 
 
 class PointBackbone(nn.Module):
-    """A network of the 3D branch: clouds of valid points (N, 3) float32, meters, N >= min_points -> PointFeatures each.
+    """Network of the 3D branch: clouds of valid points (N, 3) float32, meters, N >= min_points -> PointFeatures each.
 
     N may differ between clouds, and features do not depend on the other clouds of the batch, up to rounding.
     """
@@ -35,7 +35,7 @@ class PointBackbone(nn.Module):
 class PointTransformer(PointBackbone):
     """Point-MAE, or with `class_token` Point-BERT, up to the tokens that M3DM uses.
 
-    `num_group` groups of `group_size` points become tokens, `depth` blocks of `num_heads` heads transform them. Three
+    `num_group` groups of `group_size` points become tokens, which `depth` blocks of `num_heads` heads transform. Three
     blocks' outputs are concatenated, so `embed_dim` is 3 * `width`. The group encoder's token is `encoder_dim` wide; a
     Linear maps it to `width` where the two differ. For `point_norm` see GroupEncoder, for `point_ops` models.point_ops.
     """
@@ -69,7 +69,7 @@ class PointTransformer(PointBackbone):
         self.cls_pos = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
 
     def forward(self, clouds: Sequence[Tensor]) -> list[PointFeatures]:
-        """Extract features (num_group, embed_dim), of three blocks, and centers (num_group, 3) of clouds (N, 3)."""
+        """Extract features (num_group, embed_dim) of three blocks and centers (num_group, 3) of clouds (N, 3)."""
         groups, centers = zip(*self.group(clouds), strict=True)
         tokens = torch.stack([self.reduce_dim(self.encoder(of_cloud)) for of_cloud in groups])  # (B, G, width)
         with torch.autocast(tokens.device.type, enabled=False):  # in bf16 the centers would move by a millimeter

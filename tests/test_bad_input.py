@@ -203,7 +203,7 @@ def test_pictures_to_be_shown_are_checked_as_well(
         ("--device cuda:99", "there is no cuda:99, only"),
         ("--method_name PatchCore", "argument --method_name: invalid choice: 'PatchCore'"),
         ("--rgb_backbone_name resnet", "rgb_backbone_name 'resnet' is unknown. Choose one of vit_base_patch8_224_dino"),
-        ("--rgb_backbone_name vit_small_patch8_224.none", "or a vision transformer of timm by its name there"),
+        ("--rgb_backbone_name vit_small_patch8_224.none", "or the timm name of another vision transformer"),
         ("--method_name DINO Point_MAE --memory_bank single --use_uff", "--use_uff has no effect on DINO"),
         ("--method_name DINO Point_MAE --asy_memory_bank 3", "but DINO has one. Use --max_sample"),
         ("--method_name DINO Fusion --rm_zero_for_project", "--rm_zero_for_project is for the single xyz bank"),

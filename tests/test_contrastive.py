@@ -130,7 +130,7 @@ def test_loss_of_half_precision_is_computed_in_single_precision() -> None:
 @pytest.mark.parametrize("negatives", ["local", "global"])
 def test_a_batch_without_valid_points_is_an_error(negatives: str) -> None:
     module = FeatureFusion(xyz_dim=5, rgb_dim=3)
-    with pytest.raises(InputError, match="hold no valid point"):
+    with pytest.raises(InputError, match="without valid points"):
         contrastive_loss(*module(torch.zeros(2, 3, 5), torch.randn(2, 3, 3)), negatives)
 
 
