@@ -1,9 +1,9 @@
 """Point feature alignment (PFA): features of group centers become a grid of xyz patches.
 
-Fast form of `reference.three_nn_interpolate` and `reference.project_and_pool`. Interpolation is linear in the features:
-a matrix A (N, G) with three weights per point. So are both poolings: a matrix P (grid**2, N) with few entries per
-point, each a product of a row's and a column's share, since pooling windows are rectangles. The patches are
-(P A) features, and the feature plane (C, S, S) of the paper is never computed.
+Fast form of `reference.three_nn_interpolate` and `reference.project_and_pool`. Interpolation is a matrix A (N, G) with
+three weights per point. Both poolings are a matrix P (grid**2, N) with few entries per point. Pooling windows are
+rectangles, so each entry is a row's share times a column's share. The patches are (P A) features, which avoids the
+paper's feature plane (C, S, S).
 """
 
 from functools import lru_cache
@@ -77,7 +77,7 @@ def pooling_weights(valid: Tensor, grid: int, masked: bool) -> tuple[Tensor, Ten
 @lru_cache(maxsize=8)
 def _axis_pooling(size: int, grid: int, masked: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Both poolings along one axis: for each of `size` pixels its bins (size, m) int64 and shares (size, m) float64."""
-    first = (np.abs(np.subtract.outer(np.arange(size), np.arange(size))) <= 1) / 3  # three pixels around each
+    first = (np.abs(np.subtract.outer(np.arange(size), np.arange(size))) <= 1) / 3  # the mean of three pixels
     kept = first if masked else first[1:-1]  # without padding the two border windows are missing
     second = np.zeros((grid, len(kept)))
     for i in range(grid):  # the bins of AdaptiveAvgPool: floor of the start, ceiling of the end

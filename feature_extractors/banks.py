@@ -18,7 +18,7 @@ Rows = dict[str, ShardedRows]  # raw patches of each bank, in the order of the m
 
 
 def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str, MemoryBank]:
-    """Memory banks of the method, among M_xyz, M_rgb and M_fusion. Fast form of `reference.build_banks`.
+    """Memory banks that the method uses, of M_xyz, M_rgb and M_fusion. Fast form of `reference.build_banks`.
 
     Each rank holds the patches of its own samples, and every rank gets a copy of the banks. InputError if all xyz
     patches are background, and the configuration drops it.
@@ -65,9 +65,9 @@ def _bank_statistics(config: DetectorConfig, rows: Rows) -> dict[str, BankStatis
 def _select(
     config: DetectorConfig, features: TrainingFeatures, rows: Rows, statistics: dict[str, BankStatistics]
 ) -> dict[str, Tensor]:
-    """Indices (K,) of each bank's coreset. Methods with the same random_state share equal coresets.
+    """Indices (K,) of each bank's coreset. With a random_state, methods share equal coresets.
 
-    K is f_coreset of the bank. In the reference protocol, for rgb and fusion it is f_coreset of the reduced xyz bank.
+    K is f_coreset times the size of the bank or, for rgb and fusion in the reference protocol, of the reduced xyz bank.
     """
     picks: dict[str, Tensor] = {}
     for name, raw in rows.items():
@@ -91,6 +91,6 @@ def _with_background_row(xyz: Tensor, statistics: BankStatistics, config: Detect
     zero = xyz.new_zeros(1, xyz.shape[1])
     if config.drops_background:
         return torch.cat([xyz, statistics.normalize(zero)])
-    if config.method.zero_row:  # zero after normalization: the mean patch rather than the background
+    if config.method.zero_row:  # zero after normalization is the mean patch, not the background
         return torch.cat([xyz[(xyz != 0).all(dim=1)], zero])
     return xyz

@@ -1,4 +1,4 @@
-"""Methods and protocols, a row each, and the settings of a detector."""
+"""Tables of methods and protocols, and the settings of a detector."""
 
 import math
 from collections.abc import Collection, Iterable
@@ -57,12 +57,12 @@ class Protocol:
     """Switches where the published code does not do what was intended. False: as published; True: corrected."""
 
     own_statistics: bool = False  # mean and std of each bank, instead of the method's rule
-    own_coreset_size: bool = False  # f_coreset of each bank, instead of rgb and fusion from the reduced xyz bank
-    drop_background: bool = False  # xyz bank without background rows, then one of them appended
-    unscaled_scores: bool = False  # without the method's score_divisor
+    own_coreset_size: bool = False  # f_coreset of each bank's size, instead of the reduced xyz bank's
+    drop_background: bool = False  # xyz bank with a single background row
+    unscaled_scores: bool = False  # ignore the method's score_divisor
     float_blur: bool = False  # Gaussian in floats, instead of through an 8-bit image
     exact_distances: bool = False  # by direct differences, instead of expanded fp32 squares, which cancel
-    masked_pooling: bool = False  # padded border and background left out of the mean, instead of plain pooling
+    masked_pooling: bool = False  # pad the border and average valid pixels only, instead of plain pooling
     exact_au_pro: bool = False  # headline AU-PRO from the exact curve, instead of 100 thresholds
 
 
@@ -106,7 +106,7 @@ class DetectorConfig:
 
     @property
     def backbone_names(self) -> dict[str, str]:
-        """Networks of the method by modality, sorted."""
+        """Backbone names that the method needs, by modality, sorted."""
         names = {"rgb": self.rgb_backbone_name, "xyz": self.xyz_backbone_name}
         return {modality: names[modality] for modality in sorted(self.method.modalities)}
 
@@ -121,7 +121,7 @@ class DetectorConfig:
 
     @property
     def lambdas_of_banks(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Factors of the scores and of the maps of the method's banks, in their order."""
+        """Factors of scores and factors of maps, in the order of the method's banks."""
         places = [BANKS.index(name) for name in self.method.banks]
         return tuple(self.score_lambdas[k] for k in places), tuple(self.map_lambdas[k] for k in places)
 

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 FIRST_CANDIDATES, LEAST_CANDIDATES, MOST_CANDIDATES = 2048, 256, 4096
 # Entries of the distance block of an update: 16 MB on a CPU, to stay in the cache; 1 GB on a GPU.
 MAX_BLOCK_ENTRIES, MAX_BLOCK_ENTRIES_ON_GPU = 1 << 22, 1 << 28
-SAFE_HALF = 0.999  # factor of half the distance between picks, for the rounding of distances
+SAFE_HALF = 0.999  # margin for rounding, on half the distance between picks
 
 
 def select_coreset(
@@ -25,7 +25,7 @@ def select_coreset(
 ) -> Tensor:
     """Choose n of the raw rows (N, D): normalize, project at random, then greedy k-center from index 0.
 
-    Only the projected rows take memory. Returns (n,) int64 indices in order of selection, the same on all ranks.
+    Only the projected rows are kept in memory. Returns (n,) int64 indices in order of selection, the same on all ranks.
     """
     rows = as_sharded(rows)
     if random_state is None:  # all ranks draw the same projection
@@ -48,7 +48,7 @@ def random_projection(num_rows: int, dim: int, eps: float, random_state: int | N
 
     width = int(johnson_lindenstrauss_min_dim(num_rows, eps=eps))
     if width > dim:
-        logger.info("%d rows at eps %g need %d columns, of %d: the coreset is not projected", num_rows, eps, width, dim)
+        logger.info("%d rows at eps %g need %d columns but have %d. They are not projected.", num_rows, eps, width, dim)
         return None
     drawn = SparseRandomProjection(n_components=width, eps=eps, random_state=random_state).fit(np.zeros((1, dim)))
     return torch.from_numpy(drawn.components_.toarray().T).float()
@@ -57,15 +57,15 @@ def random_projection(num_rows: int, dim: int, eps: float, random_state: int | N
 def greedy_coreset(rows: Tensor | ShardedRows, n: int, start: int = 0) -> Tensor:
     """Greedy k-center: from `start` on, pick the row farthest from all picked ones; the lowest index wins a tie.
 
-    Fast form of `reference.greedy_coreset`, in rounds. A round applies the rule to the m rows farthest from the
-    selection alone: distances only shrink, so while the best of them is farther than tau, the largest distance outside
-    them, it is the global choice. One matrix product then updates the distances of all rows to the selection, except of
-    those that cannot change: if every new pick c is at least r from the older ones, a row x at distance d <= r / 2 has
+    Fast form of `reference.greedy_coreset`, in rounds. A round applies the rule only to the m rows farthest
+    from the selection. Distances only shrink, so the best of these rows is the global choice while its distance exceeds
+    tau, the largest distance of the other rows. One matrix product then updates the distances of all rows that can
+    change. A row x at distance d <= r / 2 cannot: if every new pick c is at least r from the older ones, then
     |c - x| >= r - d >= d.
 
-    The product only finds the nearest new pick; the distance to it is a direct difference, since the order depends on
-    digits that fp32 products lose. If clusters lie more than some thousand times their spread apart, the product may
-    miss the nearest pick, which can change the order within a cluster, and at ten times as much the choice.
+    The product only finds the nearest new pick. The distance to it is a direct difference, since the order depends on
+    digits that fp32 products lose. If clusters lie thousands of times their spread apart, the product may miss the
+    nearest pick. This can change the order of picks within a cluster, and at ten times the distance the picks.
 
     Each rank offers its farthest rows, the first rank picks, and each rank updates its shard. The traffic of a round
     does not depend on N. Peak memory: beside `rows` in fp32 an (m, m) float64 block and a few blocks of
@@ -103,13 +103,13 @@ class Selection:
     def __init__(self, rows: ShardedRows) -> None:
         assert isinstance(rows.shard, Tensor)
         self.rows, self.shard = rows, rows.shard.float()
-        self.center = rows.mean().float()  # centered rows have small norms, which lose fewer digits in a product
+        self.center = rows.mean().float()  # products of centered rows, which have small norms, lose fewer digits
         if not torch.isfinite(self.center).all():
             raise ValueError("a row to choose the coreset from holds NaN or infinity")
         self.nearest = self.shard.new_full((len(self.shard),), torch.inf)
 
     def update(self, picks: Tensor, picked: Tensor, least_apart: float) -> None:
-        """Lower the distances by new picks: indices (K,), their rows (K, D), and `least_apart` of greedy_among."""
+        """Lower the distances after new picks: indices (K,), rows (K, D), and `least_apart` as in greedy_among."""
         self.nearest[self.rows.locate(picks)[1]] = -torch.inf
         changing = (self.nearest > SAFE_HALF * least_apart / 4).nonzero()[:, 0]
         if len(changing) == 0:
@@ -119,7 +119,7 @@ class Selection:
         entries = MAX_BLOCK_ENTRIES_ON_GPU if self.shard.is_cuda else MAX_BLOCK_ENTRIES
         for index in changing.split(max(1, entries // max(len(picks), self.shard.shape[1]))):
             rows = self.shard[index]
-            # |x - c|^2 without |x|^2, which changes no order
+            # |x - c|^2 without |x|^2, which does not change the argmin
             closest = torch.addmm(norms, rows - self.center, centered.T, alpha=-2).argmin(dim=1)
             distance = (rows - picked[closest]).square_().sum(dim=1)
             self.nearest[index] = torch.minimum(self.nearest[index], distance)
@@ -159,7 +159,7 @@ class Selection:
 
 
 def greedy_among(rows: Tensor, nearest: Tensor, tau: Tensor, wanted: int) -> tuple[Tensor, float]:
-    """Apply the greedy rule to candidates while their choice is the global one.
+    """Apply the greedy rule to candidates while the best of them is the global choice.
 
     The candidates are `rows` (m, D) float32, in the order that decides ties, and `nearest` (m,) float64 their squared
     distances to the selection; `tau` is the largest one of all other rows. Returns at most `wanted` positions (K,)
@@ -167,17 +167,17 @@ def greedy_among(rows: Tensor, nearest: Tensor, tau: Tensor, wanted: int) -> tup
     before it.
     """
     rows = rows.double()
-    rows -= rows[0].clone()  # for small norms again; exact in float64
+    rows -= rows[0].clone()  # small norms lose fewer digits; exact in float64
     norms = rows.square().sum(dim=1)
     mutual = torch.addmm(norms, rows, rows.T, alpha=-2).add_(norms[:, None]).clamp_(min=0).cpu().numpy()
-    # Error of the product. Copies of a row tie only up to it; closer neighbors look like copies until the next update.
+    # Rounding of the product. Copies of a row tie within it; closer neighbors look like copies until the next update.
     rounding = float(norms.max()) * rows.shape[1] * torch.finfo(norms.dtype).eps
     floor = max(float(tau), rounding)
     remaining = nearest.cpu().numpy().copy()
     positions: list[int] = []
     least_apart = best = remaining.max()
     for _ in range(min(wanted, len(remaining))):  # in NumPy: thousands of small steps, too small for threads or a GPU
-        tie = best - rounding if positions else best  # the first distance comes from no product
+        tie = best - rounding if positions else best  # the first distance does not come from a product
         positions.append(int((remaining >= tie).argmax()))  # the lowest index
         least_apart = best
         np.minimum(remaining, mutual[positions[-1]], out=remaining)

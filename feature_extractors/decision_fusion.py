@@ -11,7 +11,7 @@ SVM_RANDOM_STATE = 42  # seeds the order of stochastic gradient descent; --rando
 
 
 class DecisionFusion(NamedTuple):
-    """Linear one-class SVMs D_a, of scores, and D_s, of pixels. Plain form: `reference.one_class_svm`.
+    """Linear one-class SVMs: D_a for scores, D_s for pixels. Plain form: `reference.one_class_svm`.
 
     The anomaly score of a vector x is score_samples(x) = coef . x, larger = more anomalous, without the SVM's offset.
     """

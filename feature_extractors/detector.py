@@ -39,7 +39,7 @@ class Detector:
         else:  # "sum", or a single bank
             score, fused = scores.sum(), maps.sum(dim=0)
         *bank_scores, score = torch.cat([scores, score[None]]).tolist()  # one transfer from the device
-        # Clones, because keeping or sending a view would keep or send all maps.
+        # Clones: a view would keep or send the memory of all maps.
         *bank_maps, fused = (plane.clone() for plane in torch.cat([maps, fused[None]]).cpu())
         return Prediction(
             score, fused, dict(zip(self.banks, bank_scores, strict=True)), dict(zip(self.banks, bank_maps, strict=True))
@@ -47,7 +47,7 @@ class Detector:
 
     @torch.inference_mode()
     def bank_results(self, features: PatchFeatures) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Image score and anomaly map (img_size, img_size) of each bank, on the CPU, to fit decision fusion to."""
+        """Image score and anomaly map (img_size, img_size) of each bank, on the CPU, for fitting decision fusion."""
         scores, maps = self._score_banks(features, "everywhere")
         planes = [plane.clone() for plane in maps.cpu()]
         return dict(zip(self.banks, scores.tolist(), strict=True)), dict(zip(self.banks, planes, strict=True))

@@ -1,4 +1,4 @@
-"""config.json of a saved detector: what it computes, its thresholds, and checksums of its files and backbones."""
+"""config.json of a saved detector: settings, thresholds, and checksums of its files and backbones."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ class DetectorRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     class_name: str
     written: str  # date and time, ISO 8601
     versions: dict[str, str | None]  # of Python and of the packages
-    config: DetectorConfig  # its precision is the one of the features, never "auto"
+    config: DetectorConfig  # its precision is that of the features, never "auto"
     config_sha256: str  # see config_checksum
     backbone_sha256: dict[str, str]  # checksum of the weights by modality, see models.checkpoints.weights_checksum
     thresholds: Thresholds | None
@@ -42,7 +42,7 @@ class SavedDetector(NamedTuple):
 
 
 def read_saved(folder: Path | str, *, point_ops: str = "auto", precision: str | None = None) -> SavedDetector:
-    """Read the config.json of a saved detector, and put `point_ops` and `precision`, if given, into its config.
+    """Read the config.json of a saved detector. `point_ops`, and `precision` if given, replace the saved settings.
 
     InputError if the folder is not a detector, or its config.json is damaged or of another version.
     """
@@ -52,7 +52,7 @@ def read_saved(folder: Path | str, *, point_ops: str = "auto", precision: str | 
         record = read_record(path, DetectorRecord, SCHEMA, FIX)
     except MissingRecordError:
         fix = _fix_of_missing(folder)
-        raise InputError(f"{folder} is not a detector, it has no {CONFIG_FILE}. {fix}.") from None
+        raise InputError(f"{folder} is not a detector, because it has no {CONFIG_FILE}. {fix}.") from None
     if config_checksum(record.config) != record.config_sha256:
         raise InputError(f"{path} was changed: its config does not match config_sha256. {FIX}.")
     config = replace(record.config, point_ops=point_ops, precision=precision or record.config.precision)
@@ -62,7 +62,7 @@ def read_saved(folder: Path | str, *, point_ops: str = "auto", precision: str | 
 def _fix_of_missing(folder: Path) -> str:
     interrupted = set_aside(folder)
     if interrupted:
-        return f"Saving it was interrupted: rename {interrupted} to {folder.name}"
+        return f"Saving it was interrupted. Rename {interrupted} to {folder.name}"
     inside = ", ".join(sorted(each.parent.name for each in folder.glob(f"[!.]*/{CONFIG_FILE}"))[:5])
     return f"Name one of the detectors in it ({inside})" if inside else "Save one with main.py --save_detector"
 

@@ -1,4 +1,4 @@
-"""From a sample to its patch features: both backbones, the alignment, the fusion. Fast form of `reference.extract`."""
+"""Extraction of patch features from samples: both backbones, alignment and fusion. Fast form of `reference.extract`."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -24,7 +24,7 @@ BATCH_ON_CPU, BATCH_ON_GPU = 4, 16  # samples that pass through the networks tog
 
 
 class PatchExtractor:
-    """Patch features of samples, on `device`, by finished networks.
+    """Extractor of patch features on `device`, by networks that have their weights.
 
     The method decides which backbones are needed. Without a UFF, fusion patches are plain concatenations. The extractor
     owns its networks: in bf16 it rounds their weights.
@@ -42,13 +42,13 @@ class PatchExtractor:
         self.device = torch.device(device)
         self.precision = choose_precision(config.precision, self.device)
         self.batch_size = BATCH_ON_CPU if self.device.type == "cpu" else BATCH_ON_GPU
-        # Saved detectors and finished classes are tied to the weights before any rounding.
+        # Saved detectors and finished classes refer to the weights before rounding.
         networks = {"rgb": rgb_backbone, "xyz": xyz_backbone, "fusion": feature_fusion}
         self.checksums = {name: weights_checksum(network) for name, network in networks.items() if network is not None}
         self.rgb_backbone = rgb_backbone.to(self.device).eval() if rgb_backbone else None
         self.xyz_backbone = xyz_backbone.to(self.device).eval() if xyz_backbone else None
         self.feature_fusion = feature_fusion.to(self.device).eval() if feature_fusion else None
-        # The point transformer rounds nothing before its blocks.
+        # Only the blocks of the point transformer are rounded.
         point_blocks = xyz_backbone.blocks if isinstance(xyz_backbone, PointTransformer) else None
         for network in (self.rgb_backbone, point_blocks, self.feature_fusion):
             if network is not None:
@@ -64,7 +64,7 @@ class PatchExtractor:
 
     @property
     def no_patches(self) -> PatchFeatures:
-        """Features of no patches: (0, C) of each bank."""
+        """Features of a sample without patches: (0, C) for each bank."""
         networks = {"xyz": self.xyz_backbone, "rgb": self.rgb_backbone}
         widths = {name: network.embed_dim for name, network in networks.items() if network is not None}
         if "fusion" in self.config.method.banks:
@@ -92,7 +92,7 @@ class PatchExtractor:
         fusion = map(self._fuse, xyz, rgb) if fused else [None] * len(samples)  # (3136, C_xyz + C_rgb) each
         return [PatchFeatures(*each) for each in zip(rgb, xyz, fusion, strict=True)]
 
-    @torch.inference_mode()  # of the thread that runs it
+    @torch.inference_mode()  # needed in each thread
     def _rgb_patches(self, samples: Sequence[Sample]) -> Sequence[Tensor | None]:
         if self.rgb_backbone is None:
             return [None] * len(samples)

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from feature_extractors.patch_rows import CHUNK, ShardedRows, as_sharded
 
-# Entries of the block of products of one search, and queries in it; few queries on a CPU keep it in the cache.
+# Largest block of products: entries, and on a CPU also queries, so that it stays in the cache.
 MAX_BLOCK_ENTRIES, MAX_BLOCK_ENTRIES_ON_GPU = 1 << 24, 1 << 28
 QUERIES_AT_ONCE_ON_CPU = 256
 # Entries of the direct differences computed at once: 64 MB, on a GPU 256 MB.
 MAX_DIFFERENCE_ENTRIES, MAX_DIFFERENCE_ENTRIES_ON_GPU = 1 << 24, 1 << 26
 # Where d^2 / (|q|^2 + |r|^2) is below this value, |q|^2 + |r|^2 - 2 q r replaces the exact d^2, to reproduce the
-# original's rounding. Below 2^-9 less than four digits are left.
+# original's rounding. Below 2^-9 fewer than four digits are left.
 EXPANDED_BELOW = {"nowhere": 0.0, "cancelling": 2.0**-9, "everywhere": torch.inf}
 
 
@@ -43,10 +43,10 @@ class MemoryBank:
     def __init__(self, rows: Tensor, statistics: BankStatistics | None = None) -> None:
         self.rows, self.statistics = rows, statistics or BankStatistics()
         self._center = rows.mean(dim=0)
-        centered = rows - self._center  # small norms: the product keeps more digits
+        centered = rows - self._center  # small norms lose fewer digits in a product
         self._norms = centered.square().sum(dim=1)
         self._lengths = self._norms.sqrt()
-        # Products of fp32 numbers, or of their bf16 halves on a GPU, which is fifteen times as fast in bf16.
+        # Products are of fp32 numbers, or on a GPU of their bf16 halves, which are fifteen times as fast.
         self._halved = rows.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         self._factors = centered
         if self._halved:
@@ -65,8 +65,8 @@ class MemoryBank:
         """Nearest bank row of each query, without the full distance matrix. Fast form of `reference.nearest_rows`.
 
         A matrix product gives |q - r|^2 = |q|^2 - 2 q r + |r|^2 with a proven error bound. Rows within the bound of the
-        smallest product are candidates. Their distances, hardly more than one a query, are computed by direct
-        difference, which loses no digits where query and row are close.
+        smallest product are candidates. There is rarely more than one per query. Their distances are direct
+        differences, which lose no digits where query and row are close.
 
         Args:
             queries: (M, D) float32, normalized with `statistics`. Equal ones, such as background, are searched once.
@@ -98,7 +98,7 @@ class MemoryBank:
     def neighbors(self, row: int | Tensor, k: int) -> Tensor:
         """Indices (k,), or fewer in a smaller bank, of the rows nearest to a row of the bank, itself included.
 
-        `row` is its index, or an int64 tensor (1,) of it. The lowest index wins a tie.
+        `row` is an index, or an int64 tensor (1,) that holds one. The lowest index wins a tie.
         """
         distance = torch.linalg.vector_norm(self.rows - self.rows[row], dim=1)
         return distance.sort(stable=True).indices[:k]
@@ -140,14 +140,14 @@ class MemoryBank:
 
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct rows (K, D), in no order, of rows (N, D) float32, and the index (N,) int64 of each row among them."""
-    if rows.is_cuda:  # where torch.unique takes several times as long as the search that follows
+    if rows.is_cuda:  # torch.unique would take several times as long there as the search
         return _distinct_by_hash(rows)
     distinct, inverse = torch.unique(rows, dim=0, return_inverse=True)
     return distinct, inverse
 
 
 def _distinct_by_hash(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """`distinct_rows` by 64-bit hashes of the bits. If different rows share a hash, copies of the second remain."""
+    """`distinct_rows` by 64-bit hashes of the bits. If different rows share a hash, copies of one of them stay."""
     bits = rows.contiguous().view(torch.int32).long()
     hashes = (bits * _hash_factors(rows.shape[1], rows.device)).sum(dim=1)  # modulo 2^64
     groups, inverse = torch.unique(hashes, return_inverse=True)

@@ -52,7 +52,7 @@ class PatchRows:
             self.release()
 
     def where(self, condition: Callable[[Tensor], Tensor], step: int = CHUNK) -> "PatchRows":
-        """Rows that meet a condition, a function from (step, D) to bool (step,), without a copy."""
+        """Rows that meet a condition, without a copy; the condition maps (step, D) to bool (step,)."""
         mask = torch.cat([condition(chunk) for chunk in self.split(step)]).to(self.stored.device)
         kept = mask.nonzero()[:, 0] if self.kept is None else self.kept[mask]
         return PatchRows(self.stored, self.device, self.release, kept)
@@ -103,7 +103,7 @@ class ShardedRows:
         return ShardedRows(self.shard.where(condition), self.group)
 
     def map(self, function: Callable[[Tensor], Tensor], width: int) -> "ShardedRows":
-        """New rows (N, width) by a function from (CHUNK, D) to (CHUNK, width)."""
+        """Apply a function from (CHUNK, D) to (CHUNK, width) to all rows: new rows (N, width)."""
         mapped = torch.empty(len(self.shard), width, device=self.device)
         for block, chunk in zip(mapped.split(CHUNK), self.shard.split(CHUNK), strict=True):
             block[:] = function(chunk)
@@ -123,5 +123,5 @@ class ShardedRows:
 
 
 def as_sharded(rows: Tensor | ShardedRows) -> ShardedRows:
-    """Rows (N, D), as ShardedRows if they are a tensor of this process."""
+    """`rows` themselves, or a tensor (N, D) of this process as ShardedRows."""
     return rows if isinstance(rows, ShardedRows) else ShardedRows(rows)

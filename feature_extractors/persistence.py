@@ -1,7 +1,7 @@
 """Saving and loading fitted detectors: a folder with config.json and state.safetensors.
 
-The folder holds banks, statistics, one-class SVMs, thresholds and the UFF. The published backbones stay outside:
-config.json keeps a checksum of their weights, and loading builds them again.
+The folder holds banks, statistics, one-class SVMs, thresholds and the UFF. The published backbones are not
+saved: config.json keeps checksums of their weights, and loading builds them again.
 """
 
 import hashlib
@@ -94,7 +94,7 @@ def save_detector(
     text = encode_record(record, indent=1)
     try:
         with atomic_folder(folder) as temporary:
-            (temporary / STATE_FILE).write_bytes(state)  # save_file would make it private to its owner
+            (temporary / STATE_FILE).write_bytes(state)  # a file of save_file can be read by its owner only
             (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
     except OSError as error:
         raise cannot_write(folder, error) from None
@@ -191,7 +191,7 @@ def _check_backbones(saved: SavedDetector, extractor: PatchExtractor) -> None:
 
 
 def _restore(saved: SavedDetector, extractor: PatchExtractor) -> tuple[Detector, FeatureFusion | None]:
-    """Return a detector, and its UFF if it has one, which its extractor still lacks."""
+    """Return a detector, and its UFF or None. The caller puts the UFF into the extractor."""
     record, path = saved.record, saved.folder / STATE_FILE
     config = record.config
     state = _read_state(path, record.state_sha256)
@@ -218,7 +218,7 @@ def _restore(saved: SavedDetector, extractor: PatchExtractor) -> tuple[Detector,
 def _read_state(path: Path, sha256: str) -> State:
     """Tensors of state.safetensors, after a comparison of its checksum with that in config.json."""
     try:
-        content = path.read_bytes()  # once: the checked bytes are the used bytes
+        content = path.read_bytes()  # one read, so that the checked bytes are the used ones
     except FileNotFoundError:
         raise InputError(f"{path} is missing. {FIX}.") from None
     except OSError as error:

@@ -117,7 +117,7 @@ def calibrate_detectors(
 ) -> None:
     """Set the thresholds of each method's detector by thresholds.calibrate, preferably on samples it was not fitted to.
 
-    Peak memory: a map of img_size**2 float32 for each sample and detector; on the first rank for those of all ranks.
+    Peak memory: a map of img_size**2 float32 for each sample and detector; on the first rank, of all ranks' samples.
     """
     stopwatches = stopwatches or {name: Stopwatch() for name in detectors}
     group = features.group

@@ -1,7 +1,7 @@
 """M3DM in plain PyTorch: one file to read from top to bottom with the paper at hand.
 
-Wang et al., "Multimodal Industrial Anomaly Detection via Hybrid Fusion" (Multi-3D-Memory), CVPR 2023. Sections 3.2 to
-3.4 have the numbers of the paper's. A sample is an image and an organized point cloud of the same view, (3, S, S) each.
+Wang et al., "Multimodal Industrial Anomaly Detection via Hybrid Fusion" (Multi-3D-Memory), CVPR 2023. Headings 3.2 to
+3.4 are sections of the paper. A sample is an image and an organized point cloud of the same view, (3, S, S) each.
 The shapes below are those of the published configuration: S = 224, ViT-B/8 and Point-MAE.
 
     Color features                           image -> rgb patches (784, 768)
@@ -9,8 +9,8 @@ The shapes below are those of the published configuration: S = 224, ViT-B/8 and 
     3.3 Unsupervised Feature Fusion (UFF)    both -> fusion patches (3136, 1920)
     3.4 Decision Layer Fusion (DLF)          patches -> memory banks -> score and anomaly map
 
-The code computes what the published tables were made with (`--protocol reference`), regardless of speed; a keyword that
-is off by default, or a field of `config.protocol`, is what `--protocol corrected` changes. Each fast routine of this
+The code computes the published results (`--protocol reference`), regardless of speed. Keywords that are off by default,
+and the fields of `config.protocol`, turn on the changes of `--protocol corrected`. Each fast routine of this
 repository names its plain form in this file, and tests compare the two.
 """
 
@@ -151,7 +151,7 @@ def three_nn_interpolate(points: Tensor, centers: Tensor, features: Tensor, exac
 def project_and_pool(at_points: Tensor, valid: Tensor, grid: int, masked_pooling: bool = False) -> Tensor:
     """Project features p' (N, 1152) to their pixels, the N True ones of valid (S, S), and average over grid**2 patches.
 
-    Pixels without a point are 0 and count. With `masked_pooling` the border is padded, and only valid pixels count.
+    Pixels without a point count as 0. With `masked_pooling` the border is padded, and only valid pixels count.
     """
     plane = at_points.new_zeros(at_points.shape[1] + 1, *valid.shape)
     plane[:-1, valid], plane[-1, valid] = at_points.T, 1.0
@@ -185,7 +185,7 @@ class FeatureFusion(nn.Module):
 
 
 def contrastive_loss(h_pt: Tensor, h_rgb: Tensor) -> Tensor:
-    """Patch-wise contrastive loss of all patches of a batch, h (n, 256), with h brought to length 1:
+    """Patch-wise contrastive loss over the n patches of a batch, with h (n, 256) scaled to length 1:
 
     L_con = mean_i -log(exp(h_rgb_i . h_pt_i) / sum_t exp(h_rgb_i . h_pt_t)), doubled
     """
@@ -213,7 +213,7 @@ def bank_statistics(rows: Patches, rule: str) -> dict[str, tuple[float, float]]:
 
 
 def random_projection(rows: Tensor, eps: float, random_state: int | None) -> Tensor:
-    """Project rows (N, C) at random with distortion eps; unchanged where the lemma asks for more than C columns."""
+    """Project rows (N, C) at random with distortion eps; unchanged if that takes more than C columns."""
     from sklearn.random_projection import SparseRandomProjection, johnson_lindenstrauss_min_dim
 
     if johnson_lindenstrauss_min_dim(len(rows), eps=eps) > rows.shape[1]:
@@ -240,7 +240,7 @@ def build_banks(config: DetectorConfig, rows: Patches) -> dict[str, Bank]:
     if protocol.drop_background and "xyz" in rows:
         rows = {**rows, "xyz": rows["xyz"][(rows["xyz"] != 0).any(dim=1)]}
     banks: dict[str, Bank] = {}
-    reduced_xyz = None  # its size decides those of the published rgb and fusion banks
+    reduced_xyz = None  # its size determines those of the published rgb and fusion banks
     for name, (mean, std) in bank_statistics(rows, "own" if protocol.own_statistics else method.statistics).items():
         normalized = (rows[name] - mean) / std
         size = len(normalized) if reduced_xyz is None or protocol.own_coreset_size else reduced_xyz
@@ -251,7 +251,7 @@ def build_banks(config: DetectorConfig, rows: Patches) -> dict[str, Bank]:
             background = chosen.new_zeros(1, chosen.shape[1])
             if protocol.drop_background:
                 chosen = torch.cat([chosen, (background - mean) / std])
-            elif method.zero_row:  # 0 after normalization, which is the mean patch: so the published results
+            elif method.zero_row:  # 0 after normalization is the mean patch, as in the published results
                 chosen = torch.cat([chosen[(chosen != 0).all(dim=1)], background])
         banks[name] = Bank(chosen, mean, std)
     return banks
@@ -271,7 +271,7 @@ def image_score(patches: Tensor, distances: Tensor, index: Tensor, rows: Tensor,
 
         eta = 1 - exp(|f* - m*| / sqrt(C)) / (sum_m exp(|f* - m| / sqrt(C)) + eps)
 
-    where m are the 2 rows nearest to m*. All distances (P,), as of `nearest_rows`, are divided by `divisor` first.
+    where m are the 2 rows nearest to m*. All distances (P,), as from `nearest_rows`, are divided by `divisor` first.
     """
     worst = int(distances.argmax())
     s_star = distances[worst].double() / divisor
@@ -308,7 +308,7 @@ def one_class_svm(config: DetectorConfig, rows: np.ndarray) -> Any:
 
 @torch.inference_mode()
 def extract(config: DetectorConfig, networks: Mapping[str, Any], rgb: Tensor, xyz: Tensor) -> Patches:
-    """Patches of a sample by the networks at hand: a ViT "rgb", a PointTransformer "xyz", a FeatureFusion "fusion"."""
+    """Patches of a sample from the given networks: a ViT "rgb", a PointTransformer "xyz", a FeatureFusion "fusion"."""
     patches = {}
     if "xyz" in networks:
         valid = ((xyz != 0) & xyz.isfinite()).all(dim=0)  # a pixel without a point is exactly 0

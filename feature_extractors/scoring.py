@@ -37,7 +37,7 @@ def image_score(
         return s_star[0]
     to_neighbors = torch.linalg.vector_norm(bank.rows[neighbors] - patches[m_test], dim=1).double() / divisor
     root = math.sqrt(patches.shape[1])
-    # the fraction is reduced by exp(s*), so that large distances do not overflow
+    # numerator and denominator are divided by exp(s* / sqrt(D)), so that large distances do not overflow
     total = torch.exp((to_neighbors - s_star) / root).sum() + epsilon * torch.exp(-s_star / root)
     return ((1.0 - 1.0 / total) * s_star)[0]
 
@@ -59,7 +59,7 @@ def gaussian_blur(planes: Tensor, float_blur: bool = False) -> Tensor:
     """Blur each of the non-negative maps (..., H, W) float32 with sigma 4. Plain form: in `reference.anomaly_map`.
 
     The reference goes through an 8-bit image: divide by the maximum, times 255, truncate, PIL's GaussianBlur(4), and
-    back. `float_blur` is the Gaussian itself in float64, with PIL's repeated borders.
+    back. `float_blur` computes the Gaussian in float64, with repeated borders as in PIL.
     """
     if float_blur:
         vertical, horizontal = (_gaussian_matrix(size, planes.device) for size in planes.shape[-2:])
@@ -70,12 +70,12 @@ def gaussian_blur(planes: Tensor, float_blur: bool = False) -> Tensor:
 
 
 def blur_8_bit(images: Tensor) -> Tensor:
-    """PIL's ImageFilter.GaussianBlur(4) of (..., H, W) uint8 images, bit by bit.
+    """PIL's ImageFilter.GaussianBlur(4) of (..., H, W) uint8 images, bit for bit.
 
     PIL filters each axis with three boxes of fractional radius (Gwosdek et al., "Theoretical foundations of Gaussian
     convolution by extended box filtering", SSVM 2011), with repeated borders, and rounds to 8 bits after every pass.
     """
-    values = images.int() - 128  # the weights add up to 2^24: values around zero keep the sums within 32 bits
+    values = images.int() - 128  # the weights add up to 2^24, so values around zero keep the sums within 32 bits
     for dim in (-1, -2):
         for _ in range(BOX_PASSES):
             values = _box_pass(values, dim)

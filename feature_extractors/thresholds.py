@@ -27,15 +27,15 @@ class Thresholds:
     image: float  # a sample with a score above is anomalous
     pixel: float  # a pixel with a value above in the anomaly map is anomalous
     target_fpr: Annotated[float, Meta(gt=0, lt=1)]  # requested false-alarm rate
-    source: Source  # split of the good samples
-    parts: Annotated[int, Meta(ge=1)]  # their number
-    typical: float  # their median score
+    source: Source  # split that the good samples are from
+    parts: Annotated[int, Meta(ge=1)]  # number of the good samples
+    typical: float  # median score of the good samples
 
     def normalize(self, score: float) -> float:
         """Score on a scale from 0 to 1 that is comparable between detectors.
 
         An increasing logistic curve with 0.5 at the threshold and 0.05 at the median good sample (0.95 if the threshold
-        lies below it). If they coincide, the value is 0 below, 0.5 at and 1 above the threshold.
+        lies below it). If both coincide, the value is 0 below, 0.5 at and 1 above the threshold.
         """
         spread, above = abs(self.image - self.typical), score - self.image
         if spread == 0:

@@ -1,4 +1,4 @@
-"""Raw patch features of the training samples: in memory as far as the budget goes, else in mapped files."""
+"""Raw patch features of the training samples: in memory if the budget allows, else in memory-mapped files."""
 
 import logging
 import mmap
@@ -123,7 +123,7 @@ def _mapped_file(size: int) -> mmap.mmap:
     folder = tempfile.gettempdir()
     if file_system_of(Path(folder)) in MEMORY_FILE_SYSTEMS:
         logger.warning(
-            "the training features go to %s, which is memory and no disk, so --memory_budget has no effect. Set the "
+            "the training features go to %s, which is in memory, so --memory_budget has no effect. Set the "
             "environment variable TMPDIR to a folder on a disk.",
             folder,
         )

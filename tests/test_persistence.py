@@ -458,7 +458,7 @@ def test_missing_files_are_named(saved: Path) -> None:
     (saved / "state.safetensors").unlink()
     assert "/state.safetensors is missing" in refused(saved)
     (saved / "config.json").unlink()
-    assert "is not a detector, it has no config.json. Save one with main.py --save_detector." in refused(saved)
+    assert "is not a detector, because it has no config.json. Save one with main.py --save_detector." in refused(saved)
     shutil.rmtree(saved)
     assert "is not a detector" in refused(saved)
 
@@ -466,7 +466,7 @@ def test_missing_files_are_named(saved: Path) -> None:
 def test_the_folder_above_names_what_is_in_it(saved: Path) -> None:
     (saved.parent / ".cookie.tmp").mkdir()  # of a process that was killed
     (saved.parent / ".cookie.tmp/config.json").write_text("{}")
-    assert "is not a detector, it has no config.json. Name one of the detectors in it (bagel)." in refused(saved.parent)
+    assert "because it has no config.json. Name one of the detectors in it (bagel)." in refused(saved.parent)
 
 
 # Several detectors over one extractor
@@ -593,7 +593,7 @@ def test_a_killed_process_leaves_what_can_be_renamed_back(saved: Path) -> None:
     other = saved.parent / ".cookie.tmp"
     for folder in (saved.parent / ".bagel.tmp", other):
         folder.mkdir()
-    assert f"Saving it was interrupted: rename {older} to bagel" in refused(saved)
+    assert f"Saving it was interrupted. Rename {older} to bagel" in refused(saved)
     save_detector(fitted(settings(SINGLE)), saved)
     assert sorted(saved.parent.iterdir()) == sorted([saved, other])
 

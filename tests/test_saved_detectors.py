@@ -503,7 +503,7 @@ def test_a_class_may_be_called_as_a_method_is(base: list[object], data: Path, tm
 def test_a_save_that_was_interrupted_is_told(capsys: pytest.CaptureFixture[str], data: Path, detectors: Path) -> None:
     (detectors / "cookie").rename(detectors / ".cookie.old")
     message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors)
-    assert f"Saving it was interrupted: rename {detectors}/.cookie.old to cookie" in message
+    assert f"Saving it was interrupted. Rename {detectors}/.cookie.old to cookie" in message
 
 
 def test_the_wrong_folder_is_told_with_the_right_one(

@@ -161,7 +161,7 @@ def test_a_temporary_folder_in_memory_is_warned_of(
     monkeypatch.setattr(memory, "MOUNTS", mounts)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     TrainingFeatures(SAMPLES, 1e-9).append(made_up()[0])
-    assert (f"{tmp_path}, which is memory and no disk" in caplog.text) == warned
+    assert (f"{tmp_path}, which is in memory" in caplog.text) == warned
 
 
 RESIDENT = """
