@@ -1,6 +1,6 @@
 """Train the Unsupervised Feature Fusion (UFF) on the patch features of good training samples.
 
-Three steps lead to the triple method; this script is the second:
+The method with three banks takes three steps. This script is the second:
 
     python main.py --method_name DINO+Point_MAE --memory_bank multiple --save_feature \\
         --save_feature_path datasets/patch_lib
@@ -13,7 +13,7 @@ Several processes, one per GPU (also with `python -m torch.distributed.launch`, 
 
     torchrun --nproc_per_node=4 fusion_pretrain.py --data_path datasets/patch_lib --output_dir checkpoints
 
-The paper's length: --max_steps 750 --warmup_steps 250 --lr 0.003. After an interruption, add --resume
+As long as in the paper: --max_steps 750 --warmup_steps 250 --lr 0.003. After an interruption, add --resume
 checkpoints/checkpoint-last.pth to the same flags. More: docs/TRAINING_UFF.md.
 """
 
@@ -33,35 +33,35 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=16, help="samples per process and micro-batch")
     add("--epochs", type=int, default=3, help="number of epochs")
     add("--accum_iter", type=int, default=16, help="micro-batches per update")
-    add("--weight_decay", type=float, default=1.5e-6, help="of AdamW, on all parameters")
+    add("--weight_decay", type=float, default=1.5e-6, help="weight decay of AdamW, on all parameters")
     add("--lr", type=float, help="peak learning rate (default: blr * batch_size * accum_iter * processes / 256)")
     add("--blr", type=float, default=0.002, help="peak learning rate for an effective batch of 256")
     add("--min_lr", type=float, default=0.0, help="learning rate at the end of the cosine")
-    add("--warmup_epochs", type=int, default=1, help="epochs of linear rise from 0")
+    add("--warmup_epochs", type=int, default=1, help="epochs of linear warm-up from 0")
     add("--max_steps", type=int, help="train for this many updates instead of --epochs; the paper: 750")
-    add("--warmup_steps", type=int, help="updates of linear rise from 0 (default: a third of --max_steps)")
-    add("--drop_last_group", action="store_true", help="skip batches that fill no --accum_iter, as the original does")
-    add("--negatives", choices=NEGATIVES, default="local", help="contrast with the rows of this process, or of all")
-    add("--val_fraction", type=float, default=0.0, help="share of the files to validate on")
+    add("--warmup_steps", type=int, help="updates of linear warm-up from 0 (default: a third of --max_steps)")
+    add("--drop_last_group", action="store_true", help="skip an epoch's last, incomplete update, as the original does")
+    add("--negatives", choices=NEGATIVES, default="local", help="contrast with patches of this process or of all")
+    add("--val_fraction", type=float, default=0.0, help="share of the files used for validation")
     add("--data_path", default="datasets/patch_lib", help="folder of patch files")
     add("--output_dir", default="./output_dir", help="folder of the checkpoints and log.txt")
-    add("--save_steps", type=int, default=100, help="updates between writings of checkpoint-last.pth")
+    add("--save_steps", type=int, default=100, help="updates between two saves of checkpoint-last.pth")
     add("--log_dir", help="folder of TensorBoard events (default: none are written)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<number>; auto takes a GPU if there is one")
-    add("--seed", type=int, default=0, help="of the initial weights and the order of samples")
+    add("--seed", type=int, default=0, help="seed of the initial weights and of the order of samples")
     add("--resume", metavar="CHECKPOINT", help="continue from this checkpoint")
     add("--start_epoch", type=int, help="first epoch without --resume (default: 0)")
     # A batch of 16 takes 385 MB and each worker holds two: the original's 10 workers would hold 7.7 GB.
-    add("--num_workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read files, per process")
-    add("--pin_mem", action=argparse.BooleanOptionalAction, default=True, help="page-locked batches for a GPU")
+    add("--num_workers", type=int, default=min(4, os.cpu_count() or 1), help="workers that read files, per process")
+    add("--pin_mem", action=argparse.BooleanOptionalAction, default=True, help="page-locked batches, if there is a GPU")
     add("--no_pin_mem", action="store_false", dest="pin_mem", help="another spelling of --no-pin_mem")
     add("--world_size", type=int, help="number of processes without a launcher (default: 1)")
     add("--local_rank", "--local-rank", type=int, help="number of this process on its machine; launchers set it")
     add("--dist_on_itp", action="store_true", help="take rank and number of processes from mpirun (OMPI_COMM_WORLD_*)")
-    add("--dist_url", default="env://", help="common address of the processes; env:// is the launcher's")
-    add("--uff_pairing", choices=PAIRINGS, help="reference: the original's wrong order (default: as the files say)")
+    add("--dist_url", default="env://", help="address where the processes meet; env:// takes the launcher's")
+    add("--uff_pairing", choices=PAIRINGS, help="reference: the original's wrong order (default: that of the files)")
     add("--xyz_dim", type=int, help="width of xyz in the original's .pt files (default: found from the background)")
-    precision = "of the networks, the loss is always fp32; auto: bf16 on a GPU, fp32 on a CPU"
+    precision = "precision of the networks; the loss is always fp32; auto: bf16 on a GPU, fp32 on a CPU"
     add("--precision", choices=PRECISIONS, default="auto", help=precision)
     add("--input_size", type=int, default=224, help="no effect, as in the original")
     return parser.parse_args(argv)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with exit_on_input_error():
         config = PretrainConfig(**vars(args))
-        from runner.pretraining import run  # imports torch, which flags do without
+        from runner.pretraining import run  # imports torch, which --help does not need
 
         run(config)
 

@@ -10,7 +10,7 @@ FIX_DIVERGENCE = "Lower --lr or --blr, and continue from the last checkpoint wit
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear from 0 to `peak_lr` over the warm-up, then half a cosine down to `min_lr` at the end."""
+    """Learning rates: linear from 0 to `peak_lr` in the warm-up, then half a cosine down to `min_lr`."""
 
     peak_lr: float
     min_lr: float
@@ -28,7 +28,7 @@ class Schedule:
 
 @dataclass
 class Progress:
-    """State of a training run beside model and optimizer."""
+    """State of a training run, besides the model and the optimizer."""
 
     epoch: int = 0
     batch: int = 0  # micro-batches of this epoch that updates have used
@@ -94,7 +94,7 @@ class PretrainConfig:
             raise InputError("--start_epoch contradicts --resume, which continues after its checkpoint. Remove one.")
 
     def with_lr(self, world_size: int) -> "PretrainConfig":
-        """The same with `lr` filled in: blr * effective batch size / 256 where it is not given."""
+        """Copy with `lr` filled in: blr * effective batch size / 256 if it is not given."""
         lr = self.blr * (self.batch_size * self.accum_iter * world_size) / 256 if self.lr is None else self.lr
         if self.min_lr > lr:
             raise InputError(f"--min_lr {self.min_lr} is above the peak learning rate {lr}. Lower it.")
@@ -102,7 +102,7 @@ class PretrainConfig:
 
     @property
     def schedule(self) -> Schedule:
-        """Learning rates in updates with --max_steps, a third of them warm-up by default; in epochs otherwise."""
+        """Schedule in updates with --max_steps, by default a third of them warm-up; in epochs otherwise."""
         assert self.lr is not None
         if self.max_steps is None:
             return Schedule(self.lr, self.min_lr, self.warmup_epochs, self.epochs)

@@ -1,4 +1,4 @@
-"""UFF training from patch files to checkpoints: the loop of fusion_pretrain.py. The loss: models/contrastive.py."""
+"""UFF training from patch files to checkpoints, for fusion_pretrain.py. The loss is in models/contrastive.py."""
 
 import argparse
 import json
@@ -73,7 +73,7 @@ def pretrain(config: PretrainConfig, ranks: Ranks, device: torch.device) -> None
                 if step.grad_norm is None:
                     continue
                 bar.set_postfix(loss=f"{step.loss:.3f}")
-                if board:  # at thousandths of an epoch: curves of different batch sizes overlay
+                if board:  # in thousandths of an epoch, so that curves of different batch sizes match
                     for name in ("loss", "lr", "grad_norm"):
                         board.add_scalar(f"train_{name}", getattr(step, name), int(step.epoch * 1000))
                 if step.last:
@@ -99,7 +99,7 @@ def pretrain(config: PretrainConfig, ranks: Ranks, device: torch.device) -> None
 def first_progress(
     config: PretrainConfig, ranks: Ranks, model: FeatureFusion, optimizer: torch.optim.Optimizer, files: int
 ) -> Progress:
-    """The start of training: at --resume, at --start_epoch, or at 0.
+    """Starting point of training: the checkpoint of --resume, else --start_epoch, else 0.
 
     InputError if nothing is left to do, or the checkpoint does not fit this run.
     """
@@ -112,7 +112,7 @@ def first_progress(
             before = getattr(progress, name)
             if progress.batch and before != now:
                 problem = f"{config.resume} was written mid-epoch with {before} {name}, not {now}"
-                raise InputError(f"{problem}. Resume with as many, or from the end of an epoch.")
+                raise InputError(f"{problem}. Resume with as many, or from a checkpoint of the end of an epoch.")
     progress.processes, progress.files = ranks.world_size, files
     if config.is_finished(progress):
         done = f"{progress.epoch} epochs and {progress.updates} updates"
@@ -129,7 +129,7 @@ class Output:
         self.folder = make_folder(self.config.output_dir, "--output_dir")
 
     def save(self, name: str) -> None:
-        """Write a checkpoint of the present state."""
+        """Write a checkpoint of the current state."""
         if is_main():
             args = argparse.Namespace(**asdict(self.config))
             save_checkpoint(self.folder / name, self.model, self.optimizer, self.progress, args)
@@ -162,8 +162,8 @@ def validate(
 ) -> dict[str, float]:
     """Loss and retrieval accuracy on the held-out files of all ranks, each file by itself; `files` are this rank's.
 
-    val_retrieval is the share of xyz patches to which the rgb patch of the same place is the nearest of the image,
-    val_chance the share that random guesses would reach.
+    val_retrieval is the share of xyz patches whose nearest rgb patch in the image is that of the same place, val_chance
+    the share that random guesses would reach.
     """
     model.eval()
     rows = hits = chance = loss = 0.0
@@ -179,14 +179,14 @@ def validate(
     sums = torch.tensor((rows, hits, chance, loss), dtype=torch.float64, device=device)
     rows, hits, chance, loss = all_reduce_sum(sums).tolist()
     if rows == 0:
-        raise InputError("No file of the validation split has a patch free of zeros in xyz. Lower --val_fraction.")
+        raise InputError("Every xyz patch of the validation files holds a zero. Change --val_fraction.")
     if not math.isfinite(loss):
-        raise InputError(f"The loss of the validation files is not finite: training has diverged. {FIX_DIVERGENCE}")
+        raise InputError(f"The loss of the validation files is not finite. Training has diverged. {FIX_DIVERGENCE}")
     return {"val_loss": loss / rows, "val_retrieval": hits / rows, "val_chance": chance / rows}
 
 
 def open_tensorboard(log_dir: str | None) -> AbstractContextManager[Any]:
-    """A SummaryWriter in the main process if a folder is given, else a context of None."""
+    """SummaryWriter in the main process if a folder is given, else a context that yields None."""
     if not log_dir or not is_main():
         return nullcontext()
     try:
@@ -198,7 +198,7 @@ def open_tensorboard(log_dir: str | None) -> AbstractContextManager[Any]:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Note Ctrl-C and SIGTERM, for the yielded function to tell. A second Ctrl-C ends the process at once."""
+    """Catch Ctrl-C and SIGTERM; the yielded function tells if one came. A second Ctrl-C ends the process at once."""
     requested: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

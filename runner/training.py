@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 
 class _EpochBatches(BatchSampler):
-    """Batches of a DistributedSampler, from any batch of an epoch on, without reading the files before it."""
+    """Batches of a DistributedSampler that can start within an epoch without reading the files before."""
 
     first = 0
 
@@ -60,7 +60,7 @@ def split_files(count: int, val_fraction: float, seed: int) -> tuple[list[int], 
     held_out = round(count * val_fraction)
     if val_fraction > 0 and not 0 < held_out < count:
         problem = f"--val_fraction {val_fraction} of {count} patch files is {held_out}"
-        raise InputError(f"{problem}. Choose one that leaves files to train on and to validate on, or 0.")
+        raise InputError(f"{problem}. Choose 0, or a share that leaves files for both training and validation.")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(order[held_out:]), sorted(order[:held_out])
 
@@ -95,14 +95,14 @@ def make_optimizer(model: nn.Module, weight_decay: float) -> AdamW:
 
 @dataclass
 class Trainer:
-    """One epoch after another of UFF training."""
+    """UFF training, one epoch at a time."""
 
     config: PretrainConfig
     model: nn.Module  # (xyz (B, P, C_xyz), rgb (B, P, C_rgb)) -> arguments of `loss_of`; DDP for several ranks
     loss_of: Callable[[Tensor, Tensor], Tensor]  # () loss, computed outside of autocast
     loader: Batches  # of `make_loader`
     optimizer: Optimizer
-    progress: Progress  # where to begin; kept up to date
+    progress: Progress  # starting point; kept up to date
     device: torch.device
     name_of: Callable[[int], str] = str  # name of the file of an index, for messages
 
@@ -132,7 +132,7 @@ class Trainer:
             group_files += files
             size = accum_iter if self.config.drop_last_group else min(accum_iter, count - index + place)
             update = place == size - 1
-            with replica.no_sync() if replica and not update else nullcontext():  # gradients meet at the update
+            with replica.no_sync() if replica and not update else nullcontext():  # ranks average at the update
                 with autocast(self.device, self.config.precision):
                     heads = self.model(*(each.to(self.device, non_blocking=True) for each in (xyz, rgb)))
                 loss = self.loss_of(*heads)
@@ -140,8 +140,8 @@ class Trainer:
                 if not math.isfinite(mean_loss):
                     suspects = broadcast_object(gather_objects([] if torch.isfinite(loss) else files))
                     where = f"epoch {progress.epoch}, batch {index}, learning rate {lr:g}"
-                    reasons = f"training has diverged, or one of these files is bad: {', '.join(suspects)}"
-                    raise InputError(f"The loss is {mean_loss} at {where}: {reasons}. {FIX_DIVERGENCE}")
+                    reasons = f"Training has diverged, or one of these files is bad: {', '.join(suspects)}"
+                    raise InputError(f"The loss is {mean_loss} at {where}. {reasons}. {FIX_DIVERGENCE}")
                 (loss / size).backward()
             progress.loss_sum += mean_loss
             progress.lr_sum += lr
@@ -151,7 +151,7 @@ class Trainer:
         progress.epoch, progress.batch, progress.loss_sum, progress.lr_sum = progress.epoch + 1, 0, 0.0, 0.0
 
     def _update(self, index: int, group_files: list[str]) -> float:
-        """Let the optimizer take a step after micro-batch `index`; returns the L2 norm of the gradient."""
+        """Update the weights after micro-batch `index`, and return the L2 norm of the gradient."""
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients).item()
         if not math.isfinite(norm):

@@ -361,7 +361,7 @@ def test_validation_without_a_valid_patch_is_refused(tmp_path: Path, capsys: pyt
     file = PatchFileDataset(lib).files[held_out]
     empty = PatchFeatures(rgb=related_features(0).rgb, xyz=torch.zeros(64, XYZ_DIM))
     write_features(lib, file.class_name, file.stem, empty, **BACKBONES)
-    assert_refused(capsys, lib, tmp_path / "out", ["--val_fraction", "0.25", "--batch_size", "1"], "validation split")
+    assert_refused(capsys, lib, tmp_path / "out", ["--val_fraction", "0.25", "--batch_size", "1"], "validation files")
 
 
 # Bad input
@@ -424,7 +424,7 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(
         ("truncated", "dowel/001.safetensors is cut off or no patch file"),
         ("widths", "The patch files differ in"),
         ("nan rows", "dowel/001.safetensors: 2 of 64 xyz patches hold NaN or infinite values"),
-        ("no valid point", "hold no valid point"),
+        ("no valid point", "without valid points"),
         ("truncated .pt", "dowel1.pt cannot be read"),
         ("nan in rgb of .pt", "rgb patches hold NaN or infinite values"),
         ("both formats", "holds 4 patch files and 1 .pt files"),
@@ -505,5 +505,5 @@ def test_divergence_names_its_batch_and_leaves_the_last_checkpoint(
     lib: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--lr", "1e30", "--min_lr", "1e30", "--warmup_epochs", "0", "--accum_iter", "1", "--save_steps", "1"]
-    assert_refused(capsys, lib, tmp_path, flags, "at epoch 0, batch 1, learning rate 1e+30: training has diverged")
+    assert_refused(capsys, lib, tmp_path, flags, "at epoch 0, batch 1, learning rate 1e+30. Training has diverged")
     assert read(tmp_path / "checkpoint-last.pth")["progress"]["updates"] == 1

@@ -71,7 +71,7 @@ def test_ranks_of_mpirun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT", *(f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "LOCAL_RANK"))):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "5")
-    with pytest.raises(InputError, match="reads OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_LOCAL_RANK, not set here"):
+    with pytest.raises(InputError, match="needs OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_LOCAL_RANK in"):
         find_ranks(mpirun=True)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "8")
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1")
@@ -217,7 +217,7 @@ def test_local_negatives_are_the_mean_of_each_process_alone(found: Found) -> Non
 
 
 def test_no_patch_in_any_process_is_an_error_in_all(found: Found) -> None:
-    assert all("no valid point" in each["nothing"] for each in found.by_rank)
+    assert all("without valid points" in each["nothing"] for each in found.by_rank)
 
 
 # The script under its launchers

@@ -22,8 +22,8 @@ from utils.errors import InputError
 Item = TypeVar("Item")
 Group = dist.ProcessGroup
 
-# Longest wait in a collective: for a rank that fits SVMs or writes a report, or for the group that finishes last. The
-# backend notices a dead rank sooner, by its closed connection.
+# Longest wait in a collective, such as for a rank that fits SVMs or writes a report, or for the slowest group. The
+# backend notices a dead rank sooner, because its connection closes.
 COLLECTIVE_TIMEOUT = timedelta(hours=6)
 
 
@@ -78,7 +78,7 @@ def _mpirun_ranks(dist_url: str) -> Ranks:
     found = {name: os.environ.get(f"OMPI_COMM_WORLD_{name}") for name in names}
     missing = [f"OMPI_COMM_WORLD_{name}" for name in names[:3] if found[name] is None]
     if missing:
-        raise InputError(f"--dist_on_itp reads {', '.join(missing)}, not set here. Start with mpirun.")
+        raise InputError(f"--dist_on_itp needs {', '.join(missing)} in the environment. Start with mpirun.")
     ranks = Ranks(*(int(value) for value in found.values() if value is not None))
     if ranks.world_size > 1 and dist_url == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise InputError("--dist_on_itp needs a common address. Set MASTER_ADDR and MASTER_PORT, or give --dist_url.")
@@ -138,7 +138,7 @@ def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") 
 
 @contextmanager
 def print_only_if(chosen: bool) -> Iterator[None]:
-    """For checks before the ranks connect: only the chosen process prints an error; the others exit quietly."""
+    """Let only the chosen process print an error, before the ranks connect; the others exit quietly."""
     if chosen:
         yield
         return
@@ -162,7 +162,7 @@ def make_groups(count: int) -> tuple[Group | None, int]:
 
 
 def share(count: int, shares: int, number: int, step: int = 1) -> range:
-    """Range of share `number` when 0 ... count - 1 is cut into even `shares` at multiples of `step`."""
+    """Range of share `number` when 0 ... count - 1 is divided into even `shares` at multiples of `step`."""
     steps = -(-count // step)
     begin, end = (steps * each // shares * step for each in (number, number + 1))
     return range(min(begin, count), min(end, count))
@@ -257,10 +257,10 @@ def all_reduce_any(flag: bool, device: torch.device, group: Group | None = None)
 
 
 def log_in_first_process(group: Group | None = None) -> None:
-    """Limit the log of all ranks of the group but the first to errors."""
+    """Log only errors on all ranks of the group but the first."""
     logging.disable(logging.NOTSET if is_main(group) else logging.WARNING)
 
 
 def progress_bar(items: Iterable[Item] | None = None, **options: Any) -> "tqdm[Item]":
-    """tqdm with its `options`, on rank 0 only, gone at the end. Without items, the caller calls `update`."""
+    """tqdm with its `options`, on rank 0 only, cleared at the end. Without items, the caller calls `update`."""
     return tqdm(items, leave=False, disable=not is_main(), **options)
