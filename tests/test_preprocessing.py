@@ -109,7 +109,7 @@ def test_ground_truth_is_needed_for_defective_scans_alone(dataset: Path) -> None
     assert [scan.name for scan in scans] == [*good, *ALL]
     assert [tuple(scan.sources) for scan in scans[:2]] == [("xyz", "rgb", "gt"), ("xyz", "rgb")]
     assert list(failed) == ["bagel/test/hole/001"]
-    assert "gt/001.png missing" in failed["bagel/test/hole/001"]
+    assert "gt/001.png. Restore" in failed["bagel/test/hole/001"]
     (dataset / "bagel/test/hole/gt/000.png").unlink()
     scans, failed = find_scans(dataset)
     assert [scan.name for scan in scans] == [*good, *ALL[1:]]

@@ -1,8 +1,8 @@
 """AU-PRO: area under the per-region overlap curve, exact or at the 100 thresholds of the MVTec evaluation.
 
 A region is an 8-connected component of one ground truth. At a threshold, PRO is the mean over all regions of the share
-of the region that lies above it, and FPR the share of all anomaly-free pixels that does (Bergmann et al., "The MVTec
-3D-AD Dataset", VISAPP 2022, section 4).
+of the region above it, and FPR the share of all anomaly-free pixels above it (Bergmann et al., "The MVTec 3D-AD
+Dataset", VISAPP 2022, section 4).
 """
 
 from collections.abc import Sequence

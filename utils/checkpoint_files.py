@@ -1,4 +1,4 @@
-"""The one reader of checkpoint files, which unpickles nothing but tensors and plain values."""
+"""Reader of checkpoint files that only unpickles tensors and plain values."""
 
 import argparse
 import pickle
@@ -11,7 +11,7 @@ import torch
 
 from utils.errors import InputError
 
-# Published files contain argparse.Namespace and NumPy scalars too, under NumPy 1 by the constructor's former name.
+# Published files also contain argparse.Namespace and NumPy scalars, whose constructor has another name in NumPy 1.
 _NUMPY_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
@@ -37,7 +37,7 @@ def read_checkpoint(path: Path) -> Any:
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # Only the name is taken: torch's message also advises how to unpickle everything.
+        # Only the name is shown: torch's message also explains how to unpickle everything.
         named = re.search(r"GLOBAL (\S+)", str(error))
         found = f"it holds a {named[1]}" if named else "it is no checkpoint or a damaged one"
         allowed = "only tensors, plain containers, argparse.Namespace and NumPy scalars are unpickled"

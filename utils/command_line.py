@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{usage}\n{self.prog}: error: {message}\n" if is_first_process() else None)
 
     def given_flags(self, argv: Sequence[str] | None = None) -> frozenset[str]:
-        """Names of the flags on the command line, also where they have their default value."""
+        """Names of the flags on the command line, including those with their default value."""
         absent = object()
         namespace = argparse.Namespace(**{action.dest: absent for action in self._actions})
         parsed = vars(self.parse_args(argv, namespace))
@@ -72,5 +72,5 @@ def from_flags(kind: type[Settings], args: argparse.Namespace, **others: Any) ->
 
 
 def is_first_process() -> bool:
-    """True in a run of one process, and in the process of rank 0 by the launcher's environment."""
+    """True in a run of one process, and on rank 0 according to the launcher's environment."""
     return os.environ.get("RANK", "0") == "0"

@@ -18,7 +18,7 @@ def exit_on_input_error() -> Iterator[None]:
         try:
             yield
         finally:
-            if sys.stdout is not None:  # it is None where a program is started without one
+            if sys.stdout is not None:  # it is None if the program was started without one
                 sys.stdout.flush()
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
@@ -27,5 +27,5 @@ def exit_on_input_error() -> Iterator[None]:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the rest of its buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards the rest of its buffer
         raise SystemExit(141) from None

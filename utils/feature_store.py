@@ -1,14 +1,14 @@
-"""The patch files that Unsupervised Feature Fusion (UFF) is trained on: the one owner of their format.
+"""Patch files that Unsupervised Feature Fusion (UFF) is trained on. Only this module knows their format.
 
 One safetensors file per good training sample, <save_feature_path>/<class>/<stem>.safetensors:
 
     xyz  (xyz_grid**2, C_xyz)   row-major over its grid, float16 or float32
     rgb  (rgb_grid**2, C_rgb)   on the grid of its own backbone; readers bring it to the xyz grid
 
-The metadata are the fields of `PatchFile` without the path, and a schema version.
+The metadata hold a schema version and the fields of `PatchFile` except for the path.
 
-Training leaves out every patch whose xyz features hold an exact zero. The writer therefore raises values that half
-precision would turn into zeros to its smallest number (6e-8).
+Training leaves out every patch whose xyz features hold an exact zero. Where half precision would turn
+a value into zero, the writer therefore stores the smallest number instead (6e-8).
 
 The patch files of the original code can be read too: <class><number>.pt, one float32 tensor (n, C_xyz + C_rgb) each,
 with the rgb patches on the xyz grid in the scrambled order of the "reference" pairing.
@@ -33,11 +33,11 @@ SCHEMA = "m3dm-patches/1"
 SUFFIX, ORIGINAL_SUFFIX = ".safetensors", ".pt"
 STORAGE_DTYPES = dict(zip(STORAGE_DTYPE_NAMES, (torch.float16, torch.float32), strict=True))
 _WRITE_AGAIN = "Write the patch files again with main.py --save_feature."
-_KEEP_APART = "Keep the files of one run in a folder."
+_KEEP_APART = "Keep the files of each run in a separate folder."
 
 
 class PatchFile(NamedTuple):
-    """Header of a patch file. The files of one training run agree from `xyz_dim` on."""
+    """Header of a patch file. All files of a training run agree in the fields from `xyz_dim` on."""
 
     path: Path
     class_name: str
@@ -81,7 +81,7 @@ def pair_rgb(rgb: Tensor, rows: int, pairing: str = "aligned") -> Tensor:
         raise InputError(f"Unknown pairing {pairing!r}. Choose one of {', '.join(PAIRINGS)}.")
     n = len(rgb)
     if rows % n:
-        raise InputError(f"{rows} xyz patches per {n} rgb patches is no whole number. Use the aligned pairing.")
+        raise InputError(f"{rows} xyz patches are not a multiple of {n} rgb patches. Use the aligned pairing.")
     row = torch.arange(rows)
     return rgb[(rows // n * (row % n) + row // n) % n]
 
@@ -100,14 +100,14 @@ def write_features(
     """Write the xyz and rgb patches of one training sample, whole or not at all, and return the path of the file.
 
     `folder` is the value of --save_feature_path; the class folder is made in it. `dtype` is float16 or float32.
-    `pairing` is only noted, as the readers' default.
+    `pairing` is only recorded, as the readers' default.
 
     Raises InputError if a modality is absent, or holds values that are not finite in this dtype.
     """
     from safetensors.torch import save
 
     if features.xyz is None or features.rgb is None:
-        raise InputError(f"{class_name}/{stem} lacks a modality. Save features with DINO+Point_MAE: both rgb and xyz.")
+        raise InputError(f"{class_name}/{stem} lacks rgb or xyz. Save features with --method_name DINO+Point_MAE.")
     path = Path(folder) / class_name / f"{stem}{SUFFIX}"
     patches = {"xyz": features.xyz, "rgb": features.rgb}
     tensors = {name: to_storage(each.detach(), dtype).cpu().contiguous() for name, each in patches.items()}
@@ -122,7 +122,7 @@ def write_features(
 
 
 def read_header(path: Path) -> PatchFile:
-    """Read the header of a patch file; InputError if the file is cut off, of another schema or contradicts itself."""
+    """Read the header of a patch file; InputError if the file is truncated, of another schema or contradicts itself."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -147,12 +147,12 @@ class PatchFileDataset(Dataset[tuple[Tensor, Tensor, int]]):
     """The patch files of a folder, sorted by class and stem, as pairs of patches of one sample.
 
     Each gives float32 (xyz (xyz_grid**2, C_xyz), rgb (xyz_grid**2, C_rgb), index): row by row an xyz patch and its rgb
-    partner, and the index in `files`. Reading one with patches that are not finite raises an InputError.
+    partner, and the index in `files`. Reading NaN or infinite patches raises an InputError.
 
     Args:
         folder: value of --save_feature_path, with a folder per class; or a folder of the original's .pt files.
         pairing: "aligned" or "reference", see `pair_rgb`; None: the files' own ("aligned" for .pt files).
-        xyz_dim: C_xyz of .pt files, which do not tell it; None: found from patches without a point, all zero in xyz.
+        xyz_dim: C_xyz of .pt files, which do not hold it; None: found from patches without a point, all zero in xyz.
 
     Raises InputError for no files, a damaged one, or files of different widths, grids or backbones.
     """
@@ -209,17 +209,17 @@ def _original_headers(paths: list[Path], xyz_dim: int | None) -> list[PatchFile]
     """Headers for the original's .pt files, with the widths and grids of the first one."""
     path, first = paths[0], _load_original(paths[0])
     background = first[first[:, 0] == 0]
-    zeros = (background != 0).int().argmax(dim=1)  # in front of each row
+    zeros = (background != 0).int().argmax(dim=1)  # leading zeros of each row
     if xyz_dim is None:
         if len(background) == 0 or zeros.min() != zeros.max():
-            raise InputError(f"{path} does not show where its xyz part ends. Give its width as --xyz_dim.")
+            raise InputError(f"{path} does not show the width of its xyz features. Give it as --xyz_dim.")
         xyz_dim = int(zeros[0])
-    # One row may begin with zeros by chance, and then with fewer than the xyz part is wide.
+    # By chance, one row may begin with zeros, but with fewer than the width of xyz.
     shown = int(zeros.max()) if len(background) else xyz_dim
     if shown > xyz_dim or (shown < xyz_dim and (zeros == shown).sum() > 1):
-        raise InputError(f"{path} has an xyz part {shown} wide, as its background shows. Correct --xyz_dim {xyz_dim}.")
+        raise InputError(f"{path} has {shown} xyz features, as its background shows. Correct --xyz_dim {xyz_dim}.")
     if not 0 < xyz_dim < first.shape[1]:
-        raise InputError(f"{path} is {first.shape[1]} wide, too narrow for an rgb part. Correct --xyz_dim {xyz_dim}.")
+        raise InputError(f"{path} is {first.shape[1]} wide, which leaves no rgb features. Correct --xyz_dim {xyz_dim}.")
     grids = (grid_side(first), grid_side(_unscramble(path, first[:, xyz_dim:])))
     layout = (xyz_dim, first.shape[1] - xyz_dim, *grids, "unknown", "unknown", "aligned")
     classes = [path.stem.rstrip("0123456789") for path in paths]
@@ -246,7 +246,7 @@ def _read_original(file: PatchFile) -> tuple[Tensor, Tensor]:
 
 
 def _unscramble(path: Path, paired: Tensor) -> Tensor:
-    """The fewest rgb patches (n, C) of which the "reference" pairing makes (rows, C)."""
+    """Fewest rgb patches (n, C) that the "reference" pairing turns into `paired` (rows, C)."""
     _check_finite(path, rgb=paired)
     rows = len(paired)
     for n in (side**2 for side in range(1, math.isqrt(rows) + 1) if rows % side**2 == 0):
@@ -259,7 +259,7 @@ def _unscramble(path: Path, paired: Tensor) -> Tensor:
 
 
 def to_storage(features: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, C) in `dtype`, with zeros where the features are exactly zero and nowhere else."""
+    """Convert (n, C) to `dtype`; only features that are exactly zero become zero."""
     if features.dtype == dtype:
         return features
     stored = features.to(dtype)

@@ -81,7 +81,7 @@ def latency_percentiles(seconds: Iterable[float]) -> dict[str, float]:
 
 
 def mean_over_classes(classes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean of each metric of `evaluate` over classes by name. None values are left out; without others, it is None."""
+    """Mean of each metric of `evaluate` over classes by name. None values are left out; a mean of none is None."""
     entries = classes.values()
     keys = ("image_rocauc", "pixel_rocauc", "au_pro")
     means: dict[str, Any] = {key: mean_of_known(entry[key] for entry in entries) for key in keys}
@@ -90,13 +90,13 @@ def mean_over_classes(classes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
 
 
 def _best_f1(defective: NDArray[np.bool_], scores: NDArray[np.float64]) -> dict[str, float | None]:
-    """Best F1 over all thresholds that differ: the scores themselves, and one below all of them."""
+    """Best F1 over all distinct thresholds: the scores, and one value below all of them."""
     thresholds = np.unique(scores)[::-1]
     thresholds = np.append(thresholds, np.nextafter(thresholds[-1], -np.inf))
     called = len(scores) - np.searchsorted(np.sort(scores), thresholds, side="right")
     hits = defective.sum() - np.searchsorted(np.sort(scores[defective]), thresholds, side="right")
     f1 = 2 * hits / (called + defective.sum())
-    best = int(f1.argmax())  # the first, which is the highest
+    best = int(f1.argmax())  # the first maximum is at the highest threshold
     return {"f1": float(f1[best]), "f1_threshold": float(thresholds[best])}
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CPU_INFO = Path("/proc/cpuinfo")  # of Linux
-BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of processors with products in bf16: x86, x86, Arm
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of processors that multiply in bf16: x86, x86, Arm
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -43,5 +43,5 @@ def whole_factors() -> Iterator[None]:
 def round_weights(network: nn.Module, precision: str) -> None:
     """Convert the weights of linear and convolution layers in place, as autocast does at every call."""
     for layer in network.modules():
-        if type(layer) in (nn.Linear, nn.Conv2d):  # subclasses may compute with their weights first
+        if type(layer) in (nn.Linear, nn.Conv2d):  # subclasses may use their weights in other computations
             layer.to(DTYPES[precision])

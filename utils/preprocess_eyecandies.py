@@ -38,7 +38,7 @@ FOCAL_LENGTH = 711.11  # pixels
 LIGHTS = range(6)
 BOX_TOP, BOX_DEPTH, BOX_HALF_WIDTH = -0.02, 1.8, 1.0  # meters, in the frame of the table, see `background`
 SCALE = (0.1, -0.1, 0.1)  # of the reordered axes
-SPLITS = {"train": "train", "val": "validation", "test_public": "test"}  # folder there: folder here
+SPLITS = {"train": "train", "val": "validation", "test_public": "test"}  # folder of Eyecandies: folder of MVTec 3D-AD
 _SAMPLE_FILE = re.compile(r"(\d+)_(?:depth\.png|info_depth\.yaml|pose\.txt|image_\d\.png|mask\.png)")
 
 
@@ -74,10 +74,10 @@ def unproject(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
 
 
 def background(points: np.ndarray) -> np.ndarray:
-    """Tell the pixels outside a box on the table, which do not show the candy.
+    """Mark the pixels outside a box on the table, which do not show the candy.
 
-    The middles of the first and last row of the image see the table. The box is turned about x until the line
-    between them is the z axis, and starts at the last row. Background has y > -0.02, z > 1.8 or |x| > 1 there.
+    The middle pixels of the first and last row show the table. The box is rotated about x, so that the line between
+    them is its z axis, and starts at the last row. In its frame, background has y > -0.02, z > 1.8 or |x| > 1.
 
     `points` are (H, W, 3) float64, meters, of `unproject`. Returns (H, W) bool, True also where the measurement is
     missing. Raises InputError if one of the two middles is missing, or they are the same point.
@@ -99,14 +99,14 @@ def background(points: np.ndarray) -> np.ndarray:
 def organized_cloud(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
     """Return the cloud (H, W, 3) float32 of the published results: axes (x, z, y) times SCALE, background exactly 0.
 
-    Args and errors as of `unproject` and `background`.
+    Arguments and errors as in `unproject` and `background`.
     """
     points = unproject(depth, pose)
     return np.where(background(points)[..., None], 0, points[..., [0, 2, 1]] * SCALE).astype(np.float32)
 
 
 def find_scans(root: Path, classes: Sequence[str] | None, light: int) -> tuple[list[Scan], dict[str, str]]:
-    """Find the samples of the published layout by any of the files that make one up.
+    """Find the samples of the published layout. Any of its files is enough to find a sample.
 
     Returns the scans as they will be written, and the reason for each unreadable mask and each unreadable split. Raises
     InputError for no folder, a class that is not there, or no samples at all.
@@ -171,7 +171,7 @@ def convert_files(scan: Scan, target: Path) -> Record:
 
 
 def preprocess(config: Config) -> Summary:
-    """Convert every sample that is new or has changed; errors as of `find_scans`, `Journal` and `process_scans`."""
+    """Convert every sample that is new or has changed; errors as in `find_scans`, `Journal` and `process_scans`."""
     target = config.target_dir
     if target.resolve() == config.dataset_path.resolve():
         raise InputError(f"--target_dir {target} is the dataset itself. Give another folder.")
@@ -217,9 +217,9 @@ def parse_args(argv: Sequence[str] | None) -> Config:
     parser = Parser((__doc__ or "").split("\n\n")[0])
     parser.add_argument("--dataset_path", type=Path, required=True, help="folder that holds the classes as published")
     parser.add_argument("--target_dir", type=Path, required=True, help="receives classes in the layout of MVTec 3D-AD")
-    parser.add_argument("--classes", nargs="+", help="classes to convert; by default all that are there")
-    parser.add_argument("--light", type=int, default=4, choices=LIGHTS, help="light image that becomes rgb")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one for each core")
+    parser.add_argument("--classes", nargs="+", help="classes to convert (default: all)")
+    parser.add_argument("--light", type=int, default=4, choices=LIGHTS, help="light whose image becomes rgb")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one per core")
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers is {args.workers}, expected at least 1.")

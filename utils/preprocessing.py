@@ -115,7 +115,7 @@ def _complete_scans(folder: Path, root: Path, failed: dict[str, str]) -> list[Sc
         scan = Scan(f"{place.as_posix()}/{stem}", sources)
         missing = [str(scan.file(root, modality)) for modality in sources if not sources[modality]]
         if missing:
-            failed[scan.name] = f"{' and '.join(missing)} missing. Restore from the dataset or remove the scan."
+            failed[scan.name] = f"Missing {' and '.join(missing)}. Restore from the dataset or remove the scan."
         else:
             scans.append(scan)
     return scans
@@ -149,7 +149,7 @@ def _read_and_clean(scan: Scan, config: Config) -> Pair:
 
 
 def preview(config: Config, path: Path) -> dict[str, str]:
-    """Draw the first scan of each class that is not cleaned yet and can be, before and after.
+    """Draw one scan of each class before and after: the first that is not cleaned yet and can be cleaned.
 
     Returns the reason for each scan that was left out because it cannot be cleaned. Raises InputError if the suffix of
     `path` is no image format, there is no scan to draw, or the file cannot be written.

@@ -1,4 +1,4 @@
-"""Records that travel between the stages: named tuples of tensors, with their shapes and units."""
+"""Records passed between the stages: named tuples of tensors, with their shapes and units."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ class SampleResult(NamedTuple):
     label: int
     mask: Tensor  # (S, S) uint8
     prediction: Prediction
-    # Share of the extraction of its batch, by all networks of the run, plus its scoring; without reading its files.
+    # Share of its batch's extraction, by all networks of the run, plus its scoring. Reading its files does not count.
     seconds: float

@@ -9,8 +9,8 @@ and preview.png, a contact sheet. Clean the scans with utils/preprocessing.py li
 pixels a side: in smaller ones the cleaning takes the borders of a part for noise.
 
 The clouds have the faults of a structured-light scanner: noise, shadows of the projector, and losses at edges and steep
-walls. Dents, bumps and holes hardly show in the image, stains and contaminations not at all in the cloud. The same seed
-gives the same files with the same versions of the libraries, for any number of workers and of other scans.
+walls. Dents, bumps and holes hardly show in the image, stains and contaminations not at all in the cloud. With the
+same versions of the libraries, a seed gives the same files for any number of workers and of other scans.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _write_scan(plan: Plan, scan: tuple[str, str]) -> None:
 
 
 def write_preview(output_dir: Path, classes: Sequence[str]) -> None:
-    """Draw `preview.png`: of each class the first good scan and the first with each defect, as image and as relief."""
+    """Draw `preview.png`: the first good scan of each class and the first with each defect, as image and relief."""
     from matplotlib.figure import Figure
 
     defects = ["good", *DEFECTS]
@@ -164,12 +164,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("output_dir", type=Path, metavar="OUTPUT_DIR", help="folder that receives the class folders")
     add("--classes", nargs="+", default=Plan.classes, metavar="CLASS", help="classes to make")
     add("--train", type=int, default=Plan.train, metavar="N", help="good scans to train on")
-    add("--validation", type=int, default=Plan.validation, metavar="N", help="good scans")
-    add("--test_good", type=int, default=Plan.test_good, metavar="N", help="good scans")
+    add("--validation", type=int, default=Plan.validation, metavar="N", help="good scans for validation")
+    add("--test_good", type=int, default=Plan.test_good, metavar="N", help="good scans for testing")
     add("--test_defective", type=int, default=Plan.test_defective, metavar="N", help="scans of each type of defect")
     add("--size", type=int, default=Plan.size, metavar="PIXELS", help="side of the square images")
     add("--seed", type=int, default=Plan.seed, help="seed of all random numbers")
-    add("--num_workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
+    add("--num_workers", type=int, default=os.cpu_count() or 1, metavar="N", help="number of processes")
     args = parser.parse_args(argv)
     with exit_on_input_error():
         plan = from_flags(Plan, args)
