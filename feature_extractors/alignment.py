@@ -62,7 +62,7 @@ def align_to_patches(
 def pooling_weights(valid: Tensor, grid: int, masked: bool) -> tuple[Tensor, Tensor]:
     """Patches (N, K) int64 that each of the N True pixels of valid (S, S) contributes to, and weights (N, K) float32.
 
-    Unused places have weight 0. For `masked` see align_to_patches.
+    Unused entries have weight 0. For `masked` see align_to_patches.
     """
     bins, shares = _axis_pooling(len(valid), grid, masked, valid.device)
     row, column = valid.nonzero(as_tuple=True)

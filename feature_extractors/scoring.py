@@ -28,7 +28,7 @@ def image_score(
 
     `distances` (M,) float32 and `index` (M,) int64 are those of the nearest row of `bank` to each of the normalized
     `patches` (M, D) float32. All distances are divided by `divisor`; `epsilon` is added to the sum of exponentials.
-    Returns s, a scalar float64 tensor; 0 <= w < 1. A bank of one row, without N_b, gives s = s*.
+    Returns s, a scalar float64 tensor; 0 <= w < 1. For a bank of one row N_b is empty, and s = s*.
     """
     m_test = distances.argmax(dim=0, keepdim=True)  # (1,): indexing with a scalar tensor would wait for its value
     s_star = distances[m_test].double() / divisor

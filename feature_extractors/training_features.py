@@ -32,7 +32,7 @@ class TrainingFeatures:
     unnamed files in the folder for temporary files (TMPDIR). They vanish with the process.
 
     `capacity` is the number of training samples of this rank, `memory_budget` its budget in GB, and `group` the ranks
-    that share the class. Numbers are stored as `dtype`, float32 or float16; no other number becomes zero. `empty` are
+    that share the class. Numbers are stored as `dtype`, float32 or float16; only exact zeros become zero. `empty` are
     the features of a sample without patches, for a rank without samples.
     """
 

@@ -22,9 +22,9 @@ def contrastive_loss(xyz_head_out: Tensor, rgb_head_out: Tensor, negatives: str 
     2 * mean_i(-log(exp(q_i . k_i) / sum_t exp(q_i . k_t))), about 2 ln N before training. Computed in
     float32 or better. Peak memory: blocks of MAX_BLOCK_ENTRIES similarities. Plain form: `reference.contrastive_loss`.
 
-    The heads' outputs are (N, head_dim) each; the partner of row i is row i. `negatives` chooses the k of the sum:
-    "local" those of this rank, "global" those of all ranks. The mean of the global value and gradient over the ranks,
-    as DDP takes it, equals a single process with all rows. InputError if N is 0; with "global", in all ranks together.
+    The heads' outputs are (N, head_dim) each; row i of one belongs to row i of the other. `negatives` chooses the k_t:
+    "local" those of this rank, "global" those of all ranks. Averaged over the ranks, as in DDP, the global loss and
+    gradient equal those of a single process with all rows. InputError if N is 0; with "global", on every rank.
     """
     dtype = torch.promote_types(xyz_head_out.dtype, torch.float32)
     q = F.normalize(rgb_head_out.to(dtype), dim=-1)

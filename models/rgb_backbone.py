@@ -28,8 +28,8 @@ class VisionTransformerBackbone(RgbBackbone):
     """A timm vision transformer: all patch tokens after the final norm, class and register tokens dropped.
 
     `timm_name` is a name in timm 1.0, such as "vit_base_patch8_224.dino"; `img_size` the side of the square input in
-    pixels. `own_normalization` gives the network the mean and deviation that it was trained with. InputError if timm
-    has no such vision transformer, or the patches do not divide img_size.
+    pixels. `own_normalization` converts the input to the mean and deviation that the network was trained with.
+    InputError if timm has no such vision transformer, or img_size is not a multiple of its patch size.
     """
 
     scale: Tensor
@@ -140,7 +140,7 @@ def cached_weights(timm_name: str) -> Path | None:
 def load_vision_transformer(backbone: VisionTransformerBackbone, path: Path) -> VisionTransformerBackbone:
     """Load a .pth or .safetensors state dict or a JAX .npz file into a vision transformer, and return it.
 
-    timm converts names of the same weights to its own, and resamples the position embedding to the backbone's grid.
+    timm renames the weights to its own names, and resamples the position embedding to the backbone's grid.
     InputError if the file cannot be read, or a key is missing, left over or of another shape.
     """
     if path.suffix == ".npz":

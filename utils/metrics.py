@@ -60,7 +60,7 @@ def decision_metrics(labels: ArrayLike, scores: ArrayLike, threshold: float | No
     Labels are (N,), 1 = defective; scores (N,) finite float. Ratios with a denominator of 0 are None. Returns
     `precision`, `recall` and `false_alarm_rate` (share of good samples called anomalous) at the threshold, None without
     one; `f1`, the best F1 of any threshold, and `f1_threshold`, the largest score that gives it as a threshold, or a
-    value just below all scores. It uses the labels: an upper bound, not an estimate.
+    value just below all scores. f1 uses the labels: an upper bound, not an estimate.
     """
     defective, values = np.asarray(labels) > 0.5, np.asarray(scores, dtype=np.float64)
     figures: dict[str, float | None] = dict.fromkeys(("f1", "f1_threshold", "precision", "recall", "false_alarm_rate"))

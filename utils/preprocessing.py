@@ -214,8 +214,8 @@ def parse_args(argv: Sequence[str] | None) -> Config:
     """Read the flags."""
     parser = Parser((__doc__ or "").split("\n\n")[0])
     parser.add_argument("dataset", type=Path, help="folder that holds the classes")
-    parser.add_argument("--output_dir", type=Path, help="write there instead of in place; the dataset stays as it is")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one for each core")
+    parser.add_argument("--output_dir", type=Path, help="write here instead of in place; the dataset stays as it is")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one per core")
     parser.add_argument("--keep_rgb", action="store_true", help="keep the background of the images; only pad them")
     parser.add_argument("--dry_run", action="store_true", help="check pairs, headers and sizes; change nothing")
     text = f"first draw one scan of each class before and after cleaning ({', '.join(FORMATS)})"
