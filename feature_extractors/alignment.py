@@ -36,8 +36,8 @@ def align_to_patches(
         point_features: of G centers, or of the N valid points themselves.
         xyz: (3, S, S) float32, meters, invalid pixels exactly 0, with N valid points.
         exact_distances: interpolate with direct differences instead of expanded squares.
-        masked: pad the first of the poolings, AvgPool2d(3, stride 1) and AdaptiveAvgPool2d(grid), by one, and leave the
-            background out of the mean of a patch. Otherwise it counts as zero.
+        masked: pad AvgPool2d(3, stride 1), which precedes AdaptiveAvgPool2d(grid), by one, and leave the background out
+            of the mean of a patch. Otherwise the background counts as zero.
 
     Returns:
         (grid**2, C), row-major; a patch without a valid point is exactly 0.

@@ -165,7 +165,7 @@ class DetectorConfig:
                 f"Use --memory_bank {method.memory_bank} instead of {self.memory_bank}."
             )
         if self.use_uff and "fusion" not in method.banks:
-            raise InputError(f"--use_uff has no effect on {name}, without a fusion bank. Remove it or choose Fusion.")
+            raise InputError(f"--use_uff has no effect on {name}, which has no fusion bank. Remove it or use Fusion.")
         if self.rm_zero_for_project and method.banks != ("xyz",):
             raise InputError(f"--rm_zero_for_project is for the single xyz bank (Point_MAE), not {name}. Remove it.")
         if self.asy_memory_bank is not None and len(method.banks) == 1:

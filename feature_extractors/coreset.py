@@ -68,7 +68,7 @@ def greedy_coreset(rows: Tensor | ShardedRows, n: int, start: int = 0) -> Tensor
     nearest pick. This can change the order of picks within a cluster, and at ten times the distance the picks.
 
     Each rank offers its farthest rows, the first rank picks, and each rank updates its shard. The traffic of a round
-    does not depend on N. Peak memory: beside `rows` in fp32 an (m, m) float64 block and a few blocks of
+    does not depend on N. Peak memory: besides `rows` in fp32 an (m, m) float64 block and a few blocks of
     MAX_BLOCK_ENTRIES.
 
     From rows (N, D) returns (n,) int64, distinct indices in order of selection, the same on all ranks, on the device of
@@ -105,7 +105,7 @@ class Selection:
         self.rows, self.shard = rows, rows.shard.float()
         self.center = rows.mean().float()  # products of centered rows, which have small norms, lose fewer digits
         if not torch.isfinite(self.center).all():
-            raise ValueError("a row to choose the coreset from holds NaN or infinity")
+            raise ValueError("a row of the coreset's input holds NaN or infinity")
         self.nearest = self.shard.new_full((len(self.shard),), torch.inf)
 
     def update(self, picks: Tensor, picked: Tensor, least_apart: float) -> None:

@@ -24,7 +24,7 @@ BATCH_ON_CPU, BATCH_ON_GPU = 4, 16  # samples that pass through the networks tog
 
 
 class PatchExtractor:
-    """Extractor of patch features on `device`, by networks that have their weights.
+    """Extractor of patch features on `device`, from networks with loaded weights.
 
     The method decides which backbones are needed. Without a UFF, fusion patches are plain concatenations. The extractor
     owns its networks: in bf16 it rounds their weights.
@@ -136,7 +136,7 @@ class PatchExtractor:
         """The (3, S, S) plane of a modality, on the device."""
         plane: Tensor | None = getattr(sample, modality)
         if plane is None:
-            raise InputError(f"{sample.path} has no {modality} file. {self.config.method_name} needs one.")
+            raise InputError(f"{sample.path} has no {modality} file, but {self.config.method_name} needs it. Add it.")
         return plane.to(self.device)
 
 
@@ -152,7 +152,7 @@ def build_extractor(
     """Build the networks that the method needs, and only those; InputError if a checkpoint is missing or does not fit.
 
     The published files are in `checkpoint_dir`, unless `rgb_checkpoint` or `xyz_checkpoint` names one. Without
-    `fusion_module_path`, the UFF is left to PatchExtractor.with_fusion.
+    `fusion_module_path`, PatchExtractor.with_fusion adds the UFF later.
     """
     needed = config.method.modalities
     rgb = xyz = fusion = None

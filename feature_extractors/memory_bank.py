@@ -52,9 +52,9 @@ class MemoryBank:
         if self._halved:
             high, low = _halves(centered)
             self._factors = torch.cat([high, low, high], dim=1)  # (N, 3 D)
-        # Error bounds if no square overflows or underflows. A sum of D products in fp32 is wrong by less than
-        # D 2^-24 |q| |r|, and so are the squared distances that it is compared with; halves round by 2^-16 and leave
-        # out the product of both low ones. The product counts twice in a squared distance.
+        # Error bounds if no square overflows or underflows. The error of a sum of D fp32 products is below
+        # D 2^-24 |q| |r|, and so is that of the squared distances that it is compared with. Halves round by 2^-16 and
+        # leave out the product of the two low halves. The product counts twice in a squared distance.
         self._rounding = 2 * (self._factors.shape[1] + 64) * 2.0**-24
         self._product_error = 2 * (self._rounding + (3.03 * 2.0**-16 if self._halved else 0.0))
 

@@ -15,7 +15,7 @@ CHOSEN_AT_ONCE = 512  # rows picked from a mapped file before its pages are rele
 class PatchRows:
     """Patches (N, D) in memory or in a mapped file, read as float32 to `device`, chunk by chunk.
 
-    They are the rows `kept` (N,), None for all, of `stored` (M, D), of any float dtype. `release` is called after each
+    `kept` (N,) are their indices in `stored` (M, D), any float dtype; None keeps all. `release` is called after each
     chunk, to release the pages of a mapped file.
     """
 

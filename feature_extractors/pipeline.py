@@ -150,7 +150,7 @@ def evaluate(
     """Predict the `count` test samples of this rank with each method's detector, and compute the metrics of the class.
 
     Returns evaluations over the samples of all ranks on the first rank of the group, {} on the others. The detectors
-    share an extractor, and each stopwatch counts its time. Peak memory: (K + 1) * img_size**2 float32 for each sample
+    share an extractor; every stopwatch includes its time. Peak memory: (K + 1) * img_size**2 float32 for each sample
     and detector of K banks.
     """
     stopwatches = stopwatches or {name: Stopwatch() for name in detectors}

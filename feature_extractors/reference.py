@@ -235,7 +235,7 @@ def greedy_coreset(rows: Tensor, n: int, start: int = 0) -> Tensor:
 
 
 def build_banks(config: DetectorConfig, rows: Patches) -> dict[str, Bank]:
-    """Build M_pt, M_rgb and M_fs, those of the method, from all patches (N, C) of the training samples by bank."""
+    """Build the method's banks, of M_pt, M_rgb and M_fs, from each bank's patches (N, C) of all training samples."""
     method, protocol = config.method, config.protocol
     if protocol.drop_background and "xyz" in rows:
         rows = {**rows, "xyz": rows["xyz"][(rows["xyz"] != 0).any(dim=1)]}

@@ -46,10 +46,10 @@ class FeatureFusion(nn.Module):
         try:
             xyz_dim, rgb_dim, hidden_dim, head_dim = (sum(state[f"{layer}.weight"].shape[:1]) for layer in layers)
         except KeyError as error:
-            problem = f"{source} is no UFF checkpoint: {error} is missing"
+            problem = f"{source} is not a UFF checkpoint: {error} is missing"
             raise InputError(f"{problem}. Train one with fusion_pretrain.py.") from None
         if 0 in (xyz_dim, rgb_dim, hidden_dim, head_dim):
-            problem = f"{source} is no UFF checkpoint: a weight in it is empty"
+            problem = f"{source} is not a UFF checkpoint: a weight in it is empty"
             raise InputError(f"{problem}. Train one with fusion_pretrain.py.")
         module = cls(xyz_dim, rgb_dim, hidden_dim / xyz_dim, head_dim)
         load_strict(module, state, source)

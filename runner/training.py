@@ -191,8 +191,8 @@ def load_checkpoint(
 ) -> Progress:
     """Restore model, optimizer and random numbers of a checkpoint, and return its progress.
 
-    A checkpoint of the original code, which holds no progress, continues after its epoch. InputError for no such file,
-    a damaged one, one of another model, or one whose args differ from `args` in `fixed`.
+    A checkpoint of the original code, which holds no progress, continues after its epoch. InputError if the file
+    is missing, damaged or of another model, or its args differ from `args` in a name of `fixed`.
     """
     checkpoint = read_checkpoint(Path(path))
     try:
@@ -206,7 +206,7 @@ def load_checkpoint(
     except RuntimeError as error:
         raise InputError(f"{path} does not fit this model: {' '.join(str(error).split())}") from None
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is no checkpoint of this training: {error!r}. Check the path.") from None
+        raise InputError(f"{path} is not a checkpoint of this training: {error!r}. Check the path.") from None
     for name in fixed:
         before, now = written.get(name), getattr(args, name)
         if before != now:

@@ -414,7 +414,7 @@ def test_img_size_must_be_a_multiple_of_the_patch(
     torch.save({}, tmp_path / FILES[SMALL_VIT])
     flags = [*backbone_flags(SMALL_VIT), "--dataset_path", bagels, "--checkpoint_dir", tmp_path]
     message = refusal(capsys, *flags, "--img_size", 100)
-    assert "img_size 100 is no multiple" in message
+    assert "img_size 100 must be a multiple" in message
     assert "patch size 8" in message
 
 

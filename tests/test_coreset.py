@@ -264,5 +264,5 @@ def test_recorded_selection(goldens: Path) -> None:
 def test_rows_that_are_no_numbers_are_refused(value: float) -> None:
     rows = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     rows[7, 1] = value
-    with pytest.raises(ValueError, match="a row to choose the coreset from holds NaN or infinity"):
+    with pytest.raises(ValueError, match="a row of the coreset's input holds NaN or infinity"):
         greedy_coreset(rows, 20)

@@ -187,7 +187,7 @@ def test_the_larger_of_groups_and_group_size_is_needed() -> None:
 @pytest.mark.parametrize(("kind", "method_name"), [("rgb", "DINO"), ("xyz", "Point_MAE"), ("rgb", TRIPLE)])
 def test_a_missing_modality_is_named(kind: str, method_name: str) -> None:
     sample = made_up_samples("train")[2]._replace(**{kind: None})
-    with pytest.raises(InputError, match=rf"train/good/002 has no {kind} file. {re.escape(method_name)} needs one"):
+    with pytest.raises(InputError, match=rf"train/good/002 has no {kind} file, but {re.escape(method_name)} needs it"):
         build(settings(method_name))(sample)
 
 

@@ -82,7 +82,7 @@ def test_from_state_dict_finds_every_width(xyz_dim: int, rgb_dim: int, ratio: fl
 def test_from_state_dict_names_what_does_not_fit(module: FeatureFusion) -> None:
     state = module.state_dict()
     lacking = {key: value for key, value in state.items() if key not in ("rgb_head.bias", "xyz_norm.weight")}
-    with pytest.raises(InputError, match=r"here\.pth is no UFF checkpoint: 'xyz_norm.weight' is missing"):
+    with pytest.raises(InputError, match=r"here\.pth is not a UFF checkpoint: 'xyz_norm.weight' is missing"):
         FeatureFusion.from_state_dict(lacking, Path("here.pth"))
     del lacking["rgb_norm.bias"]
     with pytest.raises(
@@ -98,7 +98,7 @@ def test_from_state_dict_names_what_does_not_fit(module: FeatureFusion) -> None:
 @pytest.mark.parametrize("name", ["xyz_norm", "rgb_norm", "xyz_mlp.fc1", "xyz_head"])
 @pytest.mark.parametrize("shape", [(), (0,), (0, 5)])
 def test_from_state_dict_refuses_weights_without_a_row(module: FeatureFusion, name: str, shape: tuple[int]) -> None:
-    with pytest.raises(InputError, match=r"is no UFF checkpoint: a weight in it is empty"):
+    with pytest.raises(InputError, match=r"is not a UFF checkpoint: a weight in it is empty"):
         FeatureFusion.from_state_dict(module.state_dict() | {f"{name}.weight": torch.ones(shape)})
 
 

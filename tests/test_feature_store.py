@@ -184,7 +184,7 @@ def test_batches_have_equal_shapes(folder: Path) -> None:
     assert rgb.shape == (4, 16, 3)
 
 
-@pytest.mark.parametrize(("made", "message"), [(False, "is no folder"), (True, "holds no <class>/<stem>.safetensors")])
+@pytest.mark.parametrize(("made", "message"), [(False, "not a folder"), (True, "holds no <class>/<stem>.safetensors")])
 def test_no_files(tmp_path: Path, made: bool, message: str) -> None:
     folder = tmp_path / "lib"
     if made:
@@ -197,7 +197,7 @@ def test_no_files(tmp_path: Path, made: bool, message: str) -> None:
 def test_a_truncated_file_is_named(folder: Path, kept: int) -> None:
     path = folder / "dowel" / "000.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(InputError, match=r"dowel/000\.safetensors.*cut off"):
+    with pytest.raises(InputError, match=r"dowel/000\.safetensors.*truncated"):
         PatchFileDataset(folder)
 
 

@@ -382,7 +382,7 @@ def assert_refused(capsys: pytest.CaptureFixture[str], lib: Path, out: Path, fla
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data_path", "nowhere"], "nowhere is no folder"),
+        (["--data_path", "nowhere"], "nowhere is not a folder"),
         (["--batch_size", "9"], "8 patch files"),
         (["--drop_last_group", "--accum_iter", "5"], "--accum_iter 4 or less"),
         (["--batch_size", "0"], "--batch_size is 0. Give a number above 0"),
@@ -421,7 +421,7 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(
     ("damage", "message"),
     [
         ("empty folder", "holds no <class>/<stem>.safetensors"),
-        ("truncated", "dowel/001.safetensors is cut off or no patch file"),
+        ("truncated", "dowel/001.safetensors is truncated or not a patch file"),
         ("widths", "The patch files differ in"),
         ("nan rows", "dowel/001.safetensors: 2 of 64 xyz patches hold NaN or infinite values"),
         ("no valid point", "without valid points"),

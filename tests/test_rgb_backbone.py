@@ -119,7 +119,7 @@ def test_grid_follows_img_size(img_size: int, grid: int) -> None:
 
 @pytest.mark.parametrize("img_size", [8, 100, 223])
 def test_img_size_that_patches_do_not_divide_is_refused(img_size: int) -> None:
-    with pytest.raises(InputError, match=f"img_size {img_size} is no multiple of {TINY}'s patch size 16"):
+    with pytest.raises(InputError, match=f"img_size {img_size} must be a multiple of {TINY}'s patch size 16"):
         VisionTransformerBackbone(TINY, img_size)
 
 

@@ -132,7 +132,7 @@ def test_grid_and_width(name: str, img_size: int, grid: int, prefix_tokens: int,
 
 def test_img_size_that_its_patches_do_not_divide_is_refused() -> None:
     message = message_of(lambda: VisionTransformerBackbone(DINOV2, 240))
-    assert f"img_size 240 is no multiple of {DINOV2}'s patch size 14" in message
+    assert f"img_size 240 must be a multiple of {DINOV2}'s patch size 14" in message
 
 
 # Files of weights
@@ -246,7 +246,7 @@ def test_names_that_timm_does_not_know_are_refused(tmp_path: Path, name: str) ->
     message = message_of(lambda: build_rgb_backbone(name, tmp_path, 224))
     assert message.startswith(f"rgb_backbone_name {name!r} is unknown. Choose one of vit_base_patch8_224_dino, ")
     assert all(known in message for known in RGB_BACKBONES)
-    assert "or a vision transformer of timm" in message
+    assert "or the timm name of another vision transformer" in message
     with pytest.raises(InputError):
         rgb_spec(name)
 

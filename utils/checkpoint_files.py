@@ -39,7 +39,7 @@ def read_checkpoint(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         # Only the name is shown: torch's message also explains how to unpickle everything.
         named = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"it holds a {named[1]}" if named else "it is no checkpoint or a damaged one"
+        found = f"it holds a {named[1]}" if named else "it is damaged or not a checkpoint"
         allowed = "only tensors, plain containers, argparse.Namespace and NumPy scalars are unpickled"
         raise InputError(f"{path} is refused: {found}, and {allowed}. Download it again from its authors.") from None
     except Exception as error:  # damaged bytes make the unpickler raise anything

@@ -1,4 +1,4 @@
-"""Errors that the user can fix, and the exit of a script on one."""
+"""Errors that the user can fix, and the exit of a script that reports them."""
 
 import os
 import sys

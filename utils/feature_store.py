@@ -52,7 +52,7 @@ class PatchFile(NamedTuple):
 
 
 def grid_side(patches: Tensor) -> int:
-    """Side of the square grid of patches (n, C); ValueError if n is no square."""
+    """Side of the square grid of patches (n, C); ValueError if n is not a square."""
     side = math.isqrt(len(patches))
     if side**2 != len(patches):
         raise ValueError(f"{len(patches)} patches do not fill a square grid")
@@ -130,7 +130,7 @@ def read_header(path: Path) -> PatchFile:
             metadata = file.metadata() or {}
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is cut off or no patch file ({error}). {_WRITE_AGAIN}") from None
+        raise InputError(f"{path} is truncated or not a patch file ({error}). {_WRITE_AGAIN}") from None
     if metadata.get("schema") != SCHEMA:
         raise InputError(f"{path} has schema {metadata.get('schema')!r}, not {SCHEMA!r}. {_WRITE_AGAIN}")
     try:
@@ -154,7 +154,7 @@ class PatchFileDataset(Dataset[tuple[Tensor, Tensor, int]]):
         pairing: "aligned" or "reference", see `pair_rgb`; None: the files' own ("aligned" for .pt files).
         xyz_dim: C_xyz of .pt files, which do not hold it; None: found from patches without a point, all zero in xyz.
 
-    Raises InputError for no files, a damaged one, or files of different widths, grids or backbones.
+    Raises InputError if there are no files, one is damaged, or files of different widths, grids or backbones.
     """
 
     def __init__(self, folder: Path | str, pairing: str | None = None, xyz_dim: int | None = None) -> None:
@@ -183,7 +183,7 @@ class PatchFileDataset(Dataset[tuple[Tensor, Tensor, int]]):
 
 def _list_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder. Give the folder that main.py --save_feature_path wrote.")
+        raise InputError(f"{folder} is not a folder. Give the folder that main.py --save_feature_path wrote.")
     # A leading dot marks a file that is being written.
     ours = sorted(path for path in folder.glob(f"*/*{SUFFIX}") if not path.name.startswith("."))
     originals = sorted(folder.glob(f"*{ORIGINAL_SUFFIX}"))

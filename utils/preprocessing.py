@@ -7,7 +7,7 @@
 Every scan <class>/<split>/<defect>/{rgb,xyz,gt}/<stem> is cleaned and padded to a square (see
 utils/cleaning/cloud_cleaning.py). Results are .tiff and .png files. In place, they replace .tif and .jpg files.
 
-The script may be killed at any moment. Repeated, the same command continues; once all is done, it changes nothing.
+The script may be killed at any moment. Run the same command to continue; once all is done, it changes nothing.
 preprocessing.json in the output folder records the parameters and the checksums of every file before and after.
 Exit code: 0 all done, 1 some scans failed (listed at the end), 2 bad arguments or folder.
 """
@@ -73,7 +73,7 @@ def find_scans(root: Path) -> tuple[list[Scan], dict[str, str]]:
     """List the scans under `root`, sorted; hidden folders are left out.
 
     With them comes the reason for each scan that lacks a file and each folder that cannot be read. Raises InputError
-    where `root` is no folder, cannot be read, or holds no scans in the layout of MVTec 3D-AD.
+    where `root` is not a folder, cannot be read, or holds no scans in the layout of MVTec 3D-AD.
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder. Give the folder that holds the classes of the dataset.")

@@ -6,7 +6,7 @@
 
 The script writes raw scans (OUTPUT_DIR/<class>/{train,validation,test}/<defect>/{rgb,xyz,gt}/NNN.*, gt in test only)
 and preview.png, a contact sheet. Clean the scans with utils/preprocessing.py like real ones, if they have at least 224
-pixels a side: in smaller ones the cleaning takes the borders of a part for noise.
+pixels a side: in smaller ones the cleaning mistakes the borders of a part for noise.
 
 The clouds have the faults of a structured-light scanner: noise, shadows of the projector, and losses at edges and steep
 walls. Dents, bumps and holes hardly show in the image, stains and contaminations not at all in the cloud. With the
