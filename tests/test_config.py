@@ -137,7 +137,7 @@ def test_each_method_takes_the_memory_bank_that_it_needs(name: str) -> None:
 @pytest.mark.parametrize(
     ("flag", "allowed", "mend"),
     [
-        ({"use_uff": True}, {"Fusion", "DINO+Point_MAE+Fusion"}, "Remove it or choose Fusion"),
+        ({"use_uff": True}, {"Fusion", "DINO+Point_MAE+Fusion"}, "Remove it or use Fusion"),
         ({"rm_zero_for_project": True}, {"Point_MAE"}, "Remove it"),
         ({"asy_memory_bank": 3}, set(MULTIPLE), "Use --max_sample"),
     ],
