@@ -1,7 +1,7 @@
-"""Dataset folders to samples: class lists, the index of files paired by stem, and the loader.
+"""Samples of a dataset folder: class lists, the index of files paired by stem, and the loader.
 
-The layout is that of MVTec 3D-AD. A good test sample needs no ground truth, and a method of one modality no files of
-the other:
+The layout is that of MVTec 3D-AD, shown below. A good test sample needs no ground truth, and a method of one modality
+needs no files of the other:
 
     <dataset>/<class>/train/good/{rgb,xyz}/000.{png,tiff}
     <dataset>/<class>/validation/good/{rgb,xyz}/...
@@ -51,7 +51,7 @@ _IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 def find_classes(dataset_path: Path | str, dataset_type: str, chosen: Sequence[str] | None = None) -> list[str]:
     """Return the classes to run: the `chosen` folders in their order, or the published classes that are there.
 
-    `dataset_type` is a key of DATASET_CLASSES. Raises InputError when the dataset folder, a chosen class, or every
+    `dataset_type` is a key of DATASET_CLASSES. Raises InputError if the dataset folder, a chosen class, or every
     published class is missing.
     """
     root = Path(dataset_path)
@@ -69,15 +69,15 @@ def find_classes(dataset_path: Path | str, dataset_type: str, chosen: Sequence[s
             raise InputError(f"Class {name!r} is not in {root}, which holds {listing}. Name these with --classes.")
     classes = list(dict.fromkeys(chosen or (name for name in DATASET_CLASSES[dataset_type] if name in found)))
     if not classes:
-        problem = f"{root} holds none of the {dataset_type} classes but {listing}"
+        problem = f"{root} holds none of the {dataset_type} classes, only {listing}"
         raise InputError(f"{problem}. Name these with --classes, or another dataset with --dataset_path.")
     return classes
 
 
 def class_folders(dataset_path: Path | str) -> list[str]:
-    """Return the names of all folders of a dataset that hold a split, or are unreadable so that a reader reports it.
+    """Return the names of all folders of a dataset that hold a split. An unreadable folder is included, to be reported.
 
-    Raises InputError when the dataset itself is unreadable.
+    Raises InputError if the dataset itself is unreadable.
     """
     names = []
     for folder in subfolders(Path(dataset_path)):
@@ -94,8 +94,8 @@ def index_split(class_folder: Path | str, split: str, modalities: frozenset[str]
     """Return the samples of "train", "validation" or "test", paired by stem, sorted by (defect, stem).
 
     Every sample has files of the `modalities` ("rgb", "xyz" or both), and of the other one if there are any. Raises
-    InputError when there is no sample, a needed file or the ground truth of a defective test sample is missing, or
-    two files of one folder share a stem.
+    InputError if there is no sample, a needed file or the ground truth of a defective test sample is missing, or two
+    files of one folder share a stem.
     """
     files, problems = pair_split(class_folder, split, modalities)
     if problems:
@@ -136,7 +136,7 @@ def _pair_folder(folder: Path, modalities: frozenset[str]) -> tuple[list[SampleF
     doubled = [files for by_stem in found.values() for files in by_stem.values() if len(files) > 1]
     problems = [
         f"{files[0]} and {files[1].name} are two files of one sample. Run the preprocessing again if it was "
-        "interrupted, else keep one of them."
+        "interrupted; otherwise keep only one."
         for files in doubled
     ]
     complete = set(stems) - {files[0].stem for files in doubled}
@@ -160,9 +160,9 @@ def _pair_folder(folder: Path, modalities: frozenset[str]) -> tuple[list[SampleF
 
 
 def check_files(files: Iterable[SampleFiles], modalities: frozenset[str]) -> None:
-    """Check headers, ends and equal sizes of the files of `modalities` and of ground truth, before a long run.
+    """Check, before a long run, that the files of `modalities` and the ground truth are complete and of equal size.
 
-    Nothing is decoded, so that thousands of files take seconds. Raises InputError at the first sample that fails.
+    Only headers and file ends are read, so thousands of files take seconds. Raises InputError at the first bad sample.
     """
     for sample in tqdm(files, desc="Checking files", delay=2, leave=False):
         check_sample_files(sample, modalities)
@@ -181,12 +181,12 @@ def check_sample_files(files: SampleFiles, modalities: frozenset[str]) -> None:
         if size != expected:
             raise InputError(
                 f"{first} has {expected[0]} x {expected[1]} pixels (H x W), but {path} has {size[0]} x {size[1]}. Run "
-                "the preprocessing again if it was interrupted, else restore the sample and preprocess it."
+                "the preprocessing again if it was interrupted; otherwise restore the sample and preprocess it."
             )
 
 
 def original_size(files: SampleFiles) -> tuple[int, int]:
-    """Return (H, W) in pixels before any resize: of the ground truth, else the image, else the point cloud."""
+    """Return (H, W) in pixels before resizing, of the ground truth if there is one, else the image, else the cloud."""
     image = files.mask or files.rgb
     if image is not None:
         return image_size(image)
@@ -195,7 +195,7 @@ def original_size(files: SampleFiles) -> tuple[int, int]:
 
 
 def read_rgb(files: SampleFiles) -> np.ndarray | None:
-    """Read the image, (H, W, 3) uint8, or None where there is none; InputError when it cannot be decoded."""
+    """Read the image, (H, W, 3) uint8, or None if there is none; InputError if it cannot be decoded."""
     if files.rgb is None:
         return None
     with open_image(files.rgb) as image:
@@ -203,15 +203,15 @@ def read_rgb(files: SampleFiles) -> np.ndarray | None:
 
 
 def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_size: int) -> Sample:
-    """Make the sample `path` of arrays in memory, with S = img_size pixels; the aspect ratio is not kept.
+    """Make the sample `path` from arrays in memory, with S = img_size pixels; the aspect ratio is not kept.
 
     `rgb` is (H, W, 3) uint8; it is resized bicubic (antialiased) and ImageNet-normalized. `xyz` is (H, W, 3) float,
-    meters, camera frame; it is resized nearest, and a pixel with a coordinate that is zero, NaN or infinite has no
-    measurement. Either is None where the method needs none.
+    meters, camera frame; it is resized by nearest neighbor, and a pixel with a coordinate that is zero, NaN or infinite
+    has no measurement. Either is None if the method does not need it.
 
-    Raises InputError for an array of another shape or type, or a point cloud without a valid point.
+    Raises InputError if an array has another shape or type, or a point cloud has no valid point.
     """
-    import torch  # here, because the class lists above are read where flags are parsed
+    import torch  # here, because the flag parsers need the class lists above without torch
 
     sample = Sample(path)
     if rgb is not None:
@@ -220,7 +220,7 @@ def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_s
             problem = f"The image of {path} is {shape} {rgb.dtype}, expected H x W x 3 uint8"
             raise InputError(f"{problem}. Convert it to RGB.")
         image = Image.fromarray(rgb).resize((img_size, img_size), Image.Resampling.BICUBIC)
-        # NumPy, not torch: in a loader thread each torch operation would start a pool of threads of its own.
+        # NumPy, not torch: in a loader thread each torch operation would start its own pool of threads.
         pixels = (np.asarray(image, dtype=np.float32) / 255 - _IMAGENET_MEAN) / _IMAGENET_STD
         sample = sample._replace(rgb=torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))))
     if xyz is not None:
@@ -237,8 +237,8 @@ def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_s
 class AnomalyDataset:
     """Samples of one split (see `make_sample`), with only the modalities that the method needs.
 
-    Samples of the test split have a mask (resized nearest) and a label. Reading one raises InputError when a file
-    cannot be read, or when a point cloud has no valid point.
+    Samples of the test split have a mask (resized by nearest neighbor) and a label. Reading a sample raises InputError
+    if a file cannot be read or a point cloud has no valid point.
     """
 
     files: Sequence[SampleFiles]
@@ -262,7 +262,7 @@ class AnomalyDataset:
         if files.label is None:
             return sample
         size = (self.img_size, self.img_size)
-        defect = Image.new("L", size)  # without a file there is none
+        defect = Image.new("L", size)  # without a mask file, no pixel is defective
         if files.mask is not None:
             with open_image(files.mask) as image:
                 defect = Image.fromarray(defect_mask(image).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
@@ -270,7 +270,7 @@ class AnomalyDataset:
 
 
 class Indexed(Protocol[Item]):
-    """Items by number, which any thread may ask for."""
+    """Items by number; any thread may read them."""
 
     def __len__(self) -> int: ...
 
@@ -278,9 +278,9 @@ class Indexed(Protocol[Item]):
 
 
 def load_samples(dataset: Indexed[Item], num_workers: int) -> Iterator[Item]:
-    """Yield the items of a dataset in order, read ahead by `num_workers` threads, two each (0: no threads).
+    """Yield the items of a dataset in order. `num_workers` threads read two items ahead each (0: no threads).
 
-    Threads suffice because decoding and resizing release the interpreter lock. Closing the iterator early ends them.
+    Threads suffice because decoding and resizing release the interpreter lock. Closing the iterator ends the threads.
     """
     if num_workers == 0:
         yield from (dataset[index] for index in range(len(dataset)))

@@ -10,9 +10,9 @@
     python main.py --inspect_dataset
     python main.py --list_backbones
 
-Writes image_rocauc_results.md, pixel_rocauc_results.md, aupro_results.md, results.json and report.html to --output_dir,
-with --save_preds also anomaly_maps/ and pred_maps/. Several methods share the features, which are extracted once; each
-has a row in the tables, and the other files in its own folder, <output_dir>/<method>.
+It writes image_rocauc_results.md, pixel_rocauc_results.md, aupro_results.md, results.json and report.html to
+--output_dir, and with --save_preds also anomaly_maps/ and pred_maps/. Several methods share the features, which are
+extracted once. Each method has a row in the tables and its other files in its own folder, <output_dir>/<method>.
 """
 
 import argparse
@@ -32,7 +32,7 @@ logger = logging.getLogger("main")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the flags, and only then import torch and all that needs it."""
+    """Parse the flags, and only then import torch and the modules that need it."""
     with exit_on_input_error():
         parser = make_parser()
         args = parser.parse_args(argv)
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def print_information(args: argparse.Namespace) -> None:
-    """Print the tables of --list_backbones or --inspect_dataset; exit code 1 where the dataset has problems."""
+    """Print the tables of --list_backbones or --inspect_dataset; exit code 1 if the dataset has problems."""
     if args.list_backbones:
         from models import print_backbones
 
@@ -69,9 +69,9 @@ def run_method(args: argparse.Namespace, given: Collection[str]) -> None:
 
 
 def evaluate_classes(run: "Run", extractor: "PatchExtractor") -> None:
-    """Fit and evaluate every class, write the results so far after each, and the tables at the end.
+    """Fit and evaluate every class; update the results after each, and write the tables at the end.
 
-    Several processes form groups, each of which takes classes of its own and shares their samples.
+    Several processes form groups. Each group works on its own classes, and its processes share the samples.
     """
     from runner.class_run import run_class
     from runner.preparation import input_checksums

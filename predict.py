@@ -1,16 +1,16 @@
-"""Predict new samples with a saved detector: score, decision, anomaly map and overlay of each.
+"""Predict new samples with a saved detector: score, decision, anomaly map and overlay for each.
 
     python predict.py --detector detectors/bagel --rgb part.png --xyz part.tiff
     python predict.py --detector detectors/bagel --rgb images/ --xyz scans/ --preprocess --output_dir predictions/monday
     python predict.py --detector detectors/bagel --rgb "line/rgb/*.png" --xyz "line/depth/*.png" \\
         --intrinsics camera.json
 
-Writes to --output_dir: <name>.tiff (anomaly map, float32, on the pixels of the cloud), <name>_overlay.png and
-predictions.jsonl with a line of JSON for each sample, which an interrupted run keeps. A sample that cannot be predicted
-has a line with "error" in place of a score, and the others go on.
+It writes to --output_dir: <name>.tiff (anomaly map, float32, at the resolution of the cloud), <name>_overlay.png, and
+predictions.jsonl with a line of JSON for each sample. An interrupted run keeps its lines. If a sample cannot be
+predicted, its line has "error" instead of a score, and the run continues with the next one.
 
-Exit code: 0 all samples predicted, 1 at least one could not be predicted, 2 the run stopped or never began,
-130 interrupted, 141 the reader of stdout has closed.
+Exit code: 0 all samples predicted, 1 at least one could not be predicted, 2 the run could not start or stopped early,
+130 interrupted, 141 the reader of stdout closed the pipe.
 """
 
 import argparse
@@ -79,7 +79,7 @@ class PredictSettings:
             raise InputError(f"--xyz is not used: {self.detector} ({method}) uses images alone. Leave it out.")
 
     def check_files(self, found: "FoundSamples") -> None:
-        """Refuse flags that concern none of the files, and an --output_dir where files could be replaced."""
+        """Refuse flags that apply to none of the files, and an --output_dir where files could be replaced."""
         from runner.prediction import PREDICTIONS, output_paths
         from utils.scans.sample_files import DEPTH_SUFFIXES
 
@@ -107,11 +107,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument_group("samples").add_argument
     add("--detector", type=Path, required=True, help="folder of a fitted detector (main.py --save_detector)")
-    add("--rgb", help="image, folder of images, or pattern in quotes: .png, .jpg")
+    add("--rgb", help="image, folder of images, or quoted pattern: .png, .jpg")
     add("--xyz", help="organized point cloud, folder or pattern: .tiff, .npy, .pcd, .ply, or depth .png (--intrinsics)")
-    add("--intrinsics", type=Path, help="JSON file with fx, fy, cx, cy, depth_scale of depth images, see docs/DATA.md")
+    add("--intrinsics", type=Path, help="JSON file with the camera's fx, fy, cx, cy, depth_scale, see docs/DATA.md")
     add("--xyz_unit", default="m", choices=UNITS, help="unit of the coordinates in point clouds")
-    add("--preprocess", action="store_true", help="clean raw scans first as utils/preprocessing.py does")
+    add("--preprocess", action="store_true", help="first clean raw scans as utils/preprocessing.py does")
     add("--keep_rgb", action="store_true", help="with --preprocess: keep the background of the images")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, default=Path("predictions"), help="folder of maps, overlays and predictions.jsonl")
@@ -128,7 +128,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def predict(settings: PredictSettings) -> int:
-    """Predict all samples and write what was found; returns the exit code."""
+    """Predict all samples, write the predictions, and return the exit code."""
     from tqdm import tqdm
 
     from feature_extractors.persistence import load_detector
@@ -189,7 +189,7 @@ def print_line(record: dict[str, Any], width: int = 0) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, predict, and exit."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
-    if isinstance(sys.stdout, TextIOWrapper):  # a name that the terminal cannot show does not end the run
+    if isinstance(sys.stdout, TextIOWrapper):  # so that a name which the terminal cannot show does not end the run
         sys.stdout.reconfigure(errors="backslashreplace")
     with exit_on_input_error():
         raise SystemExit(predict(PredictSettings(**vars(parse_args(argv)))))

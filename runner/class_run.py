@@ -42,8 +42,8 @@ Stopwatches = dict[str, Stopwatch]
 def run_class(name: str, run: Run, extractor: PatchExtractor, group: Group | None = None) -> dict[str, ClassReport]:
     """Fit the detectors of a class, or load them, and evaluate them. The processes of `group` share the samples.
 
-    Returns the report by method, {} in all processes of the group but the first. Raises InputError, beginning with the
-    class, for a file that cannot be used.
+    Returns the report by method; {} in all processes of the group except the first. Raises InputError, with the class
+    in front, for a file that cannot be used.
     """
     try:
         if run.saved:
@@ -83,7 +83,7 @@ def fit_class(
             round_banks(detector, detector_dtype)
     if validation is None:
         logger.warning(
-            "%s has no validation/good: thresholds are calibrated on the training samples. They score low, so expect "
+            "%s has no validation/good, so thresholds are calibrated on the training samples. These score low; expect "
             "more false alarms than --target_fpr",
             name,
         )

@@ -85,7 +85,7 @@ def check_split(class_folder: Path | str, split: str, modalities: frozenset[str]
 
 
 def _check_sample(files: SampleFiles, modalities: frozenset[str]) -> _SampleReport | str:
-    """Contents of a sample, or the problem of one of its files."""
+    """Contents of a sample, or the problem with one of its files."""
     try:
         check_sample_files(files, modalities)
         image = read_rgb(files) if "rgb" in modalities else None
@@ -118,7 +118,7 @@ def print_dataset_check(args: argparse.Namespace) -> bool:
     head = ("class", "split", "samples", "defective", "size", "valid pixels", "depth, m", "cleaned", "problems")
     print_columns([head, *(each.row() for each in reports)])
     if any(each.raw for each in reports):
-        print(f"\nScans with a table plane along their border are not cleaned: {CLEANING_COMMAND} {args.dataset_path}")
+        print(f"\nSamples with a table along their border are not cleaned. Run {CLEANING_COMMAND} {args.dataset_path}")
     problems = [f"  {each.class_name}: {problem}" for each in reports for problem in each.problems]
     if problems:
         print("\nProblems:", *problems, sep="\n")
@@ -126,12 +126,12 @@ def print_dataset_check(args: argparse.Namespace) -> bool:
 
 
 def warn_of_raw_scans(samples: Sequence[SampleFiles]) -> None:
-    """Warn if a few samples, spread over a split, show the table they lie on, which ruins the results."""
+    """Warn if any of a few samples, spread over a split, shows the table it lies on, which ruins the results."""
     paths = [each.xyz for each in spread(samples) if each.xyz is not None]
     raw = [path for path in paths if shows_table(read_organized_pc(path), CleaningRule())]
     if raw:
         logger.warning(
-            "%s shows the table that the part lies on (%d of %d scans checked do). Clean the scans first: %s %s",
+            "%s shows the table under the part (%d of %d checked clouds). Clean the scans first: %s %s",
             *(raw[0], len(raw), len(paths), CLEANING_COMMAND, raw[0].parents[4]),
         )
 
@@ -155,7 +155,7 @@ def warn_of_unfinished_scans(dataset_path: Path, files: Mapping[str, Iterable[Sa
     left = [name for name in names if not _has_results(Scan(name, {}), manifest.scans.get(name, {}), dataset_path)]
     if left:
         logger.warning(
-            "%d of %d samples of %s were not preprocessed like the others (%s%s). Run the command again that made it: "
+            "%d of %d samples of %s were not preprocessed like the others (%s%s). Run the preprocessing again: "
             "python utils/%s.py",
             *(len(left), len(names), dataset_path, ", ".join(left[:3]), ", ..." if len(left) > 3 else ""),
             script_of(manifest.settings),
@@ -163,6 +163,6 @@ def warn_of_unfinished_scans(dataset_path: Path, files: Mapping[str, Iterable[Sa
 
 
 def _has_results(scan: Scan, record: Record, root: Path) -> bool:
-    """Tell by presence and size of its files whether the results of a scan are there; False for an empty record."""
+    """Return True if all files of a record are there with their sizes; False for an empty record."""
     files = {scan.file(root, modality): file.bytes for modality, file in record.items()}
     return bool(files) and all(path.is_file() and path.stat().st_size == size for path, size in files.items())

@@ -1,4 +1,4 @@
-"""Files of finished classes, <output_dir>/classes/<class>.json, from which --resume goes on."""
+"""Files of finished classes, <output_dir>/classes/<class>.json, from which --resume continues."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from utils.scans.json_records import MissingRecordError, plain_json, read_record
 FOLDER = "classes"
 SCHEMA = 1  # of the files of finished classes
 FIX = "Delete it to compute its class again"
-# Flags that a resumed run may change, since the numbers of a class do not depend on them.
+# Flags that a resumed run may change, because the numbers of a class do not depend on them.
 FREE_FLAGS = (
     "classes", "output_dir", "resume", "parallel", "num_workers", "device", "memory_budget", "point_ops",
     "report_parts", "list_backbones", "inspect_dataset",
@@ -59,7 +59,7 @@ def read_class(output_dir: Path, name: str, flags: Mapping[str, Any], inputs: st
         pairs = (f"{_short(flag)} {_short(then.get(flag))}, now {_short(now.get(flag))}" for flag in differing[:5])
         raise InputError(f"{path} was computed with {', '.join(pairs)}. Use the same flags, or omit --resume.")
     if content.inputs != inputs:
-        raise InputError(f"{path} was computed from other scans, weights or saved detectors. {FIX}, or omit --resume.")
+        raise InputError(f"{path} was computed from other samples, weights or detectors. {FIX}, or omit --resume.")
     if content.report_sha256 != _checksum(content.report) or content.report.name != name:
         raise InputError(f"{path} is damaged (it does not match its checksum). {FIX}.")
     return content.report
@@ -76,6 +76,6 @@ def _checksum(report: ClassReport) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value of a file in one line of printable text."""
+    """A value from a file as one line of printable text."""
     text = "".join(letter if letter.isprintable() else "?" for letter in one_line(str(value)))
     return text if len(text) <= 60 else text[:59] + "…"

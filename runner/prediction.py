@@ -31,23 +31,23 @@ logger = logging.getLogger(__name__)
 
 
 class LoadedSample(NamedTuple):
-    """Files of a sample and the sample itself, or the problem that kept it from being read."""
+    """Files of a sample and the sample itself, or the problem with reading it."""
 
     files: SampleFiles
     sample: Sample | None = None
     problem: str = ""
     image: np.ndarray | None = None  # (h, w, 3) uint8 as it was taken, for the overlay
-    size: tuple[int, int] = (0, 0)  # (H, W) of the cloud, without one of the image
+    size: tuple[int, int] = (0, 0)  # (H, W) of the cloud, or of the image if there is no cloud
     side: int | None = None  # of the square that cleaning padded the cloud to
-    shows_table: bool = False  # only looked for in a few samples
+    shows_table: bool = False  # checked only for a few samples
 
 
 class Outcome(NamedTuple):
-    """Prediction of a sample, or the problem that kept it from being predicted."""
+    """Prediction of a sample, or the reason why there is none."""
 
     loaded: LoadedSample
     prediction: Prediction | None = None
-    seconds: float = 0.0  # its share of the extraction of its batch, plus its scoring; without reading its files
+    seconds: float = 0.0  # share of the batch's extraction plus the sample's scoring, without reading its files
     problem: str = ""
 
 
@@ -61,7 +61,7 @@ class SampleReader:
     camera: Camera | None = None  # of depth images
     xyz_unit: str = "m"  # of the coordinates, a key of UNITS
     preprocess: bool = False  # clean the clouds first
-    keep_rgb: bool = False  # where clouds are cleaned, keep the background of the images
+    keep_rgb: bool = False  # with `preprocess`, keep the background of the images
 
     @cached_property
     def checked_for_table(self) -> frozenset[str]:
@@ -104,7 +104,7 @@ class SampleReader:
 def predict_samples(detector: Detector, reader: SampleReader, batch_size: int, num_workers: int) -> Iterator[Outcome]:
     """Predict samples in order. A problem with one of them does not affect the others.
 
-    At most a batch of `batch_size` samples is held, and two more for each of the `num_workers` threads that read ahead.
+    Memory holds at most a batch of `batch_size` samples, and two more for each of the `num_workers` threads.
     """
     warned = False
     for batch in batches(load_samples(reader, num_workers), batch_size):
@@ -112,7 +112,7 @@ def predict_samples(detector: Detector, reader: SampleReader, batch_size: int, n
         if raw and not warned:
             warned = True
             logger.warning(
-                "%s shows the table that the part lies on, which a detector of cleaned clouds takes for a defect. Give "
+                "%s shows the table under the part, which a detector fitted on cleaned clouds takes for a defect. Give "
                 "--preprocess, or clean the scans first with utils/preprocessing.py",
                 raw[0],
             )
@@ -139,7 +139,7 @@ def _predict_batch(detector: Detector, batch: Sequence[LoadedSample]) -> list[Ou
         if math.isfinite(prediction.score) and prediction.anomaly_map.isfinite().all():
             outcomes.append(Outcome(loaded, prediction, spent))
         else:
-            problem = f"{sample.path} gives a score or a map that is not a number. Restore its files."
+            problem = f"{sample.path} gives a score or a map that is not finite. Restore its files."
             outcomes.append(Outcome(loaded, problem=problem))
     return outcomes
 
@@ -147,8 +147,8 @@ def _predict_batch(detector: Detector, batch: Sequence[LoadedSample]) -> list[Ou
 class PredictionWriter:
     """Writer of predictions.jsonl, with a line of JSON for each sample, and if `images` also of maps and overlays.
 
-    The `thresholds` of the detector decide, and set the colors of all overlays. With `append` an existing file goes on;
-    an incomplete line at its end is removed. InputError, also from `add`, if a file cannot be written.
+    The detector's `thresholds` give the decisions and the colors of all overlays. `append` adds to an existing file,
+    after removing an incomplete last line. Raises InputError, also from `add`, if a file cannot be written.
     """
 
     def __init__(self, folder: Path, thresholds: Thresholds | None, images: bool, append: bool = False) -> None:
@@ -158,7 +158,7 @@ class PredictionWriter:
             content = self.path.read_bytes() if append and self.path.exists() else b""
             complete = content.rfind(b"\n") + 1
             if complete < len(content):
-                logger.warning("%s ends in an incomplete line of an interrupted run, which is removed", self.path)
+                logger.warning("%s ends in an incomplete line of an interrupted run. It is removed", self.path)
             with self.path.open("ab") as lines:
                 lines.truncate(complete)
 

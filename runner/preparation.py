@@ -1,4 +1,4 @@
-"""Set-up of a run: everything is checked before any work starts, then the networks are built."""
+"""Set-up of a run: check everything before any work starts, then build the networks."""
 
 import argparse
 import hashlib
@@ -58,9 +58,9 @@ class Run:
 
 
 def own_device(name: str, ranks: Ranks) -> torch.device:
-    """Device of this process. Of several processes with the same problem, one prints it.
+    """Device of this process. If several processes have the same problem, only one prints it.
 
-    InputError for an unknown device, one that does not exist, or one GPU for several processes.
+    Raises InputError if the device is unknown or does not exist, or several processes would share one GPU.
     """
     with print_only_if(ranks.rank == 0):
         named_device(name)
@@ -71,9 +71,9 @@ def own_device(name: str, ranks: Ranks) -> torch.device:
 
 
 def set_up(args: argparse.Namespace, given: Collection[str], device: torch.device) -> tuple[Run, PatchExtractor]:
-    """Check a run and build its networks, in rank 0 first, so that a problem is reported once.
+    """Check a run and build its networks, first in rank 0, so that a problem is reported once.
 
-    The other ranks receive the run that rank 0 checked. InputError for all that shows before the work starts.
+    The other ranks receive the run that rank 0 checked. Raises InputError if a flag or an input file is wrong.
     """
     run: Run = prepare(args, given, device) if is_main() else broadcast_object(None)
     settings = run.settings
@@ -86,7 +86,7 @@ def set_up(args: argparse.Namespace, given: Collection[str], device: torch.devic
 
 
 def prepare(args: argparse.Namespace, given: Collection[str], device: torch.device) -> Run:
-    """Check all that needs no network, and make the folders of the results."""
+    """Check everything that needs no network, and make the folders of the results."""
     saved = {} if args.load_detector is None else read_detectors(args, given)
     first_class = next(iter(saved.values()), {})
     configs = {method: each.record.config for method, each in first_class.items()} or detector_configs(args)
@@ -108,7 +108,7 @@ def prepare(args: argparse.Namespace, given: Collection[str], device: torch.devi
 
 
 def _index_classes(settings: RunSettings, modalities: frozenset[str]) -> dict[str, ClassFiles]:
-    """Files of each class, whose headers are checked."""
+    """Files of each class, with checked headers."""
     indexed = {}
     for name in find_classes(settings.dataset_path, settings.dataset_type, settings.classes):
         folder = settings.dataset_path / name
@@ -126,12 +126,12 @@ def _index_classes(settings: RunSettings, modalities: frozenset[str]) -> dict[st
 
 
 def shown_modalities(settings: RunSettings, modalities: frozenset[str]) -> frozenset[str]:
-    """Modalities of the test files that are read: those of the method, and images below saved predictions."""
+    """Modalities of the test files that are read: the method's, and images if predictions are saved as figures."""
     return modalities if settings.save_preds is None else modalities | {"rgb"}
 
 
 def _make_folders(run: Run) -> None:
-    """Make all folders that results go to, so that none fails later."""
+    """Make all folders of results, so that none fails later."""
     settings = run.settings
     if settings.save_detector is not None:
         check_layout(settings.save_detector, run.configs, run.files)
@@ -142,14 +142,14 @@ def _make_folders(run: Run) -> None:
     for folder in run.folders(settings.output_dir).values():
         make_folder(folder, "--output_dir")
         if (folder / FILE_NAME).is_dir():
-            raise InputError(f"{folder / FILE_NAME} is a folder, where the report goes. Choose another --output_dir.")
+            raise InputError(f"{folder / FILE_NAME} is a folder, not a report. Choose another --output_dir.")
         make_folder(folder / FOLDER, "--output_dir")
     if settings.save_feature:
         make_folder(settings.save_feature_path, "--save_feature_path")
 
 
 def input_checksums(run: Run, extractor: PatchExtractor) -> dict[str, str]:
-    """Checksum of each class's file names, networks and loaded detectors; --resume refuses a class of another one."""
+    """Checksum of each class's file names, networks and loaded detectors; --resume refuses a class with another one."""
     checksums = {}
     for name, files in run.files.items():
         paths = [[each.path for each in split] for split in files]

@@ -1,4 +1,4 @@
-"""Output folder of main.py: results.json, report.html, tables, and images of predictions."""
+"""Results of main.py: results.json, report.html, tables, and images of predictions."""
 
 import logging
 import sys
@@ -22,7 +22,7 @@ logger = logging.getLogger("main")
 
 
 class Results:
-    """Results of a run: kept class by class, and published by rank 0. `inputs` are the `input_checksums` of the run."""
+    """Results of a run, written class by class and published by rank 0. `inputs` are the run's `input_checksums`."""
 
     def __init__(self, run: Run, inputs: Mapping[str, str]) -> None:
         self.run, self.inputs = run, inputs
@@ -33,7 +33,7 @@ class Results:
         self.reports: dict[str, dict[str, ClassReport]] = {method: {} for method in run.configs}
 
     def begin(self) -> list[str]:
-        """The classes to compute. With --resume the others are published; files of older runs are deleted."""
+        """Return the classes to compute. With --resume, publish the others. Delete files of older runs."""
         logger.info(self.note)
         if self.run.settings.resume:
             self.publish({})
@@ -53,8 +53,8 @@ class Results:
     def publish(self, finished: Mapping[str, Mapping[str, ClassReport]]) -> None:
         """Print a line for each newly finished class and method, and write results.json and report.html again.
 
-        Newly finished are `finished` and the classes whose files other groups, or an interrupted run, have written.
-        Errors as in `read_class`.
+        Newly finished classes are those in `finished` and those whose files other groups, or an interrupted run, have
+        written. Errors as in `read_class`.
         """
         kept = {name: self._kept(name) for name in self.missing() if name not in finished}
         finished = {**finished, **{name: reports for name, reports in kept.items() if reports}}
@@ -72,7 +72,7 @@ class Results:
             write_report(self.folders[method], record, of_method, table_note(config))
 
     def _kept(self, name: str) -> dict[str, ClassReport]:
-        """Reports of a class by method, from its files; empty where that of a method is missing."""
+        """Reports of a class by method, from its files; empty if the file of any method is missing."""
         reports = {}
         for method, folder in self.folders.items():
             report = read_class(folder, name, self.flags[method], self.inputs[name])
@@ -86,7 +86,7 @@ class Results:
         return [name for name in self.inputs if any(name not in reports for reports in self.reports.values())]
 
     def finish(self, finished: Mapping[str, Mapping[str, ClassReport]]) -> None:
-        """Publish what is left of `finished`, append the tables to those of earlier runs, and print them."""
+        """Publish the rest of `finished`, append the tables to those of earlier runs, and print them."""
         self.publish({name: finished[name] for name in self.missing()})
         output_dir = self.run.settings.output_dir
         methods = {
@@ -101,7 +101,7 @@ def table_note(config: DetectorConfig) -> str:
     backbones = ", ".join(f"{modality} {name}" for modality, name in config.backbone_names.items())
     note = f"Backbones: {backbones}. Protocol: {applied_flags(config)['protocol']}."
     if "fusion" in config.method.banks and not config.use_uff:
-        note += " Without --use_uff the fusion bank holds the concatenated features, unfused (the paper's ablation)."
+        note += " Without --use_uff the fusion bank holds concatenated features, as in the paper's ablation."
     return note
 
 

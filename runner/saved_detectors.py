@@ -1,4 +1,4 @@
-"""Folders of the detectors that main.py saves, and the checks of those that --load_detector reads."""
+"""Folders of the detectors that main.py saves, and checks of the detectors that --load_detector reads."""
 
 import argparse
 from collections.abc import Collection, Iterable, Mapping
@@ -14,8 +14,8 @@ from utils.scans.files import cannot_read, set_aside
 
 Saved = Mapping[str, Mapping[str, SavedDetector]]  # by class, then by method
 
-FLAT = ""  # key in place of the method where a run had only one
-# Flags without effect where detectors are loaded.
+FLAT = ""  # key instead of the method for a run with only one
+# Flags without effect if detectors are loaded.
 FITTING_FLAGS = (
     "max_sample", "fusion_module_path", "save_detector", "detector_dtype", "target_fpr", "save_feature",
     "save_feature_path", "feature_dtype", "uff_pairing", "memory_budget", "train_feature_dtype",
@@ -30,11 +30,11 @@ def read_detectors(args: argparse.Namespace, given: Collection[str]) -> Saved:
     `args` are the flags of main.py, `given` the names of those on the command line.
 
     Raises:
-        InputError: a class has no detector or both layouts, lacks a method, a detector is damaged or has other
-            settings than the others, or a flag contradicts them.
+        InputError: a class has no detector, has both layouts, or lacks a method; a detector is damaged or its settings
+            differ from the others'; or a flag contradicts them.
     """
     for name in sorted(set(given).intersection(FITTING_FLAGS)):
-        raise InputError(f"--{name} has no effect with --load_detector, which fits nothing. Leave it out.")
+        raise InputError(f"--{name} has no effect with --load_detector. Leave it out.")
     root: Path = args.load_detector
     if not root.is_dir():
         raise InputError(f"{root} is not a folder. Give the one that --save_detector named.")
@@ -48,7 +48,7 @@ def read_detectors(args: argparse.Namespace, given: Collection[str]) -> Saved:
 
 
 def _read_class(name: str, args: argparse.Namespace, given: Collection[str]) -> dict[str, SavedDetector]:
-    """Detectors of a class by method: those of --method_name where it is given, else all."""
+    """Detectors of a class by method: those of --method_name if it is given, else all."""
     asked = args.method_name if "method_name" in given else []
     folders = _folders_of(args.load_detector, name)
     detectors = {}
@@ -79,15 +79,15 @@ def check_layout(root: Path, methods: Collection[str], classes: Iterable[str]) -
         in_the_way += [folder for method, folder in _find(root, name).items() if several == (method == FLAT)]
     if in_the_way:
         raise InputError(
-            f"{in_the_way[0]} holds a detector of a run of {'one method' if several else 'several methods'}, and "
-            "--load_detector could not tell it from those of this run. Move it away, or choose another --save_detector."
+            f"{in_the_way[0]} holds a detector from a run of {'one method' if several else 'several methods'}, which "
+            "--load_detector could not tell from this run's. Move it away, or choose another --save_detector."
         )
 
 
 def _find(root: Path, name: str) -> dict[str, Path]:
     """Folders of a class's detectors: <root>/<class> of a run of one method as FLAT, and <root>/<method>/<class>.
 
-    A folder counts where it has a config.json, or had one until replacing it was interrupted.
+    A folder counts if it has a config.json, or if its replacement was interrupted.
     """
     folders = {FLAT: root / name} | {method: root / method / name for method in METHODS}
     return {method: folder for method, folder in folders.items() if _holds_detector(folder) or set_aside(folder)}
@@ -105,7 +105,7 @@ def _folders_of(root: Path, name: str) -> dict[str, Path]:
     found = _find(root, name)
     if FLAT in found and len(found) > 1:
         flat, other, *_ = found.values()
-        raise InputError(f"{flat} and {other} both hold a detector of {name}. Move away those that are not meant.")
+        raise InputError(f"{flat} and {other} both hold a detector of {name}. Move away the ones you do not want.")
     if not found:
         raise InputError(
             f"{root} holds no detector of {name}, neither in {name} nor in <method>/{name}. Fit one with "
@@ -115,7 +115,7 @@ def _folders_of(root: Path, name: str) -> dict[str, Path]:
 
 
 def _check_alike(saved: Saved) -> None:
-    """Refuse detectors whose results do not belong in one table."""
+    """Refuse detectors whose results are not comparable in one table."""
     first_class, first = next(iter(saved.items()))
     first_detector = next(iter(first.values()))
     for name, detectors in saved.items():

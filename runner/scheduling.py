@@ -14,8 +14,8 @@ SERIAL_FRACTION = 0.1
 def divide_classes(parallel: str, costs: Mapping[str, float], processes: int) -> list[list[str]]:
     """Classes of each group of processes, in the order of `costs`, the time of each class on one process.
 
-    "samples" makes one group, "classes" as many as there are classes or processes, and "auto" as many as let the last
-    class finish soonest.
+    "samples" makes one group, "classes" as many as there are classes or processes, whichever are fewer, and "auto" the
+    number of groups that finishes soonest.
     """
     most = max(1, min(len(costs), processes))
     if parallel == "auto":
@@ -34,7 +34,7 @@ def group_sizes(processes: int, count: int) -> list[int]:
 
 
 def assign(costs: Mapping[str, float], sizes: Sequence[int]) -> list[list[str]]:
-    """The longest class first, each to the group of processes that would finish it first (Graham, 1969)."""
+    """Assign classes, the longest first, each to the group that would finish it first (Graham, 1969)."""
     busy_until = [0.0] * len(sizes)
     assigned: list[list[str]] = [[] for _ in sizes]
     for name in sorted(costs, key=lambda each: -costs[each]):

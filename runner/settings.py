@@ -18,7 +18,7 @@ from utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Flags that only some methods use, with a test whether a method can use a value.
+# Flags that only some methods use, each with a function that returns True if a method can use a value.
 CONCERNS: dict[str, Callable[[Method, Any], bool]] = {
     "memory_bank": lambda method, value: method.memory_bank == value,
     "use_uff": lambda method, value: "fusion" in method.banks,
@@ -29,7 +29,7 @@ CONCERNS: dict[str, Callable[[Method, Any], bool]] = {
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Flags that concern what surrounds a detector: files read and written, and the machine."""
+    """Flags outside the detector: input and output files, and the machine."""
 
     dataset_type: str
     dataset_path: Path
@@ -41,7 +41,7 @@ class RunSettings:
     fusion_module_path: Path
     load_detector: Path | None
     output_dir: Path
-    save_preds: list[str] | None  # methods; an empty list stands for all that run
+    save_preds: list[str] | None  # methods; an empty list means all of --method_name
     report_parts: int
     save_detector: Path | None
     detector_dtype: str
@@ -86,7 +86,7 @@ class RunSettings:
             )
         for method in self.save_preds or ():
             if method not in methods:
-                raise InputError(f"--save_preds {method}: this method does not run. Add it to --method_name.")
+                raise InputError(f"--save_preds {method} is not a method of this run. Add it to --method_name.")
         for modality, checkpoint in (("xyz", self.xyz_checkpoint), ("rgb", self.rgb_checkpoint)):
             if checkpoint is not None and modality not in modalities:
                 raise InputError(f"--{modality}_checkpoint is not used: {name} has no {modality} branch. Leave it out.")
@@ -119,16 +119,16 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
     add("--memory_bank", choices=MEMORY_BANKS, help="single or multiple banks; by default what the method needs")
     add("--rgb_backbone_name", metavar="NAME", help="network of the RGB branch: any ViT of timm, see --list_backbones")
     add("--xyz_backbone_name", choices=XYZ_BACKBONES, help="network of the 3D branch")
-    add("--use_uff", action="store_true", help="fuse patches by the trained UFF; without it they are concatenated")
+    add("--use_uff", action="store_true", help="fuse patches with the trained UFF; without it, concatenate them")
     add("--fusion_module_path", type=Path, default=Path("checkpoints/checkpoint-0.pth"), help="checkpoint of the UFF")
     add("--checkpoint_dir", type=Path, default=Path("checkpoints"), help="folder of the backbones' checkpoints")
     add("--rgb_checkpoint", type=Path, help="checkpoint of the RGB backbone, instead of a file in --checkpoint_dir")
     add("--xyz_checkpoint", type=Path, help="checkpoint of the 3D backbone, instead of a file in --checkpoint_dir")
     add("--inspect_dataset", action="store_true", help="read every file, print a table of the contents, and exit")
     add("--list_backbones", action="store_true", help="print the backbones and their weights, and exit")
-    add("--dataset_type", default="mvtec3d", choices=DATASET_CLASSES, help="dataset whose classes are looked for")
+    add("--dataset_type", default="mvtec3d", choices=DATASET_CLASSES, help="dataset whose class names are used")
     add("--dataset_path", type=Path, default=Path("datasets/mvtec3d"), help="folder of the class folders")
-    add("--classes", nargs="+", help="class folders to run; by default all of the dataset type that exist")
+    add("--classes", nargs="+", help="class folders to run; by default the existing ones of --dataset_type")
     add("--max_sample", type=int, default=400, help="fit on the first N training samples")
     add("--load_detector", type=Path, metavar="FOLDER", help="evaluate the detectors saved there, without fitting")
 
@@ -150,8 +150,8 @@ def _add_output_flags(add: Callable[..., Any]) -> None:
 
 
 def _add_detector_flags(add: Callable[..., Any]) -> None:
-    """Flags that become a DetectorConfig, whose defaults they have."""
-    add("--protocol", choices=PROTOCOLS, help="as published, or with the corrections listed in the README")
+    """Flags that become a DetectorConfig and have its defaults."""
+    add("--protocol", choices=PROTOCOLS, help="reference: as published; corrected: with the README's corrections")
     add("--point_norm", choices=POINT_NORMS, help="BatchNorm statistics: cloud (its own) or running (the checkpoint's)")
     add("--img_size", type=int, help="side that images and clouds are resized to, pixels")
     add("--group_size", type=int, help="points per group of the point transformer")
@@ -176,7 +176,7 @@ def _add_machine_flags(add: Callable[..., Any]) -> None:
     add("--train_feature_dtype", default="fp32", choices=STORAGE_DTYPE_NAMES, help="dtype of features in the fit")
     add("--point_ops", choices=POINT_OPS, help="backend of the point searches; auto: k-d trees on CPU, triton on GPU")
     add("--num_workers", type=int, default=2, help="threads of each process that read files ahead")
-    help_text = "what several processes divide: classes, or the samples of each class; auto: whichever finishes sooner"
+    help_text = "work that processes divide: classes, or the samples of each class; auto: the faster division"
     add("--parallel", default="auto", choices=PARALLEL, help=help_text)
 
 

@@ -237,7 +237,7 @@ def test_predictions_of_a_method_that_does_not_run_are_refused(
     base: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refusal(capsys, "--method_name", "DINO", *base, "--output_dir", tmp_path, "--save_preds", "Fusion")
-    assert message == "--save_preds Fusion: this method does not run. Add it to --method_name."
+    assert message == "--save_preds Fusion is not a method of this run. Add it to --method_name."
     assert not files_below(tmp_path)
 
 

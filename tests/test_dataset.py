@@ -225,7 +225,7 @@ def test_defective_scan_needs_ground_truth(part: Path) -> None:
 
 def test_two_files_of_one_stem(part: Path) -> None:
     save_picture(part / "train/good/rgb/002.jpg", noise_picture())
-    with pytest.raises(InputError, match=r"002.jpg and 002.png are two files of one sample. .*, else keep one"):
+    with pytest.raises(InputError, match=r"002.jpg and 002.png are two files of one sample. .*; otherwise keep only"):
         index_split(part, "train", BOTH)
 
 

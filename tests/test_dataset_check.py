@@ -172,7 +172,7 @@ def test_a_run_on_raw_scans_is_warned_of(raw: Path, cleaned: Path, caplog: pytes
         assert not caplog.records
         warn_of_raw_scans(index_split(raw / "cookie", "train", BOTH)[:1])
     assert len(caplog.records) == 1
-    assert "shows the table that the part lies on" in caplog.text
+    assert "shows the table under the part" in caplog.text
 
 
 @pytest.mark.parametrize("position", [0, 5, 10])
@@ -184,7 +184,7 @@ def test_a_raw_scan_among_cleaned_ones_is_warned_of(
     with caplog.at_level(logging.WARNING):
         warn_of_raw_scans(scans)
     assert f"{raw}/cookie/test/bump/xyz/000.tiff shows the table" in caplog.text
-    assert f"(1 of 5 scans checked do). Clean the scans first: python utils/preprocessing.py {raw}" in caplog.text
+    assert f"(1 of 5 checked clouds). Clean the scans first: python utils/preprocessing.py {raw}" in caplog.text
     warn_of_raw_scans([])
 
 

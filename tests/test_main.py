@@ -522,7 +522,7 @@ def test_corrected_protocol_changes_scores_and_puts_the_exact_au_pro_first(runs:
 
 def test_a_fusion_bank_without_uff_says_so(runs: Runner, uff: Path) -> None:
     plain, fused = runs(*TRIPLE), runs(*TRIPLE, "--use_uff", "--fusion_module_path", uff)
-    note = "Without --use_uff the fusion bank holds the concatenated features, unfused"
+    note = "Without --use_uff the fusion bank holds concatenated features"
     assert plain.stdout.count(note) == len(TABLES)
     assert note not in fused.stdout
     for name in TABLES:

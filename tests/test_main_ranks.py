@@ -695,7 +695,7 @@ def test_other_test_parts_than_before_are_refused(
     finally:
         for path in added:
             path.unlink(missing_ok=True)
-    assert message.startswith(f"{whole / METHODS[0] / 'classes' / 'dowel.json'} was computed from other scans, ")
+    assert message.startswith(f"{whole / METHODS[0] / 'classes' / 'dowel.json'} was computed from other samples, ")
 
 
 def test_a_damaged_class_is_refused_and_computed_anew_once_it_is_deleted(
@@ -748,4 +748,4 @@ def test_other_weights_than_before_are_noticed(
         run = [*fitting, "--output_dir", out]
         call(*run)
         torch.save({"model": FeatureFusion(XYZ_DIM, RGB_DIM).state_dict()}, tmp_path / "uff.pth")
-    assert "other scans, weights of networks or saved detectors" in refusal(capsys, *run, "--resume")
+    assert "other samples, weights or detectors" in refusal(capsys, *run, "--resume")

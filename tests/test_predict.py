@@ -414,7 +414,7 @@ def test_a_score_that_is_no_number(
     assert run(*flags_for(fitted, parts, tmp_path / "out"), "--batch_size", batch_size) == 1
     lines = lines_of(tmp_path / "out")
     assert [line["name"] for line in lines if "score" in line] == ["000", "002"]
-    assert "001.tiff gives a score or a map that is not a number" in lines[1]["error"]
+    assert "001.tiff gives a score or a map that is not finite" in lines[1]["error"]
 
 
 def test_a_wild_coordinate_stops_no_other_part(fitted: Fitted, tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def test_thresholds_come_from_the_validation_split_where_there_is_one(
     run_into(tmp_path / "out", *base, "--method_name", "DINO", "--classes", "bagel")
     assert "no validation/good" not in caplog.text
     run_into(tmp_path / "out", *base, "--method_name", "DINO", "--classes", "cookie")
-    assert "has no validation/good: thresholds are calibrated on the training samples" in caplog.text
+    assert "has no validation/good, so thresholds are calibrated on the training samples" in caplog.text
 
 
 def test_target_fpr_moves_the_thresholds(single: tuple[Run, Path], base: list[object], tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_flags_of_fitting_are_refused_beside_loading(
         "feature_dtype": ["fp16"], "uff_pairing": ["aligned"], "memory_budget": [1], "train_feature_dtype": ["fp32"],
     }  # fmt: skip
     flags = ["--dataset_path", data, "--load_detector", single[1], f"--{name}", *values.get(name, ["there"])]
-    assert refusal(capsys, *flags) == f"--{name} has no effect with --load_detector, which fits nothing. Leave it out."
+    assert refusal(capsys, *flags) == f"--{name} has no effect with --load_detector. Leave it out."
 
 
 @pytest.mark.parametrize(
@@ -460,8 +460,8 @@ def test_which_of_two_layouts_is_meant_is_not_guessed(
     assert list(run_into(tmp_path / "out", *flags).results["classes"]) == ["bagel", "cookie"]
     shutil.copytree(every[1] / "DINO/bagel", detectors / "DINO/bagel", dirs_exist_ok=True)
     assert refusal(capsys, *flags) == (
-        f"{detectors}/bagel and {detectors}/DINO/bagel both hold a detector of bagel. Move away those that "
-        "are not meant."
+        f"{detectors}/bagel and {detectors}/DINO/bagel both hold a detector of bagel. Move away the ones "
+        "you do not want."
     )
     assert list(run_into(tmp_path / "out", *flags, "--classes", "cookie").results["classes"]) == ["cookie"]
 
@@ -483,8 +483,8 @@ def test_a_second_layout_is_refused_before_the_work(
     before = files_below(tmp_path / "it")
     flags = ["--classes", "bagel", "--save_detector", tmp_path / "it", "--output_dir", tmp_path / "out"]
     message = refusal(capsys, *base, "--method_name", *methods, *flags)
-    assert message.startswith(f"{tmp_path}/it/{there} holds a detector of a run of ")
-    assert "could not tell it from those of this run. Move it away" in message
+    assert message.startswith(f"{tmp_path}/it/{there} holds a detector from a run of ")
+    assert "could not tell from this run's. Move it away" in message
     assert files_below(tmp_path / "it") == before
     assert not (tmp_path / "out").exists()
 
