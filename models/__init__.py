@@ -1,7 +1,10 @@
 """Table of the published backbones, and the functions that build networks with their weights."""
 
 import logging
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.errors import InputError
@@ -15,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointFiles(NamedTuple):
-    """File names of a checkpoint, and the address where its authors publish it."""
+    """File names of a checkpoint, and the address where its authors publish it. No names: no file is needed."""
 
     names: tuple[str, ...]
-    source: str
+    source: str  # without names: the reason
 
     def find(self, folder: Path) -> Path | None:
         """Path of the first of these files that exists in `folder`, or None."""
@@ -32,24 +35,37 @@ class CheckpointFiles(NamedTuple):
         )
 
     def __str__(self) -> str:
-        return f"{' or '.join(self.names)}, from {self.source}"
+        return f"{' or '.join(self.names)}, from {self.source}" if self.names else ""
 
 
 class RgbSpec(NamedTuple):
-    """A vision transformer: its name in timm 1.0 and its weights."""
+    """Row of RGB_BACKBONES: a network and its weights."""
 
-    timm_name: str
+    timm_name: str  # in timm 1.0
     files: CheckpointFiles
-    own_normalization: bool = False  # False: that of ImageNet, as in the original for every network
+    network: str = "VisionTransformerBackbone"  # class in models.rgb_backbone
+    settings: Mapping[str, Any] = MappingProxyType({})  # its arguments after timm_name and img_size
+
+    def build(self, img_size: int) -> Any:
+        """An RgbBackbone for images of this side."""
+        return getattr(import_module("models.rgb_backbone"), self.network)(self.timm_name, img_size, **self.settings)
 
 
 class XyzSpec(NamedTuple):
-    """A point transformer: its settings, the keys of its weights, and its files."""
+    """Row of XYZ_BACKBONES: a network, its weights, and their keys in the file."""
 
-    numbers: dict[str, Any]  # arguments of models.point_transformer.PointTransformer
-    prefix: str  # its keys in the file start with this; the others belong to other networks
-    left_out: tuple[str, ...]  # keys that start with one of these, after the prefix, are ignored
+    network: str  # module and class in models
+    numbers: Mapping[str, Any]  # arguments of the class
     files: CheckpointFiles
+    grouped: bool  # features are those of groups, to be set by the arguments that build_xyz_backbone has
+    prefix: str = ""  # its keys in the file start with this; the others belong to other networks
+    left_out: tuple[str, ...] = ()  # unused keys start with one of these, after the prefix
+
+    def build(self, **grouping: Any) -> "PointBackbone":
+        """Build the network, with `grouping` if it forms groups."""
+        module, name = self.network.split(".")
+        network: type[PointBackbone] = getattr(import_module(f"models.{module}"), name)
+        return network(**self.numbers, **(grouping if self.grouped else {}))
 
 
 class BackboneRow(NamedTuple):
@@ -74,36 +90,40 @@ def _augreg(stem: str) -> CheckpointFiles:
 _B8_IN21K = "B_8-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0"
 _B8_IN1K = f"{_B8_IN21K}--imagenet2012-steps_20k-lr_0.01-res_224"
 
-# The keys are timm's names of 2022, the flag values of the original code. None: the weights come with pip.
-RGB_BACKBONES: dict[str, RgbSpec | None] = {
+# The keys are timm's names of 2022, the flag values of the original code.
+RGB_BACKBONES = {
     "vit_base_patch8_224_dino": RgbSpec("vit_base_patch8_224.dino", _dino("dino_vitbase8_pretrain")),
     "vit_base_patch8_224": RgbSpec("vit_base_patch8_224.augreg_in21k_ft_in1k", _augreg(_B8_IN1K)),
     "vit_base_patch8_224_in21k": RgbSpec("vit_base_patch8_224.augreg_in21k", _augreg(_B8_IN21K)),
     "vit_small_patch8_224_dino": RgbSpec("vit_small_patch8_224.dino", _dino("dino_deitsmall8_pretrain")),
-    "efficientnet_lite0": None,
+    "efficientnet_lite0": RgbSpec(
+        "tf_efficientnet_lite0", CheckpointFiles((), "with pip"), network="EfficientNetLiteBackbone"
+    ),
 }
 
-# None: needs no weights.
-XYZ_BACKBONES: dict[str, XyzSpec | None] = {
+XYZ_BACKBONES = {
     "Point_MAE": XyzSpec(
+        "point_transformer.PointTransformer",
         {"encoder_dim": 384},
-        prefix="MAE_encoder.",
-        left_out=(),
-        files=CheckpointFiles(
+        CheckpointFiles(
             ("pointmae_pretrain.pth", "pretrain.pth"), "https://github.com/Pang-Yatian/Point-MAE (pre-trained model)"
         ),
+        grouped=True,
+        prefix="MAE_encoder.",
     ),
     "Point_Bert": XyzSpec(
+        "point_transformer.PointTransformer",
         {"encoder_dim": 256, "class_token": True},
+        CheckpointFiles(("Point-BERT.pth",), "https://github.com/lulutang0608/Point-BERT (pre-trained model)"),
+        grouped=True,
         prefix="transformer_q.",
         left_out=("cls_head.",),
-        files=CheckpointFiles(("Point-BERT.pth",), "https://github.com/lulutang0608/Point-BERT (pre-trained model)"),
     ),
-    "FPFH": None,
+    "FPFH": XyzSpec("fpfh.FpfhBackbone", {}, CheckpointFiles((), "needs none"), grouped=False),
 }
 
 
-def rgb_spec(name: str) -> RgbSpec | None:
+def rgb_spec(name: str) -> RgbSpec:
     """Row of RGB_BACKBONES, or a new one for another timm vision transformer; InputError for an unknown name."""
     if name in RGB_BACKBONES:
         return RGB_BACKBONES[name]
@@ -116,17 +136,14 @@ def rgb_spec(name: str) -> RgbSpec | None:
             "of another vision transformer, such as vit_small_patch14_dinov2.lvd142m."
         )
     names = tuple(f"{name}{suffix}" for suffix in (".safetensors", ".pth", ".npz"))
-    return RgbSpec(name, CheckpointFiles(names, published), own_normalization=True)
+    return RgbSpec(name, CheckpointFiles(names, published), settings={"own_normalization": True})
 
 
 def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoint: Path | None = None) -> "RgbBackbone":
     """Build the RGB backbone `name` (see `rgb_spec`) with its weights, in evaluation mode, on the CPU.
 
-    Args:
-        name: a key of RGB_BACKBONES, or the name of a vision transformer in timm.
-        checkpoint_dir: folder of the published file; if that is missing, timm downloads the weights.
-        img_size: side of the square input, pixels.
-        checkpoint: file to load instead.
+    Without `checkpoint` and the published file in `checkpoint_dir`, timm downloads the weights. `img_size` is the side
+    of the square input in pixels.
 
     Raises:
         InputError: unknown name, img_size that is not a multiple of the patch size, missing or wrong checkpoint.
@@ -134,11 +151,11 @@ def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoin
     from models import rgb_backbone
 
     spec = rgb_spec(name)
-    if spec is None:
-        if checkpoint is not None:
-            raise InputError(f"{checkpoint} is not used, because the weights of {name} come with pip. Leave it out.")
-        return rgb_backbone.EfficientNetLiteBackbone(img_size).eval()
-    backbone = rgb_backbone.VisionTransformerBackbone(spec.timm_name, img_size, spec.own_normalization)
+    if not spec.files.names and checkpoint is not None:
+        raise InputError(f"{checkpoint} is not used, because the weights of {name} come with pip. Leave it out.")
+    backbone = spec.build(img_size)
+    if not spec.files.names:
+        return backbone.eval()
     path = checkpoint or spec.files.find(checkpoint_dir)
     if path is None:
         logger.info("%s is not in %s. Downloading it with timm.", " or ".join(spec.files.names), checkpoint_dir)
@@ -167,21 +184,17 @@ def build_xyz_backbone(
     if name not in XYZ_BACKBONES:
         raise InputError(f"xyz_backbone_name {name!r} is unknown. Choose one of {', '.join(XYZ_BACKBONES)}.")
     spec = XYZ_BACKBONES[name]
-    if spec is None:
-        if checkpoint is not None:
-            raise InputError(f"{checkpoint} is not used, because {name} needs no weights. Leave it out.")
-        from models.fpfh import FpfhBackbone
-
-        return FpfhBackbone().eval()
-    from models.checkpoints import load_strict, point_transformer_state
-    from models.point_transformer import PointTransformer
-    from utils.checkpoint_files import read_checkpoint
-
+    if not spec.files.names and checkpoint is not None:
+        raise InputError(f"{checkpoint} is not used, because {name} needs no weights. Leave it out.")
     path = checkpoint or spec.files.find(checkpoint_dir)
-    if path is None:
+    if path is None and spec.files.names:
         raise spec.files.missing(checkpoint_dir)
-    module = PointTransformer(num_group, group_size, point_norm=point_norm, point_ops=point_ops, **spec.numbers)
-    load_strict(module, point_transformer_state(read_checkpoint(path), path, spec.prefix, spec.left_out), path)
+    module = spec.build(num_group=num_group, group_size=group_size, point_norm=point_norm, point_ops=point_ops)
+    if path is not None:
+        from models.checkpoints import load_strict, point_transformer_state
+        from utils.checkpoint_files import read_checkpoint
+
+        load_strict(module, point_transformer_state(read_checkpoint(path), path, spec.prefix, spec.left_out), path)
     return module.eval()
 
 
@@ -189,30 +202,21 @@ def list_backbones(checkpoint_dir: Path, img_size: int) -> list[BackboneRow]:
     """Rows of --list_backbones, one for each named backbone. Reads no weights and downloads nothing."""
     import torch
 
-    from models.fpfh import FpfhBackbone
-    from models.point_transformer import PointTransformer
-    from models.rgb_backbone import EfficientNetLiteBackbone, VisionTransformerBackbone, cached_weights
+    from models.rgb_backbone import cached_weights
 
     rows = []
     for name, rgb in RGB_BACKBONES.items():
-        if rgb is None:
-            network: RgbBackbone = EfficientNetLiteBackbone(img_size)
-            weights, published = "with pip", ""
-        else:
-            with torch.device("meta"):  # shapes without memory
-                network = VisionTransformerBackbone(rgb.timm_name, img_size)
-            path = rgb.files.find(checkpoint_dir) or cached_weights(rgb.timm_name)
-            weights, published = str(path or "absent"), str(rgb.files)
+        with torch.device("meta" if rgb.files.names else "cpu"):  # meta: shapes without memory
+            network = rgb.build(img_size)
+        found = rgb.files.find(checkpoint_dir) or cached_weights(rgb.timm_name) if rgb.files.names else rgb.files.source
         grid = f"{network.grid_size} x {network.grid_size}"
-        rows.append(BackboneRow(name, "rgb", network.embed_dim, grid, weights, published))
+        rows.append(BackboneRow(name, "rgb", network.embed_dim, grid, str(found or "absent"), str(rgb.files)))
     for name, xyz in XYZ_BACKBONES.items():
-        if xyz is None:
-            rows.append(BackboneRow(name, "xyz", FpfhBackbone.embed_dim, "every point", "needs none", ""))
-            continue
         with torch.device("meta"):
-            width = PointTransformer(**xyz.numbers).embed_dim
-        weights = str(xyz.files.find(checkpoint_dir) or "absent")
-        rows.append(BackboneRow(name, "xyz", width, "every group", weights, str(xyz.files)))
+            width = xyz.build().embed_dim
+        found = xyz.files.find(checkpoint_dir) if xyz.files.names else xyz.files.source
+        grid = "every group" if xyz.grouped else "every point"
+        rows.append(BackboneRow(name, "xyz", width, grid, str(found or "absent"), str(xyz.files)))
     return rows
 
 
