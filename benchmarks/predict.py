@@ -82,7 +82,6 @@ def write_checkpoints(folder: Path) -> None:
     """Random weights in the files that the authors of both networks publish."""
     rgb, xyz = build_networks(SIZES["published"])
     rgb_spec, xyz_spec = RGB_BACKBONES["vit_base_patch8_224_dino"], XYZ_BACKBONES["Point_MAE"]
-    assert rgb_spec is not None and xyz_spec is not None
     torch.save(rgb.model.state_dict(), folder / rgb_spec.files.names[0])
     state = {f"MAE_encoder.{key}": value for key, value in xyz.state_dict().items()}
     torch.save({"base_model": state}, folder / xyz_spec.files.names[0])

@@ -253,7 +253,7 @@ def backbone_flags(name: str) -> list[str]:
 
 VIT, SMALL_VIT = "vit_base_patch8_224_dino", "vit_small_patch8_224_dino"
 TINY_VIT = "test_vit.r160_in1k"  # timm's smallest, which has no row of its own
-FILES = {name: spec.files.names[0] for name, spec in (RGB_BACKBONES | XYZ_BACKBONES).items() if spec is not None}
+FILES = {name: spec.files.names[0] for name, spec in (RGB_BACKBONES | XYZ_BACKBONES).items() if spec.files.names}
 
 
 @pytest.mark.parametrize("name", FILES)

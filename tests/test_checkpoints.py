@@ -167,7 +167,6 @@ def test_point_bert_keys(tmp_path: Path, parallel: str) -> None:
 def point_state(name: str, path: Path) -> State:
     """Weights of a point transformer in a file, picked by its row of the table."""
     spec = XYZ_BACKBONES[name]
-    assert spec is not None
     return point_transformer_state(read_checkpoint(path), path, spec.prefix, spec.left_out)
 
 
@@ -431,12 +430,11 @@ def test_an_error_that_a_file_is_missing_is_one_sentence(tmp_path: Path) -> None
     )
 
 
-@pytest.mark.parametrize("name", [name for name, spec in XYZ_BACKBONES.items() if spec])
+@pytest.mark.parametrize("name", [name for name, spec in XYZ_BACKBONES.items() if spec.files.names])
 @pytest.mark.parametrize("folder", ["checkpoints", "absent"])
 def test_a_missing_file_names_file_folder_and_source(tmp_path: Path, name: str, folder: str) -> None:
     (tmp_path / "checkpoints").mkdir()
     spec = XYZ_BACKBONES[name]
-    assert spec is not None
     message = message_of(lambda: build_xyz_backbone(name, tmp_path / folder, **GROUPING), tmp_path / folder)
     for part in (*spec.files.names, spec.files.source, "https://github.com/", "Download it"):
         assert part in message
@@ -462,7 +460,6 @@ def point_mae_file(path: Path) -> State:
     """A Point-MAE checkpoint of random weights."""
     torch.manual_seed(3)
     spec = XYZ_BACKBONES["Point_MAE"]
-    assert spec is not None
     state = PointTransformer(8, 4, **spec.numbers).state_dict()
     torch.save({"base_model": {f"MAE_encoder.{key}": value for key, value in state.items()}}, path)
     return state
@@ -485,7 +482,7 @@ def test_a_given_xyz_checkpoint_is_taken_whatever_its_name(tmp_path: Path) -> No
 def test_a_given_xyz_checkpoint_that_is_missing_or_of_no_use_is_named(tmp_path: Path, name: str) -> None:
     given = tmp_path / "absent.pth"
     message = message_of(lambda: build_xyz_backbone(name, tmp_path, **GROUPING, checkpoint=given), given)
-    if XYZ_BACKBONES[name] is None:
+    if not XYZ_BACKBONES[name].files.names:
         assert message == f"{given} is not used, because {name} needs no weights. Leave it out."
     else:
         assert "does not exist" in message

@@ -36,7 +36,7 @@ SMALLEST_HUB = "timm/test_vit.r160_in1k"
 DINO, DINOV3 = "vit_small_patch16_224.dino", "vit_small_patch16_dinov3.lvd1689m"
 DINOV2, REGISTERS = "vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2.lvd142m"
 IMAGENET_MEAN, IMAGENET_STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-TRANSFORMERS = [name for name, spec in RGB_BACKBONES.items() if spec]
+TRANSFORMERS = [name for name, spec in RGB_BACKBONES.items() if spec.files.names]
 State = dict[str, Tensor]
 
 
@@ -260,11 +260,10 @@ def test_networks_of_another_kind_are_refused(tmp_path: Path, name: str) -> None
 
 def test_the_row_of_a_timm_model() -> None:
     spec = rgb_spec(DINOV3)
-    assert spec is not None
     assert spec.timm_name == DINOV3
     assert spec.files.names == (f"{DINOV3}.safetensors", f"{DINOV3}.pth", f"{DINOV3}.npz")
     assert spec.files.source == "https://huggingface.co/timm/vit_small_patch16_dinov3.lvd1689m"
-    assert spec.own_normalization
+    assert spec.settings == {"own_normalization": True}
     assert all(rgb_spec(name) is row for name, row in RGB_BACKBONES.items())
 
 
@@ -348,7 +347,6 @@ def test_a_download_that_fails_says_all_that_was_tried(
         message = message_of(lambda: build_rgb_backbone(name, tmp_path, 224))
     assert offline == [(repository, "model.safetensors")]
     spec = rgb_spec(name)
-    assert spec is not None
     for part in (*spec.files.names, f" in {tmp_path}, ", spec.files.source, "https://"):
         assert part in message
     assert f"timm's download failed (LocalEntryNotFoundError at {repository})" in message
@@ -464,7 +462,7 @@ def test_every_backbone_is_listed_once(tmp_path: Path, cache: Path) -> None:
     assert set(weights.values()) == {"absent"}
     for row in rows:
         spec = (RGB_BACKBONES | XYZ_BACKBONES)[row.name]
-        assert row.published == (str(spec.files) if spec else "")
+        assert row.published == str(spec.files)
 
 
 def test_where_weights_lie_is_listed(tmp_path: Path, cache: Path) -> None:
@@ -491,7 +489,7 @@ def test_listed_grids_and_widths_are_those_of_the_rgb_features(
     name: str, listed: dict[str, BackboneRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rgb_backbone, "load_vision_transformer", lambda backbone, path: backbone)
-    device = "cpu" if RGB_BACKBONES[name] is None else "meta"
+    device = "meta" if RGB_BACKBONES[name].files.names else "cpu"
     with torch.device(device):
         backbone = build_rgb_backbone(name, Path(), 112, Path("not read") if device == "meta" else None)
         patches, width = backbone(torch.zeros(1, 3, 112, 112)).shape[1:]
@@ -507,7 +505,7 @@ def test_listed_widths_are_those_of_the_xyz_features(
     monkeypatch.setattr(checkpoint_files, "read_checkpoint", lambda path: None)
     for function in ("point_transformer_state", "load_strict"):
         monkeypatch.setattr(checkpoints, function, lambda *_: None)
-    given = None if XYZ_BACKBONES[name] is None else Path("not read")
+    given = Path("not read") if XYZ_BACKBONES[name].files.names else None
     grouping = {"num_group": 8, "group_size": 4, "point_norm": "cloud", "point_ops": "auto"}
     backbone = build_xyz_backbone(name, Path(), **grouping, checkpoint=given)
     points = 0.01 * torch.rand(40, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 0.0, 0.5])
