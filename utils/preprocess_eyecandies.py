@@ -5,8 +5,8 @@
         --classes Confetto --light 2
 
 It reads <Class>/{train,val,test_public}/data/<number>_{depth.png,info_depth.yaml,pose.txt,image_<light>.png,mask.png}
-and writes <Class>/{train/good,validation/good,test/good,test/bad}/{rgb,xyz,gt}/<number>.*, gt for the test split only.
-Repeated runs and exit codes are as described in utils/preprocessing.py.
+and writes <Class>/{train/good,validation/good,test/good,test/bad}/{rgb,xyz,gt}/<number>.*, with gt only for the test
+split. For repeated runs and exit codes, see utils/preprocessing.py.
 """
 
 import itertools
@@ -54,7 +54,7 @@ class Config:
 
 
 def meters_of(stored: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Convert 16-bit depth (H, W) to float64 meters; 0 stays 0, which is missing."""
+    """Convert 16-bit depth (H, W) to float64 meters; 0, a missing measurement, stays 0."""
     return np.where(stored == 0, 0.0, stored / 65535 * (high - low) + low)
 
 
@@ -137,7 +137,7 @@ def find_scans(root: Path, classes: Sequence[str] | None, light: int) -> tuple[l
 
 
 def _scan_of(prefix: Path, split: str, light: int) -> Scan:
-    """Return the scan of the files `prefix`_*, in the folder bad of "<Class>/test" if its mask has a defect."""
+    """Return the scan of the files `prefix`_*. A test scan goes to the folder bad if its mask has a defect."""
     sources = {
         "xyz": tuple(Path(f"{prefix}_{ending}") for ending in ("depth.png", "info_depth.yaml", "pose.txt")),
         "rgb": (Path(f"{prefix}_image_{light}.png"),),
@@ -216,7 +216,7 @@ def parse_args(argv: Sequence[str] | None) -> Config:
     """Read the flags."""
     parser = Parser((__doc__ or "").split("\n\n")[0])
     parser.add_argument("--dataset_path", type=Path, required=True, help="folder that holds the classes as published")
-    parser.add_argument("--target_dir", type=Path, required=True, help="receives classes in the layout of MVTec 3D-AD")
+    parser.add_argument("--target_dir", type=Path, required=True, help="folder for the converted classes")
     parser.add_argument("--classes", nargs="+", help="classes to convert (default: all)")
     parser.add_argument("--light", type=int, default=4, choices=LIGHTS, help="light whose image becomes rgb")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one per core")

@@ -9,7 +9,7 @@ and preview.png, a contact sheet. Clean the scans with utils/preprocessing.py li
 pixels a side: in smaller ones the cleaning mistakes the borders of a part for noise.
 
 The clouds have the faults of a structured-light scanner: noise, shadows of the projector, and losses at edges and steep
-walls. Dents, bumps and holes hardly show in the image, stains and contaminations not at all in the cloud. With the
+walls. Dents, bumps and holes hardly show in the image, and stains and contaminations not at all in the cloud. With the
 same versions of the libraries, a seed gives the same files for any number of workers and of other scans.
 """
 
@@ -42,14 +42,14 @@ from utils.synthetic_data.scanner import make_scan
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SIZES = (64, 2048)  # pixels; on a smaller image a defect is less than a pixel
+SIZES = (64, 2048)  # pixels; in a smaller image a defect is less than a pixel
 MOST_SCANS = 1000  # of one folder: the names have three digits
 MOST_SEEDS = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Number and size of the scans to make, with the names of the flags. The constructor raises InputError."""
+    """Numbers and size of the scans to make, named like the flags. The constructor raises InputError."""
 
     output_dir: Path
     classes: Sequence[str] = tuple(PARTS)
@@ -129,7 +129,7 @@ def write_preview(output_dir: Path, classes: Sequence[str]) -> None:
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     with atomic_path(output_dir / "preview.png") as temporary:
-        figure.savefig(temporary, dpi=125, pil_kwargs={"compress_level": 1})  # three times as fast
+        figure.savefig(temporary, dpi=125, pil_kwargs={"compress_level": 1})  # three times as fast as the default
 
 
 def _draw_scan(image: Axes, relief: Axes, folder: Path) -> None:

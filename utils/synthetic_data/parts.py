@@ -1,4 +1,4 @@
-"""Synthetic parts and their defects: height fields and colors on a grid in the frame of the part.
+"""Synthetic parts and their defects: height fields and colors on a grid in the part frame.
 
 Part frame: u and v on the table, height above it; meters. Row i of a grid lies at v = (i - (GRID - 1) / 2) * CELL,
 column j at u = (j - (GRID - 1) / 2) * CELL. Colors are linear reflectances, red, green, blue. Good parts vary a
@@ -59,7 +59,7 @@ def _bell(x: np.ndarray) -> np.ndarray:
 
 
 def _step(x: np.ndarray, start: float, stop: float) -> np.ndarray:
-    """Smooth step from 0 at x = start to 1 at x = stop, start and stop in either order."""
+    """Smooth step from 0 at x = start to 1 at x = stop; start may be above stop."""
     t = np.clip((x - start) / (stop - start), 0, 1)
     return t * t * (3 - 2 * t)
 
@@ -83,7 +83,7 @@ def _paint(rng: Generator, color: tuple[float, float, float], mottle: float, gra
 
 
 def gasket(rng: Generator) -> Part:
-    """A molded red ring with a sealing bead and four lower lobes with bolt holes."""
+    """Molded red ring with a sealing bead and four lower lobes with bolt holes."""
     u, v = grid()
     outer, inner, tall, low = rng.normal([0.044, 0.022, 0.021, 0.016], 2e-4).tolist()
     radius = np.hypot(u, v)
@@ -102,7 +102,7 @@ def gasket(rng: Generator) -> Part:
 
 
 def bracket(rng: Generator) -> Part:
-    """A cast gray L with an upright flange along its outer edges and three machined bosses with bores."""
+    """Cast gray L with an upright flange along its outer edges and three machined bosses with bores."""
     u, v = grid()
     thick, tall, width, *end = rng.normal([0.0155, 0.0255, 0.034, 0.046, 0.046], 2e-4).tolist()
     inner = -0.046 + width  # edge of the arms
@@ -125,7 +125,7 @@ def bracket(rng: Generator) -> Part:
 
 
 def cookie(rng: Generator) -> Part:
-    """A baked dome with radial grooves, a rough surface, browned rim and dark grains; no two are alike."""
+    """Baked dome with radial grooves, a rough surface, a browned rim and dark grains; no two are alike."""
     u, v = grid()
     angle = np.arctan2(v, u)
     outline = 0.046 * (1 + rng.normal(0, 0.006))
@@ -148,9 +148,9 @@ PARTS: dict[str, Callable[[Generator], Part]] = {"gasket": gasket, "bracket": br
 
 
 def _spot(part: Part, rng: Generator, radius: float) -> np.ndarray:
-    """Distance (GRID, GRID) from a random place on the part, 1 on the outline of the spot.
+    """Distance (GRID, GRID) from a random place on the part, scaled to 1 on the outline of a spot.
 
-    The outline is an irregular ellipse of this mean `radius`, meters, nine tenths of it on the part where possible.
+    The outline is an irregular ellipse with mean `radius`, meters; where possible, at least 90 % of it lie on the part.
     """
     u, v = grid()
     cells = rng.choice(np.flatnonzero(part.height), 256)
@@ -194,35 +194,35 @@ def _contaminate(part: Part, spot: np.ndarray, rng: Generator) -> Part:
 
 
 def dent(part: Part, rng: Generator) -> Part:
-    """3D only: pressed in by 1.5 to 4 mm."""
+    """Dent of 1.5 to 4 mm, 3D only."""
     return _relief(part, _spot(part, rng, rng.uniform(0.0035, 0.007)), -rng.uniform(0.0015, 0.004))
 
 
 def bump(part: Part, rng: Generator) -> Part:
-    """3D only: raised by 1.5 to 4 mm."""
+    """Bump of 1.5 to 4 mm, 3D only."""
     return _relief(part, _spot(part, rng, rng.uniform(0.003, 0.006)), rng.uniform(0.0015, 0.004))
 
 
 def hole(part: Part, rng: Generator) -> Part:
-    """3D only: a bore down to HOLE_FLOOR."""
+    """Bore down to HOLE_FLOOR, 3D only."""
     depth = _step(_spot(part, rng, rng.uniform(0.0025, 0.0045)), 1.0, 0.85)
     return part._replace(height=np.where(part.height > 0, part.height * (1 - depth) + HOLE_FLOOR * depth, 0))
 
 
 def stain(part: Part, rng: Generator) -> Part:
-    """Color only: a smooth translucent discoloration."""
+    """Smooth translucent discoloration, color only."""
     return _stain(part, _spot(part, rng, rng.uniform(0.004, 0.0075)), rng)
 
 
 def contamination(part: Part, rng: Generator) -> Part:
-    """Color only: one to three blobs of a foreign color, too thin to be measured."""
+    """One to three blobs of a foreign color, too thin to be measured; color only."""
     for _ in range(rng.integers(1, 4)):
         part = _contaminate(part, _spot(part, rng, rng.uniform(0.0018, 0.0038)), rng)
     return part
 
 
 def combined(part: Part, rng: Generator) -> Part:
-    """3D and color in one place: a stained dent, or a lump of foreign matter."""
+    """Stained dent, or lump of foreign matter: 3D and color in one place."""
     spot = _spot(part, rng, rng.uniform(0.003, 0.006))
     if rng.random() < 0.5:
         return _stain(_relief(part, spot, -rng.uniform(0.0015, 0.0035)), spot, rng)

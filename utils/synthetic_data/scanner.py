@@ -1,8 +1,8 @@
 """Synthetic structured-light scanner: image and organized point cloud of a part on a table.
 
 Camera frame: x right, y down, z away from the camera, meters. The camera hangs half a meter above a slightly tilted
-table, the projector beside it. The light is diffuse and every surface matt, so that relief appears in the image as
-faint shading only. Vectors run along the first axis: (3, S, S).
+table, with the projector beside it. The light is diffuse and every surface matte, so relief appears in the image only
+as faint shading. Vectors run along the first axis: (3, S, S).
 """
 
 from functools import partial
@@ -15,15 +15,15 @@ from scipy.spatial.transform import Rotation
 
 from utils.synthetic_data.parts import CELL, DEFECTS, GRID, PARTS, TOP, smooth_noise
 
-FIELD_OF_VIEW = 0.32  # image width over distance: 16 cm at half a meter, around parts of 9 to 10 cm
+FIELD_OF_VIEW = 0.32  # image width over distance: 16 cm at half a meter; parts are 9 to 10 cm wide
 DISTANCE = 0.5  # meters from the camera to the table
-PROJECTOR = (-0.09, 0.01, 0.0)  # meters, camera frame; the baseline is why a scanner has shadows
+PROJECTOR = (-0.09, 0.01, 0.0)  # meters, camera frame; its distance from the camera causes shadows
 LIGHT = (-0.12, -0.22, -1.0)  # toward the light, camera frame
-TILT = (4.0, -1.5)  # degrees about x and y; the rig is fixed, so scans differ by a fraction of a degree
-DEPTH_NOISE = 0.00012  # meters, of one pixel; neighbors share about as much again
-SPECKLE = 0.0004  # share of pixels without a value for no reason, as in real scans
-DEPTH_CHANGE = 0.0002  # meters; ground truth is where the surface moved by more than the noise ...
-COLOR_CHANGE = 0.04  # ... or where the image changed color by more than ten gray levels of 255
+TILT = (4.0, -1.5)  # degrees about x and y; the rig is fixed, so scans differ by only a fraction of a degree
+DEPTH_NOISE = 0.00012  # meters, independent for each pixel; neighbors share as much noise again
+SPECKLE = 0.0004  # share of pixels that lack a value at random, as in real scans
+DEPTH_CHANGE = 0.0002  # meters; a pixel is defective if its depth changes by more than this (above the noise) ...
+COLOR_CHANGE = 0.04  # ... or its color by more than this (ten gray levels of 255)
 
 
 class Scan(NamedTuple):
@@ -35,7 +35,7 @@ class Scan(NamedTuple):
 
 
 class Pose(NamedTuple):
-    """Position of the part before the camera: a point p of the part frame is at `rotation @ p + origin`."""
+    """Pose of the part: a point p in the part frame is `rotation @ p + origin` in the camera frame."""
 
     rotation: np.ndarray  # (3, 3); its columns are the axes u, v and height in the camera frame
     origin: np.ndarray  # (3,) meters, camera frame
@@ -53,8 +53,8 @@ class View(NamedTuple):
 def make_scan(part_class: str, path: str, size: int, seed: int, damaged: bool = True) -> Scan:
     """Make one scan of size x size pixels; class, path and seed determine everything.
 
-    `part_class` is a key of PARTS, `path` is "split/defect/stem", like "test/dent/003", where the defect is "good" or a
-    key of DEFECTS. Without `damaged` the defect is left out, but part, pose and noise stay.
+    `part_class` is a key of PARTS. `path` is "split/defect/stem", like "test/dent/003", where the defect is "good" or a
+    key of DEFECTS. `damaged` = False leaves out the defect but keeps part, pose and noise.
     """
     stream = partial(random_stream, seed, part_class, path)
     defect = path.split("/")[1]
@@ -68,19 +68,19 @@ def make_scan(part_class: str, path: str, size: int, seed: int, damaged: bool = 
     if part.albedo is not good.albedo:
         recolored = np.abs(_display(part.albedo) - _display(good.albedo)).max(0) > COLOR_CHANGE
         changed |= view.on_part & (_lookup(recolored.astype(np.float32), view.point) > 0.5)
-    rgb = photograph(view, part.albedo, good.height, pose, stream("photo"))
+    rgb = render_image(view, part.albedo, good.height, pose, stream("photo"))
     xyz = measure(view, part.height, pose, rays, stream("scanner"))
     return Scan(rgb, xyz, changed.astype(np.uint8) * 255)
 
 
 def random_stream(seed: int, part_class: str, path: str, use: str) -> Generator:
-    """Random numbers of one scan for one use, independent of all others."""
+    """Random generator for one use in one scan, independent of all others."""
     key = f"{part_class}/{path}/{use}".encode()
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=tuple(key)))
 
 
 def pixel_rays(size: int) -> np.ndarray:
-    """Directions (3, size, size) of the pixels with z = 1, camera frame, float32: a point is depth * ray.
+    """Rays (3, size, size) of the pixels with z = 1, camera frame, float32; a pixel sees the point depth * ray.
 
     The optical axis passes between pixels: x or y of exactly zero would read as a missing measurement.
     """
@@ -102,7 +102,7 @@ def lay_down(rng: Generator) -> Pose:
 
 
 def look(height: np.ndarray, pose: Pose, rays: np.ndarray) -> View:
-    """Cast the rays (3, S, S), camera frame, on a height field (GRID, GRID), meters, that lies in `pose`."""
+    """Cast the rays (3, S, S), camera frame, on the height field (GRID, GRID), meters, of a part in `pose`."""
     eye = _in_part_frame((0, 0, 0), pose)
     directions = np.einsum("ji,j...->i...", pose.rotation.astype(np.float32), rays)
     slant = directions[:2] / directions[2]  # meters sideways for each meter up
@@ -124,17 +124,17 @@ def _in_part_frame(point: tuple[float, float, float], pose: Pose) -> np.ndarray:
 
 
 def _near_part(height: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Mark the places (2, S, S) in a box around the part, which holds its shadow and the rays that meet it."""
+    """Mark the places (2, S, S) in a box around the part that contains its shadow and all rays that hit it."""
     occupied = np.concatenate([np.flatnonzero(height.any(axis=axis)) for axis in (0, 1)])
     reach = CELL * np.abs(occupied - (GRID - 1) / 2).max() + 0.01
     return (np.abs(place) < reach).all(0)
 
 
 def _first_hit(height: np.ndarray, foot: np.ndarray, slant: np.ndarray) -> np.ndarray:
-    """Height (N,) at which rays from above, foot and slant (2, N), meet the height field: steps, then bisection.
+    """Height (N,) at which rays from above, given by foot and slant (2, N), hit the height field.
 
-    A step is 2 mm of height and, as the rays are steep, half a millimeter sideways. A hit in the lowest step is the
-    table. The bisection ends at 8 micrometers, well below the noise.
+    The search takes steps, then bisects. A step is 2 mm of height and, because the rays are steep, half a millimeter
+    sideways. A hit in the lowest step is the table. The bisection ends at 8 micrometers, well below the noise.
     """
     hit = np.zeros(foot.shape[1], np.float32)
     falling, way = np.arange(len(hit)), np.concatenate([foot, slant])
@@ -169,11 +169,11 @@ def _display(linear: np.ndarray) -> np.ndarray:
     return np.clip(linear, 0, 1) ** np.float32(1 / 2.2)
 
 
-def photograph(view: View, albedo: np.ndarray, surroundings: np.ndarray, pose: Pose, rng: Generator) -> np.ndarray:
-    """Take the image (S, S, 3) uint8; the random numbers do not depend on the part.
+def render_image(view: View, albedo: np.ndarray, surroundings: np.ndarray, pose: Pose, rng: Generator) -> np.ndarray:
+    """Render the image (S, S, 3) uint8; the random numbers do not depend on the part.
 
-    `albedo` is (3, GRID, GRID). `surroundings` is the height (GRID, GRID) of the undamaged part, meters: a place below
-    them gets less of the diffuse light, a defect in them does not.
+    `albedo` is (3, GRID, GRID). `surroundings` is the height (GRID, GRID) of the undamaged part, meters. Places below
+    their surroundings get less diffuse light; a defect does not change this light.
     """
     size = len(view.depth)
     table = np.array([0.022, 0.025, 0.030], np.float32)[:, None, None] * (
@@ -196,7 +196,7 @@ def photograph(view: View, albedo: np.ndarray, surroundings: np.ndarray, pose: P
 
 
 def _spacing(size: int) -> float:
-    """Distance of neighboring pixels of an image of this size on the table, meters."""
+    """Distance on the table between neighboring pixels of an image of this size, meters."""
     return FIELD_OF_VIEW * DISTANCE / size
 
 
@@ -228,7 +228,7 @@ def _in_shadow(view: View, height: np.ndarray, lamp: np.ndarray) -> np.ndarray:
     slant = (lamp[:2, None] - start[:2]) / (lamp[2] - start[2])
     barred = np.zeros(start.shape[1], bool)
     shares = np.arange(1, 13, dtype=np.float32) / 12
-    for share in shares[shares * TOP < 1.001 * height.max()]:  # above the part nothing hides anything
+    for share in shares[shares * TOP < 1.001 * height.max()]:  # above the part, nothing blocks the light
         rise = share * (TOP - start[2])
         barred |= _lookup(height, start[:2] + rise * slant) > start[2] + rise + 0.0004
     shadow[shadow] = barred
