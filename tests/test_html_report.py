@@ -129,7 +129,7 @@ def test_time_and_memory() -> None:
     ("threshold", "said"),
     [
         (0.5, "Threshold 0.5: calibrated on 22 good samples of the validation split for a false-alarm rate of 0.01"),
-        (None, "Threshold 0.45: not calibrated, the one of the best F1 on these samples"),
+        (None, "Threshold 0.45: not calibrated, but the threshold of the best F1 on these samples"),
     ],
 )
 def test_the_page_says_where_the_threshold_comes_from(threshold: float | None, said: str) -> None:
@@ -174,7 +174,7 @@ def test_undefined_metrics_are_said_to_be_so() -> None:
     assert set(rows_of(page, "figures")["gasket"]) == {"n/a"}
     assert "n/a: it needs good and defective samples" in text
     assert "left out of the mean" in text
-    assert "precision also if no sample is called defective" in text
+    assert "Precision is also undefined if no sample is predicted defective" in text
     assert each.decision is None
     assert {sample["outcome"] for sample in samples_of(page)} == {UNDECIDED}
 

@@ -16,8 +16,8 @@ from utils.errors import InputError, exit_on_input_error
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("a", type=Path, metavar="A/results.json", help="the run that B is compared with")
-    parser.add_argument("b", type=Path, metavar="B/results.json", help="another run")
+    parser.add_argument("a", type=Path, metavar="A/results.json", help="results of the baseline run")
+    parser.add_argument("b", type=Path, metavar="B/results.json", help="results of the run compared with A")
     parser.add_argument("--output", type=Path, default=Path("compare.html"), help="HTML page of the comparison")
     args = parser.parse_args(argv)
     with exit_on_input_error():

@@ -12,7 +12,7 @@ from utils.reporting.html_report.page import render_page
 from utils.reporting.results_json import ClassResults, read_results
 from utils.reporting.tables import UNDEFINED, aligned, number, one_line
 
-LEAST_SCALE = 0.01  # smallest difference that may fill a bar, so that rounding does not look like progress
+LEAST_SCALE = 0.01  # smallest difference that fills a bar, so that rounding does not look like progress
 LOWER_IS_BETTER = "False-alarm rate at the calibrated threshold (lower is better)"
 
 
@@ -33,7 +33,7 @@ class MetricDifference(NamedTuple):
     title: str
     sign: int  # 1: more is better, -1: less is better
     classes: dict[str, Pair]
-    mean: Pair  # over the classes in which both runs have a value
+    mean: Pair  # over the classes for which both runs have a value
     averaged: int  # number of these classes
 
     @property
@@ -41,7 +41,7 @@ class MetricDifference(NamedTuple):
         return "Mean" if self.averaged == len(self.classes) else f"Mean of the {self.averaged} that both have"
 
     def change(self, pair: Pair) -> str:
-        """Style of a cell: gain, loss, or none if three decimals show no difference."""
+        """Style of a cell: gain, loss, or "" if three decimals show no difference."""
         if pair.difference is None or signed(pair.difference) == "0.000":
             return ""
         return "gain" if self.sign * pair.difference > 0 else "loss"
@@ -108,7 +108,7 @@ def _differences(
 def _remarks(a: Mapping[str, ClassResults], b: Mapping[str, ClassResults]) -> Iterator[str]:
     for run, own, other in (("A", a, b), ("B", b, a)):
         if alone := [one_line(name) for name in own if name not in other]:
-            yield f"Only in {run}, and in no mean: {', '.join(alone)}."
+            yield f"Only in {run}, and left out of the means: {', '.join(alone)}."
     for name in a:
         counts = (len(a[name].samples), len(b[name].samples) if name in b else 0)
         if all(counts) and counts[0] != counts[1]:
@@ -124,7 +124,7 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[st
 
 
 def comparison_page(comparison: Comparison) -> str:
-    """The comparison as HTML, with a signed bar for each difference."""
+    """Format the comparison as HTML, with a signed bar for each difference."""
     return render_page(
         "comparison.html",
         title="B against A",
@@ -142,13 +142,13 @@ def _heading(title: str) -> tuple[str, str]:
 
 
 def signed(value: float | None) -> str:
-    """A difference with its sign, unless it rounds to 0.000."""
+    """Text of a difference with its sign; 0.000 has none."""
     text = UNDEFINED if value is None else f"{value:+.3f}"
     return "0.000" if text in ("+0.000", "-0.000") else text
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """The comparison as aligned text."""
+    """Format the comparison as aligned text."""
     blocks = [[f"A: {one_line(comparison.names[0])}", f"B: {one_line(comparison.names[1])}"]]
     for metric in comparison.metrics:
         pairs = [*metric.classes.items(), (metric.mean_label, metric.mean)]

@@ -64,14 +64,14 @@ def write_results(output_dir: Path | str, record: Mapping[str, Any]) -> None:
 
 
 def read_results(path: Path) -> Results:
-    """Read a results.json; InputError where it cannot be read, has another schema, or a metric is not from 0 to 1."""
+    """Read a results.json; InputError if it cannot be read, has another schema, or a metric is not from 0 to 1."""
     if path.is_dir():
         raise InputError(f"{path} is a folder. Name the {FILE_NAME} in it.")
     return read_record(path, Results, SCHEMA, f"Name a {FILE_NAME} of main.py")
 
 
 def package_versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide the numbers; None for a missing package."""
+    """Versions of Python and of the packages that affect the numbers; None for a missing package."""
     return {"python": platform.python_version()} | {name: _installed_version(name) for name in DISTRIBUTIONS}
 
 

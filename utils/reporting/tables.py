@@ -36,12 +36,12 @@ def one_line(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Text for any output: undecodable bytes of a file name are written as \udc80 to \udcff."""
+    r"""Make text safe for any output: undecodable bytes of a file name become \udc80 to \udcff."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def aligned(rows: Sequence[Sequence[str]], justify: Callable[[str, int], str] = str.rjust) -> list[str]:
-    """Rows of cells as lines with aligned columns: the first to the left, the others by `justify`."""
+    """Lines with aligned columns: the first column to the left, the others by `justify`."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join([row[0].ljust(widths[0]), *map(justify, row[1:], widths[1:])]).rstrip() for row in rows]
 
@@ -56,7 +56,7 @@ def append_tables(
 ) -> None:
     """Append a table of this run to image_rocauc_, pixel_rocauc_ and aupro_results.md; older tables stay.
 
-    `command` is shown above each table, `note` below. `exact_headline` puts the exact AU-PRO before the one of 100
+    `command` stands above each table and `note` below. `exact_headline` puts the exact AU-PRO before the one of 100
     thresholds.
     """
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
@@ -120,11 +120,11 @@ def _au_pro_rows(columns: Sequence[Mapping[str, Any]], exact_headline: bool) -> 
 
 
 def _escape(text: str) -> str:
-    """One line of Markdown in which nothing ends a table cell or opens code, emphasis or a tag."""
+    """Escape one line of Markdown, so that nothing ends a table cell or opens code, emphasis or a tag."""
     return re.sub(r"([\\|`*<])", r"\\\1", one_line(text))
 
 
 def _fenced(code: str) -> list[str]:
-    """A code block, its fence longer than any run of backticks inside."""
+    """Lines of a code block whose fence is longer than any run of backticks inside."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     return [f"{fence}text", code, fence]

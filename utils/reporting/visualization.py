@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 FUSED = "fused"  # key of the fused map in `scale`, beside the names of the banks
 HEAT = "inferno"
-OUTLINE = "#00e5ff"  # cyan: absent from the heat colors, so it shows on image and heat alike
+OUTLINE = "#00e5ff"  # cyan is not a heat color, so it shows on image and heat alike
 OVERLAY_OPACITY = 0.85  # at the upper end of the scale
-FAINT = 0.8  # share of the way from the lower end to the threshold below which the image shows alone
+FAINT = 0.8  # the heat begins at this share of the way from the lower end to the threshold
 PANEL_INCHES, GAP, HEAD, FOOT = 2.1, 0.08, 0.52, 0.36  # a panel, between panels, above and below the row
 DPI = 110
 OVERLAY_SIDE = 1024  # pixels of an overlay at most
@@ -35,7 +35,7 @@ class _Panel(NamedTuple):
 
 
 def resize_map(anomaly_map: NDArray, size: tuple[int, int]) -> NDArray[np.float32]:
-    """A map (S, S) at `size` = (H, W), resized bilinearly (align_corners False)."""
+    """Resize a map (S, S) bilinearly to `size` = (H, W), with align_corners False."""
     import torch
 
     tensor = torch.as_tensor(np.asarray(anomaly_map, dtype=np.float32))[None, None]
@@ -54,7 +54,7 @@ def color_scale(maps: Iterable[NDArray]) -> tuple[float, float]:
     """Color limits (lo, hi) for all maps (S, S) of one class: the lowest value and the 99.9 % quantile."""
     values = np.concatenate([np.ravel(each) for each in maps])
     lo, hi = float(values.min()), float(np.quantile(values, 0.999))
-    hi = hi if hi > lo else float(values.max())  # all but a few pixels are equal
+    hi = hi if hi > lo else float(values.max())  # for maps with only a few different pixels
     return (lo, hi) if hi > lo else (lo, lo + 1.0)
 
 
@@ -79,7 +79,7 @@ def heat_colors(strength: NDArray) -> NDArray[np.uint8]:
 def save_overlay(
     path: Path | str, image: NDArray | None, anomaly_map: NDArray, scale: tuple[float, float], threshold: float | None
 ) -> None:
-    """Write a PNG, without margin or text: the map in heat colors over the gray image.
+    """Write a PNG without margin or text: the map in heat colors over the gray image.
 
     The PNG has the size of the `image` (H, W, 3) uint8, or without one of the map, but at most OVERLAY_SIDE pixels a
     side. The map (h, w) has the same view, `scale` is (lo, hi) of `threshold_scale`. Values above the threshold are
@@ -204,6 +204,6 @@ def _outline(axes: "Axes", mask: NDArray[np.bool_], extent: tuple[int, int, int,
 
 
 def _gray(image: NDArray) -> NDArray:
-    """The image (H, W, 3) without color, so that the colors of the heat are its own."""
+    """Remove the colors of an image (H, W, 3), so that only the heat has colors."""
     luma = np.asarray(image) @ np.array([0.299, 0.587, 0.114])
     return np.repeat(luma[..., None], 3, axis=2).round().astype(np.uint8)

@@ -35,7 +35,7 @@ def curve_chart(
     if point is None:
         return _render(x_axis, y_axis, title, paths=paths)
     x, y = float(_across(point[0], x_axis)), float(_up(point[1], y_axis))
-    # A good curve runs along the top: the label of a high point goes below it.
+    # A good curve runs along the top, so the label of a high point goes below it.
     note = _note(x, y + 18 if y < TOP + 90 else y - 10, 8)
     return _render(x_axis, y_axis, title, paths=paths, point=(x, y), note=note)
 
@@ -80,13 +80,13 @@ def _bars(edges: NDArray, counts: NDArray, x_axis: Axis, y_axis: Axis) -> str:
 
 
 def _note(x: float, y: float, gap: float) -> dict[str, Any]:
-    """The label of the threshold, on the roomier side of its mark."""
+    """Place of the threshold's label, on the roomier side of its mark."""
     left = x > WIDTH / 2
     return {"x": x - gap if left else x + gap, "y": y, "anchor": "end" if left else "start"}
 
 
 def _render(x_axis: Axis, y_axis: Axis, title: str, **shapes: Any) -> Markup:
-    """The chart with the paths, the point and the note in `shapes`."""
+    """Render the chart with the paths, the point and the note in `shapes`."""
     edges = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "floor": FLOOR}
     values = {"x_axis": x_axis, "y_axis": y_axis, "title": title, "point": None, "note": None}
     svg = environment().get_template("chart.svg").render(values | edges | shapes, across=_across, up=_up)

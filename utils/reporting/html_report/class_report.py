@@ -1,4 +1,4 @@
-"""Report of an evaluated class: its metrics, thinned curves, scores, and the shown samples."""
+"""Report of an evaluated class: metrics, thinned curves, scores, and the shown samples."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ Curve = tuple[list[float], list[float]]  # false positive rates, ascending, and 
 
 
 class ClassReport(msgspec.Struct, frozen=True):
-    """One class of the report; small enough to keep after its maps are gone."""
+    """One class of the report, without its maps, so small enough to keep."""
 
     name: str
     entry: dict[str, Any]  # of results.json
@@ -45,7 +45,7 @@ def report_class(
     read_cloud: ReadArray,
     limit: int,
 ) -> ClassReport:
-    """Condense the evaluation of a class; arguments as in `gallery`, `entry` is the class's in results.json."""
+    """Condense the evaluation of a class; `entry` is its entry in results.json, the other arguments as in `gallery`."""
     decision = decide(entry)
     labels = np.array([sample.label for sample in samples])
     scores = np.array([sample.prediction.score for sample in samples])
@@ -63,7 +63,7 @@ def report_class(
 
 
 def decide(entry: Mapping[str, Any]) -> Decision | None:
-    """The calibrated threshold of a class, else the one of the best F1, else None."""
+    """Return the calibrated threshold of a class, else the threshold of the best F1, else None."""
     calibrated = entry.get("threshold")
     if calibrated is not None:
         source = (
@@ -77,7 +77,7 @@ def decide(entry: Mapping[str, Any]) -> Decision | None:
             source += "; training samples score low, so expect more false alarms"
         return Decision(calibrated["image"], source)
     if entry.get("f1_threshold") is not None:
-        return Decision(entry["f1_threshold"], "not calibrated, the one of the best F1 on these samples")
+        return Decision(entry["f1_threshold"], "not calibrated, but the threshold of the best F1 on these samples")
     return None
 
 
@@ -100,7 +100,7 @@ def _pro(samples: Sequence[SampleResult]) -> Curve | None:
 
 
 def thin_curve(fprs: NDArray, pros: NDArray) -> Curve:
-    """The exact curve up to PRO_LIMIT through at most CURVE_POINTS of its points, denser near 0, where it is steep."""
+    """Thin the exact curve up to PRO_LIMIT to at most CURVE_POINTS of its points, denser near 0, where it is steep."""
     wanted = PRO_LIMIT * np.linspace(0, 1, CURVE_POINTS - 2) ** 2
     index = np.unique(np.append(0, np.searchsorted(fprs, wanted, side="right") - 1))
     end = float(np.interp(PRO_LIMIT, fprs, pros))

@@ -20,7 +20,7 @@ from utils.scans.organized_pc import valid_mask
 
 VIEW_SIDE = 224  # pixels of an image's longer side
 CLOUD_POINTS = 8000  # of a 3D view, at most
-ERROR_SHARE = 0.75  # of the shown samples at most are wrong ones, if there are enough others
+ERROR_SHARE = 0.75  # largest share of wrong samples among those shown, if there are enough others
 HIT, MISS, FALSE_ALARM, CORRECT_PASS = "hit", "miss", "false alarm", "correct pass"
 WRONG = (MISS, FALSE_ALARM)
 UNDECIDED = "no threshold"
@@ -30,7 +30,7 @@ Scales = dict[str, tuple[float, float]]  # color limits by bank
 
 
 class Decision(NamedTuple):
-    """Score above which a sample counts as defective, and the threshold's source as a page names it."""
+    """Score above which a sample counts as defective, and the source of this threshold in words."""
 
     threshold: float
     source: str
@@ -48,8 +48,8 @@ def outcome(sample: SampleResult, decision: Decision | None) -> str:
 def choose_samples(samples: Sequence[SampleResult], decision: Decision | None, limit: int) -> list[int]:
     """Numbers of at most `limit` samples in the order of the gallery.
 
-    Misses and false alarms come first, the farthest from the threshold first. The others follow, the nearest first, and
-    where not all fit, they come from each type of defect in turn, spread over its scores.
+    Misses and false alarms come first, starting with the farthest from the threshold. The others follow, starting with
+    the nearest. If not all fit, they are taken from each type of defect in turn, spread over its scores.
     """
     limit = min(limit, len(samples))
 
@@ -70,7 +70,7 @@ def choose_samples(samples: Sequence[SampleResult], decision: Decision | None, l
 
 
 def spread_order(count: int) -> list[int]:
-    """0 to count - 1 such that any first few are spread over all: the ends, the middle, the middles of the halves, …"""
+    """Order 0 to count - 1 so that the first few are spread over all: the ends, the middle, the middles of halves, …"""
     order = [0, count - 1][:count]
     gaps = [(0, count - 1)]
     while gaps:
@@ -85,9 +85,9 @@ def spread_order(count: int) -> list[int]:
 def gallery(
     samples: Sequence[SampleResult], decision: Decision | None, limit: int, read_rgb: ReadArray, read_cloud: ReadArray
 ) -> list[dict[str, Any]]:
-    """At most `limit` of the `samples` of a test split as plain data for the script of the page, some 115 kB each.
+    """Return at most `limit` of a test split's `samples` as plain data for the page's script, about 115 kB each.
 
-    `read_rgb` reads (H, W, 3) uint8, `read_cloud` (H, W, 3) float, meters, an invalid pixel exactly 0; or None.
+    `read_rgb` returns (H, W, 3) uint8 or None; `read_cloud` (H, W, 3) float, meters, invalid pixels exactly 0, or None.
     """
     chosen = choose_samples(samples, decision, limit)
     if not chosen:
@@ -133,7 +133,7 @@ def _view(
 def pack_cloud(
     cloud: NDArray, image: NDArray | None, anomaly_map: NDArray, scale: tuple[float, float]
 ) -> dict[str, Any] | None:
-    """A cloud (H, W, 3) thinned on its grid to at most CLOUD_POINTS, with image and map at the same places.
+    """Thin a cloud (H, W, 3) on its grid to at most CLOUD_POINTS, and pack it with image and map at the same places.
 
     Returns:
         None if no point is valid, else "points": N; "grid": rows R and columns C; "data": base64 of gzip of x, y, z (N
@@ -167,7 +167,7 @@ def pack_cloud(
 
 
 def _thinned(cloud: NDArray) -> NDArray:
-    """A cloud on the finest grid, of its proportions, with at most CLOUD_POINTS valid pixels."""
+    """Thin a cloud to the finest grid of its proportions with at most CLOUD_POINTS valid pixels."""
     height, width = cloud.shape[:2]
     share = math.sqrt(min(1.0, CLOUD_POINTS / max(int(valid_mask(cloud).sum()), 1)))
     while True:

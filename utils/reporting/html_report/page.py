@@ -1,4 +1,4 @@
-"""Pages from the templates in assets/: escaped, self-contained, and running no script but their own."""
+"""Pages from the templates in assets/: escaped, self-contained, and without scripts other than their own."""
 
 import base64
 import hashlib
@@ -37,8 +37,8 @@ def asset(name: str) -> str:
 def render_page(template: str, script: str = "", later_scripts: Sequence[str] = (), **values: Any) -> str:
     """Render a template that extends page.html, with `values`.
 
-    `script` runs at the end of the page, and runs `later_scripts` on request. The Content-Security-Policy names them by
-    their hashes, and forbids any other script and any request.
+    `script` runs at the end of the page, and starts `later_scripts` on request. The Content-Security-Policy allows
+    them by their hashes, and forbids any other script and all requests.
     """
     sources = " ".join(script_hash(each) for each in (script, *later_scripts) if each) or "'none'"
     own = {"style": Markup(asset("page.css")), "script": Markup(script)}  # noqa: S704 (files of this project)
@@ -51,6 +51,6 @@ def script_hash(script: str) -> str:
 
 
 def write_page(path: Path | str, text: str) -> None:
-    """Write a page as a whole."""
+    """Write a page atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(printable(text), encoding="utf-8")

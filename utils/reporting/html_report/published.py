@@ -1,9 +1,9 @@
-"""Published metrics of M3DM, shown beside a run of exactly the paper's setting."""
+"""Published metrics of M3DM, shown beside a run with exactly the paper's settings."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-# Arguments of the published tables, as far as they decide the numbers.
+# Arguments of the published tables that affect the numbers.
 PAPER_ARGS = {
     "dataset_type": "mvtec3d", "protocol": "reference", "precision": "fp32", "train_feature_dtype": "fp32",
     "rgb_backbone_name": "vit_base_patch8_224_dino", "xyz_backbone_name": "Point_MAE",
@@ -16,7 +16,7 @@ PAPER_ARGS = {
 }  # fmt: skip
 LEAST_MAX_SAMPLE = 400  # above the size of the largest training split
 CLASSES = ("bagel", "cable_gland", "carrot", "cookie", "dowel", "foam", "peach", "potato", "rope", "tire")
-# Sizes of the test splits of MVTec 3D-AD, 1197 in all: other data may use the same names.
+# Sizes of the test splits of MVTec 3D-AD, 1197 in all. They are compared because other data may use the same names.
 TEST_SAMPLES = dict(zip(CLASSES, (110, 108, 159, 131, 130, 100, 132, 114, 101, 112), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""report.html: one run of one method, from the summary to the single sample, in one file."""
+"""report.html: one run of one method, from the summary to single samples, in one file."""
 
 import base64
 import gzip
@@ -54,7 +54,7 @@ def write_report(
 
 
 def report_page(record: Mapping[str, Any], classes: Sequence[ClassReport], note: str | None = None) -> str:
-    """The report as HTML, of a `results_record`, its classes in its order, and a note on backbones and protocol."""
+    """Format the report as HTML; `classes` are in the order of `record`, `note` names backbones and protocol."""
     args = record["args"]
     method = str(args.get("method_name", "?"))
     published = published_figures(args, record["classes"])
@@ -98,7 +98,7 @@ def report_page(record: Mapping[str, Any], classes: Sequence[ClassReport], note:
 
 @cache
 def _plotly() -> tuple[str, str]:
-    """Source of plotly.js, and the same as base64 of gzip: 1.9 MB instead of 4.8, unpacked on request."""
+    """Source of plotly.js, and the same gzipped in base64: 1.9 MB instead of 4.8, unpacked on request."""
     from plotly.offline import get_plotlyjs
 
     source = get_plotlyjs()
@@ -106,7 +106,7 @@ def _plotly() -> tuple[str, str]:
 
 
 def _shown_samples(classes: Sequence[ClassReport]) -> Iterator[dict[str, Any]]:
-    """The shown samples with the names of their classes, as the filters of the page write them."""
+    """The shown samples with the names of their classes, written as in the filters of the page."""
     for each in classes:
         for sample in each.samples:
             names = {key: printable(sample[key]) for key in ("path", "defect", "outcome")}
@@ -116,7 +116,7 @@ def _shown_samples(classes: Sequence[ClassReport]) -> Iterator[dict[str, Any]]:
 def _summary(
     record: Mapping[str, Any], classes: Sequence[ClassReport], published: Published | None
 ) -> dict[str, list[Cell]]:
-    """Cells of each class, and of the mean under an empty name."""
+    """Cells of each class, and of the mean under the name ""."""
     of_classes = published.classes if published else {}
     rows = {each.name: _cells(each.entry, of_classes.get(each.name, {})) for each in classes}
     mean = record["mean"] | {key: mean_of_known(each.entry.get(key) for each in classes) for key in ("f1", *CALIBRATED)}

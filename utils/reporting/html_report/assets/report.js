@@ -1,4 +1,4 @@
-// The gallery of a report: filters, a viewer that walks from sample to sample, and a 3D view that is drawn on request.
+// The gallery of a report: filters, a viewer for single samples, and a 3D view that is drawn on request.
 const byId = (id) => document.getElementById(id);
 const { samples, heat } = JSON.parse(byId("samples").textContent);
 const cards = byId("cards");
@@ -6,8 +6,8 @@ const viewer = byId("viewer");
 const plot = byId("plot");
 const CAMERA = { eye: { x: 0.2, y: -0.6, z: 1.2 }, up: { x: 0, y: 1, z: 0 }, center: { x: 0, y: 0, z: 0 } };
 const LIGHT = { diffuse: 0.5, specular: 0.1, roughness: 0.8, fresnel: 0.1 };
-let shown = []; // numbers of the samples that the filters leave
-let current = -1; // where the viewer stands in `shown`
+let shown = []; // numbers of the samples that pass the filters
+let current = -1; // position of the viewer in `shown`
 let space = { open: false, color: "image", drawing: 0 }; // of the 3D view; drawing counts the requests
 
 // Elements
@@ -166,7 +166,7 @@ function closed() {
   if (item) item.focus();
 }
 
-// 3D view: plotly is unpacked and run when it is first asked for
+// 3D view: plotly is unpacked and started on the first request
 
 async function inflate(base64) {
   const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
@@ -203,7 +203,7 @@ async function unpack(cloud) {
   return { ...unpacked, ...surface(unpacked, cloud.grid, bits) };
 }
 
-// Triangles between neighbors on the scan's grid, but across no gap and no jump in depth.
+// Triangles between neighbors on the cloud's grid, except across gaps and jumps in depth.
 function surface(points, [rows, columns], bits) {
   const at = new Int32Array(rows * columns).fill(-1);
   for (let pixel = 0, point = 0; pixel < at.length; pixel++) {
