@@ -24,7 +24,7 @@ from utils.records import Sample
 
 
 class ClassRun(NamedTuple):
-    """Time and memory of a whole class."""
+    """Time and memory of fitting and evaluating a whole class."""
 
     train: int  # number of samples
     test: int

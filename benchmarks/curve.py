@@ -25,7 +25,7 @@ def seconds_law(runs: Sequence[ClassRun]) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def memory_law(runs: Sequence[ClassRun]) -> Callable[[np.ndarray], np.ndarray]:
-    """Peak GB of the plain form: the line through its first and last run, or from its start if there is one run."""
+    """Peak GB of the plain form: a line through its first and last run, or from its start if there is only one run."""
     first, last = runs[0], runs[-1]
     below = (first.train, first.peak_mb) if len(runs) > 1 else (0, first.start_mb)
     slope = (last.peak_mb - below[1]) / (last.train - below[0])
@@ -33,7 +33,7 @@ def memory_law(runs: Sequence[ClassRun]) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def draw_curve(path: Path, runs: Mapping[str, Sequence[ClassRun]]) -> None:
-    """Draw fitting time and peak memory. Points are measured, the dashed line is the law of the plain form."""
+    """Draw fitting time and peak memory: measured points, and the law of the plain form as a dashed line."""
     left, right = new_axes(9.6, 4.0, columns=2)
     beyond = np.geomspace(min(SAMPLES[0], runs["plain"][0].train), SAMPLES[1], 50)
     _draw_law(left, beyond, seconds_law(runs["plain"])(beyond), lambda value: f"{value / 3600:.2g} h")

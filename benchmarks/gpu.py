@@ -1,11 +1,11 @@
 """Time of each step of the triple method on a GPU: a sample from image and cloud to map, a coreset, a UFF update.
 
-    python benchmarks/gpu.py                                                   # 244 training samples, as of a bagel
+    python benchmarks/gpu.py                                                   # 244 training samples, like bagel
     python benchmarks/gpu.py --device cpu --networks tiny --train 4 --batch 2  # for a trial
 
-Random weights and synthetic samples in main memory, so that nothing is read while the clock runs. The xyz bank is the
-coreset that is timed; the others, of the sizes of the reference protocol, are the first patches. A time ends when the
-device has finished; the median counts. Prints a table; writes JSON.
+Weights are random, and synthetic samples are held in main memory, so that no time goes into reading. The xyz bank is
+the timed coreset. The other banks have the sizes of the reference protocol and hold the first patches. A time ends when
+the device has finished; the median counts. The script prints a table and writes JSON.
 """
 
 import math
@@ -46,7 +46,7 @@ PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}
 
 
 class Bench:
-    """Times steps on a device, prints and keeps each."""
+    """Timer of steps on a device; prints and keeps each time."""
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats = device, repeats
@@ -69,7 +69,7 @@ class Bench:
 
 @torch.inference_mode()
 def time_extraction(bench: Bench, extractors: dict[str, PatchExtractor], samples: list[Sample]) -> None:
-    """Features of a sample, and their parts."""
+    """Time the features of a sample and each network."""
     config = extractors["fp32"].config
     images = torch.stack([sample.rgb for sample in samples if sample.rgb is not None]).to(bench.device)
     clouds = [workload.valid_points(sample).to(bench.device) for sample in samples]
@@ -92,7 +92,7 @@ def time_extraction(bench: Bench, extractors: dict[str, PatchExtractor], samples
 
 @torch.inference_mode()
 def make_banks(bench: Bench, features: list[PatchFeatures], train: int, f_coreset: float) -> dict[str, MemoryBank]:
-    """Banks as large as those of `train` training samples; times the coreset of the first."""
+    """Return banks as large as those of `train` training samples, and time the coreset of the first."""
     patches = {name: torch.cat([getattr(each, name) for each in features]) for name in ("xyz", "rgb", "fusion")}
     rows = workload.grown(patches["xyz"], train * len(patches["xyz"]) // len(features))
     statistics = {name: mean_and_std(each) for name, each in patches.items()}
@@ -108,7 +108,7 @@ def make_banks(bench: Bench, features: list[PatchFeatures], train: int, f_corese
 
 @torch.inference_mode()
 def time_prediction(bench: Bench, detector: Detector, samples: list[Sample]) -> None:
-    """Scoring of given features, and a sample from main memory and back."""
+    """Time the scoring of given features, and of a sample from main memory and back."""
     features, precision = detector.extractor.extract(samples), detector.extractor.precision
 
     def score(extracted: list[PatchFeatures]) -> None:
@@ -123,7 +123,7 @@ def time_prediction(bench: Bench, detector: Detector, samples: list[Sample]) -> 
 
 
 def time_training(bench: Bench, model: FeatureFusion, features: list[PatchFeatures], precision: str) -> None:
-    """One update of UFF training on all samples, whose patches are on the device."""
+    """Time one update of UFF training on all samples, with their patches on the device."""
     items: Any = []  # a dataset
     for number, each in enumerate(features):
         assert each.xyz is not None

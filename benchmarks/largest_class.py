@@ -3,9 +3,9 @@
     python benchmarks/largest_class.py                       # 6 GB, about half an hour on two cores
     python benchmarks/largest_class.py --memory_budget 4 --train_feature_dtype fp16
 
-The networks, with random weights, extract a few synthetic samples; the features of all others are theirs with noise.
-The rest is the fit of main.py in its own process. Prints the time of each stage and the peak of resident memory; writes
-JSON.
+Networks with random weights extract a few synthetic samples. The features of all other samples are copies of these with
+noise. The rest is the fit of main.py in its own process. The script prints the time of each stage and the peak of
+resident memory, and writes JSON.
 """
 
 import argparse

@@ -76,7 +76,7 @@ def matrix_product(
 
 @torch.inference_mode()
 def count_flops(work: Callable[[], object]) -> float:
-    """Operations of the matrix products of the calling thread; a multiplication and an addition are two."""
+    """Count the operations in matrix products of the calling thread; a multiplication and an addition are two."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
@@ -113,7 +113,7 @@ def make_parser(docstring: str | None, name: str) -> Parser:
 
 
 def write_record(args: argparse.Namespace, found: Mapping[str, Any]) -> None:
-    """Write what was found as JSON to `args.output`, with the machine and the flags of the script."""
+    """Write the results `found` as JSON to `args.output`, with the machine and the flags of the script."""
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     record = {"schema": 1, "machine": describe_machine(), "arguments": flags, **found}
     with atomic_path(args.output) as temporary:

@@ -4,8 +4,8 @@
         --rgb_backbone_name efficientnet_lite0 --xyz_backbone_name FPFH
     python benchmarks/precision.py --dataset_path datasets/mvtec3d --classes bagel
 
-Mean and minimum of the cosine between a test patch in fp32 and in bf16, for each bank and without background, and the
-metrics of the method in both. Prints them; writes JSON.
+The script prints the mean and the minimum of the cosine between a test patch in fp32 and in bf16, for each bank and
+without background, and the metrics of the method in both precisions. It also writes JSON.
 """
 
 import sys

@@ -5,8 +5,8 @@
     python benchmarks/predict.py --networks pip                 # EfficientNet-Lite0 and FPFH instead
     python benchmarks/predict.py --networks tiny --many 100     # for a trial
 
-Networks have random weights, samples are synthetic. Both are written to a temporary folder, with a detector whose banks
-are as large as those of --train training samples. Prints figures; writes JSON.
+Networks have random weights, and samples are synthetic. Both are written to a temporary folder, with a detector whose
+banks are as large as those of --train training samples. The script prints its measurements and writes JSON.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
 
 
 def write_checkpoints(folder: Path) -> None:
-    """Random weights in the files that the authors of both networks publish."""
+    """Write random weights in the file formats that the authors of both networks publish."""
     rgb, xyz = build_networks(SIZES["published"])
     rgb_spec, xyz_spec = RGB_BACKBONES["vit_base_patch8_224_dino"], XYZ_BACKBONES["Point_MAE"]
     torch.save(rgb.model.state_dict(), folder / rgb_spec.files.names[0])
@@ -93,7 +93,7 @@ def resident_mb(pid: int) -> float:
 
 
 def run_predict(folder: Path, args: argparse.Namespace, count: int, batch_size: int | None) -> dict[str, Any]:
-    """Run predict.py on `count` samples, the distinct ones again and again, and read its lines and its memory."""
+    """Run predict.py on `count` samples, repeating the distinct ones, and read its lines and its memory."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         for name, suffix in (("rgb", ".png"), ("xyz", ".tiff")):
             Path(place, name).mkdir()
@@ -126,12 +126,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, "predict")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--networks", choices=NETWORKS, default="published", help="tiny: for a trial")
-    parser.add_argument("--train", type=int, default=200, help="training samples whose banks have this size")
+    parser.add_argument("--train", type=int, default=200, help="training samples that set the size of the banks")
     parser.add_argument("--distinct", type=int, default=8, help="different samples, predicted again and again")
     parser.add_argument("--samples", type=int, default=50, help="samples for the latency")
     parser.add_argument("--many", type=int, default=1000, help="samples in a row for the memory")
     parser.add_argument("--repeats", type=int, default=3, help="cold starts")
-    parser.add_argument("--batch_size", type=int, help="beside 1; by default that of predict.py")
+    parser.add_argument("--batch_size", type=int, help="batch size beside 1; by default as in predict.py")
     parser.add_argument("--num_workers", type=int, default=2, help="threads that read files ahead")
     parser.add_argument("--device", default="auto", help="as of predict.py")
     args = parser.parse_args(argv)

@@ -3,8 +3,8 @@
     python benchmarks/preprocessing.py                    # open3d's clustering takes some 20 s
     python benchmarks/preprocessing.py --skip_open3d
 
-Figures are the median of three runs, open3d's of one. `scans_per_second_<workers>` includes reading, writing and the
-start of the processes, for scans of 400 x 400 pixels. Prints a table; writes JSON.
+Times are the median of three runs, open3d's that of one. `scans_per_second_<workers>` includes reading, writing and the
+start of the processes, for scans of 400 x 400 pixels. The script prints a table and writes JSON.
 """
 
 import os
@@ -46,7 +46,7 @@ def cleaning_seconds() -> dict[str, float]:
 
 
 def on_one_core() -> dict[str, float]:
-    """`cleaning_seconds` in a process that never had more than one core, not for NumPy's threads either."""
+    """Return `cleaning_seconds` of a process that has only one core, also for NumPy's threads."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})  # inherited by new processes
     try:

@@ -4,10 +4,10 @@
     python benchmarks/ranks.py --stages coreset                # minutes
     python benchmarks/ranks.py --stages class --networks tiny --train 8 --test 4   # for a trial
 
-Gloo processes of one thread each, so times can only fall as long as there are cores. Rows are synthetic: a third are
-equal, as of background; the others lie on a plane of 16 dimensions, with noise. Each process makes those of its own
-samples. Prints what a process receives, its memory beyond what it started with, the passes and the seconds; writes
-JSON, and a figure with the cost model of docs/DISTRIBUTED.md beyond the measured processes.
+The processes use Gloo and one thread each, so times only fall while there are idle cores. Rows are synthetic: a third
+are equal, like background; the others lie near a plane of 16 dimensions. Each process makes the rows of its own
+samples. The script prints the MB that a process receives, its memory beyond that at the start, the passes and the
+seconds. It writes JSON, and a figure with the cost model of docs/DISTRIBUTED.md beyond the measured processes.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def run_coreset(args: argparse.Namespace, samples: int) -> dict[str, Any]:
 
 
 def run_class(args: argparse.Namespace, samples: int) -> dict[str, Any]:
-    """Fit and evaluate a class. The first process also reports the time of what it does alone."""
+    """Fit and evaluate a class. The first process also reports the time of the work that it does alone."""
     size = SIZES[args.networks]
     config = detector_config(size, "fp32", method_name=TRIPLE)
     extractor = PatchExtractor(config, *build_networks(size))
@@ -133,7 +133,7 @@ def work(rank: int, count: int, args: argparse.Namespace, stage: str, samples: i
 
 
 def measure(args: argparse.Namespace, stage: str, count: int, samples: int) -> tuple[Cost, dict[str, Any]]:
-    """Run a stage in `count` processes; returns also what the first one recorded."""
+    """Run a stage in `count` processes; return its cost and the record of the first process."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(work, (count, args, stage, samples, folder), nprocs=count)
         found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(count)]

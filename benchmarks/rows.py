@@ -58,7 +58,7 @@ def measure_row(
 
 
 def _at(precision: str, work: Work) -> Work:
-    """The work in the precision that PatchExtractor runs networks in."""
+    """Run the work in the precision that PatchExtractor uses for networks."""
 
     def run() -> object:
         with autocast(torch.device("cpu"), precision):

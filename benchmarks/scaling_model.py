@@ -36,7 +36,7 @@ class Pass(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """Seconds of the parts of a pass in one process, each measured by itself at one width of rows."""
+    """Seconds of each part of a pass in one process, measured separately at one width of rows."""
 
     touched: float  # per touched row: reading it, and its difference to the nearest pick
     pair: float  # per touched row and pick: their product, and the minimum
@@ -70,7 +70,7 @@ def grown_passes(passes: Sequence[Pass], factor: int) -> list[Pass]:
 
 
 def measure_machine(width: int, processes: int) -> Machine:
-    """Measure one thread, and the link between `processes` processes of this machine."""
+    """Measure the parts of a pass on one thread, and the link between `processes` processes of this machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows = torch.randn(PROBED_ROWS, width)
@@ -115,7 +115,7 @@ def _probe(rank: int, count: int, width: int, folder: str) -> None:
 def draw_scaling(
     path: Path, machine: Machine, costs: Sequence[Any], recorded: Mapping[int, Sequence[Pass]], width: int
 ) -> None:
-    """Memory and traffic of a process as measured, and modeled seconds by processes with the measured ones."""
+    """Draw measured memory and traffic of a process, and modeled and measured seconds by number of processes."""
     memory, traffic, time_axes = new_axes(12.8, 4.0, columns=3)
     for rows in recorded:
         of_size = [cost for cost in costs if cost.rows == rows]

@@ -1,13 +1,13 @@
 """Time of every stage of fitting and evaluating a class beside its plain form, and memory of both.
 
-    python benchmarks/stages.py                            # all stages, about three quarters of an hour on two cores
+    python benchmarks/stages.py                            # all stages, about 45 minutes on two cores
     python benchmarks/stages.py --stages features scoring  # some stages
-    python benchmarks/stages.py --whole                    # the plain greedy loop to its end, which takes long
+    python benchmarks/stages.py --whole                    # run the plain greedy loop to its end, which takes long
 
-Random weights and synthetic samples, so no file is needed. The plain form is feature_extractors/reference.py in fp32.
-Forms take turns with a matrix product, and the median counts. The plain greedy loop ends after --picks picks, and its
-time is extrapolated. A whole class runs in its own process. Prints tables; writes JSON and a figure of the cost against
-the number of training samples.
+Weights are random and samples synthetic, so no file is needed. The plain form is feature_extractors/reference.py in
+fp32. Forms take turns with a matrix product, and the median counts. The plain greedy loop ends after --picks picks, and
+its time is extrapolated. A whole class runs in its own process. The script prints tables, and writes JSON and a figure
+of the cost against the number of training samples.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of the fast form"
     )
-    parser.add_argument("--repeats", type=int, default=3, help="turns, of which the median counts")
+    parser.add_argument("--repeats", type=int, default=3, help="turns; the median counts")
     parser.add_argument("--batch", type=int, default=4, help="samples whose features are collected together")
     parser.add_argument("--distinct", type=int, default=8, help="samples whose patches, with noise, fill --rows")
     parser.add_argument("--rows", type=int, default=40 * 3136, help="rows from which a tenth is selected")

@@ -8,8 +8,8 @@ from unittest.mock import patch
 
 import torch.distributed as dist
 
-# By the arguments of a call. An all-gather brings the shards of the others, an all-reduce around a ring twice the
-# tensor except for one share of it.
+# Bytes by the arguments of a call. An all-gather receives the shards of the others. An all-reduce over a ring of N
+# processes receives 2 (N - 1) / N times the tensor.
 RECEIVED: dict[str, Callable[..., float]] = {
     "all_gather": lambda shards, own, *_: sum(shard.nbytes for shard in shards) - own.nbytes,
     "all_reduce": lambda tensor, *_: 2 * tensor.nbytes * (1 - 1 / dist.get_world_size()),

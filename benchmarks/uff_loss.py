@@ -3,8 +3,8 @@
     python benchmarks/uff_loss.py                      # 8 x 3136 rows, a batch of 8 clouds without background
     python benchmarks/uff_loss.py --rows 50176 --skip_plain
 
-Each form runs in its own process. Memory is the peak of resident memory beyond what the process had before. Prints a
-table; writes JSON.
+Each form runs in its own process. Memory is the peak of resident memory beyond that at the start. The script prints a
+table and writes JSON.
 """
 
 import sys

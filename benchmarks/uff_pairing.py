@@ -2,8 +2,8 @@
 
     python benchmarks/uff_pairing.py --figure docs/uff_pairing.png
 
-Trains fusion_pretrain.py on synthetic features: the rgb patch is a fixed map of what the xyz patches of the same place
-have in common, plus noise. Held-out samples show how often the rgb patch of the same place is found.
+The script runs fusion_pretrain.py on synthetic features: an rgb patch is a fixed function of the xyz patches at its
+place, plus noise. Retrieval is the share of xyz patches in held-out samples whose rgb patch is found.
 """
 
 import json
