@@ -2,8 +2,8 @@
 
     python benchmarks/uff_pairing.py --figure docs/uff_pairing.png
 
-The script runs fusion_pretrain.py on synthetic features: an rgb patch is a fixed function of the xyz patches at its
-place, plus noise. Retrieval is the share of xyz patches in held-out samples whose rgb patch is found.
+The script runs fusion_pretrain.py on synthetic features. The xyz patches of a place are a random vector plus noise, and
+its rgb patch is a fixed linear map of this vector plus noise. Retrieval is measured on held-out samples.
 """
 
 import json
