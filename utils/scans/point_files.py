@@ -192,9 +192,8 @@ def _from_compressed(path: Path, body: bytes, point: np.dtype, number: int) -> n
 def decompress_lzf(packed: bytes, length: int) -> bytes:
     """Undo the LZF compression of `length` bytes; ValueError if the result has another length.
 
-    A control byte c below 32 is followed by c + 1 literal bytes. Any other one repeats earlier bytes. Their number is
-    its upper 3 bits plus 2 (if these are 7, plus the next byte). Their distance is its lower 5 bits as high bits, and
-    the next byte as low bits, plus 1.
+    A control byte c below 32 precedes c + 1 literal bytes. Any other one repeats earlier bytes: their number is its
+    upper 3 bits plus 2 (plus the next byte, if 7), and their distance its lower 5 bits, then the next byte, plus 1.
     """
     whole, i = bytearray(), 0
     while i < len(packed) and len(whole) <= length:
