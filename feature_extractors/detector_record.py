@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -30,7 +30,7 @@ class DetectorRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     config_sha256: str  # see config_checksum
     backbone_sha256: dict[str, str]  # checksum of the weights by modality, see models.checkpoints.weights_checksum
     thresholds: Thresholds | None
-    dtype: str  # of the banks' rows, a key of STORAGE_DTYPES
+    dtype: Literal["fp16", "fp32"]  # of the rows of the banks
     state_sha256: str  # of state.safetensors
 
 

@@ -88,7 +88,7 @@ def save_detector(
         config_sha256=config_checksum(config),
         backbone_sha256={modality: extractor.checksums[modality] for modality in config.backbone_names},
         thresholds=detector.thresholds,
-        dtype=storage,
+        dtype=storage,  # type: ignore[arg-type]
         state_sha256=hashlib.sha256(state).hexdigest(),
     )
     text = encode_record(record, indent=1)

@@ -75,14 +75,26 @@ def set_up(args: argparse.Namespace, given: Collection[str], device: torch.devic
 
     The other ranks receive the run that rank 0 checked. Raises InputError if a flag or an input file is wrong.
     """
-    run: Run = prepare(args, given, device) if is_main() else broadcast_object(None)
+    if not is_main():
+        run: Run | None = broadcast_object(None)
+        if run is None:  # rank 0 prints the problem
+            raise SystemExit(2)
+        return run, _build(run, device)
+    try:
+        run = prepare(args, given, device)
+        extractor = _build(run, device)
+    except InputError:
+        broadcast_object(None)
+        raise
+    broadcast_object(run)
+    return run, extractor
+
+
+def _build(run: Run, device: torch.device) -> PatchExtractor:
     settings = run.settings
     uff = None if run.saved else settings.fusion_module_path  # a saved detector holds its own UFF
     weights = {"rgb_checkpoint": settings.rgb_checkpoint, "xyz_checkpoint": settings.xyz_checkpoint}
-    extractor = build_extractor(run.config, settings.checkpoint_dir, uff, device, **weights)
-    if is_main():
-        broadcast_object(run)
-    return run, extractor
+    return build_extractor(run.config, settings.checkpoint_dir, uff, device, **weights)
 
 
 def prepare(args: argparse.Namespace, given: Collection[str], device: torch.device) -> Run:

@@ -28,7 +28,8 @@ def read_checkpoint(path: Path) -> Any:
     Raises InputError if the file is absent, damaged, no checkpoint, or holds objects that are not allowed.
     """
     if not path.is_file():
-        raise InputError(f"Checkpoint {path} does not exist. Check the path or train it first.")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"Checkpoint {path} {problem}. Check the path or train it first.")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -25,6 +25,7 @@ Group = dist.ProcessGroup
 # Longest wait in a collective, such as for a rank that fits SVMs or writes a report, or for the slowest group. The
 # backend notices a dead rank sooner, because its connection closes.
 COLLECTIVE_TIMEOUT = timedelta(hours=6)
+CONNECT_TIMEOUT = timedelta(minutes=2)  # longest wait for the other ranks at the start
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,15 @@ def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") 
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    size = ranks.world_size
     try:
-        dist.init_process_group(backend, dist_url, COLLECTIVE_TIMEOUT, ranks.world_size, ranks.rank)
+        store, _, _ = next(dist.rendezvous(dist_url, ranks.rank, size, timeout=CONNECT_TIMEOUT))
+        store.set(f"rank {ranks.rank}", "")
+        store.wait([f"rank {each}" for each in range(size)], CONNECT_TIMEOUT)
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, world_size=size, rank=ranks.rank, store=store)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        problem = f"rank {ranks.rank} cannot connect to the other {ranks.world_size - 1} by {dist_url} ({reason})"
+        problem = f"rank {ranks.rank} cannot connect to the other {size - 1} by {dist_url} ({reason})"
         raise InputError(f"{problem}. Start all ranks, and give them an address that each can reach.") from None
     yield
     dist.destroy_process_group()  # not after an error: it would wait for the other ranks
