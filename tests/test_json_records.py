@@ -95,7 +95,7 @@ def test_faults_of_a_file_are_named(tmp_path: Path) -> None:
         (b'{"schema": 2, "settings": {"a": {"rate": -1}}}', "(rate is -1.0, expected at least 0 at `settings[...]`)"),
         (b'{"schema": 2, "settings": {"a": {"pair": [1]}}}', "(Expected `array` of length 2, got 1"),
         (b'{"schema": 2, "settings": {"a": {"mode": "\\u001b[2J"}}}', "at `settings[...].mode`"),
-        (b'{"schema": 2, "settings": {}, "\\u001b[2J\\n": 1}', "(Object contains unknown field `?[2J?`)"),
+        (b'{"schema": 2, "settings": {}, "\\u001b[2J\\n": 1}', "(Object contains unknown field `\\x1b[2J\\n`)"),
     ]
     for content, expected in cases:
         assert expected in refusal(tmp_path / "it.json", content), content

@@ -365,7 +365,7 @@ def refused(folder: Path) -> str:
     assert len(message) < len(str(folder)) + 400
     assert any(
         remedy in message
-        for remedy in ("fit the detector again", "Update this program", "Save one with", "Name one", "rename")
+        for remedy in ("fit the detector again", "Update this program", "Save one with", "Name one", "Rename")
     )
     return message.removeprefix(str(folder))
 
