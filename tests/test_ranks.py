@@ -284,11 +284,18 @@ def test_coresets_of_raw_rows_are_those_of_one_process(found: list[dict[str, Any
 
 
 def test_a_first_rank_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "COLLECTIVE_TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr(distributed, "CONNECT_TIMEOUT", timedelta(seconds=1))
     with socket.create_server(("localhost", 0)) as taken:
         url = f"tcp://localhost:{taken.getsockname()[1]}"
     told = rf"rank 1 cannot connect to the other 2 by {url} \(.*\)\. Start all ranks, "
     with pytest.raises(InputError, match=told), process_group(Ranks(1, 3, 1), CPU, url):
+        raise AssertionError("they have met")
+
+
+def test_a_rank_that_does_not_come_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "CONNECT_TIMEOUT", timedelta(seconds=1))
+    told = "rank 0 cannot connect to the other 1 by file:"
+    with pytest.raises(InputError, match=told), process_group(Ranks(0, 2), CPU, f"file://{tmp_path}/meet"):
         raise AssertionError("they have met")
 
 
