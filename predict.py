@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.choices import UNITS
 from utils.command_line import Parser
-from utils.errors import InputError, exit_on_input_error, printable
+from utils.errors import InputError, escape_controls, exit_on_input_error
 
 if TYPE_CHECKING:
     from feature_extractors.detector import Detector
@@ -177,9 +177,13 @@ def predict(settings: PredictSettings) -> int:
 
 def print_line(record: dict[str, Any], width: int = 0) -> None:
     """Print a sample on one line of stdout in aligned columns, or its problem on stderr."""
-    name = printable(record["name"])
+    name = escape_controls(record["name"])
     if "error" in record:
-        print(f"predict.py: {name} could not be predicted: {printable(record['error'])}", file=sys.stderr, flush=True)
+        print(
+            f"predict.py: {name} could not be predicted: {escape_controls(record['error'])}",
+            file=sys.stderr,
+            flush=True,
+        )
         return
     decision = {True: "anomalous", False: "good", None: "no threshold"}[record["anomalous"]]
     normalized = "" if record["normalised"] is None else f"{record['normalised']:.3f}"

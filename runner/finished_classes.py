@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from utils.errors import InputError, printable
+from utils.errors import InputError, escape_controls
 from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.tables import one_line
 from utils.scans.json_records import MissingRecordError, plain_json, read_record, write_record
@@ -77,5 +77,5 @@ def _checksum(report: ClassReport) -> str:
 
 def _short(value: Any) -> str:
     """A value from a file as one line of printable text."""
-    text = printable(one_line(str(value)))
+    text = escape_controls(one_line(str(value)))
     return text if len(text) <= 60 else text[:59] + "…"

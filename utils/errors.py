@@ -11,7 +11,7 @@ class InputError(ValueError):
     """Bad input. The message states the problem and the fix: "<problem>. <fix>."."""
 
 
-def printable(text: str) -> str:
+def escape_controls(text: str) -> str:
     """Escape control characters, such as those in file names, which a terminal would execute."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
@@ -26,7 +26,7 @@ def exit_on_input_error() -> Iterator[None]:
             if sys.stdout is not None:  # it is None if the program was started without one
                 sys.stdout.flush()
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {printable(str(error))}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {escape_controls(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from utils.errors import InputError, printable
+from utils.errors import InputError, escape_controls
 from utils.scans.files import atomic_path, cannot_read, cannot_write
 
 Record = TypeVar("Record")
@@ -104,4 +104,4 @@ def _finite(digits: str) -> float:
 
 def _damaged(path: Path, problem: str, fix: str) -> InputError:
     """Return an error without the file's control characters, which a terminal might execute."""
-    return InputError(f"{path} is damaged ({printable(problem)[:200]}). {fix}.")
+    return InputError(f"{path} is damaged ({escape_controls(problem)[:200]}). {fix}.")
