@@ -93,7 +93,7 @@ def link_files(source: Path, target: Path, without: Sequence[str] = ()) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that default paths lie there, and nothing is written into the checkout."""
     monkeypatch.chdir(tmp_path)
 
@@ -124,10 +124,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
     with pytest.raises(SystemExit) as stop:
         call(*flags)
     assert stop.value.code == 2
-    return sentence(capsys.readouterr().err)
+    return error_line(capsys.readouterr().err)
 
 
-def sentence(stderr: str) -> str:
+def error_line(stderr: str) -> str:
     """The one line of an error, which is the last of stderr."""
     lines = stderr.splitlines()
     assert [line for line in lines if "error:" in line] == lines[-1:], stderr
@@ -154,7 +154,7 @@ def write_cloud(path: Path, xyz: np.ndarray) -> None:
     tifffile.imwrite(path, xyz, photometric="rgb" if xyz.ndim == 3 and xyz.shape[2] == 3 else "minisblack")
 
 
-def write_picture(path: Path, pixels: np.ndarray) -> None:
+def write_image(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
 
@@ -165,8 +165,8 @@ def write_bagels(root: Path) -> Path:
         folder, stem = (root / "bagel" / scan).parent, Path(scan).name
         write_cloud(folder / "xyz" / f"{stem}.tiff", surface(seed))
         noise = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-        write_picture(folder / "rgb" / f"{stem}.png", noise)
-    write_picture(root / "bagel/test/hole/gt/000.png", np.pad(np.full((16, 16), 255, np.uint8), 24))
+        write_image(folder / "rgb" / f"{stem}.png", noise)
+    write_image(root / "bagel/test/hole/gt/000.png", np.pad(np.full((16, 16), 255, np.uint8), 24))
     return root
 
 

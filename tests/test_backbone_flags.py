@@ -10,11 +10,11 @@ from main_runs import (
     TABLES,
     bagels_fixture,  # noqa: F401 (a fixture)
     files_below,
-    folder_of_its_own,  # noqa: F401 (a fixture)
     no_download,  # noqa: F401 (a fixture)
     one_thread,  # noqa: F401 (a fixture)
     printed,
     read_run,
+    run_in_tmp_path,  # noqa: F401 (a fixture)
     run_into,
     table_rows,
 )

@@ -19,17 +19,17 @@ from main_runs import (
     SMALL,
     XYZ_DIM,
     bagels_fixture,  # noqa: F401 (a fixture)
-    folder_of_its_own,  # noqa: F401 (a fixture)
+    error_line,
     no_download,  # noqa: F401 (a fixture)
     one_thread,  # noqa: F401 (a fixture)
     process,
     refusal,
+    run_in_tmp_path,  # noqa: F401 (a fixture)
     run_into,
-    sentence,
     surface,
     write_bagels,
     write_cloud,
-    write_picture,
+    write_image,
 )
 
 from feature_extractors.config import DetectorConfig
@@ -137,9 +137,9 @@ def test_a_missing_split_is_found_before_the_work_starts(
             "array of 64 x 64 x 4,",
         ),
         ("train/good/xyz/001.tiff", lambda path: write_cloud(path, np.ones((64, 64, 3), "u2")), "holds uint16 numbers"),
-        ("train/good/rgb/001.png", lambda path: write_picture(path, np.ones((64, 32, 3), "u1")), "64 x 32 pixels"),
-        ("test/hole/rgb/000.png", lambda path: write_picture(path, np.ones((80, 80, 3), "u1")), "80 x 80 pixels"),
-        ("test/hole/gt/000.png", lambda path: write_picture(path, np.eye(48, dtype="u1")), "000.png has 48 x 48"),
+        ("train/good/rgb/001.png", lambda path: write_image(path, np.ones((64, 32, 3), "u1")), "64 x 32 pixels"),
+        ("test/hole/rgb/000.png", lambda path: write_image(path, np.ones((80, 80, 3), "u1")), "80 x 80 pixels"),
+        ("test/hole/gt/000.png", lambda path: write_image(path, np.eye(48, dtype="u1")), "000.png has 48 x 48"),
     ],
 )
 def test_bad_files_are_found_before_the_work_starts(
@@ -528,7 +528,7 @@ def test_a_first_call_without_data_says_what_to_do(tmp_path: Path) -> None:
     done = process(tmp_path, ROOT / "main.py")
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    message = sentence(done.stderr)
+    message = error_line(done.stderr)
     assert "datasets/mvtec3d is not a folder. Download MVTec 3D-AD from https://www.mvtec.com" in message
     assert "--dataset_path" in message
     assert done.stdout == ""
@@ -540,5 +540,5 @@ def test_an_error_in_mid_run_is_the_last_line(bagels: Path, tmp_path: Path) -> N
     write_cloud(bagels / "bagel/train/good/xyz/001.tiff", sparse(0))
     done = process(tmp_path, ROOT / "main.py", "--method_name", "Point_MAE", "--dataset_path", bagels, *SMALL)
     assert done.returncode == 2
-    assert "bagel/train/good/xyz/001.tiff has no valid point" in sentence(done.stderr)
+    assert "bagel/train/good/xyz/001.tiff has no valid point" in error_line(done.stderr)
     assert "main: bagel: 2 training, 0 validation and 2 test samples" in done.stderr

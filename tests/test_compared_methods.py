@@ -17,12 +17,12 @@ from main_runs import (
     XYZ_DIM,
     Run,
     files_below,
-    folder_of_its_own,  # noqa: F401 (a fixture)
     no_download,  # noqa: F401 (a fixture)
     one_thread,  # noqa: F401 (a fixture)
     printed,
     read_run,
     refusal,
+    run_in_tmp_path,  # noqa: F401 (a fixture)
     table_rows,
     write_bagels,
     write_cloud,

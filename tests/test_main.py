@@ -24,13 +24,13 @@ from main_runs import (
     bagels_fixture,  # noqa: F401 (a fixture)
     call,
     files_below,
-    folder_of_its_own,  # noqa: F401 (a fixture)
     link_files,
     no_download,  # noqa: F401 (a fixture)
     one_thread,  # noqa: F401 (a fixture)
     process,
     read_run,
     refusal,
+    run_in_tmp_path,  # noqa: F401 (a fixture)
     run_into,
     surface,
     table_rows,

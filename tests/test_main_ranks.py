@@ -27,15 +27,15 @@ from main_runs import (
     XYZ_DIM,
     call,
     files_below,
-    folder_of_its_own,  # noqa: F401 (a fixture)
     link_files,
     no_download,  # noqa: F401 (a fixture)
     printed,
     refusal,
+    run_in_tmp_path,  # noqa: F401 (a fixture)
     surface,
     table_rows,
     write_cloud,
-    write_picture,
+    write_image,
 )
 from PIL import Image
 from report_pages import read_page, samples_of
@@ -88,10 +88,10 @@ def write_scan(folder: Path, stem: str, seed: int, defective: bool) -> None:
         photo[spot] = 255
         mask = np.zeros((SIDE, SIDE), np.uint8)
         mask[spot] = 255
-        write_picture(folder / "gt" / f"{stem}.png", mask)
+        write_image(folder / "gt" / f"{stem}.png", mask)
     xyz[: SIDE // 8] = 0
     write_cloud(folder / "xyz" / f"{stem}.tiff", xyz)
-    write_picture(folder / "rgb" / f"{stem}.png", photo)
+    write_image(folder / "rgb" / f"{stem}.png", photo)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 import tifffile
 import torch
 from conftest import ROOT
-from main_runs import Run, read_run, write_bagels, write_cloud, write_picture
+from main_runs import Run, read_run, write_bagels, write_cloud, write_image
 from main_runs import call as call_main
 from PIL import Image
 from tiny_networks import one_thread, stub_fusion, stub_rgb, stub_xyz  # noqa: F401 (one_thread is a fixture)
@@ -184,7 +184,7 @@ def test_every_format_says_the_same(fitted: Fitted, tmp_path: Path) -> None:
 
 def test_a_depth_picture(fitted: Fitted, tmp_path: Path) -> None:
     depth = np.random.default_rng(0).integers(4900, 5100, (SIDE, SIDE)).astype(np.uint16)
-    write_picture(tmp_path / "depth.png", depth)
+    write_image(tmp_path / "depth.png", depth)
     camera = {"fx": 500.0, "fy": 500.0, "cx": 32.0, "cy": 31.5, "depth_scale": 0.0001}
     (tmp_path / "camera.json").write_text(json.dumps(camera))
     z = depth * 0.0001
@@ -303,7 +303,7 @@ def test_maps_have_the_size_of_the_scan(fitted: Fitted, tmp_path: Path) -> None:
     xyz = read_organized_pc(folder / "xyz/000.tiff")[:48]
     photo = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
     write_cloud(tmp_path / "xyz/a.tiff", xyz)
-    write_picture(tmp_path / "rgb/a.png", photo)
+    write_image(tmp_path / "rgb/a.png", photo)
     assert run(*flags_for(fitted, tmp_path, tmp_path / "out")) == 0
     assert tifffile.imread(tmp_path / "out/a.tiff").shape == (48, 64)
     with Image.open(tmp_path / "out/a_overlay.png") as overlay:
@@ -523,7 +523,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scan = make_scan("cookie", path, 224, seed=i)
         folder, stem = (root / "parts/cookie" / path).parent, Path(path).name
         write_organized_pc(folder / f"xyz/{stem}.tiff", scan.xyz[:, 8:212])
-        write_picture(folder / f"rgb/{stem}.png", np.ascontiguousarray(scan.rgb[:, 8:212]))
+        write_image(folder / f"rgb/{stem}.png", np.ascontiguousarray(scan.rgb[:, 8:212]))
     return root / "parts"
 
 

@@ -6,11 +6,11 @@ import pytest
 from main_runs import (
     SMALL,
     bagels_fixture,  # noqa: F401 (a fixture)
-    folder_of_its_own,  # noqa: F401 (a fixture)
     no_download,  # noqa: F401 (a fixture)
     one_thread,  # noqa: F401 (a fixture)
     printed,
     refusal,
+    run_in_tmp_path,  # noqa: F401 (a fixture)
     run_into,
 )
 from report_pages import read_page, samples_of

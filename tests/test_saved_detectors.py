@@ -21,17 +21,17 @@ from main_runs import (
     Run,
     call,
     files_below,
-    folder_of_its_own,  # noqa: F401 (a fixture)
     no_download,  # noqa: F401 (a fixture)
     printed,
     process,
     read_run,
     refusal,
+    run_in_tmp_path,  # noqa: F401 (a fixture)
     run_into,
     surface,
     write_bagels,
     write_cloud,
-    write_picture,
+    write_image,
 )
 from safetensors.torch import save_file
 from tiny_networks import one_thread  # noqa: F401 (a fixture, of the module's runs too)
@@ -80,7 +80,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(VALIDATION):
         noise = np.random.default_rng(50 + i).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
         write_cloud(root / f"bagel/validation/good/xyz/{i:03d}.tiff", surface(50 + i))
-        write_picture(root / f"bagel/validation/good/rgb/{i:03d}.png", noise)
+        write_image(root / f"bagel/validation/good/rgb/{i:03d}.png", noise)
     return root
 
 
