@@ -1,4 +1,4 @@
-"""JSON records: round trips, atomic writes, and one clear error for every kind of fault."""
+"""JSON records: round trips, atomic writes, and one clear error for every kind of damage."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,24 +44,24 @@ def refusal(path: Path, content: bytes) -> str:
     return message.removeprefix(f"{path} ")
 
 
-def test_a_record_comes_back(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     entry = Entry(2, {"a": Setting(0.3, (3, 4), "slow"), "\udcff": Setting()}, note="line\nbreak", title="x")
-    write_record(tmp_path / "deep/er/it.json", entry)
-    assert read_record(tmp_path / "deep/er/it.json", Entry, 2, FIX) == entry
-    assert [path.name for path in (tmp_path / "deep/er").iterdir()] == ["it.json"]
+    write_record(tmp_path / "deep/er/record.json", entry)
+    assert read_record(tmp_path / "deep/er/record.json", Entry, 2, FIX) == entry
+    assert [path.name for path in (tmp_path / "deep/er").iterdir()] == ["record.json"]
 
 
 def test_numpy_values_and_paths_are_written_plainly(tmp_path: Path) -> None:
-    write_record(tmp_path / "it.json", {"a": np.float32(0.5), "b": np.arange(2), "c": Path("x/y")})
-    assert (tmp_path / "it.json").read_text() == '{"a": 0.5, "b": [0, 1], "c": "x/y"}\n'
+    write_record(tmp_path / "record.json", {"a": np.float32(0.5), "b": np.arange(2), "c": Path("x/y")})
+    assert (tmp_path / "record.json").read_text() == '{"a": 0.5, "b": [0, 1], "c": "x/y"}\n'
 
 
 @pytest.mark.parametrize(
     ("value", "error"), [(float("nan"), ValueError), (float("inf"), ValueError), (set(), TypeError)]
 )
-def test_what_json_cannot_hold_is_not_written(tmp_path: Path, value: object, error: type[Exception]) -> None:
+def test_values_outside_json_are_not_written(tmp_path: Path, value: object, error: type[Exception]) -> None:
     with pytest.raises(error):
-        write_record(tmp_path / "it.json", {"a": value})
+        write_record(tmp_path / "record.json", {"a": value})
     assert not list(tmp_path.iterdir())
 
 
@@ -69,14 +69,14 @@ def test_a_failed_write_leaves_the_older_file(tmp_path: Path, monkeypatch: pytes
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    write_record(tmp_path / "it.json", 1)
+    write_record(tmp_path / "record.json", 1)
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(InputError, match=r"it\.json cannot be written \(No space left on device\). Free disk space"):
-        write_record(tmp_path / "it.json", 2)
+    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\). Free disk space"):
+        write_record(tmp_path / "record.json", 2)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["1\n"]
 
 
-def test_faults_of_a_file_are_named(tmp_path: Path) -> None:
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
     cases: list[tuple[bytes, str]] = [
         (b"", "is damaged (not JSON: Expecting value"),
         (b"\xff\xfe{}", "is damaged (not JSON: invalid start byte)"),
@@ -98,18 +98,18 @@ def test_faults_of_a_file_are_named(tmp_path: Path) -> None:
         (b'{"schema": 2, "settings": {}, "\\u001b[2J\\n": 1}', "(Object contains unknown field `\\x1b[2J\\n`)"),
     ]
     for content, expected in cases:
-        assert expected in refusal(tmp_path / "it.json", content), content
+        assert expected in refusal(tmp_path / "record.json", content), content
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MissingRecordError, match=rf"it\.json is missing\. {FIX}\."):
-        read_record(tmp_path / "it.json", Entry, 2, FIX)
+def test_missing_and_unreadable_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(MissingRecordError, match=rf"record\.json is missing\. {FIX}\."):
+        read_record(tmp_path / "record.json", Entry, 2, FIX)
     with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
         read_record(tmp_path, Entry, 2, FIX)
 
 
-def test_a_line_is_decoded_without_a_schema() -> None:
+def test_decode_record_needs_no_schema() -> None:
     kind: Any = dict[str, Setting]
-    assert decode_record('{"a": {"rate": 1}}', kind, Path("it.jsonl"), FIX) == {"a": Setting(1.0)}
-    with pytest.raises(InputError, match=r"it\.jsonl is damaged \(not JSON"):
-        decode_record('{"a": {"ra', kind, Path("it.jsonl"), FIX)
+    assert decode_record('{"a": {"rate": 1}}', kind, Path("record.jsonl"), FIX) == {"a": Setting(1.0)}
+    with pytest.raises(InputError, match=r"record\.jsonl is damaged \(not JSON"):
+        decode_record('{"a": {"ra', kind, Path("record.jsonl"), FIX)
