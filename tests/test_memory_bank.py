@@ -1,4 +1,4 @@
-"""The memory bank's search against the full distance matrix, its statistics against torch's own."""
+"""Nearest-neighbor search against the full distance matrix, and bank statistics against torch."""
 
 import pytest
 import torch
@@ -16,20 +16,20 @@ def random_rows(count: int, dim: int, seed: int) -> Tensor:
 
 
 def exact_nearest(queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance (float64) and index of the plain form in double precision."""
+    """Distance (float64) and index by the plain search in double precision."""
     return reference.nearest_rows(queries.double(), rows.double(), exact_distances=True)
 
 
 @pytest.fixture(params=["whole", "chunked", "single queries"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search in one block, in several, and query by query."""
+    """Search in one block, in several blocks, and query by query."""
     entries = {"whole": memory_bank.MAX_BLOCK_ENTRIES, "chunked": 400, "single queries": 1}[request.param]
     monkeypatch.setattr(memory_bank, "MAX_BLOCK_ENTRIES", entries)
 
 
 @pytest.fixture
 def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by the number of queries of each block that is searched."""
+    """List of the number of queries in each searched block."""
     counts: list[int] = []
     nearest_of = MemoryBank._nearest_of
 
@@ -55,7 +55,7 @@ def test_nearest_equals_the_full_matrix(queries: int, rows: int, dim: int, devic
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_row_of_the_bank_is_found_at_distance_zero(device: str) -> None:
-    """Exactly zero, where a distance by matrix product would be lost in rounding."""
+    """The distance is exactly zero, where a distance by matrix product would be lost in rounding."""
     bank = (100.0 + random_rows(200, 64, 2)).to(device)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0)).to(device)
     distance, index = MemoryBank(bank).nearest(bank[order])
@@ -63,7 +63,7 @@ def test_a_row_of_the_bank_is_found_at_distance_zero(device: str) -> None:
     assert torch.equal(index, order)
 
 
-def test_distances_close_to_a_row_keep_their_digits() -> None:
+def test_small_distances_keep_their_precision() -> None:
     bank = 10.0 + random_rows(200, 64, 2)
     queries = bank + 1e-3 * random_rows(200, 64, 3)
     distance, _ = MemoryBank(bank).nearest(queries)
@@ -71,10 +71,10 @@ def test_distances_close_to_a_row_keep_their_digits() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_nearest_of_rows_a_hair_apart_is_found(device: str) -> None:
-    """Families of four rows that differ by less than a product of fp32 keeps; of copies the lowest is taken."""
-    family = torch.arange(60).repeat_interleave(4)
-    bank = (10.0 + 10 * random_rows(60, 64, 2)[family] + 1e-4 * random_rows(240, 64, 3)).to(device)
+def test_nearest_of_almost_equal_rows_is_found(device: str) -> None:
+    """Groups of four rows differ by less than the precision of an fp32 product; of copies the lowest index wins."""
+    group = torch.arange(60).repeat_interleave(4)
+    bank = (10.0 + 10 * random_rows(60, 64, 2)[group] + 1e-4 * random_rows(240, 64, 3)).to(device)
     distance, index = MemoryBank(bank).nearest(bank)
     assert (distance == 0).all()
     assert index.tolist() == list(range(240))
@@ -86,7 +86,7 @@ def test_the_nearest_of_rows_a_hair_apart_is_found(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("queries", "rows", "dim"), [(1, 1, 1), (7, 1, 5), (1, 30, 3), (90, 100, 64)])
 def test_nearest_by_expanded_squares_is_near_the_full_matrix(queries: int, rows: int, dim: int, device: str) -> None:
-    """The reference's arithmetic: the same rows, distances that lose digits where they are small."""
+    """The reference's arithmetic finds the same rows, but small distances lose precision."""
     asked, bank = random_rows(queries, dim, 0).to(device), random_rows(rows, dim, 1).to(device)
     distance, index = MemoryBank(bank).nearest(asked, expanded="everywhere")
     expected_distance, expected_index = exact_nearest(asked, bank)
@@ -95,8 +95,8 @@ def test_nearest_by_expanded_squares_is_near_the_full_matrix(queries: int, rows:
     torch.testing.assert_close(distance, expected_distance.float(), rtol=1e-4, atol=1e-3)
 
 
-def test_expanded_squares_where_they_cancel() -> None:
-    """Half of the queries are close to a row of norm 80, the others far: the first are the reference's, bit by bit."""
+def test_expanded_squares_only_for_close_queries() -> None:
+    """With "cancelling", queries close to a row use expanded squares bit by bit and far ones direct differences."""
     bank = MemoryBank(10.0 + random_rows(200, 64, 2))
     queries = torch.cat([bank.rows[:50] + 1e-3 * random_rows(50, 64, 3), 10.0 + 3 * random_rows(50, 64, 4)])
     found = {name: bank.nearest(queries, name) for name in memory_bank.EXPANDED_BELOW}
@@ -109,8 +109,8 @@ def test_expanded_squares_where_they_cancel() -> None:
     assert (mixed[:50] != found["nowhere"][0][:50]).all()
 
 
-def test_expanded_squares_cancel() -> None:
-    """Rows of norm 80 lose 1e-3 and more of their distance, which the exact search keeps."""
+def test_expanded_squares_lose_precision() -> None:
+    """Rows of norm 80 lose at least 1e-3 of their distance, which the exact search keeps."""
     bank = MemoryBank(10.0 + random_rows(200, 64, 2))
     queries = bank.rows + 1e-3 * random_rows(200, 64, 3)
     exact, index = bank.nearest(queries)
@@ -121,10 +121,10 @@ def test_expanded_squares_cancel() -> None:
 
 @pytest.mark.parametrize("expanded", ["nowhere", "cancelling"])
 @pytest.mark.parametrize(("entries", "at_once", "queries"), [(310, 256, 10), (1 << 24, 12, 12), (5, 256, 1)])
-def test_no_block_is_above_its_bound(
+def test_blocks_stay_within_their_bound(
     entries: int, at_once: int, queries: int, expanded: str, blocks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """30 rows, 95 queries; a query is never cut."""
+    """95 queries against 30 rows are searched in blocks of whole queries."""
     bank, asked = MemoryBank(random_rows(30, 8, 0)), random_rows(95, 8, 1)
     expected = bank.nearest(asked, expanded)
     blocks.clear()
@@ -141,12 +141,12 @@ def test_no_block_is_above_its_bound(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["cluster", "shell", "far off", "one direction"])
 @pytest.mark.parametrize("dim", [3, 64, 700])
-def test_rows_that_a_product_cannot_tell_apart(kind: str, dim: int, device: str) -> None:
+def test_rows_that_a_matrix_product_cannot_separate(kind: str, dim: int, device: str) -> None:
     bank, queries = random_rows(400, dim, 2), random_rows(60, dim, 3)
-    if kind == "cluster":  # all within the rounding of their norms
+    if kind == "cluster":  # all within the rounding error of their norms
         bank, queries = 1e-4 * bank, 1e-4 * queries
         bank[0] += 10.0
-    elif kind == "shell":  # all equally far, but for a thousandth
+    elif kind == "shell":  # distances equal up to a thousandth
         bank = torch.nn.functional.normalize(bank, dim=1) * (1 + 1e-3 * random_rows(400, 1, 4))
         queries = 1e-3 * queries
     elif kind == "far off":
@@ -160,8 +160,8 @@ def test_rows_that_a_product_cannot_tell_apart(kind: str, dim: int, device: str)
     assert (index == expected_index).float().mean() > 0.9  # others tie in fp32
 
 
-def test_halves_keep_what_the_bound_says() -> None:
-    """Of the product of both halves but the low ones, which stands in for the whole on a GPU."""
+def test_product_of_halves_is_within_its_bound() -> None:
+    """The GPU's product of bf16 halves leaves out low times low, and its error stays below the proven bound."""
     left, right = 3 + random_rows(50, 700, 0), random_rows(50, 700, 1).exp()
     (high, low), (other_high, other_low) = (
         [half.double() for half in memory_bank._halves(each)] for each in (left, right)
@@ -170,11 +170,11 @@ def test_halves_keep_what_the_bound_says() -> None:
     bound = 3.03 * 2.0**-16 * left.double().norm(dim=1)[:, None] * right.double().norm(dim=1)
     error = (product - left.double() @ right.double().T).abs()
     assert (error < bound).all()
-    assert error.max() > 1e-3 * bound.min()  # it is there
+    assert error.max() > 1e-3 * bound.min()  # the error is not zero
 
 
-def test_few_candidates_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hardly more than one a query."""
+def test_few_candidates_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hardly more than one candidate per query is recomputed by direct difference."""
     pairs: list[int] = []
     squared_distances = MemoryBank._squared_distances
 
@@ -187,8 +187,8 @@ def test_few_candidates_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 500 <= sum(pairs) < 1500
 
 
-def test_equal_queries_are_searched_for_once(blocks: list[int]) -> None:
-    """Patches of the background, against a bank that holds many of them too."""
+def test_equal_queries_are_searched_once(blocks: list[int]) -> None:
+    """Background patches repeat, in the queries and in the bank."""
     bank = MemoryBank(torch.cat([torch.zeros(200, 6), random_rows(50, 6, 0)]))
     queries = torch.cat([torch.zeros(300, 6), random_rows(20, 6, 1), torch.zeros(10, 6)])
     distance, index = bank.nearest(queries)
@@ -199,7 +199,7 @@ def test_equal_queries_are_searched_for_once(blocks: list[int]) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_distinct_rows_are_all_different_rows(device: str) -> None:
+def test_distinct_rows(device: str) -> None:
     rows = random_rows(40, 3, 0).repeat(3, 1)[torch.randperm(120, generator=torch.Generator().manual_seed(0))]
     distinct, inverse = distinct_rows(rows.to(device))
     assert len(distinct) == 40
@@ -208,8 +208,8 @@ def test_distinct_rows_are_all_different_rows(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("collide", [False, True])
-def test_rows_are_told_apart_by_a_hash(collide: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where all hashes are the same, and where rows differ by a sign of zero or hold what is no number."""
+def test_distinct_rows_by_hash(collide: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal hashes, zeros of either sign and NaN never merge different rows."""
     if collide:
         monkeypatch.setattr(
             memory_bank, "_hash_factors", lambda width, at: torch.zeros(width, dtype=torch.int64).to(at)
@@ -217,27 +217,27 @@ def test_rows_are_told_apart_by_a_hash(collide: bool, device: str, monkeypatch: 
     rows = torch.tensor([[1.0, 2.0], [0.0, 3.0], [1.0, 2.0], [-0.0, 3.0], [2.0, 1.0], [float("nan"), 0.0], [0.0, 3.0]])
     distinct, inverse = memory_bank._distinct_by_hash(rows.to(device))
     assert torch.equal(distinct[inverse].cpu().view(torch.int32), rows.view(torch.int32))
-    assert len(distinct) == (6 if collide else 5)  # the two of one kind that are not the first's stay two
-    none, nowhere = memory_bank._distinct_by_hash(rows[:0])
-    assert (len(none), len(nowhere)) == (0, 0)
+    assert len(distinct) == (6 if collide else 5)  # after a collision, copies of other rows stay separate
+    empty, empty_index = memory_bank._distinct_by_hash(rows[:0])
+    assert (len(empty), len(empty_index)) == (0, 0)
 
 
 def test_neighbors_by_hand() -> None:
-    """On a line, with ties: row 2 at 0 has rows 1 and 3 at distance 1, rows 0 and 4 at 3."""
+    """Rows on a line with ties: row 2 at 0 has rows 1 and 3 at distance 1, rows 0 and 4 at 3."""
     bank = MemoryBank(torch.tensor([[-3.0], [1.0], [0.0], [-1.0], [3.0]]))
     assert bank.neighbors(2, 1).tolist() == [2]
     assert bank.neighbors(2, 2).tolist() == [2, 1]
     assert bank.neighbors(2, 5).tolist() == [2, 1, 3, 0, 4]
-    assert bank.neighbors(2, 9).tolist() == [2, 1, 3, 0, 4]  # as many as there are
+    assert bank.neighbors(2, 9).tolist() == [2, 1, 3, 0, 4]  # all rows
     assert bank.neighbors(4, 3).tolist() == [4, 1, 2]
 
 
-def test_neighbors_among_copies_are_the_lowest() -> None:
+def test_neighbors_among_copies_have_the_lowest_indices() -> None:
     assert MemoryBank(torch.ones(40, 3)).neighbors(20, 3).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("step", [1, 7, 40, 1 << 14])
-def test_mean_and_std_equal_those_of_all_rows(step: int) -> None:
+def test_chunked_mean_and_std(step: int) -> None:
     rows = 3.0 + 2.0 * random_rows(40, 11, 4)
     mean, std = mean_and_std(rows, step)
     assert mean == pytest.approx(float(rows.double().mean()), rel=1e-12)
@@ -249,7 +249,7 @@ def test_std_by_hand() -> None:
 
 
 def test_small_spread_around_a_large_mean() -> None:
-    """Where the mean of squares minus the square of the mean would have no digit left."""
+    """The mean of squares minus the square of the mean would lose every digit here."""
     rows = (1e4 + 1e-2 * random_rows(300, 20, 5)).double()
     assert mean_and_std(rows, 64).std == pytest.approx(float(rows.std(correction=1)), rel=1e-9)
 
@@ -261,10 +261,10 @@ def test_statistics_normalize() -> None:
 
 
 @pytest.mark.parametrize("dim", [3, 250])
-def test_coreset_of_more_rows_than_a_chunk(dim: int) -> None:
-    """16,500 rows cross the border of the chunks in which they are normalized and projected."""
+def test_coreset_across_chunks(dim: int) -> None:
+    """16,500 rows cross the boundary of the chunks in which they are normalized and projected."""
     rows, statistics = 4.0 + random_rows(16_500, dim, 6), BankStatistics(4.0, 0.5)
-    rows[-6:] *= 3  # far from all others, and behind the border
+    rows[-6:] *= 3  # far from all others, and in the second chunk
     projection = random_projection(len(rows), dim, 0.999, 0)
     picks = select_coreset(rows, statistics, 12, 0.999, 0)
     normalized = statistics.normalize(rows).double()
