@@ -1,4 +1,4 @@
-"""Raw scans that take no time to clean, and the preprocessing scripts in processes of their own that may be killed."""
+"""Small raw scans, and runs of the preprocessing scripts in this process, in a new one, and in one that is killed."""
 
 import importlib
 import inspect
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def raw_cloud(seed: int) -> np.ndarray:
-    """A tilted table with a box on it, (40, 44, 3) float32, 1 mm from pixel to pixel."""
+    """Tilted table with a box on it, (40, 44, 3) float32, 1 mm between pixels."""
     y, x = np.mgrid[:40, :44] * 1e-3
     z = 0.5 + 0.05 * x + np.random.default_rng(seed).normal(0, 2e-4, x.shape)
     z[14:28, 14:30] -= 0.02
@@ -34,21 +34,21 @@ def raw_cloud(seed: int) -> np.ndarray:
 
 
 def write_scan(folder: Path, stem: str, seed: int, with_gt: bool) -> None:
-    """`raw_cloud` with a photograph and a ground truth of noise."""
+    """Write `raw_cloud` with a noise image and, on request, a ground truth."""
     for name in ("xyz", "rgb", "gt")[: 3 if with_gt else 2]:
         (folder / name).mkdir(parents=True, exist_ok=True)
     tifffile.imwrite(folder / "xyz" / f"{stem}.tiff", raw_cloud(seed))
-    photo = np.random.default_rng(seed).integers(1, 256, (40, 44, 3), dtype=np.uint8)
-    Image.fromarray(photo).save(folder / "rgb" / f"{stem}.png")
+    image = np.random.default_rng(seed).integers(1, 256, (40, 44, 3), dtype=np.uint8)
+    Image.fromarray(image).save(folder / "rgb" / f"{stem}.png")
     if with_gt:
-        Image.fromarray((photo[..., 0] > 128).astype(np.uint8) * 255).save(folder / "gt" / f"{stem}.png")
+        Image.fromarray((image[..., 0] > 128).astype(np.uint8) * 255).save(folder / "gt" / f"{stem}.png")
 
 
 ALL = ["bagel/test/hole/000", "bagel/train/good/000", "bagel/train/good/001"]
 
 
 def write_dataset(root: Path) -> Path:
-    """The three scans of ALL."""
+    """Write the three scans of ALL."""
     for seed, name in enumerate(ALL):
         folder, _, stem = name.rpartition("/")
         write_scan(root / folder, stem, seed, with_gt="test" in folder)
@@ -56,12 +56,12 @@ def write_dataset(root: Path) -> Path:
 
 
 def config_for(dataset: Path, output_dir: Path | None = None, keep_rgb: bool = False, dry_run: bool = False) -> Config:
-    """Flags of a run in this process."""
+    """Configuration of a run with one worker."""
     return Config(dataset, output_dir, workers=1, keep_rgb=keep_rgb, dry_run=dry_run, preview=None)
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Every file; of the manifest without the times, in which two runs differ."""
+    """Bytes of every file below a folder, without the manifest's times, which differ between runs."""
     found = {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
     return {name: STAMPS.sub(b"", data) if name == "preprocessing.json" else data for name, data in found.items()}
 
@@ -90,8 +90,8 @@ def run_script(name: str, *args: object) -> subprocess.CompletedProcess:
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """Without the rights of root, whom no permission stops; others stay who they are."""
-    Image.init()  # only then: the environment may lie where root alone may read
+    """Run the block as an ordinary user if the tests run as root, who may write everywhere."""
+    Image.init()  # import the codecs first: only root may be able to read the environment
     tifffile.imread(BytesIO(tifffile_bytes()))
     user = os.getuid()
     if user == 0:
@@ -109,12 +109,12 @@ def tifffile_bytes() -> bytes:
 
 
 def run_killed_at(step: int, script: str, *args: object, steps: str = "replace") -> int:
-    """Run a script that is killed in place of its n-th rename (kill -9: no clean-up whatever); returns the exit code.
+    """Run a script, kill it (SIGKILL) just before its n-th rename, and return the exit code.
 
     `steps`: the methods of Path that count as a step.
     """
     process = multiprocessing.get_context("fork").Process(target=_run_until, args=(step, script, args, steps.split()))
-    process.start()  # forked, which is safe here: preprocessing uses no thread of the test process
+    process.start()  # forking is safe: preprocessing uses no thread of the test process
     process.join(60)
     assert process.exitcode is not None, "still running after a minute"
     return process.exitcode

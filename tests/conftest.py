@@ -1,13 +1,13 @@
-"""Shared fixtures: the recorded numbers, the stand-in weights, and the order in which test files run in parallel."""
+"""Shared fixtures: recorded numbers, stand-in weights, and the order of test files in parallel runs."""
 
 import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-# Read when huggingface_hub is first imported: no test may reach the network, or wait for one that is not there.
+# Set before huggingface_hub is imported, so that no test uses the network or waits for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads of their own would only compete
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, so more threads would only compete
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -51,7 +51,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def goldens() -> Path:
-    """Folder of the numbers recorded from the original computation; its README says what each file holds."""
+    """Folder of the numbers recorded from the original computation; its README describes each file."""
     return GOLDENS
 
 

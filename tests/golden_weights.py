@@ -1,8 +1,8 @@
 """The seeded stand-in checkpoints that the goldens were recorded with, in the formats of the published checkpoints.
 
 Each tensor is drawn by NumPy's legacy generator, whose stream never changes, seeded by the CRC-32 of "<file>/<key>".
-So the values depend on nothing but this file and `goldens/weights_inventory.json`. Scores computed with them say
-nothing about accuracy: only their equality with the recorded ones means something.
+So the values depend only on this file and `goldens/weights_inventory.json`. The scores computed with them say nothing
+about accuracy; they only have to equal the recorded ones.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def seeded_tensor(file: str, key: str, shape: list[int], dtype: str) -> Tensor:
         values = generator.uniform(0.7, 1.3, shape)
     else:
         values = generator.standard_normal(shape) * 0.1
-    # Neighbor offsets are a few thousandths (of a meter). Without this gain the encoder's output would hardly vary.
+    # Neighbor offsets are a few millimeters. Without this gain the encoder's output would hardly vary.
     if key.endswith("encoder.first_conv.0.weight"):
         values = values * 200.0
     if key.endswith("pos_embed.0.weight") and "decoder" not in key:

@@ -1,4 +1,4 @@
-"""Runs of main.py, in this process and in others, and the smallest dataset they work on."""
+"""Runs of main.py, in this process and in a new one, and the smallest dataset that it accepts."""
 
 import io
 import json
@@ -20,13 +20,13 @@ import main
 from models import rgb_backbone
 
 PIP_BACKBONES = ["--rgb_backbone_name", "efficientnet_lite0", "--xyz_backbone_name", "FPFH"]
-RGB_DIM, XYZ_DIM = 152, 33  # of these two
+RGB_DIM, XYZ_DIM = 152, 33  # feature widths of these backbones
 TABLES = ("image_rocauc_results.md", "pixel_rocauc_results.md", "aupro_results.md")
 METRICS = ("image_rocauc", "pixel_rocauc", "au_pro")
 
 
 class Run(NamedTuple):
-    """What a run of main.py left."""
+    """Output of a run of main.py."""
 
     folder: Path
     stdout: str
@@ -34,7 +34,7 @@ class Run(NamedTuple):
 
     @property
     def entry(self) -> dict[str, Any]:
-        """Of the only class."""
+        """Results of the only class."""
         (entry,) = self.results["classes"].values()
         return entry
 
@@ -44,19 +44,19 @@ class Run(NamedTuple):
 
     @property
     def pixel_figures(self) -> list[float]:
-        """What depends on the maps alone."""
+        """Metrics of the anomaly maps."""
         return [self.entry["pixel_rocauc"], self.entry["au_pro"], *self.entry["au_pro_exact"].values()]
 
 
 def call(*flags: object) -> None:
-    """The script, in this process."""
+    """Call main.py's main in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["main.py", *map(str, flags)])
         main.main()
 
 
 def printed(*flags: object) -> str:
-    """What the script says on stdout."""
+    """Text that main.py prints to stdout."""
     stdout = io.StringIO()
     with redirect_stdout(stdout):
         call(*flags)
@@ -68,12 +68,12 @@ def read_run(folder: Path, stdout: str) -> Run:
 
 
 def run_into(folder: Path, *flags: object) -> Run:
-    """A run of one method."""
+    """Run one method and read its results."""
     return read_run(folder, printed(*flags, "--output_dir", folder))
 
 
 def table_rows(folder: Path, name: str) -> list[list[str]]:
-    """The cells of all tables of a file, without the ruler lines."""
+    """Cells of all tables in a markdown file, without the separator lines."""
     lines = [line for line in (folder / name).read_text().splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -83,7 +83,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 def link_files(source: Path, target: Path, without: Sequence[str] = ()) -> Path:
-    """The files of a folder as links in another, but those in folders named in `without`."""
+    """Link the files of a folder into another one, except those in folders named in `without`."""
     for path in sorted(source.rglob("*.*")):
         if path.is_file() and path.parent.name not in without:
             link = target / path.relative_to(source)
@@ -94,13 +94,13 @@ def link_files(source: Path, target: Path, without: Sequence[str] = ()) -> Path:
 
 @pytest.fixture(autouse=True)
 def run_in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that default paths lie there, and nothing is written into the checkout."""
+    """Run each test in its temporary folder, so that default paths do not write into the checkout."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(autouse=True)
 def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test neither waits for the network nor depends on what this machine has in its cache."""
+    """Keep tests off the network and off the machine's cache of weights."""
 
     def refuse(timm_name: str) -> Path:
         raise OSError(f"the weights of {timm_name} are not fetched in tests")
@@ -111,7 +111,7 @@ def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Small networks only lose by being shared out, on a busy machine most of all; those of full size gain."""
+    """Use one thread for small networks, which are slower on several; networks of full size keep all threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(threads if "golden_weights" in request.fixturenames else 1)
     yield
@@ -119,7 +119,7 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
-    """The sentence that a run ends with."""
+    """Error message of a run that ends with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         call(*flags)
@@ -128,7 +128,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
 
 
 def error_line(stderr: str) -> str:
-    """The one line of an error, which is the last of stderr."""
+    """Error message on the last line of stderr, which has no other error and no traceback."""
     lines = stderr.splitlines()
     assert [line for line in lines if "error:" in line] == lines[-1:], stderr
     assert "Traceback" not in stderr
@@ -137,12 +137,12 @@ def error_line(stderr: str) -> str:
     return lines[-1].removeprefix("main.py: error: ")
 
 
-SIDE = 64  # pixels of the smallest scans
+SIDE = 64  # height and width of the smallest samples, pixels
 SMALL = [*PIP_BACKBONES, "--img_size", SIDE]
 
 
 def surface(seed: int) -> np.ndarray:
-    """A bumpy surface (SIDE, SIDE, 3) float32, meters, a point per millimeter, seen from half a meter."""
+    """Bumpy surface half a meter away, (SIDE, SIDE, 3) float32, meters, 1 mm between pixels."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:SIDE, :SIDE] * 0.001 + 0.001
     z = 0.5 + 0.002 * np.sin(x * 300 + seed) * np.cos(y * 200) + rng.normal(0, 1e-4, x.shape)
@@ -160,9 +160,9 @@ def write_image(path: Path, pixels: np.ndarray) -> None:
 
 
 def write_bagels(root: Path) -> Path:
-    """The smallest dataset: two training scans, a good and a defective test scan, SIDE pixels a side."""
-    for seed, scan in enumerate(["train/good/000", "train/good/001", "test/good/000", "test/hole/000"]):
-        folder, stem = (root / "bagel" / scan).parent, Path(scan).name
+    """Write the smallest dataset: two training samples, a good and a defective test sample, SIDE pixels a side."""
+    for seed, sample in enumerate(["train/good/000", "train/good/001", "test/good/000", "test/hole/000"]):
+        folder, stem = (root / "bagel" / sample).parent, Path(sample).name
         write_cloud(folder / "xyz" / f"{stem}.tiff", surface(seed))
         noise = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
         write_image(folder / "rgb" / f"{stem}.png", noise)
@@ -176,7 +176,7 @@ def bagels_fixture(tmp_path: Path) -> Path:
 
 
 def process(cwd: Path, *command: object) -> "subprocess.CompletedProcess[str]":
-    """A command of Python's in a process of its own, as a user starts it, but without a network."""
+    """Run Python with these arguments in a new process, offline and on one thread."""
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = (sys.executable, *map(str, command))

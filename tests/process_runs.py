@@ -1,4 +1,4 @@
-"""Processes of one run on the CPU, and what they do in groups of each size."""
+"""Distributed runs of several processes on the CPU, in groups of each size."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +16,9 @@ from utils.distributed import Group, Ranks, make_groups, process_group, rank, wo
 
 CPU = torch.device("cpu")
 PROCESSES = 4
-# Groups of each size that work as one: each process is one by itself as well, and so is the other half.
+# One group of ranks of each size. The remaining ranks form further groups of one or two.
 MEMBERS = [(3,), (2, 3), (0, 1, 2), (0, 1, 2, 3)]
-# How unevenly rows or samples are cut, by number of processes; often one goes without.
+# Uneven shares of rows or samples, by number of processes. Some ranks get none.
 CUTS = {
     1: [(1,), (1,), (1,)],
     2: [(3, 1), (0, 1), (2, 3)],
@@ -26,13 +26,13 @@ CUTS = {
     4: [(0, 4, 3, 3), (3, 0, 0, 1), (1, 2, 0, 1)],
 }
 
-Call = tuple[Callable[..., None], Sequence[Any]]  # a function of a module, and its arguments
+Call = tuple[Callable[..., None], Sequence[Any]]  # a module-level function and its arguments
 
 
 def run_processes(calls: Sequence[Call]) -> list[int | None]:
-    """Each call in a process of its own, all at once; their exit codes, None for one that does not end.
+    """Run each call in a new process, all at once; return the exit codes, None for a process that does not end.
 
-    They are forked off a process that has imported everything and does nothing else: else each would import it anew.
+    The processes are forked from one that has already imported everything, so that they need not import it again.
     """
     context = multiprocessing.get_context("spawn")
     codes = context.SimpleQueue()
@@ -63,8 +63,8 @@ def saved(folder: Path, rank: int) -> Any:
 
 @contextmanager
 def in_groups(rank: int, folder: Path) -> Iterator[dict[int, Group | None]]:
-    """The groups of a process by their size, while the block runs."""
-    distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=120)  # a process that waits in vain is to fail
+    """Open the process group for the block and give this rank's groups by their size."""
+    distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=120)  # a rank that waits for nothing fails
     with process_group(Ranks(rank, PROCESSES, rank), CPU, f"file://{folder}/meet"):
         groups: dict[int, Group | None] = {size: make_groups(PROCESSES // size)[0] for size in (1, 2)}
         first_three = dist.new_group([0, 1, 2], timeout=distributed.COLLECTIVE_TIMEOUT)
@@ -74,6 +74,6 @@ def in_groups(rank: int, folder: Path) -> Iterator[dict[int, Group | None]]:
 
 
 def shard_of(count: int, group: Group | None, cut: int = 0) -> slice:
-    """The items of 0 ... count - 1 that this process of the group has, contiguous and in the order of the ranks."""
+    """Items of 0 ... count - 1 that belong to this rank of the group, contiguous and in the order of the ranks."""
     shares = CUTS[world_size(group)][cut]
     return slice(*(count * sum(shares[: rank(group) + more]) // sum(shares) for more in (0, 1)))

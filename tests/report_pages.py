@@ -1,4 +1,4 @@
-"""Made-up evaluations for the tests of the report: discs seen from above, some with a dent."""
+"""Made-up evaluation results for the tests of the report: disks seen from above, some with a dent."""
 
 import json
 import re
@@ -22,7 +22,7 @@ NOTE = "Backbones: rgb efficientnet_lite0, xyz FPFH. Protocol: reference."
 
 
 def made_up_sample(path: str, score: float, side: int = SIDE, banks: Sequence[str] = ("xyz", "rgb")) -> SampleResult:
-    """A sample whose defect is found as well as its score is high; whatever is not in a folder good has one."""
+    """Evaluated sample whose map is as strong as its score; it is defective unless its folder is good."""
     label = int("/good/" not in path)
     rng = np.random.default_rng(abs(hash_of(path)))
     row, column = np.mgrid[:side, :side] / side
@@ -45,7 +45,7 @@ def hash_of(text: str) -> int:
 
 
 def made_up_samples(count: int = 12, **changed: Any) -> list[SampleResult]:
-    """Half of them good; scores overlap, so that the threshold of 0.5 misses some and alarms at others."""
+    """Samples, half of them good, whose scores overlap: a threshold of 0.5 gives misses and false alarms."""
     rng = np.random.default_rng(count)
     samples = []
     for i in range(count):
@@ -56,7 +56,7 @@ def made_up_samples(count: int = 12, **changed: Any) -> list[SampleResult]:
 
 
 def made_up_image(number: int, side: int = 2 * SIDE) -> np.ndarray:
-    """(side, side, 3) uint8: a brown disc on black, with shading."""
+    """Brown, shaded disk on black, (side, side, 3) uint8."""
     row, column = np.mgrid[:side, :side] / side - 0.5
     inside = np.hypot(row, column) < 0.42
     shade = 0.75 + 0.25 * np.sin(24 * column + number) * np.cos(22 * row)
@@ -64,7 +64,7 @@ def made_up_image(number: int, side: int = 2 * SIDE) -> np.ndarray:
 
 
 def made_up_cloud(number: int, side: int = 2 * SIDE) -> np.ndarray:
-    """(side, side, 3) float32, meters: a dome of 84 mm, half a meter away, no background."""
+    """Dome 84 mm wide, half a meter away, without background, (side, side, 3) float32, meters."""
     row, column = np.mgrid[:side, :side] / side - 0.5
     inside = np.hypot(row, column) < 0.42
     height = 0.02 * np.sqrt(np.clip(1 - (np.hypot(row, column) / 0.45) ** 2, 0, 1))
@@ -75,7 +75,7 @@ def made_up_cloud(number: int, side: int = 2 * SIDE) -> np.ndarray:
 
 
 def entry_of(evaluated: Sequence[SampleResult], threshold: float | None = 0.5, **changed: Any) -> dict[str, Any]:
-    """A class's entry of results.json; threshold None: not calibrated."""
+    """Entry of a class in results.json; threshold None means not calibrated."""
     entry = evaluate(
         [sample.label for sample in evaluated],
         [sample.prediction.score for sample in evaluated],
@@ -153,7 +153,7 @@ class _Text(HTMLParser):
 
 
 class ReadPage(NamedTuple):
-    """What a browser would make of a page."""
+    """Text and tags of a page, as a browser would see them."""
 
     text: str
     tags: list[tuple[str, dict[str, str | None]]]
@@ -169,6 +169,6 @@ def read_page(page: str) -> ReadPage:
 
 
 def samples_of(page: str) -> list[dict[str, Any]]:
-    """The shown samples, as the page's script reads them."""
+    """Samples in the page's JSON block, which its script reads."""
     found = re.search(r'<script type="application/json" id="samples">(.*?)</script>', page, re.DOTALL)
     return json.loads(found.group(1))["samples"] if found else []

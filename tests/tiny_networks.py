@@ -1,4 +1,4 @@
-"""Networks, samples and runs small enough to try every setting of the detector on."""
+"""Networks, samples and runs that are small enough to test every setting of the detector."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ SINGLE, DOUBLE, TRIPLE = "Point_MAE", "DINO+Point_MAE", "DINO+Point_MAE+Fusion"
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Tensors this small only lose by being shared out, most of all on a busy machine."""
+    """Use one thread: tensors this small are slower on several."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,7 +52,7 @@ class StubRgb(RgbBackbone):
 
 
 def seeded(name: str, make: Callable[[], nn.Module]) -> nn.Module:
-    """A module whose random weights hang on its name alone."""
+    """Module whose random weights depend only on its name."""
     with torch.random.fork_rng():
         torch.manual_seed(zlib.crc32(name.encode()))
         return make().eval()
@@ -63,7 +63,7 @@ def stub_rgb(name: str, checkpoint_dir: Path, img_size: int, checkpoint: Path | 
 
 
 def stub_xyz(name: str, checkpoint_dir: Path, checkpoint: Path | None, **numbers: object) -> nn.Module:
-    """The point transformer itself, narrow and shallow."""
+    """The real point transformer, but narrow and shallow."""
     return seeded(name, lambda: PointTransformer(width=XYZ_DIM // 3, depth=3, num_heads=2, encoder_dim=64, **numbers))
 
 
@@ -72,7 +72,7 @@ def stub_fusion(path: Path, *, xyz_dim: int, rgb_dim: int) -> nn.Module:
 
 
 def build(config: DetectorConfig) -> PatchExtractor:
-    """build_extractor with the stubs in place of the published networks."""
+    """Call build_extractor with stubs in place of the published networks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extractor_module, "build_rgb_backbone", stub_rgb)
         patch.setattr(extractor_module, "build_xyz_backbone", stub_xyz)
@@ -88,9 +88,9 @@ def settings(method_name: str = DOUBLE, **changed: object) -> DetectorConfig:
 
 @cache
 def made_up_samples(split: str, size: int = SIZE) -> list[Sample]:
-    """A bumpy part half a meter away, 2 mm between pixels, with background above and to the right of it.
+    """Samples of a bumpy surface half a meter away, 2 mm between pixels, with background at the top and right.
 
-    Half of the test samples have a defect: a dent that is bright as well.
+    Half of the test samples have a defect: a bright dent.
     """
     row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     background = (row < size // 4) | (column >= size - size // 5)
@@ -121,7 +121,7 @@ def rows_of(features: TrainingFeatures, name: str, samples: int | None = None) -
 
 
 class Outcome(NamedTuple):
-    """Predictions of a configuration for the test samples."""
+    """Detector of a configuration and its predictions for the test samples."""
 
     scores: Tensor  # (TEST,)
     maps: Tensor  # (TEST, S, S)
@@ -141,7 +141,7 @@ run = cache(run_anew)
 
 
 def changes(before: Outcome, after: Outcome) -> set[str]:
-    """Which of score and map differ, by more than rounding where they do."""
+    """Names of the results (score, map) that differ; a difference by rounding only is an error."""
     found = set()
     for name, one, other in (("score", before.scores, after.scores), ("map", before.maps, after.maps)):
         if one.shape != other.shape or not torch.allclose(one, other, rtol=1e-6, atol=0):

@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=1 python tests/triton_cases.py
 
-prints a JSON object: what went wrong by the name of the case, an empty text where nothing did. Triton decides when a
-kernel is defined whether it is interpreted, so that a process that tests on a GPU cannot also do this.
+prints a JSON object with the traceback of each case, empty if it passed. Triton fixes when a kernel is defined whether
+it is interpreted, so a process that tests on a GPU cannot also run the interpreter.
 """
 
 import json
@@ -31,13 +31,13 @@ def case(check: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def cloud(points: int, seed: int = 0, batch: int = 2) -> Tensor:
-    """(batch, points, 3): a box 0.2 m wide, half a meter in front of the camera, so that no point is ignored."""
+    """Random points in a box 0.2 m wide, half a meter from the camera, (batch, points, 3); none is ignored."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(batch, points, 3, generator=generator) * 0.2 + torch.tensor([0.0, 0.0, 0.5])
 
 
 def grid(side: int) -> Tensor:
-    """(1, side**3, 3) whole numbers, exact in every arithmetic: distances tie."""
+    """Grid of whole numbers, (1, side**3, 3), whose distances are exact and tie."""
     return torch.cartesian_prod(*[torch.arange(1.0, side + 1)] * 3)[None]
 
 
@@ -51,7 +51,7 @@ def check_picks(scans: Tensor, n: int, block: int, device: str) -> None:
 
 
 def sorted_distances(queries: Tensor, points: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """All squared distances in float32, summed up as the kernels do: ascending, (B, M, N), and the points' indices."""
+    """All squared distances in float32, summed as the kernels do, (B, M, N) ascending, and the points' indices."""
     x, y, z = np.moveaxis(queries.numpy()[:, :, None] - points.numpy()[:, None], -1, 0)
     squared = x * x + y * y + z * z
     index = np.argsort(squared, axis=-1, kind="stable")
@@ -64,8 +64,8 @@ def check_neighbors(queries: Tensor, points: Tensor, k: int, block: int, device:
     squared, expected = sorted_distances(queries, points)
     np.testing.assert_array_equal(index.cpu(), expected[..., :k])
     np.testing.assert_allclose(distance.cpu(), np.sqrt(squared[..., :k]), rtol=2e-7)  # PyTorch's root is an ulp off
-    for q, p, mine in zip(queries, points, distance.cpu(), strict=True):
-        torch.testing.assert_close(mine, point_ops._knn_direct(q, p, k)[0], rtol=1e-6, atol=1e-8)
+    for q, p, found in zip(queries, points, distance.cpu(), strict=True):
+        torch.testing.assert_close(found, point_ops._knn_direct(q, p, k)[0], rtol=1e-6, atol=1e-8)
 
 
 @case
@@ -93,7 +93,7 @@ def tied_picks_take_the_lowest_index(device: str) -> None:
 def ignored_points_are_never_picked(device: str) -> None:
     scans = cloud(50)
     scans[0, 10:40] *= 0.03 / scans[0, 10:40].norm(dim=1, keepdim=True)  # |p|^2 = 9e-4
-    scans[1, 0] = 0.0  # the start all the same
+    scans[1, 0] = 0.0  # still the first pick
     check_picks(scans, 20, 16, device)
     for kept in (0, 1, 3):
         padded = torch.zeros(1, 21, 3)
@@ -102,13 +102,13 @@ def ignored_points_are_never_picked(device: str) -> None:
 
 
 @case
-def neighbors_equal_their_twin(device: str) -> None:
+def neighbors_equal_the_plain_form(device: str) -> None:
     for queries, points, k in [(1, 1, 1), (5, 2, 2), (3, 3, 3), (2, 4, 4), (9, 64, 64), (5, 200, 17), (6, 130, 128)]:
         check_neighbors(cloud(queries, seed=1), cloud(points), k, 64, device)
 
 
 @case
-def tied_neighbors_come_in_the_order_of_their_indices(device: str) -> None:
+def tied_neighbors_are_in_index_order(device: str) -> None:
     points = grid(4)
     for k in (2, 3, 10, 64):
         check_neighbors(points[:, ::7], points, k, 16, device)
@@ -120,7 +120,7 @@ def tied_neighbors_come_in_the_order_of_their_indices(device: str) -> None:
 def neighbors_are_the_same_in_chunks(device: str) -> None:
     queries, points, bound = cloud(7, seed=1), cloud(40), kernels.MAX_KEYS
     try:
-        for entries in (3 * 40 + 1, 1):  # three queries at a time, one at last; less than a row: one at a time
+        for entries in (3 * 40 + 1, 1):  # blocks of three queries, the last of one; below one row: blocks of one
             kernels.MAX_KEYS = entries
             check_neighbors(queries, points, 6, 16, device)
     finally:
@@ -128,34 +128,34 @@ def neighbors_are_the_same_in_chunks(device: str) -> None:
 
 
 @case
-def strided_input_is_read_in_its_own_order(device: str) -> None:
+def strided_input_is_read_correctly(device: str) -> None:
     queries, points = cloud(12, seed=1)[:, ::2], cloud(40).mT.contiguous().mT
     for k in (3, 5):
         check_neighbors(queries, points, k, 16, device)
 
 
 @case
-def three_nearest_equal_their_twin(device: str) -> None:
-    for queries, points, block in [(1, 3, 16), (16, 4, 16), (17, 3, 16), (40, 30, 16), (20, 65, 32)]:
-        asked, among = cloud(queries, seed=1), cloud(points)
-        squared, index = kernels.three_nearest(asked.to(device), among.to(device), block=block)
-        expected, expected_index = sorted_distances(asked, among)
+def three_nearest_equal_the_plain_form(device: str) -> None:
+    for m, n, block in [(1, 3, 16), (16, 4, 16), (17, 3, 16), (40, 30, 16), (20, 65, 32)]:
+        queries, points = cloud(m, seed=1), cloud(n)
+        squared, index = kernels.three_nearest(queries.to(device), points.to(device), block=block)
+        expected, expected_index = sorted_distances(queries, points)
         np.testing.assert_array_equal(squared.cpu(), expected[..., :3])
         np.testing.assert_array_equal(index.cpu(), expected_index[..., :3])
 
 
 @case
-def expanded_squares_are_those_of_the_torch_path(device: str) -> None:
-    """Within the rounding of squares half a meter from the camera, and as exact where nothing cancels."""
-    for queries, points in [(1, 3), (17, 40), (40, 5)]:
-        asked, among = cloud(queries, seed=1), cloud(points)
-        squared, index = kernels.three_nearest(asked.to(device), among.to(device), expanded=True, block=16)
-        exact = (asked[:, :, None] - among[:, None]).double().square().sum(dim=-1).gather(2, index.cpu())
+def expanded_squares_equal_the_torch_path(device: str) -> None:
+    """Squares agree within the rounding half a meter from the camera, and closely where nothing cancels."""
+    for m, n in [(1, 3), (17, 40), (40, 5)]:
+        queries, points = cloud(m, seed=1), cloud(n)
+        squared, index = kernels.three_nearest(queries.to(device), points.to(device), expanded=True, block=16)
+        exact = (queries[:, :, None] - points[:, None]).double().square().sum(dim=-1).gather(2, index.cpu())
         torch.testing.assert_close(squared.cpu().double(), exact, rtol=0, atol=3e-7)
-        generator = torch.Generator().manual_seed(points)
-        asked, among = (torch.randn(2, count, 3, generator=generator) for count in (queries, points))
-        squared, index = kernels.three_nearest(asked.to(device), among.to(device), expanded=True, block=16)
-        weight, expected = point_ops.three_nn_weights_expanded(asked, among, "torch")
+        generator = torch.Generator().manual_seed(n)
+        queries, points = (torch.randn(2, count, 3, generator=generator) for count in (m, n))
+        squared, index = kernels.three_nearest(queries.to(device), points.to(device), expanded=True, block=16)
+        weight, expected = point_ops.three_nn_weights_expanded(queries, points, "torch")
         assert torch.equal(index.cpu(), expected)
         torch.testing.assert_close(point_ops._inverse_distance_weights(squared.cpu()), weight, rtol=1e-3, atol=1e-6)
 
@@ -165,11 +165,11 @@ def expanded_squares_really_cancel(device: str) -> None:
     points = cloud(60, batch=1).to(device)
     expanded, direct = (kernels.three_nearest(points, points, each, block=16)[0] for each in (True, False))
     assert (direct[..., 0] == 0).all()
-    assert (expanded - direct).abs().max() > 1e-8  # what is added to the squares in a weight
+    assert (expanded - direct).abs().max() > 1e-8  # the constant that a weight adds to the squares
 
 
 @case
-def of_expanded_ties_the_lowest_index_comes_first(device: str) -> None:
+def expanded_ties_take_the_lowest_index(device: str) -> None:
     points = grid(3)
     _, index = kernels.three_nearest(points.to(device), points.to(device), expanded=True, block=16)
     np.testing.assert_array_equal(index.cpu(), sorted_distances(points, points)[1][..., :3])

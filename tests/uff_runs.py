@@ -1,4 +1,4 @@
-"""What the tests of UFF training share: made-up samples, the loop on one parameter, runs of the script."""
+"""Helpers for the tests of UFF training: made-up samples, a model of one parameter, runs of the script."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ SMALL = ["--batch_size", "2", "--accum_iter", "2", "--epochs", "2", "--lr", "0.0
 
 
 def related_features(seed: int) -> PatchFeatures:
-    """A sample whose rgb patches are one fixed linear map of what its xyz patches have in common at the same place."""
+    """Features whose rgb patches are a noisy fixed linear map of the common part of the xyz patches at their place."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(RGB_DIM, XYZ_DIM, generator=torch.Generator().manual_seed(12345))
     cause = torch.randn(RGB_GRID**2, XYZ_DIM, generator=generator)
@@ -46,14 +46,14 @@ def write_samples(folder: Path, count: int, first_seed: int = 0) -> Path:
 
 
 def write_original(folder: Path, name: str, features: PatchFeatures) -> Path:
-    """The file that the original code saves for a sample: both modalities side by side, rgb in its scrambled order."""
+    """Write a sample's file as the original code does: xyz and rgb side by side, rgb in its scrambled order."""
     path = folder / f"{name}.pt"
     torch.save(torch.cat([features.xyz, pair_rgb(features.rgb, len(features.xyz), "reference")], dim=1), path)
     return path
 
 
 def constant_samples(folder: Path, count: int) -> PatchFileDataset:
-    """Sample number n holds n + 1 everywhere."""
+    """Dataset whose sample n is filled with n + 1."""
     for index in range(count):
         features = PatchFeatures(rgb=torch.full((4, 1), index + 1.0), xyz=torch.full((16, 1), index + 1.0))
         write_features(folder, "bagel", f"{index:03d}", features, **BACKBONES)
@@ -61,7 +61,7 @@ def constant_samples(folder: Path, count: int) -> PatchFileDataset:
 
 
 class Slope(nn.Module):
-    """A model of one parameter, whose gradient one knows: the loss is w * mean(rgb). It keeps what it was shown."""
+    """Model of one parameter with a known gradient: the loss is w * mean(rgb). It records the samples that it sees."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Slope(nn.Module):
 
 
 def config(**changed: Any) -> PretrainConfig:
-    """The defaults of the script with a learning rate, and `changed`."""
+    """Default configuration of the script with a learning rate and the changed fields."""
     return replace(PretrainConfig(**vars(fusion_pretrain.parse_args([]))), **({"lr": 0.5, "num_workers": 0} | changed))
 
 
@@ -99,7 +99,7 @@ def trainer_of(
     drop_last_group: bool = False,
     name_of: Callable[[int], str] = str,
 ) -> Trainer:
-    """A trainer on the CPU, whose config asks for this schedule."""
+    """Trainer on the CPU whose configuration has this schedule."""
     names = ("max_steps", "warmup_steps") if schedule.in_updates else ("epochs", "warmup_epochs")
     length = dict(zip(names, (schedule.total, schedule.warmup), strict=True))
     rates = {"lr": schedule.peak_lr, "min_lr": schedule.min_lr}
@@ -122,14 +122,14 @@ def log_of(out: Path) -> list[dict[str, float]]:
 
 
 def run_main(lib: Path, out: Path, *flags: object, base: Sequence[str] = SMALL) -> Path:
-    """The script, in this process."""
+    """Call the script's main in this process."""
     fixed = [*base, "--device", "cpu", "--data_path", str(lib), "--output_dir", str(out)]
     fusion_pretrain.main([*fixed, *map(str, flags)])
     return out
 
 
 def launch(*command: object) -> "subprocess.Popen[str]":
-    """A command of Python, from the repository root, on one thread and with no launcher's environment."""
+    """Start Python from the repository root, on one thread and without a launcher's variables."""
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
@@ -141,15 +141,15 @@ def launch(*command: object) -> "subprocess.Popen[str]":
 
 
 def finish(*processes: "subprocess.Popen[str]", code: int = 0) -> list[str]:
-    """What the processes said on stderr, after they have ended with this exit code."""
-    said = []
+    """Wait until the processes end with this exit code, and return their stderr."""
+    errors = []
     for process in processes:
         try:
-            said.append(process.communicate(timeout=120)[1])
+            errors.append(process.communicate(timeout=120)[1])
         finally:
-            process.kill()  # one that hangs
-        assert process.returncode == code, said[-1]
-    return said
+            process.kill()  # if it hangs
+        assert process.returncode == code, errors[-1]
+    return errors
 
 
 def free_port() -> int:
@@ -159,7 +159,7 @@ def free_port() -> int:
 
 
 def assert_equal_training(ours: Path, expected: Path) -> None:
-    """Two checkpoints hold, bit by bit, the same model, optimizer state and place in the training."""
+    """Assert that two checkpoints have bit-equal models and optimizer states, and the same progress."""
     ours_, expected_ = read(ours), read(expected)
     assert ours_["progress"] == expected_["progress"]
     for name, value in expected_["model"].items():
