@@ -1,4 +1,4 @@
-"""Alignment of point features to patches against its plain form: interpolation, feature plane, poolings."""
+"""Alignment of point features to patches: interpolation, feature plane and poolings against their plain form."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ from models.point_transformer import PointFeatures
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
-# (size, grid): bins of equal size, bins that overlap where grid does not divide, one bin, one window a bin, the paper's
+# (size, grid): equal bins, overlapping bins (grid does not divide size), one bin, one window per bin, the paper's
 SIZES = [(34, 8), (32, 8), (33, 7), (30, 11), (40, 1), (16, 14), (224, 56)]
 
 POOLINGS = [pytest.param(False, id="plain"), pytest.param(True, id="masked")]
 
 
-def made_up_scan(size: int, share: float = 0.6, seed: int = 0) -> Tensor:
-    """(3, S, S): a bumpy surface half a meter away, 2 mm between pixels, without border and with holes."""
+def made_up_cloud(size: int, share: float = 0.6, seed: int = 0) -> Tensor:
+    """Bumpy surface half a meter away, 2 mm between pixels, with an empty border and holes, (3, S, S)."""
     generator = torch.Generator().manual_seed(seed)
     row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     depth = 0.5 + 0.01 * torch.sin(row / 5) + 0.003 * torch.rand(size, size, generator=generator)
@@ -28,7 +28,7 @@ def made_up_scan(size: int, share: float = 0.6, seed: int = 0) -> Tensor:
 
 
 def random_features(xyz: Tensor, groups: int, channels: int = 5, seed: int = 1) -> PointFeatures:
-    """Features at `groups` points of the scan, drawn at random."""
+    """Random features at `groups` random points of the cloud."""
     generator = torch.Generator().manual_seed(seed)
     points = xyz[:, valid_pixels(xyz)].T
     centers = points[torch.randperm(len(points), generator=generator)[:groups]]
@@ -39,8 +39,8 @@ def random_features(xyz: Tensor, groups: int, channels: int = 5, seed: int = 1) 
 @pytest.mark.parametrize("masked", POOLINGS)
 @pytest.mark.parametrize("exact_distances", [pytest.param(True, id="direct"), pytest.param(False, id="expanded")])
 @pytest.mark.parametrize(("size", "grid"), SIZES)
-def test_equals_its_plain_form(size: int, grid: int, exact_distances: bool, masked: bool, device: str) -> None:
-    xyz = made_up_scan(size).to(device)
+def test_patches_equal_the_plain_form(size: int, grid: int, exact_distances: bool, masked: bool, device: str) -> None:
+    xyz = made_up_cloud(size).to(device)
     features, centers = random_features(xyz.cpu(), groups=20)
     features, centers = features.to(device), centers.to(device)
     valid = valid_pixels(xyz)
@@ -59,8 +59,8 @@ def test_equals_its_plain_form(size: int, grid: int, exact_distances: bool, mask
 
 @pytest.mark.parametrize("masked", POOLINGS)
 @pytest.mark.parametrize(("size", "grid"), SIZES)
-def test_features_of_every_point_equal_the_plane(size: int, grid: int, masked: bool) -> None:
-    xyz = made_up_scan(size)
+def test_features_of_every_point_equal_the_plain_form(size: int, grid: int, masked: bool) -> None:
+    xyz = made_up_cloud(size)
     valid = valid_pixels(xyz)
     features = torch.randn(int(valid.sum()), 5, generator=torch.Generator().manual_seed(2))
     patches = align_to_patches(PointFeatures(features, None), xyz, grid, masked=masked)
@@ -69,8 +69,8 @@ def test_features_of_every_point_equal_the_plane(size: int, grid: int, masked: b
 
 
 @pytest.mark.parametrize(("size", "grid"), [(34, 8), (33, 7), (224, 56)])
-def test_a_patch_comes_out_at_its_place(size: int, grid: int) -> None:
-    """Points that carry their own pixel coordinates: a patch is the middle of the pixels that it covers."""
+def test_patches_are_at_their_place(size: int, grid: int) -> None:
+    """If each point's features are its pixel coordinates, each patch is the mean coordinate of its pixels."""
     xyz = torch.ones(3, size, size)
     coordinates = valid_pixels(xyz).nonzero().float()  # (N, 2) row, column
     patches = align_to_patches(PointFeatures(coordinates, None), xyz, grid).view(grid, grid, 2)
@@ -85,10 +85,10 @@ def test_a_patch_comes_out_at_its_place(size: int, grid: int) -> None:
 
 
 @pytest.mark.parametrize("masked", POOLINGS)
-def test_interpolated_coordinates_come_out_at_their_place(masked: bool) -> None:
-    """Every point is a center that carries its own pixel coordinates, on a scan with a border and holes."""
+def test_interpolated_patches_are_at_their_place(masked: bool) -> None:
+    """With a border and holes, pixel coordinates interpolated from centers stay within a patch of their place."""
     size, grid = 64, 16
-    xyz = made_up_scan(size)
+    xyz = made_up_cloud(size)
     coordinates = valid_pixels(xyz).nonzero().float()
     centers = xyz[:, valid_pixels(xyz)].T
     patches = align_to_patches(PointFeatures(coordinates, centers), xyz, grid, exact_distances=True, masked=masked)
@@ -100,13 +100,13 @@ def test_interpolated_coordinates_come_out_at_their_place(masked: bool) -> None:
     expected = place * (size / grid) + (size / grid - 1) / 2
     found = patches[seen] / ones[seen]
     assert seen.float().mean() > 0.5
-    assert (found - expected[seen]).abs().max() <= size / grid  # holes draw the mean of a patch to its other pixels
+    assert (found - expected[seen]).abs().max() <= size / grid  # holes shift the mean of a patch
 
 
 def test_one_point_by_hand() -> None:
-    """Pixel (5, 9) of 16 x 16, in bins of 2 x 2 windows.
+    """The patches of a single point, pixel (5, 9) of 16 x 16 in bins of 2 x 2 windows, equal hand-computed values.
 
-    Plain: windows 3..5 by 7..9 of 14 see it. Masked: windows 4..6 by 8..10 of 16.
+    Plain: windows 3..5 by 7..9 of 14 contain it. Masked: windows 4..6 by 8..10 of 16.
     """
     xyz = torch.zeros(3, 16, 16)
     xyz[:, 5, 9] = 0.5
@@ -114,19 +114,19 @@ def test_one_point_by_hand() -> None:
 
     plain = align_to_patches(at_point, xyz, 7).view(7, 7, 2)
     share = torch.zeros(7, 7)
-    share[1:3, 3:5] = torch.tensor([[1.0, 2.0], [2.0, 4.0]]) / 36  # bins 1 and 2 hold one and two windows that see it
+    share[1:3, 3:5] = torch.tensor([[1.0, 2.0], [2.0, 4.0]]) / 36  # bins 1 and 2 have one and two of these windows
     torch.testing.assert_close(plain, share[:, :, None] * torch.tensor([6.0, -12.0]))
     assert ((plain != 0).any(dim=2) == (share > 0)).all()
 
     masked = align_to_patches(at_point, xyz, 8, masked=True).view(8, 8, 2)
     seen = torch.zeros(8, 8, dtype=torch.bool)
     seen[2:4, 4:6] = True
-    torch.testing.assert_close(masked, seen[:, :, None] * torch.tensor([6.0, -12.0]))  # the mean of one pixel
+    torch.testing.assert_close(masked, seen[:, :, None] * torch.tensor([6.0, -12.0]))  # mean of one pixel
     assert (masked[~seen] == 0).all()
 
 
 def test_border_pixels_weigh_less_in_plain_pooling_only() -> None:
-    """A constant feature on a full scan stays constant in both; a scan's outermost ring is seen by fewer windows."""
+    """Both poolings keep a constant, but plain pooling has fewer windows over the outermost ring of pixels."""
     xyz = torch.ones(3, 18, 18)
     ones = torch.ones(18 * 18, 1)
     for masked in (False, True):
@@ -136,14 +136,14 @@ def test_border_pixels_weigh_less_in_plain_pooling_only() -> None:
     ring[0], ring[-1], ring[:, 0], ring[:, -1] = 1, 1, 1, 1
     on_ring = PointFeatures(ring.view(-1, 1), None)
     corner = {masked: float(align_to_patches(on_ring, xyz, 4, masked=masked)[0]) for masked in (False, True)}
-    # plain, 4 windows a bin: the share inside along an axis is 11 of 12. Masked, bins of 4.5 -> 5 windows: pixel 0 is
-    # in two windows of three, of 14 places that are no padding
+    # Plain, 4 windows per bin: 11 of 12 pixels along an axis are inside the ring. Masked, 5 windows per bin (4.5
+    # rounded up): pixel 0 is in two windows, which cover 14 pixels that are no padding.
     assert corner[False] == pytest.approx(1 - (11 / 12) ** 2)
     assert corner[True] == pytest.approx(1 - (12 / 14) ** 2)
 
 
 def test_weights_of_a_patch_sum_to_one_or_to_its_valid_share() -> None:
-    valid = valid_pixels(made_up_scan(33))
+    valid = valid_pixels(made_up_cloud(33))
     for masked in (False, True):
         patch, weight = pooling_weights(valid, 7, masked)
         assert patch.shape == weight.shape
@@ -154,8 +154,8 @@ def test_weights_of_a_patch_sum_to_one_or_to_its_valid_share() -> None:
         assert set(total[total > 0].round(decimals=5).tolist()) == {1.0} or not masked
 
 
-def test_exact_distances_change_little_but_something() -> None:
-    xyz = made_up_scan(64)
+def test_exact_distances_change_the_patches_slightly() -> None:
+    xyz = made_up_cloud(64)
     point_features = random_features(xyz, groups=40)
     exact = align_to_patches(point_features, xyz, 16, exact_distances=True)
     expanded = align_to_patches(point_features, xyz, 16)
@@ -172,14 +172,14 @@ def test_a_pixel_is_valid_where_all_three_coordinates_are_nonzero_and_finite() -
 
 
 def test_dtype_follows_the_features() -> None:
-    xyz = made_up_scan(32)
+    xyz = made_up_cloud(32)
     features, centers = random_features(xyz, groups=10)
     patches = align_to_patches(PointFeatures(features.double(), centers), xyz, 8)
     assert patches.dtype == torch.float64
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the extension may be installed")
-def test_the_chosen_point_search_is_the_one_used() -> None:
-    xyz = made_up_scan(32)
+def test_the_chosen_point_search_is_used() -> None:
+    xyz = made_up_cloud(32)
     with pytest.raises(ValueError, match="CUDA"):
         align_to_patches(random_features(xyz, 10), xyz, 8, exact_distances=True, point_ops="extension")
