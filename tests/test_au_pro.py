@@ -1,4 +1,4 @@
-"""AU-PRO: against numbers worked out by hand, a slow twin, and the recorded curves of the original computation."""
+"""AU-PRO against hand-computed numbers, a slow plain form, and the recorded curves of the original computation."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ HAND_MASK = np.array([[1, 1, 0, 0], [0, 0, 0, 1]])
 HAND_MAP = np.array([[0.9, 0.5, 0.5, 0.1], [0.1, 0.1, 0.2, 0.2]])
 
 
-def components_twin(mask: np.ndarray) -> list[set[tuple[int, int]]]:
+def plain_components(mask: np.ndarray) -> list[set[tuple[int, int]]]:
     """8-connected components by flood fill."""
     left = {(int(row), int(column)) for row, column in np.argwhere(mask)}
     components = []
@@ -32,9 +32,9 @@ def components_twin(mask: np.ndarray) -> list[set[tuple[int, int]]]:
     return components
 
 
-def exact_curve_twin(masks: np.ndarray, maps: np.ndarray) -> tuple[list[float], list[float]]:
-    """Every distinct score as a threshold, every component by itself, nothing shared."""
-    regions = [(number, region) for number, mask in enumerate(masks) for region in components_twin(mask)]
+def plain_exact_curve(masks: np.ndarray, maps: np.ndarray) -> tuple[list[float], list[float]]:
+    """Curve with every distinct score as a threshold, one component at a time."""
+    regions = [(number, region) for number, mask in enumerate(masks) for region in plain_components(mask)]
     fprs, pros = [0.0], [0.0]
     for threshold in sorted(set(np.ravel(maps).tolist()), reverse=True):
         above = maps >= threshold
@@ -43,9 +43,9 @@ def exact_curve_twin(masks: np.ndarray, maps: np.ndarray) -> tuple[list[float], 
     return fprs, pros
 
 
-def reference_curve_twin(masks: np.ndarray, maps: np.ndarray, count: int) -> tuple[list[float], list[float]]:
-    """The official rule, one threshold and one component at a time."""
-    regions = [(number, region) for number, mask in enumerate(masks) for region in components_twin(mask)]
+def plain_reference_curve(masks: np.ndarray, maps: np.ndarray, count: int) -> tuple[list[float], list[float]]:
+    """Curve by the official rule, one threshold and one component at a time."""
+    regions = [(number, region) for number, mask in enumerate(masks) for region in plain_components(mask)]
     normal = sorted(maps[masks == 0].tolist())
     fprs, pros = [1.0], [1.0]
     for rank in np.linspace(0, len(normal) - 1, count, dtype=int):
@@ -63,7 +63,7 @@ def random_case(seed: int, levels: int | None, count: int = 3, side: int = 12) -
 
 
 def test_exact_curve_by_hand() -> None:
-    # score 0.9: half of region 1; 0.5: all of it and 1 of 5 others; 0.2: region 2 and another; 0.1: the rest
+    # 0.9: half of region 1. 0.5: all of it and 1 of 5 normal pixels. 0.2: region 2 and another normal pixel. 0.1: all
     fprs, pros = pro_curve(HAND_MASK[None], HAND_MAP[None])
     np.testing.assert_allclose(fprs, [0, 0, 0.2, 0.4, 1])
     np.testing.assert_allclose(pros, [0, 0.25, 0.5, 1, 1])
@@ -78,7 +78,7 @@ def test_area_by_hand() -> None:
 
 
 def test_reference_curve_by_hand() -> None:
-    # sorted anomaly-free scores 0.1 0.1 0.1 0.2 0.5; ranks 0, 2 and 4 of three thresholds; strictly above counts
+    # sorted anomaly-free scores 0.1 0.1 0.1 0.2 0.5; three thresholds at ranks 0, 2 and 4; only scores above them count
     fprs, pros = pro_curve(HAND_MASK[None], HAND_MAP[None], num_thresholds=3)
     np.testing.assert_allclose(fprs, [0, 0.4, 0.8, 1])
     np.testing.assert_allclose(pros, [0.25, 1, 1, 1])
@@ -98,20 +98,20 @@ def test_regions_do_not_connect_across_samples() -> None:
 
 @pytest.mark.parametrize("levels", [None, 4, 1])
 @pytest.mark.parametrize("seed", range(3))
-def test_exact_curve_equals_its_slow_twin(seed: int, levels: int | None) -> None:
+def test_exact_curve_equals_the_plain_form(seed: int, levels: int | None) -> None:
     masks, maps = random_case(seed, levels)
     fprs, pros = pro_curve(masks, maps)
-    expected_fprs, expected_pros = exact_curve_twin(masks, maps)
+    expected_fprs, expected_pros = plain_exact_curve(masks, maps)
     np.testing.assert_array_equal(fprs, expected_fprs)
     np.testing.assert_allclose(pros, expected_pros, atol=1e-12)
 
 
 @pytest.mark.parametrize("levels", [None, 4])
 @pytest.mark.parametrize("count", [2, 7, 100, 1000])  # 1000: more thresholds than anomaly-free pixels
-def test_reference_curve_equals_its_slow_twin(count: int, levels: int | None) -> None:
+def test_reference_curve_equals_the_plain_form(count: int, levels: int | None) -> None:
     masks, maps = random_case(5, levels)
     fprs, pros = pro_curve(masks, maps, count)
-    expected_fprs, expected_pros = reference_curve_twin(masks, maps, count)
+    expected_fprs, expected_pros = plain_reference_curve(masks, maps, count)
     np.testing.assert_array_equal(fprs, expected_fprs)
     np.testing.assert_allclose(pros, expected_pros, atol=1e-12)
 
@@ -132,11 +132,11 @@ def test_order_of_the_samples_does_not_matter() -> None:
     assert au_pro(masks[::-1], maps[::-1]) == pytest.approx(au_pro(masks, maps), abs=1e-12)
 
 
-def test_samples_of_different_sizes_and_other_containers() -> None:
+def test_lists_tensors_and_samples_of_different_sizes_are_accepted() -> None:
     masks, maps = random_case(3, 4)
-    wanted = pro_curve(masks, maps)
+    expected = pro_curve(masks, maps)
     for given in ((list(masks), list(maps)), (torch.from_numpy(masks), torch.from_numpy(maps)), (masks * 255, maps)):
-        np.testing.assert_array_equal(pro_curve(*given), wanted)
+        np.testing.assert_array_equal(pro_curve(*given), expected)
     fprs, _ = pro_curve([masks[0], HAND_MASK], [maps[0], HAND_MAP])
     assert fprs[-1] == 1
 
@@ -149,7 +149,7 @@ def test_samples_of_different_sizes_and_other_containers() -> None:
         (np.zeros((0, 2, 2)), np.zeros((0, 2, 2)), "no sample"),
     ],
 )
-def test_undefined(masks: np.ndarray, maps: np.ndarray, message: str) -> None:
+def test_a_curve_without_both_kinds_of_pixels_is_undefined(masks: np.ndarray, maps: np.ndarray, message: str) -> None:
     for thresholds in (None, 100):
         with pytest.raises(UndefinedMetricError, match=message):
             pro_curve(masks, maps, thresholds)
@@ -165,13 +165,13 @@ def test_undefined(masks: np.ndarray, maps: np.ndarray, message: str) -> None:
         (np.eye(2)[None], np.array([[[0, np.inf], [0, 0]]]), "infinite"),
     ],
 )
-def test_bad_input(masks: np.ndarray, maps: np.ndarray, message: str) -> None:
+def test_unfit_masks_and_maps_are_refused(masks: np.ndarray, maps: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         au_pro(masks, maps)
     assert not isinstance(caught.value, UndefinedMetricError)
 
 
-def test_bad_limits_curves_and_counts() -> None:
+def test_bad_limits_curves_and_counts_are_refused() -> None:
     masks, maps = random_case(0, None)
     for limit in (0.0, -0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="limit"):
@@ -198,7 +198,7 @@ def test_recorded_unit_case(goldens: Path) -> None:
 @pytest.mark.golden
 @pytest.mark.parametrize(("method", "bank"), [("DINO", "rgb"), ("Point_MAE", "xyz")])
 def test_recorded_runs_with_maps_that_tie(goldens: Path, method: str, bank: str) -> None:
-    """Methods without a map SVM: the 8-bit blur leaves their maps with few distinct scores."""
+    """Recorded curves are reproduced for methods without a map SVM, whose 8-bit blur leaves few distinct scores."""
     recorded = json.loads((goldens / "runs_meta.json").read_text())[f"bn_{method}"]["metrics"]
     with np.load(goldens / f"run_bn_{method}.npz") as run:
         maps = run[f"blurq_test_{bank}"] / np.float32(255) * run[f"blurscale_test_{bank}"][:, None, None]
