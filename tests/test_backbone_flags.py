@@ -1,4 +1,4 @@
-"""Which networks main.py runs and where their weights come from: --list_backbones, --rgb_checkpoint and their like."""
+"""Backbones of main.py and the source of their weights: --list_backbones, --rgb_checkpoint, --xyz_checkpoint."""
 
 import shutil
 from pathlib import Path
@@ -26,10 +26,10 @@ from models.point_transformer import PointTransformer
 from models.rgb_backbone import VisionTransformerBackbone
 from utils import checkpoint_files
 
-TINY_VIT = "test_vit.r160_in1k"  # timm's smallest, which has no row of its own
+TINY_VIT = "test_vit.r160_in1k"  # timm's smallest, not in RGB_BACKBONES
 SMALL_VIT, SMALL_VIT_FILE = "vit_small_patch8_224_dino", "dino_deitsmall8_pretrain.pth"
 POINT_MAE_FILE = "pointmae_pretrain.pth"
-GROUPS = ["--num_group", 16, "--group_size", 8]  # so few that the point transformer takes no time
+GROUPS = ["--num_group", 16, "--group_size", 8]  # few, so that the point transformer is fast
 
 
 def save_vision_transformer(path: Path, timm_name: str, seed: int = 0) -> Path:
@@ -41,7 +41,7 @@ def save_vision_transformer(path: Path, timm_name: str, seed: int = 0) -> Path:
 
 @pytest.fixture(scope="module")
 def point_mae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Point-MAE under a name of its own, laid out as published."""
+    """Random Point-MAE weights in the published layout, in a file of another name."""
     path = tmp_path_factory.mktemp("weights") / "my_points.pth"
     spec = XYZ_BACKBONES["Point_MAE"]
     torch.manual_seed(0)
@@ -54,13 +54,13 @@ def point_mae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_checkpoint_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, function in ((checkpoint_files, "read_checkpoint"), (rgb_backbone, "load_vision_transformer")):
         monkeypatch.setattr(module, function, lambda *_: pytest.fail("a checkpoint is read for the list"))
 
 
 def listed(*flags: object) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """What --list_backbones prints: the columns, and the sources, of each name."""
+    """Columns and published source of each backbone that --list_backbones prints."""
     table, sources, rest = printed("--list_backbones", *flags).split("\n\n")
     header, *rows = [[cell.strip() for cell in line.split("  ") if cell] for line in table.splitlines()]
     assert header == ["name", "branch", "width", "grid", "weights"]
@@ -71,9 +71,9 @@ def listed(*flags: object) -> tuple[dict[str, list[str]], dict[str, str]]:
     return {name: rest for name, *rest in rows}, published
 
 
-@pytest.mark.usefixtures("nothing_is_read")
-def test_the_list_of_backbones(tmp_path: Path) -> None:
-    """Without dataset and weights; the numbers of the published networks."""
+@pytest.mark.usefixtures("no_checkpoint_read")
+def test_list_backbones_shows_every_backbone(tmp_path: Path) -> None:
+    """--list_backbones needs no dataset and no weights, and shows the sizes of the published networks."""
     rows, published = listed()
     assert rows == {
         "vit_base_patch8_224_dino": ["rgb", "768", "28 x 28", "absent"],
@@ -95,14 +95,14 @@ def test_the_list_of_backbones(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("nothing_is_read")
-def test_the_list_tells_the_grid_at_the_size_of_the_pictures() -> None:
+@pytest.mark.usefixtures("no_checkpoint_read")
+def test_list_backbones_shows_the_grid_for_the_image_size() -> None:
     rows, _ = listed("--img_size", 448)
     assert {row[2] for row in rows.values() if row[0] == "rgb"} == {"56 x 56"}
 
 
-@pytest.mark.usefixtures("nothing_is_read")
-def test_the_list_tells_where_weights_were_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_checkpoint_read")
+def test_list_backbones_shows_where_weights_were_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "weights"
     folder.mkdir()
     for name in (SMALL_VIT_FILE, "pretrain.pth"):
@@ -112,7 +112,7 @@ def test_the_list_tells_where_weights_were_found(tmp_path: Path, monkeypatch: py
     assert found == {SMALL_VIT: str(folder / SMALL_VIT_FILE), "Point_MAE": str(folder / "pretrain.pth")}
     assert sum(row[-1] == "absent" for row in rows.values()) == 4
 
-    (folder / POINT_MAE_FILE).write_bytes(b"")  # the first of its names
+    (folder / POINT_MAE_FILE).write_bytes(b"")  # preferred to pretrain.pth
     assert listed("--checkpoint_dir", folder)[0]["Point_MAE"][-1] == str(folder / POINT_MAE_FILE)
 
     cached = tmp_path / "hub" / "model.safetensors"
@@ -126,8 +126,8 @@ def test_the_list_tells_where_weights_were_found(tmp_path: Path, monkeypatch: py
 # Weights from elsewhere
 
 
-def test_an_rgb_checkpoint_of_any_name(bagels: Path, tmp_path: Path) -> None:
-    """It is the file that is used, also where the folder holds another of the expected name."""
+def test_rgb_checkpoint_is_preferred_to_the_checkpoint_folder(bagels: Path, tmp_path: Path) -> None:
+    """--rgb_checkpoint may have any name, and is used even if the folder has a file of the expected name."""
     weights = tmp_path / "weights"
     mine = save_vision_transformer(tmp_path / "mine.bin", TINY_VIT)
     flags = ["--method_name", "DINO", "--rgb_backbone_name", TINY_VIT, "--img_size", SIDE, "--random_state", 0]
@@ -143,7 +143,7 @@ def test_an_rgb_checkpoint_of_any_name(bagels: Path, tmp_path: Path) -> None:
     assert run_into(tmp_path / "found", *flags).scores == run.scores
 
 
-def test_downloaded_weights_are_used_where_the_folder_holds_none(
+def test_weights_are_downloaded_only_if_the_folder_has_none(
     bagels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached = save_vision_transformer(tmp_path / "hub.bin", TINY_VIT)
@@ -165,7 +165,7 @@ def test_downloaded_weights_are_used_where_the_folder_holds_none(
 
 
 @pytest.mark.slow
-def test_an_xyz_checkpoint_of_any_name(bagels: Path, tmp_path: Path, point_mae: Path) -> None:
+def test_xyz_checkpoint_is_preferred_to_the_checkpoint_folder(bagels: Path, tmp_path: Path, point_mae: Path) -> None:
     weights = tmp_path / "weights"
     flags = ["--method_name", "Point_MAE", *GROUPS, "--img_size", SIDE, "--random_state", 0]
     flags += ["--dataset_path", bagels, "--checkpoint_dir", weights]
@@ -182,8 +182,7 @@ def test_an_xyz_checkpoint_of_any_name(bagels: Path, tmp_path: Path, point_mae: 
     assert run_into(tmp_path / "again", *flags, "--xyz_checkpoint", point_mae).scores == run.scores
 
 
-def test_a_checkpoint_for_one_of_the_methods_suffices(bagels: Path, tmp_path: Path) -> None:
-    """Of methods side by side, one has an RGB branch."""
+def test_rgb_checkpoint_applies_to_the_methods_with_an_rgb_branch(bagels: Path, tmp_path: Path) -> None:
     mine = save_vision_transformer(tmp_path / "mine.bin", TINY_VIT)
     backbones = ["--rgb_backbone_name", TINY_VIT, "--xyz_backbone_name", "FPFH", "--rgb_checkpoint", mine]
     flags = [*backbones, "--img_size", SIDE, "--random_state", 0, "--dataset_path", bagels]
@@ -198,12 +197,12 @@ def test_a_backbone_that_no_method_uses_is_not_looked_up(bagels: Path, tmp_path:
     assert len(run.scores) == 2
 
 
-# A backbone of another width through everything
+# Backbone of another width
 
 
 @pytest.mark.slow
 def test_every_method_with_the_small_vision_transformer(bagels: Path, tmp_path: Path, point_mae: Path) -> None:
-    """ViT-S/8 is 384 wide where ViT-B is 768: no width is written down anywhere between the network and the maps."""
+    """Every method runs with ViT-S/8, which is 384 wide instead of 768."""
     weights = tmp_path / "weights"
     save_vision_transformer(weights / SMALL_VIT_FILE, "vit_small_patch8_224.dino")
     torch.manual_seed(0)
