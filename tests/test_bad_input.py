@@ -1,4 +1,4 @@
-"""How bad input ends: one clear sentence, exit code 2, before the work starts where it can be known."""
+"""Bad input to main.py ends with one clear error and exit code 2, before the work starts wherever possible."""
 
 import os
 import pickle
@@ -41,35 +41,35 @@ from runner import class_run, preparation
 
 
 @pytest.fixture
-def no_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_networks_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "build_extractor", lambda *_, **__: pytest.fail("networks built too early"))
 
 
 @pytest.fixture
-def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(class_run, "run_class", lambda *_, **__: pytest.fail("work begun too early"))
+def no_class_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(class_run, "run_class", lambda *_, **__: pytest.fail("work started too early"))
 
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_the_smallest_dataset_is_sound(bagels: Path, tmp_path: Path) -> None:
-    """So that the refusals below are for what each test breaks."""
+def test_the_smallest_dataset_is_accepted(bagels: Path, tmp_path: Path) -> None:
+    """The unchanged dataset runs, so the refusals below are due to the damage that each test makes."""
     run = run_into(tmp_path / "out", "--method_name", "DINO+Point_MAE", "--dataset_path", bagels, *SMALL)
     assert [sample["path"] for sample in run.entry["samples"]] == ["test/good/000", "test/hole/000"]
 
 
 def refusal_of_files(capsys: pytest.CaptureFixture[str], root: Path, *flags: object) -> str:
-    """The sentence on damaged bagels; no folder has been made for results."""
+    """Error of a run on this dataset, which makes no results folder."""
     message = refusal(capsys, "--dataset_path", root, *SMALL, "--output_dir", root.parent / "out", *flags)
     assert not (root.parent / "out").exists()
     return message
 
 
-@pytest.mark.usefixtures("no_networks")
+@pytest.mark.usefixtures("no_networks_built")
 @pytest.mark.parametrize(
-    ("class_folder", "flags", "told"),
+    ("class_folder", "flags", "expected"),
     [
         ("data/bagel", ["--classes", "bagle"], ["'bagle'", "holds bagel", "--classes"]),
         ("elsewhere/bagel", [], ["data is not a folder", "Download MVTec 3D-AD", "--dataset_path"]),
@@ -77,20 +77,20 @@ def refusal_of_files(capsys: pytest.CaptureFixture[str], root: Path, *flags: obj
         ("data/bagel", ["--dataset_type", "eyecandies"], ["none of the eyecandies classes, only bagel", "--classes"]),
     ],
 )
-def test_classes_and_folders_that_are_not_there(
-    bagels: Path, capsys: pytest.CaptureFixture[str], class_folder: str, flags: list[str], told: list[str]
+def test_missing_classes_and_folders_are_refused(
+    bagels: Path, capsys: pytest.CaptureFixture[str], class_folder: str, flags: list[str], expected: list[str]
 ) -> None:
     shutil.move(bagels / "bagel", bagels.parent / "kept")
     bagels.rmdir()
     shutil.move(bagels.parent / "kept", bagels.parent / class_folder)
     message = refusal_of_files(capsys, bagels, *flags)
-    for words in told:
+    for words in expected:
         assert words in message
 
 
-@pytest.mark.usefixtures("no_networks")
+@pytest.mark.usefixtures("no_networks_built")
 @pytest.mark.parametrize(
-    ("pattern", "told"),
+    ("pattern", "expected"),
     [
         ("train/good/*/*", ["No training files in", "bagel/train/good", "Fill its folder rgb and xyz"]),
         ("test/*/*/*", ["No test files in", "bagel/test/good", "Fill its folder rgb and xyz"]),
@@ -100,17 +100,17 @@ def test_classes_and_folders_that_are_not_there(
     ],
 )
 def test_missing_files_are_found_before_the_work_starts(
-    bagels: Path, capsys: pytest.CaptureFixture[str], pattern: str, told: list[str]
+    bagels: Path, capsys: pytest.CaptureFixture[str], pattern: str, expected: list[str]
 ) -> None:
     for path in sorted((bagels / "bagel").glob(pattern)):
         path.unlink()
     message = refusal_of_files(capsys, bagels)
-    for words in told:
+    for words in expected:
         assert words in message
     assert "Restore them" in message or "Fill its folder" in message
 
 
-@pytest.mark.usefixtures("no_networks")
+@pytest.mark.usefixtures("no_networks_built")
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_missing_split_is_found_before_the_work_starts(
     bagels: Path, capsys: pytest.CaptureFixture[str], split: str
@@ -121,9 +121,9 @@ def test_a_missing_split_is_found_before_the_work_starts(
     assert f"bagel/{split}" in message
 
 
-@pytest.mark.usefixtures("no_networks")
+@pytest.mark.usefixtures("no_networks_built")
 @pytest.mark.parametrize(
-    ("file", "damage", "told"),
+    ("file", "damage", "expected"),
     [
         ("train/good/rgb/000.png", cut, "is no complete PNG"),
         ("test/good/rgb/000.png", lambda path: path.write_bytes(b""), "is no complete PNG"),
@@ -143,23 +143,23 @@ def test_a_missing_split_is_found_before_the_work_starts(
     ],
 )
 def test_bad_files_are_found_before_the_work_starts(
-    bagels: Path, capsys: pytest.CaptureFixture[str], file: str, damage: Callable[[Path], object], told: str
+    bagels: Path, capsys: pytest.CaptureFixture[str], file: str, damage: Callable[[Path], object], expected: str
 ) -> None:
     damage(bagels / "bagel" / file)
     message = refusal_of_files(capsys, bagels)
     assert str(bagels / "bagel" / file) in message
-    assert told in message
+    assert expected in message
     assert any(fix in message for fix in ("Restore", "restore", "Copy it again", "Store", "store"))
 
 
-def test_files_of_a_modality_that_is_not_needed_may_be_bad(bagels: Path, tmp_path: Path) -> None:
+def test_files_of_an_unused_modality_may_be_bad(bagels: Path, tmp_path: Path) -> None:
     for path in bagels.rglob("*.tiff"):
         cut(path)
     run_into(tmp_path / "out", "--method_name", "DINO", "--dataset_path", bagels, *SMALL)
 
 
-def test_pictures_to_be_shown_are_checked_as_well(
-    bagels: Path, no_networks: None, capsys: pytest.CaptureFixture[str]
+def test_images_are_checked_if_predictions_are_saved(
+    bagels: Path, no_networks_built: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut(bagels / "bagel/test/good/rgb/000.png")
     flags = ["--method_name", "Point_MAE", "--dataset_path", bagels, *SMALL]
@@ -167,7 +167,7 @@ def test_pictures_to_be_shown_are_checked_as_well(
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "expected"),
     [
         ("--method_name DINO+Point_MAE+Fusion --memory_bank single", "--memory_bank multiple"),
         ("--method_name DINO+Point_MAE --memory_bank single", "--memory_bank multiple"),
@@ -222,14 +222,14 @@ def test_pictures_to_be_shown_are_checked_as_well(
     ],
 )
 def test_impossible_flags_are_refused_before_any_file_is_read(
-    tmp_path: Path, no_networks: None, capsys: pytest.CaptureFixture[str], flags: str, told: str
+    tmp_path: Path, no_networks_built: None, capsys: pytest.CaptureFixture[str], flags: str, expected: str
 ) -> None:
-    assert told in refusal(capsys, "--dataset_path", tmp_path / "nowhere", *flags.split())
+    assert expected in refusal(capsys, "--dataset_path", tmp_path / "nowhere", *flags.split())
 
 
 @pytest.mark.parametrize("flag", ["--output_dir", "--save_feature_path"])
 def test_a_folder_that_cannot_be_made_is_found_before_the_work_starts(
-    bagels: Path, tmp_path: Path, no_networks: None, capsys: pytest.CaptureFixture[str], flag: str
+    bagels: Path, tmp_path: Path, no_networks_built: None, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
     in_the_way = tmp_path / "file"
     in_the_way.write_text("kept")
@@ -252,13 +252,13 @@ def backbone_flags(name: str) -> list[str]:
 
 
 VIT, SMALL_VIT = "vit_base_patch8_224_dino", "vit_small_patch8_224_dino"
-TINY_VIT = "test_vit.r160_in1k"  # timm's smallest, which has no row of its own
+TINY_VIT = "test_vit.r160_in1k"  # timm's smallest, not in RGB_BACKBONES
 FILES = {name: spec.files.names[0] for name, spec in (RGB_BACKBONES | XYZ_BACKBONES).items() if spec.files.names}
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_checkpoint_names_file_folder_and_source(
-    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str], name: str
+    bagels: Path, tmp_path: Path, no_class_run: None, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     flags = ["--dataset_path", bagels, "--output_dir", tmp_path / "out", "--checkpoint_dir", tmp_path / "weights"]
     message = refusal(capsys, *backbone_flags(name), *flags)
@@ -266,12 +266,12 @@ def test_a_missing_checkpoint_names_file_folder_and_source(
         assert file_name in message
     assert f"in {tmp_path / 'weights'}" in message
     assert "Download it from https://" in message
-    tried = "and timm's download failed (the weights of "  # of point transformers timm has none
-    assert (tried in message) == (name in RGB_BACKBONES)
+    tried = "and timm's download failed (the weights of "
+    assert (tried in message) == (name in RGB_BACKBONES)  # timm has no point transformers
 
 
-def test_a_missing_checkpoint_of_another_vision_transformer(
-    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str]
+def test_a_missing_checkpoint_of_another_vision_transformer_is_named(
+    bagels: Path, tmp_path: Path, no_class_run: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--method_name", "DINO", "--rgb_backbone_name", TINY_VIT, "--checkpoint_dir", tmp_path / "weights"]
     message = refusal(capsys, *flags, "--dataset_path", bagels)
@@ -281,10 +281,10 @@ def test_a_missing_checkpoint_of_another_vision_transformer(
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mixer_b16_224"])
-def test_a_network_of_timm_that_is_no_vision_transformer(
-    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str], name: str
+def test_a_timm_network_that_is_no_vision_transformer_is_refused(
+    bagels: Path, tmp_path: Path, no_class_run: None, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """Known to timm, with weights for it lying there."""
+    """A network that is no vision transformer is refused even if timm knows it and its weights exist."""
     (tmp_path / f"{name}.pth").write_bytes(b"")
     flags = ["--method_name", "DINO", "--rgb_backbone_name", name, "--checkpoint_dir", tmp_path]
     message = refusal(capsys, *flags, "--dataset_path", bagels)
@@ -293,7 +293,7 @@ def test_a_network_of_timm_that_is_no_vision_transformer(
 
 
 @pytest.mark.parametrize(
-    ("method", "flag", "told"),
+    ("method", "flag", "expected"),
     [
         (
             "DINO",
@@ -303,27 +303,33 @@ def test_a_network_of_timm_that_is_no_vision_transformer(
         ("Point_MAE", "--xyz_checkpoint", "FPFH needs no weights"),
     ],
 )
-def test_a_checkpoint_for_a_backbone_that_needs_none(
-    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str], method: str, flag: str, told: str
+def test_a_checkpoint_for_a_backbone_without_checkpoint_is_refused(
+    bagels: Path,
+    tmp_path: Path,
+    no_class_run: None,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+    flag: str,
+    expected: str,
 ) -> None:
     path = tmp_path / "mine.pth"
     torch.save({}, path)
     message = refusal(capsys, "--method_name", method, "--dataset_path", bagels, *SMALL, flag, path)
-    assert message == f"{path} is not used, because {told}. Leave it out."
+    assert message == f"{path} is not used, because {expected}. Leave it out."
 
 
 @pytest.mark.parametrize(("flag", "name"), [("--rgb_checkpoint", TINY_VIT), ("--xyz_checkpoint", "Point_MAE")])
 @pytest.mark.parametrize("kind", [None, "other dict"])
-def test_a_named_checkpoint_that_does_not_serve(
+def test_a_given_checkpoint_that_is_missing_or_wrong_is_refused(
     bagels: Path,
     tmp_path: Path,
-    no_work: None,
+    no_class_run: None,
     capsys: pytest.CaptureFixture[str],
     flag: str,
     name: str,
     kind: str | None,
 ) -> None:
-    """It is refused, absent or wrong: nothing else is taken in its place."""
+    """No other file is used in place of a given checkpoint that is missing or wrong."""
     path = tmp_path / "mine.pth"
     if kind:
         write_wrong_file(kind, path, name)
@@ -334,7 +340,7 @@ def test_a_named_checkpoint_that_does_not_serve(
 
 
 def other_models_state(name: str) -> dict[str, Any]:
-    """Some keys of a file that is not the backbone's."""
+    """Some keys of another model's checkpoint."""
     if name in RGB_BACKBONES:
         return {
             "cls_token": torch.zeros(1, 1, 192),
@@ -345,7 +351,7 @@ def other_models_state(name: str) -> dict[str, Any]:
 
 
 class Malicious:
-    """Makes a file when it is unpickled."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -378,7 +384,7 @@ def write_wrong_file(kind: str, path: Path, name: str) -> None:
 )
 @pytest.mark.parametrize("name", [SMALL_VIT, "Point_MAE", "Point_Bert", "UFF"])
 def test_a_wrong_checkpoint_is_named(
-    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str], name: str, kind: str
+    bagels: Path, tmp_path: Path, no_class_run: None, capsys: pytest.CaptureFixture[str], name: str, kind: str
 ) -> None:
     weights = tmp_path / "weights"
     path = weights / FILES.get(name, "checkpoint-0.pth")
@@ -389,18 +395,16 @@ def test_a_wrong_checkpoint_is_named(
         capsys, *flags, "--dataset_path", bagels, "--checkpoint_dir", weights, "--output_dir", tmp_path / "out"
     )
     assert str(path) in message
-    assert any(
-        mend in message for mend in ("Download it again", "Check that", "another model's file", "fusion_pretrain")
-    )
+    assert any(fix in message for fix in ("Download it again", "Check that", "another model's file", "fusion_pretrain"))
     assert not (weights / "executed").exists()
     if kind.startswith("malicious"):
         assert "is refused: it holds a posix.system" in message
 
 
-def test_the_weights_of_a_smaller_network_are_told_by_their_shapes(
-    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str]
+def test_the_weights_of_a_smaller_network_are_refused_with_their_shapes(
+    bagels: Path, tmp_path: Path, no_class_run: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A ViT-S file under the name of ViT-B: the same keys."""
+    """A ViT-S file in place of ViT-B has the same keys but other shapes."""
     small = {"cls_token": torch.zeros(1, 1, 384), "pos_embed": torch.zeros(1, 785, 384), "norm.weight": torch.ones(384)}
     torch.save(small, tmp_path / FILES[VIT])
     message = refusal(capsys, *backbone_flags(VIT), "--dataset_path", bagels, "--checkpoint_dir", tmp_path)
@@ -409,7 +413,7 @@ def test_the_weights_of_a_smaller_network_are_told_by_their_shapes(
 
 
 def test_img_size_must_be_a_multiple_of_the_patch(
-    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str]
+    bagels: Path, tmp_path: Path, no_class_run: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({}, tmp_path / FILES[SMALL_VIT])
     flags = [*backbone_flags(SMALL_VIT), "--dataset_path", bagels, "--checkpoint_dir", tmp_path]
@@ -418,8 +422,8 @@ def test_img_size_must_be_a_multiple_of_the_patch(
     assert "patch size 8" in message
 
 
-def test_a_missing_uff_is_named(
-    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str]
+def test_a_missing_uff_checkpoint_is_named(
+    bagels: Path, tmp_path: Path, no_class_run: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "checkpoint-7.pth"
     flags = ["--use_uff", "--fusion_module_path", path, "--dataset_path", bagels, *SMALL]
@@ -428,8 +432,8 @@ def test_a_missing_uff_is_named(
     assert "train it" in message
 
 
-def test_a_uff_of_other_widths_is_told_by_both(
-    bagels: Path, tmp_path: Path, no_work: None, capsys: pytest.CaptureFixture[str]
+def test_a_uff_of_other_widths_is_refused_with_both_widths(
+    bagels: Path, tmp_path: Path, no_class_run: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "checkpoint-0.pth"
     torch.save({"model": FeatureFusion(48, RGB_DIM).state_dict()}, path)
@@ -440,41 +444,41 @@ def test_a_uff_of_other_widths_is_told_by_both(
     assert "Train it on features of the same backbones" in message
 
 
-# Bad scans that only show when they are read
+# Bad clouds and images that are only found when they are read
 
 
 def sparse(points: int) -> np.ndarray:
-    """A cloud with so many valid points."""
+    """Cloud with `points` valid points."""
     xyz = surface(0)
     xyz.reshape(-1, 3)[points:] = 0
     return xyz
 
 
-@pytest.mark.parametrize("scan", ["train/good/xyz/001.tiff", "test/hole/xyz/000.tiff"])
+@pytest.mark.parametrize("file", ["train/good/xyz/001.tiff", "test/hole/xyz/000.tiff"])
 @pytest.mark.parametrize(
-    ("xyz", "told"),
+    ("xyz", "expected"),
     [
         (sparse(0), ["has no valid point", "Restore"]),
         (np.full((SIDE, SIDE, 3), np.nan, np.float32), ["has no valid point", "Restore"]),
         (sparse(3), ["has 3 valid points", "FPFH needs at least 4", "Repair the point cloud."]),
     ],
 )
-def test_a_scan_with_too_few_points_is_named(
-    bagels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], scan: str, xyz: np.ndarray, told: list[str]
+def test_a_cloud_with_too_few_points_is_named(
+    bagels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, xyz: np.ndarray, expected: list[str]
 ) -> None:
-    write_cloud(bagels / "bagel" / scan, xyz)
+    write_cloud(bagels / "bagel" / file, xyz)
     flags = ["--method_name", "Point_MAE", "--dataset_path", bagels, *SMALL, "--output_dir", tmp_path / "out"]
     message = refusal(capsys, *flags)
     assert message.startswith("bagel: ")
-    assert scan in message or scan.replace("xyz/", "").removesuffix(".tiff") in message
-    for words in told:
+    assert file in message or file.replace("xyz/", "").removesuffix(".tiff") in message
+    for words in expected:
         assert words in message
 
 
-def test_fewer_points_than_groups(
+def test_a_cloud_with_fewer_points_than_groups_is_named(
     bagels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a point transformer of three narrow layers in place of Point-MAE."""
+    """A cloud with 99 points is refused for 100 groups and accepted for 99, with a tiny network for Point-MAE."""
 
     def tiny(config: DetectorConfig, *_: object, **__: object) -> PatchExtractor:
         numbers = {"width": 12, "depth": 3, "num_heads": 2, "encoder_dim": 12}
@@ -491,8 +495,8 @@ def test_fewer_points_than_groups(
     run_into(tmp_path / "out", *flags, "--num_group", 99, "--group_size", 8)
 
 
-def test_damage_inside_a_picture_is_named(bagels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Header and end are sound, so that only decoding finds it."""
+def test_damage_inside_an_image_is_named(bagels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Damage that only decoding finds, because header and end of the file are intact, is named."""
     path = bagels / "bagel/test/hole/rgb/000.png"
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
@@ -503,7 +507,7 @@ def test_damage_inside_a_picture_is_named(bagels: Path, tmp_path: Path, capsys: 
 
 @pytest.mark.slow
 def test_nan_and_infinity_count_as_missing(tmp_path: Path) -> None:
-    """A run with them equals the run with zeros there, and not the run on whole scans."""
+    """Clouds with NaN or infinity give the scores of clouds with zeros there, not those of complete clouds."""
     hole = np.zeros((SIDE, SIDE), bool)
     hole[10:30, 20:50] = True
     scores = []
@@ -516,15 +520,15 @@ def test_nan_and_infinity_count_as_missing(tmp_path: Path) -> None:
             write_cloud(path, xyz)
         flags = ["--method_name", "Point_MAE", "--dataset_path", root, *SMALL, "--random_state", 0]
         scores.append(run_into(root / "out", *flags).scores)
-    zeros, *missing, whole = scores
+    zeros, *missing, complete = scores
     assert missing == [zeros] * 3
-    assert whole != zeros
+    assert complete != zeros
 
 
-# Real processes
+# New processes
 
 
-def test_a_first_call_without_data_says_what_to_do(tmp_path: Path) -> None:
+def test_a_call_without_a_dataset_tells_where_to_download_one(tmp_path: Path) -> None:
     done = process(tmp_path, ROOT / "main.py")
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
@@ -536,7 +540,7 @@ def test_a_first_call_without_data_says_what_to_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_error_in_mid_run_is_the_last_line(bagels: Path, tmp_path: Path) -> None:
+def test_an_error_during_a_run_is_the_last_line(bagels: Path, tmp_path: Path) -> None:
     write_cloud(bagels / "bagel/train/good/xyz/001.tiff", sparse(0))
     done = process(tmp_path, ROOT / "main.py", "--method_name", "Point_MAE", "--dataset_path", bagels, *SMALL)
     assert done.returncode == 2
