@@ -59,9 +59,9 @@ class PredictSettings:
         if self.rgb is None and self.xyz is None:
             raise InputError("There is nothing to predict. Give --rgb, --xyz or both.")
         if self.batch_size is not None and self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}, expected at least 1.")
+            raise InputError(f"--batch_size is {self.batch_size}. Give at least 1.")
         if self.num_workers < 0:
-            raise InputError(f"num_workers is {self.num_workers}, expected 0 or more.")
+            raise InputError(f"--num_workers is {self.num_workers}. Give at least 0.")
         if self.keep_rgb and not self.preprocess:
             raise InputError("--keep_rgb only applies to --preprocess. Give both, or leave it out.")
         about_clouds = {"preprocess": self.preprocess, "intrinsics": self.intrinsics, "xyz_unit": self.xyz_unit != "m"}

@@ -47,7 +47,7 @@ def _without_background(xyz: ShardedRows, config: DetectorConfig) -> ShardedRows
     kept = xyz.where(lambda patches: enough(patches != 0, dim=1))
     if len(kept) == 0:
         raise InputError(
-            f"all {len(xyz)} xyz patches of the training samples are background. Check the point clouds, or use "
+            f"All {len(xyz)} xyz patches of the training samples are background. Check the point clouds, or use "
             "--protocol reference without --rm_zero_for_project."
         )
     return kept

@@ -136,26 +136,27 @@ class DetectorConfig:
             choices["memory_bank"] = MEMORY_BANKS
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {shortened(getattr(self, name))}, expected one of {', '.join(allowed)}")
-        share = "above 0 and at most 1"
+                raise InputError(f"--{name} is {shortened(getattr(self, name))}. Give one of {', '.join(allowed)}.")
+        share = "a number above 0 and at most 1"
         least = self.xyz_grid + 2  # pooling without padding loses two pixels
         for name, good, expected in (
             ("f_coreset", 0 < self.f_coreset <= 1, share),
-            ("coreset_eps", 0 < self.coreset_eps < 1, "between 0 and 1"),
+            ("coreset_eps", 0 < self.coreset_eps < 1, "a number between 0 and 1"),
             ("ocsvm_nu", 0 < self.ocsvm_nu <= 1, share),
             ("ocsvm_maxiter", self.ocsvm_maxiter >= 1, "at least 1"),
             ("xyz_grid", self.xyz_grid >= 1, "at least 1"),
             ("img_size", self.img_size >= least, f"at least {least} for {self.xyz_grid} xyz patches a side"),
-            ("num_group", self.num_group >= 3, "at least 3, to interpolate from 3 centers"),
+            ("num_group", self.num_group >= 3, "at least 3, from which points are interpolated"),
             ("group_size", self.group_size >= 1, "at least 1"),
-            ("random_state", self.random_state is None or 0 <= self.random_state < 2**32, "between 0 and 2**32 - 1"),
+            ("random_state", self.random_state is None or 0 <= self.random_state < 2**32, "a number from 0 to 2**32-1"),
             ("asy_memory_bank", self.asy_memory_bank is None or self.asy_memory_bank >= 1, "at least 1"),
         ):
             if not good:
-                raise InputError(f"{name} is {shortened(getattr(self, name))}, expected {expected}")
-        for name, value in zip(BANKS * 2, self.score_lambdas + self.map_lambdas, strict=True):
+                raise InputError(f"--{name} is {shortened(getattr(self, name))}. Give {expected}.")
+        names = [f"{bank}_{kind}_lambda" for kind in ("s", "smap") for bank in BANKS]
+        for name, value in zip(names, self.score_lambdas + self.map_lambdas, strict=True):
             if not math.isfinite(value):
-                raise InputError(f"a lambda of {name} is {value}, expected a finite number")
+                raise InputError(f"--{name} is {value}. Give a finite number.")
 
     def _check_combinations(self) -> None:
         method, name = self.method, self.method_name

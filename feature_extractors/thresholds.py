@@ -47,7 +47,7 @@ class Thresholds:
 def check_target_fpr(target_fpr: float) -> None:
     """Raise InputError unless LEAST_FPR <= target_fpr < 1."""
     if not LEAST_FPR <= target_fpr < 1:
-        raise InputError(f"target_fpr is {target_fpr}. Give a rate from {LEAST_FPR} to below 1, such as 0.01.")
+        raise InputError(f"--target_fpr is {target_fpr}. Give a rate from {LEAST_FPR} to below 1, such as 0.01.")
 
 
 def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: float, source: Source) -> Thresholds:

@@ -77,7 +77,7 @@ class TrainingFeatures:
                 fix = "Use --train_feature_dtype fp32." if too_large else "Check its files and the checkpoints."
                 dtype = str(self.dtype).removeprefix("torch.")
                 which = path or f"good sample {self.count}"
-                raise InputError(f"the {name} features of {which} hold NaN or infinity as {dtype}. {fix}")
+                raise InputError(f"The {name} features of {which} hold NaN or infinity as {dtype}. {fix}")
             self._arrays[name][self.count] = stored
             self._release(name)
         self.count += 1
@@ -132,7 +132,7 @@ def _mapped_file(size: int) -> mmap.mmap:
             os.posix_fallocate(file.fileno(), 0, size)  # detects a full disk before the map is written
         except OSError as error:
             raise InputError(
-                f"the training features take {size / 1e9:.1f} GB, which do not fit in {folder} ({error.strerror}). Set "
+                f"The training features take {size / 1e9:.1f} GB, which do not fit in {folder} ({error.strerror}). Set "
                 "the environment variable TMPDIR to a folder of a larger disk, raise --memory_budget, or halve them "
                 "with --train_feature_dtype fp16."
             ) from None

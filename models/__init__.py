@@ -132,7 +132,7 @@ def rgb_spec(name: str) -> RgbSpec:
     published = pretrained_source(name)
     if published is None:
         raise InputError(
-            f"rgb_backbone_name {name!r} is unknown. Choose one of {', '.join(RGB_BACKBONES)}, or the timm name "
+            f"--rgb_backbone_name {name!r} is unknown. Choose one of {', '.join(RGB_BACKBONES)}, or the timm name "
             "of another vision transformer, such as vit_small_patch14_dinov2.lvd142m."
         )
     names = tuple(f"{name}{suffix}" for suffix in (".safetensors", ".pth", ".npz"))
@@ -182,7 +182,7 @@ def build_xyz_backbone(
         InputError: unknown name, missing or wrong checkpoint.
     """
     if name not in XYZ_BACKBONES:
-        raise InputError(f"xyz_backbone_name {name!r} is unknown. Choose one of {', '.join(XYZ_BACKBONES)}.")
+        raise InputError(f"--xyz_backbone_name {name!r} is unknown. Choose one of {', '.join(XYZ_BACKBONES)}.")
     spec = XYZ_BACKBONES[name]
     if not spec.files.names and checkpoint is not None:
         raise InputError(f"{checkpoint} is not used, because {name} needs no weights. Leave it out.")

@@ -52,7 +52,7 @@ class VisionTransformerBackbone(RgbBackbone):
             problem = f"{timm_name} cannot be the RGB backbone ({reason})"
             raise InputError(f"{problem}. Choose a vision transformer of timm.") from None
         if img_size % patch:
-            raise InputError(f"img_size {img_size} must be a multiple of {timm_name}'s patch size {patch}. Change it.")
+            raise InputError(f"--img_size {img_size} is not a multiple of {timm_name}'s patch size {patch}. Change it.")
         self.model, self.embed_dim = model, model.num_features
         given = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
         wanted = given | (model.pretrained_cfg if own_normalization else {})

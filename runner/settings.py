@@ -58,10 +58,10 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         if self.memory_budget is not None and not self.memory_budget > 0:
-            raise InputError(f"memory_budget is {self.memory_budget}, expected a number of GB above 0.")
+            raise InputError(f"--memory_budget is {self.memory_budget}. Give a number of GB above 0.")
         for name, least in (("max_sample", 1), ("report_parts", 0), ("num_workers", 0)):
             if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least {least}.")
+                raise InputError(f"--{name} is {getattr(self, name)}. Give at least {least}.")
         check_target_fpr(self.target_fpr)
         if self.save_detector is None and self.detector_dtype != "fp32":
             raise InputError("--detector_dtype only applies to --save_detector. Give both, or leave it out.")

@@ -157,7 +157,7 @@ class Trainer:
         if not math.isfinite(norm):
             files = ", ".join(broadcast_object(gather_objects(group_files)))
             problem = f"The gradient is not finite at epoch {self.progress.epoch}, batch {index}, though the loss is"
-            raise InputError(f"{problem}. Check the values of these files, or lower --lr or --blr: {files}")
+            raise InputError(f"{problem}. Lower --lr or --blr, or check the values of {files}.")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.progress.grad_norm, self.progress.batch = norm, index + 1
@@ -204,7 +204,8 @@ def load_checkpoint(
         torch.set_rng_state(checkpoint["rng"])
         written = vars(checkpoint["args"])
     except RuntimeError as error:
-        raise InputError(f"{path} does not fit this model: {' '.join(str(error).split())}") from None
+        problem = f"{path} does not fit this model: {' '.join(str(error).split()).rstrip('.')}"
+        raise InputError(f"{problem}. Check the path.") from None
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is not a checkpoint of this training: {error!r}. Check the path.") from None
     for name in fixed:

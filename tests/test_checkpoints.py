@@ -448,7 +448,7 @@ def test_a_missing_fusion_checkpoint_is_named(tmp_path: Path) -> None:
 
 def test_unknown_xyz_backbone_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"xyz_backbone_name 'PointNet' is unknown\. Choose one of Point_MAE, Point_Bert"
+        InputError, match=r"--xyz_backbone_name 'PointNet' is unknown\. Choose one of Point_MAE, Point_Bert"
     ):
         build_xyz_backbone("PointNet", tmp_path, **GROUPING)
 

@@ -177,26 +177,26 @@ def test_ranges(field: str, good: list[float], bad: list[float]) -> None:
     for value in good:
         assert getattr(DetectorConfig(**{field: value}), field) == value
     for value in bad:
-        with pytest.raises(InputError, match=rf"{field} is {value}, expected \w+") as error:
+        with pytest.raises(InputError, match=rf"--{field} is {value}\. Give \w+") as error:
             DetectorConfig(**{field: value})
         assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("place", "bank"), enumerate(BANKS))
-@pytest.mark.parametrize("field", ["score_lambdas", "map_lambdas"])
-def test_lambdas_are_finite(field: str, place: int, bank: str) -> None:
+@pytest.mark.parametrize(("field", "kind"), [("score_lambdas", "s"), ("map_lambdas", "smap")])
+def test_lambdas_are_finite(field: str, kind: str, place: int, bank: str) -> None:
     for value in (float("nan"), float("inf")):
         lambdas = [1.0, 0.0, -1.0]
         DetectorConfig(**{field: tuple(lambdas)})
         lambdas[place] = value
-        with pytest.raises(InputError, match=f"a lambda of {bank} is {value}, expected a finite number"):
+        with pytest.raises(InputError, match=f"--{bank}_{kind}_lambda is {value}. Give a finite number."):
             DetectorConfig(**{field: tuple(lambdas)})
 
 
 def test_the_grid_has_to_fit_into_the_image() -> None:
     """The first pooling leaves img_size - 2 windows along a side."""
     DetectorConfig(img_size=32, xyz_grid=30)
-    with pytest.raises(InputError, match="img_size is 32, expected at least 33 for 31 xyz patches a side"):
+    with pytest.raises(InputError, match=r"--img_size is 32\. Give at least 33 for 31 xyz patches a side"):
         DetectorConfig(img_size=32, xyz_grid=31)
 
 
@@ -213,7 +213,7 @@ def test_the_grid_has_to_fit_into_the_image() -> None:
 def test_choices(field: str, allowed: tuple[str, ...]) -> None:
     with pytest.raises(InputError) as error:
         DetectorConfig(**{field: "typo"})
-    assert str(error.value) == f"{field} is 'typo', expected one of {', '.join(allowed)}"
+    assert str(error.value) == f"--{field} is 'typo'. Give one of {', '.join(allowed)}."
     for value in allowed:
         if field != "memory_bank":
             assert getattr(DetectorConfig(**{field: value}), field) == value

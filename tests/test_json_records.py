@@ -22,7 +22,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         if self.rate < 0:
-            raise InputError(f"rate is {self.rate}, expected at least 0")
+            raise InputError(f"--rate is {self.rate}. Give at least 0.")
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,7 +92,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         (b'{"schema": 2}', f"is damaged (Object missing required field `settings`). {FIX}."),
         (b'{"schema": 2, "settings": {}, "count": 0}', "is damaged (Expected `int` >= 1 at `count`)"),
         (b'{"schema": 2, "settings": {"a": {"rate": "x"}}}', "(Expected `float`, got `str` at `settings[...].rate`)"),
-        (b'{"schema": 2, "settings": {"a": {"rate": -1}}}', "(rate is -1.0, expected at least 0 at `settings[...]`)"),
+        (b'{"schema": 2, "settings": {"a": {"rate": -1}}}', "(--rate is -1.0 at `settings[...]`)"),
         (b'{"schema": 2, "settings": {"a": {"pair": [1]}}}', "(Expected `array` of length 2, got 1"),
         (b'{"schema": 2, "settings": {"a": {"mode": "\\u001b[2J"}}}', "at `settings[...].mode`"),
         (b'{"schema": 2, "settings": {}, "\\u001b[2J\\n": 1}', "(Object contains unknown field `\\x1b[2J\\n`)"),

@@ -497,7 +497,7 @@ def test_the_memory_budget_decides_where_training_features_lie(
 
 @pytest.mark.parametrize("budget", ["0", "-1", "nan"])
 def test_a_memory_budget_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], budget: str) -> None:
-    assert f"memory_budget is {float(budget)}, expected a number of GB above 0" in refusal(
+    assert f"--memory_budget is {float(budget)}. Give a number of GB above 0." in refusal(
         capsys, "--method_name", "DINO", f"--memory_budget={budget}"
     )
 

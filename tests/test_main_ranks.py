@@ -372,7 +372,7 @@ def test_a_missing_dataset_is_told_once(tmp_path: Path) -> None:
     [
         (["--parallel", "both"], "argument --parallel: invalid choice: 'both'"),
         (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
-        (["--device", "abacus"], "unknown device 'abacus'. Give auto, cpu, cuda"),
+        (["--device", "abacus"], "--device 'abacus' is unknown. Give auto, cpu, cuda"),
     ],
 )
 def test_a_fault_of_the_command_line_is_told_by_the_first_process_alone(
@@ -410,7 +410,7 @@ if "RANK" in os.environ:
 """
     changed_processes(tmp_path, program, monkeypatch)
     message = refusal_of_ranks(3, *base, "--device", "cuda", "--output_dir", tmp_path / "out")
-    assert message.startswith("there is no cuda:1, only 1 GPU. Give --device cpu, or start no more processes")
+    assert message.startswith("There is no cuda:1, only 1 GPU. Give --device cpu, or start no more processes")
 
 
 def spoil_cloud(data: Path) -> Path:

@@ -143,7 +143,7 @@ def test_every_rank_has_the_same_banks(found: list[dict[str, Any]], name: str) -
 def test_samples_of_background_only_are_an_error_in_all_ranks(found: list[dict[str, Any]]) -> None:
     patches = 5 * sum(range(len(found)))
     for each in found:
-        assert each["refused"].startswith(f"all {patches} xyz patches of the training samples are background")
+        assert each["refused"].startswith(f"All {patches} xyz patches of the training samples are background")
 
 
 def test_a_sample_of_another_rank_takes_no_more_memory_than_its_maps(by_rank: list[dict[int, Any]]) -> None:

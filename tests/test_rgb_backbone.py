@@ -119,7 +119,7 @@ def test_grid_follows_img_size(img_size: int, grid: int) -> None:
 
 @pytest.mark.parametrize("img_size", [8, 100, 223])
 def test_img_size_that_patches_do_not_divide_is_refused(img_size: int) -> None:
-    with pytest.raises(InputError, match=f"img_size {img_size} must be a multiple of {TINY}'s patch size 16"):
+    with pytest.raises(InputError, match=f"--img_size {img_size} is not a multiple of {TINY}'s patch size 16"):
         VisionTransformerBackbone(TINY, img_size)
 
 
@@ -284,7 +284,7 @@ def test_missing_weights_say_what_was_looked_for_and_where(tmp_path: Path, monke
 
 def test_unknown_backbone_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"rgb_backbone_name 'resnet' is unknown\. Choose one of vit_base_patch8_224_dino"
+        InputError, match=r"--rgb_backbone_name 'resnet' is unknown\. Choose one of vit_base_patch8_224_dino"
     ):
         build_rgb_backbone("resnet", tmp_path, 224)
 

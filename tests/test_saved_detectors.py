@@ -322,7 +322,7 @@ def test_latency_is_that_of_the_test_parts(single: tuple[Run, Path]) -> None:
 @pytest.mark.parametrize("rate", ["0", "1", "-0.5", "nan"])
 def test_a_false_alarm_rate_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], rate: str) -> None:
     message = refusal(capsys, "--method_name", "DINO", f"--target_fpr={rate}")
-    assert f"target_fpr is {float(rate)}. Give a rate from 1e-06 to below 1" in message
+    assert f"--target_fpr is {float(rate)}. Give a rate from 1e-06 to below 1" in message
 
 
 @pytest.mark.parametrize("name", FITTING_FLAGS)

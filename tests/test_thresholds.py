@@ -92,7 +92,7 @@ def test_the_pixel_threshold_is_the_smallest_that_enough_pixels_do_not_exceed() 
 
 @pytest.mark.parametrize("target_fpr", [0, 1, -0.1, 1.5, math.nan, 1e-320, 9e-7])
 def test_a_rate_that_is_none_is_refused(target_fpr: float) -> None:
-    with pytest.raises(InputError, match=r"target_fpr is .*\. Give a rate from 1e-06 to below 1"):
+    with pytest.raises(InputError, match=r"--target_fpr is .*\. Give a rate from 1e-06 to below 1"):
         of_scores(NINE, target_fpr)
 
 

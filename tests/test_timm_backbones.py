@@ -132,7 +132,7 @@ def test_grid_and_width(name: str, img_size: int, grid: int, prefix_tokens: int,
 
 def test_img_size_that_its_patches_do_not_divide_is_refused() -> None:
     message = message_of(lambda: VisionTransformerBackbone(DINOV2, 240))
-    assert f"img_size 240 must be a multiple of {DINOV2}'s patch size 14" in message
+    assert f"--img_size 240 is not a multiple of {DINOV2}'s patch size 14" in message
 
 
 # Files of weights
@@ -244,7 +244,7 @@ def test_a_truncated_safetensors_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["nothing_of_the_kind", "vit_tiny_patch16_224.nonsense", "", "vit_tiny_patch16_224."])
 def test_names_that_timm_does_not_know_are_refused(tmp_path: Path, name: str) -> None:
     message = message_of(lambda: build_rgb_backbone(name, tmp_path, 224))
-    assert message.startswith(f"rgb_backbone_name {name!r} is unknown. Choose one of vit_base_patch8_224_dino, ")
+    assert message.startswith(f"--rgb_backbone_name {name!r} is unknown. Choose one of vit_base_patch8_224_dino, ")
     assert all(known in message for known in RGB_BACKBONES)
     assert "or the timm name of another vision transformer" in message
     with pytest.raises(InputError):

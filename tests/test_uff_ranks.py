@@ -92,7 +92,7 @@ def test_device_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto", 1) == choose_device("cuda", 1) == choose_device("cuda:1", 0) == torch.device("cuda", 1)
     assert choose_device("cpu", 1) == CPU
-    with pytest.raises(InputError, match="there is no cuda:2, only"):
+    with pytest.raises(InputError, match="There is no cuda:2, only"):
         choose_device("cuda", 2)
 
 

@@ -53,7 +53,7 @@ def find_ranks(
     local_rank = None if local_rank is None or local_rank < 0 else local_rank
     found = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if len(found) == 1:
-        raise InputError("the environment sets only one of RANK and WORLD_SIZE. Start with torchrun.")
+        raise InputError("The environment sets only one of RANK and WORLD_SIZE. Start with torchrun.")
     if found:
         own = int(os.environ.get("LOCAL_RANK", local_rank or 0))
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -69,7 +69,7 @@ def find_ranks(
         problem = f"--world_size {world_size} without torchrun needs a rank"
         raise InputError(f"{problem}. Give --local_rank 0 ... {world_size - 1}.")
     if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
-        problem = "several processes without torchrun need a common address"
+        problem = "Several processes without torchrun need a common address"
         raise InputError(f"{problem}. Give --dist_url, such as tcp://localhost:29500.")
     return Ranks(local_rank, world_size, local_rank, world_size)
 
@@ -97,7 +97,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     device = torch.device("cuda", local_rank if device.index is None else device.index)
     if device.index >= (count := torch.cuda.device_count()):
         gpus = f"{count} GPU{'s' if count != 1 else ''}"
-        raise InputError(f"there is no {device}, only {gpus}. Give --device cpu, or start no more processes than GPUs.")
+        raise InputError(f"There is no {device}, only {gpus}. Give --device cpu, or start no more processes than GPUs.")
     return device
 
 
@@ -108,9 +108,9 @@ def named_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"unknown device {name!r}. Give auto, cpu, cuda or cuda:<number>.") from None
+        raise InputError(f"--device {name!r} is unknown. Give auto, cpu, cuda or cuda:<number>.") from None
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name!r} is not supported. Give auto, cpu, cuda or cuda:<number>.")
+        raise InputError(f"--device {name!r} is not supported. Give auto, cpu, cuda or cuda:<number>.")
     return device
 
 

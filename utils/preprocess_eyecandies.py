@@ -222,7 +222,7 @@ def parse_args(argv: Sequence[str] | None) -> Config:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one per core")
     args = parser.parse_args(argv)
     if args.workers < 1:
-        parser.error(f"--workers is {args.workers}, expected at least 1.")
+        parser.error(f"--workers is {args.workers}. Give at least 1.")
     return Config(**vars(args))
 
 

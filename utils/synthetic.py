@@ -63,13 +63,13 @@ class Plan:
     def __post_init__(self) -> None:
         for name in self.classes:
             if name not in PARTS:
-                raise InputError(f"--classes names {name!r}, expected any of {', '.join(PARTS)}.")
+                raise InputError(f"--classes names {name!r}. Give any of {', '.join(PARTS)}.")
         if len(set(self.classes)) < len(self.classes):
             raise InputError(f"--classes names a class twice: {' '.join(self.classes)}. Remove one.")
         counts = dict.fromkeys(("train", "validation", "test_good", "test_defective"), (0, MOST_SCANS))
         for flag, (low, high) in {**counts, "size": SIZES, "seed": (0, MOST_SEEDS)}.items():
             if not low <= getattr(self, flag) <= high:
-                raise InputError(f"--{flag} is {getattr(self, flag)}, expected {low} to {high}.")
+                raise InputError(f"--{flag} is {getattr(self, flag)}. Give a number from {low} to {high}.")
         if not self.scans():
             raise InputError("There is nothing to make. Give at least one class and one count above 0.")
 
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_input_error():
         plan = from_flags(Plan, args)
         if args.num_workers < 1:
-            raise InputError(f"--num_workers is {args.num_workers}, expected at least 1.")
+            raise InputError(f"--num_workers is {args.num_workers}. Give at least 1.")
         make_dataset(plan, args.num_workers)
     write_preview(plan.output_dir, plan.classes)
     print(f"{len(plan.scans())} scans in {plan.output_dir}, a contact sheet in {plan.output_dir / 'preview.png'}")

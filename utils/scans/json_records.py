@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from dataclasses import is_dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
@@ -58,7 +59,8 @@ def decode_record(text: str, kind: type[Record], path: Path, fix: str, schema: i
     try:
         return msgspec.convert(content, kind)
     except msgspec.ValidationError as error:
-        raise _damaged(path, str(error).replace(" - at `$.", " at `"), fix) from None
+        problem = re.sub(r"(\. [^`]*)? - at `\$\.", " at `", str(error))  # of two sentences only the problem
+        raise _damaged(path, problem, fix) from None
 
 
 def encode_record(record: object, indent: int | None = None) -> str:
