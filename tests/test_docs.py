@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -12,6 +13,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from feature_extractors.config import Protocol
 from utils.scans.depth_camera import Camera, back_project
 from utils.scans.organized_pc import read_organized_pc, valid_mask
 from utils.scans.sample_files import CLOUD_SUFFIXES
@@ -93,6 +95,12 @@ def test_the_code_map_names_what_exists() -> None:
     for step in steps:
         opened = len({file for file, _ in files.findall(step[2])}) + ("`" in step[3])
         assert 1 <= opened <= 2, f"{step[0].strip()}: {opened} files to open"
+
+
+def test_the_protocol_table_names_every_field() -> None:
+    section = (ROOT / "README.md").read_text().partition("\n## Protocols\n")[2].partition("\n## ")[0]
+    named = re.findall(r"\| `(\w+)`: \[[^|]*\|$", section, flags=re.MULTILINE)
+    assert named == [each.name for each in fields(Protocol)]
 
 
 def test_every_python_file_named_exists() -> None:
