@@ -165,27 +165,26 @@ def test_commands_select_tests_that_exist() -> None:
 
 def test_the_snippets_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    from_scratch, from_png, from_array, convert = blocks(ROOT / "docs/DATA.md", "python")
+    from_scratch, from_depth_images, from_array, convert = blocks(ROOT / "docs/DATA.md", "python")
     (camera,) = blocks(ROOT / "docs/DATA.md", "json")
     (tmp_path / "camera.json").write_text(camera)
 
-    def run(snippet: str) -> np.ndarray:
+    def run(snippet: str, written: str = "part.tiff") -> np.ndarray:
         exec(compile(snippet, "docs/DATA.md", "exec"), {})
-        return read_organized_pc(tmp_path / "part.tiff")
+        return read_organized_pc(tmp_path / written)
 
     assert valid_mask(run(from_scratch)).sum() == 280 * 340
     depth = np.random.default_rng(0).integers(300, 700, (480, 640)).astype(np.uint16)
-    Image.fromarray(depth).save("depth.png")
-    of_png = run(from_png)
+    Path("depth").mkdir()
+    Image.fromarray(depth).save("depth/004.png")
+    of_png = run(from_depth_images, "parts/bracket/train/good/xyz/004.tiff")
     np.testing.assert_array_equal(of_png, back_project(depth, Camera(**json.loads(camera))))
     np.save("depth.npy", depth * 0.001)
     np.testing.assert_allclose(run(from_array), of_png, rtol=1e-5)
     Path("scans").mkdir()
     header = "FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH 640\nHEIGHT 480\nDATA binary\n"
     Path("scans/007.pcd").write_bytes(header.encode() + (of_png * 1000).tobytes())
-    run(convert)
-    found = read_organized_pc("parts/bracket/train/good/xyz/007.tiff")
-    np.testing.assert_allclose(found, of_png, rtol=1e-5)
+    np.testing.assert_allclose(run(convert, "parts/bracket/train/good/xyz/007.tiff"), of_png, rtol=1e-5)
 
 
 def test_every_format_is_described() -> None:
