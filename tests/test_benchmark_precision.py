@@ -1,4 +1,4 @@
-"""benchmarks/precision.py on a made-up class, with the backbones that come with pip."""
+"""benchmarks/precision.py on a made-up class, with backbones that need no checkpoint."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def test_both_precisions_are_compared(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "precision.json").read_text())["classes"]["cookie"]
     assert found["cosine"].keys() == {"xyz", "rgb", "fusion"}
-    assert found["cosine"]["xyz"]["min"] == pytest.approx(1)  # histograms know no precision
+    assert found["cosine"]["xyz"]["min"] == pytest.approx(1)  # FPFH does not depend on the precision
     assert 0.9 < found["cosine"]["rgb"]["min"] < found["cosine"]["rgb"]["mean"] < 1 - 1e-7
     assert found["metrics"]["fp32"].keys() == found["metrics"]["bf16"].keys()
     assert "cosine mean" in done.stdout
