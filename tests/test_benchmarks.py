@@ -1,4 +1,4 @@
-"""The benchmarks run and measure what they say; never how fast."""
+"""The benchmarks run and their measurements are consistent. No test depends on speed."""
 
 import json
 import os
@@ -64,16 +64,16 @@ def test_plain_networks_extract_the_same_features(sample: Sample, plain: dict[st
     torch.testing.assert_close(expected["rgb"], ours.rgb, rtol=1e-4, atol=1e-4)
 
 
-def test_operations_of_a_class_are_those_of_its_parts() -> None:
+def test_operations_of_a_class_are_the_sum_of_its_stages() -> None:
     networks, config = build_networks(TINY), detector_config(TINY, "fp32")
-    dim = 192  # of three blocks' tokens; so few rows are not projected
+    dim = 192  # width of three blocks' tokens, which is not projected for so few rows
     selected = 2.0 * 2560 * dim * 256 + 2.0 * 160 * 64 * 25
     searched = 14 * 2.0 * (256 * 256 * dim + 16 * 25 * 64)
     assert count_operations(config, networks, 7.0, 10, 4) == pytest.approx(14 * 7 + selected + searched)
 
 
 def test_operations_of_attention_are_counted(plain: dict[str, Any]) -> None:
-    """Per block 24 T w^2 of linear layers and 4 T^2 w of attention, in the plain form and in timm's fused one."""
+    """Each block counts 24 T w^2 in linear layers and 4 T^2 w in attention, both in plain form and in timm."""
     tokens = torch.zeros(TINY.num_group, TINY.width)
     expected = 3 * (24 * TINY.num_group * TINY.width**2 + 4 * TINY.num_group**2 * TINY.width)
     assert count_flops(lambda: through_blocks(plain["xyz"], tokens, tokens)) == expected
@@ -107,7 +107,7 @@ def test_made_up_samples_are_like_real_ones() -> None:
 # Measuring
 
 
-def test_work_is_timed_in_turns() -> None:
+def test_functions_are_timed_in_turn() -> None:
     done: list[str] = []
     seconds = median_seconds({name: partial(done.append, name) for name in "ab"}, repeats=2)
     assert "".join(done) == "ababab"
@@ -138,26 +138,26 @@ def test_a_stopped_coreset_is_filled_up() -> None:
     assert factor == 59 / 19
 
 
-def test_a_row_tells_ratio_and_share() -> None:
+def test_ratio_and_share_of_a_row() -> None:
     row = Row("step", {"plain": 8.0, "fp32": 2.0, "bf16": 1.0}, {"fp32": 6e9, "bf16": 6e9}, {"fp32": 4e9, "bf16": 3e10})
     assert (row.ratio("fp32"), row.ratio("bf16")) == (4.0, 8.0)
     assert (row.share("fp32"), row.share("bf16")) == (0.75, 0.2)
 
 
-def test_the_laws_go_through_what_was_measured() -> None:
+def test_time_and_memory_curves_pass_through_the_measurements() -> None:
     stages = {"fit": 30.0, "pick": 16.0, "score": 4.0}
     runs = [ClassRun(train, 2, stages, 100.0, 1024.0 * gb, 0.5, {}) for train, gb in ((10, 2.0), (20, 3.0))]
     assert seconds_law(runs)(np.array([20, 40])).tolist() == [30.0, 20.0 + 80.0]
     assert memory_law(runs)(np.array([10, 20, 40])).tolist() == [2.0, 3.0, 5.0]
 
 
-def test_the_slope_of_memory_is_that_of_the_second_half() -> None:
+def test_the_memory_slope_is_computed_from_the_second_half() -> None:
     samples = [(100, 900.0), (200, 990.0), (300, 1000.0), (400, 1001.0), (500, 1002.0), (600, 1003.0)]
     assert memory_slope(samples) == pytest.approx(10)
 
 
-def test_a_pass_costs_what_its_parts_cost() -> None:
-    """By hand, with numbers that keep the parts apart."""
+def test_the_cost_of_a_pass_is_the_sum_of_its_steps() -> None:
+    """The cost equals hand-computed numbers, with machine rates that tell the steps apart."""
     machine = Machine(touched=1e3, pair=1.0, scanned=1e-3, mutual=1e-6, choice=1e-5, byte=1e-9, latency=1e-12)
     one = Pass(rows=100, candidates=10, picks=4, touched=50)
     assert pass_seconds(one, 3, 1, machine) == pytest.approx(
@@ -174,25 +174,25 @@ def test_a_pass_costs_what_its_parts_cost() -> None:
 # Scripts
 
 
-def test_the_pairings_are_drawn(
+def test_the_figure_of_uff_pairings_is_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A few updates: enough for the lines of the figure, not for their shape."""
-    monkeypatch.setattr(sys, "path", list(sys.path))  # the script replaces its first entry
+    """A few updates give retrieval rates and a figure; they are too few for meaningful values."""
+    monkeypatch.setattr(sys, "path", list(sys.path))  # restored after the script replaces its first entry
     from benchmarks import uff_pairing
 
     monkeypatch.setattr(uff_pairing, "SAMPLES", 10)
     monkeypatch.setitem(uff_pairing.FLAGS, "epochs", 2)
     uff_pairing.main(["--figure", str(tmp_path / "figure.png")])
-    told = capsys.readouterr().out
-    assert "aligned: retrieval" in told
-    assert "reference: retrieval" in told
+    text = capsys.readouterr().out
+    assert "aligned: retrieval" in text
+    assert "reference: retrieval" in text
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.size == (768, 432)
 
 
 @pytest.mark.slow
-def test_the_loss_is_measured_beside_the_plain_form(tmp_path: Path) -> None:
+def test_the_uff_loss_is_measured_with_and_without_the_plain_form(tmp_path: Path) -> None:
     text = run_benchmark("uff_loss", "--rows", 300, "--output", tmp_path / "loss.json")
     found = json.loads((tmp_path / "loss.json").read_text())
     assert found["fast"]["loss"] == pytest.approx(found["plain"]["loss"], rel=1e-6)
@@ -219,7 +219,7 @@ def test_a_class_in_plain_form_has_the_same_metrics() -> None:
     ours, plain = (run_class(form, "tiny", 3, 4, None, 1.0) for form in ("fp32", "plain"))
     for name in ("image_rocauc", "pixel_rocauc", "au_pro"):
         assert plain.metrics[name] == pytest.approx(ours.metrics[name], abs=0.01)
-    assert ours.peak_mb > 0.9 * ours.start_mb > 0  # the kernel updates the two counters separately, each with a delay
+    assert ours.peak_mb > 0.9 * ours.start_mb > 0  # the kernel updates the two counters with separate delays
     assert ours.share_of_product > 0
     assert plain.seconds["total"] == pytest.approx(plain.seconds["fit"] + plain.seconds["evaluate"])
     assert 0 < plain.seconds["pick"] + plain.seconds["score"] < plain.seconds["fit"]
@@ -228,10 +228,10 @@ def test_a_class_in_plain_form_has_the_same_metrics() -> None:
 @pytest.mark.slow
 def test_the_largest_class_is_fitted_with_features_on_disk(tmp_path: Path) -> None:
     flags = ("--networks", "tiny", "--train", 6, "--distinct", 2, "--memory_budget", 0.001)
-    told = run_benchmark("largest_class", *flags, "--output", tmp_path / "found.json")
+    text = run_benchmark("largest_class", *flags, "--output", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["on_disk"]
-    assert "features on disk" in told
+    assert "features on disk" in text
     patches = TINY.xyz_grid**2
     assert found["rows"]["rgb"] == found["rows"]["fusion"] == int(0.1 * int(0.1 * 6 * patches))
     assert 0 < found["start_mb"] < found["peak_mb"]
@@ -241,14 +241,14 @@ def test_the_largest_class_is_fitted_with_features_on_disk(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_all_stages_are_measured(tmp_path: Path) -> None:
-    told = run_benchmark(
+    text = run_benchmark(
         "stages", "--networks", "tiny", "--repeats", 1, "--batch", 2, "--distinct", 2, "--rows", 600, "--picks", 20,
         "--train", 3, "--test", 2, "--precisions", "fp32", "--curve", "--curve_fast",
         "--output", tmp_path / "found.json", "--figure", tmp_path / "figure.png",
     )  # fmt: skip
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["machine"]["threads"] >= 1
-    assert found["machine"]["cpu"] in told
+    assert found["machine"]["cpu"] in text
     stages = [
         "ViT of 2 images",
         "group encoder",
@@ -273,7 +273,7 @@ def test_all_stages_are_measured(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_prediction_is_measured(tmp_path: Path) -> None:
-    told = run_benchmark(
+    text = run_benchmark(
         "predict", "--networks", "tiny", "--train", 4, "--distinct", 2, "--samples", 4, "--many", 20, "--repeats", 1,
         "--batch_size", 2, "--output", tmp_path / "found.json",
     )  # fmt: skip
@@ -285,13 +285,13 @@ def test_prediction_is_measured(tmp_path: Path) -> None:
         assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"]
         assert found[stage]["samples_per_second"] > 0
     assert [count for count, _ in found["memory"]["resident_mb"]] == list(range(1, 20))
-    assert "20 samples in a row" in told
-    assert "MB per 1000 samples" in told
+    assert "20 samples in a row" in text
+    assert "MB per 1000 samples" in text
 
 
 @pytest.mark.slow
 def test_the_cost_of_processes_is_measured(tmp_path: Path) -> None:
-    """Coreset and class of two processes beside one, and the model from this machine's rates."""
+    """Coreset and class are measured with one and two processes, and the model uses this machine's rates."""
     sizes = ["--samples", 1, 2, "--processes", 1, 2, "--networks", "tiny", "--train", 8, "--test", 4]
     text = run_benchmark("ranks", *sizes, "--output", tmp_path / "ranks.json", "--figure", tmp_path / "scaling.png")
     found = json.loads((tmp_path / "ranks.json").read_text())
@@ -306,7 +306,7 @@ def test_the_cost_of_processes_is_measured(tmp_path: Path) -> None:
         assert cost["passes"] == costs[stage, rows, 1]["passes"]
     assert sum(picks for _, _, picks, _ in found["passes"]["6272"]) == 626  # a tenth, except for the first one
     assert set(found["model"]) == {f"{rows} {count}" for rows in (3136, 6272) for count in (1, 2)}
-    # Differences of times, which other work on the machine can make negative.
+    # Rates are differences of times, which other work on the machine can make negative.
     assert np.isfinite([*found["rates"].values(), found["alone"]]).all()
     assert "of measured" in text
     with Image.open(tmp_path / "scaling.png") as figure:
@@ -314,8 +314,7 @@ def test_the_cost_of_processes_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_gpu_is_measured_without_one(tmp_path: Path) -> None:
-    """The same steps on the CPU, small."""
+def test_the_gpu_benchmark_also_runs_on_the_cpu(tmp_path: Path) -> None:
     flags = ["--device", "cpu", "--networks", "tiny", "--train", 4, "--batch", 2, "--repeats", 1]
     text = run_benchmark("gpu", *flags, "--output", tmp_path / "gpu.json")
     found = json.loads((tmp_path / "gpu.json").read_text())
