@@ -1,4 +1,4 @@
-"""Checkpoints as published: read back to the bit; whatever else is named in one line and runs nothing."""
+"""Published checkpoints are read bit for bit; every other file ends in a one-line error and runs no code."""
 
 import argparse
 import os
@@ -31,8 +31,8 @@ from utils.errors import InputError
 GROUPING = {"num_group": 8, "group_size": 4, "point_norm": "cloud", "point_ops": "auto"}
 
 
-class Part(nn.Module):
-    """Two tensors, to be loaded strictly."""
+class TinyModel(nn.Module):
+    """Module with two tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Part(nn.Module):
 
 
 class TouchesAFile:
-    """Unpickled without care, it runs a shell command."""
+    """Object that runs a shell command when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,11 +51,11 @@ class TouchesAFile:
 
 def weights(seed: int = 0) -> State:
     torch.manual_seed(seed)
-    return Part().state_dict()
+    return TinyModel().state_dict()
 
 
 def message_of(read: Callable[[], object], path: Path) -> str:
-    """The one line that the error says; it names the file."""
+    """One-line message of the InputError, which names the file."""
     with pytest.raises(InputError) as caught:
         read()
     message = str(caught.value)
@@ -68,7 +68,7 @@ def small_point_transformer() -> PointTransformer:
     return PointTransformer(8, 4, width=24, depth=3, num_heads=2, encoder_dim=24)
 
 
-# The published formats, whole
+# Published formats
 
 
 @pytest.mark.golden
@@ -89,7 +89,7 @@ def small_point_transformer() -> PointTransformer:
         ),
     ],
 )
-def test_point_transformer_files(
+def test_published_point_transformer_is_read_completely(
     golden_weights: Path, name: str, file: str, prefix: str, ignored: tuple[str, ...]
 ) -> None:
     module = build_xyz_backbone(name, golden_weights, **GROUPING)
@@ -104,7 +104,7 @@ def test_point_transformer_files(
 
 
 @pytest.mark.golden
-def test_dino_file(golden_weights: Path) -> None:
+def test_published_dino_is_read_completely(golden_weights: Path) -> None:
     backbone = build_rgb_backbone("vit_base_patch8_224_dino", golden_weights, 224)
     assert isinstance(backbone, VisionTransformerBackbone)
     published = read_checkpoint(golden_weights / "dino_vitbase8_pretrain.pth")
@@ -115,11 +115,11 @@ def test_dino_file(golden_weights: Path) -> None:
 
 
 @pytest.mark.golden
-def test_feature_fusion_file(golden_weights: Path) -> None:
+def test_published_feature_fusion_is_read_completely(golden_weights: Path) -> None:
     path = golden_weights / "uff.pth"
     module = build_feature_fusion(path, xyz_dim=1152, rgb_dim=768)
     published = read_checkpoint(path)
-    assert isinstance(published["args"], argparse.Namespace)  # it rides along
+    assert isinstance(published["args"], argparse.Namespace)  # saved beside the weights
     assert module.state_dict().keys() == published["model"].keys()
     for key, value in module.state_dict().items():
         assert torch.equal(value, published["model"][key]), key
@@ -165,7 +165,7 @@ def test_point_bert_keys(tmp_path: Path, parallel: str) -> None:
 
 
 def point_state(name: str, path: Path) -> State:
-    """Weights of a point transformer in a file, picked by its row of the table."""
+    """Weights of a point transformer in a file, selected by its entry in XYZ_BACKBONES."""
     spec = XYZ_BACKBONES[name]
     return point_transformer_state(read_checkpoint(path), path, spec.prefix, spec.left_out)
 
@@ -190,7 +190,7 @@ def test_vision_transformer_keys(tmp_path: Path, prefix: str, container: str | N
     assert all(torch.equal(found[key], value) for key, value in written.items())
 
 
-def test_of_teacher_and_student_the_teacher_is_taken(tmp_path: Path) -> None:
+def test_the_teacher_is_preferred_to_the_student(tmp_path: Path) -> None:
     torch.save({"student": weights(1), "teacher": weights(0)}, tmp_path / "file.pth")
     found = vision_transformer_state(read_checkpoint(tmp_path / "file.pth"), tmp_path / "file.pth")
     assert torch.equal(found["linear.weight"], weights(0)["linear.weight"])
@@ -208,11 +208,11 @@ def test_files_without_a_state_dict_are_named(tmp_path: Path, content: object) -
     assert "holds no state dict, flat or under 'model'" in message
 
 
-# What rides along
+# Objects saved beside the weights
 
 
 def as_numpy_1(path: Path) -> None:
-    """Rename NumPy's modules to what they were called when the file's authors wrote it."""
+    """Rename NumPy's modules in the file to their names in NumPy 1, as in the published files."""
     with zipfile.ZipFile(path) as archive:
         entries = {entry: archive.read(entry) for entry in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive:
@@ -225,7 +225,7 @@ def as_numpy_1(path: Path) -> None:
 
 @pytest.mark.parametrize("numpy_1", [False, True], ids=["NumPy 2", "NumPy 1"])
 @pytest.mark.parametrize("code", ["f2", "f4", "f8", "i4", "i8", "u1", "?"])
-def test_numpy_scalars_ride_along(tmp_path: Path, code: str, numpy_1: bool) -> None:
+def test_numpy_scalars_beside_the_weights_are_read(tmp_path: Path, code: str, numpy_1: bool) -> None:
     path = tmp_path / "file.pth"
     torch.save({"model": weights(), "metrics": {"acc": np.dtype(code).type(1)}}, path)
     if numpy_1:
@@ -237,7 +237,7 @@ def test_numpy_scalars_ride_along(tmp_path: Path, code: str, numpy_1: bool) -> N
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["old format", "zip"])
-def test_namespaces_and_plain_containers_ride_along(tmp_path: Path, zipped: bool) -> None:
+def test_namespaces_and_plain_containers_beside_the_weights_are_read(tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / "file.pth"
     beside = {"args": argparse.Namespace(lr=0.003, data_path="x"), "epoch": 2, "notes": ["a", (1.5, None, True)]}
     torch.save({"model": weights(), **beside}, path, _use_new_zipfile_serialization=zipped)
@@ -246,7 +246,7 @@ def test_namespaces_and_plain_containers_ride_along(tmp_path: Path, zipped: bool
     assert torch.equal(read["model"]["linear.weight"], weights()["linear.weight"])
 
 
-# What is refused
+# Refused files
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["old format", "zip"])
@@ -264,7 +264,7 @@ def test_a_malicious_file_runs_nothing(tmp_path: Path, place: str, zipped: bool)
     message = message_of(lambda: read_checkpoint(path), path)
     assert f"it holds a {os.system.__module__}.system" in message
     assert not touched.exists()
-    pickle.loads(pickle.dumps(evil))  # the trap is live
+    pickle.loads(pickle.dumps(evil))  # the object does run its command
     assert touched.exists()
 
 
@@ -277,25 +277,25 @@ def test_a_bare_malicious_pickle_runs_nothing(tmp_path: Path) -> None:
 
 def test_pickled_modules_are_refused_without_advice_to_trust_them(tmp_path: Path) -> None:
     path = tmp_path / "file.pth"
-    torch.save(Part(), path)
+    torch.save(TinyModel(), path)
     message = message_of(lambda: read_checkpoint(path), path)
-    assert "Part" in message
-    assert "weights_only" not in message  # torch's own message tells how to switch the check off
+    assert "TinyModel" in message
+    assert "weights_only" not in message  # torch's own message explains how to disable the check
     assert "safe_globals" not in message
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"<html>\n404\n</html>\n", bytes(range(256)), b"PK\x03\x04"], ids=["empty", "html", "bytes", "zip"]
 )
-def test_files_of_something_else_are_named(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_no_checkpoints_are_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file.pth"
     path.write_bytes(content)
     assert "Download it again" in message_of(lambda: read_checkpoint(path), path)
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["old format", "zip"])
-def test_a_file_cut_off_anywhere_is_named(tmp_path: Path, zipped: bool) -> None:
-    """DINO and Point-MAE publish the old format, whose reader stumbles in ways of its own at each place."""
+def test_a_truncated_file_is_named(tmp_path: Path, zipped: bool) -> None:
+    """A file truncated at any size is named, also in torch's old format, which DINO and Point-MAE are published in."""
     path = tmp_path / "file.pth"
     content = {"model": weights(), "args": argparse.Namespace(lr=0.1), "epoch": 1}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
@@ -338,7 +338,7 @@ def reshaped(state: State) -> State:
 
 
 @pytest.mark.parametrize(
-    ("damage", "parts"),
+    ("damage", "expected"),
     [
         (renamed, ["missing: linear.weight", "left over: linear.kernel"]),
         (shortened, ["missing: linear.bias"]),
@@ -347,27 +347,27 @@ def reshaped(state: State) -> State:
     ],
     ids=["renamed", "missing", "left over", "another shape"],
 )
-def test_keys_that_do_not_fit_are_named(tmp_path: Path, damage: Callable[[State], State], parts: list[str]) -> None:
+def test_keys_that_do_not_fit_are_named(tmp_path: Path, damage: Callable[[State], State], expected: list[str]) -> None:
     path = tmp_path / "checkpoint-1.pth"
     torch.save({"model": damage(weights())}, path)
-    module = Part()
+    module = TinyModel()
     before = {key: value.clone() for key, value in module.state_dict().items()}
     message = message_of(lambda: load_strict(module, feature_fusion_state(read_checkpoint(path), path), path), path)
-    assert message.startswith(f"{path} does not fit Part: ")
-    for part in parts:
-        assert part in message
+    assert message.startswith(f"{path} does not fit TinyModel: ")
+    for words in expected:
+        assert words in message
     for key, value in module.state_dict().items():
-        assert torch.equal(value, before[key]), "nothing is loaded by halves"
+        assert torch.equal(value, before[key]), "a refused file must not be loaded in part"
 
 
 def test_many_keys_are_counted_instead_of_listed() -> None:
     state = weights() | {f"extra{i}": torch.ones(1) for i in range(9)}
     with pytest.raises(InputError, match="left over: extra0, extra1, extra2, extra3, extra4 and 4 more"):
-        load_strict(Part(), state, "file.pth")
+        load_strict(TinyModel(), state, "file.pth")
 
 
 @pytest.mark.parametrize(
-    ("key", "replacement", "part"),
+    ("key", "replacement", "expected"),
     [
         ("pos_embed", None, "missing: pos_embed"),
         ("pos_embed", torch.ones(1, 100, 192), "pos_embed (1, 100, 192) for (1, 5, 192)"),
@@ -379,7 +379,7 @@ def test_many_keys_are_counted_instead_of_listed() -> None:
     ],
 )
 def test_vision_transformer_keys_that_do_not_fit_are_named(
-    tmp_path: Path, key: str, replacement: Tensor | None, part: str
+    tmp_path: Path, key: str, replacement: Tensor | None, expected: str
 ) -> None:
     backbone = VisionTransformerBackbone("vit_tiny_patch16_224", 32)
     state = backbone.model.state_dict()
@@ -389,25 +389,25 @@ def test_vision_transformer_keys_that_do_not_fit_are_named(
         state[key] = replacement
     path = tmp_path / "dino.pth"
     torch.save(state, path)
-    assert part in message_of(lambda: load_vision_transformer(backbone, path), path)
+    assert expected in message_of(lambda: load_vision_transformer(backbone, path), path)
 
 
-def test_a_fusion_of_missing_or_crossed_widths_is_named(tmp_path: Path) -> None:
+def test_feature_fusion_keys_that_do_not_fit_are_named(tmp_path: Path) -> None:
     path, state = tmp_path / "checkpoint-1.pth", FeatureFusion(5, 3, head_dim=4).state_dict()
-    for key, value, part in (
+    for key, value, expected in (
         ("xyz_norm.weight", None, "'xyz_norm.weight' is missing"),
         ("rgb_mlp.fc2.bias", None, "missing: rgb_mlp.fc2.bias"),
         ("rgb_head.weight", torch.ones(4, 7), "rgb_head.weight (4, 7) for (4, 3)"),
     ):
         damaged = {name: tensor for name, tensor in state.items() if name != key}
         torch.save({"model": damaged if value is None else damaged | {key: value}}, path)
-        assert part in message_of(lambda: build_feature_fusion(path, xyz_dim=5, rgb_dim=3), path)
+        assert expected in message_of(lambda: build_feature_fusion(path, xyz_dim=5, rgb_dim=3), path)
 
 
-# Files that are not there
+# Missing files
 
 
-def test_the_first_of_the_names_that_is_there_is_taken(tmp_path: Path) -> None:
+def test_the_first_existing_file_name_is_found(tmp_path: Path) -> None:
     files = CheckpointFiles(("a.pth", "b.pth"), "https://example.org")
     assert files.find(tmp_path) is None
     (tmp_path / "b.pth").touch()
@@ -418,7 +418,7 @@ def test_the_first_of_the_names_that_is_there_is_taken(tmp_path: Path) -> None:
     assert CheckpointFiles(("c.pth",), "").find(tmp_path) is None  # a folder is no file
 
 
-def test_an_error_that_a_file_is_missing_is_one_sentence(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file(tmp_path: Path) -> None:
     files = CheckpointFiles(("a.pth", "b.pth"), "https://example.org/weights")
     assert str(files) == "a.pth or b.pth, from https://example.org/weights"
     assert str(files.missing(tmp_path)) == (
@@ -436,8 +436,8 @@ def test_a_missing_file_names_file_folder_and_source(tmp_path: Path, name: str, 
     (tmp_path / "checkpoints").mkdir()
     spec = XYZ_BACKBONES[name]
     message = message_of(lambda: build_xyz_backbone(name, tmp_path / folder, **GROUPING), tmp_path / folder)
-    for part in (*spec.files.names, spec.files.source, "https://github.com/", "Download it"):
-        assert part in message
+    for words in (*spec.files.names, spec.files.source, "https://github.com/", "Download it"):
+        assert words in message
 
 
 def test_a_missing_fusion_checkpoint_is_named(tmp_path: Path) -> None:
@@ -453,11 +453,11 @@ def test_unknown_xyz_backbone_lists_the_known_ones(tmp_path: Path) -> None:
         build_xyz_backbone("PointNet", tmp_path, **GROUPING)
 
 
-# Files that are named themselves
+# Given files
 
 
 def point_mae_file(path: Path) -> State:
-    """A Point-MAE checkpoint of random weights."""
+    """Write a Point-MAE checkpoint with random weights, and return the weights."""
     torch.manual_seed(3)
     spec = XYZ_BACKBONES["Point_MAE"]
     state = PointTransformer(8, 4, **spec.numbers).state_dict()
@@ -465,8 +465,8 @@ def point_mae_file(path: Path) -> State:
     return state
 
 
-def test_a_given_xyz_checkpoint_is_taken_whatever_its_name(tmp_path: Path) -> None:
-    """And before what the folder holds, which is not even looked at."""
+def test_a_given_xyz_checkpoint_is_preferred_to_the_folder(tmp_path: Path) -> None:
+    """A given checkpoint may have any name, and the folder's own file is not read."""
     (tmp_path / "pointmae_pretrain.pth").write_text("not to be read")
     given = tmp_path / "elsewhere" / "mine.bin"
     given.parent.mkdir()
@@ -479,7 +479,7 @@ def test_a_given_xyz_checkpoint_is_taken_whatever_its_name(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", XYZ_BACKBONES)
-def test_a_given_xyz_checkpoint_that_is_missing_or_of_no_use_is_named(tmp_path: Path, name: str) -> None:
+def test_a_given_xyz_checkpoint_that_is_missing_or_unused_is_named(tmp_path: Path, name: str) -> None:
     given = tmp_path / "absent.pth"
     message = message_of(lambda: build_xyz_backbone(name, tmp_path, **GROUPING, checkpoint=given), given)
     if not XYZ_BACKBONES[name].files.names:
@@ -501,7 +501,7 @@ def test_safetensors_are_read_onto_the_cpu(tmp_path: Path) -> None:
         assert value.device.type == "cpu"
 
 
-def test_safetensors_cut_off_anywhere_are_named(tmp_path: Path) -> None:
+def test_truncated_safetensors_are_named(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(weights(), path)
     whole = path.read_bytes()
@@ -511,7 +511,7 @@ def test_safetensors_cut_off_anywhere_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"<html>\n404\n</html>\n", bytes(range(256))], ids=["html", "bytes"])
-def test_something_else_by_the_name_of_safetensors_is_named(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_no_safetensors_are_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     assert "Download it again" in message_of(lambda: read_checkpoint(path), path)
