@@ -1,4 +1,4 @@
-"""utils/cleaning/cloud_cleaning.py: clusters against the textbook and open3d, the plane, the padding, whole scans."""
+"""Cleaning of scans: clusters and plane against plain DBSCAN, least squares and open3d; padding; whole scans."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ RULE = CleaningRule()
 
 
 def scan_of_box(height: int = 80, width: int = 90, part: tuple[slice, slice] | None = None) -> np.ndarray:
-    """A tilted table with a box 20 mm high on it and a few missing pixels; 1 mm from pixel to pixel."""
+    """Tilted table with a box 20 mm high on it and a few missing pixels, 1 mm between pixels."""
     rng = np.random.default_rng(3)
     y, x = np.mgrid[:height, :width] * 1e-3
     z = 0.5 + 0.05 * x - 0.1 * y + rng.normal(0, 2e-4, x.shape)
@@ -34,8 +34,8 @@ def scan_of_box(height: int = 80, width: int = 90, part: tuple[slice, slice] | N
     return xyz
 
 
-def dbscan_by_the_book(points: np.ndarray, eps: float, min_points: int) -> list[int]:
-    """Visit the points in order; grow a cluster from each core point that has none yet."""
+def plain_dbscan(points: np.ndarray, eps: float, min_points: int) -> list[int]:
+    """Textbook DBSCAN: visit the points in order and grow a cluster from each core point that has none."""
     near = np.linalg.norm(points[:, None] - points[None], axis=2) <= eps
     labels: list[int | None] = [None] * len(points)
     cluster = 0
@@ -57,20 +57,20 @@ def dbscan_by_the_book(points: np.ndarray, eps: float, min_points: int) -> list[
     return [-1 if label is None else label for label in labels]
 
 
-# From all noise to one cluster, with many clusters that share border points in between.
+# (points, eps, min_points): from noise only, over many clusters with shared border points, to one cluster.
 DENSITIES = [(300, 0.01, 3), (400, 0.1, 6), (400, 0.1, 7), (400, 0.1, 8), (400, 0.1, 9), (400, 0.1, 12), (300, 0.5, 30)]
 
 
 @pytest.mark.parametrize("n, eps, min_points", DENSITIES)
 @pytest.mark.parametrize("thickness", [0.0, 0.05, 0.5])
-def test_cluster_labels_are_those_of_the_textbook(n: int, eps: float, min_points: int, thickness: float) -> None:
+def test_cluster_labels_equal_plain_dbscan(n: int, eps: float, min_points: int, thickness: float) -> None:
     for seed in range(4):
         points = np.random.default_rng(seed).random((n, 3)) * [1, 1, thickness] - 0.3
-        assert cluster_labels(points, eps, min_points).tolist() == dbscan_by_the_book(points, eps, min_points)
+        assert cluster_labels(points, eps, min_points).tolist() == plain_dbscan(points, eps, min_points)
 
 
-def test_cluster_labels_of_chains_need_every_point_of_a_cell() -> None:
-    """Clusters joined by one point each, far from the first point of its cell."""
+def test_cluster_labels_of_chains_equal_plain_dbscan() -> None:
+    """Clusters are joined if only one point, far from the first point of its cell, connects them."""
     rng = np.random.default_rng(1)
     for gap in (0.9, 1.1):
         blob = rng.normal(0, 3e-3, (40, 3)).clip(-5e-3, 5e-3)
@@ -78,7 +78,7 @@ def test_cluster_labels_of_chains_need_every_point_of_a_cell() -> None:
         points = np.concatenate([np.concatenate([blob, tips]) + np.array([0.02 * i, 0, 0]) for i in range(5)])
         points = points[rng.permutation(len(points))]
         for min_points in (1, 2, 5, 20):
-            expected = dbscan_by_the_book(points, 1e-2, min_points)
+            expected = plain_dbscan(points, 1e-2, min_points)
             assert cluster_labels(points, 1e-2, min_points).tolist() == expected
 
 
@@ -90,7 +90,7 @@ def test_cluster_labels_of_few_or_equal_points(n: int) -> None:
 
 @pytest.mark.golden
 @pytest.mark.parametrize("eps, min_points", [(0.006, 30), (0.003, 30), (0.0012, 7), (0.0015, 9)])
-def test_cluster_labels_are_those_of_open3d_on_a_scan(goldens: Path, eps: float, min_points: int) -> None:
+def test_cluster_labels_of_a_scan_equal_open3d(goldens: Path, eps: float, min_points: int) -> None:
     open3d = pytest.importorskip("open3d")
     xyz = read_organized_pc(goldens / "raw/bagel/test/hole/xyz/000.tiff")[::3, ::3]
     points = xyz[valid_mask(xyz)].astype(np.float64)
@@ -141,7 +141,8 @@ def test_plane_of_an_unobstructed_border_is_the_least_squares_plane() -> None:
     assert np.allclose(plane * np.sign(plane[2]), np.append(normal, -normal @ points.mean(axis=0)) * np.sign(normal[2]))
 
 
-def test_plane_does_not_depend_on_the_seed_of_a_rough_table_with_a_tenth_of_its_border_covered() -> None:
+def test_plane_of_a_rough_table_does_not_depend_on_the_seed() -> None:
+    """The plane is the same for every seed on a rough table with a tenth of its border covered."""
     xyz = scan_of_box(part=(slice(25, 60), slice(40, 90)))
     roughness = np.random.default_rng(9).normal(0, 2e-3, xyz.shape[:2]).astype(np.float32)
     xyz[..., 2] += np.where(valid_mask(xyz), roughness, 0)
@@ -166,7 +167,7 @@ def test_smaller_samples_find_the_table_where_a_third_of_its_border_is_covered()
 @pytest.mark.golden
 @pytest.mark.parametrize("left, top, tolerance", [(0, 0, 0), (110, 0, 1e-4), (90, 90, 1e-4)])
 def test_plane_agrees_with_open3d(goldens: Path, left: int, top: int, tolerance: float) -> None:
-    """Cropped so that the part covers up to a sixth of the border, where the reference's own result varies."""
+    """The planes agree on a crop whose border is covered up to a sixth by the part, where open3d itself varies."""
     open3d = pytest.importorskip("open3d")
     xyz = read_organized_pc(goldens / "raw/bagel/test/hole/xyz/000.tiff")[top:, left:]
     frame = np.ones(xyz.shape[:2], dtype=bool)
@@ -202,10 +203,10 @@ def test_clean_scan_keeps_the_pixels_that_the_original_keeps(goldens: Path, scan
     assert np.array_equal(np.packbits(valid_mask(clean)), recorded)
 
 
-def test_clean_scan_keeps_the_part_alone_and_the_photograph_where_nothing_was_measured() -> None:
+def test_clean_scan_keeps_the_part_and_image_pixels_without_measurement() -> None:
     part = (slice(25, 60), slice(30, 60))
     xyz = scan_of_box(part=part)
-    xyz[70:74, 70:74, 2] -= np.float32(0.03)  # a crumb off the part: too small to be the largest cluster
+    xyz[70:74, 70:74, 2] -= np.float32(0.03)  # a crumb beside the part, too small to be the largest cluster
     rgb = np.random.default_rng(0).integers(1, 256, (80, 90, 3), dtype=np.uint8)
     gt = np.random.default_rng(1).integers(0, 2, (80, 90)).astype(np.uint8) * 255
     measured = valid_mask(xyz)
@@ -234,7 +235,7 @@ def faulty(fault: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     elif fault == "millimeters":
         xyz *= 1000
     elif fault == "no border":
-        xyz[:10], xyz[-10:], xyz[:, :10], xyz[:, -9:], xyz[50:, -10:] = 0, 0, 0, 0, 0  # 40 pixels left of one column
+        xyz[:10], xyz[-10:], xyz[:, :10], xyz[:, -9:], xyz[50:, -10:] = 0, 0, 0, 0, 0  # keeps 40 pixels of one column
     elif fault == "all plane":
         xyz = scan_of_box(part=(slice(0), slice(0)))
     elif fault == "dust":
@@ -275,7 +276,7 @@ def test_a_part_of_scattered_points_is_not_kept() -> None:
 
 
 def views_without_a_table() -> dict[str, tuple[np.ndarray, str]]:
-    """Clouds (300, 300, 3), 1 mm from pixel to pixel, whose border shows no table, and what is said of them."""
+    """Clouds whose border shows no table, (300, 300, 3), 1 mm between pixels, and the message for each."""
     y, x = (np.mgrid[:300, :300] - 149.5) * 1e-3
     wall = np.maximum(np.abs(x), np.abs(y))
     flat = np.full_like(x, 0.5)
@@ -313,7 +314,7 @@ def test_a_room_cropped_to_its_measured_area_shows_no_table(real_data: Path) -> 
         clean_scan(crop, np.ones((*crop.shape[:2], 3), np.uint8), None, RULE)
 
 
-def test_the_demands_on_the_border_are_fields_and_no_setting_of_the_results() -> None:
+def test_requirements_on_the_border_are_fields_but_not_recorded_settings() -> None:
     xyz = views_without_a_table()["sphere"][0].astype(np.float32)
     assert shows_table(xyz, CleaningRule(min_support=0.3))
     xyz[:, 50:250] = 0
