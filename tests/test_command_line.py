@@ -1,4 +1,4 @@
-"""The command lines that the scripts share: help, version, usage errors, and flags as dataclasses."""
+"""Command-line parser of the scripts: help, version, usage errors, and flags as dataclasses."""
 
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ def test_help_shows_defaults_where_there_are_some(parser: Parser, capsys: pytest
 
 
 @pytest.mark.parametrize("flags", ["--size 3", "--side x", "--sid 3", "surplus"])
-def test_a_wrong_flag_is_told_in_two_lines(parser: Parser, capsys: pytest.CaptureFixture[str], flags: str) -> None:
+def test_a_wrong_flag_prints_two_lines(parser: Parser, capsys: pytest.CaptureFixture[str], flags: str) -> None:
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(flags.split())
     usage, error = capsys.readouterr().err.splitlines()
@@ -46,7 +46,7 @@ def test_a_wrong_flag_is_told_in_two_lines(parser: Parser, capsys: pytest.Captur
     assert error.startswith("squares.py: error: ")
 
 
-def test_of_several_processes_the_first_tells(
+def test_only_rank_0_prints_a_usage_error(
     parser: Parser, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for rank, lines in (("0", 2), ("1", 0)):
@@ -57,7 +57,7 @@ def test_of_several_processes_the_first_tells(
         assert len(capsys.readouterr().err.splitlines()) == lines
 
 
-def test_the_version_is_that_of_the_citation(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_equals_the_citation_file(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(["--version"])
     assert stop.value.code == 0
@@ -67,7 +67,7 @@ def test_the_version_is_that_of_the_citation(parser: Parser, capsys: pytest.Capt
     assert len(number.split(".")) == 3
 
 
-def test_given_flags_are_those_of_the_command_line(parser: Parser) -> None:
+def test_given_flags_are_the_flags_on_the_command_line(parser: Parser) -> None:
     for argv, given in (([], set()), (["--side", "0"], {"side"}), (["--filled", "--name", "a"], {"filled", "name"})):
         assert parser.given_flags(argv) == given, argv
 
