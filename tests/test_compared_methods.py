@@ -1,4 +1,4 @@
-"""Several values of --method_name in one run: each method's results are those of a run of its own."""
+"""Several methods in one run of main.py: each one's results equal those of a separate run."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -36,10 +36,10 @@ from utils.feature_store import PatchFileDataset
 from utils.records import PatchFeatures, Sample
 
 ALL = tuple(METHODS)
-OF_A_METHOD = ("results.json", "report.html", "classes/bagel.json")  # in the folder of each
-SCANS = ("test/good/000", "test/hole/000")
+METHOD_FILES = ("results.json", "report.html", "classes/bagel.json")  # in each method's folder
+TEST_SAMPLES = ("test/good/000", "test/hole/000")
 CURVES = ["0.3, 100 thresholds", *(f"{limit}, exact curve" for limit in ("0.3", "0.1", "0.05", "0.01"))]
-# Flags that are for some of the methods, and for which.
+# Flags that apply to some methods only, with these methods.
 PARTIAL: dict[tuple[object, ...], set[str]] = {
     ("--use_uff",): {"Fusion", "DINO+Point_MAE+Fusion"},
     ("--rm_zero_for_project",): {"Point_MAE"},
@@ -51,7 +51,7 @@ Comparer = Callable[..., dict[str, Run]]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """Flags of every run: the smallest dataset, with a background above the part, and an untrained UFF."""
+    """Flags of every run: the smallest dataset, with background at the top, and an untrained UFF."""
     folder = tmp_path_factory.mktemp("compared")
     data = write_bagels(folder / "data")
     for path in data.rglob("*.tiff"):
@@ -64,20 +64,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 
 
 def compare_into(folder: Path, base: list[object], methods: tuple[str, ...], *flags: object) -> dict[str, Run]:
-    """One run of several methods, whose folder is the parent of theirs."""
+    """Run several methods together; each has its own folder below this one."""
     stdout = printed("--method_name", *methods, *base, *flags, "--output_dir", folder)
     return {method: read_run(folder / method, stdout) for method in methods}
 
 
 @pytest.fixture(scope="module")
 def compare(base: list[object], tmp_path_factory: pytest.TempPathFactory) -> Comparer:
-    """Runs of all methods together by their flags, each done once."""
+    """Cached runs of all methods together, by their flags."""
     return cache(lambda *flags: compare_into(tmp_path_factory.mktemp("run"), base, ALL, *flags))
 
 
 @pytest.fixture(scope="module")
 def alone(base: list[object], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """Runs of a single method by its name and flags, each done once."""
+    """Cached runs of a single method, by its name and flags."""
 
     @cache
     def run(method: str, *flags: object) -> Run:
@@ -88,15 +88,15 @@ def alone(base: list[object], tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 
 def figures(run: Run) -> dict[str, object]:
-    """All that a run says but what it took."""
+    """Results of a run without its time and memory."""
     return {key: value for key, value in run.entry.items() if key not in ("seconds", "latency", "peak_memory_mb")}
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_each_method_is_as_alone(compare: Comparer, alone: Callable[..., Run], method: str) -> None:
+def test_each_method_equals_its_separate_run(compare: Comparer, alone: Callable[..., Run], method: str) -> None:
     together = compare()[method]
     assert figures(together) == figures(alone(method))
-    assert [sample["path"] for sample in together.entry["samples"]] == list(SCANS)
+    assert [sample["path"] for sample in together.entry["samples"]] == list(TEST_SAMPLES)
     assert together.results["mean"] == alone(method).results["mean"]
     assert together.results["args"]["method_name"] == alone(method).results["args"]["method_name"] == method
     assert together.results["command"][1 : 2 + len(ALL)] == ["--method_name", *ALL]
@@ -107,10 +107,10 @@ def test_methods_differ(compare: Comparer) -> None:
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_a_flag_for_some_of_the_methods_leaves_the_others(
+def test_a_flag_for_some_methods_does_not_change_the_others(
     compare: Comparer, alone: Callable[..., Run], method: str
 ) -> None:
-    """All these flags in one run, each of which some methods refuse when they are alone."""
+    """With all partial flags in one run, each method equals its separate run with the flags that apply to it."""
     together = compare(*(word for flag in PARTIAL for word in flag))[method]
     own = [word for flag, methods in PARTIAL.items() if method in methods for word in flag]
     assert figures(together) == figures(alone(method, *own))
@@ -118,12 +118,12 @@ def test_a_flag_for_some_of_the_methods_leaves_the_others(
     for flag in PARTIAL:
         name = str(flag[0]).removeprefix("--")
         assert recorded[name] == expected[name]
-    own = [word for word in own if word not in ("--memory_bank", "multiple")]  # it only says what the method needs
+    own = [word for word in own if word not in ("--memory_bank", "multiple")]  # it only confirms the method's default
     assert (together.scores != compare()[method].scores) == bool(own)
 
 
 @pytest.mark.parametrize("flag", PARTIAL)
-def test_a_flag_reaches_the_methods_that_it_is_for(flag: tuple[object, ...]) -> None:
+def test_a_flag_changes_only_the_methods_that_it_applies_to(flag: tuple[object, ...]) -> None:
     name = str(flag[0]).removeprefix("--")
     args = parse_args(["--method_name", *ALL, *map(str, flag)])
     configs = detector_configs(args)
@@ -135,7 +135,7 @@ def test_a_flag_reaches_the_methods_that_it_is_for(flag: tuple[object, ...]) -> 
     assert all(configs[method] == without[method] for method in set(ALL) - changed)
 
 
-def test_every_scan_is_extracted_once(base: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_sample_is_extracted_once(base: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, extract = [], PatchExtractor.extract
 
     def count(extractor: PatchExtractor, samples: Sequence[Sample]) -> list[PatchFeatures]:
@@ -144,13 +144,13 @@ def test_every_scan_is_extracted_once(base: list[object], tmp_path: Path, monkey
 
     monkeypatch.setattr(PatchExtractor, "extract", count)
     runs = compare_into(tmp_path, base, ("DINO", "Point_MAE", "DINO+Point_MAE+add"))
-    assert seen == ["train/good/000", "train/good/001", *SCANS]
+    assert seen == ["train/good/000", "train/good/001", *TEST_SAMPLES]
     seconds = [run.entry["seconds"] for run in runs.values()]
     assert [each["extract"] for each in seconds] == pytest.approx([seconds[0]["extract"]] * 3, rel=0.05)  # shared
     assert all(each[stage] > 0 for each in seconds for stage in ("extract", "coreset", "score", "metrics"))
 
 
-def test_the_features_are_those_of_no_more_banks_than_needed() -> None:
+def test_only_features_of_needed_banks_are_extracted() -> None:
     for methods, banks in {
         ("DINO",): ("rgb",),
         ("Point_MAE", "DINO"): ("xyz", "rgb"),
@@ -162,13 +162,13 @@ def test_the_features_are_those_of_no_more_banks_than_needed() -> None:
         assert extraction_config(configs).method.banks == banks, methods
 
 
-def test_results_lie_in_a_folder_of_each_method_and_tables_above(compare: Comparer) -> None:
+def test_each_method_has_a_folder_and_the_tables_are_above(compare: Comparer) -> None:
     runs = compare()
     folder = runs["DINO"].folder.parent
-    assert files_below(folder) == sorted([*TABLES, *(f"{method}/{name}" for method in ALL for name in OF_A_METHOD)])
+    assert files_below(folder) == sorted([*TABLES, *(f"{method}/{name}" for method in ALL for name in METHOD_FILES)])
 
 
-def test_tables_have_a_row_of_each_method(compare: Comparer) -> None:
+def test_tables_have_a_row_for_each_method(compare: Comparer) -> None:
     runs = compare()
     folder = runs["DINO"].folder.parent
     for name, key in zip(TABLES[:2], METRICS[:2], strict=True):
@@ -201,7 +201,7 @@ def test_a_method_named_twice_counts_once(
     single = tmp_path / "single"
     run = read_run(single, printed("--method_name", "DINO", "DINO", *base, "--output_dir", single))
     assert figures(run) == figures(alone("DINO"))
-    assert files_below(single) == sorted([*TABLES, *OF_A_METHOD])  # as of one method: no folder DINO
+    assert files_below(single) == sorted([*TABLES, *METHOD_FILES])  # no folder DINO, as for one method
 
     stdout = printed("--method_name", "Point_MAE", "DINO", "Point_MAE", *base, "--output_dir", tmp_path / "two")
     assert [row[0] for row in table_rows(tmp_path / "two", TABLES[0])] == ["Method", "Point_MAE", "DINO"]
@@ -211,9 +211,9 @@ def test_a_method_named_twice_counts_once(
 
 
 def prediction_files() -> list[str]:
-    scans = [scan.removeprefix("test/") for scan in SCANS]
-    return [f"anomaly_maps/bagel/test/{scan}.tiff" for scan in scans] + [
-        f"pred_maps/bagel/{scan}.png" for scan in scans
+    names = [path.removeprefix("test/") for path in TEST_SAMPLES]
+    return [f"anomaly_maps/bagel/test/{name}.tiff" for name in names] + [
+        f"pred_maps/bagel/{name}.png" for name in names
     ]
 
 
@@ -226,7 +226,7 @@ def test_predictions_of_the_named_methods_are_saved(
     runs = compare_into(tmp_path, base, ("DINO", "Point_MAE"), "--save_preds", *named)
     for method, run in runs.items():
         expected = prediction_files() if method in saved else []
-        assert files_below(run.folder) == sorted([*OF_A_METHOD, *expected])
+        assert files_below(run.folder) == sorted([*METHOD_FILES, *expected])
     assert {path for path in files_below(tmp_path) if "/" not in path} == set(TABLES)
     maps = [tifffile.imread(tmp_path / method / prediction_files()[1]) for method in saved]
     assert all(plane.shape == (SIDE, SIDE) and np.ptp(plane) > 0 for plane in maps)
@@ -241,8 +241,8 @@ def test_predictions_of_a_method_that_does_not_run_are_refused(
     assert not files_below(tmp_path)
 
 
-def test_saved_features_of_methods_that_need_both_branches_together(base: list[object], tmp_path: Path) -> None:
-    """DINO and Point_MAE each refuse --save_feature, but side by side they extract what it writes."""
+def test_methods_that_together_need_both_branches_save_features(base: list[object], tmp_path: Path) -> None:
+    """DINO and Point_MAE each refuse --save_feature alone, but together save the features of DINO+Point_MAE."""
     saved = []
     for methods in (("DINO", "Point_MAE"), ("DINO+Point_MAE",)):
         lib, out = tmp_path / methods[0] / "lib", tmp_path / methods[0] / "out"
