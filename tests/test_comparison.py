@@ -1,4 +1,4 @@
-"""python -m utils.report A B: the difference of each metric, and what the runs do not share."""
+"""Comparison of two runs (python -m utils.report A B): metric differences, and what the runs do not share."""
 
 import os
 import re
@@ -48,7 +48,7 @@ def call(folder: Path, *arguments: object, output: str | None = None) -> "subpro
 
 
 def blocks_of(text: str) -> dict[str, list[list[str]]]:
-    """The tables of the text by their titles."""
+    """Tables of the text by title."""
     blocks = {}
     for block in text.split("\n\n"):
         title, *lines = block.splitlines()
@@ -73,7 +73,7 @@ def test_differences_of_the_common_classes_and_their_mean(runs: tuple[Path, Path
     assert not any("Precision" in title for title in tables)  # neither run has it
 
 
-def test_what_the_runs_do_not_share_is_said(runs: tuple[Path, Path]) -> None:
+def test_classes_flags_and_versions_that_differ_are_listed(runs: tuple[Path, Path]) -> None:
     text = format_comparison(compare(*runs))
     assert "Only in A, and left out of the means: foam." in text
     assert "Only in B, and left out of the means: tire." in text
@@ -83,7 +83,7 @@ def test_what_the_runs_do_not_share_is_said(runs: tuple[Path, Path]) -> None:
     assert "method_name" not in text
 
 
-def test_other_test_samples_are_named(tmp_path: Path) -> None:
+def test_different_numbers_of_test_samples_are_named(tmp_path: Path) -> None:
     a = write(tmp_path / "A", {"bagel": metrics(0.9, samples=[{}] * 7), "rope": metrics(0.9, samples=[{}] * 3)})
     b = write(tmp_path / "B", {"bagel": metrics(0.9, samples=[{}] * 5), "rope": metrics(0.9, samples=[{}] * 3)})
     comparison = compare(a, b)
@@ -94,14 +94,14 @@ def test_other_test_samples_are_named(tmp_path: Path) -> None:
     assert compare(a, old).remarks == ["Only in A, and left out of the means: rope."]
 
 
-def test_equal_runs_differ_in_nothing(runs: tuple[Path, Path]) -> None:
+def test_equal_runs_have_no_differences(runs: tuple[Path, Path]) -> None:
     comparison = compare(runs[0], runs[0])
     assert (comparison.remarks, comparison.args, comparison.versions) == ([], {}, {})
     assert all(pair.difference == 0 for metric in comparison.metrics for pair in metric.classes.values())
     assert "that differ:" not in format_comparison(comparison)
 
 
-def test_metrics_that_one_run_has(tmp_path: Path) -> None:
+def test_metrics_of_only_one_run_have_no_difference(tmp_path: Path) -> None:
     a = write(tmp_path / "A", {"bagel": metrics(0.9)})
     b = write(tmp_path / "B", {"bagel": metrics(0.9, f1=0.7, false_alarm_rate=0.1)})
     tables = blocks_of(format_comparison(compare(a, b)))
@@ -109,22 +109,24 @@ def test_metrics_that_one_run_has(tmp_path: Path) -> None:
     assert tables["F1 at its best threshold"][2] == ["Mean of the 0 that both have", "n/a", "n/a", "n/a"]
 
 
-def test_no_class_in_common(tmp_path: Path) -> None:
+def test_runs_without_a_common_class_are_reported(tmp_path: Path) -> None:
     a, b = (write(tmp_path / name, {name: metrics(0.9)}) for name in ("A", "B"))
     comparison = compare(a, b)
     assert "share no class with a metric" in format_comparison(comparison)
     assert "share no class with a metric" in read_page(comparison_page(comparison)).text
 
 
-@pytest.mark.parametrize(("value", "said"), [(0.0004, "0.000"), (-0.0004, "0.000"), (-0.0006, "-0.001"), (None, "n/a")])
-def test_signs(value: float | None, said: str) -> None:
-    assert signed(value) == said
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.0004, "0.000"), (-0.0004, "0.000"), (-0.0006, "-0.001"), (None, "n/a")]
+)
+def test_differences_are_signed_and_rounded(value: float | None, expected: str) -> None:
+    assert signed(value) == expected
 
 
 # The page
 
 
-def test_the_page_says_what_the_text_says(runs: tuple[Path, Path]) -> None:
+def test_the_page_has_the_content_of_the_text(runs: tuple[Path, Path]) -> None:
     comparison = compare(*runs)
     page = comparison_page(comparison)
     text = read_page(page).text
@@ -137,7 +139,7 @@ def test_the_page_says_what_the_text_says(runs: tuple[Path, Path]) -> None:
     assert "script-src &#39;none&#39;" in page
 
 
-def test_bars_have_the_sign_and_the_length_of_the_difference(runs: tuple[Path, Path]) -> None:
+def test_bars_show_sign_and_size_of_the_difference(runs: tuple[Path, Path]) -> None:
     page = comparison_page(compare(*runs))
     section = re.search(r"<h2>P-AUROC</h2>.*?</section>", page, re.DOTALL).group()
     assert re.findall(r'<i class="(\w+)" style="--share:([\d.]+)%">', section) == [
@@ -147,7 +149,7 @@ def test_bars_have_the_sign_and_the_length_of_the_difference(runs: tuple[Path, P
     ]
 
 
-def test_bars_are_to_the_scale_of_their_metric(tmp_path: Path) -> None:
+def test_bars_are_scaled_per_metric(tmp_path: Path) -> None:
     a = write(tmp_path / "A", {"bagel": metrics(0.5, f1=0.5), "rope": metrics(0.5, f1=0.5)})
     b = write(tmp_path / "B", {"bagel": metrics(0.9, f1=0.52), "rope": metrics(0.7, f1=0.51)})
     page = comparison_page(compare(a, b))
@@ -160,9 +162,9 @@ def test_the_overview_has_the_difference_of_every_class_and_metric(runs: tuple[P
     comparison = compare(*runs)
     table = re.search('<table class="overview">(.*?)</table>', comparison_page(comparison), re.DOTALL).group(1)
     rows = [re.findall(r'<td class="(\w*)">(.*?)</td>', row) for row in table.split("<tr")[2:]]
-    wanted = [[*metric.classes.values(), metric.mean] for metric in comparison.metrics]
+    expected = [[*metric.classes.values(), metric.mean] for metric in comparison.metrics]
     assert [[text for _, text in row] for row in rows] == [
-        [signed(pair.difference) for pair in row] for row in zip(*wanted, strict=True)
+        [signed(pair.difference) for pair in row] for row in zip(*expected, strict=True)
     ]
     assert rows[1][:3] == [("", "0.000"), ("loss", "-0.100"), ("", "n/a")]
     assert rows[0][1] == ("gain", "+0.050")
@@ -175,7 +177,7 @@ def test_more_false_alarms_are_a_loss(tmp_path: Path) -> None:
     assert re.search(r'<td class="loss">\+0\.100<div class="delta"><i class="down"', page)
 
 
-def test_no_text_is_taken_for_markup(tmp_path: Path) -> None:
+def test_text_is_escaped(tmp_path: Path) -> None:
     a = write(tmp_path / "A", {EVIL: metrics(0.9)}, {"method_name": EVIL, EVIL: 1})
     b = write(tmp_path / "B", {EVIL: metrics(0.8), "</td>" + EVIL: metrics(0.1)})
     page = comparison_page(compare(a, b))
@@ -186,8 +188,8 @@ def test_no_text_is_taken_for_markup(tmp_path: Path) -> None:
 # The command
 
 
-def test_the_command_prints_and_renders(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    """As a user starts it, with the checkout as the current folder."""
+def test_the_command_prints_the_text_and_writes_the_page(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    """The command, run in a new process from the checkout, prints the text and writes the page."""
     command = [sys.executable, "-m", "utils.report", *map(str, runs), "--output", str(tmp_path / "compare.html")]
     strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run(command, cwd=ROOT, env=strict, capture_output=True, text=True, timeout=120)
@@ -197,14 +199,14 @@ def test_the_command_prints_and_renders(runs: tuple[Path, Path], tmp_path: Path)
     assert (tmp_path / "compare.html").read_text() == comparison_page(comparison)
 
 
-def test_what_is_no_results_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_results_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     with pytest.raises(InputError, match=r"results\.json is missing\. Name a results\.json of main\.py\."):
         read_results(path)
     with pytest.raises(InputError, match=r"is a folder\. Name the results\.json in it\."):
         read_results(tmp_path)
     start = '{"schema": 1, "args": {}, "versions": {}'
-    for content, said in (
+    for content, expected in (
         ("{", "not JSON"),
         ('{"a": 1}', "no schema number"),
         ('{"schema": 2}', "newer version"),
@@ -214,11 +216,11 @@ def test_what_is_no_results_file_is_refused(tmp_path: Path) -> None:
         (start + ', "classes": {"bagel": {"au_pro_exact": {"0.3": 2}}}}', "at `classes[...].au_pro_exact[...]`"),
     ):
         path.write_text(content)
-        with pytest.raises(InputError, match=re.escape(said)):
+        with pytest.raises(InputError, match=re.escape(expected)):
             read_results(path)
 
 
-def test_the_command_ends_on_bad_input_in_one_sentence(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_missing_file_ends_the_command_with_one_line(runs: tuple[Path, Path], tmp_path: Path) -> None:
     done = call(tmp_path, runs[0], tmp_path / "none.json")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("report.py: error: ")
@@ -227,29 +229,29 @@ def test_the_command_ends_on_bad_input_in_one_sentence(runs: tuple[Path, Path], 
 
 
 @pytest.mark.parametrize(
-    ("output", "said"),
+    ("output", "expected"),
     [("", "is a folder"), (".", "is a folder"), ("/", "is a folder"), ("B/x/../results.json", "would replace one of")],
 )
-def test_an_output_that_would_replace_something_else_is_refused(
-    runs: tuple[Path, Path], tmp_path: Path, output: str, said: str
+def test_an_output_that_is_a_folder_or_an_input_is_refused(
+    runs: tuple[Path, Path], tmp_path: Path, output: str, expected: str
 ) -> None:
     before = runs[1].read_text()
     (runs[1].parent / "x").mkdir()
     done = call(tmp_path, *runs, output=str(tmp_path / output) if output.startswith("B") else output)
     assert (done.returncode, done.stdout) == (2, "")
-    assert said in done.stderr
+    assert expected in done.stderr
     assert done.stderr.count("\n") == 1
     assert runs[1].read_text() == before
 
 
-def test_the_text_is_printed_where_the_page_cannot_be_written(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_text_is_printed_even_if_the_page_cannot_be_written(runs: tuple[Path, Path], tmp_path: Path) -> None:
     done = call(tmp_path, *runs, output=str(runs[0] / "compare.html"))
     assert done.returncode == 2
     assert "Choose another --output" in done.stderr
     assert done.stdout == format_comparison(compare(*runs)) + "\n"
 
 
-def test_a_name_that_is_no_text_is_printed(tmp_path: Path) -> None:
+def test_a_class_name_that_is_no_valid_text_is_printed_escaped(tmp_path: Path) -> None:
     path = write(tmp_path / "A", {"caf\udce9": metrics(0.9)})
     done = call(tmp_path, path, path)
     assert done.returncode == 0, done.stderr
