@@ -1,4 +1,4 @@
-"""The tables of methods and protocols, the defaults, and what a configuration refuses."""
+"""Tables of methods and protocols, defaults, and refused configurations."""
 
 from dataclasses import FrozenInstanceError, fields, replace
 from itertools import combinations
@@ -17,7 +17,7 @@ from feature_extractors.config import (
 from utils.choices import POINT_NORMS, POINT_OPS, PRECISIONS
 from utils.errors import InputError
 
-# banks; decision fusion; bank statistics; what distances are divided by; added to the sum of exponentials; zero row
+# banks; decision fusion; bank statistics; divisor of distances; constant added to the sum of exponentials; zero row
 PUBLISHED = {
     "DINO": Method(("rgb",), "none", "own", 1.0, 1e-5, False),
     "Point_MAE": Method(("xyz",), "none", "none", 1.0, 1e-5, False),
@@ -34,10 +34,10 @@ def test_methods_are_the_published_ones() -> None:
     assert METHODS == PUBLISHED
     assert BANKS == ("xyz", "rgb", "fusion")
     for method in METHODS.values():
-        assert list(method.banks) == [name for name in BANKS if name in method.banks]  # in the order of the lambdas
+        assert list(method.banks) == [name for name in BANKS if name in method.banks]  # order of the lambdas
 
 
-def test_modalities_are_those_that_the_banks_are_made_of() -> None:
+def test_each_method_needs_the_modalities_of_its_banks() -> None:
     both = {"rgb", "xyz"}
     expected = {"DINO": {"rgb"}, "Point_MAE": {"xyz"}, "Fusion": both} | dict.fromkeys(MULTIPLE, both)
     assert {name: set(method.modalities) for name, method in METHODS.items()} == expected
@@ -53,7 +53,7 @@ def test_modalities_are_those_that_the_banks_are_made_of() -> None:
         (["DINO+Point_MAE+Fusion"], "DINO+Point_MAE+Fusion"),
         (["Point_MAE", "Point_MAE"], "Point_MAE"),
         (["DINO", "Point_MAE"], "DINO+Point_MAE"),
-        (["Point_MAE", "DINO+Point_MAE+add"], "DINO+Point_MAE+add"),  # one of those named
+        (["Point_MAE", "DINO+Point_MAE+add"], "DINO+Point_MAE+add"),  # one of the given methods
         (["DINO+Point_MAE", "DINO+Point_MAE+add"], "DINO+Point_MAE"),
         (["Fusion", "DINO"], "DINO+Point_MAE+Fusion"),
         (["Fusion", "Point_MAE"], "DINO+Point_MAE+Fusion"),
@@ -61,22 +61,22 @@ def test_modalities_are_those_that_the_banks_are_made_of() -> None:
         (list(METHODS), "DINO+Point_MAE+Fusion"),
     ],
 )
-def test_the_method_that_covers_others(names: list[str], expected: str) -> None:
+def test_covering_method_of_several(names: list[str], expected: str) -> None:
     assert covering_method(names) == expected
     assert covering_method(iter(names)) == expected
 
 
-def test_of_any_methods_the_covering_one_has_their_banks_and_none_to_spare() -> None:
+def test_the_covering_method_has_the_banks_of_any_methods_and_no_more() -> None:
     for count in range(1, len(METHODS) + 1):
         for names in combinations(METHODS, count):
-            wanted = {bank for name in names for bank in METHODS[name].banks}
+            needed = {bank for name in names for bank in METHODS[name].banks}
             found = set(METHODS[covering_method(names)].banks)
-            assert found >= wanted
+            assert found >= needed
             # only the triple method has a fusion bank beside another one
-            assert found == wanted or (found == set(BANKS) and {"fusion"} < wanted)
+            assert found == needed or (found == set(BANKS) and {"fusion"} < needed)
 
 
-def test_protocols() -> None:
+def test_reference_turns_every_correction_off_and_corrected_turns_it_on() -> None:
     assert list(PROTOCOLS) == ["reference", "corrected"]
     assert PROTOCOLS["reference"] == DetectorConfig().protocol
     assert not any(vars(PROTOCOLS["reference"]).values())
@@ -91,7 +91,7 @@ def test_defaults_are_the_flags_of_the_original() -> None:
     config = DetectorConfig()
     assert config == DetectorConfig(
         method_name="DINO+Point_MAE+Fusion",
-        memory_bank=None,  # "multiple" there, which the default method needs
+        memory_bank=None,  # "multiple" in the original, which the default method needs
         rgb_backbone_name="vit_base_patch8_224_dino",
         xyz_backbone_name="Point_MAE",
         use_uff=False,
@@ -123,7 +123,7 @@ def test_a_config_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_each_method_takes_the_memory_bank_that_it_needs(name: str) -> None:
+def test_each_method_accepts_only_its_kind_of_memory_bank(name: str) -> None:
     needed, other = ("single", "multiple") if name in SINGLE else ("multiple", "single")
     assert METHODS[name].memory_bank == needed
     assert DetectorConfig(method_name=name).memory_bank is None
@@ -135,7 +135,7 @@ def test_each_method_takes_the_memory_bank_that_it_needs(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "allowed", "mend"),
+    ("flag", "allowed", "fix"),
     [
         ({"use_uff": True}, {"Fusion", "DINO+Point_MAE+Fusion"}, "Remove it or use Fusion"),
         ({"rm_zero_for_project": True}, {"Point_MAE"}, "Remove it"),
@@ -143,8 +143,8 @@ def test_each_method_takes_the_memory_bank_that_it_needs(name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("name", METHODS)
-def test_a_flag_is_refused_where_it_cannot_act(
-    name: str, flag: dict[str, object], allowed: set[str], mend: str
+def test_a_flag_is_refused_by_methods_without_its_bank(
+    name: str, flag: dict[str, object], allowed: set[str], fix: str
 ) -> None:
     if name in allowed:
         DetectorConfig(method_name=name, **flag)
@@ -154,7 +154,7 @@ def test_a_flag_is_refused_where_it_cannot_act(
     message = str(error.value)
     assert f"--{next(iter(flag))}" in message
     assert name in message
-    assert mend in message
+    assert fix in message
     assert "\n" not in message
 
 
@@ -173,7 +173,7 @@ def test_a_flag_is_refused_where_it_cannot_act(
         ("asy_memory_bank", [None, 1], [0, -1]),
     ],
 )
-def test_ranges(field: str, good: list[float], bad: list[float]) -> None:
+def test_numbers_are_checked_against_their_range(field: str, good: list[float], bad: list[float]) -> None:
     for value in good:
         assert getattr(DetectorConfig(**{field: value}), field) == value
     for value in bad:
@@ -194,7 +194,7 @@ def test_lambdas_are_finite(field: str, kind: str, place: int, bank: str) -> Non
 
 
 def test_the_grid_has_to_fit_into_the_image() -> None:
-    """The first pooling leaves img_size - 2 windows along a side."""
+    """xyz_grid is at most img_size - 2, the number of windows that the first pooling has along a side."""
     DetectorConfig(img_size=32, xyz_grid=30)
     with pytest.raises(InputError, match=r"--img_size is 32\. Give at least 33 for 31 xyz patches a side"):
         DetectorConfig(img_size=32, xyz_grid=31)
@@ -210,7 +210,7 @@ def test_the_grid_has_to_fit_into_the_image() -> None:
         ("memory_bank", ("single", "multiple")),
     ],
 )
-def test_choices(field: str, allowed: tuple[str, ...]) -> None:
+def test_unknown_choices_are_refused(field: str, allowed: tuple[str, ...]) -> None:
     with pytest.raises(InputError) as error:
         DetectorConfig(**{field: "typo"})
     assert str(error.value) == f"--{field} is 'typo'. Give one of {', '.join(allowed)}."
