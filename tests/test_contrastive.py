@@ -1,4 +1,4 @@
-"""The contrastive loss against its plain form and the recorded values, the retrieval figure against a slow twin."""
+"""Contrastive loss against its plain form and recorded values, and retrieval against a slow plain form."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from utils.feature_store import pair_rgb
 
 
 def heads(rows: int, dim: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Outputs of the heads, related enough that neither the loss nor its gradient is trivial."""
+    """Outputs of the heads, correlated so that neither the loss nor its gradient is trivial."""
     generator = torch.Generator().manual_seed(rows)
     xyz = torch.randn(rows, dim, generator=generator, dtype=torch.float64)
     rgb = 3 * xyz + torch.randn(rows, dim, generator=generator, dtype=torch.float64)
@@ -30,7 +30,7 @@ def heads(rows: int, dim: int = 6, dtype: torch.dtype = torch.float32) -> tuple[
 
 def test_loss_of_hand_calculated_pairs() -> None:
     xyz, rgb = torch.tensor([[3.0, 0.0], [0.6, 0.8]]), torch.tensor([[0.5, 0.0], [0.0, 2.0]])
-    # q k^T = [[1, 0.6], [0, 0.8]]: each row is one rgb patch that looks for its xyz patch
+    # q k^T = [[1, 0.6], [0, 0.8]]: each row is one rgb patch against all xyz patches
     expected = math.log(1 + math.exp(-0.4)) + math.log(1 + math.exp(-0.8))
     assert contrastive_loss(xyz, rgb).item() == pytest.approx(expected, rel=1e-6)
     swapped = math.log(1 + math.exp(-1.0)) + math.log(1 + math.exp(-0.2))
@@ -48,28 +48,28 @@ def test_loss_equals_its_plain_form(rows: int, negatives: str) -> None:
 @pytest.mark.parametrize("entries", [1, 10, 1000, 1 << 24])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("rows", [1, 2, 7, 300])
-def test_value_and_gradient_in_blocks_are_those_of_the_full_matrix(
+def test_value_and_gradient_in_blocks_equal_the_plain_form(
     monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype, tolerance: float, entries: int
 ) -> None:
     monkeypatch.setattr(contrastive, "MAX_BLOCK_ENTRIES", entries)
     xyz, rgb = heads(rows, dtype=dtype)
     loss, expected = contrastive_loss(xyz, rgb), reference.contrastive_loss(xyz, rgb)
     torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
-    ours = torch.autograd.grad(5 * loss, (xyz, rgb))  # 5: the gradient that comes in counts
-    for grad, known in zip(ours, torch.autograd.grad(5 * expected, (xyz, rgb)), strict=True):
-        # At N = 1 the gradient is 0; else its entries are about 1/N, against which rounding is measured.
-        torch.testing.assert_close(grad, known, rtol=tolerance, atol=tolerance / rows)
-        assert rows == 1 or known.abs().max() > 0.05 / rows
+    ours = torch.autograd.grad(5 * loss, (xyz, rgb))  # 5: tests the incoming gradient
+    for grad, plain in zip(ours, torch.autograd.grad(5 * expected, (xyz, rgb)), strict=True):
+        # At N = 1 the gradient is 0. Otherwise its entries are about 1/N, so the tolerance scales with that.
+        torch.testing.assert_close(grad, plain, rtol=tolerance, atol=tolerance / rows)
+        assert rows == 1 or plain.abs().max() > 0.05 / rows
 
 
 @pytest.mark.parametrize("entries", [1, 12, 1 << 24])
-def test_gradient_is_that_of_finite_differences(monkeypatch: pytest.MonkeyPatch, entries: int) -> None:
+def test_gradient_equals_finite_differences(monkeypatch: pytest.MonkeyPatch, entries: int) -> None:
     monkeypatch.setattr(contrastive, "MAX_BLOCK_ENTRIES", entries)
     assert torch.autograd.gradcheck(contrastive_loss, heads(5, 3, torch.float64))
 
 
 @pytest.mark.parametrize("constant", [0, 1])
-def test_a_gradient_is_not_asked_for_on_both_sides(constant: int) -> None:
+def test_only_one_side_may_require_a_gradient(constant: int) -> None:
     pair = heads(7, dtype=torch.float64)
     pair[constant].requires_grad_(False)
     contrastive_loss(*pair).backward()
@@ -96,14 +96,14 @@ def test_no_tensor_of_all_pairs_is_made(monkeypatch: pytest.MonkeyPatch) -> None
     xyz, rgb = heads(rows, dim)
     with LargestTensor() as plain:
         reference.contrastive_loss(xyz, rgb).backward()
-    assert plain.entries == rows**2  # the record would show it
+    assert plain.entries == rows**2  # the plain form makes one, and the check sees it
     with LargestTensor() as ours:
         contrastive_loss(xyz, rgb).backward()
         retrieval(xyz.detach(), rgb.detach())
     assert rows * dim <= ours.entries <= limit
 
 
-def test_what_is_kept_for_the_backward_pass_grows_with_the_rows_only() -> None:
+def test_memory_kept_for_the_backward_pass_grows_linearly_with_the_rows() -> None:
     rows, dim = 200, 8
     kept: list[int] = []
 
@@ -134,11 +134,11 @@ def test_a_batch_without_valid_points_is_an_error(negatives: str) -> None:
         contrastive_loss(*module(torch.zeros(2, 3, 5), torch.randn(2, 3, 3)), negatives)
 
 
-# The figure of the validation
+# Retrieval
 
 
 def slow_retrieval(xyz: Tensor, partner: list[int], rgb: Tensor) -> tuple[int, float]:
-    """For xyz patches whose rgb patches are rows `partner` of an image's distinct rgb patches."""
+    """Hits and chance hits of xyz patches whose rgb patches are rows `partner` of an image's distinct rgb patches."""
     hits = 0
     for patch, own in zip(xyz, partner, strict=True):
         cosine = [float(patch @ other / (patch.norm() * other.norm())) for other in rgb]
@@ -149,7 +149,9 @@ def slow_retrieval(xyz: Tensor, partner: list[int], rgb: Tensor) -> tuple[int, f
 @pytest.mark.parametrize("entries", [1, 100, 1 << 24])
 @pytest.mark.parametrize("copies", [1, 4])
 @pytest.mark.parametrize("noise", [0.0, 1.5, 100.0])
-def test_retrieval_equals_its_twin(monkeypatch: pytest.MonkeyPatch, noise: float, copies: int, entries: int) -> None:
+def test_retrieval_equals_the_plain_form(
+    monkeypatch: pytest.MonkeyPatch, noise: float, copies: int, entries: int
+) -> None:
     monkeypatch.setattr(contrastive, "MAX_BLOCK_ENTRIES", entries)
     generator = torch.Generator().manual_seed(int(noise))
     rgb = torch.randn(16, 5, generator=generator)
@@ -164,19 +166,19 @@ def test_retrieval_equals_its_twin(monkeypatch: pytest.MonkeyPatch, noise: float
         assert hits < 16 * copies * (0.9 if noise == 1.5 else 0.3)
 
 
-def test_retrieval_counts_what_the_xyz_patches_find_not_the_rgb_patches() -> None:
+def test_retrieval_counts_rgb_patches_found_by_xyz_patches() -> None:
     xyz, rgb = torch.tensor([[1.0, 0.0], [0.8, 0.6]]), torch.tensor([[1.0, 0.1], [1.0, 0.0]])
     assert retrieval(xyz, rgb) == (0, 1.0)
     assert retrieval(rgb, xyz)[0] == 1
 
 
-def test_retrieval_of_one_and_of_no_patch() -> None:
+def test_retrieval_of_one_and_no_patch() -> None:
     assert retrieval(torch.ones(1, 3), torch.ones(1, 3)) == (1, 1.0)
     assert retrieval(torch.ones(0, 3), torch.ones(0, 3))[0] == 0
 
 
 @pytest.mark.golden
-def test_loss_is_that_of_the_original(goldens: Path, golden_weights: Path, golden_features: GoldenFeatures) -> None:
+def test_loss_equals_the_original(goldens: Path, golden_weights: Path, golden_features: GoldenFeatures) -> None:
     recorded = json.loads((goldens / "stages_meta.json").read_text())["bagel_test_hole_000"]
     module = build_feature_fusion(golden_weights / "uff.pth", xyz_dim=1152, rgb_dim=768)
     features = golden_features("test/hole/000", "running")
