@@ -20,6 +20,7 @@ _SAFE_GLOBALS: list[Any] = [
     np.dtype,
     *(type(np.dtype(code)) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")),
 ]
+_FIX = "Download it again, or write it again if it is your own."
 
 
 def read_checkpoint(path: Path) -> Any:
@@ -42,7 +43,7 @@ def read_checkpoint(path: Path) -> Any:
         named = re.search(r"GLOBAL (\S+)", str(error))
         found = f"it holds a {named[1]}" if named else "it is damaged or not a checkpoint"
         allowed = "only tensors, plain containers, argparse.Namespace and NumPy scalars are unpickled"
-        raise InputError(f"{path} is refused: {found}, and {allowed}. Download it again from its authors.") from None
+        raise InputError(f"{path} is refused: {found}, and {allowed}. {_FIX}") from None
     except Exception as error:  # damaged bytes make the unpickler raise anything
         reason = re.split(r"\n|\. ", str(error).strip())[0] or type(error).__name__
-        raise InputError(f"{path} cannot be read as a checkpoint ({reason}). Download it again.") from None
+        raise InputError(f"{path} cannot be read as a checkpoint ({reason}). {_FIX}") from None
