@@ -47,6 +47,8 @@ def read_saved(folder: Path | str, *, point_ops: str = "auto", precision: str | 
     InputError if the folder is not a detector, or its config.json is damaged or of another version.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise InputError(f"{folder} is a file, but a detector is a folder. Give the one around it, {folder.parent}.")
     path = folder / CONFIG_FILE
     try:
         record = read_record(path, DetectorRecord, SCHEMA, FIX)

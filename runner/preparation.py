@@ -17,7 +17,7 @@ from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.persistence import check_target
 from models.point_ops import check_backend
 from runner.dataset_check import warn_of_raw_scans, warn_of_unfinished_scans
-from runner.finished_classes import FOLDER
+from runner.finished_classes import FOLDER, class_file
 from runner.saved_detectors import FITTING_FLAGS, Saved, check_layout, read_detectors
 from runner.settings import RunSettings, detector_configs, extraction_config
 from utils.command_line import from_flags
@@ -153,8 +153,9 @@ def _make_folders(run: Run) -> None:
         make_folder(settings.save_detector, "--save_detector")
     for folder in run.folders(settings.output_dir).values():
         make_folder(folder, "--output_dir")
-        if (folder / FILE_NAME).is_dir():
-            raise InputError(f"{folder / FILE_NAME} is a folder, not a report. Choose another --output_dir.")
+        for path in (folder / FILE_NAME, *(class_file(folder, name) for name in run.files)):
+            if path.is_dir():
+                raise InputError(f"{path} is a folder, but should be a file. Choose another --output_dir.")
         make_folder(folder / FOLDER, "--output_dir")
     if settings.save_feature:
         make_folder(settings.save_feature_path, "--save_feature_path")

@@ -363,10 +363,8 @@ def refused(folder: Path) -> str:
     assert message.startswith(str(folder))
     assert "\n" not in message
     assert len(message) < len(str(folder)) + 400
-    assert any(
-        remedy in message
-        for remedy in ("fit the detector again", "Update this program", "Save one with", "Name one", "Rename")
-    )
+    remedies = ("fit the detector again", "Update this", "Save one", "Name one", "Rename", "Give the one", "Move this")
+    assert any(remedy in message for remedy in remedies)
     return message.removeprefix(str(folder))
 
 
@@ -461,6 +459,16 @@ def test_missing_files_are_named(saved: Path) -> None:
     assert "is not a detector, because it has no config.json. Save one with main.py --save_detector." in refused(saved)
     shutil.rmtree(saved)
     assert "is not a detector" in refused(saved)
+
+
+def test_a_file_of_the_detector_names_its_folder(saved: Path) -> None:
+    assert f"is a file, but a detector is a folder. Give the one around it, {saved}." in refused(saved / "config.json")
+
+
+def test_a_folder_in_place_of_the_config_is_refused(saved: Path) -> None:
+    (saved / "config.json").unlink()
+    (saved / "config.json").mkdir()
+    assert "/config.json cannot be read (Is a directory). Move this folder away and restore the file." in refused(saved)
 
 
 def test_the_folder_above_names_what_is_in_it(saved: Path) -> None:

@@ -73,13 +73,15 @@ def test_the_number_of_shown_samples(bagels: Path, tmp_path: Path) -> None:
     assert "1 of 2 of bagel" in (tmp_path / "one" / "report.html").read_text()
 
 
-def test_a_folder_in_place_of_the_report_is_refused(
-    bagels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["report.html", "classes/bagel.json"])
+def test_a_folder_in_place_of_a_file_is_refused(
+    bagels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    (tmp_path / "out/report.html").mkdir(parents=True)
+    path = tmp_path / "out" / name
+    path.mkdir(parents=True)
     message = refusal(capsys, *SMALL, "--dataset_path", bagels, "--output_dir", tmp_path / "out")
-    assert "report.html is a folder" in message
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
+    assert f"{path} is a folder, but should be a file. Choose another --output_dir." in message
+    assert list((tmp_path / "out").rglob("*.*")) == [path]
 
 
 def test_fewer_than_no_samples_are_refused(bagels: Path, capsys: pytest.CaptureFixture[str]) -> None:

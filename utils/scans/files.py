@@ -46,6 +46,7 @@ def cannot_read(path: Path, error: OSError) -> InputError:
         errno.EACCES: "Make it and the folders above it readable.",
         errno.EPERM: "Make it and the folders above it readable.",
         errno.ENAMETOOLONG: "Shorten the names in it.",
+        errno.EISDIR: "Move this folder away and restore the file.",
     }.get(error.errno or 0, "Check the disk and copy it again from its source.")
     return InputError(f"{path} cannot be read ({error.strerror or error}). {fix}")
 
@@ -57,6 +58,7 @@ def cannot_write(path: Path, error: OSError) -> InputError:
         errno.ENOSPC: "Free disk space",
         errno.EDQUOT: "Free disk space",
         errno.ENAMETOOLONG: "Shorten the names of the sample's files",
+        errno.EISDIR: "Move this folder away",
     }.get(error.errno, "Make it and its folder writable")
     return InputError(f"{path} cannot be written ({error.strerror or error}). {fix} and run the same command again.")
 
