@@ -149,17 +149,35 @@ def test_from_arrays_in_python(fitted: Fitted) -> None:
     assert prediction.anomaly_map.shape == (SIDE, SIDE)
 
 
+def docs_snippet(name: str) -> str:
+    """The Python snippet of docs/PREDICT.md that uses a name."""
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs/PREDICT.md").read_text(), flags=re.DOTALL)
+    return next(each for each in snippets if name in each)
+
+
+def test_the_docs_snippet_calibrates_again(fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = fitted.detectors["DINO+Point_MAE"]
+    (tmp_path / "detectors").mkdir()
+    (tmp_path / "detectors/bagel").symlink_to(saved)
+    shutil.copytree(fitted.data / "train", tmp_path / "datasets/mvtec3d/bagel/validation")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(docs_snippet("calibrate_detectors"), "docs/PREDICT.md", "exec"), {})
+    before, after = load_detector(saved, "cpu").thresholds, load_detector("detectors_5_percent/bagel", "cpu").thresholds
+    assert before is not None and after is not None
+    assert (after.target_fpr, after.source, after.parts) == (0.05, "validation", before.parts)
+    assert after.image == pytest.approx(before.image, rel=1e-6)  # the largest score of so few samples
+    assert after.pixel < before.pixel
+
+
 def test_the_docs_snippet_predicts(
     fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs/PREDICT.md").read_text(), flags=re.DOTALL)
-    snippet = next(each for each in snippets if "make_sample" in each)
     (tmp_path / "detectors").mkdir()
     (tmp_path / "detectors/bagel").symlink_to(fitted.detectors["DINO+Point_MAE"])
     for kind, suffix in (("rgb", ".png"), ("xyz", ".tiff")):
         shutil.copy(fitted.data / f"test/hole/{kind}/000{suffix}", tmp_path / f"part{suffix}")
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet, "docs/PREDICT.md", "exec"), {})
+    exec(compile(docs_snippet("make_sample"), "docs/PREDICT.md", "exec"), {})
     score = float(capsys.readouterr().out.split()[0])
     assert score == pytest.approx(fitted.runs["DINO+Point_MAE"].entry["samples"][1]["score"], rel=1e-4)
 
