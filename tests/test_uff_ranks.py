@@ -1,5 +1,6 @@
 """UFF training in several processes: collectives, negatives of all of them, launchers, and stops."""
 
+import gc
 import os
 import signal
 import time
@@ -27,6 +28,7 @@ from uff_runs import (
 
 from models.contrastive import contrastive_loss
 from models.feature_fusion import FeatureFusion
+from runner.training import make_optimizer
 from utils.distributed import (
     Ranks,
     all_gather_rows,
@@ -148,6 +150,11 @@ def work(rank: int, count: int, folder: str) -> None:
             contrastive_loss(*small_model()(*patches([0] * count, rank)), "global")
         except InputError as error:
             found["nothing"] = str(error)
+        make_optimizer(model, weight_decay=0.0)  # imports much of torch while the ranks are connected
+    del model, loss
+    gc.collect()
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    found["gloo threads"] = [name for name in names if "gloo" in name]
     torch.save(found, f"{folder}/{rank}.pth")
 
 
@@ -162,6 +169,11 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     count = request.param
     assert run_processes([(work, (rank, count, str(folder))) for rank in range(count)]) == [0] * count
     return Found(count, [saved(folder, rank) for rank in range(count)])
+
+
+def test_no_thread_of_the_backend_outlives_the_group(found: Found) -> None:
+    """One that waits for the interpreter lock when Python ends would abort the process."""
+    assert [each["gloo threads"] for each in found.by_rank] == [[]] * found.count
 
 
 def test_rows_are_gathered_in_order_and_gradients_flow_back(found: Found) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # if first imported while ranks are connected, it keeps their group alive
 from torch import Tensor
 from tqdm import tqdm
 
@@ -137,8 +138,13 @@ def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") 
         reason = str(error).partition("\n")[0]
         problem = f"rank {ranks.rank} cannot connect to the other {size - 1} by {dist_url} ({reason})"
         raise InputError(f"{problem}. Start all ranks, and give them an address that each can reach.") from None
-    yield
-    dist.destroy_process_group()  # not after an error: it would wait for the other ranks
+    try:
+        yield
+    except (InputError, SystemExit):
+        if device.type == "cpu":  # NCCL would wait for the other ranks
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()  # Gloo's threads must end before Python does, or they can abort the process
 
 
 @contextmanager
