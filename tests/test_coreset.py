@@ -27,21 +27,21 @@ def random_rows(count: int, dim: int, seed: int) -> Tensor:
 
 
 def clustered_rows(count: int, dim: int, seed: int) -> Tensor:
-    """Seven clusters, a hundred times as far from each other as they are wide, and all of them off the origin."""
+    """Seven clusters far from the origin, a hundred times as far from each other as they are wide."""
     generator = torch.Generator().manual_seed(seed)
     of_row = torch.randint(0, 7, (count,), generator=generator)
     return 5.0 + random_rows(7, dim, seed)[of_row] + 0.01 * random_rows(count, dim, seed + 1)
 
 
 def copied_rows(count: int, dim: int, seed: int) -> Tensor:
-    """Every row about five times, in random order."""
+    """Rows that each occur about five times, in random order."""
     generator = torch.Generator().manual_seed(seed)
     distinct = max(count // 5, 1)
     return random_rows(distinct, dim, seed)[torch.randint(0, distinct, (count,), generator=generator)]
 
 
 def grid_rows(count: int, dim: int, seed: int) -> Tensor:
-    """Small whole numbers: distances are exact, and most of them tie."""
+    """Rows of small whole numbers, whose distances are exact and mostly tie."""
     return torch.randint(0, 4, (count, dim), generator=torch.Generator().manual_seed(seed)).float()
 
 
@@ -49,14 +49,14 @@ KINDS = {"random": random_rows, "clustered": clustered_rows, "copies": copied_ro
 
 
 def set_candidates(monkeypatch: pytest.MonkeyPatch, candidates: int) -> None:
-    """So many in every pass."""
+    """Set the number of candidates of every pass."""
     for bound in ("FIRST_CANDIDATES", "LEAST_CANDIDATES", "MOST_CANDIDATES"):
         monkeypatch.setattr(coreset, bound, candidates)
 
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by the number of new picks at each pass over all rows."""
+    """Number of new picks of each pass over all rows."""
     counts: list[int] = []
     update = coreset.Selection.update
 
@@ -72,10 +72,10 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("candidates", [1, 3, 20, coreset.FIRST_CANDIDATES])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("count", "dim"), [(2, 3), (9, 1), (60, 2), (150, 8), (90, 40)])
-def test_picks_are_those_of_the_loop(
+def test_picks_equal_the_plain_form(
     kind: str, count: int, dim: int, candidates: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Same picks in the same order, up to all rows, however few candidates a pass has."""
+    """The picks and their order equal the plain form, up to all rows, for any number of candidates per pass."""
     set_candidates(monkeypatch, candidates)
     for seed in range(2):
         rows = KINDS[kind](count, dim, seed)
@@ -86,15 +86,15 @@ def test_picks_are_those_of_the_loop(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_first_picks_and_other_starts(kind: str) -> None:
+def test_any_number_of_picks_and_any_start_equal_the_plain_form(kind: str) -> None:
     rows = KINDS[kind](150, 6, 3)
     for start in (0, 1, 77, 149):
         for n in (1, 2, 3, 40, 149, 150):
             assert greedy_coreset(rows, n, start).tolist() == plain_picks(rows, n, start)
 
 
-def test_the_loop_is_cut_into_few_passes(passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """3000 rows, 400 picks: many picks a pass, fewer where candidates are few; no product above its bound."""
+def test_the_selection_takes_few_passes(passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """400 of 3000 rows are picked in few passes, in more with few candidates, and no block is above its bound."""
     products: list[int] = []
     addmm = torch.addmm
 
@@ -125,55 +125,54 @@ def test_the_loop_is_cut_into_few_passes(passes: list[int], monkeypatch: pytest.
     assert 400 / 21 <= len(passes) < 100
     assert max(passes) <= 20 + 1
     assert max(products) <= 1000
-    assert max(lowered) * 24 <= 1000  # the direct differences of as many rows
+    assert max(lowered) * 24 <= 1000  # direct differences of these rows
 
 
-def test_rows_close_to_the_selection_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the rows are alike, as patches of the background are: after the first pass no product has them."""
+def test_rows_close_to_the_selection_are_not_updated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are almost equal, like background patches, are left out of the products after the first pass."""
     generator = torch.Generator().manual_seed(0)
-    parts, background = random_rows(1000, 16, 1), 1e-3 * random_rows(1000, 16, 2)
-    rows = torch.cat([background, parts])[torch.randperm(2000, generator=generator)]
-    left: list[int] = []
+    foreground, background = random_rows(1000, 16, 1), 1e-3 * random_rows(1000, 16, 2)
+    rows = torch.cat([background, foreground])[torch.randperm(2000, generator=generator)]
+    updated: list[int] = []
     addmm = torch.addmm
 
     def measured(bias: Tensor, first: Tensor, *rest: Tensor, **factors: float) -> Tensor:
-        if first.dtype == torch.float32:  # those among the candidates are in fp64
-            left.append(len(first))
+        if first.dtype == torch.float32:  # products of candidates are in fp64
+            updated.append(len(first))
         return addmm(bias, first, *rest, **factors)
 
     monkeypatch.setattr(torch, "addmm", measured)
     set_candidates(monkeypatch, 50)
     assert greedy_coreset(rows, 300).tolist() == plain_picks(rows, 300)
-    assert left[0] == 1999
-    assert max(left[1:]) <= 1001
+    assert updated[0] == 1999
+    assert max(updated[1:]) <= 1001
 
 
-def test_one_row() -> None:
+def test_one_row_is_picked() -> None:
     assert greedy_coreset(torch.ones(1, 4), 1).tolist() == [0]
 
 
-def test_equal_rows_are_taken_in_order() -> None:
+def test_equal_rows_are_picked_in_order() -> None:
     rows = torch.full((30, 3), 0.1)
     assert greedy_coreset(rows, 30).tolist() == list(range(30))
     assert greedy_coreset(rows, 4, start=2).tolist() == [2, 0, 1, 3]
 
 
 def test_ties_go_to_the_lowest_index() -> None:
-    """The corners of a square: from (0, 0) first the far corner, then the two that tie."""
+    """From a corner of a square, the opposite corner is picked first, then the two tied corners by index."""
     corners = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
     assert greedy_coreset(corners, 5).tolist() == [0, 3, 1, 2, 4]
     assert greedy_coreset(corners.flip(0), 5).tolist() == [0, 4, 2, 3, 1]
 
 
-def test_ties_survive_a_mean_that_rounds() -> None:
-    """Many little grids whose mean is no binary fraction: every distance is exact all the same."""
+def test_ties_are_exact_although_the_mean_is_rounded() -> None:
+    """Subtracting a mean that is no binary fraction does not break ties on small grids."""
     for seed in range(60):
         rows = grid_rows(14, 5, seed)
         assert greedy_coreset(rows, 14).tolist() == plain_picks(rows, 14), f"seed {seed}"
 
 
-def test_rows_a_hair_apart_are_no_copies() -> None:
-    """Differences of the last digit of fp32 still count."""
+def test_rows_that_differ_in_the_last_digit_are_distinct() -> None:
     base = torch.full((6, 3), 1.0)
     for i, steps in enumerate((0, 1, 5, 2, 9, 3)):
         base[i, 0] += steps * torch.finfo(torch.float32).eps
@@ -182,8 +181,8 @@ def test_rows_a_hair_apart_are_no_copies() -> None:
     assert greedy_coreset(far, 9).tolist() == plain_picks(far, 9)
 
 
-def test_precision_of_the_rows() -> None:
-    """Rows of fp16 and fp64 are taken as fp32; the input stays as it was."""
+def test_rows_are_converted_to_fp32() -> None:
+    """Rows of fp16 and fp64 are picked as fp32, and the input is not changed."""
     rows = random_rows(80, 5, 0)
     before = rows.clone()
     expected = plain_picks(rows.half(), 30)
@@ -193,19 +192,19 @@ def test_precision_of_the_rows() -> None:
 
 
 @pytest.mark.parametrize("n", [-1, 0, 6])
-def test_wrong_numbers_of_picks(n: int) -> None:
+def test_a_wrong_number_of_picks_is_refused(n: int) -> None:
     with pytest.raises(ValueError, match=f"cannot pick {n} of 5 rows"):
         greedy_coreset(torch.ones(5, 2), n)
 
 
 @pytest.mark.parametrize("start", [-1, 5])
-def test_wrong_start(start: int) -> None:
+def test_a_wrong_start_is_refused(start: int) -> None:
     with pytest.raises(ValueError, match=f"start is {start}, expected an index below 5"):
         greedy_coreset(torch.ones(5, 2), 2, start)
 
 
 @pytest.mark.parametrize(("count", "dim", "eps", "seed"), [(400, 300, 0.9, 0), (50, 200, 0.7, 3), (3000, 1152, 0.9, 7)])
-def test_projection_is_scikit_learns(count: int, dim: int, eps: float, seed: int) -> None:
+def test_projection_equals_scikit_learn(count: int, dim: int, eps: float, seed: int) -> None:
     rows = random_rows(count, dim, seed)
     projection = random_projection(count, dim, eps, seed)
     assert projection is not None
@@ -221,7 +220,7 @@ def test_projection_depends_on_its_seed() -> None:
     assert not torch.equal(random_projection(400, 300, 0.9, None), random_projection(400, 300, 0.9, None))
 
 
-def test_no_projection_where_it_would_be_wider() -> None:
+def test_no_projection_if_it_would_be_wider() -> None:
     width = int(johnson_lindenstrauss_min_dim(400, eps=0.9))
     assert random_projection(400, width - 1, 0.9, 0) is None
     # as in scikit-learn, which refuses only a wider one
@@ -229,7 +228,7 @@ def test_no_projection_where_it_would_be_wider() -> None:
     assert random_projection(400, width + 1, 0.9, 0).shape == (width + 1, width)
 
 
-def test_coreset_of_raw_rows_is_that_of_normalized_and_projected_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_normalized_and_projected_before_selection(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, statistics = 2.0 + 3.0 * random_rows(350, 250, 1), BankStatistics(1.5, 2.5)
     projected = reference.random_projection((rows - 1.5) / 2.5, 0.9, 4)
     assert projected.shape[1] < 250
@@ -241,7 +240,7 @@ def test_coreset_of_raw_rows_is_that_of_normalized_and_projected_ones(monkeypatc
 
 @pytest.mark.golden
 def test_recorded_selection(goldens: Path) -> None:
-    """3000 rows in 30 clusters, projected to 197 columns, 300 picks: all the same, in the same order."""
+    """The recorded 300 picks of 3000 rows in 30 clusters, projected to 197 columns, are reproduced in order."""
     recorded, meta = np.load(goldens / "unit.npz"), json.loads((goldens / "unit_meta.json").read_text())["coreset"]
     generator = np.random.RandomState(0)
     rows = generator.randn(3000, 1152).astype("f4")
@@ -257,11 +256,11 @@ def test_recorded_selection(goldens: Path) -> None:
 
     picks = select_coreset(torch.from_numpy(rows), BankStatistics(), meta["n"], meta["eps"], meta["random_state"])
     np.testing.assert_array_equal(picks, recorded["coreset_idx_nohalf_float64"])
-    assert (picks.numpy() != recorded["coreset_idx_half"]).any()  # the half-precision selection is another
+    assert (picks.numpy() != recorded["coreset_idx_half"]).any()  # the half-precision selection differs
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_rows_that_are_no_numbers_are_refused(value: float) -> None:
+def test_nan_and_infinity_in_rows_are_refused(value: float) -> None:
     rows = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     rows[7, 1] = value
     with pytest.raises(ValueError, match="a row of the coreset's input holds NaN or infinity"):
