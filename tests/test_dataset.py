@@ -1,4 +1,4 @@
-"""The class lists, the index by stem, the header checks, the decoded samples and the loader."""
+"""Dataset: class lists, index by stem, header checks, decoded samples and loader."""
 
 import itertools
 import threading
@@ -33,7 +33,7 @@ MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
-def save_picture(path: Path, array: np.ndarray, **options: object) -> Path:
+def save_image(path: Path, array: np.ndarray, **options: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, **options)
     return path
@@ -45,7 +45,7 @@ def save_cloud(path: Path, xyz: np.ndarray) -> Path:
     return path
 
 
-def noise_picture(size: tuple[int, int] = (12, 12), seed: int = 0) -> np.ndarray:
+def noise_image(size: tuple[int, int] = (12, 12), seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
@@ -53,31 +53,31 @@ def cloud(size: tuple[int, int] = (12, 12), seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(0.1, 0.5, (*size, 3)).astype(np.float32)
 
 
-def make_scan(folder: Path, stem: str, gt: bool = False) -> None:
-    save_picture(folder / "rgb" / f"{stem}.png", noise_picture())
+def write_sample(folder: Path, stem: str, gt: bool = False) -> None:
+    save_image(folder / "rgb" / f"{stem}.png", noise_image())
     save_cloud(folder / "xyz" / f"{stem}.tiff", cloud())
     if gt:
-        save_picture(folder / "gt" / f"{stem}.png", np.eye(12, dtype=np.uint8) * 255)
+        save_image(folder / "gt" / f"{stem}.png", np.eye(12, dtype=np.uint8) * 255)
 
 
 @pytest.fixture
-def part(tmp_path: Path) -> Path:
-    """A class folder whose numbers have gaps: 3 training, 1 validation, 2 good and 2 + 1 defective test scans."""
-    root = tmp_path / "data" / "part"
+def class_folder(tmp_path: Path) -> Path:
+    """Class folder with gaps in its numbers: 3 training, 1 validation, 2 good and 2 + 1 defective test samples."""
+    root = tmp_path / "data" / "bracket"
     for stem in ("000", "002", "017"):
-        make_scan(root / "train" / "good", stem)
-    make_scan(root / "validation" / "good", "001")
+        write_sample(root / "train" / "good", stem)
+    write_sample(root / "validation" / "good", "001")
     for stem in ("003", "010"):
-        make_scan(root / "test" / "good", stem)
-    make_scan(root / "test" / "hole", "005", gt=True)
-    make_scan(root / "test" / "hole", "001", gt=True)
-    make_scan(root / "test" / "cut", "004", gt=True)
+        write_sample(root / "test" / "good", stem)
+    write_sample(root / "test" / "hole", "005", gt=True)
+    write_sample(root / "test" / "hole", "001", gt=True)
+    write_sample(root / "test" / "cut", "004", gt=True)
     return root
 
 
-def one_scan(tmp_path: Path, name: str, array: np.ndarray, **options: object) -> SampleFiles:
-    """A scan of nothing but a photo."""
-    return SampleFiles("train/good/000", rgb=save_picture(tmp_path / name, array, **options))
+def image_only(tmp_path: Path, name: str, array: np.ndarray, **options: object) -> SampleFiles:
+    """Write an image; return a training sample's files with only this image."""
+    return SampleFiles("train/good/000", rgb=save_image(tmp_path / name, array, **options))
 
 
 def load_mask(path: Path, img_size: int = 4) -> np.ndarray:
@@ -98,16 +98,16 @@ def test_published_classes_are_found_in_the_order_of_the_list(tmp_path: Path) ->
 
 
 def test_chosen_classes_may_be_any_folder_and_keep_their_order(tmp_path: Path) -> None:
-    for name in ("bagel", "screw", "my part"):
+    for name in ("bagel", "screw", "my class"):
         (tmp_path / name).mkdir()
-    assert find_classes(str(tmp_path), "mvtec3d", ["screw", "bagel", "my part", "screw"]) == [
+    assert find_classes(str(tmp_path), "mvtec3d", ["screw", "bagel", "my class", "screw"]) == [
         "screw",
         "bagel",
-        "my part",
+        "my class",
     ]
 
 
-def test_unknown_class_names_those_found(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_class_names_the_existing_ones(tmp_path: Path) -> None:
     (tmp_path / "screw").mkdir()
     (tmp_path / "bracket").mkdir()
     (tmp_path / ".cache").mkdir()
@@ -115,8 +115,8 @@ def test_unknown_class_names_those_found(tmp_path: Path) -> None:
         find_classes(tmp_path, "mvtec3d", ["screw", "bagle"])
     with pytest.raises(InputError) as error:
         find_classes(tmp_path, "mvtec3d", None)
-    for part in (str(tmp_path), "bracket, screw", "--classes"):
-        assert part in str(error.value)
+    for words in (str(tmp_path), "bracket, screw", "--classes"):
+        assert words in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/tmp", "a\\b", "../other"])
@@ -126,7 +126,7 @@ def test_class_must_be_a_plain_folder_name(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("dataset_type", "place"), [("mvtec3d", "mvtec.com"), ("eyecandies", "eyecandies")])
-def test_missing_dataset_tells_where_it_is_published(tmp_path: Path, dataset_type: str, place: str) -> None:
+def test_the_error_for_a_missing_dataset_names_its_source(tmp_path: Path, dataset_type: str, place: str) -> None:
     with pytest.raises(InputError, match=rf"absent is not a folder. .*{place}.*--dataset_path"):
         find_classes(tmp_path / "absent", dataset_type, None)
 
@@ -134,59 +134,59 @@ def test_missing_dataset_tells_where_it_is_published(tmp_path: Path, dataset_typ
 # Index
 
 
-def test_scans_are_paired_by_stem_in_sorted_order(part: Path) -> None:
-    train = index_split(part, "train", BOTH)
-    assert [scan.path for scan in train] == ["train/good/000", "train/good/002", "train/good/017"]
-    test = index_split(part, "test", BOTH)
-    assert [(scan.path, scan.label) for scan in test] == [
+def test_files_are_paired_by_stem_in_sorted_order(class_folder: Path) -> None:
+    train = index_split(class_folder, "train", BOTH)
+    assert [files.path for files in train] == ["train/good/000", "train/good/002", "train/good/017"]
+    test = index_split(class_folder, "test", BOTH)
+    assert [(files.path, files.label) for files in test] == [
         ("test/cut/004", 1),
         ("test/good/003", 0),
         ("test/good/010", 0),
         ("test/hole/001", 1),
         ("test/hole/005", 1),
     ]
-    for scan in train + test:
-        assert scan.rgb is not None and scan.xyz is not None
-        assert scan.rgb.stem == scan.xyz.stem == Path(scan.path).name
-        assert scan.mask == (scan.rgb.parent.parent / "gt" / scan.rgb.name if scan.label else None)
-    assert [scan.label for scan in train + index_split(part, "validation", BOTH)] == [None] * 4
+    for files in train + test:
+        assert files.rgb is not None and files.xyz is not None
+        assert files.rgb.stem == files.xyz.stem == Path(files.path).name
+        assert files.mask == (files.rgb.parent.parent / "gt" / files.rgb.name if files.label else None)
+    assert [files.label for files in train + index_split(class_folder, "validation", BOTH)] == [None] * 4
 
 
-def test_order_does_not_depend_on_the_directory(part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = {split: index_split(part, split, BOTH) for split in ("train", "test")}
+def test_order_does_not_depend_on_the_directory(class_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {split: index_split(class_folder, split, BOTH) for split in ("train", "test")}
     real = Path.iterdir
 
     def reversed_listing(self: Path) -> Iterator[Path]:
         return iter(sorted(real(self), reverse=True))
 
     monkeypatch.setattr(Path, "iterdir", reversed_listing)
-    assert {split: index_split(part, split, BOTH) for split in ("train", "test")} == expected
+    assert {split: index_split(class_folder, split, BOTH) for split in ("train", "test")} == expected
 
 
-def test_an_unneeded_modality_may_be_absent_or_incomplete(part: Path) -> None:
-    (part / "train/good/xyz/002.tiff").unlink()
-    assert [scan.xyz is None for scan in index_split(part, "train", RGB)] == [False, True, False]
-    for file in (part / "test/hole/rgb").iterdir():
+def test_an_unused_modality_may_be_absent_or_incomplete(class_folder: Path) -> None:
+    (class_folder / "train/good/xyz/002.tiff").unlink()
+    assert [files.xyz is None for files in index_split(class_folder, "train", RGB)] == [False, True, False]
+    for file in (class_folder / "test/hole/rgb").iterdir():
         file.unlink()
-    (part / "test/hole/rgb").rmdir()
-    hole = index_split(part, "test", XYZ)[3:]
-    assert [scan.path for scan in hole] == ["test/hole/001", "test/hole/005"]
-    assert all(scan.rgb is None and scan.xyz is not None and scan.mask is not None for scan in hole)
+    (class_folder / "test/hole/rgb").rmdir()
+    hole = index_split(class_folder, "test", XYZ)[3:]
+    assert [files.path for files in hole] == ["test/hole/001", "test/hole/005"]
+    assert all(files.rgb is None and files.xyz is not None and files.mask is not None for files in hole)
 
 
-def test_file_types_are_told_by_suffix_in_either_case(part: Path) -> None:
-    folder = part / "train/good"
+def test_files_are_recognized_by_suffix_in_either_case(class_folder: Path) -> None:
+    folder = class_folder / "train/good"
     (folder / "rgb/000.png").rename(folder / "rgb/000.PNG")
-    save_picture(folder / "rgb/020.JPG", noise_picture())
-    save_picture(folder / "rgb/021.jpeg", noise_picture())
+    save_image(folder / "rgb/020.JPG", noise_image())
+    save_image(folder / "rgb/021.jpeg", noise_image())
     save_cloud(folder / "xyz/020.tif", cloud())
     save_cloud(folder / "xyz/021.TIFF", cloud())
     (folder / "rgb/Thumbs.db").touch()
     (folder / "rgb/._000.png").touch()
-    (part / "test/.cache").mkdir()
-    stems = [scan.path.rpartition("/")[2] for scan in index_split(part, "train", BOTH)]
+    (class_folder / "test/.cache").mkdir()
+    stems = [files.path.rpartition("/")[2] for files in index_split(class_folder, "train", BOTH)]
     assert stems == ["000", "002", "017", "020", "021"]
-    assert len(index_split(part, "test", BOTH)) == 5
+    assert len(index_split(class_folder, "test", BOTH)) == 5
 
 
 @pytest.mark.parametrize(
@@ -196,129 +196,133 @@ def test_file_types_are_told_by_suffix_in_either_case(part: Path) -> None:
         ("rgb/000.png", "2 rgb files for 3 samples in .*train/good: 000.png is missing. Restore"),
     ],
 )
-def test_missing_partner_is_named(part: Path, removed: str, message: str) -> None:
-    (part / "train/good" / removed).unlink()
+def test_missing_partner_is_named(class_folder: Path, removed: str, message: str) -> None:
+    (class_folder / "train/good" / removed).unlink()
     with pytest.raises(InputError, match=message):
-        index_split(part, "train", BOTH)
+        index_split(class_folder, "train", BOTH)
 
 
-def test_equal_counts_do_not_hide_a_missing_partner(part: Path) -> None:
-    (part / "train/good/xyz/017.tiff").rename(part / "train/good/xyz/018.tiff")
+def test_equal_counts_do_not_hide_a_missing_partner(class_folder: Path) -> None:
+    (class_folder / "train/good/xyz/017.tiff").rename(class_folder / "train/good/xyz/018.tiff")
     with pytest.raises(InputError, match=r"3 xyz files for 4 samples in .*: 017.tiff is missing"):
-        index_split(part, "train", BOTH)
+        index_split(class_folder, "train", BOTH)
 
 
-def test_a_wholly_missing_partner_folder_is_told_with_a_short_list(part: Path) -> None:
-    folder = part / "train/good"
+def test_the_error_for_a_missing_folder_lists_few_files(class_folder: Path) -> None:
+    folder = class_folder / "train/good"
     for stem in range(100, 110):
-        save_picture(folder / f"rgb/{stem}.png", noise_picture())
+        save_image(folder / f"rgb/{stem}.png", noise_image())
     (folder / "xyz").rename(folder / "points")
     with pytest.raises(InputError, match=r"0 xyz files for 13 samples.*000.tiff.*, \.\.\. are missing"):
-        index_split(part, "train", BOTH)
+        index_split(class_folder, "train", BOTH)
 
 
-def test_defective_scan_needs_ground_truth(part: Path) -> None:
-    (part / "test/hole/gt/005.png").unlink()
+def test_a_defective_sample_needs_ground_truth(class_folder: Path) -> None:
+    (class_folder / "test/hole/gt/005.png").unlink()
     with pytest.raises(InputError, match=r"1 gt files for 2 samples in .*test/hole: 005.png is missing"):
-        index_split(part, "test", RGB)
+        index_split(class_folder, "test", RGB)
 
 
-def test_two_files_of_one_stem(part: Path) -> None:
-    save_picture(part / "train/good/rgb/002.jpg", noise_picture())
+def test_two_files_of_one_stem_are_refused(class_folder: Path) -> None:
+    save_image(class_folder / "train/good/rgb/002.jpg", noise_image())
     with pytest.raises(InputError, match=r"002.jpg and 002.png are two files of one sample. .*; otherwise keep only"):
-        index_split(part, "train", BOTH)
+        index_split(class_folder, "train", BOTH)
 
 
-def test_splits_without_files(part: Path) -> None:
+def test_splits_without_files_are_refused(class_folder: Path) -> None:
     with pytest.raises(InputError, match=r"No training files in .*other/train/good\. .*rgb and xyz"):
-        index_split(part.parent / "other", "train", BOTH)
+        index_split(class_folder.parent / "other", "train", BOTH)
     with pytest.raises(InputError, match=r"No validation files in .*folder xyz"):
-        index_split(part.parent / "other", "validation", XYZ)
-    (part.parent / "other/test").mkdir(parents=True)
+        index_split(class_folder.parent / "other", "validation", XYZ)
+    (class_folder.parent / "other/test").mkdir(parents=True)
     with pytest.raises(InputError, match=r"No test samples in .*other/test"):
-        index_split(part.parent / "other", "test", RGB)
-    (part / "test/combined").mkdir()
+        index_split(class_folder.parent / "other", "test", RGB)
+    (class_folder / "test/combined").mkdir()
     with pytest.raises(InputError, match=r"No test files in .*test/combined"):
-        index_split(part, "test", BOTH)
+        index_split(class_folder, "test", BOTH)
     with pytest.raises(ValueError, match="unknown split or modality"):
-        index_split(part, "tests", BOTH)
+        index_split(class_folder, "tests", BOTH)
 
 
 # Header checks
 
 
-def test_sound_files_pass(part: Path) -> None:
+def test_sound_files_pass(class_folder: Path) -> None:
     for split in ("train", "validation", "test"):
-        check_files(index_split(part, split, BOTH), BOTH)
+        check_files(index_split(class_folder, split, BOTH), BOTH)
 
 
-def test_checks_read_only_what_is_needed(part: Path) -> None:
-    (part / "train/good/rgb/002.png").write_bytes(b"no picture")
-    scans = index_split(part, "train", XYZ)
-    check_files(scans, XYZ)
+def test_checks_read_only_what_is_needed(class_folder: Path) -> None:
+    (class_folder / "train/good/rgb/002.png").write_bytes(b"no image")
+    samples = index_split(class_folder, "train", XYZ)
+    check_files(samples, XYZ)
     with pytest.raises(InputError, match=r"002.png is no complete PNG or JPEG image .*Restore"):
-        check_files(scans, BOTH)
+        check_files(samples, BOTH)
 
 
 @pytest.mark.parametrize(
     ("name", "size"),
     [("xyz/001.tiff", (12, 10)), ("gt/001.png", (10, 12)), ("rgb/001.png", (6, 6))],
 )
-def test_sizes_of_one_scan_must_agree(part: Path, name: str, size: tuple[int, int]) -> None:
-    path = part / "test/hole" / name
+def test_file_sizes_of_one_sample_must_agree(class_folder: Path, name: str, size: tuple[int, int]) -> None:
+    path = class_folder / "test/hole" / name
     if path.suffix == ".tiff":
         save_cloud(path, cloud(size))
     else:
-        save_picture(path, np.zeros((*size, 3), np.uint8))
+        save_image(path, np.zeros((*size, 3), np.uint8))
     with pytest.raises(InputError, match="restore") as error:
-        check_files(index_split(part, "test", BOTH), BOTH)
+        check_files(index_split(class_folder, "test", BOTH), BOTH)
     for found in (str(path), "12 x 12", f"{size[0]} x {size[1]}"):
         assert found in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["rgb/001.png", "xyz/001.tiff", "gt/001.png"])
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.9])
-def test_truncated_file_is_found_by_header_and_by_reading(part: Path, name: str, kept: float) -> None:
-    path = part / "test/hole" / name
-    if path.suffix == ".png":  # many bytes, so that half a file still has a sound header
-        save_picture(path, noise_picture((64, 64)))
+def test_a_truncated_file_is_refused_by_header_check_and_reading(class_folder: Path, name: str, kept: float) -> None:
+    path = class_folder / "test/hole" / name
+    if path.suffix == ".png":  # large enough that half the file still has a valid header
+        save_image(path, noise_image((64, 64)))
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    scans = [scan for scan in index_split(part, "test", BOTH) if scan.path == "test/hole/001"]
+    samples = [files for files in index_split(class_folder, "test", BOTH) if files.path == "test/hole/001"]
     with pytest.raises(InputError, match="001"):
-        check_files(scans, BOTH)
+        check_files(samples, BOTH)
     with pytest.raises(InputError, match="001"):
-        AnomalyDataset(scans, BOTH, 8)[0]
+        AnomalyDataset(samples, BOTH, 8)[0]
 
 
-def test_truncated_jpeg(tmp_path: Path) -> None:
-    scan = one_scan(tmp_path, "000.jpg", noise_picture((64, 64)))
-    check_files([scan], RGB)
-    assert scan.rgb is not None
-    content = scan.rgb.read_bytes()
-    scan.rgb.write_bytes(content + b"\0" * 100)  # bytes behind the end do no harm
-    check_files([scan], RGB)
-    scan.rgb.write_bytes(content[: len(content) // 2])
-    for read in (lambda: check_files([scan], RGB), lambda: AnomalyDataset([scan], RGB, 8)[0], lambda: read_rgb(scan)):
+def test_a_truncated_jpeg_is_refused(tmp_path: Path) -> None:
+    files = image_only(tmp_path, "000.jpg", noise_image((64, 64)))
+    check_files([files], RGB)
+    assert files.rgb is not None
+    content = files.rgb.read_bytes()
+    files.rgb.write_bytes(content + b"\0" * 100)  # bytes after the end are accepted
+    check_files([files], RGB)
+    files.rgb.write_bytes(content[: len(content) // 2])
+    for read in (
+        lambda: check_files([files], RGB),
+        lambda: AnomalyDataset([files], RGB, 8)[0],
+        lambda: read_rgb(files),
+    ):
         with pytest.raises(InputError, match=r"000.jpg is no complete"):
             read()
 
 
 @pytest.mark.parametrize("array", [np.ones((12, 12, 3), np.uint16), np.ones((12, 12), np.float32)])
-def test_tiff_that_is_no_organized_cloud(part: Path, array: np.ndarray) -> None:
-    path = save_cloud(part / "train/good/xyz/002.tiff", array)
-    scans = index_split(part, "train", BOTH)
+def test_a_tiff_that_is_no_organized_cloud_is_refused(class_folder: Path, array: np.ndarray) -> None:
+    path = save_cloud(class_folder / "train/good/xyz/002.tiff", array)
+    samples = index_split(class_folder, "train", BOTH)
     with pytest.raises(InputError, match=str(path)):
-        check_files(scans, BOTH)
+        check_files(samples, BOTH)
     with pytest.raises(InputError, match=str(path)):
-        AnomalyDataset(scans, BOTH, 8)[1]
+        AnomalyDataset(samples, BOTH, 8)[1]
 
 
-def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scan = one_scan(tmp_path, "000.png", noise_picture())
+def test_an_image_with_too_many_pixels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = image_only(tmp_path, "000.png", noise_image())
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     with pytest.raises(InputError, match=r"000.png has more pixels .*Scale"):
-        check_files([scan], RGB)
+        check_files([files], RGB)
 
 
 # Samples
@@ -340,16 +344,16 @@ def test_sample_equals_the_recorded_one(goldens: Path, golden_samples: dict[str,
 
 
 @pytest.mark.golden
-def test_recorded_dataset_is_indexed_whole(goldens: Path) -> None:
+def test_recorded_dataset_is_indexed_completely(goldens: Path) -> None:
     root = goldens / "data"
     assert find_classes(root, "mvtec3d", None) == ["bagel"]
     counts = {}
     for split in ("train", "test"):
-        scans = index_split(root / "bagel", split, BOTH)
-        check_files(scans, BOTH)
-        counts[split] = len(scans)
-        whole = {scan.path for scan in scans if original_size(scan) == (400, 400)}
-        assert whole == ({"test/hole/000"} if split == "test" else set())
+        samples = index_split(root / "bagel", split, BOTH)
+        check_files(samples, BOTH)
+        counts[split] = len(samples)
+        full_size = {files.path for files in samples if original_size(files) == (400, 400)}
+        assert full_size == ({"test/hole/000"} if split == "test" else set())
     assert counts == {"train": 6, "test": 10}
 
 
@@ -357,26 +361,26 @@ def test_real_images_without_clouds(real_data: Path) -> None:
     root = real_data / "mvtec3d_tire_rgb"
     assert find_classes(root, "mvtec3d", None) == ["tire"]
     splits = {split: index_split(root / "tire", split, RGB) for split in ("train", "validation", "test")}
-    assert [len(scans) for scans in splits.values()] == [42, 6, 39]
-    for scans in splits.values():
-        check_files(scans, RGB)
+    assert [len(samples) for samples in splits.values()] == [42, 6, 39]
+    for samples in splits.values():
+        check_files(samples, RGB)
     with pytest.raises(InputError, match="0 xyz files for 42 samples"):
         index_split(root / "tire", "train", BOTH)
 
     values: set[int] = set()
-    for scan, sample in zip(splits["test"], load_samples(AnomalyDataset(splits["test"], RGB, 64), 2), strict=True):
-        assert scan.mask is not None and sample.mask is not None and sample.rgb is not None
-        ids = np.asarray(Image.open(scan.mask))
+    for files, sample in zip(splits["test"], load_samples(AnomalyDataset(splits["test"], RGB, 64), 2), strict=True):
+        assert files.mask is not None and sample.mask is not None and sample.rgb is not None
+        ids = np.asarray(Image.open(files.mask))
         values |= set(np.unique(ids).tolist())
-        assert original_size(scan) == ids.shape == (300, 400)
-        picture = Image.fromarray(np.where(ids, 255, 0).astype(np.uint8)).resize((64, 64), Image.Resampling.NEAREST)
-        np.testing.assert_array_equal(sample.mask[0].numpy(), np.asarray(picture) > 127)
-        assert sample.path == scan.path and sample.xyz is None and sample.rgb.shape == (3, 64, 64)
+        assert original_size(files) == ids.shape == (300, 400)
+        image = Image.fromarray(np.where(ids, 255, 0).astype(np.uint8)).resize((64, 64), Image.Resampling.NEAREST)
+        np.testing.assert_array_equal(sample.mask[0].numpy(), np.asarray(image) > 127)
+        assert sample.path == files.path and sample.xyz is None and sample.rgb.shape == (3, 64, 64)
         assert sample.label == int("/good/" not in sample.path) == int(ids.any())
     assert values == {0, 253, 254, 255}
 
 
-def test_rgb_is_resized_and_normalized_as_by_torchvision(part: Path) -> None:
+def test_rgb_is_resized_and_normalized_like_torchvision(class_folder: Path) -> None:
     transforms = pytest.importorskip("torchvision.transforms")
     reference = transforms.Compose(
         [
@@ -385,45 +389,45 @@ def test_rgb_is_resized_and_normalized_as_by_torchvision(part: Path) -> None:
             transforms.Normalize(MEAN.flatten().tolist(), STD.flatten().tolist()),
         ]
     )
-    scan = index_split(part, "train", RGB)[1]
+    files = index_split(class_folder, "train", RGB)[1]
     for size in ((50, 70), (9, 20), (20, 20)):
-        save_picture(scan.rgb, noise_picture(size))
-        sample = AnomalyDataset([scan], RGB, 20)[0]
-        torch.testing.assert_close(sample.rgb, reference(Image.open(scan.rgb).convert("RGB")), rtol=0, atol=1e-6)
+        save_image(files.rgb, noise_image(size))
+        sample = AnomalyDataset([files], RGB, 20)[0]
+        torch.testing.assert_close(sample.rgb, reference(Image.open(files.rgb).convert("RGB")), rtol=0, atol=1e-6)
         assert sample.xyz is None
 
 
-def photo_and_sample(scan: SampleFiles) -> np.ndarray:
-    """The photo, after a check that the sample is made of the same pixels."""
-    photo = read_rgb(scan)
-    sample = AnomalyDataset([scan], RGB, photo.shape[0])[0]
-    np.testing.assert_array_equal(((sample.rgb * STD + MEAN) * 255).round().byte().permute(1, 2, 0).numpy(), photo)
-    return photo
+def checked_rgb(files: SampleFiles) -> np.ndarray:
+    """RGB image of a sample, after a check that the sample has the same pixels."""
+    image = read_rgb(files)
+    sample = AnomalyDataset([files], RGB, image.shape[0])[0]
+    np.testing.assert_array_equal(((sample.rgb * STD + MEAN) * 255).round().byte().permute(1, 2, 0).numpy(), image)
+    return image
 
 
-def test_gray_picture_of_16_bits_is_scaled_not_clipped(tmp_path: Path) -> None:
+def test_a_16_bit_gray_image_is_scaled_not_clipped(tmp_path: Path) -> None:
     gray = np.array([[0, 256, 257], [5140, 32896, 40000], [65278, 65534, 65535]], dtype=np.uint16)
-    photo = photo_and_sample(one_scan(tmp_path, "000.png", gray))
-    assert photo.dtype == np.uint8 and photo.shape == (3, 3, 3)
+    image = checked_rgb(image_only(tmp_path, "000.png", gray))
+    assert image.dtype == np.uint8 and image.shape == (3, 3, 3)
     expected = np.rint(gray / 257.0).astype(np.uint8)
-    np.testing.assert_array_equal(photo, np.repeat(expected[..., None], 3, axis=2))
+    np.testing.assert_array_equal(image, np.repeat(expected[..., None], 3, axis=2))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "1"])
-def test_other_pictures_become_rgb_without_their_transparency(tmp_path: Path, mode: str) -> None:
-    picture = Image.fromarray(noise_picture((8, 8))).convert(mode.rstrip("A"))
-    expected = np.asarray(picture.convert("RGB"))
+def test_other_image_modes_become_rgb_without_transparency(tmp_path: Path, mode: str) -> None:
+    image = Image.fromarray(noise_image((8, 8))).convert(mode.rstrip("A"))
+    expected = np.asarray(image.convert("RGB"))
     if mode.endswith("A"):
-        picture.putalpha(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)))
-    picture.save(tmp_path / "000.png")
-    np.testing.assert_array_equal(photo_and_sample(SampleFiles("x", rgb=tmp_path / "000.png")), expected)
+        image.putalpha(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)))
+    image.save(tmp_path / "000.png")
+    np.testing.assert_array_equal(checked_rgb(SampleFiles("x", rgb=tmp_path / "000.png")), expected)
 
 
-def test_palette_picture_with_transparency(tmp_path: Path) -> None:
-    picture = Image.fromarray(noise_picture((8, 8))).quantize(16)
-    expected = np.asarray(picture.convert("RGB"))
-    picture.save(tmp_path / "000.png", transparency=bytes(range(0, 160, 10)))
-    np.testing.assert_array_equal(photo_and_sample(SampleFiles("x", rgb=tmp_path / "000.png")), expected)
+def test_a_palette_image_with_transparency_becomes_rgb(tmp_path: Path) -> None:
+    image = Image.fromarray(noise_image((8, 8))).quantize(16)
+    expected = np.asarray(image.convert("RGB"))
+    image.save(tmp_path / "000.png", transparency=bytes(range(0, 160, 10)))
+    np.testing.assert_array_equal(checked_rgb(SampleFiles("x", rgb=tmp_path / "000.png")), expected)
 
 
 def test_missing_points_are_exactly_zero(tmp_path: Path) -> None:
@@ -433,8 +437,8 @@ def test_missing_points_are_exactly_zero(tmp_path: Path) -> None:
     xyz[2, 2, 0] = -np.inf
     xyz[3, 3, 1] = 0
     xyz[4, 4] = 0
-    scan = SampleFiles("train/good/000", xyz=save_cloud(tmp_path / "000.tiff", xyz))
-    sample = AnomalyDataset([scan], XYZ, 6)[0]
+    files = SampleFiles("train/good/000", xyz=save_cloud(tmp_path / "000.tiff", xyz))
+    sample = AnomalyDataset([files], XYZ, 6)[0]
     expected = cloud((6, 6)).transpose(2, 0, 1).copy()
     expected[:, range(5), range(5)] = 0
     assert sample.rgb is None and sample.xyz is not None and sample.xyz.dtype == torch.float32
@@ -442,74 +446,74 @@ def test_missing_points_are_exactly_zero(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan])
-def test_scan_without_a_valid_point(tmp_path: Path, value: float) -> None:
+def test_a_cloud_without_a_valid_point_is_refused(tmp_path: Path, value: float) -> None:
     xyz = np.full((6, 6, 3), value, np.float32)
     xyz[..., 0] = 0.3
-    scan = SampleFiles("train/good/000", xyz=save_cloud(tmp_path / "000.tiff", xyz))
+    files = SampleFiles("train/good/000", xyz=save_cloud(tmp_path / "000.tiff", xyz))
     with pytest.raises(InputError, match=r"000.tiff has no valid point .*Restore"):
-        AnomalyDataset([scan], XYZ, 4)[0]
+        AnomalyDataset([files], XYZ, 4)[0]
 
 
-def test_a_sample_from_arrays_is_that_of_the_files(tmp_path: Path) -> None:
-    photo, xyz = noise_picture((20, 30)), cloud((20, 30))
+def test_a_sample_from_arrays_equals_the_sample_from_files(tmp_path: Path) -> None:
+    image, xyz = noise_image((20, 30)), cloud((20, 30))
     xyz[3, 4] = (np.nan, 0.1, np.inf)
-    files = one_scan(tmp_path, "000.png", photo)._replace(xyz=save_cloud(tmp_path / "000.tiff", xyz))
+    files = image_only(tmp_path, "000.png", image)._replace(xyz=save_cloud(tmp_path / "000.tiff", xyz))
     expected = AnomalyDataset([files], BOTH, 16)[0]
-    sample = make_sample("part", photo, xyz.astype(np.float64), 16)
-    assert (sample.path, sample.mask, sample.label) == ("part", None, None)
+    sample = make_sample("007", image, xyz.astype(np.float64), 16)
+    assert (sample.path, sample.mask, sample.label) == ("007", None, None)
     for name in ("rgb", "xyz"):
         found = getattr(sample, name)
         assert found.is_contiguous() and torch.equal(found, getattr(expected, name))
-    assert make_sample("part", None, xyz, 16).rgb is None
-    assert make_sample("part", photo, None, 16).xyz is None
+    assert make_sample("007", None, xyz, 16).rgb is None
+    assert make_sample("007", image, None, 16).xyz is None
 
 
 @pytest.mark.filterwarnings("error")
-def test_arrays_stay_as_they_are() -> None:
-    photo, xyz = noise_picture((16, 16)), cloud((16, 16)).astype(np.float64)
+def test_making_a_sample_does_not_change_the_arrays() -> None:
+    image, xyz = noise_image((16, 16)), cloud((16, 16)).astype(np.float64)
     xyz[2, 3], xyz[4, 4] = np.nan, 1e300
-    before = photo.copy(), xyz.copy()
-    sample = make_sample("part", photo, xyz, 16)
+    before = image.copy(), xyz.copy()
+    sample = make_sample("007", image, xyz, 16)
     assert sample.xyz is not None
     assert (sample.xyz[:, 2, 3] == 0).all() and (sample.xyz[:, 4, 4] == 0).all()
-    np.testing.assert_array_equal(photo, before[0])
+    np.testing.assert_array_equal(image, before[0])
     np.testing.assert_array_equal(xyz, before[1])
 
 
 @pytest.mark.parametrize(
-    ("rgb", "xyz", "parts"),
+    ("rgb", "xyz", "expected"),
     [
-        (np.zeros((8, 8), np.uint8), None, ["image of part", "8 x 8 uint8", "Convert it to RGB"]),
+        (np.zeros((8, 8), np.uint8), None, ["image of 007", "8 x 8 uint8", "Convert it to RGB"]),
         (np.zeros((8, 8, 4), np.uint8), None, ["8 x 8 x 4 uint8"]),
         (np.zeros((8, 8, 3), np.float32), None, ["8 x 8 x 3 float32"]),
-        (None, np.ones((8, 8), np.float32), ["point cloud of part", "8 x 8, expected H x W x 3"]),
+        (None, np.ones((8, 8), np.float32), ["point cloud of 007", "8 x 8, expected H x W x 3"]),
         (None, np.ones((8, 8, 3), np.int16), ["int16 numbers"]),
-        (None, np.zeros((8, 8, 3), np.float32), ["part has no valid point"]),
+        (None, np.zeros((8, 8, 3), np.float32), ["007 has no valid point"]),
     ],
 )
-def test_arrays_that_are_no_part(rgb: np.ndarray | None, xyz: np.ndarray | None, parts: list[str]) -> None:
+def test_unfit_arrays_are_refused(rgb: np.ndarray | None, xyz: np.ndarray | None, expected: list[str]) -> None:
     with pytest.raises(InputError) as error:
-        make_sample("part", rgb, xyz, 4)
-    assert all(part in str(error.value) for part in parts)
+        make_sample("007", rgb, xyz, 4)
+    assert all(words in str(error.value) for words in expected)
 
 
 IDS = np.array([[0, 1, 0, 2], [0, 0, 3, 0], [255, 0, 0, 0], [0, 254, 253, 0]], dtype=np.uint8)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, bool])
-def test_any_value_but_zero_is_a_defect(tmp_path: Path, dtype: type) -> None:
-    path = save_picture(tmp_path / "000.png", IDS.astype(dtype))
-    with Image.open(path) as picture:
-        assert picture.mode == {np.uint8: "L", np.uint16: "I;16", bool: "1"}[dtype]
+def test_any_nonzero_mask_value_is_a_defect(tmp_path: Path, dtype: type) -> None:
+    path = save_image(tmp_path / "000.png", IDS.astype(dtype))
+    with Image.open(path) as image:
+        assert image.mode == {np.uint8: "L", np.uint16: "I;16", bool: "1"}[dtype]
     np.testing.assert_array_equal(load_mask(path), IDS != 0)
 
 
 @pytest.mark.parametrize("channels", [3, 4])
-def test_mask_in_colors(tmp_path: Path, channels: int) -> None:
+def test_a_color_mask_marks_nonzero_colors(tmp_path: Path, channels: int) -> None:
     colors = np.zeros((4, 4, channels), np.uint8)
-    colors[..., 2] = IDS  # one channel is enough, and opaque is no defect
+    colors[..., 2] = IDS  # one channel is enough; alpha is ignored
     colors[..., 3:] = 255
-    np.testing.assert_array_equal(load_mask(save_picture(tmp_path / "000.png", colors)), IDS != 0)
+    np.testing.assert_array_equal(load_mask(save_image(tmp_path / "000.png", colors)), IDS != 0)
 
 
 @pytest.mark.parametrize(
@@ -517,60 +521,62 @@ def test_mask_in_colors(tmp_path: Path, channels: int) -> None:
     [
         ([(0, 0, 0), (255, 0, 0), (0, 255, 0)], 0),  # class ids in colors
         ([(0, 0, 0), (0, 0, 0), (0, 0, 0)], 0),  # class ids without colors
-        ([(255, 255, 255), (0, 0, 0), (9, 9, 9)], 1),  # a black-and-white picture as some writers reduce it
-        ([(0, 0, 128), (255, 0, 0), (0, 255, 0)], 0),  # class ids, background in a color of its own
+        ([(255, 255, 255), (0, 0, 0), (9, 9, 9)], 1),  # a black-and-white image that a writer reduced to a palette
+        ([(0, 0, 128), (255, 0, 0), (0, 255, 0)], 0),  # class ids with a background color
     ],
 )
-def test_palette_mask(tmp_path: Path, palette: list[tuple[int, int, int]], background: int) -> None:
+def test_background_of_a_palette_mask_is_black_or_index_zero(
+    tmp_path: Path, palette: list[tuple[int, int, int]], background: int
+) -> None:
     ids = IDS % 3
-    picture = Image.fromarray(ids)
-    picture.putpalette(list(itertools.chain.from_iterable(palette)))
-    picture.save(tmp_path / "000.png")
+    image = Image.fromarray(ids)
+    image.putpalette(list(itertools.chain.from_iterable(palette)))
+    image.save(tmp_path / "000.png")
     with Image.open(tmp_path / "000.png") as saved:
         assert saved.mode == "P"
     np.testing.assert_array_equal(load_mask(tmp_path / "000.png"), ids != background)
 
 
 @pytest.mark.parametrize("size", [(4, 4), (7, 11), (30, 40), (3, 3)])
-def test_mask_is_resized_as_the_reference_does(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_a_mask_is_resized_like_the_reference(tmp_path: Path, size: tuple[int, int]) -> None:
     truth = (np.random.default_rng(3).random(size) > 0.6).astype(np.uint8) * 255
     reference = np.asarray(Image.fromarray(truth).resize((8, 8), Image.Resampling.NEAREST)) / 255 > 0.5
-    np.testing.assert_array_equal(load_mask(save_picture(tmp_path / "000.png", truth), 8), reference)
+    np.testing.assert_array_equal(load_mask(save_image(tmp_path / "000.png", truth), 8), reference)
 
 
-def test_good_scan_without_ground_truth_has_an_empty_mask(part: Path) -> None:
-    scans = index_split(part, "test", BOTH)
-    sample = AnomalyDataset(scans, BOTH, 16)[1]
+def test_a_good_sample_without_ground_truth_has_an_empty_mask(class_folder: Path) -> None:
+    samples = index_split(class_folder, "test", BOTH)
+    sample = AnomalyDataset(samples, BOTH, 16)[1]
     assert sample.path == "test/good/003" and sample.label == 0
     assert sample.mask is not None and sample.mask.dtype == torch.uint8 and sample.mask.shape == (1, 16, 16)
     assert not sample.mask.any()
 
 
-def test_original_size_and_photo(tmp_path: Path) -> None:
-    mask = save_picture(tmp_path / "gt.png", np.zeros((5, 7), np.uint8))
-    rgb = save_picture(tmp_path / "rgb.png", noise_picture((6, 8)))
+def test_original_size_and_image_of_the_files(tmp_path: Path) -> None:
+    mask = save_image(tmp_path / "gt.png", np.zeros((5, 7), np.uint8))
+    rgb = save_image(tmp_path / "rgb.png", noise_image((6, 8)))
     xyz = save_cloud(tmp_path / "xyz.tiff", cloud((3, 9)))
     assert original_size(SampleFiles("x", rgb, xyz, mask)) == (5, 7)
     assert original_size(SampleFiles("x", rgb, xyz)) == (6, 8)
     assert original_size(SampleFiles("x", xyz=xyz)) == (3, 9)
     assert read_rgb(SampleFiles("x", xyz=xyz)) is None
-    np.testing.assert_array_equal(read_rgb(SampleFiles("x", rgb)), noise_picture((6, 8)))
+    np.testing.assert_array_equal(read_rgb(SampleFiles("x", rgb)), noise_image((6, 8)))
 
 
 def test_a_damaged_header_names_the_file(tmp_path: Path) -> None:
-    """PIL answers damage with many kinds of exception: none but an InputError may leave."""
-    scan = one_scan(tmp_path, "000.png", noise_picture())
-    assert scan.rgb is not None
-    content = scan.rgb.read_bytes()
+    """Every exception that PIL raises for a damaged header becomes an InputError."""
+    files = image_only(tmp_path, "000.png", noise_image())
+    assert files.rgb is not None
+    content = files.rgb.read_bytes()
     rng = np.random.default_rng(0)
     damaged = 0
     for _ in range(300):
         broken = bytearray(content)
         for place in rng.integers(0, 60, 4):
             broken[place] = rng.integers(256)
-        scan.rgb.write_bytes(broken)
+        files.rgb.write_bytes(broken)
         try:
-            read_rgb(scan)
+            read_rgb(files)
         except InputError as error:
             assert "000.png" in str(error)
             damaged += 1
@@ -581,7 +587,7 @@ def test_a_damaged_header_names_the_file(tmp_path: Path) -> None:
 
 
 class CountingDataset:
-    """Stands in for a dataset: items are their index, later ones are ready earlier; one may fail."""
+    """Stand-in for a dataset whose items are their index; later ones can be ready earlier, and one may fail."""
 
     def __init__(self, length: int, broken: int = -1) -> None:
         self.length, self.broken = length, broken
@@ -614,7 +620,7 @@ def test_samples_come_in_order(num_workers: int, length: int) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_error_arrives_in_its_place_and_as_it_is(num_workers: int) -> None:
+def test_an_error_is_raised_unchanged_at_its_sample(num_workers: int) -> None:
     samples = load_samples(CountingDataset(50, broken=5), num_workers)
     assert list(itertools.islice(samples, 5)) == [0, 1, 2, 3, 4]
     with pytest.raises(InputError, match=r"^5.png is broken$"):
@@ -622,7 +628,7 @@ def test_error_arrives_in_its_place_and_as_it_is(num_workers: int) -> None:
     assert not loader_threads()
 
 
-def test_reading_ahead_is_bounded_and_ends_with_the_iterator() -> None:
+def test_prefetching_is_bounded_and_ends_with_the_iterator() -> None:
     dataset = CountingDataset(100)
     samples = load_samples(dataset, 2)
     for taken in range(1, 6):
@@ -637,8 +643,8 @@ def test_reading_ahead_is_bounded_and_ends_with_the_iterator() -> None:
     assert len(dataset.started) <= 5 + 4
 
 
-def test_threads_change_no_sample(part: Path) -> None:
-    dataset = AnomalyDataset(index_split(part, "test", BOTH), BOTH, 16)
+def test_samples_do_not_depend_on_the_number_of_threads(class_folder: Path) -> None:
+    dataset = AnomalyDataset(index_split(class_folder, "test", BOTH), BOTH, 16)
     for plain, threaded in zip(load_samples(dataset, 0), load_samples(dataset, 3), strict=True):
         assert plain.path == threaded.path and plain.label == threaded.label
         for name in ("rgb", "xyz", "mask"):
