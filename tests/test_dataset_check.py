@@ -1,4 +1,4 @@
-"""What a look at a dataset tells: --inspect_dataset, the warning of raw scans, the contact sheet before and after."""
+"""Dataset check: --inspect_dataset, warnings about raw scans, and the preview of cleaning."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ def cleaned(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_table_is_told_by_its_border() -> None:
+def test_a_table_is_recognized_by_its_border() -> None:
     scan = make_scan("bracket", "train/good/000", 224, seed=3)
     rule = CleaningRule()
     assert shows_table(scan.xyz, rule)
@@ -52,11 +52,11 @@ def test_a_table_is_told_by_its_border() -> None:
     assert not shows_table(sparse.astype(np.float32), rule)
 
 
-def test_a_split_is_described(raw: Path, cleaned: Path) -> None:
-    for root, raws in ((raw, 7), (cleaned, 0)):
+def test_the_report_of_a_split(raw: Path, cleaned: Path) -> None:
+    for root, raw_count in ((raw, 7), (cleaned, 0)):
         report = check_split(root / "cookie", "test", BOTH, num_workers=2)
         assert (report.class_name, report.split, report.samples, report.defective) == ("cookie", "test", 7, 6)
-        assert (report.raw, report.problems) == (raws, ())
+        assert (report.raw, report.problems) == (raw_count, ())
         clouds = [read_organized_pc(path) for path in (root / "cookie" / "test").rglob("*.tiff")]
         assert report.sizes == (clouds[0].shape[:2],)
         shares = [float((cloud != 0).all(axis=2).mean()) for cloud in clouds]
@@ -65,13 +65,13 @@ def test_a_split_is_described(raw: Path, cleaned: Path) -> None:
         assert report.depth == pytest.approx((min(map(np.min, depths)), max(map(np.max, depths))))
     absent = check_split(raw / "cookie", "validation", BOTH, num_workers=0)
     assert (absent.samples, absent.problems) == (0, ())
-    for split, scans in (("train", 2), ("test", 7)):
+    for split, count in (("train", 2), ("test", 7)):
         without_clouds = check_split(raw / "cookie", split, frozenset({"rgb"}), num_workers=0)
-        assert (without_clouds.samples, without_clouds.sizes) == (scans, ((224, 224),))
+        assert (without_clouds.samples, without_clouds.sizes) == (count, ((224, 224),))
         assert (without_clouds.valid, without_clouds.depth, without_clouds.problems) == (None, None, ())
 
 
-def test_every_fault_is_collected(cleaned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_problem_is_collected(cleaned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "parts" / "cookie" / "train" / "good"
     for name in ("000", "001", "002", "003"):
         write_organized_pc(folder / "xyz" / f"{name}.tiff", np.full((8, 8, 3), 0.4, np.float32))
@@ -83,8 +83,8 @@ def test_every_fault_is_collected(cleaned: Path, tmp_path: Path, capsys: pytest.
     report = check_split(tmp_path / "parts" / "cookie", "train", BOTH, num_workers=2)
     assert report.samples == 4
     assert len(report.problems) == 3
-    for problem, part in zip(report.problems, ("001.tiff has no valid point", "002.png", "003.png"), strict=True):
-        assert part in problem
+    for problem, words in zip(report.problems, ("001.tiff has no valid point", "002.png", "003.png"), strict=True):
+        assert words in problem
     flags = ["--inspect_dataset", "--dataset_path", str(tmp_path / "parts"), "--classes", "cookie"]
     with pytest.raises(SystemExit) as stop:
         printed(*flags)
@@ -92,7 +92,7 @@ def test_every_fault_is_collected(cleaned: Path, tmp_path: Path, capsys: pytest.
     assert "No test samples" in check_split(tmp_path / "parts" / "cookie", "test", BOTH, 0).problems[0]
 
 
-def test_a_fault_of_pairing_hides_no_other_scan(tmp_path: Path) -> None:
+def test_a_missing_file_hides_no_other_problem(tmp_path: Path) -> None:
     test = tmp_path / "parts/cookie/test"
     for name in ("good/000", "good/001", "hole/000", "hole/001", "hole/002"):
         folder, stem = test / name.split("/")[0], name.split("/")[1]
@@ -107,21 +107,21 @@ def test_a_fault_of_pairing_hides_no_other_scan(tmp_path: Path) -> None:
     (test / "crack").mkdir()
     report = check_split(tmp_path / "parts/cookie", "test", BOTH, num_workers=0)
     assert (report.samples, report.defective, report.sizes) == (2, 1, ((8, 8),))
-    parts = (
+    expected = (
         "No test files in",
         "001.png is missing",
         "001.jpg and 001.png are two",
         "000.png is missing",
         "002.png is no",
     )
-    assert len(report.problems) == len(parts)
-    for problem, part in zip(report.problems, parts, strict=True):
-        assert part in problem
+    assert len(report.problems) == len(expected)
+    for problem, words in zip(report.problems, expected, strict=True):
+        assert words in problem
     with pytest.raises(InputError, match="No test files in"):
         index_split(tmp_path / "parts/cookie", "test", BOTH)
 
 
-def test_every_class_folder_is_inspected(cleaned: Path, tmp_path: Path) -> None:
+def test_every_class_folder_is_checked(cleaned: Path, tmp_path: Path) -> None:
     for name in ("cookie", "bracket_7"):
         (tmp_path / "parts" / name).parent.mkdir(exist_ok=True)
         shutil.copytree(cleaned / "gasket", tmp_path / "parts" / name)
@@ -131,7 +131,7 @@ def test_every_class_folder_is_inspected(cleaned: Path, tmp_path: Path) -> None:
     assert [line.split()[0] for line in text.splitlines()[1:]] == ["bracket_7"] * 3 + ["cookie"] * 3
 
 
-def test_photographs_alone_are_checked_against_the_ground_truth_and_each_other(tmp_path: Path) -> None:
+def test_image_sizes_are_checked_against_the_ground_truth(tmp_path: Path) -> None:
     good, hole = (tmp_path / "parts" / name for name in ("test/good", "test/hole"))
     for path, size in [
         (good / "rgb/000.png", (8, 6)),
@@ -147,7 +147,7 @@ def test_photographs_alone_are_checked_against_the_ground_truth_and_each_other(t
     assert "hole/rgb/000.png has 6 x 8 pixels" in report.problems[0]
 
 
-def test_the_table_of_a_dataset(raw: Path, cleaned: Path) -> None:
+def test_inspect_dataset_prints_a_row_for_each_class_and_split(raw: Path, cleaned: Path) -> None:
     text = printed("--inspect_dataset", "--dataset_path", cleaned, "--classes", "cookie", "gasket")
     lines = [line.split() for line in text.splitlines()]
     assert lines[1][:5] == ["cookie", "train", "2", "0", "300x300"]
@@ -156,17 +156,17 @@ def test_the_table_of_a_dataset(raw: Path, cleaned: Path) -> None:
     ]
     assert "not cleaned" not in text
     text = printed("--inspect_dataset", "--dataset_path", cleaned, "--classes", "cookie", "--method_name", "DINO")
-    assert text.splitlines()[1].split() == ["cookie", "train", "2", "0", "300x300", "0"]  # of the photographs
+    assert text.splitlines()[1].split() == ["cookie", "train", "2", "0", "300x300", "0"]  # size of the images
     text = printed("--inspect_dataset", "--dataset_path", raw, "--classes", "gasket")
     assert "not 7" in text
     assert f"python utils/preprocessing.py {raw}" in text
 
 
-def test_a_missing_dataset_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_dataset_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere is not a folder" in refusal(capsys, "--inspect_dataset", "--dataset_path", tmp_path / "nowhere")
 
 
-def test_a_run_on_raw_scans_is_warned_of(raw: Path, cleaned: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_raw_scans_give_a_warning(raw: Path, cleaned: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         warn_of_raw_scans(index_split(cleaned / "cookie", "train", BOTH))
         assert not caplog.records
@@ -176,7 +176,7 @@ def test_a_run_on_raw_scans_is_warned_of(raw: Path, cleaned: Path, caplog: pytes
 
 
 @pytest.mark.parametrize("position", [0, 5, 10])
-def test_a_raw_scan_among_cleaned_ones_is_warned_of(
+def test_a_raw_scan_among_cleaned_ones_gives_a_warning(
     raw: Path, cleaned: Path, caplog: pytest.LogCaptureFixture, position: int
 ) -> None:
     scans = index_split(cleaned / "cookie", "train", BOTH)[:1] * 11
@@ -188,13 +188,13 @@ def test_a_raw_scan_among_cleaned_ones_is_warned_of(
     warn_of_raw_scans([])
 
 
-def test_scans_that_a_preprocessing_left_out_are_warned_of(
+def test_scans_that_preprocessing_left_out_give_a_warning(
     cleaned: Path, raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = tmp_path / "parts"
     shutil.copytree(raw, root)
     index = {name: index_split(root / name, "train", BOTH) for name in ("cookie", "gasket")}
-    warn_of_unfinished_scans(root, index)  # without a record
+    warn_of_unfinished_scans(root, index)  # no preprocessing.json yet
     for name in ("cookie", "gasket"):
         shutil.copytree(cleaned / name, root / name, dirs_exist_ok=True)
     record = json.loads((cleaned / "preprocessing.json").read_text())
@@ -217,7 +217,7 @@ def test_scans_that_a_preprocessing_left_out_are_warned_of(
     assert "is damaged" in caplog.text
 
 
-def test_a_run_looks_at_both_splits_and_at_the_record(
+def test_a_run_checks_both_splits_and_the_preprocessing_record(
     raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(raw, tmp_path / "parts")
@@ -255,7 +255,7 @@ def test_the_preview_shows_each_class_before_and_after(
     assert "before and after" in capsys.readouterr().out
 
 
-def test_the_preview_leaves_out_scans_at_fault_and_says_so(
+def test_the_preview_leaves_out_faulty_scans_and_lists_them(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "parts"
@@ -269,11 +269,11 @@ def test_the_preview_leaves_out_scans_at_fault_and_says_so(
         preprocessing.main([str(root), "--dry_run", "--preview", str(tmp_path / "sheet.png")])
     assert [name.split("/")[0] for name in shown] == ["cookie"]
     assert shown[0] > "cookie/test/bump/000"
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out of the preview: ")]
-    assert "cookie/test/bump/000: " in said[0] and "000.png is no complete PNG" in said[0]
+    left_out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out of the preview: ")]
+    assert "cookie/test/bump/000: " in left_out[0] and "000.png is no complete PNG" in left_out[0]
     scans = len(list((root / "gasket").rglob("*.tiff")))
-    assert len(said) == 1 + scans
-    assert all("gasket/" in line and "has a measurement" in line for line in said[1:])
+    assert len(left_out) == 1 + scans
+    assert all("gasket/" in line and "has a measurement" in line for line in left_out[1:])
 
     shutil.rmtree(root / "cookie")
     with pytest.raises(InputError, match=r"--preview cannot show any scan of .*gasket/test/bump/000: None of"):
@@ -293,7 +293,7 @@ FIRST_BYTES = {
 
 
 @pytest.mark.parametrize("name", FIRST_BYTES)
-def test_the_preview_has_the_format_of_its_suffix(tmp_path: Path, name: str) -> None:
+def test_the_preview_has_the_format_of_its_file_name(tmp_path: Path, name: str) -> None:
     scan = make_scan("bracket", "train/good/000", 64, seed=3)
     check_format(tmp_path / name)
     write_preview(tmp_path / name, {"a": Pair(scan.rgb, scan.xyz, scan.rgb, scan.xyz)})
@@ -325,7 +325,9 @@ def test_the_preview_needs_a_scan_that_is_not_cleaned(cleaned: Path, raw: Path, 
     assert preprocessing.main([str(raw), "--output_dir", str(root), "--workers", "1"]) == 0
     config = config_for(root)
     (root / "preprocessing.json").rename(root / "kept.json")
-    with pytest.raises(InputError, match="pixels within 10 of the image border"):  # cleaned, and nothing says so
+    with pytest.raises(
+        InputError, match="pixels within 10 of the image border"
+    ):  # cleaned, but not recorded as cleaned
         preprocessing.preview(config, tmp_path / "sheet.png")
     (root / "kept.json").rename(root / "preprocessing.json")
     with pytest.raises(InputError, match="All are cleaned already"):
