@@ -14,11 +14,11 @@ NU, MAX_ITER = 0.5, 1000
 
 
 def training_results(samples: int, banks: int, seed: int = 0) -> tuple[list[list[float]], list[list[Tensor]]]:
-    """Scores and maps (6, 5) of training samples; each bank is of another size."""
+    """Scores and maps (6, 5) of training samples; each bank has another scale."""
     generator = torch.Generator().manual_seed(seed)
-    size = torch.tensor([1.0, 4.0, 0.3])[:banks]
-    scores = (1 + torch.rand(samples, banks, generator=generator)) * size
-    maps = torch.rand(samples, banks, 6, 5, generator=generator) * size[:, None, None]
+    scale = torch.tensor([1.0, 4.0, 0.3])[:banks]
+    scores = (1 + torch.rand(samples, banks, generator=generator)) * scale
+    maps = torch.rand(samples, banks, 6, 5, generator=generator) * scale[:, None, None]
     return scores.tolist(), [list(planes) for planes in maps]
 
 
@@ -34,14 +34,14 @@ def fit(samples: int = 8, banks: int = 3, **changed: object) -> DecisionFusion:
 
 
 def fuse(fusion: DecisionFusion, scores: list[float], maps: list[Tensor]) -> tuple[float, Tensor]:
-    """The detector gives scores as float64 tensors, as here; the score as a number."""
+    """Fuse scores as float64 tensors, like the detector does; return the score as a number."""
     score, plane = fusion.fuse([torch.tensor(each, dtype=torch.float64) for each in scores], maps)
     assert (score.shape, score.dtype) == ((), torch.float64)
     return float(score), plane
 
 
 @pytest.mark.parametrize(("samples", "banks"), [(1, 2), (8, 2), (8, 3)])
-def test_fuse_is_score_samples_of_the_svms(samples: int, banks: int) -> None:
+def test_fuse_equals_score_samples_of_the_svms(samples: int, banks: int) -> None:
     scores, maps = training_results(samples, banks)
     score_rows = np.array(scores) * SCORE_LAMBDAS[:banks]
     pixel_rows = torch.stack([torch.stack(planes, dim=-1) for planes in maps]).double().numpy() * MAP_LAMBDAS[:banks]
@@ -73,7 +73,7 @@ def test_scores_may_be_numbers() -> None:
 
 
 def test_no_value_is_read_back_from_the_device() -> None:
-    """Tensors of the meta device have no values: what asks for one fails."""
+    """Fusion works on the meta device, where reading a value fails."""
     scores = [torch.empty((), dtype=torch.float64, device="meta")] * 3
     score, plane = fit().fuse(scores, [torch.empty(6, 5, device="meta")] * 3)
     assert score.is_meta
@@ -106,9 +106,9 @@ def test_the_order_of_banks_matters() -> None:
     fusion = fit()
     scores, maps = training_results(1, 3, seed=1)
     score, plane = fuse(fusion, scores[0], maps[0])
-    turned_score, turned_plane = fuse(fusion, scores[0][::-1], maps[0][::-1])
-    assert score != pytest.approx(turned_score, rel=1e-3)
-    assert not torch.allclose(plane, turned_plane, rtol=1e-3)
+    swapped_score, swapped_plane = fuse(fusion, scores[0][::-1], maps[0][::-1])
+    assert score != pytest.approx(swapped_score, rel=1e-3)
+    assert not torch.allclose(plane, swapped_plane, rtol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:Maximum number of iteration reached")
@@ -122,12 +122,12 @@ def test_settings_of_the_svm_matter(changed: dict[str, float]) -> None:
 def test_the_svms_do_not_depend_on_the_global_seed() -> None:
     coefficients = []
     for seed in (0, 1):
-        np.random.seed(seed)  # noqa: NPY002 (the global state is what must not matter)
+        np.random.seed(seed)  # noqa: NPY002 (tests that the global state does not matter)
         coefficients.append(fit())
     np.testing.assert_array_equal(coefficients[0].score_coef, coefficients[1].score_coef)
     np.testing.assert_array_equal(coefficients[0].map_coef, coefficients[1].map_coef)
 
 
-def test_a_bank_too_few_is_an_error() -> None:
+def test_a_missing_bank_is_an_error() -> None:
     with pytest.raises(ValueError, match="zip"):
         fuse(fit(), [1.0, 2.0], [torch.ones(2, 2)] * 2)
