@@ -1,4 +1,4 @@
-"""The pages keep their promises: links lead somewhere, named code exists, commands have known flags, snippets run."""
+"""Documentation: links resolve, named code exists, commands use known flags, and snippets run."""
 
 import ast
 import json
@@ -49,12 +49,12 @@ def anchors(text: str) -> set[str]:
     return found
 
 
-def test_anchors_are_those_of_github() -> None:
+def test_anchors_follow_github() -> None:
     text = "# results.json\n## The paper's `--flags`\n## A, b\n## A b\n## [Link](x.md)\n```sh\n# no heading\n```\n"
     assert anchors(text) == {"resultsjson", "the-papers---flags", "a-b", "a-b-1", "link"}
 
 
-def test_every_link_leads_somewhere() -> None:
+def test_every_link_resolves() -> None:
     dead = []
     for page in pages():
         for target in LINK.findall(CODE.sub("", page.read_text())):
@@ -82,7 +82,7 @@ def names_in(path: Path) -> set[str]:
     return found
 
 
-def test_the_code_map_names_what_exists() -> None:
+def test_the_code_map_names_existing_functions() -> None:
     section = (ROOT / "README.md").read_text().partition("\n## Code map\n")[2].partition("\n## ")[0]
     steps = [row.strip("|").split("|") for row in section.splitlines() if row.startswith("|")][2:]
     files = re.compile(r"\[`[\w/.]+`\]\(([\w/]+\.py)\): `([\w.]+)`")
@@ -142,7 +142,7 @@ def test_commands_have_known_flags() -> None:
     assert not unknown
 
 
-def test_flags_named_in_the_text_exist() -> None:
+def test_flags_in_the_text_exist() -> None:
     known = {"--help"} | flags_of(*ROOT.glob("*.py"), *(ROOT / "runner").glob("*.py"), *(ROOT / "utils").glob("*.py"))
     known |= flags_of(*(ROOT / "benchmarks").glob("*.py"))
     unknown = []
@@ -158,12 +158,12 @@ def test_commands_select_tests_that_exist() -> None:
     for path in (ROOT / "tests").glob("test_*.py"):
         names += [path.stem, *names_in(path)]
     selections = re.findall(r"-k '?([\w ]+)", (ROOT / "README.md").read_text())
-    wanted = [word for selection in selections for word in selection.split() if word not in ("and", "or", "not")]
-    assert len(wanted) >= 8
-    assert not [word for word in wanted if not any(word in name for name in names)]
+    selected = [word for selection in selections for word in selection.split() if word not in ("and", "or", "not")]
+    assert len(selected) >= 8
+    assert not [word for word in selected if not any(word in name for name in names)]
 
 
-def test_the_snippets_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     from_scratch, from_depth_images, from_array, convert = blocks(ROOT / "docs/DATA.md", "python")
     (camera,) = blocks(ROOT / "docs/DATA.md", "json")
@@ -177,14 +177,14 @@ def test_the_snippets_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     depth = np.random.default_rng(0).integers(300, 700, (480, 640)).astype(np.uint16)
     Path("depth").mkdir()
     Image.fromarray(depth).save("depth/004.png")
-    of_png = run(from_depth_images, "parts/bracket/train/good/xyz/004.tiff")
-    np.testing.assert_array_equal(of_png, back_project(depth, Camera(**json.loads(camera))))
+    cloud_from_png = run(from_depth_images, "parts/bracket/train/good/xyz/004.tiff")
+    np.testing.assert_array_equal(cloud_from_png, back_project(depth, Camera(**json.loads(camera))))
     np.save("depth.npy", depth * 0.001)
-    np.testing.assert_allclose(run(from_array), of_png, rtol=1e-5)
+    np.testing.assert_allclose(run(from_array), cloud_from_png, rtol=1e-5)
     Path("scans").mkdir()
     header = "FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH 640\nHEIGHT 480\nDATA binary\n"
-    Path("scans/007.pcd").write_bytes(header.encode() + (of_png * 1000).tobytes())
-    np.testing.assert_allclose(run(convert, "parts/bracket/train/good/xyz/007.tiff"), of_png, rtol=1e-5)
+    Path("scans/007.pcd").write_bytes(header.encode() + (cloud_from_png * 1000).tobytes())
+    np.testing.assert_allclose(run(convert, "parts/bracket/train/good/xyz/007.tiff"), cloud_from_png, rtol=1e-5)
 
 
 def test_every_format_is_described() -> None:
