@@ -1,4 +1,4 @@
-"""From a sample to its patch features: which networks are built, what they are given, what is refused."""
+"""Extraction of patch features: the networks that are built, their input, and refused samples."""
 
 import math
 import re
@@ -79,7 +79,7 @@ def test_only_the_needed_networks_are_built(
 
 @pytest.mark.parametrize("method_name", METHODS)
 def test_features_have_the_banks_of_the_method(method_name: str) -> None:
-    """Files of a modality that is not needed are not looked at."""
+    """Only the banks of the method have features, and an unused modality may be missing."""
     rgb, xyz = (kind in METHODS[method_name].modalities for kind in ("rgb", "xyz"))
     sample = made_up_samples("train")[0]
     sample = sample._replace(rgb=sample.rgb if rgb else None, xyz=sample.xyz if xyz else None)
@@ -90,7 +90,7 @@ def test_features_have_the_banks_of_the_method(method_name: str) -> None:
     assert (features.fusion.shape == (GRID**2, XYZ_DIM + RGB_DIM)) if fused else features.fusion is None
 
 
-def test_in_half_precision_weights_are_rounded_but_where_the_network_folds_them() -> None:
+def test_half_precision_rounds_only_the_weights_of_the_blocks() -> None:
     extractor = build(settings(DOUBLE, precision="bf16"))
     dtypes = {name: weight.dtype for name, weight in extractor.xyz_backbone.named_parameters() if weight.ndim > 1}
     half = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
@@ -98,7 +98,7 @@ def test_in_half_precision_weights_are_rounded_but_where_the_network_folds_them(
 
 
 def test_both_backbones_run_at_the_same_time() -> None:
-    """Each waits until the other has begun."""
+    """Each backbone waits until the other has started."""
     extractor = build(settings(DOUBLE))
     samples = made_up_samples("train")[:2]
     expected = extractor.extract(samples)
@@ -106,7 +106,7 @@ def test_both_backbones_run_at_the_same_time() -> None:
 
     def meet(network: nn.Module, _: object) -> None:
         meeting.wait(timeout=30)
-        hooks[network].remove()  # the second cloud finds nobody waiting
+        hooks[network].remove()  # nobody waits for the second cloud
 
     networks = (extractor.rgb_backbone, extractor.xyz_backbone)
     hooks = {network: network.register_forward_pre_hook(meet) for network in networks}
@@ -125,7 +125,7 @@ def test_convolutions_of_the_rgb_backbone_are_not_rounded() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("exact", [False, True])
-def test_points_are_aligned_as_the_protocol_says(exact: bool, masked: bool) -> None:
+def test_alignment_follows_the_protocol(exact: bool, masked: bool) -> None:
     sample = made_up_samples("train")[0]
     extractor = build(settings(SINGLE, protocol=Protocol(exact_distances=exact, masked_pooling=masked)))
     with torch.inference_mode():
@@ -137,7 +137,7 @@ def test_points_are_aligned_as_the_protocol_says(exact: bool, masked: bool) -> N
     assert not torch.equal(features, other)
 
 
-def test_without_uff_fusion_patches_are_xyz_and_the_rgb_of_the_same_place() -> None:
+def test_without_uff_fusion_patches_concatenate_xyz_and_rgb_of_the_same_place() -> None:
     features = build(settings("Fusion"))(made_up_samples("train")[0])
     for i in range(GRID):
         for j in range(GRID):
@@ -146,7 +146,7 @@ def test_without_uff_fusion_patches_are_xyz_and_the_rgb_of_the_same_place() -> N
             torch.testing.assert_close(patch[XYZ_DIM:], features.rgb[i // 2 * RGB_GRID + j // 2])
 
 
-def test_with_uff_fusion_patches_are_what_the_module_makes_of_those() -> None:
+def test_with_uff_fusion_patches_are_the_output_of_the_module() -> None:
     sample = made_up_samples("train")[0]
     plain = build(settings("Fusion"))(sample)
     extractor = build(settings("Fusion", use_uff=True))
@@ -158,7 +158,7 @@ def test_with_uff_fusion_patches_are_what_the_module_makes_of_those() -> None:
 
 
 def with_points(count: int) -> Sample:
-    """A training sample with its first `count` valid points only."""
+    """Training sample with only its first `count` valid points."""
     sample = made_up_samples("train")[1]
     valid = (sample.xyz != 0).all(dim=0).flatten()
     kept = (valid & (valid.cumsum(dim=0) <= count)).view(SIZE, SIZE)
@@ -166,7 +166,7 @@ def with_points(count: int) -> Sample:
 
 
 @pytest.mark.parametrize("count", [0, 1, 23])
-def test_a_scan_with_too_few_points_is_named(count: int) -> None:
+def test_a_sample_with_too_few_points_is_named(count: int) -> None:
     with pytest.raises(InputError) as error:
         build(settings(SINGLE))(with_points(count))
     message = str(error.value)
@@ -175,7 +175,7 @@ def test_a_scan_with_too_few_points_is_named(count: int) -> None:
     assert "\n" not in message
 
 
-def test_a_scan_with_just_enough_points_will_do() -> None:
+def test_a_sample_with_just_enough_points_is_accepted() -> None:
     assert torch.isfinite(build(settings(SINGLE))(with_points(24)).xyz).all()
 
 
@@ -192,7 +192,7 @@ def test_a_missing_modality_is_named(kind: str, method_name: str) -> None:
 
 
 class PointwiseStub(PointBackbone):
-    """A 3D backbone with a row of features for each point, as FPFH gives them."""
+    """3D backbone with features for each point, like FPFH."""
 
     embed_dim = 3
     min_points = 4
@@ -201,7 +201,7 @@ class PointwiseStub(PointBackbone):
         return [PointFeatures(1 + points.sin(), None) for points in clouds]
 
 
-def test_a_backbone_with_features_of_every_point() -> None:
+def test_a_backbone_with_features_of_every_point_is_supported() -> None:
     config = settings(SINGLE)
     detector, _ = fit(config, PatchExtractor(config, None, PointwiseStub()))
     predictions = [detector.predict(sample) for sample in made_up_samples("test")]
