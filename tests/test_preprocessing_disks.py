@@ -234,15 +234,21 @@ def test_a_read_only_folder_is_one_sentence(locked: str | None, output: str, mes
 # Kill -9 of a worker, and of the main process alone
 
 
-def kill_own_process(_: Scan) -> Record:
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("never reached")
+def kill_own_process(scan: Scan) -> Record:
+    """Finish the scans a, b and c; wait in d until e kills its worker."""
+    if scan.name == "e":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if scan.name == "d":
+        time.sleep(60)
+    return {}
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_one_sentence() -> None:
-    with pytest.raises(InputError, match=r"A worker was killed, .* Run again with fewer --workers\."):
-        list(scan_processing.process_all([Scan("0", {}), Scan("1", {})], kill_own_process, workers=2))
+def test_a_killed_worker_is_one_sentence_with_the_scans_in_work() -> None:
+    outcomes, scans = [], [Scan(name, {}) for name in "abcdefgh"]
+    with pytest.raises(InputError, match=r"A worker was killed, .*: d, e\. Run again with .*, such as --workers 1\."):
+        outcomes.extend(scan_processing.process_all(scans, kill_own_process, workers=2))
+    assert sorted(scan.name for scan, _ in outcomes) == ["a", "b", "c"]
 
 
 def test_a_name_too_long_for_temporary_files_is_one_failed_scan(dataset: Path) -> None:

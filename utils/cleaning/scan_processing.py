@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from functools import partial
@@ -62,7 +62,7 @@ def process_scans(
 
 
 def process_all(scans: list[Scan], process: Callable[[Scan], Record], workers: int) -> Generator[Outcome, None, None]:
-    """Yield the outcome of each scan, in order of completion; InputError if a worker is killed."""
+    """Yield the outcome of each scan, as it completes; InputError with the scans in work if a worker is killed."""
     attempt = partial(_attempt, process=process)
     if workers == 1 or len(scans) < 2:
         yield from map(attempt, scans)
@@ -70,11 +70,17 @@ def process_all(scans: list[Scan], process: Callable[[Scan], Record], workers: i
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the workers, which occupy the cores already
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(scans)), context, initializer=_start_worker)
+    futures: dict[str, Future[Outcome]] = {}
     try:
-        for future in as_completed([pool.submit(attempt, scan) for scan in scans]):
+        for scan in scans:
+            futures[scan.name] = pool.submit(attempt, scan)
+        for future in as_completed(futures.values()):
             yield future.result()
     except BrokenProcessPool:
-        raise InputError("A worker was killed, perhaps for lack of memory. Run again with fewer --workers.") from None
+        unfinished = [name for name, future in futures.items() if future.exception()]
+        in_work = ", ".join(unfinished[:workers])  # workers take the scans in this order
+        problem = f"A worker was killed, perhaps for lack of memory, with these scans in work: {in_work}"
+        raise InputError(f"{problem}. Run again with fewer workers, such as --workers 1.") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
