@@ -132,6 +132,31 @@ def test_a_write_that_fails_is_one_failed_scan(
     assert contents(dataset) == expected
 
 
+@pytest.mark.parametrize("damage", ["one byte", "cut short"])
+@pytest.mark.parametrize("file", ["bagel/test/hole/xyz/000.tiff", "bagel/test/hole/rgb/000.png"])
+def test_a_file_that_reads_back_differently_does_not_replace_its_original(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, file: str, damage: str
+) -> None:
+    before, fsync = contents(dataset), os.fsync
+
+    def damage_and_flush(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path == dataset / f"{file}.preprocessing":
+            data = bytearray(path.read_bytes())
+            data[len(data.rstrip(b"\0")) - 20] ^= 1  # in the last pixels that are not 0
+            path.write_bytes(data[:-5] if damage == "cut short" else data)
+        fsync(descriptor)
+
+    monkeypatch.setattr(scan_processing.os, "fsync", damage_and_flush)
+    summary = preprocess(config_for(dataset))
+    reason = f"The new {dataset / file} reads back differently from what was written. Check the disk and run"
+    assert (summary.done, [*summary.failed]) == (ALL[1:], ALL[:1])
+    assert summary.failed[ALL[0]].startswith(reason)
+    after = contents(dataset)
+    assert {name for name in before if "hole" in name} == {name for name in after if "hole" in name}
+    assert all(after[name] == before[name] for name in before if "hole" in name)
+
+
 @pytest.mark.parametrize("partly", [False, True])
 @pytest.mark.parametrize("call, file", [(5, "preprocessing.journal"), (12, "preprocessing.json")])
 def test_a_record_that_cannot_be_written_stops_the_run_and_the_next_goes_on(

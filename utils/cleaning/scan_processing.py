@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,8 @@ from tqdm import tqdm
 from utils.cleaning.journal import MANIFEST, FileRecord, Journal, Record, Scan, locked, sha256, stamp
 from utils.errors import InputError
 from utils.scans.files import atomic_path, cannot_read, cannot_write, make_folder
-from utils.scans.organized_pc import write_organized_pc
+from utils.scans.images import open_image
+from utils.scans.organized_pc import as_cloud, read_organized_pc, write_organized_pc
 
 Outcome = tuple[Scan, Record | str]  # the record, or the reason why the scan failed
 
@@ -142,9 +143,9 @@ def report(summary: Summary, done: str = "done") -> int:
 
 
 def write_results(scan: Scan, arrays: Mapping[str, np.ndarray], output: Path) -> Record:
-    """Write clouds (float32) as tiff and images (uint8) as PNG under temporary names, and flush them to disk.
+    """Write clouds (float32) as tiff and images (uint8) as PNG under temporary names, and read them back.
 
-    Raises InputError if a file cannot be written, OSError if a source cannot be read.
+    Raises InputError if a file cannot be written or reads back differently, OSError if a source cannot be read.
     """
     record = {}
     for modality, array in arrays.items():
@@ -161,4 +162,17 @@ def write_results(scan: Scan, arrays: Mapping[str, np.ndarray], output: Path) ->
             record[modality] = FileRecord(source, sha256(path), *stamp(path), stamps)
         except OSError as error:
             raise cannot_write(scan.file(output, modality), error) from error
+        if not _holds(path, array):
+            problem = f"The new {scan.file(output, modality)} reads back differently from what was written"
+            raise InputError(f"{problem}. Check the disk and run the same command again.")
     return record
+
+
+def _holds(path: Path, array: np.ndarray) -> bool:
+    """Return True if a file of `write_results` can be read and holds the array."""
+    with suppress(InputError):
+        if array.dtype == np.float32:
+            return np.array_equal(read_organized_pc(path), as_cloud(array))
+        with open_image(path) as image:
+            return np.array_equal(np.asarray(image), array)
+    return False
