@@ -24,7 +24,7 @@ PARAMETERS = [
 def module() -> FeatureFusion:
     torch.manual_seed(1)
     module = FeatureFusion(xyz_dim=5, rgb_dim=3, head_dim=4)
-    for parameter in module.parameters():  # LayerNorm starts as the identity: make every parameter count
+    for parameter in module.parameters():  # LayerNorm starts as the identity; random values test every parameter
         torch.nn.init.normal_(parameter)
     return module
 
@@ -36,13 +36,13 @@ def plain(module: FeatureFusion) -> reference.FeatureFusion:
     return plain
 
 
-def test_parameters_carry_the_published_names(module: FeatureFusion) -> None:
+def test_parameters_have_the_published_names(module: FeatureFusion) -> None:
     assert list(module.state_dict()) == PARAMETERS
     assert module.xyz_mlp.fc1.weight.shape == (20, 5)  # mlp_ratio 4
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (6,), (2, 3)])
-def test_fuse_equals_its_plain_form(
+def test_fuse_equals_the_plain_form(
     module: FeatureFusion, plain: reference.FeatureFusion, leading: tuple[int, ...]
 ) -> None:
     xyz, rgb = torch.randn(*leading, 5), torch.randn(*leading, 3)
@@ -51,14 +51,14 @@ def test_fuse_equals_its_plain_form(
     torch.testing.assert_close(fused.reshape(-1, 8), plain.fuse(xyz.reshape(-1, 5), rgb.reshape(-1, 3)))
 
 
-def test_forward_is_the_heads_of_the_patches_without_an_exact_zero(
+def test_forward_applies_the_heads_to_patches_without_an_exact_zero(
     module: FeatureFusion, plain: reference.FeatureFusion
 ) -> None:
     xyz, rgb = torch.randn(2, 3, 5), torch.randn(2, 3, 3)
     xyz[0, 1] = 0.0  # background
     xyz[1, 2, 4] = 0.0  # a single zero is enough
     xyz[1, 0, 0] = 1e-30  # tiny is not zero
-    rgb[0, 0] = 0.0  # zeros of rgb do not count
+    rgb[0, 0] = 0.0  # zeros in rgb are ignored
     xyz_out, rgb_out = module(xyz, rgb)
     assert len(xyz_out) == len(rgb_out) == 4
     for ours, expected in zip((xyz_out, rgb_out), plain(xyz.flatten(0, 1), rgb.flatten(0, 1)), strict=True):
@@ -79,7 +79,7 @@ def test_from_state_dict_finds_every_width(xyz_dim: int, rgb_dim: int, ratio: fl
         assert torch.equal(ours, theirs)
 
 
-def test_from_state_dict_names_what_does_not_fit(module: FeatureFusion) -> None:
+def test_from_state_dict_names_keys_that_do_not_fit(module: FeatureFusion) -> None:
     state = module.state_dict()
     lacking = {key: value for key, value in state.items() if key not in ("rgb_head.bias", "xyz_norm.weight")}
     with pytest.raises(InputError, match=r"here\.pth is not a UFF checkpoint: 'xyz_norm.weight' is missing"):
@@ -97,13 +97,13 @@ def test_from_state_dict_names_what_does_not_fit(module: FeatureFusion) -> None:
 
 @pytest.mark.parametrize("name", ["xyz_norm", "rgb_norm", "xyz_mlp.fc1", "xyz_head"])
 @pytest.mark.parametrize("shape", [(), (0,), (0, 5)])
-def test_from_state_dict_refuses_weights_without_a_row(module: FeatureFusion, name: str, shape: tuple[int]) -> None:
+def test_from_state_dict_refuses_empty_weights(module: FeatureFusion, name: str, shape: tuple[int]) -> None:
     with pytest.raises(InputError, match=r"is not a UFF checkpoint: a weight in it is empty"):
         FeatureFusion.from_state_dict(module.state_dict() | {f"{name}.weight": torch.ones(shape)})
 
 
 @pytest.mark.golden
-def test_initial_parameters_are_those_of_the_original(goldens: Path) -> None:
+def test_initial_parameters_equal_the_original(goldens: Path) -> None:
     recorded = json.loads((goldens / "uff_train.json").read_text())["bagel"]["init"]["norms"]
     torch.manual_seed(0)
     module = FeatureFusion(xyz_dim=1152, rgb_dim=768)
@@ -112,22 +112,23 @@ def test_initial_parameters_are_those_of_the_original(goldens: Path) -> None:
 
 
 @pytest.mark.golden
-def test_fused_patches_are_those_of_the_original(goldens: Path, golden_weights: Path) -> None:
+def test_fused_patches_equal_the_original(goldens: Path, golden_weights: Path) -> None:
     module = build_feature_fusion(golden_weights / "uff.pth", xyz_dim=1152, rgb_dim=768)
     recorded = np.load(goldens / "stages_bagel_test_hole_000.npz")
     stages = {key: torch.from_numpy(value) for key, value in recorded.items() if value.dtype == np.float32}
-    # Recorded are every 49th fused row and its rgb patch, every 25th xyz patch, every 12th rgb patch on the rgb grid,
-    # and the norms of all rows: a background row is known throughout, any other row where the strides meet.
+    # The recording has every 49th fused row and its rgb patch, every 25th xyz patch, every 12th rgb patch on the rgb
+    # grid, and the norms of all fused rows. Background rows can be checked in full; of other rows only the norm, where
+    # both of their inputs were recorded.
     fused_rows = stages["uff_patch_s"]
     background = stages["xyz_patch_norms"][::49] == 0
     place = torch.arange(0, 3136, 25)
     rgb_place = place // 56 // 2 * 28 + place % 56 // 2
-    meeting = rgb_place % 12 == 0
-    xyz, rgb = stages["xyz_patch_s"][meeting], stages["vit_s"][rgb_place[meeting] // 12]
+    both_recorded = rgb_place % 12 == 0
+    xyz, rgb = stages["xyz_patch_s"][both_recorded], stages["vit_s"][rgb_place[both_recorded] // 12]
     with torch.inference_mode():
         ours = module.fuse(torch.zeros(len(fused_rows), module.xyz_dim), stages["rgb_patch2_s"])
         norms = module.fuse(xyz, rgb).norm(dim=1)
     torch.testing.assert_close(ours[:, module.xyz_dim :], fused_rows[:, module.xyz_dim :], rtol=0, atol=1e-4)
     torch.testing.assert_close(ours[background], fused_rows[background], rtol=0, atol=1e-4)
     assert (xyz.norm(dim=1) > 0).sum() >= 2
-    torch.testing.assert_close(norms, stages["uff_patch_norms"][place[meeting]], rtol=1e-5, atol=0)
+    torch.testing.assert_close(norms, stages["uff_patch_norms"][place[both_recorded]], rtol=1e-5, atol=0)
