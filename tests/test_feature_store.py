@@ -1,4 +1,4 @@
-"""Patch files: positions after resize and pairing, round trips at both precisions, every kind of damaged folder."""
+"""Patch files: positions after resize and pairing, round trips at both precisions, and damaged folders."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from utils.records import PatchFeatures
 
 
 def coordinates(side: int) -> Tensor:
-    """(side**2, 2): each patch holds its own row and column."""
+    """Patches that hold their own row and column, (side**2, 2)."""
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     return torch.stack([row.flatten(), column.flatten()], dim=1).float()
 
@@ -33,23 +33,23 @@ def random_features(seed: int = 0, xyz_dim: int = 5, rgb_dim: int = 3) -> PatchF
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes, written out of order."""
+    """Patch files of two classes, written out of order."""
     for class_name, stem, seed in [("dowel", "001", 3), ("dowel", "000", 2), ("bagel", "010", 1), ("bagel", "002", 0)]:
         write_features(tmp_path, class_name, stem, random_features(seed), **BACKBONES)
     return tmp_path
 
 
-def test_upward_resize_keeps_places() -> None:
+def test_upsampling_repeats_the_patch_of_each_place() -> None:
     assert torch.equal(resize_patches(coordinates(28), 56), coordinates(56) // 2)
 
 
-def test_downward_resize_averages_places() -> None:
+def test_downsampling_averages_patches() -> None:
     assert torch.equal(resize_patches(coordinates(4), 2), coordinates(2) * 2 + 0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("side", "grid"), [(1, 3), (3, 3), (3, 4), (5, 2)])
-def test_resize_equals_its_twin(side: int, grid: int, dtype: torch.dtype) -> None:
+def test_resize_equals_the_plain_form(side: int, grid: int, dtype: torch.dtype) -> None:
     patches = torch.randn(side * side, 2).to(dtype)
     resized = resize_patches(patches, grid)
     plane = patches.double().reshape(side, side, 2)
@@ -59,12 +59,12 @@ def test_resize_equals_its_twin(side: int, grid: int, dtype: torch.dtype) -> Non
     torch.testing.assert_close(resized.double(), torch.stack(expected), atol=2e-3, rtol=0)
 
 
-def test_patches_off_a_square_grid_are_refused() -> None:
+def test_patches_of_no_square_grid_are_refused() -> None:
     with pytest.raises(ValueError, match="12 patches"):
         resize_patches(torch.ones(12, 2), 4)
 
 
-def test_aligned_pairs_share_their_place() -> None:
+def test_aligned_pairs_are_at_the_same_place() -> None:
     assert torch.equal(pair_rgb(coordinates(28), 3136), coordinates(56) // 2)
 
 
@@ -83,7 +83,7 @@ def test_reference_pairs_of_other_grids() -> None:
 
 
 @pytest.mark.golden
-def test_both_pairings_are_those_of_the_original(goldens: Path) -> None:
+def test_both_pairings_equal_the_original(goldens: Path) -> None:
     stages = np.load(goldens / "stages_bagel_test_hole_000.npz")
     tokens = torch.full((784, stages["vit_s"].shape[1]), torch.nan)  # every 12th is recorded
     tokens[::12] = torch.from_numpy(stages["vit_s"])
@@ -115,8 +115,8 @@ def test_half_precision_is_the_default_and_halves_the_file(tmp_path: Path) -> No
     torch.testing.assert_close(xyz, features.xyz, rtol=1e-3, atol=1e-6)
 
 
-def test_half_precision_of_real_widths_takes_two_fifths_of_the_original(tmp_path: Path) -> None:
-    """The original stores every rgb patch four times, and in single precision: 3136 x 1920 x 4 bytes."""
+def test_a_half_precision_file_is_at_most_two_fifths_of_the_original(tmp_path: Path) -> None:
+    """The original stores each rgb patch four times, in single precision: 3136 x 1920 x 4 bytes."""
     features = PatchFeatures(rgb=torch.zeros(784, 768), xyz=torch.zeros(3136, 1152))
     sizes = [
         write_features(tmp_path, "bagel", stem, features, **BACKBONES, dtype=dtype).stat().st_size
@@ -127,7 +127,7 @@ def test_half_precision_of_real_widths_takes_two_fifths_of_the_original(tmp_path
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_file_has_the_zeros_of_the_features_and_no_others(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_saving_keeps_exact_zeros_and_adds_none(tmp_path: Path, dtype: torch.dtype) -> None:
     features = random_features()
     features.xyz[0, :4] = torch.tensor([1e-12, -1e-12, 0.0, -0.0])
     write_features(tmp_path, "bagel", "000", features, **BACKBONES, dtype=dtype)
@@ -146,7 +146,7 @@ def test_files_are_sorted_by_class_and_stem(folder: Path) -> None:
     torch.testing.assert_close(dataset[1][0], random_features(1).xyz, rtol=1e-3, atol=1e-6)
 
 
-def test_header_tells_all_about_a_file(folder: Path) -> None:
+def test_the_header_describes_the_file(folder: Path) -> None:
     path = folder / "bagel" / "002.safetensors"
     assert read_header(path)._asdict() == {
         **{"path": path, "class_name": "bagel", "stem": "002", "xyz_dim": 5, "rgb_dim": 3, "xyz_grid": 4},
@@ -166,12 +166,12 @@ def test_pairing_is_chosen_by_name(folder: Path) -> None:
             call()
 
 
-def test_files_ask_for_the_pairing_they_were_written_with(tmp_path: Path) -> None:
+def test_the_default_pairing_is_the_one_in_the_files(tmp_path: Path) -> None:
     features = random_features()
     write_features(tmp_path, "bagel", "000", features, **BACKBONES, pairing="reference", dtype=torch.float32)
-    asked, overruled = PatchFileDataset(tmp_path), PatchFileDataset(tmp_path, "aligned")
-    assert torch.equal(asked[0][1], pair_rgb(features.rgb, 16, "reference"))
-    assert torch.equal(overruled[0][1], pair_rgb(features.rgb, 16, "aligned"))
+    default, overridden = PatchFileDataset(tmp_path), PatchFileDataset(tmp_path, "aligned")
+    assert torch.equal(default[0][1], pair_rgb(features.rgb, 16, "reference"))
+    assert torch.equal(overridden[0][1], pair_rgb(features.rgb, 16, "aligned"))
     write_features(tmp_path, "bagel", "001", features, **BACKBONES, pairing="aligned", dtype=torch.float32)
     with pytest.raises(InputError, match="pairing"):
         PatchFileDataset(tmp_path)
@@ -185,7 +185,7 @@ def test_batches_have_equal_shapes(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("made", "message"), [(False, "not a folder"), (True, "holds no <class>/<stem>.safetensors")])
-def test_no_files(tmp_path: Path, made: bool, message: str) -> None:
+def test_a_folder_without_files_is_refused(tmp_path: Path, made: bool, message: str) -> None:
     folder = tmp_path / "lib"
     if made:
         folder.mkdir()
@@ -233,7 +233,7 @@ def test_files_of_different_runs_are_refused(folder: Path, features: PatchFeatur
         ({"rgb_dim": "7"}, r"holds .*\(4, 3\).* but its metadata say .*\(4, 7\)"),
     ],
 )
-def test_wrong_metadata_are_told(folder: Path, change: dict[str, str | None], message: str) -> None:
+def test_wrong_metadata_are_refused(folder: Path, change: dict[str, str | None], message: str) -> None:
     path = folder / "bagel" / "002.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() | change
@@ -256,7 +256,7 @@ def test_rows_that_are_not_finite_are_counted(folder: Path, modality: str) -> No
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e6])
-def test_bad_values_are_refused_before_a_file_is_made(tmp_path: Path, value: float) -> None:
+def test_bad_values_are_refused_before_a_file_is_written(tmp_path: Path, value: float) -> None:
     features = random_features()
     features.rgb[2, 1] = value
     with pytest.raises(InputError, match="1 of 4 rgb patches"):
@@ -275,7 +275,7 @@ def test_one_modality_is_not_enough(tmp_path: Path) -> None:
 
 
 def grid_features(seed: int = 0) -> PatchFeatures:
-    """Of 8 x 8 and 4 x 4 patches, with the background of a scan."""
+    """Random features of 8 x 8 xyz and 4 x 4 rgb patches, with background."""
     generator = torch.Generator().manual_seed(seed)
     xyz = torch.randn(64, 12, generator=generator)
     xyz[:8] = 0.0
@@ -291,7 +291,7 @@ def original_folder(folder: Path, names: Sequence[str] = ("bagel0", "bagel1", "c
 
 @pytest.mark.parametrize("xyz_dim", [None, 12])
 @pytest.mark.parametrize("pairing", [None, "aligned", "reference"])
-def test_files_of_the_original_give_the_rows_of_ours(tmp_path: Path, pairing: str | None, xyz_dim: int | None) -> None:
+def test_files_of_the_original_give_the_same_rows(tmp_path: Path, pairing: str | None, xyz_dim: int | None) -> None:
     theirs = PatchFileDataset(original_folder(tmp_path / "theirs"), pairing, xyz_dim=xyz_dim)
     for seed in range(3):
         write_features(tmp_path / "ours", "a", str(seed), grid_features(seed), **BACKBONES, dtype=torch.float32)
@@ -306,8 +306,8 @@ def test_files_of_the_original_give_the_rows_of_ours(tmp_path: Path, pairing: st
         assert theirs[index][2] == index
 
 
-def test_rgb_patches_of_the_original_are_put_back_to_their_places(tmp_path: Path) -> None:
-    """At its real grids, with the coordinates of each patch as its features."""
+def test_rgb_patches_of_the_original_are_returned_to_their_places(tmp_path: Path) -> None:
+    """With patch coordinates as features, rgb patches in a file of the original get back to their places."""
     xyz = coordinates(56) + 1
     xyz[:56] = 0.0
     write_original(tmp_path, "bagel0", PatchFeatures(rgb=coordinates(28) + 1, xyz=xyz))
@@ -316,7 +316,7 @@ def test_rgb_patches_of_the_original_are_put_back_to_their_places(tmp_path: Path
     assert torch.equal(rgb - 1, coordinates(56) // 2)
 
 
-def test_width_is_asked_for_where_no_background_shows_it(tmp_path: Path) -> None:
+def test_the_xyz_width_is_required_if_no_background_shows_it(tmp_path: Path) -> None:
     features = grid_features()
     features.xyz[:8] = 1.0
     write_original(tmp_path, "bagel0", features)
@@ -327,9 +327,9 @@ def test_width_is_asked_for_where_no_background_shows_it(tmp_path: Path) -> None
     assert torch.equal(rgb, resize_patches(features.rgb, 8))
 
 
-def test_width_is_not_guessed_where_background_rows_disagree(tmp_path: Path) -> None:
+def test_the_xyz_width_is_required_if_background_rows_disagree(tmp_path: Path) -> None:
     features = grid_features()
-    features.xyz[20, :3] = 0.0  # a patch with points, by chance zero in front
+    features.xyz[20, :3] = 0.0  # a patch with points that happens to start with zeros
     write_original(tmp_path, "bagel0", features)
     with pytest.raises(InputError, match="Give it as --xyz_dim"):
         PatchFileDataset(tmp_path)
@@ -338,13 +338,13 @@ def test_width_is_not_guessed_where_background_rows_disagree(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("xyz_dim", [22, 23, 11, 13])
 def test_a_wrong_width_is_refused(tmp_path: Path, xyz_dim: int) -> None:
-    """One too small takes an xyz column for rgb, one too large an rgb column for xyz: background rows tell."""
+    """Background rows show that a width is too small or too large."""
     with pytest.raises(InputError, match=rf"^\S*bagel0\.pt [^\n]*--xyz_dim {xyz_dim}[^\n]*$"):
         PatchFileDataset(original_folder(tmp_path), xyz_dim=xyz_dim)
 
 
 class Attack:
-    """What unpickling would run."""
+    """Object that ends the process when it is unpickled."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return exec, ("raise SystemExit('unpickled')",)
@@ -365,8 +365,10 @@ class Attack:
     ],
     ids=["no square", "3 axes", "dict", "list", "pickle", "empty file", "no pickle", "no patch"],
 )
-def test_what_is_no_file_of_the_original_is_refused(tmp_path: Path, content: object, message: str, place: int) -> None:
-    """As the first file, whose widths count for all, and as a later one."""
+def test_a_pt_file_that_is_not_of_the_original_is_refused(
+    tmp_path: Path, content: object, message: str, place: int
+) -> None:
+    """Such a file is refused as the first one, which sets the widths, and as a later one."""
     path = original_folder(tmp_path) / f"bagel{place}.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -402,7 +404,7 @@ def test_files_of_the_original_of_different_shapes_are_refused(
 
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("modality", ["xyz", "rgb"])
-def test_rows_of_the_original_that_are_not_finite_are_told(tmp_path: Path, modality: str, place: int) -> None:
+def test_rows_of_the_original_that_are_not_finite_are_counted(tmp_path: Path, modality: str, place: int) -> None:
     features = grid_features(place)
     getattr(features, modality)[9, 2] = torch.nan
     write_original(original_folder(tmp_path), f"bagel{place}", features)
