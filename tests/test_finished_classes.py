@@ -1,4 +1,4 @@
-"""The files of finished classes: what is kept comes back, and what is no such file is refused and does no harm."""
+"""Files of finished classes: they are read back unchanged, and other or damaged files are refused safely."""
 
 import copy
 import hashlib
@@ -35,13 +35,13 @@ from utils.reporting.results_json import results_record, write_results
 
 FLAGS = ARGS | {"img_size": 224, "f_coreset": 0.1, "random_state": None, "rgb_checkpoint": Path("a/b.pth")}
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\u2028"
-EVIL_NAME = EVIL.replace("/", "")  # of a folder
-MEND = "Delete it to compute its class again."
+EVIL_NAME = EVIL.replace("/", "")  # a folder name has no slash
+FIX = "Delete it to compute its class again."
 
 
 @pytest.fixture(autouse=True)
 def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that two pages say the same date."""
+    """Stop the clock, so that two pages show the same date."""
 
     class Stopped(datetime):
         @classmethod
@@ -51,8 +51,8 @@ def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_page_module, "datetime", Stopped)
 
 
-def kept(folder: Path, report: ClassReport) -> ClassReport:
-    """What comes back of a report."""
+def round_trip(folder: Path, report: ClassReport) -> ClassReport:
+    """Write a report and read it back."""
     write_class(folder, report, FLAGS)
     read = read_class(folder, report.name, FLAGS)
     assert read is not None
@@ -65,7 +65,7 @@ def content_of(folder: Path, report: ClassReport) -> dict[str, Any]:
 
 
 def put(folder: Path, content: object, name: str = "gasket") -> Path:
-    """A file of any content in the place of a class's."""
+    """Write any content as a class's file."""
     path = class_file(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
@@ -73,7 +73,7 @@ def put(folder: Path, content: object, name: str = "gasket") -> Path:
 
 
 def refused(folder: Path, name: str = "gasket") -> str:
-    """What reading a class ends with: one sentence that names its file."""
+    """One-line error of reading a class, which names its file."""
     with pytest.raises(InputError) as caught:
         read_class(folder, name, FLAGS)
     message = str(caught.value)
@@ -82,24 +82,24 @@ def refused(folder: Path, name: str = "gasket") -> str:
     return message
 
 
-# Kept and read again
+# Round trips
 
 REPORTS: dict[str, dict[str, Any]] = {
-    "whole": {},
+    "complete": {},
     "nothing shown": {"limit": 0},
     "no image": {"limit": 2, "image": False},
     "no cloud": {"limit": 2, "cloud": False},
     "neither": {"limit": 2, "image": False, "cloud": False},
     "not calibrated": {"limit": 2, "threshold": None},
-    "only good parts": {"threshold": None, "f1": None, "f1_threshold": None},
-    "only defective parts": {"limit": 2},
+    "only good samples": {"threshold": None, "f1": None, "f1_threshold": None},
+    "only defective samples": {"limit": 2},
     "one bank": {"limit": 2},
     "other names": {"name": "Führung 3 & 4"},
     "markup": {"name": EVIL_NAME},
 }
-PARTS = {
-    "only good parts": lambda: [made_up_sample(f"test/good/{i:03d}", 0.1 * i) for i in range(4)],
-    "only defective parts": lambda: [made_up_sample(f"test/hole/{i:03d}", 0.1 * i) for i in range(4)],
+SAMPLES = {
+    "only good samples": lambda: [made_up_sample(f"test/good/{i:03d}", 0.1 * i) for i in range(4)],
+    "only defective samples": lambda: [made_up_sample(f"test/hole/{i:03d}", 0.1 * i) for i in range(4)],
     "one bank": lambda: made_up_samples(banks=("rgb",)),
     "other names": lambda: [made_up_sample(f"test/h\udcff/{i}", 0.3 * i) for i in range(3)],
     "markup": lambda: [made_up_sample(f"test/{EVIL_NAME}/{i}", 0.3 * i) for i in range(3)],
@@ -108,29 +108,29 @@ PARTS = {
 
 @cache
 def report_of(which: str) -> ClassReport:
-    return made_up_class(evaluated=PARTS.get(which, made_up_samples)(), **REPORTS[which])
+    return made_up_class(evaluated=SAMPLES.get(which, made_up_samples)(), **REPORTS[which])
 
 
 @pytest.mark.parametrize("which", REPORTS)
-def test_what_is_kept_of_a_class_comes_back(tmp_path: Path, which: str) -> None:
+def test_a_class_is_read_back_unchanged(tmp_path: Path, which: str) -> None:
     report = report_of(which)
-    assert kept(tmp_path, report) == replace(report, samples=json.loads(json.dumps(report.samples)))
+    assert round_trip(tmp_path, report) == replace(report, samples=json.loads(json.dumps(report.samples)))
     assert [path.name for path in class_file(tmp_path, report.name).parent.iterdir()] == [f"{report.name}.json"]
 
 
 @pytest.mark.parametrize("which", REPORTS)
-def test_a_page_of_what_came_back_is_the_same_byte_by_byte(tmp_path: Path, which: str) -> None:
+def test_report_and_results_of_a_class_read_back_are_byte_equal(tmp_path: Path, which: str) -> None:
     report = report_of(which)
     page = made_up_page(report)
-    assert made_up_page(kept(tmp_path, report)) == page
+    assert made_up_page(round_trip(tmp_path, report)) == page
     assert len(samples_of(page)) == len(report.samples)
     record = results_record(COMMAND, ARGS, {report.name: report.entry})
     write_results(tmp_path / "a", record)
-    write_results(tmp_path / "b", results_record(COMMAND, ARGS, {report.name: kept(tmp_path, report).entry}))
+    write_results(tmp_path / "b", results_record(COMMAND, ARGS, {report.name: round_trip(tmp_path, report).entry}))
     assert (tmp_path / "a/results.json").read_bytes() == (tmp_path / "b/results.json").read_bytes()
 
 
-def test_classes_lie_beside_one_another(tmp_path: Path) -> None:
+def test_each_class_has_its_own_file(tmp_path: Path) -> None:
     for name in ("gasket", "bracket"):
         write_class(tmp_path, made_up_class(name, limit=0), FLAGS)
     assert sorted(path.name for path in (tmp_path / "classes").iterdir()) == ["bracket.json", "gasket.json"]
@@ -140,7 +140,7 @@ def test_classes_lie_beside_one_another(tmp_path: Path) -> None:
         assert read.name == name
 
 
-def test_a_class_that_is_not_there_is_none(tmp_path: Path) -> None:
+def test_a_class_without_a_file_is_none(tmp_path: Path) -> None:
     assert read_class(tmp_path / "nowhere", "gasket", FLAGS) is None
     assert read_class(tmp_path, "gasket", FLAGS) is None
     write_class(tmp_path, made_up_class("bracket", limit=0), FLAGS)
@@ -156,12 +156,14 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
 # Flags
 
 
-def test_flags_that_the_figures_hang_on_are_refused_and_named(tmp_path: Path) -> None:
+def test_changed_flags_that_affect_results_are_refused_and_named(tmp_path: Path) -> None:
     flags = vars(parse_args([])) | {"precision": "fp32"}
     free, binding = set(FREE_FLAGS), ("dataset_path", "max_sample", "target_fpr", "detector_dtype", "save_preds")
     assert free < set(flags)
     assert free.isdisjoint(binding)
-    assert free & set(applied_flags(DetectorConfig())) == {"point_ops"}  # of all that a detector computes with
+    assert free & set(applied_flags(DetectorConfig())) == {
+        "point_ops"
+    }  # the only free flag of the detector's configuration
     report = made_up_class(limit=0)
     write_class(tmp_path, report, flags)
     for name in flags:
@@ -172,8 +174,8 @@ def test_flags_that_the_figures_hang_on_are_refused_and_named(tmp_path: Path) ->
         with pytest.raises(InputError) as caught:
             read_class(tmp_path, "gasket", changed)
         message = str(caught.value)
-        was = None if flags[name] is None else flags[name] if isinstance(flags[name], list) else str(flags[name])
-        assert message.startswith(f"{class_file(tmp_path, 'gasket')} was computed with {name} {was}, now another. ")
+        before = None if flags[name] is None else flags[name] if isinstance(flags[name], list) else str(flags[name])
+        assert message.startswith(f"{class_file(tmp_path, 'gasket')} was computed with {name} {before}, now another. ")
         assert message.endswith("Use the same flags, or omit --resume.")
 
 
@@ -183,14 +185,14 @@ def test_all_flags_that_differ_are_named(tmp_path: Path) -> None:
         read_class(tmp_path, "gasket", FLAGS | {"img_size": 112, "f_coreset": 0.2, "output_dir": "elsewhere"})
 
 
-def test_a_flag_that_only_one_of_both_runs_has_is_named(tmp_path: Path) -> None:
+def test_a_flag_of_only_one_of_the_runs_is_named(tmp_path: Path) -> None:
     write_class(tmp_path, made_up_class(limit=0), FLAGS)
     for changed in (FLAGS | {"new_flag": 3}, {name: value for name, value in FLAGS.items() if name != "img_size"}):
         with pytest.raises(InputError, match=r"new_flag None, now 3|img_size 224, now None"):
             read_class(tmp_path, "gasket", changed)
 
 
-def test_flags_in_a_file_are_told_in_one_line(tmp_path: Path) -> None:
+def test_flags_in_a_file_are_shown_in_one_short_line(tmp_path: Path) -> None:
     content = content_of(tmp_path, made_up_class(limit=0))
     put(tmp_path, content | {"flags": content["flags"] | {"img_size": "\x1b[2J\nerror: none\n" * 1000}})
     message = refused(tmp_path)
@@ -220,14 +222,14 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         (sound | {"report": report | {"parts": [3]}}, "at `report.parts[0]`"),
         (sound | {"report": report | {"entry": {}}}, "does not match its checksum"),
     ]
-    for content, said in cases:
+    for content, expected in cases:
         path = put(tmp_path, content)
         if isinstance(content, str):
             path.write_text(content)
         message = refused(tmp_path)
-        assert "is damaged" in message, said
-        assert said in message
-        assert message.endswith(MEND)
+        assert "is damaged" in message, expected
+        assert expected in message
+        assert message.endswith(FIX)
 
 
 def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
@@ -241,7 +243,7 @@ def test_a_class_under_another_name_is_refused(tmp_path: Path) -> None:
     assert "gasket.json is damaged" in refused(tmp_path)
 
 
-def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+def test_a_file_without_read_permission_is_named(tmp_path: Path) -> None:
     write_class(tmp_path, made_up_class(limit=0), FLAGS)
     class_file(tmp_path, "gasket").chmod(0)
     with unprivileged():
@@ -249,12 +251,12 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
     assert message.endswith("cannot be read (Permission denied). Make it and the folders above it readable.")
 
 
-# Files that mean harm
+# Malicious files
 
 
 @cache
 def plain() -> ClassReport:
-    """A sound one, of two samples whose pictures are shown."""
+    """Valid report that shows two samples with images."""
     return made_up_class(evaluated=made_up_samples(4), limit=2, cloud=False)
 
 
@@ -263,9 +265,9 @@ def page_of(report: ClassReport) -> str:
 
 
 def assert_no_foreign_markup(page: str) -> None:
-    """It has no element or attribute that the page of a sound file lacks."""
+    """Assert that a page has no element or attribute that the page of a valid file lacks."""
     read, sound = read_page(page), read_page(page_of(plain()))
-    # A shown cloud brings the 3D script with it.
+    # A shown cloud adds the 3D script.
     assert [attrs for tag, attrs in read.tags if tag == "script" and attrs.get("id") != "plotly"] == [
         attrs for tag, attrs in sound.tags if tag == "script"
     ]
@@ -274,7 +276,7 @@ def assert_no_foreign_markup(page: str) -> None:
 
 
 def places(value: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where a value lies in JSON; of a list only the first."""
+    """Paths of all values in JSON; of a list only the first item."""
     if path:
         yield path
     if isinstance(value, dict):
@@ -294,8 +296,7 @@ def changed(content: dict[str, Any], place: tuple[Any, ...], value: object) -> d
 
 
 @pytest.mark.parametrize("value", [EVIL, "", None, True, -1, float("nan"), [], {}], ids=repr)
-def test_a_change_anywhere_is_noticed(tmp_path: Path, value: object) -> None:
-    """Every single value of a sound file, replaced."""
+def test_any_changed_value_is_detected(tmp_path: Path, value: object) -> None:
     content = content_of(tmp_path, plain())
     for place in places(content["report"], ("report",)):
         other = changed(content, place, value)
@@ -305,8 +306,8 @@ def test_a_change_anywhere_is_noticed(tmp_path: Path, value: object) -> None:
 
 
 @pytest.mark.parametrize("value", [EVIL, [EVIL], {EVIL: EVIL}, {EVIL: 1.0}], ids=repr)
-def test_a_forged_file_cannot_break_out_of_the_page(tmp_path: Path, value: object) -> None:
-    """Of who knows how its checksum is computed: no report may come of it, but none that shows more than text."""
+def test_a_forged_file_adds_no_markup_to_the_page(tmp_path: Path, value: object) -> None:
+    """A file with a forged value and a matching checksum gives no page, or a page without new markup."""
     content = content_of(tmp_path, plain())
     broken, pages = [], 0
     for place in places(content["report"], ("report",)):
@@ -315,7 +316,7 @@ def test_a_forged_file_cannot_break_out_of_the_page(tmp_path: Path, value: objec
             report = read_class(tmp_path, "gasket", FLAGS)
             assert report is not None
             page = page_of(report)
-        except Exception:  # of whatever kind
+        except Exception:  # any kind of refusal
             continue
         pages += 1
         try:
@@ -331,8 +332,8 @@ def forged(content: dict[str, Any]) -> dict[str, Any]:
     return content | {"report_sha256": digest}
 
 
-def test_texts_of_a_file_are_shown_as_text(tmp_path: Path) -> None:
-    """All that are free to say anything, at once."""
+def test_texts_of_a_forged_file_are_escaped(tmp_path: Path) -> None:
+    """All free texts of a file are shown as text, not as markup."""
     content = content_of(tmp_path, plain())
     report = content["report"]
     report["decision"][1] = report["entry"]["threshold"]["source"] = EVIL
