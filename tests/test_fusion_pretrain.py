@@ -1,4 +1,4 @@
-"""The script that trains UFF, in one process: what it leaves, every flag, validation and bad input."""
+"""fusion_pretrain.py in one process: its output, every flag, validation and bad input."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,7 +40,7 @@ def lib(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def baseline(lib: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output of the script with the flags SMALL: 2 epochs of 4 batches, 2 to an update."""
+    """Output of the script with the flags SMALL: 2 epochs of 4 batches, 2 batches per update."""
     return run_main(lib, tmp_path_factory.mktemp("baseline"))
 
 
@@ -49,10 +49,10 @@ def differ(ours: Path, others: Path) -> bool:
     return any(not torch.equal(value, weights[name]) for name, value in model_of(ours).items())
 
 
-# What a run leaves
+# Output
 
 
-def test_every_epoch_leaves_a_checkpoint_in_the_published_layout(baseline: Path) -> None:
+def test_every_epoch_saves_a_checkpoint_in_the_published_layout(baseline: Path) -> None:
     names = [f"checkpoint-{name}.pth" for name in ("0", "1", "best", "last")]
     assert sorted(path.name for path in baseline.iterdir()) == [*names, "log.txt"]
     checkpoint = read(baseline / "checkpoint-1.pth")
@@ -65,7 +65,7 @@ def test_every_epoch_leaves_a_checkpoint_in_the_published_layout(baseline: Path)
     assert differ(baseline / "checkpoint-0.pth", baseline / "checkpoint-last.pth")
 
 
-def test_log_holds_one_line_per_epoch(baseline: Path) -> None:
+def test_the_log_has_one_line_per_epoch(baseline: Path) -> None:
     entries = log_of(baseline)
     assert [entry["epoch"] for entry in entries] == [0, 1]
     assert [entry["updates"] for entry in entries] == [2, 4]
@@ -95,7 +95,7 @@ def test_log_dir_receives_tensorboard_events(lib: Path, tmp_path: Path) -> None:
     assert [event.value for event in events.Scalars("val_loss")] == pytest.approx(logged)
 
 
-# The flags
+# Flags
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_log_dir_receives_tensorboard_events(lib: Path, tmp_path: Path) -> None:
     ],
     ids=lambda flags: flags[0],
 )
-def test_the_flag_changes_the_weights(lib: Path, baseline: Path, tmp_path: Path, flags: list[str]) -> None:
+def test_a_flag_changes_the_weights(lib: Path, baseline: Path, tmp_path: Path, flags: list[str]) -> None:
     changed = run_main(lib, tmp_path, *flags)
     assert differ(changed / "checkpoint-1.pth", baseline / "checkpoint-1.pth")
 
@@ -132,7 +132,7 @@ def test_blr_scales_with_the_effective_batch(lib: Path, baseline: Path, tmp_path
     assert PretrainConfig(**vars(fusion_pretrain.parse_args([]))).with_lr(3).lr == 0.002 * 3
 
 
-def test_defaults_are_those_of_the_original() -> None:
+def test_defaults_equal_the_original() -> None:
     args = fusion_pretrain.parse_args([])
     assert (args.batch_size, args.epochs, args.accum_iter, args.weight_decay) == (16, 3, 16, 1.5e-6)
     assert (args.lr, args.blr, args.min_lr, args.warmup_epochs, args.seed) == (None, 0.002, 0.0, 1, 0)
@@ -142,10 +142,8 @@ def test_defaults_are_those_of_the_original() -> None:
     assert fusion_pretrain.parse_args(["--local-rank=2"]).local_rank == 2
 
 
-def test_dist_on_itp_takes_the_place_that_mpirun_gives(
-    lib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rank and number of processes; the learning rate of --blr follows their number."""
+def test_dist_on_itp_reads_the_ranks_of_mpirun(lib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank and world size come from mpirun's variables, and --blr scales with the world size."""
     seen: list[object] = []
     for name, value in {"RANK": "1", "SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
@@ -185,14 +183,14 @@ def test_precision_auto_follows_the_device(
     ("flags", "workers", "pinned"),
     [([], 3, True), (["--no_pin_mem"], 3, False), (["--no-pin_mem", "--pin_mem", "--num_workers", "1"], 1, True)],
 )
-def test_reading_flags_reach_the_loader(
+def test_loader_flags_reach_the_loader(
     lib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], workers: int, pinned: bool
 ) -> None:
     seen = {}
 
     def stop(dataset: PatchFileDataset, config: PretrainConfig, ranks: Ranks, pin_memory: bool) -> Batches:
         seen.update(num_workers=config.num_workers, pin_memory=pin_memory)
-        raise InputError("seen enough")
+        raise InputError("loader reached")
 
     monkeypatch.setattr(pretraining, "make_loader", stop)
     for device in ("cuda", "cpu"):
@@ -203,8 +201,8 @@ def test_reading_flags_reach_the_loader(
         assert (seen["num_workers"], seen["pin_memory"]) == (workers, pinned and device == "cuda")
 
 
-def test_files_of_the_original_train_as_the_ones_of_main(lib: Path, tmp_path: Path) -> None:
-    """In their own, scrambled, order and put back; the width is found, or given where no background shows it."""
+def test_files_of_the_original_train_like_those_of_main(lib: Path, tmp_path: Path) -> None:
+    """Both formats give the same weights in both pairings, whether the xyz width is detected or given."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     theirs.mkdir()
     for index in range(4):
@@ -220,21 +218,21 @@ def test_files_of_the_original_train_as_the_ones_of_main(lib: Path, tmp_path: Pa
             assert log_of(found) == log_of(expected)
 
 
-# The length of a training
+# Length of the training
 
 
 @pytest.mark.parametrize(("steps", "epoch", "batch"), [(1, 0, 3), (3, 0, 7), (4, 1, 3), (7, 2, 3)])
 def test_max_steps_ends_after_that_many_updates(tmp_path: Path, lib: Path, steps: int, epoch: int, batch: int) -> None:
-    """Seven batches make three updates an epoch, so these numbers end within one, at an end, and in later ones."""
+    """Seven batches make three updates an epoch; training ends within an epoch, at its end, or in a later one."""
     seven = write_samples(tmp_path / "seven", 7)
     flags = ["--batch_size", "1", "--accum_iter", "3", "--max_steps", steps, "--warmup_steps", "0"]
     out = run_main(seven, tmp_path / "out", *flags)
     last = read(out / "checkpoint-last.pth")
     assert last["progress"]["updates"] == steps
     assert {int(state["step"]) for state in last["optimizer"]["state"].values()} == {steps}
-    whole_epochs = [entry["updates"] for entry in log_of(out)]
-    assert whole_epochs == [*range(3, steps, 3), steps]
-    assert (out / f"checkpoint-{epoch}.pth").exists()  # the last one, and none for the epochs before it
+    logged = [entry["updates"] for entry in log_of(out)]
+    assert logged == [*range(3, steps, 3), steps]
+    assert (out / f"checkpoint-{epoch}.pth").exists()  # only the last epoch has a checkpoint
     assert len(list(out.glob("checkpoint-[0-9]*.pth"))) == 1
     assert not differ(out / f"checkpoint-{epoch}.pth", out / "checkpoint-last.pth")
 
@@ -244,22 +242,22 @@ def test_max_steps_ends_after_that_many_updates(tmp_path: Path, lib: Path, steps
     [([], 4), (["--warmup_steps", "2"], 2), (["--warmup_steps", "0"], 0)],
     ids=["default", "2", "0"],
 )
-def test_max_steps_are_the_schedule(lib: Path, tmp_path: Path, flags: list[str], warmup: int) -> None:
-    """With one update an epoch the log tells the rate of each; --epochs no longer counts."""
+def test_max_steps_sets_the_learning_rate_schedule(lib: Path, tmp_path: Path, flags: list[str], warmup: int) -> None:
+    """With --max_steps the schedule counts updates, not epochs; one update an epoch logs each rate."""
     length = ["--max_steps", "12", "--warmup_epochs", "7", "--accum_iter", "4", "--min_lr", "0.001"]
     rates = [entry["train_lr"] for entry in log_of(run_main(lib, tmp_path, *length, *flags))]
     expected = Schedule(0.01, 0.001, warmup, 12)
     assert rates == pytest.approx([expected.learning_rate(update) for update in range(12)])
 
 
-def test_a_third_of_max_steps_is_warm_up() -> None:
+def test_warmup_is_a_third_of_max_steps_by_default() -> None:
     config = PretrainConfig(**vars(fusion_pretrain.parse_args(["--max_steps", "750", "--lr", "0.003"])))
     assert config.schedule == Schedule(0.003, 0.0, 250, 750, in_updates=True)
     in_epochs = PretrainConfig(**vars(fusion_pretrain.parse_args(["--lr", "0.003"])))
     assert in_epochs.schedule == Schedule(0.003, 0.0, 1, 3)
 
 
-def test_drop_last_group_leaves_out_the_batches_that_fill_none(tmp_path: Path) -> None:
+def test_drop_last_group_skips_an_incomplete_group_of_batches(tmp_path: Path) -> None:
     seven = write_samples(tmp_path / "seven", 7)
     flags = ["--batch_size", "1", "--accum_iter", "3"]
     kept = run_main(seven, tmp_path / "kept", *flags)
@@ -287,21 +285,21 @@ def test_save_steps_writes_within_an_epoch(lib: Path, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("pairing", ["aligned", "reference"])
-def test_validation_tells_aligned_pairs_from_scrambled_ones(tmp_path: Path, pairing: str) -> None:
+def test_validation_distinguishes_aligned_from_scrambled_pairs(tmp_path: Path, pairing: str) -> None:
     lib = write_samples(tmp_path / "lib", 40)
     flags = ["--batch_size", "8", "--accum_iter", "1", "--epochs", "12", "--lr", "0.003", "--val_fraction", "0.2"]
     out = run_main(lib, tmp_path / "out", *flags, "--uff_pairing", pairing)
     entries = log_of(out)
     chance = {entry["val_chance"] for entry in entries}
     assert len(chance) == 1
-    # 56 valid patches; 16 distinct rgb patches in aligned order, of which each lies somewhere in the scrambled one.
+    # 56 valid xyz patches; 16 distinct rgb patches, all of which occur in both orders.
     assert chance.pop() == pytest.approx(1 / 16)
     if pairing == "aligned":
         assert entries[-1]["val_retrieval"] > 8 / 16
         assert entries[-1]["val_loss"] < entries[0]["val_loss"] - 0.3
     else:
         assert entries[-1]["val_retrieval"] < 2.5 / 16
-    # The best checkpoint is the first of those that are farthest above chance.
+    # The best checkpoint is the first of those with the largest margin above chance.
     figures = [entry["val_retrieval"] - entry["val_chance"] for entry in entries]
     best = figures.index(max(figures))
     progress = read(out / "checkpoint-best.pth")["progress"]
@@ -309,8 +307,8 @@ def test_validation_tells_aligned_pairs_from_scrambled_ones(tmp_path: Path, pair
     assert not differ(out / "checkpoint-best.pth", out / f"checkpoint-{best}.pth")
 
 
-def test_validation_is_that_of_the_files_left_out(lib: Path, tmp_path: Path) -> None:
-    """Its figures are the means over the rows of those files, by the model of that epoch, which never saw them."""
+def test_validation_uses_only_the_held_out_files(lib: Path, tmp_path: Path) -> None:
+    """Validation metrics are means over the rows of the held-out files, which do not affect training."""
     out = run_main(lib, tmp_path / "out", "--val_fraction", "0.25", "--batch_size", "1", "--accum_iter", "3")
     train, validation = split_files(8, 0.25, 0)
     assert len(validation) == 2
@@ -324,7 +322,7 @@ def test_validation_is_that_of_the_files_left_out(lib: Path, tmp_path: Path) -> 
     entry = log_of(out)[1]
     assert (entry["val_loss"], entry["val_retrieval"]) == (pytest.approx(loss), pytest.approx(hits))
     assert [entry["updates"] for entry in log_of(out)] == [2, 4]  # of 6 files
-    # Without the files held out, training is the same: it never looks at them.
+    # With other held-out files, training is the same: it does not use them.
     for index in validation:
         changed = dataset.files[index]
         features = related_features(777 + index)
@@ -368,15 +366,15 @@ def test_validation_without_a_valid_patch_is_refused(tmp_path: Path, capsys: pyt
 
 
 def assert_refused(capsys: pytest.CaptureFixture[str], lib: Path, out: Path, flags: list[str], message: str) -> None:
-    """One sentence on stderr and exit code 2."""
+    """Assert that the script ends with exit code 2 and this message on the last line of stderr."""
     with pytest.raises(SystemExit) as stop:
         run_main(lib, out, *flags)
     assert stop.value.code == 2
-    said = capsys.readouterr().err
-    line = said.splitlines()[-1]
+    stderr = capsys.readouterr().err
+    line = stderr.splitlines()[-1]
     assert ": error: " in line
     assert message in line
-    assert "Traceback" not in said
+    assert "Traceback" not in stderr
 
 
 @pytest.mark.parametrize(
@@ -467,12 +465,12 @@ def test_bad_files_end_with_one_line_and_exit_code_2(
     assert_refused(capsys, lib, tmp_path / "out", flags, message)
 
 
-def test_files_of_huge_values_are_named_and_the_last_checkpoint_stays(
+def test_files_with_huge_values_are_named_and_the_last_checkpoint_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lib = write_samples(tmp_path / "lib", 8)
     dataset = PatchFileDataset(lib)
-    # In the order of the first epoch, so that the third update meets the bad file.
+    # The bad file is in the third update of the first epoch.
     sampler = torch.utils.data.DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=0)
     order = list(sampler)
     bad, partner = dataset.files[order[4]], dataset.files[order[5]]
@@ -495,13 +493,13 @@ def test_files_of_huge_values_are_named_and_the_last_checkpoint_stays(
     assert checkpoint["progress"]["updates"] == 2
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
     assert [path.name for path in last.parent.iterdir()] == [last.name]
-    # With the file mended, training goes on from there.
+    # With the file repaired, training resumes from there.
     write_features(lib, bad.class_name, bad.stem, related_features(0), **BACKBONES)
     run_main(lib, tmp_path / "out", *flags, "--resume", last)
     assert [entry["updates"] for entry in log_of(tmp_path / "out")] == [4, 8]
 
 
-def test_divergence_names_its_batch_and_leaves_the_last_checkpoint(
+def test_divergence_names_its_batch_and_keeps_the_last_checkpoint(
     lib: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--lr", "1e30", "--min_lr", "1e30", "--warmup_epochs", "0", "--accum_iter", "1", "--save_steps", "1"]
