@@ -43,13 +43,13 @@ RUNS = {
 class BankResult(NamedTuple):
     """Result of scoring one sample against one bank."""
 
-    distances: Tensor  # (N,) from each patch to its nearest row of the bank
+    distances: Tensor  # (N,) distance of each patch to its nearest row of the bank
     score: float
     anomaly_map: Tensor  # (224, 224)
 
 
 class Run(NamedTuple):
-    """One run of ours, with the recorded one beside it."""
+    """Our run and the recorded run of one method."""
 
     recorded: dict[str, NDArray]
     meta: dict
@@ -60,7 +60,7 @@ class Run(NamedTuple):
     masks: NDArray
 
     def bank(self, phase: str) -> list[str]:
-        """The banks that the recording has arrays of in this phase."""
+        """Banks with recorded arrays in this phase."""
         return [name for name in self.detector.banks if f"minval_{phase}_{name}" in self.recorded]
 
 
@@ -70,7 +70,7 @@ def relative(ours: object, theirs: object) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-# Extracting all features again with running statistics takes a minute. test_golden_stages covers one sample.
+# Extracting all features with running statistics takes a minute more. test_golden_stages covers one sample.
 PARAMS = [pytest.param(name, marks=pytest.mark.slow if name.startswith("eval") else ()) for name in RUNS]
 
 
@@ -81,7 +81,7 @@ def run(
     golden_samples: dict[str, Sample],
     golden_features: GoldenFeatures,
 ) -> Run:
-    """Fit on the golden training samples, predict the test samples, and keep each coreset and all patch distances."""
+    """Fit on the golden training samples, predict the test samples, and record each coreset and all distances."""
     meta = json.loads((goldens / "runs_meta.json").read_text())[request.param]
     recorded = dict(np.load(goldens / f"run_{request.param}.npz"))
     config = DetectorConfig(random_state=0, **RUNS[request.param])
@@ -128,7 +128,7 @@ def by_bank(distances: list[Tensor], scores: dict[str, float], maps: dict[str, T
 pytestmark = pytest.mark.golden
 
 
-def test_ground_truth_is_the_recorded_one(run: Run, goldens: Path) -> None:
+def test_ground_truth_equals_the_recording(run: Run, goldens: Path) -> None:
     packed = np.unpackbits(np.load(goldens / "run_bn_DINO.npz")["gts_packed"])[: run.masks.size].reshape(
         run.masks.shape
     )
@@ -142,7 +142,7 @@ def test_every_bank_was_recorded(run: Run) -> None:
 
 
 def test_input_of_the_image_svm(run: Run) -> None:
-    """Scores of the training samples times the lambdas, within the error that cancellation causes."""
+    """Training scores times lambdas equal the recorded input within the error by cancellation."""
     if run.detector.decision_fusion is None:
         assert run.detector.config.method.fusion != "svm"
         return
@@ -163,7 +163,7 @@ def test_statistics(run: Run) -> None:
 
 
 def test_coresets(run: Run) -> None:
-    """Same sets; the order of distant ties is rounding's."""
+    """Coresets equal the recorded sets; their order may differ by rounding after 50 picks."""
     assert run.selections
     for k, ours in enumerate(run.selections):
         theirs = run.recorded[f"coreset_idx_{k}"]
@@ -177,18 +177,17 @@ def test_bank_sizes(run: Run) -> None:
     assert shapes == list(run.meta["bank_shapes"].values())
 
 
-# Training samples against their own bank differ more: there the original's distances cancel.
+# Training samples against their own bank differ more, because the original's distances cancel there.
 DISTANCE_TOLERANCES = {"test": 5e-3, "late": 0.03}
-# Where squared distances cancel, their last digits are those of the squared norms, and hang on how the processor's
-# matrix product rounds: twelve were seen between two processors.
+# Where squared distances cancel, their last digits come from the squared norms and depend on the rounding of the
+# processor's matrix product. Two processors differed by 12 ulps.
 CANCELED_ULPS = 16
-# How many epochs an SVM takes hangs on such digits of the training samples: coefficients, and scores with them, were
-# seen to move by 0.3 % from one processor to another.
+# An SVM's number of epochs depends on these digits. Coefficients and scores differed by 0.3 % between two processors.
 SVM_TOLERANCE = 5e-3
 
 
 def squared_norm_ulp(bank: MemoryBank) -> float:
-    """The last digit of the largest squared norm in fp32."""
+    """Ulp in fp32 of the bank's largest squared norm."""
     return float(np.spacing(bank.rows.square().sum(dim=1).max().numpy()))
 
 
@@ -204,11 +203,11 @@ def test_nearest_distances(run: Run, phase: str, tolerance: float) -> None:
 
 @pytest.mark.parametrize(("phase", "levels"), [("test", 1), ("late", 5)])
 def test_bank_maps_and_scores(run: Run, phase: str, levels: int) -> None:
-    """Maps within a level of the recorded 8-bit image (training samples: five), scores within 1e-3 (5e-3).
+    """Maps are within a level of the recorded 8-bit maps (training samples: five), scores within 1e-3 (5e-3).
 
-    A training sample is so close to its own bank that the original's distances have lost digits, and how its matrix
-    product rounds depends on the processor and on the last digit of a feature. Maps may differ there by what the
-    tolerance of distances amounts to where that is more than five levels, scores by four ulps of the squared norms.
+    A training sample is so close to its own bank that the original's distances lose digits, and their rounding depends
+    on the processor. So its maps may also differ by the tolerance of distances, and its scores by four ulps of the
+    squared norms.
     """
     divisor = run.detector.config.method.score_divisor
     for name in run.bank(phase):
@@ -217,7 +216,7 @@ def test_bank_maps_and_scores(run: Run, phase: str, levels: int) -> None:
             _, score, plane = result[name]
             scale = float(run.recorded[f"blurscale_{phase}_{name}"][i])
             theirs = run.recorded[f"blurq_{phase}_{name}"][i].astype(np.float64)
-            stride = plane.shape[-1] // theirs.shape[-1]  # the maps of most runs are recorded at every 4th pixel
+            stride = plane.shape[-1] // theirs.shape[-1]  # most runs record every 4th pixel
             ours = plane.numpy().astype(np.float64)[::stride, ::stride] / scale * 255
             allowed = max(levels, DISTANCE_TOLERANCES["late"] / scale * 255) if phase == "late" else levels
             assert np.abs(ours - theirs).max() <= allowed + 0.1, f"{name} map of sample {i}"
@@ -235,7 +234,7 @@ def test_image_scores(run: Run) -> None:
 
 
 def test_fused_maps(run: Run) -> None:
-    """Fused maps within what a level of each 8-bit map amounts to."""
+    """Fused maps differ by no more than a level of each 8-bit map causes."""
     maps = np.stack([prediction.anomaly_map.numpy() for prediction in run.predictions])
     assert relative(maps[:, ::8, ::8], run.recorded["pred_sub8"]) < 0.01
     np.testing.assert_allclose(np.linalg.norm(maps, axis=(1, 2)), run.recorded["pred_norm"], rtol=1e-3)
