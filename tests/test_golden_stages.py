@@ -1,4 +1,4 @@
-"""Each stage from file to patch against the recorded stages of the original computation, on one sample."""
+"""Each stage from files to fusion patches against the recording of the original computation, on one sample."""
 
 from collections.abc import Callable
 from functools import cache
@@ -22,29 +22,29 @@ from utils.records import Sample
 pytestmark = pytest.mark.golden
 
 POINT_BACKBONES = ("Point_MAE", "Point_Bert")
-RECORDED_AS = {"running": "eval", "cloud": "bntrain"}  # by --point_norm
+RECORDED_AS = {"running": "eval", "cloud": "bntrain"}  # name in the recording by --point_norm
 XYZ_GRID = 56
 TOLERANCE = 1e-3
 
-Outputs = dict[str, Tensor]  # of submodules, by a name of their own, without the batch axis
+Outputs = dict[str, Tensor]  # outputs of named submodules, without the batch axis
 
 
 class PointRun(NamedTuple):
-    """One cloud through one point transformer."""
+    """Features and intermediate outputs of one point transformer for one cloud."""
 
     features: PointFeatures
     outputs: Outputs
 
 
 class RgbRun(NamedTuple):
-    """One image through the vision transformer."""
+    """Tokens and intermediate outputs of the vision transformer for one image."""
 
     tokens: Tensor  # (784, 768)
     outputs: Outputs
 
 
 def assert_close(ours: ArrayLike, theirs: NDArray, tolerance: float = TOLERANCE) -> None:
-    """Every entry within `tolerance` of the largest, and every row within `tolerance` of its own norm."""
+    """Assert that each entry is within `tolerance` of the largest, and each row within `tolerance` of its norm."""
     ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     assert ours.shape == theirs.shape
     assert np.abs(theirs).max() > 0
@@ -84,7 +84,7 @@ def sample(golden_samples: dict[str, Sample]) -> Sample:
 
 @pytest.fixture(scope="module")
 def run_points(golden_weights: Path, sample: Sample) -> Callable[[str, str], PointRun]:
-    """(--xyz_backbone_name, --point_norm) -> PointRun; each computed once."""
+    """Cached PointRun by --xyz_backbone_name and --point_norm."""
 
     @cache
     def run(name: str, point_norm: str) -> PointRun:
@@ -106,7 +106,7 @@ def run_points(golden_weights: Path, sample: Sample) -> Callable[[str, str], Poi
 
 @pytest.fixture(scope="module")
 def running(run_points: Callable[[str, str], PointRun]) -> PointRun:
-    """Point-MAE with running statistics. The recorded later stages were computed from its output."""
+    """Point-MAE with running statistics, whose output the recorded later stages use."""
     return run_points("Point_MAE", "running")
 
 
@@ -138,7 +138,7 @@ def xyz_of(sample: Sample) -> Tensor:
 
 
 def valid_points(sample: Sample) -> Tensor:
-    """(N, 3) in row-major order of the pixels."""
+    """Valid points in row-major order of the pixels, (N, 3)."""
     return xyz_of(sample)[:, valid_pixels(xyz_of(sample))].T.contiguous()
 
 
@@ -180,7 +180,7 @@ def test_point_features(
 
 
 def test_point_norms_differ(run_points: Callable[[str, str], PointRun]) -> None:
-    """The recordings can tell one --point_norm from the other."""
+    """Features of the two --point_norm values differ by more than the tolerance, so the recordings distinguish them."""
     for name in POINT_BACKBONES:
         ours = run_points(name, "running").features.features
         assert (ours - run_points(name, "cloud").features.features).norm() > 10 * TOLERANCE * ours.norm()
@@ -218,18 +218,18 @@ def test_exact_interpolation(running: PointRun, sample: Sample, recorded: dict[s
     features, centers = running.features
     assert centers is not None
     points = valid_points(sample)[torch.from_numpy(recorded["interp_cols"]).long()]
-    carried = three_nn_interpolate(points[None], centers[None], features[None])[0]  # (79, 1152)
-    assert_close(carried.T[::16], recorded["Point_MAE_eval_interp_exact64_s"])
+    interpolated = three_nn_interpolate(points[None], centers[None], features[None])[0]  # (79, 1152)
+    assert_close(interpolated.T[::16], recorded["Point_MAE_eval_interp_exact64_s"])
 
 
 def test_interpolation_by_expanded_squares(running: PointRun, sample: Sample, recorded: dict[str, NDArray]) -> None:
     features, centers = running.features
     assert centers is not None
     weight, index = three_nn_weights_expanded(valid_points(sample)[None], centers[None])
-    carried = (features[index[0]] * weight[0, :, :, None]).sum(dim=1)  # (N, 1152)
+    interpolated = (features[index[0]] * weight[0, :, :, None]).sum(dim=1)  # (N, 1152)
     columns = torch.from_numpy(recorded["interp_cols"]).long()
-    assert_close(carried[columns].T[::16], recorded["Point_MAE_eval_interp_s"])
-    np.testing.assert_allclose(carried.norm(dim=1), recorded["Point_MAE_eval_interp_norms"], rtol=TOLERANCE)
+    assert_close(interpolated[columns].T[::16], recorded["Point_MAE_eval_interp_s"])
+    np.testing.assert_allclose(interpolated.norm(dim=1), recorded["Point_MAE_eval_interp_norms"], rtol=TOLERANCE)
 
 
 def test_xyz_patches(xyz_patches: Tensor, recorded: dict[str, NDArray]) -> None:
