@@ -1,4 +1,4 @@
-"""report.html: what it says, that nothing in it is taken for markup, and that it is whole at any time."""
+"""report.html: its content, escaping of all text, security policy, and atomic writing."""
 
 import base64
 import gzip
@@ -47,7 +47,7 @@ def policy_of(page: str) -> str:
 
 
 def rows_of(page: str, table: str) -> dict[str, list[str]]:
-    """The cells of a table of the page as text, by the head of their row."""
+    """Cells of a table of the page as text, by row header."""
     body = re.search(rf'<table class="{table}">.*?<tbody>(.*?)</tbody>', page, re.DOTALL).group(1)
     rows = {}
     for row in re.findall(r"<tr.*?</tr>", body, re.DOTALL):
@@ -56,27 +56,27 @@ def rows_of(page: str, table: str) -> dict[str, list[str]]:
     return rows
 
 
-# What it says
+# Content
 
 
-def test_the_header_says_what_ran() -> None:
+def test_the_header_shows_method_backbones_and_command() -> None:
     text = read_page(made_up_page(made_up_class(limit=0))).text
-    for said in ("DINO+Point_MAE", "rgb efficientnet_lite0, xyz FPFH", "Protocol: reference", "mvtec3d", "parts"):
-        assert said in text
+    for expected in ("DINO+Point_MAE", "rgb efficientnet_lite0, xyz FPFH", "Protocol: reference", "mvtec3d", "parts"):
+        assert expected in text
     assert " ".join(COMMAND) in text
     assert f"numpy {np.__version__}" in text
 
 
-def test_every_figure_of_every_class_and_the_mean() -> None:
+def test_the_summary_has_every_metric_of_every_class_and_the_mean() -> None:
     one, other = made_up_class("gasket", limit=0), made_up_class("bracket", made_up_samples(20), limit=0, precision=0.5)
     page = made_up_page(one, other)
     rows = rows_of(page, "figures")
     assert list(rows) == ["gasket", "bracket", "Mean"]
     for each in (one, other):
-        wanted = [each.entry[key] for key in ("image_rocauc", "pixel_rocauc", "au_pro")]
-        wanted += [each.entry["au_pro_exact"][limit] for limit in EXACT_LIMITS]
-        wanted += [each.entry[key] for key in ("f1", "precision", "recall", "false_alarm_rate")]
-        assert rows[each.name] == [f"{value:.3f}" for value in wanted]
+        expected = [each.entry[key] for key in ("image_rocauc", "pixel_rocauc", "au_pro")]
+        expected += [each.entry["au_pro_exact"][limit] for limit in EXACT_LIMITS]
+        expected += [each.entry[key] for key in ("f1", "precision", "recall", "false_alarm_rate")]
+        assert rows[each.name] == [f"{value:.3f}" for value in expected]
     assert rows["Mean"][0] == f"{(one.entry['image_rocauc'] + other.entry['image_rocauc']) / 2:.3f}"
     assert rows["Mean"][8] == "0.600"
     head = read_page(re.search("<thead>.*?</thead>", page).group()).text
@@ -84,18 +84,18 @@ def test_every_figure_of_every_class_and_the_mean() -> None:
     assert head.count("exact curve") == len(EXACT_LIMITS)
 
 
-def test_bars_are_as_long_as_their_figures() -> None:
+def test_bars_are_proportional_to_their_metric() -> None:
     page = made_up_page(made_up_class(limit=0, image_rocauc=0.25))
     assert '<td style="--share:25.0%"><span class="bar more">0.250</span></td>' in page
 
 
-def test_bars_of_which_less_is_better_look_different() -> None:
+def test_bars_of_metrics_where_less_is_better_are_marked() -> None:
     page = made_up_page(made_up_class(limit=0, false_alarm_rate=0.125, recall=0.375))
     assert '<span class="bar less">0.125</span>' in page
     assert '<span class="bar more">0.375</span>' in page
 
 
-def test_the_contents_lead_to_every_section() -> None:
+def test_the_contents_link_to_every_section() -> None:
     page = made_up_page(made_up_class("gasket", limit=1), made_up_class("a b", limit=0))
     links = dict(re.findall(r'<a href="#([^"]*)">(.*?)</a>', page.split('class="contents"')[1].split("</nav>")[0]))
     assert list(links.values()) == ["Summary", "gasket", "a b", "Time", "Samples"]
@@ -104,7 +104,7 @@ def test_the_contents_lead_to_every_section() -> None:
     assert 'href="#gallery"' not in made_up_page(made_up_class(limit=0))
 
 
-def test_charts_and_counts_of_every_class() -> None:
+def test_every_class_has_charts_and_counts() -> None:
     each = made_up_class(limit=0)
     page = made_up_page(each, made_up_class("bracket", limit=0))
     read = read_page(page)
@@ -117,7 +117,7 @@ def test_charts_and_counts_of_every_class() -> None:
         assert f"{count} {name if count == 1 else plural}" in read.text
 
 
-def test_time_and_memory() -> None:
+def test_time_and_memory_are_shown() -> None:
     row = rows_of(made_up_page(made_up_class(limit=0)), "timing")["gasket"]
     text = read_page(made_up_page(made_up_class(limit=0, seconds={"extract": 1.0, "score": 1.0}))).text
     assert "Extract: features of training, validation and test samples" in text
@@ -126,21 +126,21 @@ def test_time_and_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("threshold", "said"),
+    ("threshold", "expected"),
     [
         (0.5, "Threshold 0.5: calibrated on 22 good samples of the validation split for a false-alarm rate of 0.01"),
         (None, "Threshold 0.45: not calibrated, but the threshold of the best F1 on these samples"),
     ],
 )
-def test_the_page_says_where_the_threshold_comes_from(threshold: float | None, said: str) -> None:
+def test_the_page_shows_the_source_of_the_threshold(threshold: float | None, expected: str) -> None:
     each = made_up_class(limit=0, threshold=threshold)
-    assert said in read_page(made_up_page(each)).text
+    assert expected in read_page(made_up_page(each)).text
     assert each.decision is not None
     assert each.decision.threshold == (0.45 if threshold is None else threshold)
 
 
 @pytest.mark.parametrize(
-    ("samples", "target_fpr", "source", "said"),
+    ("samples", "target_fpr", "source", "expected"),
     [
         (2, 0.01, "validation", "a false-alarm rate of 0.01, though so few samples allow 0.33 at best"),
         (98, 0.01, "validation", "a false-alarm rate of 0.01, though so few samples allow 0.01 at best"),
@@ -148,17 +148,17 @@ def test_the_page_says_where_the_threshold_comes_from(threshold: float | None, s
         (2, 0.5, "training", "a false-alarm rate of 0.5; training samples score low, so expect more false alarms"),
     ],
 )
-def test_a_rate_that_the_samples_do_not_allow_is_said_to_be_so(
-    samples: int, target_fpr: float, source: str, said: str
+def test_the_threshold_source_notes_unreachable_rates_and_training_samples(
+    samples: int, target_fpr: float, source: str, expected: str
 ) -> None:
     decision = decide({"threshold": {"image": 1.0, "parts": samples, "target_fpr": target_fpr, "source": source}})
     assert decision is not None
-    _, _, rest = decision.source.partition(said)
-    assert said in decision.source
+    _, _, rest = decision.source.partition(expected)
+    assert expected in decision.source
     assert "so few" not in rest
 
 
-def test_calibrated_figures_without_a_threshold_are_undefined() -> None:
+def test_calibrated_metrics_without_a_threshold_are_undefined() -> None:
     rows = rows_of(made_up_page(made_up_class(limit=0, threshold=None)), "figures")
     assert rows["gasket"][-3:] == ["n/a"] * 3
     page = made_up_page(made_up_class(limit=0, threshold=None))
@@ -166,7 +166,7 @@ def test_calibrated_figures_without_a_threshold_are_undefined() -> None:
     assert "n/a" not in read_page(made_up_page(made_up_class(limit=0))).text
 
 
-def test_undefined_metrics_are_said_to_be_so() -> None:
+def test_undefined_metrics_are_explained() -> None:
     samples = [made_up_sample(f"test/good/{i:03d}", 0.1 * i) for i in range(4)]
     each = made_up_class("gasket", samples, threshold=None, f1=None, f1_threshold=None)
     page = made_up_page(each)
@@ -179,7 +179,7 @@ def test_undefined_metrics_are_said_to_be_so() -> None:
     assert {sample["outcome"] for sample in samples_of(page)} == {UNDECIDED}
 
 
-def test_older_entries_without_thresholds_have_a_page() -> None:
+def test_results_of_older_versions_without_thresholds_have_a_page() -> None:
     samples = made_up_samples(6)
     entry = entry_of(samples)
     for key in ("f1", "f1_threshold", "threshold", "precision", "recall", "false_alarm_rate", "latency"):
@@ -190,16 +190,16 @@ def test_older_entries_without_thresholds_have_a_page() -> None:
     assert rows_of(page, "figures")["gasket"][-1] == "n/a"
 
 
-# Published figures
+# Published results
 
 
-def papers_class(name: str, fewer: int = 0) -> ClassReport:
-    """A made-up class of as many test samples as the paper's."""
+def published_class(name: str, fewer: int = 0) -> ClassReport:
+    """Made-up class with the number of test samples of the paper's class, minus `fewer`."""
     return made_up_class(name, limit=0, samples=[{}] * (TEST_SAMPLES.get(name, 100) - fewer))
 
 
-def test_published_figures_beside_the_papers_setting() -> None:
-    page = made_up_page(*map(papers_class, CLASSES), args=PAPER)
+def test_published_results_are_shown_for_the_settings_of_the_paper() -> None:
+    page = made_up_page(*map(published_class, CLASSES), args=PAPER)
     assert page.count("published 0.") == 3 * 11
     assert rows_of(page, "figures")["tire"][0].endswith("published 0.850")
     assert "CVPR 2023" in read_page(page).text
@@ -213,14 +213,14 @@ def test_published_figures_beside_the_papers_setting() -> None:
         ({}, ("gasket",)),
     ],
 )
-def test_no_published_figure_beside_anything_else(changed: dict, classes: tuple[str, ...]) -> None:
+def test_no_published_results_are_shown_for_other_settings_or_classes(changed: dict, classes: tuple[str, ...]) -> None:
     entries = {name: {"samples": [{}] * TEST_SAMPLES.get(name, 100)} for name in classes}
     assert published_figures(PAPER | changed, entries) is None
 
 
 @pytest.mark.parametrize("fewer", [0, 1])
-def test_no_published_figure_beside_other_data_of_the_same_names(fewer: int) -> None:
-    page = made_up_page(papers_class("bagel"), papers_class("rope", fewer), args=PAPER)
+def test_no_published_results_are_shown_for_other_numbers_of_samples(fewer: int) -> None:
+    page = made_up_page(published_class("bagel"), published_class("rope", fewer), args=PAPER)
     shown = page.split("</style>")[1]
     assert (shown.count("published 0."), "CVPR" in shown) == ((0, False) if fewer else (6, True))
     assert sum(TEST_SAMPLES.values()) == 1197
@@ -229,7 +229,7 @@ def test_no_published_figure_beside_other_data_of_the_same_names(fewer: int) -> 
 # Gallery
 
 
-def test_the_gallery_says_how_many_are_shown_and_offers_filters() -> None:
+def test_the_gallery_has_counts_and_filters() -> None:
     page = made_up_page(made_up_class("gasket", made_up_samples(30), limit=5), made_up_class("bracket", limit=4))
     text = read_page(page).text
     assert "Shown: 5 of 30 of gasket, 4 of 12 of bracket." in text
@@ -249,11 +249,11 @@ def test_wrong_samples_of_all_classes_come_first() -> None:
     ]
     assert [wrong for _, wrong, _ in shown] == sorted((wrong for _, wrong, _ in shown), reverse=True)
     assert {name for name, wrong, _ in shown if wrong} == {"gasket", "bracket"}
-    for each in (one, other):  # within a class the order of its gallery stays
+    for each in (one, other):  # each class keeps the order of its gallery
         assert [path for name, _, path in shown if name == each.name] == [sample["path"] for sample in each.samples]
 
 
-def test_no_gallery_is_asked_for() -> None:
+def test_a_page_without_gallery_has_no_scripts() -> None:
     page = made_up_page(made_up_class(limit=0))
     assert samples_of(page) == []
     for absent in ("<select", "<dialog", "<script", 'id="plotly"'):
@@ -262,7 +262,7 @@ def test_no_gallery_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("cloud", [True, False])
-def test_the_3d_script_is_there_where_there_is_a_cloud(cloud: bool) -> None:
+def test_the_3d_script_is_included_only_with_a_cloud(cloud: bool) -> None:
     page = made_up_page(made_up_class(limit=2, cloud=cloud))
     assert ('id="plotly"' in page) is cloud
     assert all((sample["cloud"] is not None) is cloud for sample in samples_of(page))
@@ -282,7 +282,7 @@ def test_the_page_stays_small() -> None:
 
 
 @pytest.mark.parametrize("where", ["class", "path", "command", "args", "note"])
-def test_no_text_is_taken_for_markup(where: str) -> None:
+def test_text_is_escaped(where: str) -> None:
     folder = EVIL.replace("/", "") if where == "path" else "hole"
     samples = [made_up_sample(f"test/{folder}/{i}", 0.2 * i) for i in range(3)]
     samples += [made_up_sample(f"test/good/{i}", 0.2 * i) for i in range(3)]
@@ -299,7 +299,7 @@ def test_no_text_is_taken_for_markup(where: str) -> None:
     assert {sample["class"] for sample in samples_of(page)} == {each.name}
 
 
-def test_filters_name_bytes_that_are_no_text_as_the_data_do() -> None:
+def test_filters_and_data_show_undecodable_names_alike() -> None:
     each = made_up_class("caf\udce9", [made_up_sample(f"test/h\udcff/{i}", 0.3 * i) for i in range(3)])
     page = made_up_page(each).encode(errors="backslashreplace").decode()
     options = re.findall('<option value="(.*?)"', page)
@@ -307,7 +307,7 @@ def test_filters_name_bytes_that_are_no_text_as_the_data_do() -> None:
         assert {sample["class"], sample["defect"], sample["outcome"]} <= set(options)
 
 
-def test_bytes_that_are_no_text_are_written(tmp_path: Path) -> None:
+def test_undecodable_names_are_written_escaped(tmp_path: Path) -> None:
     each = made_up_class("caf\udce9", limit=1)
     record = results_record(["main.py", "caf\udce9"], {}, {each.name: each.entry})
     write_report(tmp_path, record, [each])
@@ -329,7 +329,7 @@ def test_data_cannot_end_its_element() -> None:
     assert {sample["class"] for sample in samples_of(page)} == {"gasket", evil}
 
 
-def test_only_the_pages_own_scripts_may_run() -> None:
+def test_the_policy_allows_only_the_scripts_of_the_page() -> None:
     page = made_up_page(made_up_class(limit=2))
     policy = policy_of(page)
     assert policy.startswith("default-src 'none'; ")
@@ -351,8 +351,7 @@ def test_nothing_is_fetched() -> None:
     assert "@import" not in asset("page.css")
 
 
-def test_the_files_of_the_page_are_used() -> None:
-    """Every asset is sample of a page, as it is."""
+def test_assets_are_included_unchanged() -> None:
     page = made_up_page(made_up_class(limit=2))
     for name in ("page.css", "report.js", "viewer.html"):
         assert asset(name).rstrip() in page, name
@@ -361,7 +360,7 @@ def test_the_files_of_the_page_are_used() -> None:
 # Writing
 
 
-def test_a_report_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = made_up_class("gasket", limit=0), made_up_class("bracket", limit=0)
     for classes in ([one], [one, other]):
         record = results_record(COMMAND, {}, {each.name: each.entry for each in classes})
@@ -384,7 +383,7 @@ def test_a_report_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mon
 # Curves and charts
 
 
-def test_a_thinned_curve_is_the_curve() -> None:
+def test_a_thinned_curve_keeps_its_area() -> None:
     rng = np.random.default_rng(0)
     masks = np.zeros((3, 90, 90), dtype=np.uint8)
     masks[:, 20:40, 30:50] = masks[:, 60:64, 60:64] = 1
@@ -411,7 +410,7 @@ def test_a_curve_is_drawn_to_scale() -> None:
     assert 'aria-label="title &lt;b&gt;"' in svg
 
 
-def test_bars_of_a_histogram_are_to_scale() -> None:
+def test_bars_of_a_histogram_are_drawn_to_scale() -> None:
     svg = histogram([0.0, 0.0, 0.0, 0.0], [1.0, 1.0], 0.5, "title")
     heights = {}
     for kind in ("good", "defective"):
@@ -421,13 +420,13 @@ def test_bars_of_a_histogram_are_to_scale() -> None:
 
 
 def bars(svg: str, kind: str) -> list[tuple[float, float]]:
-    """Left and right end of each bar."""
+    """Left and right ends of each bar."""
     path = re.search(rf'class="{kind}" d="([^"]*)"', svg).group(1)
     return [(float(x), float(x) + float(width)) for x, width in re.findall(r"M([\d.]+) .*?h([\d.]+)V", path)]
 
 
 @pytest.mark.parametrize("threshold", [0.11, 0.437, 0.8, 1.3])
-def test_no_bar_stands_on_both_sides_of_the_threshold(threshold: float) -> None:
+def test_no_bar_crosses_the_threshold(threshold: float) -> None:
     scores = [*np.random.default_rng(0).uniform(0.1, 0.9, 40), threshold]
     svg = histogram(scores, scores, threshold, "title")
     line = float(re.search(r'class="threshold" d="M([\d.]+)', svg).group(1))
@@ -444,13 +443,13 @@ def note_of(svg: str) -> tuple[float, str]:
 
 
 @pytest.mark.parametrize(("x", "anchor"), [(0.0, "start"), (0.9, "end"), (1.0, "end")])
-def test_the_name_of_a_point_stays_within_the_chart(x: float, anchor: str) -> None:
+def test_the_label_of_a_point_is_inside_the_chart(x: float, anchor: str) -> None:
     svg = curve_chart([0, 1], [0, 1], Axis(0, 1, (0, 1), "x"), "y", "title", (x, x))
     assert note_of(svg)[1] == anchor
     assert LEFT < note_of(svg)[0] < RIGHT
 
 
-def test_a_score_at_the_lowest_threshold_is_no_alarm() -> None:
+def test_the_bar_of_a_score_equal_to_the_threshold_ends_there() -> None:
     svg = histogram([0.2], [0.2, 0.7, 0.9], 0.2, "title")
     line = float(re.search(r'class="threshold" d="M([\d.]+)', svg).group(1))
     ((_, right),) = bars(svg, "good")
@@ -460,7 +459,7 @@ def test_a_score_at_the_lowest_threshold_is_no_alarm() -> None:
 @pytest.mark.parametrize(
     "scores", [([], [0.4]), ([0.4], []), ([0.4, 0.4], [0.4]), ([1e17], [1e17 + 16]), ([-1e300], [])]
 )
-def test_a_histogram_of_hardly_anything(scores: tuple[list[float], list[float]]) -> None:
+def test_a_histogram_of_few_or_extreme_scores_is_drawn(scores: tuple[list[float], list[float]]) -> None:
     svg = histogram(*scores, None, "title")
     assert "nan" not in svg
     assert "threshold" not in svg
