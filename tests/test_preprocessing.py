@@ -229,6 +229,17 @@ def test_a_journal_line_cut_short_counts_for_nothing(dataset: Path, tmp_path: Pa
     assert contents(dataset) == contents(tmp_path / "expected")
 
 
+def test_the_journal_of_an_older_version_is_left_to_that_version(dataset: Path) -> None:
+    preprocess(config_for(dataset))
+    record = {"xyz": {"source": "0" * 64, "result": "1" * 64, "bytes": 1, "mtime_ns": 1, "sources": [[1, 1]]}}
+    line = json.dumps({"scan": ALL[0], "suffix": ".7.preprocessing", "files": record})
+    (dataset / "preprocessing.journal").write_text(line + "\n")
+    before = contents(dataset)
+    with pytest.raises(InputError, match=r"older version that was interrupted. Finish that run with the older version"):
+        preprocess(config_for(dataset))
+    assert contents(dataset) == before
+
+
 def test_a_half_written_scan_without_its_temporary_files_is_refused_until_restored(
     dataset: Path, tmp_path: Path
 ) -> None:

@@ -73,7 +73,7 @@ class Manifest(msgspec.Struct):
 
 
 def read_manifest(root: Path) -> Manifest | None:
-    """Read manifest and journal of a folder; None without a manifest, InputError if one of them is damaged."""
+    """Read manifest and journal of a folder; None without a manifest, InputError if one is damaged or too old."""
     try:
         manifest = read_record(root / MANIFEST, Manifest, SCHEMA, FIX)
         text = (root / JOURNAL).read_text(encoding="ascii", errors="replace")
@@ -83,6 +83,9 @@ def read_manifest(root: Path) -> Manifest | None:
         return manifest
     except OSError as error:
         raise cannot_read(root / JOURNAL, error) from error
+    if text.startswith('{"scan": '):
+        problem = f"{root / JOURNAL} is from a run of an older version that was interrupted"
+        raise InputError(f"{problem}. Finish that run with the older version, or {FIX.lower()}.")
     for each in text.split("\n")[:-1]:  # the text after the last line end was cut short
         line = decode_record(each, dict[str, Record], root / JOURNAL, FIX)
         manifest.scans |= line
