@@ -341,3 +341,18 @@ def test_workers_end_with_a_killed_main_process(dataset: Path, tmp_path: Path) -
     summary = preprocess(config_for(dataset))
     assert summary.skipped and not summary.failed
     assert not list(dataset.rglob("*.preprocessing"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks for processes in /proc")
+def test_ctrl_c_while_workers_start_is_one_sentence(dataset: Path) -> None:
+    command = [sys.executable, str(ROOT / "utils" / "preprocessing.py"), str(dataset), "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while len(children(process.pid)) < 3 and process.poll() is None:  # two workers and the resource tracker
+        time.sleep(0.01)
+    time.sleep(0.2)  # they import modules now
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it, to the workers too
+    _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert stderr.endswith("preprocessing.py: interrupted. Run the same command to continue.\n")
+    assert "Traceback" not in stderr

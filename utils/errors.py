@@ -17,8 +17,11 @@ def escape_controls(text: str) -> str:
 
 
 @contextmanager
-def exit_on_input_error() -> Iterator[None]:
-    """Exit on an InputError with one line on stderr and code 2, on Ctrl-C with 130, on a closed stdout with 141."""
+def exit_on_input_error(interrupted: str = "interrupted") -> Iterator[None]:
+    """Exit on an InputError with code 2, on Ctrl-C with 130, on a closed stdout with 141.
+
+    The error, or the message `interrupted` after Ctrl-C, is printed on stderr.
+    """
     try:
         try:
             yield
@@ -29,7 +32,7 @@ def exit_on_input_error() -> Iterator[None]:
         print(f"{Path(sys.argv[0]).name}: error: {escape_controls(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {interrupted}", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards the rest of its buffer

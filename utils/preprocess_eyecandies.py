@@ -232,5 +232,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with exit_on_input_error():
+    with exit_on_input_error("interrupted. Run the same command to continue."):
         sys.exit(main())

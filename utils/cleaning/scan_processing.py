@@ -76,8 +76,10 @@ def process_all(scans: list[Scan], process: Callable[[Scan], Record], workers: i
     pool = ProcessPoolExecutor(min(workers, len(scans)), context, initializer=_start_worker)
     futures: dict[str, Future[Outcome]] = {}
     try:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # workers inherit it and ignore Ctrl-C
         for scan in scans:
             futures[scan.name] = pool.submit(attempt, scan)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for future in as_completed(futures.values()):
             yield future.result()
     except BrokenProcessPool:
@@ -102,8 +104,7 @@ def _attempt(scan: Scan, process: Callable[[Scan], Record]) -> Outcome:
 
 
 def _start_worker() -> None:
-    """Ignore Ctrl-C, which the main process handles, and exit when that process ends, even if it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Exit when the main process ends, even if it is killed."""
     main_process = multiprocessing.parent_process()
     assert main_process is not None, "runs in a worker"
 
