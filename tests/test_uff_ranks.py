@@ -87,6 +87,17 @@ def test_ranks_of_mpirun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_ranks(mpirun=True) == Ranks(5, 8, 1, 4)
 
 
+def test_ranks_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    open_mpi = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+    for names in (torchrun, open_mpi):
+        for wrong in names:
+            for name in names:
+                monkeypatch.setenv(name, "one" if name == wrong else "1")
+            with pytest.raises(InputError, match=f"sets {wrong} to 'one', not a number. Start with"):
+                find_ranks(dist_url="tcp://host:1234", mpirun=names == open_mpi)
+
+
 def test_device_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto", 1) == CPU

@@ -56,9 +56,8 @@ def find_ranks(
     if len(found) == 1:
         raise InputError("The environment sets only one of RANK and WORLD_SIZE. Start with torchrun.")
     if found:
-        own = int(os.environ.get("LOCAL_RANK", local_rank or 0))
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), own, local_world_size)
+        own, local_world_size = _number_in("LOCAL_RANK", local_rank or 0), _number_in("LOCAL_WORLD_SIZE", 1)
+        ranks = Ranks(_number_in("RANK"), _number_in("WORLD_SIZE"), own, local_world_size)
         if world_size not in (None, ranks.world_size):
             problem = f"--world_size is {world_size}, but the launcher started {ranks.world_size} processes"
             raise InputError(f"{problem}. Remove it.")
@@ -76,15 +75,22 @@ def find_ranks(
 
 
 def _mpirun_ranks(dist_url: str) -> Ranks:
-    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
-    found = {name: os.environ.get(f"OMPI_COMM_WORLD_{name}") for name in names}
-    missing = [f"OMPI_COMM_WORLD_{name}" for name in names[:3] if found[name] is None]
+    names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
+    missing = [name for name in names[:3] if name not in os.environ]
     if missing:
         raise InputError(f"--dist_on_itp needs {', '.join(missing)} in the environment. Start with mpirun.")
-    ranks = Ranks(*(int(value) for value in found.values() if value is not None))
+    ranks = Ranks(*(_number_in(name) for name in names if name in os.environ))
     if ranks.world_size > 1 and dist_url == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise InputError("--dist_on_itp needs a common address. Set MASTER_ADDR and MASTER_PORT, or give --dist_url.")
     return ranks
+
+
+def _number_in(variable: str, default: int = 0) -> int:
+    """Number in an environment variable; raises InputError if it is not a whole number."""
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal():
+        raise InputError(f"The environment sets {variable} to {value!r}, not a number. Start with torchrun or mpirun.")
+    return int(value)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
