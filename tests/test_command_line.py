@@ -46,11 +46,19 @@ def test_a_wrong_flag_prints_two_lines(parser: Parser, capsys: pytest.CaptureFix
     assert error.startswith("squares.py: error: ")
 
 
+def test_a_usage_error_names_the_positional_arguments(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
+    parser.add_argument("colors", metavar="COLORS.json")
+    with pytest.raises(SystemExit):
+        parser.parse_args([])
+    assert capsys.readouterr().err.startswith("usage: squares.py COLORS.json [--flag value ...]")
+
+
+@pytest.mark.parametrize("variable", ["RANK", "OMPI_COMM_WORLD_RANK"])
 def test_only_rank_0_prints_a_usage_error(
-    parser: Parser, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    parser: Parser, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     for rank, lines in (("0", 2), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv(variable, rank)
         with pytest.raises(SystemExit) as stop:
             parser.parse_args(["--size", "3"])
         assert stop.value.code == 2

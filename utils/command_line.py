@@ -22,7 +22,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line of usage and the problem, and exit with code 2. Of several processes only the first prints."""
-        usage = f"usage: {self.prog} [--flag value ...]  (--help lists all flags)"
+        words = [self.prog, *(str(each.metavar or each.dest) for each in self._get_positional_actions())]
+        usage = f"usage: {' '.join(words)} [--flag value ...]  (--help lists all flags)"
         self.exit(2, f"{usage}\n{self.prog}: error: {message}\n" if is_first_process() else None)
 
     def given_flags(self, argv: Sequence[str] | None = None) -> frozenset[str]:
@@ -72,5 +73,5 @@ def from_flags(kind: type[Settings], args: argparse.Namespace, **others: Any) ->
 
 
 def is_first_process() -> bool:
-    """True in a run of one process, and on rank 0 according to the launcher's environment."""
-    return os.environ.get("RANK", "0") == "0"
+    """True in a run of one process, and on rank 0 according to the environment of torchrun or Open MPI."""
+    return os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0"
