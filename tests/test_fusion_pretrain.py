@@ -479,8 +479,8 @@ def test_files_with_huge_values_are_named_and_the_last_checkpoint_is_kept(
     written: list[bytes] = []
     save = pretraining.save_checkpoint
 
-    def keep(path: Path, *parts: object) -> None:
-        save(path, *parts)
+    def keep(path: Path, *args: object) -> None:
+        save(path, *args)
         written.append(path.read_bytes())
 
     monkeypatch.setattr(pretraining, "save_checkpoint", keep)

@@ -41,13 +41,13 @@ def grid(side: int) -> Tensor:
     return torch.cartesian_prod(*[torch.arange(1.0, side + 1)] * 3)[None]
 
 
-def check_picks(scans: Tensor, n: int, block: int, device: str) -> None:
-    coordinates = scans.mT.contiguous().to(device)
+def check_picks(clouds: Tensor, n: int, block: int, device: str) -> None:
+    coordinates = clouds.mT.contiguous().to(device)
     start = point_ops._initial_distances(coordinates)
     picks = kernels.farthest_point_sample(coordinates, start, n, block).cpu()
     assert picks.dtype == torch.int64
-    expected = torch.stack([point_ops._farthest_point_sample_torch(scan, n) for scan in scans])
-    assert torch.equal(picks, expected), (scans.shape, n, block, picks, expected)
+    expected = torch.stack([point_ops._farthest_point_sample_torch(each, n) for each in clouds])
+    assert torch.equal(picks, expected), (clouds.shape, n, block, picks, expected)
 
 
 def sorted_distances(queries: Tensor, points: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -91,10 +91,10 @@ def tied_picks_take_the_lowest_index(device: str) -> None:
 
 @case
 def ignored_points_are_never_picked(device: str) -> None:
-    scans = cloud(50)
-    scans[0, 10:40] *= 0.03 / scans[0, 10:40].norm(dim=1, keepdim=True)  # |p|^2 = 9e-4
-    scans[1, 0] = 0.0  # still the first pick
-    check_picks(scans, 20, 16, device)
+    clouds = cloud(50)
+    clouds[0, 10:40] *= 0.03 / clouds[0, 10:40].norm(dim=1, keepdim=True)  # |p|^2 = 9e-4
+    clouds[1, 0] = 0.0  # still the first pick
+    check_picks(clouds, 20, 16, device)
     for kept in (0, 1, 3):
         padded = torch.zeros(1, 21, 3)
         padded[0, 12 : 12 + kept] = cloud(3)[0, :kept]
