@@ -1,4 +1,7 @@
-"""Each stage from files to fusion patches against the recording of the original computation, on one sample."""
+"""Each stage from valid pixels to fusion patches against the recording of the original, on one sample.
+
+test_dataset.py compares the sample itself.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -142,27 +145,12 @@ def valid_points(sample: Sample) -> Tensor:
     return xyz_of(sample)[:, valid_pixels(xyz_of(sample))].T.contiguous()
 
 
-# Files to tensors
+# Point transformers
 
 
-def test_image(sample: Sample, recorded: dict[str, NDArray]) -> None:
-    assert sample.rgb is not None
-    assert_close(sample.rgb, recorded["img"], 1e-6)
-
-
-def test_cloud(sample: Sample, recorded: dict[str, NDArray]) -> None:
-    np.testing.assert_array_equal(xyz_of(sample), recorded["resized_pc"])
+def test_valid_pixels(sample: Sample, recorded: dict[str, NDArray]) -> None:
     pixels = valid_pixels(xyz_of(sample)).flatten().nonzero()[:, 0]
     np.testing.assert_array_equal(pixels, recorded["nonzero_indices"])
-
-
-def test_ground_truth(sample: Sample, recorded: dict[str, NDArray]) -> None:
-    assert recorded["gt"].any()
-    assert sample.mask is not None
-    np.testing.assert_array_equal(sample.mask, recorded["gt"])
-
-
-# Point transformers
 
 
 @pytest.mark.parametrize("point_norm", RECORDED_AS)
