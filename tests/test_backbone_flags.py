@@ -201,7 +201,7 @@ def test_a_backbone_that_no_method_uses_is_not_looked_up(bagels: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_every_method_with_the_small_vision_transformer(bagels: Path, tmp_path: Path, point_mae: Path) -> None:
+def test_every_method_runs_with_the_small_vision_transformer(bagels: Path, tmp_path: Path, point_mae: Path) -> None:
     """Every method runs with ViT-S/8, which is 384 wide instead of 768."""
     weights = tmp_path / "weights"
     save_vision_transformer(weights / SMALL_VIT_FILE, "vit_small_patch8_224.dino")

@@ -247,7 +247,7 @@ def test_splits_without_files_are_refused(class_folder: Path) -> None:
 # Header checks
 
 
-def test_sound_files_pass(class_folder: Path) -> None:
+def test_valid_files_pass(class_folder: Path) -> None:
     for split in ("train", "validation", "test"):
         check_files(index_split(class_folder, split, BOTH), BOTH)
 

@@ -205,22 +205,22 @@ def test_flags_in_a_file_are_shown_in_one_short_line(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
-    sound = content_of(tmp_path, made_up_class(limit=1, cloud=False))
-    text = json.dumps(sound)
-    report = sound["report"]
+    valid = content_of(tmp_path, made_up_class(limit=1, cloud=False))
+    text = json.dumps(valid)
+    report = valid["report"]
     cases: list[tuple[object, str]] = [
         (text[: len(text) // 3], "not JSON"),
         ([], "no schema number"),
-        (sound | {"flags": [["name", "gasket"]]}, "Expected `object`, got `array` at `flags`"),
-        ({key: value for key, value in sound.items() if key != "report"}, "missing required field `report`"),
-        (sound | {"report": report | {"name": 3}}, "at `report.name`"),
-        (sound | {"report": report | {"decision": ["text", "text"]}}, "at `report.decision[0]`"),
-        (sound | {"report": report | {"decision": [0.5]}}, "at `report.decision`"),
-        (sound | {"report": report | {"outcomes": {"hit": "3"}}}, "at `report.outcomes[...]`"),
-        (sound | {"report": report | {"roc": [[0, None], [0, 1]]}}, "at `report.roc[0][1]`"),
-        (sound | {"report": report | {"good_scores": [None]}}, "at `report.good_scores[0]`"),
-        (sound | {"report": report | {"parts": [3]}}, "at `report.parts[0]`"),
-        (sound | {"report": report | {"entry": {}}}, "does not match its checksum"),
+        (valid | {"flags": [["name", "gasket"]]}, "Expected `object`, got `array` at `flags`"),
+        ({key: value for key, value in valid.items() if key != "report"}, "missing required field `report`"),
+        (valid | {"report": report | {"name": 3}}, "at `report.name`"),
+        (valid | {"report": report | {"decision": ["text", "text"]}}, "at `report.decision[0]`"),
+        (valid | {"report": report | {"decision": [0.5]}}, "at `report.decision`"),
+        (valid | {"report": report | {"outcomes": {"hit": "3"}}}, "at `report.outcomes[...]`"),
+        (valid | {"report": report | {"roc": [[0, None], [0, 1]]}}, "at `report.roc[0][1]`"),
+        (valid | {"report": report | {"good_scores": [None]}}, "at `report.good_scores[0]`"),
+        (valid | {"report": report | {"parts": [3]}}, "at `report.parts[0]`"),
+        (valid | {"report": report | {"entry": {}}}, "does not match its checksum"),
     ]
     for content, expected in cases:
         path = put(tmp_path, content)
@@ -266,13 +266,13 @@ def page_of(report: ClassReport) -> str:
 
 def assert_no_foreign_markup(page: str) -> None:
     """Assert that a page has no element or attribute that the page of a valid file lacks."""
-    read, sound = read_page(page), read_page(page_of(plain()))
+    read, valid = read_page(page), read_page(page_of(plain()))
     # A shown cloud adds the 3D script.
     assert [attrs for tag, attrs in read.tags if tag == "script" and attrs.get("id") != "plotly"] == [
-        attrs for tag, attrs in sound.tags if tag == "script"
+        attrs for tag, attrs in valid.tags if tag == "script"
     ]
-    assert {tag for tag, _ in read.tags} <= {tag for tag, _ in sound.tags} | {"p", "small"}
-    assert {each for _, attrs in read.tags for each in attrs} <= {each for _, attrs in sound.tags for each in attrs}
+    assert {tag for tag, _ in read.tags} <= {tag for tag, _ in valid.tags} | {"p", "small"}
+    assert {each for _, attrs in read.tags for each in attrs} <= {each for _, attrs in valid.tags for each in attrs}
 
 
 def places(value: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
