@@ -68,6 +68,8 @@ def test_layout_and_formats(tmp_path: Path) -> None:
     with Image.open(tmp_path / "preview.png") as picture:
         assert min(picture.size) > 500
         assert np.asarray(picture.convert("L")).std() > 20
+        second_row = np.asarray(picture.convert("RGB"))[picture.height * 3 // 10 : picture.height * 4 // 10]
+        assert np.median(np.ptp(second_row.astype(int), axis=2)) > 20  # heights are in color
 
 
 def test_the_seed_fixes_every_file_whatever_the_counts_and_workers(tmp_path: Path) -> None:

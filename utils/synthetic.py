@@ -32,11 +32,12 @@ from tqdm import tqdm
 if __name__ == "__main__":  # run by path: utils/ itself must not be searched for modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from utils.cleaning.cloud_cleaning import CleaningRule, fit_border_plane
 from utils.command_line import Parser, from_flags
 from utils.errors import InputError, exit_on_input_error
 from utils.scans.files import atomic_path, make_folder
 from utils.scans.organized_pc import read_organized_pc, valid_mask, write_organized_pc
-from utils.synthetic_data.parts import DEFECTS, PARTS
+from utils.synthetic_data.parts import DEFECTS, PARTS, TOP
 from utils.synthetic_data.scanner import make_scan
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 SIZES = (64, 2048)  # pixels; in a smaller image a defect is less than a pixel
 MOST_SCANS = 1000  # of one folder: the names have three digits
 MOST_SEEDS = 2**64 - 1
+COLORS = "cividis"  # of the heights in the preview
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,9 @@ def make_dataset(plan: Plan, num_workers: int = 1) -> None:
     for folder in folders:
         make_folder(folder, "OUTPUT_DIR")
     scans, write = plan.scans(), partial(_write_scan, plan)
-    if num_workers == 1:
-        for scan in tqdm(scans, unit="scan"):
-            write(scan)
-    else:
-        with ProcessPoolExecutor(num_workers) as pool:
-            for _ in tqdm(pool.map(write, scans), total=len(scans), unit="scan"):
-                pass
+    with ProcessPoolExecutor(num_workers) as pool:
+        for _ in tqdm(pool.map(write, scans), total=len(scans), unit="sample"):
+            pass
 
 
 def _write_scan(plan: Plan, scan: tuple[str, str]) -> None:
@@ -110,51 +108,54 @@ def _write_scan(plan: Plan, scan: tuple[str, str]) -> None:
 
 
 def write_preview(output_dir: Path, classes: Sequence[str]) -> None:
-    """Draw `preview.png`: the first good scan of each class and the first with each defect, as image and relief."""
+    """Draw `preview.png`: the first good sample of each class and the first with each defect, as image and height."""
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
     defects = ["good", *DEFECTS]
-    figure = Figure(figsize=(2 * len(defects), 4 * len(classes) + 0.4), layout="constrained")
-    axes = figure.subplots(2 * len(classes), len(defects), squeeze=False)
-    for part_class, images, reliefs in zip(classes, axes[::2], axes[1::2], strict=True):
+    figure = Figure(figsize=(2 * len(defects) + 0.8, 4 * len(classes) + 0.6), layout="constrained")
+    axes = figure.subplots(2 * len(classes), len(defects), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    for part_class, images, heights in zip(classes, axes[::2], axes[1::2], strict=True):
         images[0].set_ylabel(f"{part_class}: image")
-        reliefs[0].set_ylabel("relief")
-        for image, relief, defect in zip(images, reliefs, defects, strict=True):
-            folders = [output_dir / part_class / split / defect for split in ("test", "train", "validation")]
-            found = [folder for folder in folders if (folder / "xyz" / "000.tiff").is_file()]
-            if found:
-                _draw_scan(image, relief, found[0])
+        heights[0].set_ylabel(f"{part_class}: height")
+        for image, height, defect in zip(images, heights, defects, strict=True):
+            for path in sorted((output_dir / part_class).glob(f"*/{defect}/xyz/000.tiff"))[:1]:
+                _draw_sample(image, height, path.parents[1])
     for ax, defect in zip(axes[0], defects, strict=True):
         ax.set_title(defect)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
+    bar = figure.colorbar(ScalarMappable(cmap=COLORS), ax=axes, aspect=60, pad=0.01)
+    bar.mappable.set_clim(0, 1000 * TOP)
+    bar.set_label("height above the table in mm")
+    figure.supxlabel("dashed line: around a defect; black in the height: no measurement", fontsize=10)
     with atomic_path(output_dir / "preview.png") as temporary:
         figure.savefig(temporary, dpi=125, pil_kwargs={"compress_level": 1})  # three times as fast as the default
 
 
-def _draw_scan(image: Axes, relief: Axes, folder: Path) -> None:
-    """Draw scan 000 of a folder on two axes, with the outline of the ground truth if there is one.
-
-    The relief is lit from the upper left, and black where there is no measurement.
-    """
+def _draw_sample(image: Axes, relief: Axes, folder: Path) -> None:
+    """Draw sample 000 of a folder on two axes, cropped to the part, with a line 2 mm around its defects."""
+    from matplotlib import colormaps
     from matplotlib.colors import LightSource
 
     xyz = read_organized_pc(folder / "xyz" / "000.tiff")
     valid = valid_mask(xyz)
+    plane = fit_border_plane(xyz, np.random.default_rng(0), CleaningRule())
     spacing = float(np.ptp(xyz[valid][:, 0])) / xyz.shape[1]
+    height = np.where(valid, np.abs(xyz @ plane[:3] + plane[3]), 0)
+    rows, columns = np.nonzero(ndimage.median_filter(height, 5) > 0.005)
     sigma = 0.0006 / spacing  # takes the noise out of the slopes
-    weight = np.maximum(ndimage.gaussian_filter(valid.astype(float), sigma), 1e-6)
-    height = -ndimage.gaussian_filter(xyz[..., 2].astype(float), sigma) / weight
-    shade = LightSource(azdeg=315, altdeg=45).hillshade(height, dx=spacing, dy=spacing, vert_exag=2)
-    relief.imshow(np.where(valid, shade, 0), cmap="gray")
+    smooth = ndimage.gaussian_filter(height, sigma) / np.maximum(ndimage.gaussian_filter(valid * 1.0, sigma), 1e-6)
+    shade = LightSource().hillshade(smooth, vert_exag=2, dx=spacing, dy=spacing)
+    shade = np.where(valid, shade / np.median(shade), 0)  # 1 on level ground, whose color matches the color bar
+    relief.imshow(np.clip(colormaps[COLORS](smooth / TOP)[..., :3] * shade[..., None], 0, 1))
     with Image.open(folder / "rgb" / "000.png") as rgb:
         image.imshow(rgb)
-    if (folder / "gt" / "000.png").is_file():
-        with Image.open(folder / "gt" / "000.png") as gt:
-            mask = np.asarray(gt) > 0
-        if mask.any():
-            for ax in (image, relief):
-                ax.contour(mask, [0.5], colors="#2fe3f5", linewidths=1.0)
+    x, y, reach = np.ptp(columns) / 2 + columns.min(), np.ptp(rows) / 2 + rows.min(), 0.066 / spacing
+    for ax in (image, relief):
+        ax.set(xlim=(x - reach, x + reach), ylim=(y + reach, y - reach))
+        if folder.name in DEFECTS:
+            with Image.open(folder / "gt" / "000.png") as gt:
+                around = ndimage.distance_transform_edt(np.asarray(gt) == 0) * spacing
+            ax.contour(around, [0.002], colors="#2fe3f5", linewidths=1.0, linestyles="dashed")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

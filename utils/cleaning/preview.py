@@ -42,7 +42,7 @@ def write_preview(path: Path, pairs: Mapping[str, Pair]) -> None:
 
     figure = Figure(figsize=(2.6 * len(COLUMNS), 2.6 * len(pairs) + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
-    rows = figure.subplots(len(pairs), len(COLUMNS), squeeze=False)
+    rows = figure.subplots(len(pairs), len(COLUMNS), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for axes, (name, pair) in zip(rows, pairs.items(), strict=True):
         depth = pair.clean_xyz[..., 2][valid_mask(pair.clean_xyz)]
         limits = (float(depth.min()), float(depth.max()))
@@ -53,8 +53,6 @@ def write_preview(path: Path, pairs: Mapping[str, Pair]) -> None:
         axes[0].set_ylabel(name, fontsize=8, parse_math=False)
     for each, title in zip(rows[0], COLUMNS, strict=True):
         each.set_title(title, fontsize=10)
-    for each in rows.flat:
-        each.set(xticks=[], yticks=[])
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
