@@ -311,7 +311,7 @@ def test_it_runs_by_path_and_as_a_module(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "utils" / "synthetic.py"), "made", *counts, "--classes", "cookie"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "1 scans in made" in done.stdout
+    assert "1 samples in made" in done.stdout
     assert (tmp_path / "made" / "cookie" / "train" / "good" / "xyz" / "000.tiff").is_file()
     command = [sys.executable, "-m", "utils.synthetic", str(tmp_path / "made"), "--classes", "cookie"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -10,7 +10,7 @@ pixels a side: in smaller ones the cleaning mistakes the borders of a part for n
 
 The clouds have the faults of a structured-light scanner: noise, shadows of the projector, and losses at edges and steep
 walls. Dents, bumps and holes hardly show in the image, and stains and contaminations not at all in the cloud. With the
-same versions of the libraries, a seed gives the same files for any number of workers and of other scans.
+same versions of the libraries, a seed gives the same files for any number of workers and of other samples.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIZES = (64, 2048)  # pixels; in a smaller image a defect is less than a pixel
-MOST_SCANS = 1000  # of one folder: the names have three digits
+MOST_SAMPLES = 1000  # of one folder: the names have three digits
 MOST_SEEDS = 2**64 - 1
 COLORS = "cividis"  # of the heights in the preview
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers and size of the scans to make, named like the flags. The constructor raises InputError."""
+    """Numbers and size of the samples to make, named like the flags. The constructor raises InputError."""
 
     output_dir: Path
     classes: Sequence[str] = tuple(PARTS)
@@ -68,36 +68,36 @@ class Plan:
                 raise InputError(f"--classes names {name!r}. Give any of {', '.join(PARTS)}.")
         if len(set(self.classes)) < len(self.classes):
             raise InputError(f"--classes names a class twice: {' '.join(self.classes)}. Remove one.")
-        counts = dict.fromkeys(("train", "validation", "test_good", "test_defective"), (0, MOST_SCANS))
+        counts = dict.fromkeys(("train", "validation", "test_good", "test_defective"), (0, MOST_SAMPLES))
         for flag, (low, high) in {**counts, "size": SIZES, "seed": (0, MOST_SEEDS)}.items():
             if not low <= getattr(self, flag) <= high:
                 raise InputError(f"--{flag} is {getattr(self, flag)}. Give a number from {low} to {high}.")
-        if not self.scans():
+        if not self.samples():
             raise InputError("There is nothing to make. Give at least one class and one count above 0.")
 
-    def scans(self) -> list[tuple[str, str]]:
-        """Class and path ("test/dent/003") of every scan to make."""
+    def samples(self) -> list[tuple[str, str]]:
+        """Class and path ("test/dent/003") of every sample to make."""
         counts = {"train/good": self.train, "validation/good": self.validation, "test/good": self.test_good}
         counts |= {f"test/{defect}": self.test_defective for defect in DEFECTS}
         return [(c, f"{folder}/{i:03d}") for c in self.classes for folder, n in counts.items() for i in range(n)]
 
 
 def make_dataset(plan: Plan, num_workers: int = 1) -> None:
-    """Write the scans of a plan, `num_workers` at a time; InputError if a folder cannot be made or is not empty."""
+    """Write the samples of a plan, `num_workers` at a time; InputError if a folder cannot be made or is not empty."""
     folders = [plan.output_dir / name for name in plan.classes]
     for folder in folders:
         if folder.is_dir() and any(folder.iterdir()):
             raise InputError(f"{folder} is not empty. Give another OUTPUT_DIR or remove that folder.")
     for folder in folders:
         make_folder(folder, "OUTPUT_DIR")
-    scans, write = plan.scans(), partial(_write_scan, plan)
+    samples, write = plan.samples(), partial(_write_sample, plan)
     with ProcessPoolExecutor(num_workers) as pool:
-        for _ in tqdm(pool.map(write, scans), total=len(scans), unit="sample"):
+        for _ in tqdm(pool.map(write, samples), total=len(samples), unit="sample"):
             pass
 
 
-def _write_scan(plan: Plan, scan: tuple[str, str]) -> None:
-    part_class, path = scan
+def _write_sample(plan: Plan, sample: tuple[str, str]) -> None:
+    part_class, path = sample
     rgb, xyz, gt = make_scan(part_class, path, plan.size, plan.seed)
     group, stem = (plan.output_dir / part_class / path).parent, Path(path).name
     write_organized_pc(group / "xyz" / f"{stem}.tiff", xyz)
@@ -164,10 +164,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("output_dir", type=Path, metavar="OUTPUT_DIR", help="folder that receives the class folders")
     add("--classes", nargs="+", default=Plan.classes, metavar="CLASS", help="classes to make")
-    add("--train", type=int, default=Plan.train, metavar="N", help="good scans to train on")
-    add("--validation", type=int, default=Plan.validation, metavar="N", help="good scans for validation")
-    add("--test_good", type=int, default=Plan.test_good, metavar="N", help="good scans for testing")
-    add("--test_defective", type=int, default=Plan.test_defective, metavar="N", help="scans of each type of defect")
+    add("--train", type=int, default=Plan.train, metavar="N", help="good samples to train on")
+    add("--validation", type=int, default=Plan.validation, metavar="N", help="good samples for validation")
+    add("--test_good", type=int, default=Plan.test_good, metavar="N", help="good samples for testing")
+    add("--test_defective", type=int, default=Plan.test_defective, metavar="N", help="samples of each type of defect")
     add("--size", type=int, default=Plan.size, metavar="PIXELS", help="side of the square images")
     add("--seed", type=int, default=Plan.seed, help="seed of all random numbers")
     add("--num_workers", type=int, default=os.cpu_count() or 1, metavar="N", help="number of processes")
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(f"--num_workers is {args.num_workers}. Give at least 1.")
         make_dataset(plan, args.num_workers)
     write_preview(plan.output_dir, plan.classes)
-    print(f"{len(plan.scans())} scans in {plan.output_dir}, a contact sheet in {plan.output_dir / 'preview.png'}")
+    print(f"{len(plan.samples())} samples in {plan.output_dir}, a contact sheet in {plan.output_dir / 'preview.png'}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def make_scan(part_class: str, path: str, size: int, seed: int, damaged: bool = 
 
 
 def random_stream(seed: int, part_class: str, path: str, use: str) -> Generator:
-    """Random generator for one use in one scan, independent of all others."""
+    """Random generator for one use in one scan, independent of all others. Another name gives other numbers."""
     key = f"{part_class}/{path}/{use}".encode()
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=tuple(key)))
 
