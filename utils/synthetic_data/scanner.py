@@ -176,8 +176,9 @@ def render_image(view: View, albedo: np.ndarray, surroundings: np.ndarray, pose:
     their surroundings get less diffuse light; a defect does not change this light.
     """
     size = len(view.depth)
+    spacing = FIELD_OF_VIEW * DISTANCE / size  # of the pixels, on the table
     table = np.array([0.022, 0.025, 0.030], np.float32)[:, None, None] * (
-        1 + 0.06 * smooth_noise(rng, 0.02, size, _spacing(size)) + 0.10 * rng.standard_normal((size, size), np.float32)
+        1 + 0.06 * smooth_noise(rng, 0.02, size, spacing) + 0.10 * rng.standard_normal((size, size), np.float32)
     )
     table[:, view.on_part] = _lookup(albedo, view.point[:, view.on_part])
     light = ((np.array(LIGHT) + rng.normal(0, 0.03, 3)) @ pose.rotation).astype(np.float32)
@@ -195,28 +196,24 @@ def render_image(view: View, albedo: np.ndarray, surroundings: np.ndarray, pose:
     return np.ascontiguousarray(gray_levels.transpose(1, 2, 0))
 
 
-def _spacing(size: int) -> float:
-    """Distance on the table between neighboring pixels of an image of this size, meters."""
-    return FIELD_OF_VIEW * DISTANCE / size
-
-
 def measure(view: View, height: np.ndarray, pose: Pose, rays: np.ndarray, rng: Generator) -> np.ndarray:
     """Measure the cloud (S, S, 3) float32, meters, camera frame; missing pixels are exactly 0.
 
     `height`, `pose` and `rays` are as for `look`; the random numbers do not depend on the part.
     """
     size = len(view.depth)
-    ripple = smooth_noise(rng, 0.004, size, _spacing(size))
+    spacing = FIELD_OF_VIEW * DISTANCE / size  # of the pixels, on the table
+    ripple = smooth_noise(rng, 0.004, size, spacing)
     depth = view.depth + np.float32(DEPTH_NOISE) * (ripple + rng.standard_normal((size, size), np.float32))
     luck = rng.random((size, size), np.float32)
-    smudge = smooth_noise(rng, 0.003, size, _spacing(size)) > 3.3  # small patches without a value
+    smudge = smooth_noise(rng, 0.003, size, spacing) > 3.3  # small patches without a value
     lamp = _in_part_frame(PROJECTOR, pose)
     ways = [source[:, None, None] - view.point for source in (_in_part_frame((0, 0, 0), pose), lamp)]
     cosines = [(view.normal * way).sum(0) / np.linalg.norm(way, axis=0) for way in ways]  # of the incidence
     facing = np.minimum(*cosines)
     grazing = luck < np.clip((0.45 - facing) / 0.2, SPECKLE, 1)
     jump = ndimage.maximum_filter(view.depth, 3) - ndimage.minimum_filter(view.depth, 3)
-    edge = (jump > 0.003 + _spacing(size)) & (luck < 0.6)  # a pixel that sees two surfaces
+    edge = (jump > 0.003 + spacing) & (luck < 0.6)  # a pixel that sees two surfaces
     missing = grazing | edge | smudge | _in_shadow(view, height, lamp)
     return np.ascontiguousarray(np.where(missing, 0, depth * rays).transpose(1, 2, 0))
 
