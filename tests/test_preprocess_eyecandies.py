@@ -97,7 +97,7 @@ def write_sample(
     focal_length: float = eyecandies.FOCAL_LENGTH,
     boxes: list[Box] | None = None,
 ) -> View:
-    """Write a sample as published; `seed` makes photographs, height of the part and limits of the depth its own.
+    """Write a sample as published; `seed` makes images, height of the part and limits of the depth its own.
 
     Args:
         folder: <Class>/<split>/data.
@@ -115,8 +115,8 @@ def write_sample(
     (folder / f"{number}_info_depth.yaml").write_text(yaml.safe_dump(limits))
     np.savetxt(folder / f"{number}_pose.txt", camera_pose())
     for light in range(6):
-        photo = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-        Image.fromarray(photo).save(folder / f"{number}_image_{light}.png")
+        image = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / f"{number}_image_{light}.png")
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     mask[20:24, 30:37] = 255 * defective
     Image.fromarray(mask).save(folder / f"{number}_mask.png")
@@ -390,33 +390,33 @@ def test_layout_and_splits(published: Path, tmp_path: Path, capsys: pytest.Captu
     mask = np.asarray(Image.open(out / "test/bad/gt/001.png"))
     assert mask.dtype == np.uint8 and mask.sum() == 255 * 4 * 7 and (mask[20:24, 30:37] == 255).all()
     assert not np.asarray(Image.open(out / "test/good/gt/000.png")).any()
-    photo = np.asarray(Image.open(published / "Confetto/val/data/000_image_4.png"))
-    assert np.array_equal(np.asarray(Image.open(out / "validation/good/rgb/000.png")), photo)
+    image = np.asarray(Image.open(published / "Confetto/val/data/000_image_4.png"))
+    assert np.array_equal(np.asarray(Image.open(out / "validation/good/rgb/000.png")), image)
 
 
 def test_an_opaque_png_with_transparency_and_a_mask_of_any_value(published: Path, tmp_path: Path) -> None:
     data = published / "Confetto/test_public/data"
-    photo = Image.open(data / "00_image_4.png")
-    photo.convert("RGBA").save(data / "00_image_4.png")
+    image = Image.open(data / "00_image_4.png")
+    image.convert("RGBA").save(data / "00_image_4.png")
     mask = np.zeros((HEIGHT, WIDTH, 4), np.uint8)
     mask[..., 3] = 255
     mask[5, 6, 0] = 1
     Image.fromarray(mask).save(data / "00_mask.png")
     assert run(published, tmp_path / "out") == 0
     out = tmp_path / "out/Confetto/test/bad"
-    assert np.array_equal(np.asarray(Image.open(out / "rgb/000.png")), np.asarray(photo))
+    assert np.array_equal(np.asarray(Image.open(out / "rgb/000.png")), np.asarray(image))
     assert np.argwhere(np.asarray(Image.open(out / "gt/000.png")) == 255).tolist() == [[5, 6]]
 
 
-def test_light_chooses_the_photograph_and_nothing_else(published: Path, tmp_path: Path) -> None:
+def test_light_chooses_the_image_and_nothing_else(published: Path, tmp_path: Path) -> None:
     assert run(published, tmp_path / "default") == 0
     default = contents(tmp_path / "default")
     for light in (0, 4, 5):
         out = tmp_path / f"light{light}"
         assert run(published, out, "--light", light) == 0
         found = contents(out)
-        photo = np.asarray(Image.open(published / f"Confetto/train/data/000_image_{light}.png"))
-        assert np.array_equal(np.asarray(Image.open(out / "Confetto/train/good/rgb/000.png")), photo)
+        image = np.asarray(Image.open(published / f"Confetto/train/data/000_image_{light}.png"))
+        assert np.array_equal(np.asarray(Image.open(out / "Confetto/train/good/rgb/000.png")), image)
         changed = {name for name in found if found[name] != default[name]}
         assert changed == (set() if light == 4 else {n for n in found if "/rgb/" in n} | {"preprocessing.json"})
         assert json.loads(found["preprocessing.json"])["settings"]["light"] == light

@@ -64,12 +64,12 @@ def test_new_scans_are_added_to_those_done(dataset: Path) -> None:
     assert len(json.loads((dataset / "preprocessing.json").read_text())["scans"]) == 4
 
 
-def test_keep_rgb_only_pads_the_photograph(dataset: Path) -> None:
-    photo = np.asarray(Image.open(dataset / "bagel/test/hole/rgb/000.png"))
+def test_keep_rgb_only_pads_the_image(dataset: Path) -> None:
+    image = np.asarray(Image.open(dataset / "bagel/test/hole/rgb/000.png"))
     preprocess(config_for(dataset, keep_rgb=True))
     padded = np.asarray(Image.open(dataset / "bagel/test/hole/rgb/000.png"))
-    assert np.array_equal(padded[30:70, 28:72], photo)
-    assert padded.sum() == photo.sum()
+    assert np.array_equal(padded[30:70, 28:72], image)
+    assert padded.sum() == image.sum()
 
 
 def test_changed_parameters_are_refused(dataset: Path) -> None:
@@ -91,8 +91,8 @@ def test_dry_run_writes_nothing_and_finds_what_headers_tell(dataset: Path, tmp_p
     for output in (None, tmp_path / "out"):
         summary = preprocess(config_for(dataset, output, dry_run=True))
         assert summary.done == ALL[:1]
-        photo = dataset / "bagel/train/good/rgb/000.png"
-        reason = f"{photo} is 41 x 44, but its xyz file 40 x 44 (H x W). Restore them from the dataset."
+        image = dataset / "bagel/train/good/rgb/000.png"
+        reason = f"{image} is 41 x 44, but its xyz file 40 x 44 (H x W). Restore them from the dataset."
         assert summary.failed[ALL[1]] == reason
         assert "cut short" in summary.failed[ALL[2]]
     assert contents(tmp_path) == before

@@ -220,7 +220,7 @@ FORMS: dict[str, Callable[[Files], object]] = {
 
 
 def as_stored(path: Path) -> np.ndarray:
-    """What a photograph or ground truth in one of FORMS shows, (H, W, 3) or (H, W) uint8."""
+    """Pixels of an image or ground truth in one of FORMS, (H, W, 3) or (H, W) uint8."""
     image = np.asarray(Image.open(path))
     if path.parent.name == "gt":
         plain = image.ndim == 2 and image.dtype == np.uint8

@@ -73,7 +73,7 @@ def test_a_result_overwritten_by_as_many_bytes_is_noticed(dataset: Path) -> None
 
 
 def test_originals_as_large_as_their_results_are_done_again(tmp_path: Path) -> None:
-    """A scan that needs no padding, whose photograph stays as it is."""
+    """A scan that needs no padding, whose image stays as it is."""
     folder = tmp_path / "parts/bagel/train/good"
     xyz = np.pad(raw_cloud(0), ((30, 30), (28, 28), (0, 0)), mode="reflect")
     xyz[..., 2] = 0.5 + 0.05 * xyz[..., 0]
