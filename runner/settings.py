@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,6 @@ class RunSettings:
         unfused = "fusion" in config.method.banks and not config.use_uff
         if unfused and self.load_detector is None and self.fusion_module_path.exists():
             logger.warning("%s is not used: --use_uff is not given", self.fusion_module_path)
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; exits on --help, --version and wrong flags."""
-    return make_parser().parse_args(argv)
 
 
 def make_parser() -> Parser:

@@ -31,7 +31,7 @@ from main_runs import (
 from feature_extractors.config import METHODS
 from feature_extractors.extractor import PatchExtractor
 from models.feature_fusion import FeatureFusion
-from runner.settings import detector_configs, extraction_config, parse_args
+from runner.settings import detector_configs, extraction_config, make_parser
 from utils.feature_store import PatchFileDataset
 from utils.records import PatchFeatures, Sample
 
@@ -125,10 +125,10 @@ def test_a_flag_for_some_methods_does_not_change_the_others(
 @pytest.mark.parametrize("flag", PARTIAL)
 def test_a_flag_changes_only_the_methods_that_it_applies_to(flag: tuple[object, ...]) -> None:
     name = str(flag[0]).removeprefix("--")
-    args = parse_args(["--method_name", *ALL, *map(str, flag)])
+    args = make_parser().parse_args(["--method_name", *ALL, *map(str, flag)])
     configs = detector_configs(args)
     assert list(configs) == list(ALL)
-    without = detector_configs(parse_args(["--method_name", *ALL]))
+    without = detector_configs(make_parser().parse_args(["--method_name", *ALL]))
     changed = {method for method in ALL if getattr(configs[method], name) != getattr(without[method], name)}
     assert changed == PARTIAL[flag]
     assert all(getattr(configs[method], name) == getattr(args, name) for method in changed)
@@ -158,7 +158,7 @@ def test_only_features_of_needed_banks_are_extracted() -> None:
         ("Fusion",): ("fusion",),
         ("Fusion", "DINO"): ("xyz", "rgb", "fusion"),
     }.items():
-        configs = detector_configs(parse_args(["--method_name", *methods]))
+        configs = detector_configs(make_parser().parse_args(["--method_name", *methods]))
         assert extraction_config(configs).method.banks == banks, methods
 
 

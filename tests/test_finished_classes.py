@@ -26,7 +26,7 @@ from report_pages import (
 
 from feature_extractors.config import DetectorConfig
 from runner.finished_classes import FREE_FLAGS, SCHEMA, class_file, read_class, write_class
-from runner.settings import applied_flags, parse_args
+from runner.settings import applied_flags, make_parser
 from utils.errors import InputError
 from utils.reporting.html_report import report_page as report_page_module
 from utils.reporting.html_report.class_report import ClassReport
@@ -157,7 +157,7 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_changed_flags_that_affect_results_are_refused_and_named(tmp_path: Path) -> None:
-    flags = vars(parse_args([])) | {"precision": "fp32"}
+    flags = vars(make_parser().parse_args([])) | {"precision": "fp32"}
     free, binding = set(FREE_FLAGS), ("dataset_path", "max_sample", "target_fpr", "detector_dtype", "save_preds")
     assert free < set(flags)
     assert free.isdisjoint(binding)

@@ -47,7 +47,7 @@ from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.training_features import TrainingFeatures
 from models.feature_fusion import FeatureFusion
 from runner import class_run
-from runner.settings import detector_configs, parse_args
+from runner.settings import detector_configs, make_parser
 from utils.feature_store import PatchFileDataset, pair_rgb
 from utils.precision import choose_precision
 from utils.preprocessing import preprocess
@@ -336,7 +336,7 @@ def test_only_good_test_scans_leave_the_metrics_undefined(parts: Path, runs: Run
 
 
 def test_defaults_are_those_of_the_original() -> None:
-    args = vars(parse_args([]))
+    args = vars(make_parser().parse_args([]))
     original = {
         "method_name": ["DINO+Point_MAE+Fusion"],  # a single name there
         "max_sample": 400,
@@ -390,7 +390,7 @@ def test_defaults_are_those_of_the_original() -> None:
         "resume": False,
     }
     assert args == original | added
-    assert detector_configs(parse_args([])) == {"DINO+Point_MAE+Fusion": DetectorConfig()}
+    assert detector_configs(make_parser().parse_args([])) == {"DINO+Point_MAE+Fusion": DetectorConfig()}
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_defaults_are_those_of_the_original() -> None:
     ],
 )
 def test_flags_reach_the_detector(flags: str, field: str, value: object) -> None:
-    (config,) = detector_configs(parse_args(flags.split())).values()
+    (config,) = detector_configs(make_parser().parse_args(flags.split())).values()
     assert getattr(config, field) == value
     assert getattr(DetectorConfig(), field) != value
 
@@ -431,7 +431,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         call("--help")
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for name in vars(parse_args([])):
+    for name in vars(make_parser().parse_args([])):
         assert f"--{name}" in text
 
 

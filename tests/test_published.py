@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from dataset import DATASET_CLASSES
-from runner.settings import applied_flags, detector_configs, parse_args
+from runner.settings import applied_flags, detector_configs, make_parser
 from utils.reporting.html_report.published import CLASSES, FIGURES, TEST_SAMPLES, published_figures
 
 FULL = ["--method_name", "DINO+Point_MAE+Fusion", "--use_uff"]
@@ -13,7 +13,7 @@ FULL = ["--method_name", "DINO+Point_MAE+Fusion", "--use_uff"]
 
 def args_of(*flags: object) -> dict:
     """As results.json holds them."""
-    args = parse_args(list(map(str, flags)))
+    args = make_parser().parse_args(list(map(str, flags)))
     (config,) = detector_configs(args).values()
     return vars(args) | applied_flags(config)
 

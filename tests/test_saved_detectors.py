@@ -43,7 +43,7 @@ from models.feature_fusion import FeatureFusion
 from models.rgb_backbone import VisionTransformerBackbone
 from runner import class_run, preparation
 from runner.saved_detectors import FITTING_FLAGS
-from runner.settings import applied_flags, detector_configs, parse_args
+from runner.settings import applied_flags, detector_configs, make_parser
 
 TINY_VIT = "test_vit.r160_in1k"  # timm's smallest
 SCANS = ("test/good/000", "test/hole/000")
@@ -591,11 +591,11 @@ def test_applied_flags_give_the_configuration_again(protocol: str) -> None:
         "--fusion_smap_lambda",
         "3",
     ]
-    args = parse_args([*line, "--protocol", protocol])
+    args = make_parser().parse_args([*line, "--protocol", protocol])
     (config,) = detector_configs(args).values()
     flags = applied_flags(config)
     assert flags.keys() <= vars(args).keys()
-    again = parse_args([])
+    again = make_parser().parse_args([])
     vars(again).update(flags | {"method_name": [flags["method_name"]]})
     assert detector_configs(again) == {"DINO+Point_MAE": config}
 
