@@ -13,7 +13,7 @@ from dataset import check_sample_files, class_folders, find_classes, pair_split,
 from runner.settings import detector_configs, extraction_config
 from utils.cleaning.cloud_cleaning import CleaningRule, shows_table
 from utils.cleaning.journal import Record, Scan, read_manifest, script_of
-from utils.errors import InputError
+from utils.errors import InputError, escape_controls
 from utils.records import SampleFiles
 from utils.reporting.tables import print_columns
 from utils.scans.images import defect_mask, open_image
@@ -121,7 +121,7 @@ def print_dataset_check(args: argparse.Namespace) -> bool:
         print(f"\nSamples with a table along their border are not cleaned. Run {CLEANING_COMMAND} {args.dataset_path}")
     problems = [f"  {each.class_name}: {problem}" for each in reports for problem in each.problems]
     if problems:
-        print("\nProblems:", *problems, sep="\n")
+        print("\nProblems:", *map(escape_controls, problems), sep="\n")
     return bool(problems)
 
 

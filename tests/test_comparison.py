@@ -252,7 +252,7 @@ def test_the_text_is_printed_even_if_the_page_cannot_be_written(runs: tuple[Path
 
 
 def test_a_class_name_that_is_no_valid_text_is_printed_escaped(tmp_path: Path) -> None:
-    path = write(tmp_path / "A", {"caf\udce9": metrics(0.9)})
+    path = write(tmp_path / "A", {"caf\udce9\x1b": metrics(0.9)})
     done = call(tmp_path, path, path)
     assert done.returncode == 0, done.stderr
-    assert "caf\\udce9  0.900" in done.stdout
+    assert "caf\\udce9\\x1b  0.900" in done.stdout

@@ -12,7 +12,7 @@ class InputError(ValueError):
 
 
 def escape_controls(text: str) -> str:
-    """Escape control characters, such as those in file names, which a terminal would execute."""
+    """Escape what cannot be printed: control characters, which a terminal would execute, and undecodable bytes."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 

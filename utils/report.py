@@ -11,7 +11,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from utils.command_line import Parser
-from utils.errors import InputError, exit_on_input_error
+from utils.errors import InputError, escape_controls, exit_on_input_error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,19 +28,18 @@ def write_comparison(a: Path, b: Path, output: Path) -> None:
     """Print the comparison of two results.json files and write it as a page; InputError for an unusable file."""
     from utils.reporting.comparison import compare, comparison_page, format_comparison
     from utils.reporting.html_report.page import write_page
-    from utils.reporting.tables import printable
 
     if output.is_dir():
         raise InputError(f"--output {output} is a folder. Name a file in it, such as {output / 'compare.html'}.")
     if output.resolve() in (a.resolve(), b.resolve()):
         raise InputError(f"--output {output} would replace one of the two results.json files. Choose another file.")
     comparison = compare(a, b)
-    print(printable(format_comparison(comparison)))
+    print("\n".join(map(escape_controls, format_comparison(comparison).split("\n"))))
     try:
         write_page(output, comparison_page(comparison))
     except OSError as error:
         raise InputError(f"{output} cannot be written ({error.strerror}). Choose another --output.") from None
-    print(printable(f"\nwritten to {output}"))
+    print(f"\nwritten to {escape_controls(str(output))}")
 
 
 if __name__ == "__main__":

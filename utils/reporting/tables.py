@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils.errors import escape_controls
 from utils.metrics import EXACT_LIMITS, REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_over_classes
 from utils.scans.files import atomic_path
 
@@ -35,11 +36,6 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def printable(text: str) -> str:
-    r"""Make text safe for any output: undecodable bytes of a file name become \udc80 to \udcff."""
-    return text.encode(errors="backslashreplace").decode()
-
-
 def aligned(rows: Sequence[Sequence[str]], justify: Callable[[str, int], str] = str.rjust) -> list[str]:
     """Lines with aligned columns: the first column to the left, the others by `justify`."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -48,7 +44,7 @@ def aligned(rows: Sequence[Sequence[str]], justify: Callable[[str, int], str] = 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:
     """Print rows of cells in columns aligned to the left."""
-    print("\n".join(aligned(rows, str.ljust)))
+    print("\n".join(map(escape_controls, aligned(rows, str.ljust))))
 
 
 def append_tables(
@@ -69,7 +65,8 @@ def append_tables(
         for remark in table.remarks:
             lines += ["", _escape(remark)]
         with atomic_path(path) as temporary:
-            temporary.write_text(printable(older + "\n\n" + "\n".join(lines) + "\n"), encoding="utf-8")
+            text = older + "\n\n" + "\n".join(lines) + "\n"
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def format_tables(methods: Methods, exact_headline: bool, note: str | None = None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from utils.reporting.tables import UNDEFINED, number, printable
+from utils.reporting.tables import UNDEFINED, number
 from utils.scans.files import atomic_path
 
 ASSETS = Path(__file__).parent / "assets"
@@ -53,4 +53,4 @@ def script_hash(script: str) -> str:
 def write_page(path: Path | str, text: str) -> None:
     """Write a page atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(printable(text), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # undecodable bytes of file names

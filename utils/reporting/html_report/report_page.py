@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
+from utils.errors import escape_controls
 from utils.metrics import EXACT_LIMITS, REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_of_known
 from utils.reporting.html_report.charts import Axis, curve_chart, histogram
 from utils.reporting.html_report.class_report import PRO_LIMIT, ClassReport
 from utils.reporting.html_report.gallery import CORRECT_PASS, FALSE_ALARM, HIT, MISS, UNDECIDED, WRONG
 from utils.reporting.html_report.page import asset, render_page, write_page
 from utils.reporting.html_report.published import Published, published_figures
-from utils.reporting.tables import number, printable
+from utils.reporting.tables import number
 from utils.reporting.visualization import heat_colors
 
 FILE_NAME = "report.html"
@@ -89,7 +90,7 @@ def report_page(record: Mapping[str, Any], classes: Sequence[ClassReport], note:
         any_latency=any(each.entry.get("latency") for each in classes),
         data={"samples": shown, "heat": ["#" + bytes(color).hex() for color in heat_colors(np.linspace(0, 1, 32))]},
         filters={
-            "class": list(dict.fromkeys(printable(each.name) for each in classes)),
+            "class": list(dict.fromkeys(escape_controls(each.name) for each in classes)),
             "defect": sorted({sample["defect"] for sample in shown}),
             "outcome": [name for name in (*PLURALS, UNDECIDED) if any(each["outcome"] == name for each in shown)],
         },
@@ -109,8 +110,8 @@ def _shown_samples(classes: Sequence[ClassReport]) -> Iterator[dict[str, Any]]:
     """The shown samples with the names of their classes, written as in the filters of the page."""
     for each in classes:
         for sample in each.samples:
-            names = {key: printable(sample[key]) for key in ("path", "defect", "outcome")}
-            yield {"class": printable(each.name)} | sample | names
+            names = {key: escape_controls(sample[key]) for key in ("path", "defect", "outcome")}
+            yield {"class": escape_controls(each.name)} | sample | names
 
 
 def _summary(
