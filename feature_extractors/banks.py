@@ -20,8 +20,8 @@ Rows = dict[str, ShardedRows]  # raw patches of each bank, in the order of the m
 def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str, MemoryBank]:
     """Memory banks that the method uses, of M_xyz, M_rgb and M_fusion. Fast form of `reference.build_banks`.
 
-    Each rank holds the patches of its own samples, and every rank gets a copy of the banks. InputError if all xyz
-    patches are background, and the configuration drops it.
+    Each rank holds the patches of its own samples, and every rank gets a copy of the banks. Raises InputError if all
+    xyz patches are background, and the configuration drops it.
     """
     rows = {name: features.rows(name, config.samples_of(name)) for name in config.method.banks}
     if "xyz" in rows and config.drops_background:

@@ -44,7 +44,7 @@ class SavedDetector(NamedTuple):
 def read_saved(folder: Path | str, *, point_ops: str = "auto", precision: str | None = None) -> SavedDetector:
     """Read the config.json of a saved detector. `point_ops`, and `precision` if given, replace the saved settings.
 
-    InputError if the folder is not a detector, or its config.json is damaged or of another version.
+    Raises InputError if the folder is not a detector, or its config.json is damaged or of another version.
     """
     folder = Path(folder)
     if folder.is_file():

@@ -79,8 +79,8 @@ class PatchExtractor:
     def extract(self, samples: Sequence[Sample]) -> list[PatchFeatures]:
         """Extract the features of some samples, ideally `batch_size` of them.
 
-        On a CPU both backbones run at the same time: each leaves cores idle between its matrix products. InputError if
-        a modality is missing, or a cloud has fewer valid points than the 3D backbone needs.
+        On a CPU both backbones run at the same time: each leaves cores idle between its matrix products. Raises
+        InputError if a modality is missing, or a cloud has fewer valid points than the 3D backbone needs.
         """
         with ThreadPoolExecutor(1) as thread:
             pending = thread.submit(self._rgb_patches, samples)

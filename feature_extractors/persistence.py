@@ -57,7 +57,7 @@ def check_target(folder: Path | str) -> None:
 def round_banks(detector: Detector, dtype: torch.dtype) -> None:
     """Round the rows of the banks to `dtype`, so that thresholds calibrated afterwards fit the saved detector.
 
-    InputError if a bank exceeds the range of the dtype.
+    Raises InputError if a bank exceeds the range of the dtype.
     """
     for name, bank in detector.banks.items():
         rows = _rows_in(dtype, name, bank).to(bank.rows.dtype)
@@ -70,8 +70,8 @@ def save_detector(
     """Write a fitted detector as a folder; an older detector is replaced once the new one is complete.
 
     `class_name` is by default the folder's name, `dtype` that of the banks' rows: float32, or float16, which changes
-    the scores slightly; see `round_banks`. InputError if the folder holds anything but a detector or cannot be written,
-    a value is not finite, or a bank exceeds the range of the dtype.
+    the scores slightly; see `round_banks`. Raises InputError if the folder holds anything but a detector or cannot be
+    written, a value is not finite, or a bank exceeds the range of the dtype.
     """
     storage = next((name for name, each in STORAGE_DTYPES.items() if each == dtype), None)
     if storage is None:

@@ -65,7 +65,7 @@ class TrainingFeatures:
     def append(self, features: PatchFeatures, path: str | None = None) -> None:
         """Store the features of the next sample; `path` names it in errors.
 
-        InputError if the mapped file does not fit on its disk, or the features hold NaN or infinity.
+        Raises InputError if the mapped file does not fit on its disk, or the features hold NaN or infinity.
         """
         patches = {name: each for name in BANKS if (each := getattr(features, name)) is not None}
         if not self._arrays:

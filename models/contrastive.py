@@ -24,7 +24,7 @@ def contrastive_loss(xyz_head_out: Tensor, rgb_head_out: Tensor, negatives: str 
 
     The heads' outputs are (N, head_dim) each; row i of one belongs to row i of the other. `negatives` chooses the k_t:
     "local" those of this rank, "global" those of all ranks. Averaged over the ranks, as in DDP, the global loss and
-    gradient equal those of a single process with all rows. InputError if N is 0; with "global", on every rank.
+    gradient equal those of a single process with all rows. Raises InputError if N is 0; with "global", on every rank.
     """
     dtype = torch.promote_types(xyz_head_out.dtype, torch.float32)
     q = F.normalize(rgb_head_out.to(dtype), dim=-1)

@@ -40,7 +40,7 @@ class FeatureFusion(nn.Module):
     def from_state_dict(cls, state: Mapping[str, Tensor], source: Path | str = "feature fusion") -> "FeatureFusion":
         """Build the module of a checkpoint's `model` entry, in eval mode. The tensors determine its widths.
 
-        InputError if a key is missing or left over, or the shapes contradict each other.
+        Raises InputError if a key is missing or left over, or the shapes contradict each other.
         """
         layers = ("xyz_norm", "rgb_norm", "xyz_mlp.fc1", "xyz_head")
         try:

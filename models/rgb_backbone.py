@@ -29,7 +29,7 @@ class VisionTransformerBackbone(RgbBackbone):
 
     `timm_name` is a name in timm 1.0, such as "vit_base_patch8_224.dino"; `img_size` the side of the square input in
     pixels. `own_normalization` converts the input to the mean and deviation that the network was trained with.
-    InputError if timm has no such vision transformer, or img_size is not a multiple of its patch size.
+    Raises InputError if timm has no such vision transformer, or img_size is not a multiple of its patch size.
     """
 
     scale: Tensor
@@ -141,7 +141,7 @@ def load_vision_transformer(backbone: VisionTransformerBackbone, path: Path) -> 
     """Load a .pth or .safetensors state dict or a JAX .npz file into a vision transformer, and return it.
 
     timm renames the weights to its own names, and resamples the position embedding to the backbone's grid.
-    InputError if the file cannot be read, or a key is missing, left over or of another shape.
+    Raises InputError if the file cannot be read, or a key is missing, left over or of another shape.
     """
     if path.suffix == ".npz":
         _load_jax(backbone.model, path)

@@ -46,7 +46,7 @@ def write_class(output_dir: Path, report: ClassReport, flags: Mapping[str, Any],
 def read_class(output_dir: Path, name: str, flags: Mapping[str, Any], inputs: str = "") -> ClassReport | None:
     """Read the file of a finished class; None if there is none. Arguments as in `write_class`.
 
-    InputError if the file is damaged or of another version, or was written with other flags or inputs.
+    Raises InputError if the file is damaged or of another version, or was written with other flags or inputs.
     """
     path = class_file(output_dir, name)
     try:

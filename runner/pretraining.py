@@ -101,7 +101,7 @@ def first_progress(
 ) -> Progress:
     """Starting point of training: the checkpoint of --resume, else --start_epoch, else 0.
 
-    InputError if nothing is left to do, or the checkpoint does not fit this run.
+    Raises InputError if nothing is left to do, or the checkpoint does not fit this run.
     """
     progress = Progress(epoch=config.start_epoch or 0)
     if config.resume:

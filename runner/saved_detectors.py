@@ -71,7 +71,7 @@ def _read_class(name: str, args: argparse.Namespace, given: Collection[str]) -> 
 def check_layout(root: Path, methods: Collection[str], classes: Iterable[str]) -> None:
     """Check, before detectors are saved in a folder, that --load_detector will find them there.
 
-    InputError if a class has a detector of the other layout there, or the folder of a method is a detector.
+    Raises InputError if a class has a detector of the other layout there, or the folder of a method is a detector.
     """
     several = len(methods) > 1
     in_the_way = [root / method for method in methods if several and _holds_detector(root / method)]

@@ -55,7 +55,7 @@ class _EpochBatches(BatchSampler):
 def split_files(count: int, val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices of the files to train on and to validate on, each ascending; the choice depends on `seed` alone.
 
-    InputError if one of the two would be empty.
+    Raises InputError if one of the two would be empty.
     """
     held_out = round(count * val_fraction)
     if val_fraction > 0 and not 0 < held_out < count:
@@ -70,7 +70,7 @@ def make_loader(
 ) -> Batches:
     """Shuffled whole batches of this rank's share of the dataset; the order depends on `seed` and epoch alone.
 
-    InputError if an epoch would hold no batch, or with --drop_last_group too few for a single update.
+    Raises InputError if an epoch would hold no batch, or with --drop_last_group too few for a single update.
     """
     files, size = len(dataset), config.batch_size  # type: ignore[arg-type]
     share = math.ceil(files / ranks.world_size)
@@ -109,9 +109,9 @@ class Trainer:
     def train_epoch(self) -> Iterator[Step]:
         """Train for the rest of an epoch, one `Step` per micro-batch.
 
-        Gradients of `accum_iter` micro-batches are averaged into one update, with the learning rate at the start of
-        the group. After a `Step` with a gradient norm, model, optimizer and `progress` can be saved. InputError if the
-        loss or the gradient is not finite; in all ranks alike.
+        Gradients of `accum_iter` micro-batches are averaged into one update, with the learning rate at the start of the
+        group. After a `Step` with a gradient norm, model, optimizer and `progress` can be saved. Raises InputError if
+        the loss or the gradient is not finite; in all ranks alike.
         """
         progress, count, accum_iter = self.progress, len(self.loader), self.config.accum_iter
         schedule = self.config.schedule
@@ -191,7 +191,7 @@ def load_checkpoint(
 ) -> Progress:
     """Restore model, optimizer and random numbers of a checkpoint, and return its progress.
 
-    A checkpoint of the original code, which holds no progress, continues after its epoch. InputError if the file
+    A checkpoint of the original code, which holds no progress, continues after its epoch. Raises InputError if the file
     is missing, damaged or of another model, or its args differ from `args` in a name of `fixed`.
     """
     checkpoint = read_checkpoint(Path(path))

@@ -109,7 +109,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def named_device(name: str) -> torch.device:
-    """Device of this name, even if it does not exist; "auto" as in `choose_device`. InputError if unknown."""
+    """Device of this name, even if it does not exist; "auto" as in `choose_device`. Raises InputError if unknown."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
