@@ -131,8 +131,8 @@ def _pair_folder(folder: Path, modalities: frozenset[str]) -> tuple[list[SampleF
         return [], [str(error)]
     stems = sorted(set().union(*(found[name] for name in modalities)))
     if not stems:
-        kind = "training" if split == "train" else split
-        return [], [f"No {kind} files in {folder}. Fill its folder {' and '.join(sorted(modalities))}, or remove it."]
+        name = "training" if split == "train" else split
+        return [], [f"No {name} files in {folder}. Fill its folder {' and '.join(sorted(modalities))}, or remove it."]
     doubled = [files for by_stem in found.values() for files in by_stem.values() if len(files) > 1]
     problems = [
         f"{files[0]} and {files[1].name} are two files of one sample. Run the preprocessing again if it was "

@@ -65,24 +65,24 @@ def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: fl
     """
     check_target_fpr(target_fpr)
     ordered = np.sort(np.asarray(scores, dtype=np.float64))
-    parts = len(ordered)
-    if parts == 0 or len(maps) != parts:
-        raise ValueError(f"{parts} scores and {len(maps)} maps, expected one of each per good sample, at least one")
+    count = len(ordered)
+    if count == 0 or len(maps) != count:
+        raise ValueError(f"{count} scores and {len(maps)} maps, expected one of each per good sample, at least one")
     pixels = np.concatenate([np.ravel(each) for each in maps])
     if not (np.isfinite(ordered).all() and np.isfinite(pixels).all()):
         raise ValueError("a score or an anomaly map of a good sample holds NaN or infinity")
-    exceeding = _share_of(target_fpr, parts + 1)  # n + 1 minus the rank
+    exceeding = _share_of(target_fpr, count + 1)  # n + 1 minus the rank
     if exceeding == 0:
         needed = math.ceil(1 / target_fpr * (1 - ROUNDING)) - 1
         logger.warning(
             "a false-alarm rate of %g needs %d good samples, but there are %d, which allow %.2g. The image threshold "
             "is their largest score.",
-            *(target_fpr, needed, parts, 1 / (parts + 1)),
+            *(target_fpr, needed, count, 1 / (count + 1)),
         )
     rank = max(len(pixels) - _share_of(target_fpr, len(pixels)), 1)
     pixels.partition(rank - 1)
-    image, pixel = float(ordered[parts - min(max(exceeding, 1), parts)]), float(pixels[rank - 1])
-    return Thresholds(image, pixel, target_fpr, source, parts, typical=float(np.median(ordered)))
+    image, pixel = float(ordered[count - min(max(exceeding, 1), count)]), float(pixels[rank - 1])
+    return Thresholds(image, pixel, target_fpr, source, count, typical=float(np.median(ordered)))
 
 
 def _share_of(rate: float, count: int) -> int:  # rounded down
