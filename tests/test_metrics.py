@@ -1,4 +1,4 @@
-"""ROC areas, the record of one class and the mean over classes."""
+"""ROC areas, metrics of a class, mean over classes, decisions and latency."""
 
 import json
 import logging
@@ -20,8 +20,8 @@ from utils.metrics import (
 )
 
 
-def rocauc_twin(positive: np.ndarray, scores: np.ndarray) -> float:
-    """The share of (positive, negative) pairs in the right order, a tie counting half."""
+def plain_rocauc(positive: np.ndarray, scores: np.ndarray) -> float:
+    """Fraction of (positive, negative) pairs in the right order; a tie counts half."""
     wins = [(p > n) + 0.5 * (p == n) for p in scores[positive] for n in scores[~positive]]
     return float(np.mean(wins))
 
@@ -36,17 +36,17 @@ def made_up_class(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
 
 
 def test_image_rocauc_by_hand() -> None:
-    # of the four pairs two are right, one ties, one is wrong
+    # of the four pairs two are in order, one ties, one is not
     assert image_rocauc([1, 1, 0, 0], [0.9, 0.4, 0.4, 0.5]) == pytest.approx(2.5 / 4)
 
 
 @pytest.mark.parametrize("decimals", [8, 1])
-def test_rocauc_equals_its_slow_twin(decimals: int) -> None:
+def test_rocauc_equals_its_plain_form(decimals: int) -> None:
     labels, _, masks, maps = made_up_class()
     maps = maps.round(decimals)
-    assert pixel_rocauc(masks, maps) == pytest.approx(rocauc_twin(masks.ravel() == 1, maps.ravel()))
+    assert pixel_rocauc(masks, maps) == pytest.approx(plain_rocauc(masks.ravel() == 1, maps.ravel()))
     scores = maps[:, 0, 0]
-    assert image_rocauc(labels, scores) == pytest.approx(rocauc_twin(labels == 1, scores))
+    assert image_rocauc(labels, scores) == pytest.approx(plain_rocauc(labels == 1, scores))
 
 
 def test_evaluate_has_the_keys_of_the_results_file() -> None:
@@ -78,7 +78,7 @@ def test_each_input_of_evaluate_matters() -> None:
     assert all(other_maps[key] != metrics[key] for key in ("pixel_rocauc", "au_pro", "au_pro_exact"))
 
 
-def test_undefined_metrics_are_none_and_say_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_undefined_metrics_are_none_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     labels, scores, masks, maps = made_up_class()
     with caplog.at_level(logging.WARNING, "utils.metrics"):
         metrics = evaluate(np.zeros_like(labels), scores, masks, maps)
@@ -113,19 +113,19 @@ def test_single_metrics_raise_where_undefined() -> None:
         ([0, 1], [0.1, np.nan], "sample 1 is NaN"),
     ],
 )
-def test_bad_image_scores(labels: list, scores: list, message: str) -> None:
+def test_invalid_image_scores_are_refused(labels: list, scores: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         image_rocauc(labels, scores)
 
 
-def test_bad_maps_are_no_undefined_metric() -> None:
+def test_nan_in_maps_is_an_error() -> None:
     labels, scores, masks, maps = made_up_class()
     maps[2, 3, 4] = np.nan
     with pytest.raises(ValueError, match="sample 2 holds NaN"):
         evaluate(labels, scores, masks, maps)
 
 
-def test_mean_is_of_unrounded_values_and_leaves_none_out() -> None:
+def test_mean_uses_unrounded_values_and_skips_none() -> None:
     def record(value: float | None, image: float | None) -> dict:
         exact = dict.fromkeys(EXACT_LIMITS, value)
         return {"image_rocauc": image, "pixel_rocauc": value, "au_pro": value, "au_pro_exact": exact, "samples": []}
@@ -154,7 +154,7 @@ def test_recorded_image_rocauc(goldens: Path) -> None:
 
 
 @pytest.mark.golden
-def test_recorded_run_as_a_whole(goldens: Path) -> None:
+def test_recorded_metrics_of_a_run(goldens: Path) -> None:
     recorded = json.loads((goldens / "runs_meta.json").read_text())["bn_DINO"]["metrics"]
     with np.load(goldens / "run_bn_DINO.npz") as run:
         maps = run["blurq_test_rgb"] / np.float32(255) * run["blurscale_test_rgb"][:, None, None]
@@ -168,16 +168,16 @@ def test_recorded_run_as_a_whole(goldens: Path) -> None:
 
 def test_decisions_by_hand() -> None:
     labels, scores = [1, 1, 1, 0, 0, 0, 0], [0.9, 0.8, 0.3, 0.7, 0.3, 0.2, 0.1]
-    figures = decision_metrics(labels, scores, 0.3)  # above it: two defective parts and one good
+    figures = decision_metrics(labels, scores, 0.3)  # above it: two defective samples and one good
     assert (figures["precision"], figures["recall"]) == (2 / 3, 2 / 3)
     assert figures["false_alarm_rate"] == 1 / 4
-    # above 0.7: 2 of 2 called, F1 4/5; above 0.2: 3 of 5 called, F1 6/8
+    # above 0.7: 2 of 2 are defective, F1 4/5; above 0.2: 3 of 5, F1 6/8
     assert (figures["f1"], figures["f1_threshold"]) == (0.8, 0.7)
     assert list(figures) == ["f1", "f1_threshold", "precision", "recall", "false_alarm_rate"]
     assert all(type(value) is float for value in figures.values())
 
 
-def test_the_best_f1_equals_its_slow_twin() -> None:
+def test_best_f1_equals_its_plain_form() -> None:
     for seed in range(30):
         rng = np.random.default_rng(seed)
         labels, scores = rng.random(12) < 0.4, rng.integers(0, 6, 12) / 4
@@ -197,7 +197,7 @@ def test_the_best_f1_equals_its_slow_twin() -> None:
         assert found["f1"] > max((f1(x) for x in everywhere if x > found["f1_threshold"] + 0.26), default=0) - 1e-12
 
 
-def test_where_all_parts_are_defective_all_are_called_so() -> None:
+def test_best_threshold_of_defective_samples_only() -> None:
     figures = decision_metrics([1, 1], [0.5, 0.7], 0.6)
     assert figures["f1"] == 1
     assert figures["f1_threshold"] < 0.5
@@ -209,7 +209,7 @@ def test_undefined_decisions_are_none() -> None:
     nothing = dict.fromkeys(("f1", "f1_threshold", "precision", "recall", "false_alarm_rate"))
     assert decision_metrics([0, 0], [0.5, 0.7], None) == nothing
     assert decision_metrics([0, 0], [0.5, 0.7], 0.6) == nothing | {"precision": 0, "false_alarm_rate": 0.5}
-    assert decision_metrics([0, 1], [0.5, 0.7], 0.7)["precision"] is None  # nothing is above
+    assert decision_metrics([0, 1], [0.5, 0.7], 0.7)["precision"] is None  # no score is above it
     assert decision_metrics([0, 1], [0.5, 0.7], 0.7)["recall"] == 0
 
 
