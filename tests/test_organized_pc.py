@@ -1,4 +1,4 @@
-"""utils/scans/organized_pc.py: tiff files of any flavour and fault, the valid mask, the nearest resize."""
+"""Organized point clouds: tiff variants, damaged files, the valid mask and the nearest resize."""
 
 import struct
 from pathlib import Path
@@ -28,7 +28,7 @@ def xyz() -> np.ndarray:
 SPECIAL = [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, -0.3, 0.7]
 
 
-def test_valid_mask_follows_the_rule_point_by_point() -> None:
+def test_valid_mask_equals_its_plain_form() -> None:
     points = np.array(np.meshgrid(SPECIAL, SPECIAL, SPECIAL), dtype=np.float32).reshape(3, -1).T
     expected = [all(value != 0 and np.isfinite(value) for value in point) for point in points]
     assert 0 < sum(expected) < len(expected)
@@ -41,7 +41,7 @@ def test_valid_mask_follows_the_rule_point_by_point() -> None:
 @pytest.mark.parametrize(
     "height, width, size", [(400, 400, 224), (373, 401, 224), (10, 7, 24), (5, 9, 1), (64, 64, 64)]
 )
-def test_resize_nearest_picks_the_pixels_of_an_obvious_loop(height: int, width: int, size: int) -> None:
+def test_resize_nearest_equals_its_plain_form(height: int, width: int, size: int) -> None:
     rows, columns = np.mgrid[:height, :width]
     positions = np.stack([rows, columns, rows * width + columns], axis=2).astype(np.float32)
     resized = resize_nearest(positions, size)
@@ -75,7 +75,7 @@ def test_read_and_resize_are_bit_equal_to_the_original(goldens: Path) -> None:
         {"photometric": "rgb", "compression": "zlib", "tile": (16, 16)},
     ],
 )
-def test_reads_every_flavour_of_tiff(tmp_path: Path, xyz: np.ndarray, options: dict) -> None:
+def test_reads_every_tiff_layout(tmp_path: Path, xyz: np.ndarray, options: dict) -> None:
     path = tmp_path / "000.tiff"
     tifffile.imwrite(path, xyz, **options)
     assert organized_pc_header(path) == (20, 30)
@@ -83,7 +83,7 @@ def test_reads_every_flavour_of_tiff(tmp_path: Path, xyz: np.ndarray, options: d
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_reads_every_float_as_float32(tmp_path: Path, xyz: np.ndarray, dtype: type) -> None:
+def test_reads_every_float_type_as_float32(tmp_path: Path, xyz: np.ndarray, dtype: type) -> None:
     tifffile.imwrite(tmp_path / "000.tiff", xyz.astype(dtype))
     result = read_organized_pc(tmp_path / "000.tiff")
     assert result.dtype == np.float32
@@ -99,7 +99,7 @@ def test_reads_missing_pixels_as_zero(tmp_path: Path, xyz: np.ndarray) -> None:
     assert np.array_equal(read_organized_pc(tmp_path / "000.tiff"), expected)
 
 
-def test_writes_what_it_reads_and_leaves_nothing_else(tmp_path: Path, xyz: np.ndarray) -> None:
+def test_round_trip_without_other_files(tmp_path: Path, xyz: np.ndarray) -> None:
     path = tmp_path / "new" / "000.tiff"
     write_organized_pc(path, xyz.astype(np.float64))
     assert np.array_equal(read_organized_pc(path), xyz)
@@ -119,7 +119,7 @@ def test_writes_what_it_reads_and_leaves_nothing_else(tmp_path: Path, xyz: np.nd
         (np.zeros((20, 30, 3), np.uint16), "uint16 numbers, expected floating-point coordinates"),
     ],
 )
-def test_refuses_other_content(tmp_path: Path, array: np.ndarray, message: str) -> None:
+def test_refuses_other_shapes_and_types(tmp_path: Path, array: np.ndarray, message: str) -> None:
     tifffile.imwrite(tmp_path / "000.tiff", array)
     for read in (organized_pc_header, read_organized_pc):
         with pytest.raises(InputError, match=f"000.tiff holds .*{message}"):
@@ -127,8 +127,8 @@ def test_refuses_other_content(tmp_path: Path, array: np.ndarray, message: str) 
 
 
 @pytest.mark.parametrize("options", [{}, {"photometric": "minisblack"}, {"compression": "zlib", "rowsperstrip": 4}])
-def test_refuses_a_truncated_file_at_any_length(tmp_path: Path, xyz: np.ndarray, options: dict) -> None:
-    whole, part = tmp_path / "whole.tiff", tmp_path / "part.tiff"
+def test_refuses_truncated_files(tmp_path: Path, xyz: np.ndarray, options: dict) -> None:
+    whole, truncated = tmp_path / "whole.tiff", tmp_path / "truncated.tiff"
     tifffile.imwrite(whole, xyz, **options)
     with tifffile.TiffFile(whole) as tif:
         series, page = tif.series[0], tif.pages[0]
@@ -136,11 +136,11 @@ def test_refuses_a_truncated_file_at_any_length(tmp_path: Path, xyz: np.ndarray,
         if series.dataoffset is not None:
             end = series.dataoffset + series.nbytes
     for length in [0, 1, 4, 8, 9, 60, 150, 250, 300, 1000, 2000, end - 1]:
-        part.write_bytes(whole.read_bytes()[:length])
+        truncated.write_bytes(whole.read_bytes()[:length])
         for read in (organized_pc_header, read_organized_pc):
             with pytest.raises(InputError) as caught:
-                read(part)
-            assert str(part) in str(caught.value)
+                read(truncated)
+            assert str(truncated) in str(caught.value)
             assert "\n" not in str(caught.value)
 
 
@@ -152,9 +152,7 @@ def test_refuses_a_missing_file_and_another_format(tmp_path: Path) -> None:
         organized_pc_header(tmp_path / "000.tiff")
 
 
-def test_damage_inside_the_pixels_shows_when_they_are_read_and_the_header_stays_cheap(
-    tmp_path: Path, xyz: np.ndarray
-) -> None:
+def test_damaged_pixels_are_found_by_reading_not_by_the_header(tmp_path: Path, xyz: np.ndarray) -> None:
     path = tmp_path / "000.tiff"
     tifffile.imwrite(path, xyz, compression="zlib")
     with tifffile.TiffFile(path) as tif:
@@ -168,7 +166,7 @@ def test_damage_inside_the_pixels_shows_when_they_are_read_and_the_header_stays_
 
 
 def forge_height(path: Path, height: int) -> None:
-    """Let the header of a tiff (little-endian) promise another height."""
+    """Change the height in the header of a little-endian tiff."""
     with tifffile.TiffFile(path) as tif:
         tag = tif.pages[0].tags["ImageLength"]
     content = bytearray(path.read_bytes())
@@ -177,7 +175,7 @@ def forge_height(path: Path, height: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [4, 20])
-def test_strips_that_are_missing_are_not_read_as_zeros(tmp_path: Path, xyz: np.ndarray, rows: int) -> None:
+def test_refuses_missing_strips(tmp_path: Path, xyz: np.ndarray, rows: int) -> None:
     path = tmp_path / "000.tiff"
     tifffile.imwrite(path, xyz, photometric="rgb", compression="zlib", rowsperstrip=rows, metadata=None)
     forge_height(path, 20_000)
@@ -186,7 +184,7 @@ def test_strips_that_are_missing_are_not_read_as_zeros(tmp_path: Path, xyz: np.n
             read(path)
 
 
-def test_an_empty_strip_is_a_missing_one(tmp_path: Path, xyz: np.ndarray) -> None:
+def test_refuses_an_empty_strip(tmp_path: Path, xyz: np.ndarray) -> None:
     path = tmp_path / "000.tiff"
     tifffile.imwrite(path, xyz, photometric="rgb", compression="zlib", rowsperstrip=4)
     with tifffile.TiffFile(path) as tif:
@@ -199,7 +197,7 @@ def test_an_empty_strip_is_a_missing_one(tmp_path: Path, xyz: np.ndarray) -> Non
         read_organized_pc(path)
 
 
-def test_refuses_more_pixels_than_any_camera_has(tmp_path: Path, xyz: np.ndarray) -> None:
+def test_refuses_too_many_pixels(tmp_path: Path, xyz: np.ndarray) -> None:
     check_organized("a", (1 << 13, MAX_PIXELS >> 13, 3), np.dtype(np.float32))
     with pytest.raises(InputError, match=f"has 8193 x .* at most {MAX_PIXELS}"):
         check_organized("a", ((1 << 13) + 1, MAX_PIXELS >> 13, 3), np.dtype(np.float32))
