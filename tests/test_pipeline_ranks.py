@@ -1,4 +1,4 @@
-"""Whole runs by several ranks, against those of one process."""
+"""Fitting and evaluation by several ranks against a single process."""
 
 from collections.abc import Callable
 from functools import cache
@@ -20,7 +20,7 @@ from utils.records import PatchFeatures, Prediction
 
 pytestmark = pytest.mark.slow
 
-# Methods that run side by side, on the features of the last one.
+# Methods of each run; all use the features of the last one.
 RUNS: dict[str, tuple[DetectorConfig, ...]] = {
     **{name: tuple(settings(method, protocol=protocol) for method in METHODS) for name, protocol in PROTOCOLS.items()},
     "first samples": (settings(TRIPLE, asy_memory_bank=2),),
@@ -30,7 +30,7 @@ RUNS: dict[str, tuple[DetectorConfig, ...]] = {
 
 
 def run(configs: tuple[DetectorConfig, ...], group: Group | None, cut: int) -> dict[str, Any]:
-    """Fit, calibrate and evaluate every method; the outcome of each in this rank."""
+    """Fit, calibrate and evaluate every method; return the results of this rank."""
     extractor = build(configs[-1])
     train, test = made_up_samples("train"), made_up_samples("test")
     train, test = train[shard_of(len(train), group, cut)], test[shard_of(len(test), group, 1 - cut)]
@@ -57,8 +57,8 @@ def run(configs: tuple[DetectorConfig, ...], group: Group | None, cut: int) -> d
     return found
 
 
-def refuse(group: Group | None) -> str:
-    """The error of a class whose samples are all background; rank r has r samples of five patches."""
+def background_error(group: Group | None) -> str:
+    """Error message of a class that is all background; rank r has r samples of five patches."""
     empty, own = torch.zeros(0, 4), rank(group)
     features = TrainingFeatures(own, empty=PatchFeatures(xyz=empty), group=group)
     for _ in range(own):
@@ -69,13 +69,13 @@ def refuse(group: Group | None) -> str:
 
 
 def plain(prediction: Prediction) -> dict[str, Any]:
-    """Scores and maps, together and of each bank."""
+    """Scores and maps of a prediction, fused and per bank."""
     scores = {"all": prediction.score, **prediction.bank_scores}
     return {"scores": scores, "maps": {"all": prediction.anomaly_map, **prediction.bank_maps}}
 
 
 def memory_of(prediction: Prediction) -> int:
-    """Bytes that its maps keep from being freed."""
+    """Bytes of memory that the maps of a prediction hold."""
     storages = [each.untyped_storage() for each in (prediction.anomaly_map, *prediction.bank_maps.values())]
     return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
@@ -86,7 +86,7 @@ def work(rank: int, folder: Path) -> None:
         for members in MEMBERS:
             if rank in members:
                 group = groups[len(members)]
-                found[len(members)] = {"refused": refuse(group)}
+                found[len(members)] = {"refused": background_error(group)}
                 for number, (name, configs) in enumerate(RUNS.items()):
                     found[len(members)][name] = run(configs, group, number % 2)
     torch.save(found, folder / f"{rank}.pth")
@@ -101,21 +101,21 @@ def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, Any]]:
 
 @pytest.fixture(params=MEMBERS, ids=str)
 def found(request: pytest.FixtureRequest, by_rank: list[dict[int, Any]]) -> list[dict[str, Any]]:
-    """The outcomes of a group, in the order of its ranks."""
+    """Results of a group, in the order of its ranks."""
     return [by_rank[rank][len(request.param)] for rank in request.param]
 
 
 @pytest.fixture(scope="module")
 def alone() -> Callable[[tuple[DetectorConfig, ...]], dict[str, Any]]:
-    """A run by one process that is in no group, each done once."""
+    """Run by a single process without a group, cached."""
     return cache(lambda configs: run(configs, None, 0))
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_of_several_ranks_predicts_what_one_process_predicts(
+def test_several_ranks_match_a_single_process(
     found: list[dict[str, Any]], alone: Callable[[tuple[DetectorConfig, ...]], dict[str, Any]], name: str
 ) -> None:
-    """Scores, maps, thresholds and metrics of all methods, of the samples in their order."""
+    """Scores, maps, thresholds and metrics of all methods are equal, and the samples keep their order."""
     of_one = alone(RUNS[name])
     for place, each in enumerate(found):
         assert each[name]["evaluated"] == (of_one["evaluated"] if place == 0 else [])
@@ -140,14 +140,14 @@ def test_every_rank_has_the_same_banks(found: list[dict[str, Any]], name: str) -
             assert all(torch.equal(rows, first[bank]) for bank, rows in other.items())
 
 
-def test_samples_of_background_only_are_an_error_in_all_ranks(found: list[dict[str, Any]]) -> None:
+def test_background_samples_are_an_error_in_all_ranks(found: list[dict[str, Any]]) -> None:
     patches = 5 * sum(range(len(found)))
     for each in found:
         assert each["refused"].startswith(f"All {patches} xyz patches of the training samples are background")
 
 
-def test_a_sample_of_another_rank_takes_no_more_memory_than_its_maps(by_rank: list[dict[int, Any]]) -> None:
-    """One plane of each bank and the fused one, of each of the test samples."""
+def test_samples_of_other_ranks_hold_only_their_maps(by_rank: list[dict[int, Any]]) -> None:
+    """Each test sample holds one map per bank and the fused map."""
     found = by_rank[0][4]["reference"]
     for name, method in METHODS.items():
         assert found[name]["bytes"] == [(len(method.banks) + 1) * SIZE**2 * 4] * TEST
