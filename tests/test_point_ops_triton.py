@@ -1,4 +1,4 @@
-"""The Triton kernels: their cases in Triton's interpreter and on a GPU, their compilation, and life without Triton."""
+"""Triton kernels in the interpreter, on a GPU and compiled without one, and the module without Triton."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ from models import point_ops_triton as kernels
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-# Triton 3.6 with NumPy 2.4, at every loop: not a word about the kernels.
+# Error of Triton 3.6 with NumPy 2.4 at every loop, unrelated to the kernels.
 INTERPRETER_FAULT = "only 0-dimensional arrays can be converted to Python scalars"
 
 FLOATS, INDICES, COUNT = "*fp32", "*i64", "i32"
@@ -28,7 +28,7 @@ SEARCH = {
     "n_queries": COUNT,
     "n_points": COUNT,
 }
-# Each kernel with the types of its arguments and its constants, as it is launched.
+# Kernel, argument types, constants and warps of each launch.
 LAUNCHES = {
     "sampling": (
         kernels._sample_kernel,
@@ -49,7 +49,7 @@ LAUNCHES = {
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
-    """What went wrong in each case, all run by one process."""
+    """Error message of each case, empty if it passed; one process runs them all."""
     command = [sys.executable, "-W", "ignore", ROOT / "tests" / "triton_cases.py"]
     done = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True, timeout=600
@@ -61,7 +61,7 @@ def interpreted() -> dict[str, str]:
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_in_the_interpreter(case: str, interpreted: dict[str, str]) -> None:
+def test_cases_in_the_interpreter(case: str, interpreted: dict[str, str]) -> None:
     if "interpreter.py" in interpreted[case] and INTERPRETER_FAULT in interpreted[case]:
         pytest.skip("the interpreter of this Triton is too old for this NumPy")
     assert interpreted[case] == ""
@@ -70,7 +70,7 @@ def test_in_the_interpreter(case: str, interpreted: dict[str, str]) -> None:
 @needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("case", CASES)
-def test_on_a_gpu(case: str) -> None:
+def test_cases_on_a_gpu(case: str) -> None:
     CASES[case]("cuda")
 
 
@@ -78,7 +78,7 @@ def test_on_a_gpu(case: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", LAUNCHES)
 def test_kernels_compile_for_a_gpu_without_one(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To PTX of compute capability 9.0; only the expanded squares have fused multiply-adds."""
+    """PTX of compute capability 9.0; only the expanded squares use fused multiply-adds."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -96,7 +96,7 @@ def test_kernels_compile_for_a_gpu_without_one(kernel: str, tmp_path: Path, monk
 
 
 @pytest.mark.slow
-def test_the_module_can_be_imported_without_triton() -> None:
+def test_import_without_triton() -> None:
     program = """
 import sys
 sys.modules["triton"] = None
