@@ -1,4 +1,4 @@
-"""Fitting and evaluating with tiny networks: what the banks hold, what is fused, what is measured."""
+"""Fitting and evaluation with tiny networks: banks, shared features, decision fusion and time measurement."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -46,13 +46,13 @@ from feature_extractors.training_features import TrainingFeatures
 from utils.errors import InputError
 from utils.records import PatchFeatures, Sample, SampleResult
 
-# --- what the banks hold ---
+# --- banks ---
 
 ROWS = {"xyz": TRAIN * GRID**2, "rgb": TRAIN * RGB_GRID**2, "fusion": TRAIN * GRID**2}
 
 
 def background_rows(outcome: Outcome) -> int:
-    """xyz patches of the training samples without a valid point."""
+    """Number of training xyz patches without a valid point."""
     return int((rows_of(outcome.features, "xyz") == 0).all(dim=1).sum())
 
 
@@ -68,15 +68,15 @@ def sizes(outcome: Outcome) -> dict[str, int]:
         ("Fusion", {"fusion": 76}),
         ("DINO+Point_MAE", {"xyz": 76, "rgb": 22}),  # int(0.3 * 76)
         ("DINO+Point_MAE+add", {"xyz": 76, "rgb": 22}),
-        ("DINO+Point_MAE+Fusion", {"xyz": 76 + 1, "rgb": 22, "fusion": 22}),  # the zero row counts for nothing
+        ("DINO+Point_MAE+Fusion", {"xyz": 76 + 1, "rgb": 22, "fusion": 22}),  # the zero row does not count
     ],
 )
-def test_sizes_under_the_reference_protocol(method_name: str, expected: dict[str, int]) -> None:
+def test_bank_sizes_of_the_reference_protocol(method_name: str, expected: dict[str, int]) -> None:
     assert sizes(run(settings(method_name))) == expected
 
 
 @pytest.mark.parametrize("method_name", METHODS)
-def test_sizes_under_the_corrected_protocol(method_name: str) -> None:
+def test_bank_sizes_of_the_corrected_protocol(method_name: str) -> None:
     outcome = run(settings(method_name, protocol=PROTOCOLS["corrected"]))
     expected = {name: int(0.3 * ROWS[name]) for name in METHODS[method_name].banks}
     if "xyz" in expected:
@@ -86,13 +86,16 @@ def test_sizes_under_the_corrected_protocol(method_name: str) -> None:
     assert sizes(outcome) == expected
 
 
-def test_sizes_at_the_ends() -> None:
+def test_bank_sizes_at_extreme_fractions() -> None:
     assert sizes(run(settings(f_coreset=1.0))) == {"xyz": ROWS["xyz"], "rgb": ROWS["rgb"]}
-    assert sizes(run(settings(f_coreset=0.9))) == {"xyz": 230, "rgb": ROWS["rgb"]}  # int(0.9 * 230) is more than all
+    assert sizes(run(settings(f_coreset=0.9))) == {
+        "xyz": 230,
+        "rgb": ROWS["rgb"],
+    }  # fewer rgb rows than int(0.9 * 230)
     assert sizes(run(settings(f_coreset=1e-4))) == {"xyz": 1, "rgb": 1}
 
 
-def test_asymmetric_banks_take_xyz_and_fusion_from_the_first_samples() -> None:
+def test_asymmetric_banks_use_the_first_samples_for_xyz_and_fusion() -> None:
     outcome = run(settings(TRIPLE, asy_memory_bank=2, f_coreset=1.0))
     rows = partial(rows_of, outcome.features)
     banks = outcome.detector.banks
@@ -105,8 +108,8 @@ def test_asymmetric_banks_take_xyz_and_fusion_from_the_first_samples() -> None:
 
 
 @pytest.mark.parametrize("method_name", METHODS)
-def test_statistics(method_name: str) -> None:
-    """Reference: mean of xyz and standard deviation of rgb, or one's own, or none; corrected: each bank its own."""
+def test_bank_statistics_of_each_protocol(method_name: str) -> None:
+    """Reference: mean of xyz and std of rgb, a bank's own, or none. Corrected: each bank its own."""
 
     def own(rows: Tensor) -> tuple[float, float]:
         return float(rows.double().mean()), float(rows.double().std(correction=1))
@@ -136,13 +139,13 @@ def test_banks_are_the_normalized_coresets(protocol: str) -> None:
         raw = rows_of(outcome.features, name)
         if name == "xyz" and protocol == "corrected":
             raw = raw[(raw != 0).any(dim=1)]
-        count = len(bank.rows) - (name == "xyz")  # without the row that is added last
+        count = len(bank.rows) - (name == "xyz")  # without the appended background row
         picks = select_coreset(raw, bank.statistics, count, config.coreset_eps, config.random_state)
         assert torch.equal(bank.rows[:count], bank.statistics.normalize(raw[picks]))
 
 
-def test_the_reference_triple_appends_a_zero_row() -> None:
-    """Zero after normalization; the background rows stay, with other values."""
+def test_reference_triple_appends_a_zero_row() -> None:
+    """The row is zero after normalization; the background rows stay, with other values."""
     outcome = run(settings(TRIPLE, f_coreset=1.0))
     bank = outcome.detector.banks["xyz"]
     assert (bank.rows[-1] == 0).all()
@@ -152,8 +155,8 @@ def test_the_reference_triple_appends_a_zero_row() -> None:
         assert not (run(settings(name)).detector.banks["xyz"].rows[-1] == 0).all()
 
 
-def test_the_reference_triple_drops_rows_that_hold_a_zero_once_normalized() -> None:
-    """By hand: the mean of xyz is 0, so that one row of three keeps its zero, and the zero row takes its place."""
+def test_reference_triple_drops_normalized_rows_with_a_zero() -> None:
+    """By hand: the mean of xyz is 0, so one row of three keeps its zero and is replaced by the zero row."""
     features = TrainingFeatures(1)
     xyz = torch.tensor([[1.0, -1.0], [2.0, 0.0], [-1.0, -1.0]])
     features.append(PatchFeatures(xyz=xyz, rgb=torch.tensor([[1.0, 3.0]]), fusion=torch.ones(3, 4)))
@@ -164,7 +167,7 @@ def test_the_reference_triple_drops_rows_that_hold_a_zero_once_normalized() -> N
 
 
 @pytest.mark.parametrize("method_name", ["Point_MAE", DOUBLE, TRIPLE])
-def test_the_corrected_protocol_keeps_one_background_row(method_name: str) -> None:
+def test_corrected_protocol_keeps_one_background_row(method_name: str) -> None:
     outcome = run(settings(method_name, f_coreset=1.0, protocol=PROTOCOLS["corrected"]))
     bank = outcome.detector.banks["xyz"]
     background = bank.statistics.normalize(torch.zeros(bank.rows.shape[1]))
@@ -172,15 +175,15 @@ def test_the_corrected_protocol_keeps_one_background_row(method_name: str) -> No
     assert (bank.rows == background).all(dim=1).nonzero().flatten().tolist() == [len(bank.rows) - 1]
 
 
-def test_rm_zero_keeps_one_zero_row_under_the_reference_protocol() -> None:
+def test_rm_zero_keeps_one_zero_row_in_the_reference_protocol() -> None:
     outcome = run(settings(SINGLE, f_coreset=1.0, rm_zero_for_project=True))
     bank = outcome.detector.banks["xyz"]
     assert len(bank.rows) == ROWS["xyz"] - background_rows(outcome) + 1
     assert (bank.rows == 0).all(dim=1).nonzero().flatten().tolist() == [len(bank.rows) - 1]
 
 
-def test_rows_with_a_single_zero_are_background_to_rm_zero_alone() -> None:
-    """Histograms have empty bins: a column that is zero everywhere leaves --rm_zero_for_project no row at all."""
+def test_rows_with_a_single_zero_are_background_only_for_rm_zero() -> None:
+    """A column that is zero everywhere, such as an empty histogram bin, leaves --rm_zero_for_project no row."""
     features = TrainingFeatures(1)
     xyz = torch.rand(50, 5) + 1
     xyz[:10, 3] = 0.0  # single zeros
@@ -202,7 +205,7 @@ def test_rows_with_a_single_zero_are_background_to_rm_zero_alone() -> None:
 
 @pytest.fixture
 def selections(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Grows by (rows, picks) at each selection of a coreset."""
+    """List of (rows, picks) of each coreset selection."""
     counts: list[tuple[int, int]] = []
 
     def counting(raw: Tensor, statistics: object, n: int, *rest: object) -> Tensor:
@@ -225,8 +228,8 @@ def assert_same_detector(one: Detector, other: Detector) -> None:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_coreset_is_selected_once_for_all_methods(protocol: str, selections: list[tuple[int, int]]) -> None:
-    """Two, then three banks of the same statistics and sizes; each detector is that of a run of its own."""
+def test_coresets_are_selected_once_for_all_methods(protocol: str, selections: list[tuple[int, int]]) -> None:
+    """Three methods need three coresets in all, and each detector equals one fitted alone."""
     configs = {name: settings(name, protocol=PROTOCOLS[protocol]) for name in (DOUBLE, "DINO+Point_MAE+add", TRIPLE)}
     extractor = build(configs[TRIPLE])
     features = collect_features(extractor, made_up_samples("train"), TRAIN)
@@ -240,7 +243,7 @@ def test_a_coreset_is_selected_once_for_all_methods(protocol: str, selections: l
         assert_same_detector(detectors[name], run(config).detector)
 
 
-def test_without_a_random_state_each_method_selects_its_own_coresets(selections: list[tuple[int, int]]) -> None:
+def test_coresets_are_not_shared_without_a_random_state(selections: list[tuple[int, int]]) -> None:
     configs = [settings(name, random_state=None) for name in (DOUBLE, "DINO+Point_MAE+add", TRIPLE)]
     extractor = build(configs[-1])
     features = collect_features(extractor, made_up_samples("train"), TRAIN)
@@ -258,7 +261,7 @@ def test_without_a_random_state_each_method_selects_its_own_coresets(selections:
         {"f_coreset": 0.2},
         {"asy_memory_bank": 2},
         {"method_name": "DINO"},  # its own statistics
-        {"method_name": "Point_MAE"},  # none
+        {"method_name": "Point_MAE"},  # no statistics
         {"protocol": PROTOCOLS["corrected"]},
     ],
     ids=str,
@@ -266,7 +269,7 @@ def test_without_a_random_state_each_method_selects_its_own_coresets(selections:
 def test_coresets_of_other_settings_are_not_shared(
     changed: dict[str, object], selections: list[tuple[int, int]]
 ) -> None:
-    """Fitted after another one on the same features, a detector is what it is by itself."""
+    """A detector fitted after another on the same features equals one fitted alone."""
     first = settings()
     extractor = build(first)
     features = collect_features(extractor, made_up_samples("train"), TRAIN)
@@ -288,7 +291,7 @@ def test_coresets_of_other_settings_are_not_shared(
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("method_name", METHODS)
-def test_banks_score_by_the_rule_of_the_method(method_name: str, protocol: str) -> None:
+def test_score_rule_of_each_method(method_name: str, protocol: str) -> None:
     """Only the reference's double method divides by 1000; only the single RGB and xyz methods add 1e-5."""
     corrected = protocol == "corrected"
     divisor = 1000.0 if method_name == DOUBLE and not corrected else 1.0
@@ -305,7 +308,7 @@ def test_banks_score_by_the_rule_of_the_method(method_name: str, protocol: str) 
 
 @pytest.mark.parametrize(("method_name", "banks"), [(DOUBLE, (0, 1)), (TRIPLE, (0, 1, 2))])
 def test_decision_fusion_is_fitted_on_the_training_samples(method_name: str, banks: tuple[int, ...]) -> None:
-    """In the order xyz, rgb, fusion, each bank with its own lambda."""
+    """The order is xyz, rgb, fusion, and each bank has its own lambda."""
     config = settings(method_name, score_lambdas=(1.0, 0.2, 3.0), map_lambdas=(2.0, 0.3, 0.5))
     detector, features, predictions = run(config)[2:]
     results = [detector.bank_results(features.sample(i)) for i in range(TRAIN)]
@@ -336,7 +339,7 @@ def test_methods_without_svm_add_scores_and_maps(method_name: str) -> None:
 
 
 class CountingExtractor(PatchExtractor):
-    """Keeps the paths of the samples that it is called with."""
+    """Extractor that records the paths of its samples."""
 
     seen: list[str]
 
@@ -363,7 +366,7 @@ def test_training_samples_are_extracted_once() -> None:
     assert extractor.seen == paths + [sample.path for sample in test]
 
 
-def test_features_are_handed_on_as_they_are_collected() -> None:
+def test_on_features_receives_each_sample() -> None:
     config = settings()
     seen: list[tuple[str, PatchFeatures]] = []
     collected = collect_features(
@@ -386,7 +389,7 @@ def test_features_are_handed_on_as_they_are_collected() -> None:
 # --- evaluation ---
 
 
-def test_evaluate_says_what_predict_says() -> None:
+def test_evaluate_equals_predict() -> None:
     outcome = run(settings())
     test = made_up_samples("test")
     evaluations = evaluate({"mine": outcome.detector}, iter(test), len(test))
@@ -408,7 +411,7 @@ def test_evaluate_says_what_predict_says() -> None:
     assert metrics["au_pro_exact"]["0.3"] > 0.5
 
 
-def test_evaluate_takes_test_samples_only() -> None:
+def test_evaluate_refuses_training_samples() -> None:
     with pytest.raises(ValueError, match="train/good/000 has no label or no mask"):
         evaluate({DOUBLE: run(settings()).detector}, made_up_samples("train"), TRAIN)
 
@@ -422,7 +425,7 @@ def detectors_of_one_extractor() -> tuple[CountingExtractor, dict[str, Detector]
     return extractor, {name: fit_detector(config, extractor, features) for name, config in configs.items()}
 
 
-def test_detectors_predict_side_by_side_as_each_by_itself() -> None:
+def test_evaluation_of_several_detectors_equals_separate_ones() -> None:
     extractor, detectors = detectors_of_one_extractor()
     test = made_up_samples("test")
     together = evaluate(detectors, iter(test), len(test))
@@ -438,12 +441,12 @@ def test_detectors_predict_side_by_side_as_each_by_itself() -> None:
             assert mine.prediction.score == theirs.prediction.score
             assert mine.prediction.bank_scores == theirs.prediction.bank_scores
             assert torch.equal(mine.prediction.anomaly_map, theirs.prediction.anomaly_map)
-    scores = {name: [each.prediction.score for each in of.results] for name, of in together.items()}
+    scores = {name: [each.prediction.score for each in evaluation.results] for name, evaluation in together.items()}
     assert scores["DINO"] != scores[DOUBLE] != scores[TRIPLE]
 
 
-def test_every_stopwatch_counts_the_shared_extraction_and_its_own_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock that only the extractor, the detectors and the metrics move on, each by its own step."""
+def test_stopwatches_count_shared_extraction_and_own_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Extractor, detectors and metrics each advance a fake clock by a step of their own."""
     _, detectors = detectors_of_one_extractor()
     clock = [0.0]
 
@@ -468,10 +471,10 @@ def test_every_stopwatch_counts_the_shared_extraction_and_its_own_scoring(monkey
     for name, stopwatch in stopwatches.items():
         expected = {"extract": 5.0 + 100 * TEST, "score": 0.5 + steps[name] * TEST, "metrics": 7.0}
         assert stopwatch.seconds == before | expected
-    assert before["extract"] == 5.0  # copied
+    assert before["extract"] == 5.0  # the initial times are copied
 
 
-def test_a_stopwatch_begins_at_nothing_or_where_another_stands() -> None:
+def test_stopwatch_starts_at_zero_or_at_given_times() -> None:
     assert Stopwatch().seconds == dict.fromkeys(("extract", "coreset", "fuse", "calibrate", "score", "metrics"), 0.0)
     first = Stopwatch()
     first.seconds["extract"] = 3.0
@@ -483,7 +486,7 @@ def test_a_stopwatch_begins_at_nothing_or_where_another_stands() -> None:
 
 
 @pytest.mark.parametrize("method_name", [DOUBLE, "DINO"])
-def test_seconds_of_every_stage(method_name: str) -> None:
+def test_every_stage_is_measured(method_name: str) -> None:
     config = settings(method_name)
     stopwatch = Stopwatch()
     assert list(stopwatch.seconds) == ["extract", "coreset", "fuse", "calibrate", "score", "metrics"]
@@ -500,7 +503,7 @@ def test_seconds_of_every_stage(method_name: str) -> None:
     assert {stage for stage, seconds in stopwatch.seconds.items() if seconds == 0} == without
 
 
-def test_a_stage_that_fails_is_measured_too() -> None:
+def test_failed_stage_is_measured() -> None:
     stopwatch = Stopwatch()
     with pytest.raises(KeyError), stopwatch.measure("fuse"):
         raise KeyError
