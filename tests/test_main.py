@@ -1,4 +1,4 @@
-"""The command line: what a run leaves and what each flag does."""
+"""Command line of main.py: the output files of a run and the effect of each flag."""
 
 import json
 import shutil
@@ -59,11 +59,11 @@ Runner = Callable[..., Run]
 
 LIMITS = ["0.3", "0.1", "0.05", "0.01"]
 DECISIONS = ("f1", "f1_threshold", "precision", "recall", "false_alarm_rate", "threshold", "latency")
-TRAIN, TEST_GOOD = 3, 2  # scans of a made-up class, beside one of each defect
+TRAIN, TEST_GOOD = 3, 2  # samples of a synthetic class, next to one per defect
 TEST_PATHS = sorted([f"test/good/{i:03d}" for i in range(TEST_GOOD)] + [f"test/{defect}/000" for defect in DEFECTS])
 PADDED = (300, 300)  # cleaning pads 224 pixels to a multiple of 100
 
-# Flags of runs that tests share.
+# Flags of runs shared by several tests
 DOUBLE = ("--method_name", "DINO+Point_MAE")
 TRIPLE = ("--method_name", "DINO+Point_MAE+Fusion")
 POINTS = ("--method_name", "Point_MAE")
@@ -71,23 +71,23 @@ PROJECTED = ("--method_name", "DINO", "--max_sample", 1)  # so few rows that the
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Cleaned scans of two kinds of made-up parts, one of which bears the name of a published class."""
-    folder = tmp_path_factory.mktemp("parts")
+def clean_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two cleaned classes of synthetic objects; one has the name of a published class."""
+    folder = tmp_path_factory.mktemp("clean_data")
     make_dataset(Plan(folder / "raw", ("gasket", "cookie"), TRAIN, 0, TEST_GOOD, 1, size=224))
     assert not preprocess(config_for(folder / "raw", folder / "clean")).failed
     return folder / "clean"
 
 
 @pytest.fixture(scope="module")
-def base(parts: Path) -> list[object]:
-    """Flags of every run on the gaskets. The small image is for speed."""
-    return ["--dataset_path", parts, "--classes", "gasket", *PIP_BACKBONES, "--random_state", 0, "--img_size", 112]
+def base(clean_data: Path) -> list[object]:
+    """Flags of every run on the gasket class, with a small image size for speed."""
+    return ["--dataset_path", clean_data, "--classes", "gasket", *PIP_BACKBONES, "--random_state", 0, "--img_size", 112]
 
 
 @pytest.fixture(scope="module")
 def runs(base: list[object], tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    """Runs on the gaskets by their flags, each done once."""
+    """Runs on the gasket class, cached by their flags."""
     done: dict[tuple[object, ...], Run] = {}
 
     def run(*flags: object) -> Run:
@@ -100,18 +100,18 @@ def runs(base: list[object], tmp_path_factory: pytest.TempPathFactory) -> Runner
 
 @pytest.fixture(scope="module")
 def uff(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of an untrained UFF for the widths of the pip backbones."""
+    """Checkpoint of an untrained UFF for the widths of the backbones from packages."""
     path = tmp_path_factory.mktemp("uff") / "checkpoint-0.pth"
     torch.manual_seed(0)
     torch.save({"model": FeatureFusion(XYZ_DIM, RGB_DIM).state_dict()}, path)
     return path
 
 
-# What a run leaves
+# Output files
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_leaves_the_files_of_a_run(runs: Runner, method: str) -> None:
+def test_output_files_of_every_method(runs: Runner, method: str) -> None:
     run = runs("--method_name", method, "--memory_bank", METHODS[method].memory_bank)
     entry, results = run.entry, run.results
     assert files_below(run.folder) == sorted([*TABLES, "results.json", "report.html", "classes/gasket.json"])
@@ -134,7 +134,7 @@ def test_every_method_leaves_the_files_of_a_run(runs: Runner, method: str) -> No
     assert len(set(run.scores)) == len(TEST_PATHS)
     assert entry["image_rocauc"] == pytest.approx(roc_auc_score(labels, run.scores))
     assert all(0 <= figure <= 1 for figure in run.pixel_figures)
-    assert entry["pixel_rocauc"] > 0.6  # these parts are easy; chance is 0.5
+    assert entry["pixel_rocauc"] > 0.6  # these samples are easy; chance is 0.5
 
     seconds = entry["seconds"]
     assert list(seconds) == ["extract", "coreset", "fuse", "calibrate", "score", "metrics"]
@@ -163,7 +163,7 @@ def test_methods_differ(runs: Runner) -> None:
     assert len(scores) == len(METHODS)
 
 
-def test_several_classes_in_the_order_asked_for(runs: Runner) -> None:
+def test_classes_keep_the_order_of_the_flag(runs: Runner) -> None:
     run = runs("--method_name", "DINO", "--classes", "gasket", "cookie")
     classes, mean = run.results["classes"], run.results["mean"]
     assert list(classes) == ["gasket", "cookie"]
@@ -173,29 +173,29 @@ def test_several_classes_in_the_order_asked_for(runs: Runner) -> None:
     for limit in LIMITS:
         exact = [entry["au_pro_exact"][limit] for entry in classes.values()]
         assert mean["au_pro_exact"][limit] == pytest.approx(np.mean(exact), rel=1e-12)
-    # A class does not depend on which others are run with it.
+    # The results of a class do not depend on the other classes.
     alone = runs("--method_name", "DINO", "--memory_bank", "single").entry
     assert classes["gasket"]["samples"] == alone["samples"]
     assert classes["cookie"]["samples"] != alone["samples"]
 
 
 @pytest.mark.parametrize(("dataset_type", "name"), [("mvtec3d", "cookie"), ("eyecandies", "Lollipop")])
-def test_without_classes_all_of_the_dataset_type_are_run(
-    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset_type: str, name: str
+def test_default_classes_are_those_of_the_dataset_type(
+    clean_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset_type: str, name: str
 ) -> None:
     for link in ("cookie", "Lollipop", "gasket"):
-        (tmp_path / link).symlink_to(parts / "cookie")
-    asked = []
+        (tmp_path / link).symlink_to(clean_data / "cookie")
+    classes = []
 
     def stop(name: str, *_: object) -> None:
-        asked.append(name)
+        classes.append(name)
         raise SystemExit
 
     monkeypatch.setattr(class_run, "run_class", stop)
     flags = ["--method_name", "DINO", *PIP_BACKBONES, "--dataset_path", tmp_path, "--output_dir", tmp_path / "out"]
     with pytest.raises(SystemExit):
         call(*flags, "--dataset_type", dataset_type)
-    assert asked == [name]
+    assert classes == [name]
 
 
 def test_a_second_run_appends_a_second_table(base: list[object], tmp_path: Path) -> None:
@@ -208,40 +208,40 @@ def test_a_second_run_appends_a_second_table(base: list[object], tmp_path: Path)
         assert text.count("\n## ") == 2
         assert text.count("--classes cookie") == 1
     assert list(first.results["classes"]) == ["gasket"]
-    assert list(second.results["classes"]) == ["cookie"]  # of the last run alone
+    assert list(second.results["classes"]) == ["cookie"]  # of the last run only
 
 
-def test_saved_predictions_have_the_size_of_the_ground_truth(parts: Path, runs: Runner) -> None:
+def test_saved_predictions_have_the_size_of_the_ground_truth(clean_data: Path, runs: Runner) -> None:
     run = runs("--method_name", "DINO+Point_MAE", "--save_preds")
     assert run.entry["samples"] == runs("--method_name", "DINO+Point_MAE", "--memory_bank", "multiple").entry["samples"]
-    pictures = [f"pred_maps/gasket/{path.removeprefix('test/')}.png" for path in TEST_PATHS]
+    images = [f"pred_maps/gasket/{path.removeprefix('test/')}.png" for path in TEST_PATHS]
     maps = [f"anomaly_maps/gasket/{path}.tiff" for path in TEST_PATHS]
     assert files_below(run.folder) == sorted(
-        [*TABLES, "results.json", "report.html", "classes/gasket.json", *pictures, *maps]
+        [*TABLES, "results.json", "report.html", "classes/gasket.json", *images, *maps]
     )
 
     planes = [tifffile.imread(run.folder / path) for path in maps]
-    truth = [parts / "gasket" / Path(path).parent / "gt" / f"{Path(path).name}.png" for path in TEST_PATHS]
+    truth = [clean_data / "gasket" / Path(path).parent / "gt" / f"{Path(path).name}.png" for path in TEST_PATHS]
     masks = [np.asarray(Image.open(path)) > 0 for path in truth]
     for plane, mask in zip(planes, masks, strict=True):
         assert plane.dtype == np.float32
         assert plane.shape == mask.shape == PADDED
-    # The figure of the run, computed at 224 pixels, comes out of the files too: each map is that of its scan.
+    # The files reproduce the P-AUROC of the run (computed at 112 pixels), so each map belongs to its sample.
     defective = np.concatenate(masks, axis=None)
     figure = roc_auc_score(defective, np.concatenate(planes, axis=None))
     assert figure == pytest.approx(run.entry["pixel_rocauc"], abs=0.01)
     assert abs(roc_auc_score(defective, np.concatenate(planes[::-1], axis=None)) - figure) > 0.02
 
-    for path in pictures:
+    for path in images:
         with Image.open(run.folder / path) as image:
             assert image.format == "PNG"
-            assert image.width > 4 * image.height  # photo, ground truth, two banks, fused, overlay
+            assert image.width > 4 * image.height  # image, ground truth, two banks, fused, overlay
             assert np.asarray(image.convert("L")).std() > 10
 
 
 @pytest.mark.parametrize(("pairing", "dtype"), [("aligned", "fp16"), ("reference", "fp16"), ("aligned", "fp32")])
-def test_saved_features_are_those_of_the_training_samples(
-    parts: Path, runs: Runner, tmp_path: Path, pairing: str, dtype: str
+def test_saved_features_match_the_training_samples(
+    clean_data: Path, runs: Runner, tmp_path: Path, pairing: str, dtype: str
 ) -> None:
     folder = tmp_path / "patch_lib"
     flags = [*DOUBLE, "--max_sample", 2, "--save_feature", "--save_feature_path", folder]
@@ -258,7 +258,7 @@ def test_saved_features_are_those_of_the_training_samples(
     config = DetectorConfig("DINO+Point_MAE", img_size=112, **names)
     extract = build_extractor(config, tmp_path, tmp_path)
     modalities = config.method.modalities
-    dataset = AnomalyDataset(index_split(parts / "gasket", "train", modalities), modalities, config.img_size)
+    dataset = AnomalyDataset(index_split(clean_data / "gasket", "train", modalities), modalities, config.img_size)
     for i in range(2):
         features, (xyz, rgb, _) = extract(dataset[i]), saved[i]
         assert features.rgb is not None
@@ -271,29 +271,29 @@ def test_saved_features_are_those_of_the_training_samples(
 
 
 def test_rgb_method_reads_no_xyz_and_builds_no_3d_network(
-    parts: Path, runs: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clean_data: Path, runs: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = runs("--method_name", "DINO", "--memory_bank", "single")
-    link_files(parts / "gasket", tmp_path / "rgb" / "gasket", without=["xyz"])
+    link_files(clean_data / "gasket", tmp_path / "rgb" / "gasket", without=["xyz"])
     monkeypatch.setattr(extractor_module, "build_xyz_backbone", lambda *_, **__: pytest.fail("3D network built"))
     run = runs("--method_name", "DINO", "--dataset_path", tmp_path / "rgb")
     assert run.entry["samples"] == expected.entry["samples"]
 
 
 def test_xyz_method_reads_no_rgb_and_builds_no_rgb_network(
-    parts: Path, runs: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clean_data: Path, runs: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link_files(parts / "gasket", tmp_path / "xyz" / "gasket", without=["rgb"])
+    link_files(clean_data / "gasket", tmp_path / "xyz" / "gasket", without=["rgb"])
     monkeypatch.setattr(extractor_module, "build_rgb_backbone", lambda *_, **__: pytest.fail("RGB network built"))
     run = runs(*POINTS, "--dataset_path", tmp_path / "xyz", "--save_preds")
     assert run.entry["samples"] == runs(*POINTS).entry["samples"]
-    for path in TEST_PATHS:  # of the size of the ground truth, without a photo
+    for path in TEST_PATHS:  # same size as the ground truth, without an image
         assert tifffile.imread(run.folder / "anomaly_maps" / "gasket" / f"{path}.tiff").shape == PADDED
         assert (run.folder / "pred_maps" / "gasket" / f"{path.removeprefix('test/')}.png").is_file()
 
 
-def test_max_sample_is_the_first_n_samples(parts: Path, runs: Runner, tmp_path: Path) -> None:
-    link_files(parts / "gasket", tmp_path / "gasket")
+def test_max_sample_uses_the_first_n_samples(clean_data: Path, runs: Runner, tmp_path: Path) -> None:
+    link_files(clean_data / "gasket", tmp_path / "gasket")
     (tmp_path / "gasket/train/good/rgb" / f"{TRAIN - 1:03d}.png").unlink()
     (tmp_path / "gasket/train/good/xyz" / f"{TRAIN - 1:03d}.tiff").unlink()
     two = runs(*DOUBLE, "--max_sample", TRAIN - 1)
@@ -303,17 +303,17 @@ def test_max_sample_is_the_first_n_samples(parts: Path, runs: Runner, tmp_path: 
 
 
 def test_finished_classes_are_kept_when_a_later_one_fails(
-    parts: Path, runs: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    clean_data: Path, runs: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    link_files(parts / "gasket", tmp_path / "gasket")
-    link_files(parts / "gasket", tmp_path / "torn")
-    scan = tmp_path / "torn/test/dent/xyz/000.tiff"
-    scan.unlink()
-    tifffile.imwrite(scan, np.zeros((*PADDED, 3), np.float32), photometric="rgb")
+    link_files(clean_data / "gasket", tmp_path / "gasket")
+    link_files(clean_data / "gasket", tmp_path / "damaged")
+    cloud = tmp_path / "damaged/test/dent/xyz/000.tiff"
+    cloud.unlink()
+    tifffile.imwrite(cloud, np.zeros((*PADDED, 3), np.float32), photometric="rgb")
     out = tmp_path / "out"
-    flags = [*PIP_BACKBONES, *POINTS, "--dataset_path", tmp_path, "--classes", "gasket", "torn", "--output_dir", out]
+    flags = [*PIP_BACKBONES, *POINTS, "--dataset_path", tmp_path, "--classes", "gasket", "damaged", "--output_dir", out]
     message = refusal(capsys, *flags, "--random_state", 0, "--img_size", 112)
-    assert str(scan) in message
+    assert str(cloud) in message
     assert files_below(out) == ["classes/gasket.json", "report.html", "results.json"]
     assert ">gasket</h2>" in (out / "report.html").read_text()
     results = json.loads((out / "results.json").read_text())
@@ -322,9 +322,9 @@ def test_finished_classes_are_kept_when_a_later_one_fails(
     assert results["mean"]["au_pro"] == results["classes"]["gasket"]["au_pro"]
 
 
-def test_only_good_test_scans_leave_the_metrics_undefined(parts: Path, runs: Runner, tmp_path: Path) -> None:
-    link_files(parts / "gasket/train", tmp_path / "gasket/train")
-    link_files(parts / "gasket/test/good", tmp_path / "gasket/test/good", without=["gt"])
+def test_metrics_are_undefined_without_defective_samples(clean_data: Path, runs: Runner, tmp_path: Path) -> None:
+    link_files(clean_data / "gasket/train", tmp_path / "gasket/train")
+    link_files(clean_data / "gasket/test/good", tmp_path / "gasket/test/good", without=["gt"])
     run = runs(*PROJECTED, "--dataset_path", tmp_path)
     assert [sample["path"] for sample in run.entry["samples"]] == ["test/good/000", "test/good/001"]
     assert run.entry["image_rocauc"] is None
@@ -332,13 +332,13 @@ def test_only_good_test_scans_leave_the_metrics_undefined(parts: Path, runs: Run
     assert table_rows(run.folder, TABLES[0])[1][1:] == ["n/a", "n/a"]
 
 
-# What the flags do
+# Flags
 
 
-def test_defaults_are_those_of_the_original() -> None:
+def test_defaults_match_the_original() -> None:
     args = vars(make_parser().parse_args([]))
     original = {
-        "method_name": ["DINO+Point_MAE+Fusion"],  # a single name there
+        "method_name": ["DINO+Point_MAE+Fusion"],  # a single name in the original
         "max_sample": 400,
         "rgb_backbone_name": "vit_base_patch8_224_dino",
         "xyz_backbone_name": "Point_MAE",
@@ -346,7 +346,7 @@ def test_defaults_are_those_of_the_original() -> None:
         "save_feature": False,
         "use_uff": False,
         "save_feature_path": Path("datasets/patch_lib"),
-        "save_preds": None,  # False there; here also the names of methods
+        "save_preds": None,  # False in the original; here also names of methods
         "group_size": 128,
         "num_group": 1024,
         "random_state": None,
@@ -363,7 +363,7 @@ def test_defaults_are_those_of_the_original() -> None:
         "rm_zero_for_project": False,
     }
     added = {
-        "memory_bank": None,  # "multiple" there, which its default method needs; so each method runs by its name alone
+        "memory_bank": None,  # "multiple" in the original; None picks the bank mode of the method
         "classes": None,
         "checkpoint_dir": Path("checkpoints"),
         "rgb_checkpoint": None,
@@ -450,7 +450,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (DOUBLE, ["--device", "cpu"], False, False),
     ],
 )
-def test_a_flag_changes_what_it_is_for(
+def test_flags_change_scores_or_maps(
     runs: Runner, base_flags: tuple[object, ...], flags: list[object], scores_change: bool, maps_change: bool
 ) -> None:
     without, given = runs(*base_flags), runs(*base_flags, *flags)
@@ -473,36 +473,36 @@ def test_bf16_changes_scores_slightly(runs: Runner) -> None:
     assert float(np.median(np.abs(half / full - 1))) < 0.03  # 0.023 with torch 2.8
 
 
-def test_precision_auto_is_one_of_both(runs: Runner) -> None:
+def test_precision_auto_equals_the_named_choice(runs: Runner) -> None:
     chosen = choose_precision("auto", torch.device("cpu"))
     auto, named = (runs(*PROJECTED, "--precision", each).scores for each in ("auto", chosen))
     assert auto == named
 
 
-def test_the_memory_budget_decides_where_training_features_lie(
+def test_memory_budget_moves_training_features_to_disk(
     base: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_disk: list[bool] = []
     fit = class_run.fit_detector
 
-    def noticing(config: DetectorConfig, extractor: object, features: TrainingFeatures, *rest: object) -> object:
+    def spy(config: DetectorConfig, extractor: object, features: TrainingFeatures, *rest: object) -> object:
         on_disk.append(features.on_disk)
         return fit(config, extractor, features, *rest)
 
-    monkeypatch.setattr(class_run, "fit_detector", noticing)
+    monkeypatch.setattr(class_run, "fit_detector", spy)
     for i, flags in enumerate(([], ["--memory_budget", 1e-6])):
         run_into(tmp_path / str(i), *base, *DOUBLE, *flags)
     assert on_disk == [False, True]
 
 
 @pytest.mark.parametrize("budget", ["0", "-1", "nan"])
-def test_a_memory_budget_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], budget: str) -> None:
+def test_invalid_memory_budget_is_refused(capsys: pytest.CaptureFixture[str], budget: str) -> None:
     assert f"--memory_budget is {float(budget)}. Give a number of GB above 0." in refusal(
         capsys, "--method_name", "DINO", f"--memory_budget={budget}"
     )
 
 
-def test_corrected_protocol_changes_scores_and_puts_the_exact_au_pro_first(runs: Runner) -> None:
+def test_corrected_protocol_changes_scores_and_lists_exact_au_pro_first(runs: Runner) -> None:
     reference, corrected = runs(*DOUBLE), runs(*DOUBLE, "--protocol", "corrected")
     assert corrected.scores != reference.scores
     for run, first, second in (
@@ -520,7 +520,7 @@ def test_corrected_protocol_changes_scores_and_puts_the_exact_au_pro_first(runs:
         assert figures[first] != figures[second]
 
 
-def test_a_fusion_bank_without_uff_says_so(runs: Runner, uff: Path) -> None:
+def test_fusion_bank_without_uff_is_noted(runs: Runner, uff: Path) -> None:
     plain, fused = runs(*TRIPLE), runs(*TRIPLE, "--use_uff", "--fusion_module_path", uff)
     note = "Without --use_uff the fusion bank holds concatenated features"
     assert plain.stdout.count(note) == len(TABLES)
@@ -532,12 +532,12 @@ def test_a_fusion_bank_without_uff_says_so(runs: Runner, uff: Path) -> None:
     assert fused.scores != plain.scores
 
 
-# Real processes
+# Separate processes
 
 
-def test_torchrun_gives_the_results_of_one_process(bagels: Path, tmp_path: Path) -> None:
-    """Bit-equal, because each sample is extracted and scored by a single process. See test_main_ranks for more."""
-    for i in range(2, 5):  # a batch is four samples, so a fifth gives the second process work
+def test_torchrun_matches_a_single_process(bagels: Path, tmp_path: Path) -> None:
+    """Results are bit-equal, because one process extracts and scores each sample. See test_main_ranks for more."""
+    for i in range(2, 5):  # a batch is four samples, so the fifth goes to the second process
         for folder in ("train/good", "test/good"):
             write_cloud(bagels / f"bagel/{folder}/xyz/{i:03d}.tiff", surface(10 * i + len(folder)))
             shutil.copy(bagels / "bagel/train/good/rgb/001.png", bagels / f"bagel/{folder}/rgb/{i:03d}.png")
@@ -553,10 +553,10 @@ def test_torchrun_gives_the_results_of_one_process(bagels: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_the_three_steps_of_the_readme(parts: Path, tmp_path: Path) -> None:
-    """With their default paths, in a folder of their own, on the class of the made-up parts that is a published one."""
+def test_three_steps_of_the_readme(clean_data: Path, tmp_path: Path) -> None:
+    """The steps work with their default paths in an empty folder, on the synthetic class with a published name."""
     (tmp_path / "datasets").mkdir()
-    (tmp_path / "datasets/mvtec3d").symlink_to(parts)
+    (tmp_path / "datasets/mvtec3d").symlink_to(clean_data)
     banks = ["--memory_bank", "multiple", *PIP_BACKBONES]
     script = ROOT / "main.py"
     double = ["--method_name", "DINO+Point_MAE", "--save_feature", "--save_feature_path", "datasets/patch_lib"]
@@ -595,7 +595,7 @@ def test_the_three_steps_of_the_readme(parts: Path, tmp_path: Path) -> None:
         assert results["classes"]["cookie"]["pixel_rocauc"] > 0.6
 
 
-# Real pictures and recorded runs
+# Real images and recorded runs
 
 
 def assert_finite(run: Run) -> None:
@@ -605,7 +605,7 @@ def assert_finite(run: Run) -> None:
 
 @pytest.mark.slow
 def test_real_images(real_data: Path, tmp_path: Path) -> None:
-    """The tires of MVTec 3D-AD, of which only the pictures are here."""
+    """RGB images of the tires of MVTec 3D-AD; their clouds are not in the test data."""
     flags = ["--method_name", "DINO", "--rgb_backbone_name", "efficientnet_lite0", "--random_state", 0]
     run = run_into(tmp_path, *flags, "--dataset_path", real_data / "mvtec3d_tire_rgb", "--save_preds")
     assert list(run.results["classes"]) == ["tire"]
@@ -640,7 +640,7 @@ def test_recorded_runs_from_the_command_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """main.py on known features in place of the networks; test_golden_runs covers the other methods."""
+    """main.py on recorded features instead of networks; test_golden_runs covers the other methods."""
     features = {path: golden_features(path) for path in golden_samples}
     monkeypatch.setattr(PatchExtractor, "extract", lambda self, samples: [features[s.path] for s in samples])
     methods = ("DINO", "DINO+Point_MAE")
@@ -662,7 +662,7 @@ def golden_flags(goldens: Path, weights: Path) -> list[object]:
 
 
 def assert_recorded(results: dict[str, Any], method: str, goldens: Path) -> None:
-    """Metrics and image scores are the recorded ones, within the tolerances of test_golden_runs."""
+    """Metrics and image scores equal the recorded ones within the tolerances of test_golden_runs."""
     meta = json.loads((goldens / "runs_meta.json").read_text())[f"bn_{method}"]
     recorded = np.load(goldens / f"run_bn_{method}.npz")
     entry = results["classes"]["bagel"]
