@@ -1,4 +1,4 @@
-"""Saving and loading a detector: what comes back is what was there, and what is damaged is refused with a remedy."""
+"""Saving and loading detectors: round trips, clear errors for damaged files, and safe replacement."""
 
 import hashlib
 import json
@@ -47,14 +47,14 @@ Change = Callable[[dict[str, Any]], object]
 
 @pytest.fixture(autouse=True)
 def stub_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of the published networks, whose names they take."""
+    """Tiny networks under the names of the published ones."""
     monkeypatch.setattr(extractor_module, "build_rgb_backbone", stub_rgb)
     monkeypatch.setattr(extractor_module, "build_xyz_backbone", stub_xyz)
     monkeypatch.setattr(extractor_module, "build_feature_fusion", lambda *_, **__: pytest.fail("the UFF is saved"))
 
 
 def fitted(config: DetectorConfig) -> Detector:
-    """A detector of its own, for the attributes that a test sets."""
+    """Copy of a fitted detector, whose attributes a test may change."""
     found = run(config).detector
     return Detector(config, found.extractor, dict(found.banks), found.decision_fusion, THRESHOLDS)
 
@@ -65,7 +65,7 @@ def full() -> Detector:
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved detector with all that there may be."""
+    """Saved detector with every optional part."""
     folder = tmp_path_factory.mktemp("pristine") / "bagel"
     save_detector(full(), folder, class_name="bagel")
     return folder
@@ -84,16 +84,16 @@ def assert_same_predictions(one: Detector, other: Detector) -> None:
         assert mine.bank_scores == pytest.approx(theirs.bank_scores, rel=1e-6)
 
 
-# What comes back
+# Round trips
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("method_name", METHODS)
-def test_a_loaded_detector_says_what_the_saved_one_says(method_name: str, protocol: str, tmp_path: Path) -> None:
+def test_loaded_detector_predicts_the_same(method_name: str, protocol: str, tmp_path: Path) -> None:
     detector = fitted(settings(method_name, protocol=PROTOCOLS[protocol], use_uff="Fusion" in method_name))
-    save_detector(detector, tmp_path / "it", class_name="bagel")
-    assert sorted(path.name for path in (tmp_path / "it").iterdir()) == ["config.json", "state.safetensors"]
-    loaded = load_detector(tmp_path / "it", "cpu")
+    save_detector(detector, tmp_path / "saved", class_name="bagel")
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", "state.safetensors"]
+    loaded = load_detector(tmp_path / "saved", "cpu")
     assert loaded.config == detector.config
     assert loaded.thresholds == THRESHOLDS
     assert list(loaded.banks) == list(detector.banks)
@@ -103,14 +103,14 @@ def test_a_loaded_detector_says_what_the_saved_one_says(method_name: str, protoc
     assert_same_predictions(loaded, detector)
 
 
-def test_it_can_be_saved_again(saved: Path, tmp_path: Path) -> None:
+def test_loaded_detector_can_be_saved_again(saved: Path, tmp_path: Path) -> None:
     save_detector(load_detector(saved, "cpu"), tmp_path / "again", class_name="bagel")
     assert (tmp_path / "again/state.safetensors").read_bytes() == (saved / "state.safetensors").read_bytes()
     mine, theirs = (read_saved(folder).record for folder in (tmp_path / "again", saved))
     assert msgspec.structs.replace(mine, written="") == msgspec.structs.replace(theirs, written="")
 
 
-def test_the_record_says_what_it_is(saved: Path) -> None:
+def test_content_of_a_saved_detector(saved: Path) -> None:
     text = json.loads((saved / "config.json").read_text())
     assert (text["schema"], text["class_name"], text["dtype"]) == (2, "bagel", "fp32")
     assert text["config"]["method_name"] == TRIPLE
@@ -127,20 +127,20 @@ def test_the_record_says_what_it_is(saved: Path) -> None:
     assert any(key.startswith("feature_fusion.") for key in state)
 
 
-def test_a_detector_of_one_modality_names_one_backbone(tmp_path: Path) -> None:
-    save_detector(fitted(settings(SINGLE)), tmp_path / "it", class_name="bagel")
-    assert list(read_saved(tmp_path / "it").record.backbone_sha256) == ["xyz"]
-    assert load_detector(tmp_path / "it", "cpu").extractor.rgb_backbone is None
+def test_single_modality_saves_one_backbone(tmp_path: Path) -> None:
+    save_detector(fitted(settings(SINGLE)), tmp_path / "saved", class_name="bagel")
+    assert list(read_saved(tmp_path / "saved").record.backbone_sha256) == ["xyz"]
+    assert load_detector(tmp_path / "saved", "cpu").extractor.rgb_backbone is None
 
 
-def test_thresholds_may_be_absent(tmp_path: Path) -> None:
+def test_detector_without_thresholds(tmp_path: Path) -> None:
     detector = full()
     detector.thresholds = None
-    save_detector(detector, tmp_path / "it", class_name="bagel")
-    assert load_detector(tmp_path / "it", "cpu").thresholds is None
+    save_detector(detector, tmp_path / "saved", class_name="bagel")
+    assert load_detector(tmp_path / "saved", "cpu").thresholds is None
 
 
-def test_half_precision_is_close_and_half_as_large(saved: Path, tmp_path: Path) -> None:
+def test_half_precision_is_close_at_half_the_size(saved: Path, tmp_path: Path) -> None:
     detector = fitted(settings(DOUBLE))
     for name, dtype in (("whole", torch.float32), ("half", torch.float16)):
         save_detector(detector, tmp_path / name, class_name="bagel", dtype=dtype)
@@ -156,46 +156,46 @@ def test_half_precision_is_close_and_half_as_large(saved: Path, tmp_path: Path) 
         assert mine.score == pytest.approx(theirs.score, rel=1e-3)
 
 
-def test_what_half_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
+def test_overflow_in_half_precision_is_refused(tmp_path: Path) -> None:
     detector = fitted(settings(SINGLE))
     bank = detector.banks["xyz"]
     detector.banks["xyz"] = type(bank)(bank.rows * 1e6, bank.statistics)
     with pytest.raises(InputError, match=r"The xyz bank exceeds the range of torch.float16. Save it in torch.float32"):
-        save_detector(detector, tmp_path / "it", class_name="bagel", dtype=torch.float16)
+        save_detector(detector, tmp_path / "saved", class_name="bagel", dtype=torch.float16)
     with pytest.raises(InputError, match=r"The xyz bank exceeds the range of torch.float16"):
         round_banks(detector, torch.float16)
     assert not list(tmp_path.iterdir())
 
 
-def test_rounded_banks_are_those_of_the_file(tmp_path: Path) -> None:
+def test_rounded_banks_equal_the_saved_ones(tmp_path: Path) -> None:
     detector = fitted(settings(DOUBLE))
     round_banks(detector, torch.float16)
-    save_detector(detector, tmp_path / "it", class_name="bagel", dtype=torch.float16)
-    assert_same_predictions(load_detector(tmp_path / "it", "cpu"), detector)
+    save_detector(detector, tmp_path / "saved", class_name="bagel", dtype=torch.float16)
+    assert_same_predictions(load_detector(tmp_path / "saved", "cpu"), detector)
     assert detector.banks["xyz"].rows.dtype == torch.float32
 
 
-def test_a_dtype_that_is_not_kept_is_refused(tmp_path: Path) -> None:
+def test_unsupported_dtype_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"dtype is torch.bfloat16. Use torch.float16 or torch.float32"):
-        save_detector(fitted(settings(SINGLE)), tmp_path / "it", dtype=torch.bfloat16)
+        save_detector(fitted(settings(SINGLE)), tmp_path / "saved", dtype=torch.bfloat16)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("what", ["rows", "mean", "std", "coef"])
-def test_what_is_not_finite_is_not_saved(tmp_path: Path, what: str, dtype: torch.dtype) -> None:
-    """All scores of such a detector would be NaN, and every part good."""
+@pytest.mark.parametrize("place", ["rows", "mean", "std", "coef"])
+def test_values_that_are_not_finite_are_not_saved(tmp_path: Path, place: str, dtype: torch.dtype) -> None:
+    """Such a detector would score NaN and call every sample good."""
     detector = fitted(settings(DOUBLE))
     rows, (mean, std) = detector.banks["xyz"].rows.clone(), detector.banks["xyz"].statistics
-    if what == "rows":
+    if place == "rows":
         rows[0, 0] = torch.nan
-    if what == "coef":
+    if place == "coef":
         fusion = detector.decision_fusion
         detector.decision_fusion = fusion._replace(score_coef=fusion.score_coef * torch.nan)
-    statistics = BankStatistics(torch.inf if what == "mean" else mean, 0.0 if what == "std" else std)
+    statistics = BankStatistics(torch.inf if place == "mean" else mean, 0.0 if place == "std" else std)
     detector.banks["xyz"] = MemoryBank(rows, statistics)
     with pytest.raises(InputError, match=r"\S+ of the detector holds NaN, infinity or a standard deviation of 0"):
-        save_detector(detector, tmp_path / "it", dtype=dtype)
+        save_detector(detector, tmp_path / "saved", dtype=dtype)
     assert not list(tmp_path.iterdir())
 
 
@@ -204,23 +204,23 @@ def test_thresholds_that_are_not_finite_are_not_saved(tmp_path: Path, field: str
     detector = fitted(settings(SINGLE))
     detector.thresholds = replace(THRESHOLDS, **{field: float("nan")})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        save_detector(detector, tmp_path / "it")
+        save_detector(detector, tmp_path / "saved")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_folder_gives_the_class_its_name(tmp_path: Path) -> None:
+def test_class_name_defaults_to_the_folder(tmp_path: Path) -> None:
     save_detector(fitted(settings(SINGLE)), tmp_path / "cookie")
     assert read_saved(tmp_path / "cookie").record.class_name == "cookie"
 
 
-def test_others_may_read_what_they_may_read_of_new_files(tmp_path: Path) -> None:
-    save_detector(fitted(settings(SINGLE)), tmp_path / "it")
+def test_saved_files_have_the_permissions_of_new_files(tmp_path: Path) -> None:
+    save_detector(fitted(settings(SINGLE)), tmp_path / "saved")
     (tmp_path / "new").write_text("")
-    modes = {path.stat().st_mode for path in (tmp_path / "new", *(tmp_path / "it").iterdir())}
+    modes = {path.stat().st_mode for path in (tmp_path / "new", *(tmp_path / "saved").iterdir())}
     assert len(modes) == 1
 
 
-def test_what_happens_to_the_file_later_does_not_matter(saved: Path) -> None:
+def test_loaded_detector_does_not_depend_on_its_file(saved: Path) -> None:
     loaded, path = load_detector(saved, "cpu"), saved / "state.safetensors"
     with path.open("r+b") as file:
         file.seek(len(path.read_bytes()) // 2)
@@ -228,25 +228,26 @@ def test_what_happens_to_the_file_later_does_not_matter(saved: Path) -> None:
     assert_same_predictions(loaded, full())
 
 
-def test_a_detector_in_low_precision_stays_what_it_is(tmp_path: Path) -> None:
-    """Its UFF is rounded by then; the backbones' checksums are those of the weights before."""
+def test_round_trip_in_low_precision(tmp_path: Path) -> None:
+    """The UFF is saved after rounding; the backbones' checksums are of the weights before rounding."""
     config = settings(TRIPLE, use_uff=True, precision="bf16")
     detector = fitted(config)
-    save_detector(detector, tmp_path / "it", class_name="bagel")
-    assert_same_predictions(load_detector(tmp_path / "it", "cpu"), detector)
-    assert read_saved(tmp_path / "it").record.backbone_sha256["rgb"] == full().extractor.checksums["rgb"]
-    exact = load_detector(tmp_path / "it", "cpu", precision="fp32")
+    save_detector(detector, tmp_path / "saved", class_name="bagel")
+    assert_same_predictions(load_detector(tmp_path / "saved", "cpu"), detector)
+    assert read_saved(tmp_path / "saved").record.backbone_sha256["rgb"] == full().extractor.checksums["rgb"]
+    exact = load_detector(tmp_path / "saved", "cpu", precision="fp32")
     sample = made_up_samples("test")[1]
     assert exact.predict(sample).score != detector.predict(sample).score
 
 
-def test_the_precision_that_was_chosen_is_kept(tmp_path: Path) -> None:
+def test_automatic_precision_is_saved_by_name(tmp_path: Path) -> None:
     detector, _ = fit(settings(SINGLE, precision="auto"))
-    save_detector(detector, tmp_path / "it", class_name="bagel")
-    assert json.loads((tmp_path / "it/config.json").read_text())["config"]["precision"] == detector.extractor.precision
+    save_detector(detector, tmp_path / "saved", class_name="bagel")
+    saved = json.loads((tmp_path / "saved/config.json").read_text())
+    assert saved["config"]["precision"] == detector.extractor.precision
 
 
-def test_the_back_end_of_a_gpu_does_not_travel(saved: Path) -> None:
+def test_point_ops_of_a_gpu_are_not_restored(saved: Path) -> None:
     edit(saved, lambda record: record["config"].update(point_ops="triton"))
     loaded = load_detector(saved, "cpu")
     assert loaded.config.point_ops == "auto"
@@ -276,10 +277,10 @@ def test_detectors_move_between_cpu_and_gpu(here: str, there: str, tmp_path: Pat
         torch.testing.assert_close(mine.anomaly_map, theirs.anomaly_map, rtol=0.02, atol=0.02)
 
 
-# The checksum of a network
+# Checksums of networks
 
 
-def test_a_checksum_hangs_on_the_weights_alone() -> None:
+def test_checksum_depends_on_the_weights_only() -> None:
     def network() -> torch.nn.Module:
         return seeded("a", lambda: torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)))
 
@@ -296,10 +297,10 @@ def test_a_checksum_hangs_on_the_weights_alone() -> None:
         module = network()
         change(module)
         assert weights_checksum(module) != expected
-    assert weights_checksum(FpfhBackbone()) == hashlib.sha256().hexdigest()  # it has none
+    assert weights_checksum(FpfhBackbone()) == hashlib.sha256().hexdigest()  # it has no weights
 
 
-def test_the_extractor_takes_checksums_before_it_rounds() -> None:
+def test_checksums_are_taken_before_rounding() -> None:
     exact, low = (build(settings(DOUBLE, precision=precision)) for precision in ("fp32", "bf16"))
     assert low.checksums == exact.checksums
     assert weights_checksum(low.rgb_backbone) != low.checksums["rgb"]
@@ -320,18 +321,18 @@ def test_changed_weights_of_a_backbone_are_refused(saved: Path, monkeypatch: pyt
     assert f"Give its file as --{modality}_checkpoint, or fit the detector again." in message
 
 
-def test_the_uff_checkpoint_is_not_needed(saved: Path) -> None:
-    """The fixture lets nobody build one from a file."""
+def test_uff_checkpoint_is_not_needed(saved: Path) -> None:
+    """The fixture fails on any attempt to build a UFF from a file."""
     uff = load_detector(saved, "cpu").extractor.feature_fusion
     theirs = stub_fusion(Path("uff.pth"), xyz_dim=uff.xyz_dim, rgb_dim=RGB_DIM)
     assert weights_checksum(uff) == weights_checksum(theirs)
 
 
-# What is damaged
+# Damaged files
 
 
 def edit(folder: Path, change: Change) -> None:
-    """Change the record, and the checksum of its configuration with it."""
+    """Change the record, and update the checksum of its config."""
     path = folder / "config.json"
     record = json.loads(path.read_text())
     change(record)
@@ -341,22 +342,22 @@ def edit(folder: Path, change: Change) -> None:
 
 
 def edit_state(folder: Path, change: Change) -> None:
-    """Change the tensors, and the checksum with them."""
+    """Change the tensors, and update their checksum."""
     path = folder / "state.safetensors"
     state = load_file(path)
     state = {key: value.clone() for key, value in state.items()}
     change(state)
     save_file({key: value.contiguous() for key, value in state.items()}, path)
-    seal(folder)
+    update_checksum(folder)
 
 
-def seal(folder: Path) -> None:
+def update_checksum(folder: Path) -> None:
     digest = hashlib.sha256((folder / "state.safetensors").read_bytes()).hexdigest()
     edit(folder, lambda record: record.update(state_sha256=digest))
 
 
 def refused(folder: Path) -> str:
-    """The one sentence of the refusal, with its remedy."""
+    """Error message of loading the detector, with its fix."""
     with pytest.raises(InputError) as refusal:
         load_detector(folder, "cpu")
     message = str(refusal.value)
@@ -392,24 +393,24 @@ DAMAGED_CONFIGS: list[tuple[Change, str]] = [
 ]  # fmt: skip
 
 
-def test_a_damaged_config_is_refused(saved: Path) -> None:
+def test_damaged_config_is_refused(saved: Path) -> None:
     path = saved / "config.json"
-    sound = path.read_text()
+    intact = path.read_text()
     for change, message in DAMAGED_CONFIGS:
-        path.write_text(sound)
+        path.write_text(intact)
         edit(saved, change)
         assert message in refused(saved), message
 
 
-def test_a_config_that_was_changed_is_refused(saved: Path) -> None:
+def test_edited_config_is_refused(saved: Path) -> None:
     path = saved / "config.json"
     path.write_text(path.read_text().replace('"ocsvm_nu": 0.5', '"ocsvm_nu": 0.4'))
     assert "was changed: its config does not match config_sha256" in refused(saved)
 
 
-def test_whole_numbers_in_place_of_others_are_taken(tmp_path: Path) -> None:
-    save_detector(fitted(settings(SINGLE, f_coreset=1)), tmp_path / "it", class_name="bagel")
-    assert read_saved(tmp_path / "it").record.config.f_coreset == 1
+def test_integer_for_a_float_setting_is_accepted(tmp_path: Path) -> None:
+    save_detector(fitted(settings(SINGLE, f_coreset=1)), tmp_path / "saved", class_name="bagel")
+    assert read_saved(tmp_path / "saved").record.config.f_coreset == 1
 
 
 def test_an_unknown_precision_is_not_the_detectors_fault(saved: Path) -> None:
@@ -417,7 +418,7 @@ def test_an_unknown_precision_is_not_the_detectors_fault(saved: Path) -> None:
         load_detector(saved, "cpu", precision="fp8")
 
 
-def test_every_beginning_of_the_config_is_refused(saved: Path) -> None:
+def test_truncated_config_is_refused(saved: Path) -> None:
     text = (saved / "config.json").read_text()
     for length in range(0, len(text) - 2, 97):
         (saved / "config.json").write_text(text[:length])
@@ -431,13 +432,13 @@ def test_every_beginning_of_the_config_is_refused(saved: Path) -> None:
         (lambda state: state.pop("decision_fusion.map_coef"), "lacks 'decision_fusion.map_coef'"),
     ],
 )  # fmt: skip
-def test_damaged_tensors_are_refused(saved: Path, change: Change, message: str) -> None:
+def test_missing_tensors_are_refused(saved: Path, change: Change, message: str) -> None:
     edit_state(saved, change)
     assert message in refused(saved)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
-def test_a_damaged_state_file_is_refused(saved: Path, damage: str) -> None:
+def test_damaged_state_file_is_refused(saved: Path, damage: str) -> None:
     path = saved / "state.safetensors"
     content = bytearray(path.read_bytes())
     if damage == "flipped":
@@ -446,9 +447,9 @@ def test_a_damaged_state_file_is_refused(saved: Path, damage: str) -> None:
     assert "is damaged or of another detector: it does not match config.json" in refused(saved)
 
 
-def test_what_is_no_safetensors_file_is_refused(saved: Path) -> None:
+def test_state_file_of_another_format_is_refused(saved: Path) -> None:
     (saved / "state.safetensors").write_bytes(b"no tensors")
-    seal(saved)
+    update_checksum(saved)
     assert "is not a safetensors file" in refused(saved)
 
 
@@ -492,7 +493,7 @@ def test_detectors_of_one_class_share_the_features(tmp_path: Path) -> None:
         assert_same_predictions(loaded[name], fitted(config))
 
 
-def test_different_uffs_cannot_share_them(tmp_path: Path) -> None:
+def test_different_uffs_cannot_share_features(tmp_path: Path) -> None:
     for name, use_uff in (("Fusion", True), (TRIPLE, False)):
         save_detector(fitted(settings(name, use_uff=use_uff)), tmp_path / name, class_name="bagel")
     extractor = extractor_module.build_extractor(settings(TRIPLE), tmp_path, None)
@@ -500,23 +501,23 @@ def test_different_uffs_cannot_share_them(tmp_path: Path) -> None:
         restore_detectors({name: read_saved(tmp_path / name) for name in ("Fusion", TRIPLE)}, extractor)
 
 
-# Where it is written
+# Target folders
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_an_older_detector_is_replaced(saved: Path) -> None:
+def test_older_detector_is_replaced(saved: Path) -> None:
     save_detector(fitted(settings(SINGLE)), saved, class_name="cookie")
     assert read_saved(saved).record.class_name == "cookie"
     assert list(content(saved)) == ["config.json", "state.safetensors"]
-    assert [path.name for path in saved.parent.iterdir()] == ["bagel"]  # nothing else is left
+    assert [path.name for path in saved.parent.iterdir()] == ["bagel"]  # no temporary folder is left
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize(("place", "stage"), [(Path, "write_bytes"), (Path, "write_text")])
-def test_a_write_that_fails_leaves_the_older_one(
+def test_failed_write_keeps_the_older_detector(
     saved: Path, monkeypatch: pytest.MonkeyPatch, place: object, stage: str, error: BaseException
 ) -> None:
     before, whole = content(saved.parent), getattr(place, stage)
@@ -537,8 +538,8 @@ def test_a_write_that_fails_leaves_the_older_one(
     assert [path.name for path in saved.parent.iterdir()] == ["bagel"]
 
 
-def test_a_rename_that_fails_brings_the_older_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "it"
+def test_failed_rename_restores_the_older_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "saved"
     target.mkdir()
     (target / "old").write_text("old")
     rename = Path.rename
@@ -551,13 +552,13 @@ def test_a_rename_that_fails_brings_the_older_folder_back(tmp_path: Path, monkey
     monkeypatch.setattr(Path, "rename", fails)
     with pytest.raises(OSError, match="no"), atomic_folder(target) as temporary:
         (temporary / "new").write_text("new")
-    assert content(tmp_path) == {"it/old": b"old"}
+    assert content(tmp_path) == {"saved/old": b"old"}
 
 
 @pytest.mark.parametrize(
     "files", [["notes.txt"], ["config.json", "state.safetensors", "notes.txt"], ["state.safetensors"]]
 )
-def test_a_folder_that_is_no_detector_is_left_alone(tmp_path: Path, files: list[str]) -> None:
+def test_folder_without_a_detector_is_not_replaced(tmp_path: Path, files: list[str]) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
     for name in files:
@@ -571,8 +572,8 @@ def test_a_folder_that_is_no_detector_is_left_alone(tmp_path: Path, files: list[
 
 
 @pytest.mark.parametrize("text", ['{"architectures": []}', "[]", "{", None])
-def test_the_config_of_something_else_makes_no_detector(tmp_path: Path, text: str | None) -> None:
-    """Nor a folder of that name."""
+def test_other_config_files_do_not_make_a_detector(tmp_path: Path, text: str | None) -> None:
+    """A folder named config.json does not either."""
     config = tmp_path / "model/config.json"
     config.parent.mkdir()
     if text is None:
@@ -584,7 +585,7 @@ def test_the_config_of_something_else_makes_no_detector(tmp_path: Path, text: st
 
 
 @pytest.mark.parametrize("text", ["", '{"state_sha256": '])
-def test_a_detector_whose_config_is_damaged_may_be_replaced(saved: Path, text: str) -> None:
+def test_detector_with_a_damaged_config_may_be_replaced(saved: Path, text: str) -> None:
     (saved / "config.json").write_text(text)
     check_target(saved)
     (saved / "state.safetensors").unlink()
@@ -595,8 +596,8 @@ def test_a_detector_whose_config_is_damaged_may_be_replaced(saved: Path, text: s
         check_target(saved)
 
 
-def test_a_killed_process_leaves_what_can_be_renamed_back(saved: Path) -> None:
-    """Killed between its two renames; the next save tidies up."""
+def test_interrupted_save_can_be_renamed_back(saved: Path) -> None:
+    """The process was killed between its two renames; the next save deletes its leftovers."""
     older = saved.rename(saved.parent / ".bagel.old")
     other = saved.parent / ".cookie.tmp"
     for folder in (saved.parent / ".bagel.tmp", other):
@@ -606,7 +607,7 @@ def test_a_killed_process_leaves_what_can_be_renamed_back(saved: Path) -> None:
     assert sorted(saved.parent.iterdir()) == sorted([saved, other])
 
 
-def test_a_state_that_may_not_be_read_is_not_called_damaged(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_state_is_not_called_damaged(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -615,9 +616,7 @@ def test_a_state_that_may_not_be_read_is_not_called_damaged(saved: Path, monkeyp
         load_detector(saved, "cpu")
 
 
-def test_a_folder_that_takes_no_files_is_refused_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_only_folder_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(**_: object) -> None:
         raise OSError(30, "Read-only file system")
 
@@ -628,21 +627,21 @@ def test_a_folder_that_takes_no_files_is_refused_before_the_work(
         make_folder(tmp_path / "a/b", "--output_dir")
 
 
-def test_a_file_in_the_way_is_left_alone(tmp_path: Path) -> None:
+def test_file_at_the_target_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match=r"file cannot be read as a folder \(Not a directory\)"):
         save_detector(full(), tmp_path / "file", class_name="bagel")
     assert content(tmp_path) == {"file": b"mine"}
 
 
-def test_empty_and_absent_folders_are_taken(tmp_path: Path) -> None:
+def test_empty_and_missing_folders_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for name in ("empty", "deep/er/absent"):
+    for name in ("empty", "deep/missing/folder"):
         save_detector(fitted(settings(SINGLE)), tmp_path / name, class_name="bagel")
         assert load_detector(tmp_path / name, "cpu").config.method_name == SINGLE
 
 
-def test_a_link_stays_a_link(saved: Path, tmp_path: Path) -> None:
+def test_link_to_a_detector_is_kept(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(saved)
     save_detector(fitted(settings(SINGLE)), tmp_path / "link", class_name="cookie")
     assert (tmp_path / "link").is_symlink()
