@@ -1,4 +1,4 @@
-"""Point searches against their plain forms, and against what the original's rules gave on recorded clouds."""
+"""Point searches against their plain forms and against recorded results of the original."""
 
 import importlib.util
 import math
@@ -26,25 +26,25 @@ from utils.errors import InputError
 SEARCHES = {"k-d tree": point_ops._knn_kd_tree, "direct": point_ops._knn_direct}
 
 
-def cloud(points: int, seed: int = 0, batch: int = 1) -> Tensor:
-    """(batch, points, 3): a box 0.2 m wide, half a meter in front of the camera, so that no point is ignored."""
+def random_cloud(points: int, seed: int = 0, batch: int = 1) -> Tensor:
+    """Cloud (batch, points, 3) in a box 0.2 m wide, half a meter from the camera, so no point is ignored."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(batch, points, 3, generator=generator) * 0.2 + torch.tensor([0.0, 0.0, 0.5])
 
 
 def distances_between(queries: Tensor, points: Tensor) -> NDArray:
-    """(M, N) Euclidean distances of all pairs, in double precision."""
+    """Euclidean distances (M, N) of all pairs in double precision."""
     return torch.cdist(queries.double(), points.double(), compute_mode="donot_use_mm_for_euclid_dist").numpy()
 
 
 def plain_weights(points: Tensor, centers: Tensor) -> Tensor:
-    """(N, G) weights of the centers in the interpolated features of each point, in double precision."""
+    """Interpolation weights (N, G) of the centers for each point, in double precision."""
     identity = torch.eye(len(centers), dtype=torch.float64)
     return reference.three_nn_interpolate(points.double(), centers.double(), identity, exact_distances=True)
 
 
 def spread(weight: Tensor, index: Tensor, centers: int) -> Tensor:
-    """Weights (N, 3) of the centers `index`, as (N, G)."""
+    """Weights (N, 3) of the centers `index` as a dense (N, G) matrix."""
     return torch.zeros(len(index), centers, dtype=torch.float64).scatter_add_(1, index, weight.double())
 
 
@@ -54,63 +54,63 @@ def spread(weight: Tensor, index: Tensor, centers: int) -> Tensor:
 @pytest.mark.parametrize(("points", "n"), [(1, 1), (2, 1), (2, 2), (7, 3), (40, 40), (150, 20), (200, 199)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_farthest_points_equal_their_plain_form(points: int, n: int, seed: int) -> None:
-    scan = cloud(points, seed)
-    picks = farthest_point_sample(scan, n)
+    cloud = random_cloud(points, seed)
+    picks = farthest_point_sample(cloud, n)
     assert picks.shape == (1, n)
     assert picks.dtype == torch.int64
-    assert picks[0].tolist() == reference.farthest_point_sample(scan[0], n).tolist()
+    assert picks[0].tolist() == reference.farthest_point_sample(cloud[0], n).tolist()
 
 
-def test_farthest_points_of_a_batch_are_those_of_each_cloud() -> None:
-    scans = cloud(60, batch=3)
-    picks = farthest_point_sample(scans, 10)
-    assert picks.tolist() == [reference.farthest_point_sample(scan, 10).tolist() for scan in scans]
+def test_farthest_points_of_a_batch_match_single_clouds() -> None:
+    clouds = random_cloud(60, batch=3)
+    picks = farthest_point_sample(clouds, 10)
+    assert picks.tolist() == [reference.farthest_point_sample(cloud, 10).tolist() for cloud in clouds]
     assert len({tuple(row) for row in picks.tolist()}) == 3
 
 
 def test_farthest_points_on_a_line() -> None:
-    """0, then the end, then the middle: what one can see."""
+    """The picks are the start, then the end, then the middle."""
     line = torch.tensor([[[0.0, 0, 1], [1, 0, 1], [2, 0, 1], [3, 0, 1], [4, 0, 1]]])
     assert farthest_point_sample(line, 3)[0].tolist() == [0, 4, 2]
 
 
-def test_of_equally_far_points_the_lowest_index_is_picked() -> None:
+def test_ties_pick_the_lowest_index() -> None:
     corners = torch.tensor([[[0.0, 0, 1], [1, 1, 1], [-1, 1, 1], [-1, -1, 1], [1, -1, 1]]])
     assert farthest_point_sample(corners, 5)[0].tolist() == [0, 1, 2, 3, 4]
-    grid = torch.cartesian_prod(*[torch.arange(4.0)] * 2, torch.ones(1))[None]  # exact: every distance ties
+    grid = torch.cartesian_prod(*[torch.arange(4.0)] * 2, torch.ones(1))[None]  # exact coordinates, so distances tie
     assert farthest_point_sample(grid, 16)[0].tolist() == reference.farthest_point_sample(grid[0], 16).tolist()
 
 
 def test_points_near_the_origin_are_never_picked() -> None:
-    scan = cloud(50)
-    scan[0, 10:40] *= 0.03 / scan[0, 10:40].norm(dim=1, keepdim=True)  # |p|^2 = 9e-4
-    picks = farthest_point_sample(scan, 20)[0].tolist()
+    cloud = random_cloud(50)
+    cloud[0, 10:40] *= 0.03 / cloud[0, 10:40].norm(dim=1, keepdim=True)  # |p|^2 = 9e-4
+    picks = farthest_point_sample(cloud, 20)[0].tolist()
     assert sorted(picks) == sorted([*range(10), *range(40, 50)])
-    assert picks == reference.farthest_point_sample(scan[0], 20).tolist()
+    assert picks == reference.farthest_point_sample(cloud[0], 20).tolist()
 
 
-def test_the_ignored_radius_is_a_squared_norm_of_a_thousandth() -> None:
+def test_points_of_squared_norm_below_a_thousandth_are_ignored() -> None:
     inside, outside = math.sqrt(0.9e-3), math.sqrt(1.1e-3)
     points = torch.tensor([[[0.0, 0, 1], [0, 0, inside], [0, 0, outside], [0, 0, -inside]]])
-    assert farthest_point_sample(points, 2)[0].tolist() == [0, 2]  # although index 3 is farther
+    assert farthest_point_sample(points, 2)[0].tolist() == [0, 2]  # index 3 is farther but ignored
 
 
-def test_an_ignored_first_point_is_still_the_start() -> None:
-    scan = cloud(30)
-    scan[0, 0] = 0.0
-    picks = farthest_point_sample(scan, 8)[0].tolist()
+def test_first_point_is_the_start_even_if_ignored() -> None:
+    cloud = random_cloud(30)
+    cloud[0, 0] = 0.0
+    picks = farthest_point_sample(cloud, 8)[0].tolist()
     assert picks[0] == 0
     assert 0 not in picks[1:]
-    assert picks == reference.farthest_point_sample(scan[0], 8).tolist()
+    assert picks == reference.farthest_point_sample(cloud[0], 8).tolist()
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3])
 def test_picks_repeat_once_all_points_are_picked(kept: int) -> None:
-    """All but `kept` points are padding at the origin, the first of them index 0."""
-    scan = torch.zeros(1, 9, 3)
-    scan[0, 4 : 4 + kept] = cloud(kept)[0]
-    picks = farthest_point_sample(scan, 9)[0].tolist()
-    assert picks == reference.farthest_point_sample(scan[0], 9).tolist()
+    """All points except `kept` are padding at the origin, including index 0."""
+    cloud = torch.zeros(1, 9, 3)
+    cloud[0, 4 : 4 + kept] = random_cloud(kept)[0]
+    picks = farthest_point_sample(cloud, 9)[0].tolist()
+    assert picks == reference.farthest_point_sample(cloud[0], 9).tolist()
     assert set(picks) == {0, *range(4, 4 + kept)}
 
 
@@ -118,19 +118,19 @@ def test_identical_points_repeat_the_first() -> None:
     assert farthest_point_sample(torch.ones(1, 5, 3), 5)[0].tolist() == [0] * 5
 
 
-def test_farthest_points_leave_the_input_alone() -> None:
-    scan = cloud(20)
-    before = scan.clone()
-    farthest_point_sample(scan, 5)
-    assert torch.equal(scan, before)
+def test_farthest_points_do_not_change_the_input() -> None:
+    cloud = random_cloud(20)
+    before = cloud.clone()
+    farthest_point_sample(cloud, 5)
+    assert torch.equal(cloud, before)
 
 
 @pytest.mark.golden
-def test_farthest_points_with_ignored_ones_are_the_recorded_ones(goldens: Path) -> None:
+def test_recorded_farthest_points_with_ignored_ones(goldens: Path) -> None:
     unit = np.load(goldens / "unit.npz")
     points, recorded = torch.from_numpy(unit["fps_skip_pts"]), unit["fps_skip_idx"]
     ignored = points.square().sum(dim=1) <= 1e-3
-    assert int(ignored.sum()) == 42  # the recording has what it is meant to test
+    assert int(ignored.sum()) == 42  # the recording does contain ignored points
     np.testing.assert_array_equal(farthest_point_sample(points[None], len(recorded))[0], recorded)
 
 
@@ -144,9 +144,9 @@ def test_farthest_points_with_ignored_ones_are_the_recorded_ones(goldens: Path) 
 def test_neighbors_equal_their_plain_form(
     search: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]], queries: int, points: int, k: int
 ) -> None:
-    centers, scan = cloud(queries, seed=1)[0], cloud(points)[0]
-    expected_distance, expected_index = reference.knn(centers.double(), scan.double(), k)
-    distance, index = search(centers, scan, k)
+    centers, cloud = random_cloud(queries, seed=1)[0], random_cloud(points)[0]
+    expected_distance, expected_index = reference.knn(centers.double(), cloud.double(), k)
+    distance, index = search(centers, cloud, k)
     assert distance.shape == index.shape == (queries, k)
     assert distance.dtype == torch.float32
     assert index.dtype == torch.int64
@@ -156,7 +156,7 @@ def test_neighbors_equal_their_plain_form(
 
 
 @pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES.keys())
-def test_distances_are_euclidean_and_of_the_points(
+def test_distances_are_not_squared(
     search: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
 ) -> None:
     distance, index = search(torch.tensor([[0.0, 0, 1]]), torch.tensor([[3.0, 4, 1], [0, 0, 3], [0, 0, 1]]), 3)
@@ -165,10 +165,10 @@ def test_distances_are_euclidean_and_of_the_points(
 
 
 @pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES.keys())
-def test_neighbors_among_ties_are_neighbors(
+def test_neighbors_with_ties(
     search: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
 ) -> None:
-    """Which of equally near points comes first is open; that each appears once is not."""
+    """Equally near points may come in any order, but each appears only once."""
     grid = torch.cartesian_prod(*[torch.arange(5.0)] * 3)
     distance, index = search(grid, grid, 10)
     all_distances = distances_between(grid, grid)
@@ -177,87 +177,87 @@ def test_neighbors_among_ties_are_neighbors(
     assert all(len(set(row)) == 10 for row in index.tolist())
 
 
-def test_direct_search_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    queries, scan = cloud(23, seed=1)[0], cloud(50)[0]
-    whole = point_ops._knn_direct(queries, scan, 6)
-    monkeypatch.setattr(point_ops, "MAX_BLOCK_ENTRIES", 4 * 50 + 1)  # four queries at a time, three at last
-    chunked = point_ops._knn_direct(queries, scan, 6)
-    monkeypatch.setattr(point_ops, "MAX_BLOCK_ENTRIES", 1)  # less than a row: one query at a time
-    single = point_ops._knn_direct(queries, scan, 6)
+def test_direct_search_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, cloud = random_cloud(23, seed=1)[0], random_cloud(50)[0]
+    whole = point_ops._knn_direct(queries, cloud, 6)
+    monkeypatch.setattr(point_ops, "MAX_BLOCK_ENTRIES", 4 * 50 + 1)  # blocks of four queries, the last of three
+    chunked = point_ops._knn_direct(queries, cloud, 6)
+    monkeypatch.setattr(point_ops, "MAX_BLOCK_ENTRIES", 1)  # less than a row, so one query at a time
+    single = point_ops._knn_direct(queries, cloud, 6)
     for values in (chunked, single):
         assert torch.equal(values[0], whole[0])
         assert torch.equal(values[1], whole[1])
 
 
-def test_neighbors_of_a_batch_are_those_of_each_cloud() -> None:
-    queries, scans = cloud(6, seed=1, batch=3), cloud(40, batch=3)
-    distance, index = knn(queries, scans, 5)
+def test_neighbors_of_a_batch_match_single_clouds() -> None:
+    queries, clouds = random_cloud(6, seed=1, batch=3), random_cloud(40, batch=3)
+    distance, index = knn(queries, clouds, 5)
     assert distance.shape == index.shape == (3, 6, 5)
     for i in range(3):
-        expected_distance, expected_index = reference.knn(queries[i].double(), scans[i].double(), 5)
+        expected_distance, expected_index = reference.knn(queries[i].double(), clouds[i].double(), 5)
         assert torch.equal(index[i], expected_index)
         np.testing.assert_allclose(distance[i], expected_distance, rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_both_sampling_loops_pick_the_same_points(seed: int) -> None:
-    scan = cloud(3000, seed=seed)[0]
-    picks = point_ops._farthest_point_sample_torch(scan, 500)
-    assert torch.equal(point_ops._farthest_point_sample_numpy(scan, 500), picks)
+    cloud = random_cloud(3000, seed=seed)[0]
+    picks = point_ops._farthest_point_sample_torch(cloud, 500)
+    assert torch.equal(point_ops._farthest_point_sample_numpy(cloud, 500), picks)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
-def test_a_gpu_finds_the_same_points(backend: str) -> None:
+def test_gpu_finds_the_same_points(backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
-    scan, queries = cloud(4000), cloud(300, seed=1)
-    picks = farthest_point_sample(scan.cuda(), 300, backend)
+    cloud, queries = random_cloud(4000), random_cloud(300, seed=1)
+    picks = farthest_point_sample(cloud.cuda(), 300, backend)
     assert picks.is_cuda
-    assert torch.equal(picks.cpu(), farthest_point_sample(scan, 300))
-    distance, index = knn(queries.cuda(), scan.cuda(), 32, backend)
+    assert torch.equal(picks.cpu(), farthest_point_sample(cloud, 300))
+    distance, index = knn(queries.cuda(), cloud.cuda(), 32, backend)
     assert distance.is_cuda
-    all_distances = distances_between(queries[0], scan[0])
-    near = np.sort(all_distances, axis=1)[:, :32]  # neighbors nearer to each other than rounding may swap
+    all_distances = distances_between(queries[0], cloud[0])
+    near = np.sort(all_distances, axis=1)[:, :32]  # rounding may swap almost equal distances
     np.testing.assert_allclose(distance[0].cpu(), near, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(np.take_along_axis(all_distances, index[0].cpu().numpy(), 1), near, rtol=1e-5, atol=1e-7)
-    weight, three = three_nn_weights(scan.cuda(), queries.cuda(), backend)
-    expected, expected_three = three_nn_weights(scan, queries)
+    weight, three = three_nn_weights(cloud.cuda(), queries.cuda(), backend)
+    expected, expected_three = three_nn_weights(cloud, queries)
     assert torch.equal(three.cpu(), expected_three)
     torch.testing.assert_close(weight.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_interpolates_the_same_features() -> None:
-    scan, centers, features = cloud(4000), cloud(300, seed=1), torch.rand(1, 300, 8)
-    there = three_nn_interpolate(scan.cuda(), centers.cuda(), features.cuda())
-    torch.testing.assert_close(there.cpu(), three_nn_interpolate(scan, centers, features), rtol=1e-4, atol=1e-5)
+def test_gpu_interpolates_the_same_features() -> None:
+    cloud, centers, features = random_cloud(4000), random_cloud(300, seed=1), torch.rand(1, 300, 8)
+    on_gpu = three_nn_interpolate(cloud.cuda(), centers.cuda(), features.cuda())
+    torch.testing.assert_close(on_gpu.cpu(), three_nn_interpolate(cloud, centers, features), rtol=1e-4, atol=1e-5)
 
 
-def test_the_torch_searches_read_no_value_back_from_the_device() -> None:
-    """Tensors of the meta device have no values: what asks for one fails."""
-    scan = torch.empty(1, 200, 3, device="meta")
-    assert farthest_point_sample(scan, 20, "torch").is_meta
-    distance, index = knn(scan[:, :30], scan, 16, "torch")
+def test_torch_searches_do_not_read_values_back() -> None:
+    """Tensors on the meta device have no values, so reading one would fail."""
+    cloud = torch.empty(1, 200, 3, device="meta")
+    assert farthest_point_sample(cloud, 20, "torch").is_meta
+    distance, index = knn(cloud[:, :30], cloud, 16, "torch")
     assert distance.is_meta
     assert index.is_meta
-    assert three_nn_weights(scan, scan[:, :30], "torch")[0].is_meta
+    assert three_nn_weights(cloud, cloud[:, :30], "torch")[0].is_meta
 
 
-# Back-ends
+# Backends
 
 
-def test_the_torch_backend_works_on_the_cpu() -> None:
-    """It is really another one than the default: fp32 distances, against the k-d tree's rounded fp64."""
-    scan, queries = cloud(3000, batch=2), cloud(500, seed=1, batch=2)
-    assert torch.equal(farthest_point_sample(scan, 50, "torch"), farthest_point_sample(scan, 50))
-    distance, index = knn(queries, scan, 5, "torch")
-    expected, expected_index = knn(queries, scan, 5)
+def test_torch_backend_on_the_cpu() -> None:
+    """It differs from the default by its fp32 distances; the k-d tree rounds fp64 distances."""
+    cloud, queries = random_cloud(3000, batch=2), random_cloud(500, seed=1, batch=2)
+    assert torch.equal(farthest_point_sample(cloud, 50, "torch"), farthest_point_sample(cloud, 50))
+    distance, index = knn(queries, cloud, 5, "torch")
+    expected, expected_index = knn(queries, cloud, 5)
     assert torch.equal(index, expected_index)
     torch.testing.assert_close(distance, expected, rtol=1e-5, atol=1e-7)
     assert not torch.equal(distance, expected)
     for weights in (three_nn_weights, three_nn_weights_expanded):
-        for ours, theirs in zip(weights(scan, queries, "torch"), weights(scan, queries), strict=True):
+        for ours, theirs in zip(weights(cloud, queries, "torch"), weights(cloud, queries), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
@@ -271,7 +271,7 @@ def test_the_torch_backend_works_on_the_cpu() -> None:
         ("meta", torch.float32, True, "torch"),
     ],
 )
-def test_what_auto_stands_for(
+def test_backend_chosen_by_auto(
     monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, installed: bool, chosen: str
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
@@ -296,8 +296,8 @@ def test_backends_are_checked_before_work_starts(backend: str, monkeypatch: pyte
     point_ops.check_backend(backend, torch.device("cuda"))
 
 
-def test_the_kernels_need_a_gpu_and_float32() -> None:
-    scan = cloud(9)
+def test_triton_needs_a_gpu_and_float32() -> None:
+    cloud = random_cloud(9)
     searches = [
         lambda points: farthest_point_sample(points, 2, "triton"),
         lambda points: knn(points, points, 5, "triton"),
@@ -306,9 +306,9 @@ def test_the_kernels_need_a_gpu_and_float32() -> None:
     ]
     for search in searches:
         with pytest.raises(ValueError, match="triton works on CUDA tensors, got one on cpu"):
-            search(scan)
+            search(cloud)
         with pytest.raises(ValueError, match=r"take float32 points, got torch\.float64"):
-            search(scan.double())
+            search(cloud.double())
 
 
 # Interpolation
@@ -316,38 +316,38 @@ def test_the_kernels_need_a_gpu_and_float32() -> None:
 
 @pytest.mark.parametrize(("points", "centers"), [(1, 3), (10, 3), (10, 4), (60, 25)])
 def test_weights_equal_their_plain_form(points: int, centers: int) -> None:
-    scan, middle = cloud(points), cloud(centers, seed=1)
-    weight, index = three_nn_weights(scan, middle)
+    cloud, middle = random_cloud(points), random_cloud(centers, seed=1)
+    weight, index = three_nn_weights(cloud, middle)
     assert weight.shape == index.shape == (1, points, 3)
     assert (weight.diff(dim=2) <= 0).all()  # the nearest center first
     torch.testing.assert_close(
-        spread(weight[0], index[0], centers), plain_weights(scan[0], middle[0]), rtol=1e-5, atol=0
+        spread(weight[0], index[0], centers), plain_weights(cloud[0], middle[0]), rtol=1e-5, atol=0
     )
 
 
 @pytest.mark.parametrize(("points", "centers"), [(1, 3), (10, 4), (60, 25)])
-def test_expanded_weights_equal_the_exact_ones_where_squares_do_not_cancel(points: int, centers: int) -> None:
-    """Distances of the order of the coordinates: the difference of squares is as good as the square."""
+def test_expanded_weights_match_exact_ones_at_large_distances(points: int, centers: int) -> None:
+    """Squares do not cancel where distances are as large as the coordinates."""
     generator = torch.Generator().manual_seed(0)
-    scan, middle = (torch.randn(2, size, 3, generator=generator) for size in (points, centers))
-    weight, index = three_nn_weights_expanded(scan, middle)
+    cloud, middle = (torch.randn(2, size, 3, generator=generator) for size in (points, centers))
+    weight, index = three_nn_weights_expanded(cloud, middle)
     assert weight.shape == index.shape == (2, points, 3)
     for b in range(2):
-        expected = plain_weights(scan[b], middle[b])
+        expected = plain_weights(cloud[b], middle[b])
         torch.testing.assert_close(spread(weight[b], index[b], centers), expected, rtol=1e-3, atol=0)
 
 
-def test_expanded_weights_are_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    scan, middle = cloud(50), cloud(20, seed=1)
-    whole = three_nn_weights_expanded(scan, middle)
+def test_expanded_weights_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    cloud, middle = random_cloud(50), random_cloud(20, seed=1)
+    whole = three_nn_weights_expanded(cloud, middle)
     monkeypatch.setattr(point_ops, "MAX_BLOCK_ENTRIES", 7 * 20)
-    chunked = three_nn_weights_expanded(scan, middle)
+    chunked = three_nn_weights_expanded(cloud, middle)
     assert torch.equal(chunked[1], whole[1])
-    # Chunks of other sizes may round the matrix product otherwise: by 6e-8 of squares beside the 1e-8 in a weight.
+    # Chunk sizes change the rounding of the matrix product by up to 6e-8, against the epsilon of 1e-8 in a weight.
     torch.testing.assert_close(chunked[0], whole[0], rtol=0.05, atol=1e-3)
 
 
-def test_a_negative_square_that_cancels_the_epsilon_does_not_divide_by_zero() -> None:
+def test_negative_square_that_cancels_epsilon_gives_finite_weights() -> None:
     squared = torch.tensor([[-1e-8, 1e-8, 1.0]])
     assert float(squared[0, 0] + point_ops.INTERPOLATION_EPSILON) == 0.0
     weight = point_ops._inverse_distance_weights(squared)
@@ -356,28 +356,28 @@ def test_a_negative_square_that_cancels_the_epsilon_does_not_divide_by_zero() ->
 
 
 @pytest.mark.parametrize(("points", "centers", "width"), [(1, 3, 1), (30, 3, 2), (30, 12, 5)])
-def test_interpolation_equals_its_twin(points: int, centers: int, width: int) -> None:
-    scan, middle = cloud(points, batch=2), cloud(centers, seed=1, batch=2)
+def test_interpolation_equals_its_plain_form(points: int, centers: int, width: int) -> None:
+    cloud, middle = random_cloud(points, batch=2), random_cloud(centers, seed=1, batch=2)
     features = torch.randn(2, centers, width, generator=torch.Generator().manual_seed(2))
-    carried = three_nn_interpolate(scan, middle, features)
-    assert carried.shape == (2, points, width)
+    interpolated = three_nn_interpolate(cloud, middle, features)
+    assert interpolated.shape == (2, points, width)
     for b in range(2):
-        expected = reference.three_nn_interpolate(scan[b], middle[b], features[b], exact_distances=True)
-        torch.testing.assert_close(carried[b], expected, rtol=1e-4, atol=1e-5)
+        expected = reference.three_nn_interpolate(cloud[b], middle[b], features[b], exact_distances=True)
+        torch.testing.assert_close(interpolated[b], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_interpolation_at_a_center_is_that_center_feature() -> None:
-    middle = cloud(20)
+def test_interpolation_at_a_center_returns_its_feature() -> None:
+    middle = random_cloud(20)
     features = torch.arange(20.0)[None, :, None]
     torch.testing.assert_close(three_nn_interpolate(middle, middle, features), features, rtol=0, atol=1e-2)
 
 
 def test_interpolation_by_hand() -> None:
-    """Squared distances 1, 4 and 4 of the three nearest; the fourth center has no part."""
+    """Squared distances of the three nearest centers are 1, 4 and 4; the fourth center has weight 0."""
     middle = torch.tensor([[[9.0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 2]]])
     features = torch.tensor([[[1000.0], [6.0], [12.0], [24.0]]])
-    carried = three_nn_interpolate(torch.zeros(1, 1, 3), middle, features)
-    assert float(carried) == pytest.approx((6 * 1 + 12 * 0.25 + 24 * 0.25) / 1.5, rel=1e-6)
+    interpolated = three_nn_interpolate(torch.zeros(1, 1, 3), middle, features)
+    assert float(interpolated) == pytest.approx((6 * 1 + 12 * 0.25 + 24 * 0.25) / 1.5, rel=1e-6)
 
 
 # Errors
@@ -395,7 +395,7 @@ def test_interpolation_by_hand() -> None:
     ids=["no batch", "channels first", "four axes", "two coordinates", "integers"],
 )
 def test_only_float_clouds_are_accepted(points: Tensor) -> None:
-    good = cloud(5)
+    good = random_cloud(5)
     with pytest.raises(ValueError, match=r"points must be a \(B, N, 3\) float tensor, got"):
         farthest_point_sample(points, 1)
     with pytest.raises(ValueError, match="points must be"):
@@ -412,41 +412,41 @@ def test_only_float_clouds_are_accepted(points: Tensor) -> None:
 @pytest.mark.parametrize("n", [0, -1, 6])
 def test_more_picks_than_points_are_refused(n: int) -> None:
     with pytest.raises(ValueError, match=f"cannot pick {n} of 5 points"):
-        farthest_point_sample(cloud(5), n)
+        farthest_point_sample(random_cloud(5), n)
 
 
 @pytest.mark.parametrize("k", [0, -1, 6])
 def test_more_neighbors_than_points_are_refused(k: int) -> None:
     with pytest.raises(ValueError, match=f"cannot find {k} neighbors among 5 points"):
-        knn(cloud(2), cloud(5), k)
+        knn(random_cloud(2), random_cloud(5), k)
 
 
 @pytest.mark.parametrize("weights", [three_nn_weights, three_nn_weights_expanded])
 def test_fewer_than_three_centers_are_refused(weights: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
     with pytest.raises(ValueError, match="cannot find 3 neighbors among 2 points"):
-        weights(cloud(5), cloud(2))
+        weights(random_cloud(5), random_cloud(2))
 
 
 @pytest.mark.parametrize("weights", [three_nn_weights, three_nn_weights_expanded])
 def test_batches_of_different_sizes_are_refused(weights: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
     with pytest.raises(ValueError, match="differ in batch size: 2 and 1"):
-        weights(cloud(5, batch=2), cloud(5))
+        weights(random_cloud(5, batch=2), random_cloud(5))
 
 
 def test_the_extensions_need_a_gpu() -> None:
     with pytest.raises(ValueError, match="extension works on CUDA tensors, got one on cpu"):
-        farthest_point_sample(cloud(5), 2, backend="extension")
+        farthest_point_sample(random_cloud(5), 2, backend="extension")
     with pytest.raises(ValueError, match="extension works on CUDA tensors"):
-        knn(cloud(2), cloud(5), 2, backend="extension")
+        knn(random_cloud(2), random_cloud(5), 2, backend="extension")
 
 
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="backend is 'cuda', expected one of"):
-        farthest_point_sample(cloud(5), 2, backend="cuda")
+        farthest_point_sample(random_cloud(5), 2, backend="cuda")
     with pytest.raises(ValueError, match="backend is 'cuda', expected one of"):
-        knn(cloud(2), cloud(5), 2, backend="cuda")
+        knn(random_cloud(2), random_cloud(5), 2, backend="cuda")
     with pytest.raises(ValueError, match="backend is 'cuda', expected one of"):
-        three_nn_weights_expanded(cloud(5), cloud(5), backend="cuda")
+        three_nn_weights_expanded(random_cloud(5), random_cloud(5), backend="cuda")
 
 
 # Recorded clouds
@@ -458,40 +458,40 @@ def stages(goldens: Path) -> dict[str, NDArray]:
 
 
 @pytest.fixture
-def scan(stages: dict[str, NDArray]) -> Tensor:
-    """(1, N, 3) the valid points of the recorded scan, in row-major order."""
+def cloud(stages: dict[str, NDArray]) -> Tensor:
+    """Valid points (1, N, 3) of the recorded sample, in row-major order."""
     return torch.from_numpy(stages["resized_pc"].reshape(3, -1)[:, stages["nonzero_indices"]].T.copy())[None]
 
 
 @pytest.fixture
-def centers(stages: dict[str, NDArray], scan: Tensor) -> Tensor:
-    """(1, 1024, 3) the recorded picks."""
-    return scan[:, torch.from_numpy(stages["fps_idx"]).long()]
+def centers(stages: dict[str, NDArray], cloud: Tensor) -> Tensor:
+    """Recorded centers (1, 1024, 3)."""
+    return cloud[:, torch.from_numpy(stages["fps_idx"]).long()]
 
 
 @pytest.mark.golden
-def test_farthest_points_are_the_recorded_ones(stages: dict[str, NDArray], scan: Tensor) -> None:
-    np.testing.assert_array_equal(farthest_point_sample(scan, 1024)[0], stages["fps_idx"])
+def test_recorded_farthest_points(stages: dict[str, NDArray], cloud: Tensor) -> None:
+    np.testing.assert_array_equal(farthest_point_sample(cloud, 1024)[0], stages["fps_idx"])
 
 
 @pytest.mark.golden
 @pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES.keys())
-def test_neighbors_are_the_recorded_ones(
+def test_recorded_neighbors(
     stages: dict[str, NDArray],
-    scan: Tensor,
+    cloud: Tensor,
     centers: Tensor,
     search: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
 ) -> None:
-    distance, index = search(centers[0], scan[0], 128)
+    distance, index = search(centers[0], cloud[0], 128)
     np.testing.assert_array_equal(np.sort(index[::4], axis=1), np.sort(stages["knn_idx"], axis=1))
     np.testing.assert_allclose(distance[:16], stages["knn_dist_rows0_16"], rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.golden
-def test_three_neighbors_are_those_of_double_precision(
-    stages: dict[str, NDArray], scan: Tensor, centers: Tensor
+def test_recorded_interpolation_weights_in_double_precision(
+    stages: dict[str, NDArray], cloud: Tensor, centers: Tensor
 ) -> None:
-    weight, index = three_nn_weights(scan, centers)
+    weight, index = three_nn_weights(cloud, centers)
     np.testing.assert_array_equal(index[0], stages["interp_idx3_exact64"])
     inverse = 1 / (stages["interp_sqdist3_exact64_s"] + 1e-8)
     expected = inverse / inverse.sum(axis=1, keepdims=True)
@@ -499,17 +499,15 @@ def test_three_neighbors_are_those_of_double_precision(
 
 
 @pytest.mark.golden
-def test_expanded_weights_are_the_recorded_ones_to_the_bit(
-    stages: dict[str, NDArray], scan: Tensor, centers: Tensor
-) -> None:
-    weight, index = three_nn_weights_expanded(scan, centers)
+def test_recorded_expanded_weights_are_bit_equal(stages: dict[str, NDArray], cloud: Tensor, centers: Tensor) -> None:
+    weight, index = three_nn_weights_expanded(cloud, centers)
     squared = torch.from_numpy(stages["interp_sqdist3"])
-    assert (squared < 0).any()  # the recording has the oddity that the expanded form exists for
+    assert (squared < 0).any()  # the recording has the negative squares of the expanded form
     inverse = 1.0 / (squared + 1e-8)
     assert torch.equal(weight[0], inverse / inverse.sum(dim=1, keepdim=True))
     differs = (index[0].numpy() != stages["interp_idx3"]).any(axis=1)
     assert differs.mean() < 0.005
-    for row in differs.nonzero()[0]:  # the same centers with the same weights, in another order among equal ones
+    for row in differs.nonzero()[0]:  # the same centers and weights, in another order of equal ones
         ours = sorted(zip(weight[0, row].tolist(), index[0, row].tolist(), strict=True))
         theirs = sorted(zip(weight[0, row].tolist(), stages["interp_idx3"][row].tolist(), strict=True))
         assert ours == theirs
