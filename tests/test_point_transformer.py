@@ -1,4 +1,4 @@
-"""The group encoder and the transformer block against their plain forms, and the point transformer on small numbers."""
+"""Group encoder and transformer block against their plain forms, and the point transformer at small sizes."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SMALL = {"num_group": 16, "group_size": 8, "width": 24, "depth": 3, "num_heads":
 
 
 def randomize(module: nn.Module, seed: int = 0) -> None:
-    """Give every parameter and running statistic a value of its own: fresh norms are the identity."""
+    """Give every parameter and running statistic a random value, because fresh norms are the identity."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in module.state_dict().items():
@@ -26,7 +26,7 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
 
 
 def cloud(points: int, seed: int = 0) -> Tensor:
-    """(points, 3) half a meter from the camera: outside the radius that the sampling ignores."""
+    """Cloud (points, 3) half a meter from the camera, outside the radius that the sampling ignores."""
     return torch.rand(points, 3, generator=torch.Generator().manual_seed(seed)) + torch.tensor([0.0, 0.0, 0.5])
 
 
@@ -59,14 +59,14 @@ def test_group_encoder_equals_its_plain_form(encoder: GroupEncoder, groups: int,
     with torch.no_grad():
         tokens = encoder(neighborhoods)
         assert tokens.shape == (groups, 20)
-        # The standard deviation of two points may be tiny, and batch norm divides by it, which amplifies rounding.
+        # Batch norm divides by the standard deviation; that of two points may be tiny and amplify rounding.
         rounding = 1e-3 if groups * points == 2 else 1e-4
         expected = plain_tokens(encoder, neighborhoods)
         torch.testing.assert_close(tokens, expected, rtol=rounding, atol=rounding / 10)
 
 
 def test_group_encoder_in_half_precision_is_close(encoder: GroupEncoder) -> None:
-    """Only the wide products are rounded: neither the coordinates nor the statistics of the norms."""
+    """Only the wide products are rounded, not the coordinates or the statistics of the norms."""
     groups = torch.randn(40, 16, 3, generator=torch.Generator().manual_seed(1)) * 5e-3 + 0.5
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         tokens = encoder(groups)
@@ -75,16 +75,16 @@ def test_group_encoder_in_half_precision_is_close(encoder: GroupEncoder) -> None
     assert 1e-5 < (tokens - expected).norm() / expected.norm() < 1e-2
 
 
-def test_a_variance_that_rounding_makes_negative_is_none() -> None:
-    """Hidden values that are nearly all one, and a layer that takes them away: what is left is lost in bf16."""
+def test_negative_variance_by_rounding_gives_finite_tokens() -> None:
+    """Hidden values are almost equal and the next layer removes their mean, so bf16 loses the rest."""
     torch.manual_seed(1)
     encoder = GroupEncoder(20).eval()
     with torch.no_grad():
         encoder.first_conv[1].bias.fill_(2.0)
         weight = encoder.first_conv[0].weight
         weight.copy_(weight[:1] + 1e-2 * torch.randn(128, 3, 1))
-        of_layer = 0.3 * torch.randn(256, 128, 1)
-        encoder.first_conv[3].weight.copy_(of_layer - of_layer.mean(dim=1, keepdim=True))
+        weights = 0.3 * torch.randn(256, 128, 1)
+        encoder.first_conv[3].weight.copy_(weights - weights.mean(dim=1, keepdim=True))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert encoder(5e-3 * torch.randn(64, 128, 3)).isfinite().all()
 
@@ -97,8 +97,8 @@ def test_group_encoder_does_not_depend_on_the_order_of_points(encoder: GroupEnco
     torch.testing.assert_close(encoder(shuffled), encoder(groups), rtol=1e-5, atol=1e-5)
 
 
-def test_running_statistics_leave_a_group_independent_of_the_others() -> None:
-    """Those of the cloud do not: each group changes the statistics of all."""
+def test_only_running_statistics_keep_groups_independent() -> None:
+    """With the statistics of the cloud, each group changes the result of all others."""
     groups = torch.randn(6, 9, 3, generator=torch.Generator().manual_seed(1))
     for point_norm, independent in (("running", True), ("cloud", False)):
         encoder = GroupEncoder(20, point_norm)
@@ -107,7 +107,7 @@ def test_running_statistics_leave_a_group_independent_of_the_others() -> None:
         assert torch.allclose(alone, together, rtol=1e-4, atol=1e-5) == independent, point_norm
 
 
-def test_statistics_of_the_cloud_leave_the_running_ones_alone(encoder: GroupEncoder) -> None:
+def test_forward_does_not_change_running_statistics(encoder: GroupEncoder) -> None:
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     encoder(torch.randn(4, 5, 3))
     for name, value in encoder.state_dict().items():
@@ -115,7 +115,7 @@ def test_statistics_of_the_cloud_leave_the_running_ones_alone(encoder: GroupEnco
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_point_norm_decides_whatever_the_mode(encoder: GroupEncoder, training: bool) -> None:
+def test_point_norm_ignores_the_training_mode(encoder: GroupEncoder, training: bool) -> None:
     groups = torch.randn(4, 5, 3)
     expected = encoder(groups)
     torch.testing.assert_close(encoder.train(training)(groups), expected)
@@ -156,7 +156,7 @@ def test_too_few_points_are_refused(num_group: int, group_size: int, needed: int
 
 @torch.no_grad()
 def test_features_equal_their_plain_form() -> None:
-    """Batch norm with the statistics of the cloud."""
+    """Batch norm uses the statistics of the cloud."""
     module = PointTransformer(**SMALL)
     randomize(module)
     plain = reference.PointTransformer(groups=16, size=8, width=24, depth=3, heads=2)
@@ -168,8 +168,8 @@ def test_features_equal_their_plain_form() -> None:
 
 
 @torch.no_grad()
-def test_forward_is_the_written_out_sequence(transformer: PointTransformer) -> None:
-    """Blocks 1, 2 and 3 of three, each through the final norm, side by side; the position enters every block."""
+def test_forward_equals_its_steps(transformer: PointTransformer) -> None:
+    """Outputs of three blocks, each after the final norm, are concatenated; the position enters every block."""
     points = cloud(60)
     ((groups, centers),) = transformer.group([points])
     tokens, position = transformer.encoder(groups), transformer.pos_embed(centers)
@@ -189,8 +189,8 @@ def test_forward_is_the_written_out_sequence(transformer: PointTransformer) -> N
 
 
 @torch.no_grad()
-def test_clouds_together_are_clouds_alone(transformer: PointTransformer) -> None:
-    """Of other sizes, so that the shorter ones are padded before their groups' centers are picked."""
+def test_batch_of_clouds_matches_single_clouds(transformer: PointTransformer) -> None:
+    """The clouds differ in size, so the shorter ones are padded before sampling."""
     clouds = [cloud(60), 1.5 * cloud(41), cloud(16)]
     for together, points in zip(transformer(clouds), clouds, strict=True):
         (alone,) = transformer([points])
@@ -199,13 +199,13 @@ def test_clouds_together_are_clouds_alone(transformer: PointTransformer) -> None
 
 
 @torch.no_grad()
-def test_class_token_takes_part_and_is_dropped() -> None:
+def test_class_token_changes_features_and_is_dropped() -> None:
     module = PointTransformer(**SMALL, class_token=True)
     randomize(module)
     module.eval()
     before = module([cloud(60)])[0].features
-    assert before.shape == (16, 72)  # one row a group, none for the class token
-    change = torch.randn(24, generator=torch.Generator().manual_seed(3))  # the norms would not see a constant
+    assert before.shape == (16, 72)  # one row per group, none for the class token
+    change = torch.randn(24, generator=torch.Generator().manual_seed(3))  # norms remove a constant
     module.cls_token += change
     assert not torch.allclose(module([cloud(60)])[0].features, before, rtol=1e-2, atol=1e-2)
     module.cls_token -= change
@@ -222,7 +222,7 @@ def test_taken_blocks(depth: int, taken: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("width", [24, 36])
-def test_embed_dim_is_what_comes_out(width: int) -> None:
+def test_embed_dim_is_the_width_of_the_features(width: int) -> None:
     module = PointTransformer(**SMALL | {"width": width, "encoder_dim": 10}).eval()  # 10 -> width by reduce_dim
     assert isinstance(module.reduce_dim, nn.Linear)
     assert module.embed_dim == 3 * width
@@ -230,7 +230,7 @@ def test_embed_dim_is_what_comes_out(width: int) -> None:
         assert module([cloud(60)])[0].features.shape == (16, module.embed_dim)
 
 
-def test_reference_numbers_are_the_defaults() -> None:
+def test_defaults_are_the_reference_numbers() -> None:
     with torch.device("meta"):
         module = PointTransformer()
     assert (module.num_group, module.group_size, module.embed_dim) == (1024, 128, 1152)
@@ -238,7 +238,7 @@ def test_reference_numbers_are_the_defaults() -> None:
     assert isinstance(module.reduce_dim, nn.Identity)
     norms = [layer for layer in module.modules() if isinstance(layer, nn.LayerNorm)]
     assert len(norms) == 2 * 12 + 1
-    assert {norm.eps for norm in norms} == {1e-5}  # 1e-6, as in the ViT, would pass the recorded numbers
+    assert {norm.eps for norm in norms} == {1e-5}  # the recorded numbers do not detect the ViT's 1e-6
     assert not any(block.attn.qkv.bias is not None for block in module.blocks.blocks)
 
 
@@ -253,8 +253,8 @@ def test_point_norm_changes_the_features() -> None:
 
 
 @torch.no_grad()
-def test_extraction_repeats_to_the_bit(transformer: PointTransformer) -> None:
-    """No stochastic depth, no dropout, no state."""
+def test_extraction_is_bit_reproducible(transformer: PointTransformer) -> None:
+    """There is no stochastic depth, dropout or state."""
     (first,), (second,) = transformer([cloud(60)]), transformer([cloud(60)])
     assert torch.equal(first.features, second.features)
     assert torch.equal(transformer.train()([cloud(60)])[0].features, first.features)
