@@ -1,4 +1,4 @@
-"""Precision of the networks, and the memory of a run."""
+"""Precision of the networks, and memory budget and peak usage."""
 
 from pathlib import Path
 
@@ -20,10 +20,10 @@ CPU = torch.device("cpu")
         ("flags\t\t: fpu amx_tile amx_bf16", "bf16"),
         ("Features\t: fp asimd bf16", "bf16"),
         ("flags\t\t: fpu avx2 avx512f avx512_vnni", "fp32"),
-        (None, "fp32"),  # no such file: not on Linux
+        (None, "fp32"),  # no such file outside Linux
     ],
 )
-def test_auto_on_a_cpu_asks_for_its_instructions(
+def test_auto_on_a_cpu_depends_on_its_instructions(
     info: str | None, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "cpuinfo"
@@ -34,7 +34,7 @@ def test_auto_on_a_cpu_asks_for_its_instructions(
 
 
 @pytest.mark.parametrize(("supported", "chosen"), [(True, "bf16"), (False, "fp32")])
-def test_auto_on_a_gpu_asks_for_real_support(supported: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_on_a_gpu_requires_native_support(supported: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def is_supported(including_emulation: bool = True) -> bool:
         return supported or including_emulation
 
@@ -42,37 +42,37 @@ def test_auto_on_a_gpu_asks_for_real_support(supported: bool, chosen: str, monke
     assert choose_precision("auto", torch.device("cuda")) == chosen
 
 
-def test_a_named_precision_is_itself() -> None:
+def test_named_precision_is_kept() -> None:
     for name in DTYPES:
         assert choose_precision(name, CPU) == name
 
 
-def test_what_autocast_computes_in() -> None:
+def test_autocast_dtype() -> None:
     matrix = torch.ones(2, 2)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         with autocast(CPU, name):
             assert (matrix @ matrix).dtype == dtype
 
 
-def test_layers_that_compute_with_their_weights_keep_them_whole() -> None:
-    class Standardised(nn.Conv2d):
+def test_other_layer_types_keep_fp32_weights() -> None:
+    class Standardized(nn.Conv2d):
         pass
 
-    layer = Standardised(3, 8, 2)
+    layer = Standardized(3, 8, 2)
     round_weights(nn.Sequential(layer), "bf16")
     assert layer.weight.dtype == torch.float32
 
 
-def test_convolutions_are_not_rounded_for_a_while() -> None:
+def test_whole_factors_disables_tf32() -> None:
     before = torch.backends.cudnn.allow_tf32
     with whole_factors():
         assert not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.allow_tf32 == before
-    assert not torch.backends.cuda.matmul.allow_tf32  # PyTorch's default, which the searches count on
+    assert not torch.backends.cuda.matmul.allow_tf32  # PyTorch's default, which the searches rely on
 
 
 @pytest.mark.parametrize("name", DTYPES)
-def test_rounded_weights_change_no_bit(name: str) -> None:
+def test_rounded_weights_give_bit_equal_results(name: str) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 2), nn.BatchNorm2d(8), nn.Flatten(2), nn.Linear(9, 16), nn.LayerNorm(16))
     network.eval()
@@ -86,22 +86,22 @@ def test_rounded_weights_change_no_bit(name: str) -> None:
     assert dtypes == {nn.Conv2d: half, nn.BatchNorm2d: torch.float32, nn.Linear: half, nn.LayerNorm: torch.float32}
 
 
-def test_the_budget_is_half_of_what_the_container_has(
+def test_default_budget_is_half_of_the_container_limit(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     limit = tmp_path_factory.mktemp("cgroup") / "memory.max"
     monkeypatch.setattr(memory, "CGROUP_LIMIT", limit)
-    of_the_machine = default_memory_budget(CPU)
-    assert of_the_machine > 0.1
+    machine_budget = default_memory_budget(CPU)
+    assert machine_budget > 0.1
     limit.write_text("max\n")
-    assert default_memory_budget(CPU) == of_the_machine
+    assert default_memory_budget(CPU) == machine_budget
     limit.write_text("200000000\n")
     assert default_memory_budget(CPU) == 0.1
 
 
 @pytest.mark.slow
-def test_peak_memory_is_that_of_this_process() -> None:
+def test_peak_memory_includes_new_allocations() -> None:
     before = peak_memory_mb(CPU)
-    kept = torch.ones(int(before + 64) << 18)  # MB: more than there ever was
+    kept = torch.ones(int(before + 64) << 18)  # MB, above the previous peak
     assert peak_memory_mb(CPU) >= before + 64 > 114
     assert kept[-1] == 1
