@@ -1,4 +1,4 @@
-"""Published figures stand beside the paper's own setting and beside no other."""
+"""Published figures appear only with the paper's own settings."""
 
 from collections.abc import Sequence
 
@@ -12,29 +12,29 @@ FULL = ["--method_name", "DINO+Point_MAE+Fusion", "--use_uff"]
 
 
 def args_of(*flags: object) -> dict:
-    """As results.json holds them."""
+    """Arguments in the form of results.json."""
     args = make_parser().parse_args(list(map(str, flags)))
     (config,) = detector_configs(args).values()
     return vars(args) | applied_flags(config)
 
 
 def classes_of(names: Sequence[str] = CLASSES, missing: int = 0) -> dict:
-    """Entries of results.json with the published numbers of test parts, less some."""
+    """Entries of results.json with the published number of test samples, minus `missing`."""
     return {name: {"samples": [{}] * (TEST_SAMPLES.get(name, 26) - missing)} for name in names}
 
 
-def test_the_classes_are_those_of_the_dataset() -> None:
+def test_classes_match_the_dataset() -> None:
     assert DATASET_CLASSES["mvtec3d"] == CLASSES
 
 
 @pytest.mark.parametrize("key", ["image_rocauc", "pixel_rocauc", "au_pro"])
-def test_the_published_mean_is_that_of_the_classes(key: str) -> None:
+def test_published_mean_is_the_mean_of_the_classes(key: str) -> None:
     full = FIGURES["DINO+Point_MAE+Fusion"]
     values = [full.classes[name][key] for name in CLASSES]
     assert sum(values) / len(values) == pytest.approx(full.mean[key], abs=0.00051)
 
 
-def test_figures_of_the_papers_own_setting() -> None:
+def test_figures_for_the_settings_of_the_paper() -> None:
     found = published_figures(args_of(*FULL), classes_of())
     assert found is not None
     assert found.classes["tire"]["image_rocauc"] == 0.850
@@ -42,7 +42,7 @@ def test_figures_of_the_papers_own_setting() -> None:
     assert "CVPR 2023" in found.source
 
 
-def test_the_mean_is_shown_for_all_ten_classes_only() -> None:
+def test_mean_needs_all_ten_classes() -> None:
     found = published_figures(args_of(*FULL), classes_of(CLASSES[:9]))
     assert found is not None
     assert found.mean == {}
@@ -84,14 +84,14 @@ def test_3d_only_has_the_mean_of_a_reproduction() -> None:
         ["--method_name", "Point_MAE", "--rm_zero_for_project"],
     ],
 )
-def test_no_figure_beside_another_setting(flags: list) -> None:
+def test_no_figures_for_other_settings(flags: list) -> None:
     assert published_figures(args_of(*flags), classes_of()) is None
 
 
-def test_no_figure_beside_other_classes() -> None:
+def test_no_figures_for_other_classes() -> None:
     assert published_figures(args_of(*FULL), classes_of(["cookie", "gasket"])) is None
     assert published_figures({}, classes_of()) is None
 
 
-def test_no_figure_beside_other_samples_of_the_same_names() -> None:
+def test_no_figures_for_another_number_of_samples() -> None:
     assert published_figures(args_of(*FULL), classes_of(missing=1)) is None
