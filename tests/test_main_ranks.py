@@ -1,4 +1,4 @@
-"""main.py in several processes, as torchrun starts it: the results of one, errors told once, and runs gone on with."""
+"""main.py in several processes under torchrun: results of a single process, one error message, and resumed runs."""
 
 import json
 import os
@@ -48,14 +48,14 @@ from runner import class_run
 
 pytestmark = pytest.mark.slow
 
-# Scans of each class: training, validation, good and defective test scans. Pictures go through their network by four,
-# and four are never divided: of bagels all processes have some, of cookies and dowels some have none.
-SCANS = {"dowel": (1, 1, 1, 1), "cookie": (5, 0, 4, 2), "bagel": (9, 2, 4, 4)}
+# Samples of each class: training, validation, good test, defective test. Images are extracted in batches of four,
+# and a batch is never split: all processes have bagels, but some have no cookies or dowels.
+SAMPLES = {"dowel": (1, 1, 1, 1), "cookie": (5, 0, 4, 2), "bagel": (9, 2, 4, 4)}
 METHODS = ("DINO", "DINO+Point_MAE+Fusion")
 DECISIONS = ("f1", "f1_threshold", "precision", "recall", "false_alarm_rate")
-COLLECTIVE_TIMEOUT = 120  # seconds for a run that takes ten; one that hangs would wait for hours
+COLLECTIVE_TIMEOUT = 120  # seconds; a run takes about ten
 NO_MEMORY = ["--memory_budget", 1e-6]  # GB, so that training features go to the disk
-# By which flags how many processes give the results of one.
+# Processes and flags of each way to share a run.
 WAYS: dict[str, tuple[int, list[object]]] = {
     "2, samples": (2, ["--parallel", "samples"]),
     "3, samples": (3, ["--parallel", "samples"]),
@@ -64,10 +64,10 @@ WAYS: dict[str, tuple[int, list[object]]] = {
 }
 
 
-class Left(NamedTuple):
-    """What a run left."""
+class Output(NamedTuple):
+    """Output of a run."""
 
-    folder: Path  # holds out, detectors and patches
+    folder: Path  # contains out, detectors and patches
     stdout: str
     stderr: str = ""
 
@@ -79,51 +79,51 @@ def results_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
-def write_scan(folder: Path, stem: str, seed: int, defective: bool) -> None:
-    """A bumpy surface below a border without measurements; a defect is a dent in it and a bright spot."""
+def write_sample(folder: Path, stem: str, seed: int, defective: bool) -> None:
+    """Write a sample: a bumpy surface below an empty border; a defect is a dent in it and a bright spot."""
     xyz, spot = surface(seed), (slice(24, 40), slice(20 + seed % 8, 36 + seed % 8))
-    photo = np.random.default_rng(seed).integers(0, 200, (SIDE, SIDE, 3), dtype=np.uint8)
+    rgb = np.random.default_rng(seed).integers(0, 200, (SIDE, SIDE, 3), dtype=np.uint8)
     if defective:
         xyz[(*spot, 2)] += 0.004
-        photo[spot] = 255
+        rgb[spot] = 255
         mask = np.zeros((SIDE, SIDE), np.uint8)
         mask[spot] = 255
         write_image(folder / "gt" / f"{stem}.png", mask)
     xyz[: SIDE // 8] = 0
     write_cloud(folder / "xyz" / f"{stem}.tiff", xyz)
-    write_image(folder / "rgb" / f"{stem}.png", photo)
+    write_image(folder / "rgb" / f"{stem}.png", rgb)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The classes of SCANS."""
+    """Dataset with the classes of SAMPLES."""
     root = tmp_path_factory.mktemp("data")
-    for number, (name, counts) in enumerate(SCANS.items()):
+    for number, (name, counts) in enumerate(SAMPLES.items()):
         for kind, count in zip(("train/good", "validation/good", "test/good", "test/hole"), counts, strict=True):
             for i in range(count):
                 seed = 1000 * number + 100 * len(kind) + i
-                write_scan(root / name / kind, f"{i:03d}", seed, defective=kind == "test/hole")
+                write_sample(root / name / kind, f"{i:03d}", seed, defective=kind == "test/hole")
     return root
 
 
 @pytest.fixture(scope="module")
 def base(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """Flags of every run that fits, all in the order of SCANS."""
+    """Flags of every fitting run, with the classes in the order of SAMPLES."""
     uff = tmp_path_factory.mktemp("uff") / "uff.pth"
     torch.manual_seed(0)
     torch.save({"model": FeatureFusion(XYZ_DIM, RGB_DIM).state_dict()}, uff)
     flags = ["--method_name", *METHODS, "--use_uff", "--fusion_module_path", uff, "--random_state", 0, *SMALL]
-    return [*flags, "--f_coreset", 0.06, "--dataset_path", data, "--classes", *SCANS]
+    return [*flags, "--f_coreset", 0.06, "--dataset_path", data, "--classes", *SAMPLES]
 
 
 def outputs(folder: Path) -> list[object]:
-    """The flags for everything that a run can leave."""
+    """Flags that request every output of a run."""
     flags = ["--output_dir", folder / "out", "--report_parts", 3, "--save_detector", folder / "detectors"]
     return [*flags, "--save_preds", METHODS[1], "--save_feature", "--save_feature_path", folder / "patches"]
 
 
 def launch(processes: int, *flags: object, meeting: Sequence[str] = ("--standalone",)) -> "subprocess.Popen[str]":
-    """The script under its launcher, on a thread each and without a network."""
+    """Start main.py under torchrun, one thread per process and no network."""
     own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in own}
     launcher = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc_per_node={processes}"]
@@ -137,11 +137,11 @@ def launch(processes: int, *flags: object, meeting: Sequence[str] = ("--standalo
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
-    """What a run said on stdout and stderr, once it has ended."""
+    """Wait for the end of a run; return its stdout and stderr."""
     try:
         return process.communicate(timeout=COLLECTIVE_TIMEOUT)
     finally:
-        process.kill()  # one that hangs: its workers end with it
+        process.kill()  # if it hangs; its workers end with it
 
 
 def run_ranks(processes: int, *flags: object) -> tuple[str, str]:
@@ -152,44 +152,44 @@ def run_ranks(processes: int, *flags: object) -> tuple[str, str]:
 
 
 def refusal_of_ranks(processes: int, *flags: object) -> str:
-    """The sentence that a run ends with, before it has a result."""
+    """Error message of a run that fails before it has a result."""
     process = launch(processes, *flags)
     stdout, stderr = finish(process)
     assert process.returncode not in (0, None), stderr
     assert stdout == ""
-    return sentence_of_ranks(stderr)
+    return error_of_ranks(stderr)
 
 
-def sentence_of_ranks(stderr: str) -> str:
-    """The error of one process; of the others the launcher or the backend may report that they have lost it."""
-    sentences = [line.partition("main.py: error: ")[2] for line in stderr.splitlines() if "main.py: error: " in line]
-    assert len(sentences) == 1, stderr
-    return sentences[0]
+def error_of_ranks(stderr: str) -> str:
+    """Error message, printed by one process only; the launcher or the backend may report the loss of the others."""
+    messages = [line.partition("main.py: error: ")[2] for line in stderr.splitlines() if "main.py: error: " in line]
+    assert len(messages) == 1, stderr
+    return messages[0]
 
 
 @pytest.fixture(scope="module")
-def alone(base: list[object], tmp_path_factory: pytest.TempPathFactory) -> Left:
-    """The run of one process."""
+def alone(base: list[object], tmp_path_factory: pytest.TempPathFactory) -> Output:
+    """Output of the run by a single process."""
     folder = tmp_path_factory.mktemp("alone")
-    return Left(folder, printed(*base, *outputs(folder)))
+    return Output(folder, printed(*base, *outputs(folder)))
 
 
-class Shared(NamedTuple):
-    """A run of several processes."""
+class SharedRun(NamedTuple):
+    """Output of a run by several processes."""
 
     way: str
-    left: Left
+    output: Output
 
 
 @pytest.fixture(scope="module", params=WAYS)
-def several(request: pytest.FixtureRequest, base: list[object], tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    folder = tmp_path_factory.mktemp("several")
+def shared(request: pytest.FixtureRequest, base: list[object], tmp_path_factory: pytest.TempPathFactory) -> SharedRun:
+    folder = tmp_path_factory.mktemp("shared")
     processes, flags = WAYS[request.param]
-    return Shared(request.param, Left(folder, *run_ranks(processes, *base, *flags, *outputs(folder))))
+    return SharedRun(request.param, Output(folder, *run_ranks(processes, *base, *flags, *outputs(folder))))
 
 
 def assert_same_classes(ours: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Entries of results.json are equal, in the order of the classes, but for the rounding of sums."""
+    """Entries of results.json are equal up to rounding, in the order of the classes."""
     assert list(ours) == list(expected)
     for name, known in expected.items():
         entry = ours[name]
@@ -208,25 +208,25 @@ def assert_same_classes(ours: dict[str, Any], expected: dict[str, Any]) -> None:
         assert list(entry["seconds"]) == list(known["seconds"])
 
 
-# The same as one process
+# Equal to a single process
 
 
-def test_the_run_of_one_process_tells_parts_apart(alone: Left) -> None:
-    """Else equal results would say little."""
+def test_a_single_process_separates_the_samples(alone: Output) -> None:
+    """Otherwise the comparisons below would prove little."""
     for method in METHODS:
         for name, entry in alone.entries(method).items():
             scores = [sample["score"] for sample in entry["samples"]]
-            assert len(set(scores)) == len(scores) == sum(SCANS[name][2:])
+            assert len(set(scores)) == len(scores) == sum(SAMPLES[name][2:])
             assert min(scores) > 0
     assert alone.entries("DINO")["bagel"]["samples"] != alone.entries(METHODS[1])["bagel"]["samples"]
     sources = {name: entry["threshold"]["source"] for name, entry in alone.entries("DINO").items()}
     assert sources == {"dowel": "validation", "cookie": "training", "bagel": "validation"}
 
 
-def test_several_processes_have_the_results_of_one(several: Shared, alone: Left) -> None:
+def test_results_match_a_single_process(shared: SharedRun, alone: Output) -> None:
     for method in METHODS:
-        assert_same_classes(several.left.entries(method), alone.entries(method))
-        ours, expected = (results_of(left.folder / "out" / method) for left in (several.left, alone))
+        assert_same_classes(shared.output.entries(method), alone.entries(method))
+        ours, expected = (results_of(output.folder / "out" / method) for output in (shared.output, alone))
         assert list(ours) == list(expected)
         assert ours["mean"].pop("au_pro_exact") == pytest.approx(expected["mean"].pop("au_pro_exact"), rel=1e-5)
         assert ours["mean"] == pytest.approx(expected["mean"], rel=1e-5)
@@ -236,64 +236,64 @@ def test_several_processes_have_the_results_of_one(several: Shared, alone: Left)
         }
 
 
-def test_they_leave_the_same_files(several: Shared, alone: Left) -> None:
-    assert files_below(several.left.folder) == files_below(alone.folder)
-    assert all_files_are_whole(several.left.folder)
+def test_output_files_match_a_single_process(shared: SharedRun, alone: Output) -> None:
+    assert files_below(shared.output.folder) == files_below(alone.folder)
+    assert all_files_are_whole(shared.output.folder)
 
 
-def test_each_result_is_printed_once(several: Shared, alone: Left) -> None:
-    """By the first process, with figures, and then the tables; those of one class at a time also in their order."""
-    lines, expected = ([line for line in left.stdout.splitlines() if line] for left in (several.left, alone))
-    assert lines[-1] == f"written to {several.left.folder / 'out'}/"
-    results = len(SCANS) * len(METHODS)
-    assert [line.split(":")[0] for line in expected[:results]] == [f"{name}, {m}" for name in SCANS for m in METHODS]
+def test_each_result_is_printed_once(shared: SharedRun, alone: Output) -> None:
+    """The first process prints all results, then the tables; only classes that run side by side may change order."""
+    lines, expected = ([line for line in output.stdout.splitlines() if line] for output in (shared.output, alone))
+    assert lines[-1] == f"written to {shared.output.folder / 'out'}/"
+    results = len(SAMPLES) * len(METHODS)
+    assert [line.split(":")[0] for line in expected[:results]] == [f"{name}, {m}" for name in SAMPLES for m in METHODS]
     assert sorted(lines[:results]) == sorted(expected[:results])
     assert lines[results:-1] == expected[results:-1]
-    if "classes" not in several.way:
+    if "classes" not in shared.way:
         assert lines[:results] == expected[:results]
 
 
-def test_tables_have_the_classes_in_the_order_of_one_process(several: Shared, alone: Left) -> None:
+def test_tables_match_a_single_process(shared: SharedRun, alone: Output) -> None:
     for name in TABLES:
-        rows = table_rows(several.left.folder / "out", name)
-        assert rows[0] == ["Method", *SCANS, "Mean"]
+        rows = table_rows(shared.output.folder / "out", name)
+        assert rows[0] == ["Method", *SAMPLES, "Mean"]
         assert rows == table_rows(alone.folder / "out", name)
 
 
-def test_the_log_says_how_the_classes_are_divided(several: Shared) -> None:
-    processes, _ = WAYS[several.way]
-    at_once = f"{processes} classes" if "classes" in several.way else "1 class"
-    assert several.left.stderr.count(f"{processes} processes, {at_once} at a time\n") == 1
-    assert "Traceback" not in several.left.stderr
+def test_the_log_names_processes_and_classes_at_a_time(shared: SharedRun) -> None:
+    processes, _ = WAYS[shared.way]
+    at_once = f"{processes} classes" if "classes" in shared.way else "1 class"
+    assert shared.output.stderr.count(f"{processes} processes, {at_once} at a time\n") == 1
+    assert "Traceback" not in shared.output.stderr
 
 
-def test_what_other_processes_warn_of_is_said_once(several: Shared) -> None:
-    """Cookies have no validation scans, and all classes too few for the false-alarm rate that is asked for."""
-    assert several.left.stderr.count("no validation/good, so thresholds") == 1
-    count = several.left.stderr.count("a false-alarm rate of 0.01 needs 99")  # by each method, or of all together
-    assert len(SCANS) <= count <= len(SCANS) * len(METHODS)
+def test_warnings_of_other_processes_are_printed_once(shared: SharedRun) -> None:
+    """Cookies have no validation samples, and all classes have too few for the default false-alarm rate."""
+    assert shared.output.stderr.count("no validation/good, so thresholds") == 1
+    count = shared.output.stderr.count("a false-alarm rate of 0.01 needs 99")  # once per method or once for all
+    assert len(SAMPLES) <= count <= len(SAMPLES) * len(METHODS)
 
 
-def test_anomaly_maps_are_those_of_one_process(several: Shared, alone: Left) -> None:
+def test_anomaly_maps_match_a_single_process(shared: SharedRun, alone: Output) -> None:
     maps = [path for path in files_below(alone.folder) if "/anomaly_maps/" in path]
-    assert len(maps) == sum(good + defective for _, _, good, defective in SCANS.values())
+    assert len(maps) == sum(good + defective for _, _, good, defective in SAMPLES.values())
     for path in maps:
-        ours, expected = (tifffile.imread(left.folder / path) for left in (several.left, alone))
+        ours, expected = (tifffile.imread(output.folder / path) for output in (shared.output, alone))
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * np.ptp(expected), err_msg=path)
 
 
-def test_reports_show_the_same_parts(several: Shared, alone: Left) -> None:
+def test_reports_match_a_single_process(shared: SharedRun, alone: Output) -> None:
     for method in METHODS:
-        pages = [(left.folder / "out" / method / "report.html").read_text() for left in (several.left, alone)]
+        pages = [(output.folder / "out" / method / "report.html").read_text() for output in (shared.output, alone)]
         assert_same_page(*pages)
 
 
-def test_saved_detectors_have_the_same_banks(several: Shared, alone: Left) -> None:
+def test_saved_detectors_have_the_same_banks(shared: SharedRun, alone: Output) -> None:
     for method in METHODS:
-        for name in SCANS:
+        for name in SAMPLES:
             ours, expected = (
-                load_file(left.folder / "detectors" / method / name / "state.safetensors")
-                for left in (several.left, alone)
+                load_file(output.folder / "detectors" / method / name / "state.safetensors")
+                for output in (shared.output, alone)
             )
             assert ours.keys() == expected.keys()
             for key, value in expected.items():
@@ -301,30 +301,30 @@ def test_saved_detectors_have_the_same_banks(several: Shared, alone: Left) -> No
                 torch.testing.assert_close(ours[key], value, rtol=tolerance, atol=1e-6, msg=f"{method} {name} {key}")
 
 
-def test_saved_detectors_load(several: Shared, alone: Left) -> None:
-    for name in SCANS:
+def test_saved_detectors_load(shared: SharedRun, alone: Output) -> None:
+    for name in SAMPLES:
         ours, expected = (
-            load_detector(left.folder / "detectors" / METHODS[-1] / name, "cpu") for left in (several.left, alone)
+            load_detector(output.folder / "detectors" / METHODS[-1] / name, "cpu") for output in (shared.output, alone)
         )
         assert list(ours.banks) == ["xyz", "rgb", "fusion"]
         assert [len(bank) for bank in ours.banks.values()] == [len(bank) for bank in expected.banks.values()]
         assert ours.thresholds is not None
 
 
-def test_patch_files_are_those_of_one_process(several: Shared, alone: Left) -> None:
+def test_patch_files_match_a_single_process(shared: SharedRun, alone: Output) -> None:
     files = files_below(alone.folder / "patches")
-    assert files == sorted(f"{name}/{i:03d}.safetensors" for name, (train, *_) in SCANS.items() for i in range(train))
+    assert files == sorted(f"{name}/{i:03d}.safetensors" for name, (train, *_) in SAMPLES.items() for i in range(train))
     for file in files:
-        ours, expected = (load_file(left.folder / "patches" / file) for left in (several.left, alone))
+        ours, expected = (load_file(output.folder / "patches" / file) for output in (shared.output, alone))
         assert ours.keys() == expected.keys()
         assert all(torch.equal(ours[key], value) for key, value in expected.items()), file
 
 
-def test_the_seconds_of_a_stage_are_those_of_who_worked(several: Shared, alone: Left) -> None:
-    """The first process reads no dowel where the samples are shared; the time that another one takes is told too."""
+def test_seconds_include_the_work_of_other_ranks(shared: SharedRun, alone: Output) -> None:
+    """With shared samples the first process reads no dowel, so another rank reports the time of that class."""
     for method in METHODS:
         for name, known in alone.entries(method).items():
-            entry = several.left.entries(method)[name]
+            entry = shared.output.entries(method)[name]
             idle = [stage for stage, spent in known["seconds"].items() if spent > 0 and entry["seconds"][stage] == 0]
             assert idle == [], (method, name)
             assert entry["latency"]["p50"] * len(entry["samples"]) < 3 * (
@@ -332,10 +332,10 @@ def test_the_seconds_of_a_stage_are_those_of_who_worked(several: Shared, alone: 
             )
 
 
-def test_processes_share_the_evaluation_of_saved_detectors(alone: Left, data: Path, tmp_path: Path) -> None:
-    flags = ["--dataset_path", data, "--classes", *SCANS, "--load_detector", alone.folder / "detectors"]
+def test_processes_share_the_evaluation_of_saved_detectors(alone: Output, data: Path, tmp_path: Path) -> None:
+    flags = ["--dataset_path", data, "--classes", *SAMPLES, "--load_detector", alone.folder / "detectors"]
     stdout, stderr = run_ranks(2, *flags, "--output_dir", tmp_path / "out")
-    # Bagels have as many test parts as cookies and dowels together, so that it ends sooner class by class.
+    # Bagels have as many test samples as cookies and dowels together, so class by class is faster.
     assert stderr.count("2 processes, 2 classes at a time\n") == 1
     for method in METHODS:
         loaded = results_of(tmp_path / "out" / method)["classes"]
@@ -345,7 +345,7 @@ def test_processes_share_the_evaluation_of_saved_detectors(alone: Left, data: Pa
 
 
 def fitted_before(entries: dict[str, Any]) -> dict[str, Any]:
-    """What an evaluation of saved detectors says: fitting took no time."""
+    """Entries that an evaluation of saved detectors reports: fitting took no time."""
     stages = dict.fromkeys(("coreset", "fuse", "calibrate"), 0.0)
     return {name: entry | {"seconds": entry["seconds"] | stages} for name, entry in entries.items()}
 
@@ -360,7 +360,7 @@ def test_backbones_are_listed_once() -> None:
 # Errors
 
 
-def test_a_missing_dataset_is_told_once(tmp_path: Path) -> None:
+def test_missing_dataset_is_reported_once(tmp_path: Path) -> None:
     flags = [*SMALL, "--output_dir", tmp_path / "out", "--dataset_path", tmp_path / "nowhere"]
     message = refusal_of_ranks(2, *flags)
     assert message.startswith(f"{tmp_path / 'nowhere'} is not a folder. Download MVTec 3D-AD")
@@ -368,17 +368,17 @@ def test_a_missing_dataset_is_told_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "expected"),
     [
         (["--parallel", "both"], "argument --parallel: invalid choice: 'both'"),
         (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
         (["--device", "abacus"], "--device 'abacus' is unknown. Give auto, cpu, cuda"),
     ],
 )
-def test_a_fault_of_the_command_line_is_told_by_the_first_process_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], told: str
+def test_invalid_flags_are_reported_by_the_first_process_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], expected: str
 ) -> None:
-    """Before the processes meet: each of them, as the launcher would start it."""
+    """Flags are checked before the process group exists, so each process is simulated by its environment."""
     for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     for rank in ("0", "1"):
@@ -387,42 +387,40 @@ def test_a_fault_of_the_command_line_is_told_by_the_first_process_alone(
         with pytest.raises(SystemExit) as stopped:
             call(*flags)
         assert stopped.value.code not in (0, None)
-        assert (told in capsys.readouterr().err) == (rank == "0")
+        assert (expected in capsys.readouterr().err) == (rank == "0")
 
 
-def changed_processes(folder: Path, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each Python process begins with a program."""
+def inject_into_processes(folder: Path, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a program at the start of every Python process."""
     (folder / "sitecustomize.py").write_text(program)
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
-def test_a_process_without_a_gpu_of_its_own_says_so(
-    base: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three processes on a machine of one: the first of those that have none speaks."""
+def test_missing_gpu_of_a_rank_is_an_error(base: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With three processes and one GPU, the first rank without a GPU reports the error."""
     program = """
 import os
 if "RANK" in os.environ:
     import time, torch
     torch.cuda.device_count = lambda: 1
-    if os.environ["RANK"] == "0":  # which would go on
+    if os.environ["RANK"] == "0":  # it has a GPU and would continue
         time.sleep(600)
 """
-    changed_processes(tmp_path, program, monkeypatch)
+    inject_into_processes(tmp_path, program, monkeypatch)
     message = refusal_of_ranks(3, *base, "--device", "cuda", "--output_dir", tmp_path / "out")
     assert message.startswith("There is no cuda:1, only 1 GPU. Give --device cpu, or start no more processes")
 
 
 def spoil_cloud(data: Path) -> Path:
-    """Without a valid point, which only shows when it is read."""
+    """Write a cloud without a valid point, an error that appears only when it is read."""
     path = data / "test/good/xyz/000.tiff"
     path.unlink()
     write_cloud(path, np.zeros((SIDE, SIDE, 3), np.float32))
     return path
 
 
-def spoil_photo(data: Path) -> Path:
-    """Header and end are sound, so that only decoding finds it."""
+def spoil_image(data: Path) -> Path:
+    """Damage the middle of an image file, an error that appears only when it is decoded."""
     path = data / "test/hole/rgb/002.png"
     content = bytearray(path.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 64] = bytes(64)
@@ -432,23 +430,23 @@ def spoil_photo(data: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "name", "spoil"), [("samples", "bagel", spoil_photo), ("classes", "cookie", spoil_cloud)]
+    ("parallel", "name", "spoil"), [("samples", "bagel", spoil_image), ("classes", "cookie", spoil_cloud)]
 )
-def test_a_bad_scan_of_the_second_process_ends_the_run(
+def test_damaged_sample_of_the_second_process_ends_the_run(
     base: list[object], data: Path, tmp_path: Path, parallel: str, name: str, spoil: Callable[[Path], Path]
 ) -> None:
-    """It reads the last of ten test samples, or all cookies: bagels alone take as long."""
+    """The second process reads the last of ten test samples, or all cookies."""
     bad = spoil(link_files(data / name, tmp_path / "data" / name))
-    for other in set(SCANS) - {name}:
+    for other in set(SAMPLES) - {name}:
         (tmp_path / "data" / other).symlink_to(data / other)
-    folder = tmp_path / "left"
+    folder = tmp_path / "output"
     process = launch(2, *base, *outputs(folder), "--dataset_path", tmp_path / "data", "--parallel", parallel)
     _, stderr = finish(process)
     assert process.returncode not in (0, None)
-    assert sentence_of_ranks(stderr).startswith(f"{name}: {bad} ")
+    assert error_of_ranks(stderr).startswith(f"{name}: {bad} ")
 
     assert all_files_are_whole(folder)
-    finished = set(SCANS) - {name}
+    finished = set(SAMPLES) - {name}
     for method in METHODS:
         out = folder / "out" / method
         kept = {path.stem for path in (out / "classes").glob("[!.]*")}
@@ -461,7 +459,7 @@ def test_a_bad_scan_of_the_second_process_ends_the_run(
 
 
 def all_files_are_whole(folder: Path) -> bool:
-    """Every file that a reader would take for a result can be read to its end."""
+    """Read every result file to its end; hidden files are temporary."""
     found = [path for path in sorted(folder.rglob("[!.]*")) if path.is_file()]
     found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     for path in found:
@@ -482,20 +480,20 @@ def all_files_are_whole(folder: Path) -> bool:
     return bool(found)
 
 
-# Going on
+# Resume
 
 
 class Stopped(NamedTuple):
-    """A run of which a process was killed, once the first class was there."""
+    """Run with one process killed after the first class was finished."""
 
-    left: Left
+    output: Output
     flags: list[object]
-    seconds: float  # from then until the launcher had ended
+    seconds: float  # from the kill to the end of the launcher
     workers: list[int]
 
 
 def workers_of(launcher: int) -> list[int]:
-    """The processes that a launcher started, by their ranks."""
+    """Process ids that a launcher started, in the order of their ranks."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     ranks = {}
     for child in map(int, children):
@@ -506,7 +504,7 @@ def workers_of(launcher: int) -> list[int]:
 
 
 def stop(base: list[object], folder: Path, killed: int, *flags: object) -> Stopped:
-    """Kill the process of a rank of two as soon as all has been kept of the first class."""
+    """Kill one rank of two as soon as the results of the first class are on disk."""
     flags = (*base, *outputs(folder), *flags)
     process = launch(2, *flags)
     try:
@@ -521,11 +519,11 @@ def stop(base: list[object], folder: Path, killed: int, *flags: object) -> Stopp
     finally:
         stdout, stderr = finish(process)
     assert process.returncode not in (0, None), stderr
-    return Stopped(Left(folder, stdout, stderr), list(flags), time.monotonic() - begin, workers)
+    return Stopped(Output(folder, stdout, stderr), list(flags), time.monotonic() - begin, workers)
 
 
 def class_files(folder: Path, name: str) -> list[Path]:
-    """The files of a class, once all methods have theirs."""
+    """Result files of a class, or none while a method lacks its file."""
     paths = [folder / "out" / method / "classes" / f"{name}.json" for method in METHODS]
     return paths if all(path.exists() for path in paths) else []
 
@@ -536,14 +534,14 @@ def stopped(request: pytest.FixtureRequest, base: list[object], tmp_path_factory
     return stop(base, tmp_path_factory.mktemp("stopped"), killed, "--parallel", parallel)
 
 
-def test_a_killed_process_ends_the_others(stopped: Stopped) -> None:
+def test_killed_process_ends_the_others(stopped: Stopped) -> None:
     assert len(stopped.workers) == 2
     assert stopped.seconds < 60
     assert not [worker for worker in stopped.workers if Path(f"/proc/{worker}").exists()]
 
 
-def test_a_killed_process_ends_those_of_other_machines(base: list[object], tmp_path: Path) -> None:
-    """Two launchers, each of which knows of its own process alone; the other one works on a class of its own."""
+def test_killed_process_ends_those_of_other_machines(base: list[object], tmp_path: Path) -> None:
+    """Two launchers act as two machines; the surviving process works on a class of its own."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     meeting = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=m3dm"]
@@ -554,7 +552,7 @@ def test_a_killed_process_ends_those_of_other_machines(base: list[object], tmp_p
         assert time.monotonic() < deadline
         time.sleep(0.05)
         workers = [workers_of(machine.pid) for machine in machines]
-    time.sleep(2)  # for them to be at work
+    time.sleep(2)  # until both are computing
     begin = time.monotonic()
     os.kill(workers[1][0], signal.SIGKILL)
     for machine in machines:
@@ -564,22 +562,22 @@ def test_a_killed_process_ends_those_of_other_machines(base: list[object], tmp_p
     assert not [worker for of_machine in workers for worker in of_machine if Path(f"/proc/{worker}").exists()]
 
 
-def test_what_a_killed_run_leaves_is_whole(stopped: Stopped) -> None:
-    folder = stopped.left.folder
+def test_killed_run_leaves_complete_files(stopped: Stopped) -> None:
+    folder = stopped.output.folder
     assert class_files(folder, "dowel")
-    assert not class_files(folder, "bagel"), "the machine was so slow that all was done: not what is tested here"
+    assert not class_files(folder, "bagel"), "the run finished before it was killed"
     assert all_files_are_whole(folder)
     assert not list((folder / "out").glob("*.md"))
 
 
-def test_a_resumed_run_has_the_results_of_an_uninterrupted_one(stopped: Stopped, alone: Left, tmp_path: Path) -> None:
-    """What the killed one had finished is not touched; of the rest nothing is left out.
+def test_resumed_run_matches_an_uninterrupted_one(stopped: Stopped, alone: Output, tmp_path: Path) -> None:
+    """Finished classes are kept untouched and the others are computed.
 
-    The run that shared its samples is gone on with by two processes, the other one by a single one.
+    A run with shared samples is resumed by two processes, the other run by a single one.
     """
     processes = 2 if "samples" in stopped.flags else 1
     out = tmp_path / "out"
-    shutil.copytree(stopped.left.folder / "out", out)
+    shutil.copytree(stopped.output.folder / "out", out)
     kept = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in class_files(tmp_path, "dowel")}
     flags = [*stopped.flags, "--output_dir", out, "--resume"]
     if processes == 1:
@@ -596,12 +594,12 @@ def test_a_resumed_run_has_the_results_of_an_uninterrupted_one(stopped: Stopped,
         assert "main: dowel: 1 training" not in stderr
     assert kept == {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in kept}
 
-    resumed = Left(tmp_path, stdout)
+    resumed = Output(tmp_path, stdout)
     for method in METHODS:
         assert_same_classes(resumed.entries(method), alone.entries(method))
-        pages = [(left.folder / "out" / method / "report.html").read_text() for left in (resumed, alone)]
+        pages = [(output.folder / "out" / method / "report.html").read_text() for output in (resumed, alone)]
         assert_same_page(*pages)
-        assert {part["path"] for part in samples_of(pages[0]) if part["class"] == "dowel"} == {
+        assert {sample["path"] for sample in samples_of(pages[0]) if sample["class"] == "dowel"} == {
             "test/good/000", "test/hole/000",
         }  # fmt: skip
     assert sorted(stdout.splitlines()[:-1]) == sorted(alone.stdout.splitlines()[:-1])
@@ -611,36 +609,36 @@ def test_a_resumed_run_has_the_results_of_an_uninterrupted_one(stopped: Stopped,
 
 
 def assert_same_page(ours: str, expected: str) -> None:
-    """Two reports say the same but for date, command, time, and what rounding does to numbers of the gallery."""
+    """Two reports are equal except for date, command, time, and rounding in the gallery's numbers."""
     changing = r"<time .*?</time>|<details>.*?</details>|<section aria-label=\"Time and memory\">.*?</section>"
     numbers = r'<script type="application/json" id="parts">.*?</script>'
     ours_, expected_ = (re.sub(f"{changing}|{numbers}", "", page, flags=re.DOTALL) for page in (ours, expected))
     assert read_page(ours_) == read_page(expected_)
     shown, known = samples_of(ours), samples_of(expected)
-    assert [(part["class"], part["path"], part["outcome"]) for part in shown] == [
-        (part["class"], part["path"], part["outcome"]) for part in known
+    assert [(sample["class"], sample["path"], sample["outcome"]) for sample in shown] == [
+        (sample["class"], sample["path"], sample["outcome"]) for sample in known
     ]
-    for part, other in zip(shown, known, strict=True):
-        assert part.keys() == other.keys()
-        assert part["score"] == pytest.approx(other["score"], rel=1e-5)
-        assert part["maps"].keys() == other["maps"].keys()
-        assert (part["view"], part["truth"]) == (other["view"], other["truth"])
+    for sample, other in zip(shown, known, strict=True):
+        assert sample.keys() == other.keys()
+        assert sample["score"] == pytest.approx(other["score"], rel=1e-5)
+        assert sample["maps"].keys() == other["maps"].keys()
+        assert (sample["view"], sample["truth"]) == (other["view"], other["truth"])
 
 
 @pytest.fixture
-def whole(alone: Left, tmp_path: Path) -> Path:
-    """The output of a finished run, to do with as one likes."""
+def finished(alone: Output, tmp_path: Path) -> Path:
+    """Copy of the output of a finished run, which tests may change."""
     shutil.copytree(alone.folder / "out", tmp_path / "out")
     return tmp_path / "out"
 
 
-def again(base: Sequence[object], alone: Left, out: Path) -> list[object]:
-    """The flags that go on with it."""
+def resume_flags(base: Sequence[object], alone: Output, out: Path) -> list[object]:
+    """Flags that resume the finished run."""
     return [*base, *outputs(alone.folder), "--output_dir", out, "--resume"]
 
 
-def assert_nothing_new(out: Path, alone: Left, stdout: str) -> None:
-    """A finished run is told again, and has its tables once more."""
+def assert_nothing_new(out: Path, alone: Output, stdout: str) -> None:
+    """The results of a finished run are printed again and its tables are appended once more."""
     for method in METHODS:
         assert results_of(out / method)["classes"] == alone.entries(method)
     assert stdout.splitlines()[:-1] == alone.stdout.splitlines()[:-1]
@@ -649,73 +647,85 @@ def assert_nothing_new(out: Path, alone: Left, stdout: str) -> None:
         assert table_rows(out, name) == 2 * table_rows(alone.folder / "out", name)
 
 
-def test_after_the_last_class_nothing_is_computed(
-    base: list[object], alone: Left, whole: Path, monkeypatch: pytest.MonkeyPatch
+def test_resume_of_a_finished_run_computes_nothing(
+    base: list[object], alone: Output, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(class_run, "run_class", lambda name, *_: pytest.fail(f"{name} computed"))
-    assert_nothing_new(whole, alone, printed(*again(base, alone, whole)))
+    assert_nothing_new(finished, alone, printed(*resume_flags(base, alone, finished)))
 
 
-def test_after_the_last_class_processes_have_nothing_to_do(base: list[object], alone: Left, whole: Path) -> None:
-    stdout, stderr = run_ranks(2, *again(base, alone, whole))
-    assert_nothing_new(whole, alone, stdout)
-    assert stderr.count(f"--resume: {', '.join(SCANS)} finished before") == 1
+def test_resume_of_a_finished_run_by_two_processes_computes_nothing(
+    base: list[object], alone: Output, finished: Path
+) -> None:
+    stdout, stderr = run_ranks(2, *resume_flags(base, alone, finished))
+    assert_nothing_new(finished, alone, stdout)
+    assert stderr.count(f"--resume: {', '.join(SAMPLES)} finished before") == 1
     assert not re.search(r"main: \w+: \d+ training", stderr)
 
 
-def test_going_on_with_other_flags_is_refused(base: list[object], alone: Left, whole: Path) -> None:
-    before = {path: (whole / path).read_bytes() for path in files_below(whole)}
-    message = refusal_of_ranks(2, *again(base, alone, whole), "--f_coreset", 0.2)
-    path = whole / METHODS[0] / "classes/dowel.json"
+def test_resume_with_other_flags_is_refused(base: list[object], alone: Output, finished: Path) -> None:
+    before = {path: (finished / path).read_bytes() for path in files_below(finished)}
+    message = refusal_of_ranks(2, *resume_flags(base, alone, finished), "--f_coreset", 0.2)
+    path = finished / METHODS[0] / "classes/dowel.json"
     assert message.startswith(f"{path} was computed with f_coreset 0.06, now 0.2. Use the same flags, or omit ")
-    assert {path: (whole / path).read_bytes() for path in files_below(whole)} == before
+    assert {path: (finished / path).read_bytes() for path in files_below(finished)} == before
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "expected"),
     [
         (["--random_state", 1], "was computed with random_state 0, now 1. "),
         (["--target_fpr", 0.5, "--img_size", 96], f"was computed with img_size {SIDE}, now 96, target_fpr 0.01, now "),
     ],
 )
-def test_the_flags_that_differ_are_named(
-    base: list[object], alone: Left, whole: Path, capsys: pytest.CaptureFixture[str], flags: list[object], told: str
+def test_resume_names_the_flags_that_differ(
+    base: list[object],
+    alone: Output,
+    finished: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[object],
+    expected: str,
 ) -> None:
-    assert told in refusal(capsys, *again(base, alone, whole), *flags)
+    assert expected in refusal(capsys, *resume_flags(base, alone, finished), *flags)
 
 
-def test_other_test_parts_than_before_are_refused(
-    base: list[object], data: Path, alone: Left, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_resume_with_other_samples_is_refused(
+    base: list[object],
+    data: Path,
+    alone: Output,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     added = [data / f"dowel/test/good/{kind}" for kind in ("rgb/zzz.png", "xyz/zzz.tiff")]
     try:
         for path in added:
             shutil.copy(next(path.parent.iterdir()), path)
-        message = refusal(capsys, *again(base, alone, whole))
+        message = refusal(capsys, *resume_flags(base, alone, finished))
     finally:
         for path in added:
             path.unlink(missing_ok=True)
-    assert message.startswith(f"{whole / METHODS[0] / 'classes' / 'dowel.json'} was computed from other samples, ")
+    assert message.startswith(f"{finished / METHODS[0] / 'classes' / 'dowel.json'} was computed from other samples, ")
 
 
-def test_a_damaged_class_is_refused_and_computed_anew_once_it_is_deleted(
-    base: list[object], alone: Left, whole: Path, capsys: pytest.CaptureFixture[str]
+def test_damaged_class_file_is_refused_until_deleted(
+    base: list[object], alone: Output, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = whole / METHODS[1] / "classes/dowel.json"
+    path = finished / METHODS[1] / "classes/dowel.json"
     path.write_text(path.read_text()[:-100])
-    message = refusal(capsys, *again(base, alone, whole))
+    message = refusal(capsys, *resume_flags(base, alone, finished))
     assert message.startswith(f"{path} is damaged (not JSON: ")
     assert message.endswith("Delete it to compute its class again.")
     path.unlink()
-    call(*again(base, alone, whole), "--classes", "dowel")
+    call(*resume_flags(base, alone, finished), "--classes", "dowel")
     assert path.exists()
     for method in METHODS:
-        found = results_of(whole / method)["classes"]
+        found = results_of(finished / method)["classes"]
         assert_same_classes(found, {"dowel": alone.entries(method)["dowel"]})
 
 
-def test_without_resume_what_was_kept_is_forgotten(base: list[object], alone: Left, whole: Path) -> None:
-    """Before the first class is computed: a stopped run leaves none of an older one to go on with."""
+def test_without_resume_older_results_are_deleted(base: list[object], alone: Output, finished: Path) -> None:
+    """They go before the first class is computed, so a stopped run leaves no older results to resume."""
 
     def stop_at_once(*_: object) -> None:
         raise KeyboardInterrupt
@@ -723,17 +733,17 @@ def test_without_resume_what_was_kept_is_forgotten(base: list[object], alone: Le
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(class_run, "run_class", stop_at_once)
         with pytest.raises(SystemExit) as stopped:
-            call(*again(base, alone, whole)[:-1], "--classes", "cookie", "dowel")
+            call(*resume_flags(base, alone, finished)[:-1], "--classes", "cookie", "dowel")
     assert stopped.value.code == 130
     for method in METHODS:
-        assert [path.name for path in (whole / method / "classes").iterdir()] == ["bagel.json"]
+        assert [path.name for path in (finished / method / "classes").iterdir()] == ["bagel.json"]
 
 
 @pytest.mark.parametrize("changed", ["uff", "detector"])
-def test_other_weights_than_before_are_noticed(
+def test_resume_with_other_weights_is_refused(
     base: list[object], data: Path, changed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the UFF, at the same path, or of the detector that is loaded."""
+    """The UFF changes at the same path, or the loaded detector does."""
     out, detectors = tmp_path / "out", tmp_path / "detectors"
     place = base.index("--fusion_module_path") + 1
     torch.manual_seed(1)
