@@ -1,4 +1,4 @@
-"""Judging new parts: the same as main.py says, part by part, whatever is wrong with some of them."""
+"""Prediction of new samples: agreement with main.py, output files, and errors of single samples."""
 
 import gc
 import io
@@ -54,9 +54,9 @@ def stubs() -> Iterator[None]:
 
 
 class Fitted(NamedTuple):
-    """A dataset of four scans, and what main.py made of it."""
+    """Dataset of four samples with the detectors and results of main.py."""
 
-    data: Path  # of the class
+    data: Path  # folder of the class
     detectors: dict[str, Path]  # by method
     runs: dict[str, Run]
 
@@ -77,7 +77,7 @@ def fitted(stubs: None, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
 
 
 def run(*flags: object) -> int:
-    """The script in this process, up to its exit code."""
+    """Run the script in this process; return its exit code."""
     return predict.predict(predict.PredictSettings(**vars(predict.parse_args(list(map(str, flags))))))
 
 
@@ -98,8 +98,8 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
-def many_parts(fitted: Fitted, folder: Path, count: int = 5) -> Path:
-    """`count` good parts in the folders rgb and xyz."""
+def write_samples(fitted: Fitted, folder: Path, count: int = 5) -> Path:
+    """Write `count` good samples into the folders rgb and xyz."""
     for i in range(count):
         for kind, suffix in (("rgb", ".png"), ("xyz", ".tiff")):
             (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -107,18 +107,18 @@ def many_parts(fitted: Fitted, folder: Path, count: int = 5) -> Path:
     return folder
 
 
-def flags_for(fitted: Fitted, parts: Path, output: Path, method: str = "DINO+Point_MAE") -> list[object]:
+def flags_for(fitted: Fitted, samples_dir: Path, output: Path, method: str = "DINO+Point_MAE") -> list[object]:
     return [
         *("--detector", fitted.detectors[method], "--output_dir", output, "--device", "cpu"),
-        *("--rgb", parts / "rgb", "--xyz", parts / "xyz"),
+        *("--rgb", samples_dir / "rgb", "--xyz", samples_dir / "xyz"),
     ]
 
 
-# What is said of a part
+# Predictions of a sample
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_same_as_the_evaluation(fitted: Fitted, tmp_path: Path, method: str) -> None:
+def test_predictions_match_the_evaluation(fitted: Fitted, tmp_path: Path, method: str) -> None:
     reference = fitted.runs[method]
     for sample in reference.entry["samples"]:
         folder = fitted.data / Path(sample["path"]).parent
@@ -138,13 +138,13 @@ def test_the_same_as_the_evaluation(fitted: Fitted, tmp_path: Path, method: str)
         assert (line["normalised"] > 0.5) == line["anomalous"]
 
 
-def test_from_arrays_in_python(fitted: Fitted) -> None:
+def test_prediction_from_arrays_in_python(fitted: Fitted) -> None:
     detector = load_detector(fitted.detectors["DINO+Point_MAE"], "cpu")
     sample = fitted.runs["DINO+Point_MAE"].entry["samples"][1]
     folder = fitted.data / Path(sample["path"]).parent
     rgb = np.asarray(Image.open(folder / "rgb/000.png").convert("RGB"))
     xyz = tifffile.imread(folder / "xyz/000.tiff")
-    prediction = detector.predict(make_sample("part", rgb, xyz, detector.config.img_size))
+    prediction = detector.predict(make_sample("sample", rgb, xyz, detector.config.img_size))
     assert prediction.score == pytest.approx(sample["score"], rel=1e-6)
     assert prediction.anomaly_map.shape == (SIDE, SIDE)
 
@@ -182,25 +182,25 @@ def test_the_docs_snippet_predicts(
     assert score == pytest.approx(fitted.runs["DINO+Point_MAE"].entry["samples"][1]["score"], rel=1e-4)
 
 
-def test_every_format_says_the_same(fitted: Fitted, tmp_path: Path) -> None:
-    parts = many_parts(fitted, tmp_path / "parts", 4)
-    xyz = read_organized_pc(parts / "xyz/000.tiff")
+def test_file_formats_agree(fitted: Fitted, tmp_path: Path) -> None:
+    samples_dir = write_samples(fitted, tmp_path / "samples", 4)
+    xyz = read_organized_pc(samples_dir / "xyz/000.tiff")
     for i in range(4):
-        (parts / f"xyz/{i:03d}.tiff").unlink()
-        shutil.copy(fitted.data / "train/good/rgb/000.png", parts / f"rgb/{i:03d}.png")
-    write_organized_pc(parts / "xyz/000.tif", xyz)
-    np.save(parts / "xyz/001.npy", np.where(xyz == 0, np.nan, xyz).astype(np.float64))
+        (samples_dir / f"xyz/{i:03d}.tiff").unlink()
+        shutil.copy(fitted.data / "train/good/rgb/000.png", samples_dir / f"rgb/{i:03d}.png")
+    write_organized_pc(samples_dir / "xyz/000.tif", xyz)
+    np.save(samples_dir / "xyz/001.npy", np.where(xyz == 0, np.nan, xyz).astype(np.float64))
     fields = "FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\n"
     header = f"VERSION 0.7\n{fields}WIDTH {SIDE}\nHEIGHT {SIDE}\nPOINTS {SIDE**2}\nDATA binary\n"
-    (parts / "xyz/002.pcd").write_bytes(header.encode() + xyz.tobytes())
+    (samples_dir / "xyz/002.pcd").write_bytes(header.encode() + xyz.tobytes())
     properties = "property float x\nproperty float y\nproperty float z\nend_header\n"
     header = f"ply\nformat binary_little_endian 1.0\nelement vertex {SIDE**2}\n{properties}"
-    (parts / "xyz/003.ply").write_bytes(header.encode() + xyz.tobytes())
-    assert run(*flags_for(fitted, parts, tmp_path / "out"), "--batch_size", 1) == 0
+    (samples_dir / "xyz/003.ply").write_bytes(header.encode() + xyz.tobytes())
+    assert run(*flags_for(fitted, samples_dir, tmp_path / "out"), "--batch_size", 1) == 0
     assert len({line["score"] for line in lines_of(tmp_path / "out")}) == 1
 
 
-def test_a_depth_picture(fitted: Fitted, tmp_path: Path) -> None:
+def test_depth_image_equals_its_cloud(fitted: Fitted, tmp_path: Path) -> None:
     depth = np.random.default_rng(0).integers(4900, 5100, (SIDE, SIDE)).astype(np.uint16)
     write_image(tmp_path / "depth.png", depth)
     camera = {"fx": 500.0, "fy": 500.0, "cx": 32.0, "cy": 31.5, "depth_scale": 0.0001}
@@ -229,11 +229,11 @@ def test_millimeters_are_refused_or_converted(fitted: Fitted, tmp_path: Path) ->
     assert lines_of(tmp_path / "out")[0]["score"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_batches_change_nothing(fitted: Fitted, tmp_path: Path) -> None:
-    parts = many_parts(fitted, tmp_path / "parts")
+def test_batch_size_and_workers_do_not_change_scores(fitted: Fitted, tmp_path: Path) -> None:
+    samples_dir = write_samples(fitted, tmp_path / "samples")
     found = []
     for size, workers in ((1, 0), (2, 3), (9, 1)):
-        flags = [*flags_for(fitted, parts, tmp_path / "out"), "--batch_size", size, "--num_workers", workers]
+        flags = [*flags_for(fitted, samples_dir, tmp_path / "out"), "--batch_size", size, "--num_workers", workers]
         assert run(*flags, "--no_images") == 0
         lines = lines_of(tmp_path / "out")
         assert [line["name"] for line in lines] == [f"{i:03d}" for i in range(5)]
@@ -242,51 +242,49 @@ def test_batches_change_nothing(fitted: Fitted, tmp_path: Path) -> None:
     np.testing.assert_allclose(found[2], found[0], rtol=1e-5)
 
 
-# What a run leaves
+# Output of a run
 
 
-def test_what_a_run_leaves(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = many_parts(fitted, tmp_path / "parts", 2)
+def test_output_of_a_run(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples_dir = write_samples(fitted, tmp_path / "samples", 2)
     out = tmp_path / "out"
-    assert run(*flags_for(fitted, parts, out)) == 0
+    assert run(*flags_for(fitted, samples_dir, out)) == 0
     names = ["000.tiff", "000_overlay.png", "001.tiff", "001_overlay.png", "predictions.jsonl"]
     assert sorted(path.name for path in out.iterdir()) == names
     for line in lines_of(out):
         assert list(line) == KEYS
-        assert Path(line["rgb"]) == parts / f"rgb/{line['name']}.png"
-        assert Path(line["xyz"]) == parts / f"xyz/{line['name']}.tiff"
+        assert Path(line["rgb"]) == samples_dir / f"rgb/{line['name']}.png"
+        assert Path(line["xyz"]) == samples_dir / f"xyz/{line['name']}.tiff"
         assert Path(line["map"]) == out / f"{line['name']}.tiff"
         assert Path(line["overlay"]) == out / f"{line['name']}_overlay.png"
         assert 0 < line["seconds"] < 60
-    *told, summary = capsys.readouterr().out.splitlines()
-    assert [each.split()[0] for each in told] == ["000", "001"]
+    *printed, summary = capsys.readouterr().out.splitlines()
+    assert [each.split()[0] for each in printed] == ["000", "001"]
     decisions = ["anomalous" if line["anomalous"] else "good" for line in lines_of(out)]
-    assert len({each.index(decision) for each, decision in zip(told, decisions, strict=True)}) == 1
+    assert len({each.index(decision) for each, decision in zip(printed, decisions, strict=True)}) == 1
     count = decisions.count("anomalous")
     assert summary.startswith("2 samples predicted in ") and f"{count} anomalous, {2 - count} good" in summary
     assert str(out / "predictions.jsonl") in summary
 
 
-def test_without_pictures(fitted: Fitted, tmp_path: Path) -> None:
-    parts = many_parts(fitted, tmp_path / "parts", 2)
-    assert run(*flags_for(fitted, parts, tmp_path / "out"), "--no_images") == 0
+def test_no_images_writes_predictions_only(fitted: Fitted, tmp_path: Path) -> None:
+    samples_dir = write_samples(fitted, tmp_path / "samples", 2)
+    assert run(*flags_for(fitted, samples_dir, tmp_path / "out"), "--no_images") == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.jsonl"]
     assert [(line["map"], line["overlay"]) for line in lines_of(tmp_path / "out")] == [(None, None)] * 2
 
 
-def test_a_run_starts_anew_or_goes_on(fitted: Fitted, tmp_path: Path) -> None:
-    parts = many_parts(fitted, tmp_path / "parts", 2)
-    flags = [*flags_for(fitted, parts, tmp_path / "out"), "--no_images"]
+def test_append_keeps_earlier_predictions(fitted: Fitted, tmp_path: Path) -> None:
+    samples_dir = write_samples(fitted, tmp_path / "samples", 2)
+    flags = [*flags_for(fitted, samples_dir, tmp_path / "out"), "--no_images"]
     for more, expected in (([], 2), ([], 2), (["--append"], 4)):
         assert run(*flags, *more) == 0
         assert len(lines_of(tmp_path / "out")) == expected
 
 
-def test_half_a_line_of_a_killed_run_is_cut_off(
-    fitted: Fitted, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    parts = many_parts(fitted, tmp_path / "parts", 1)
-    flags = [*flags_for(fitted, parts, tmp_path / "out"), "--no_images", "--append"]
+def test_append_removes_an_incomplete_line(fitted: Fitted, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples_dir = write_samples(fitted, tmp_path / "samples", 1)
+    flags = [*flags_for(fitted, samples_dir, tmp_path / "out"), "--no_images", "--append"]
     assert run(*flags) == 0
     with (tmp_path / "out/predictions.jsonl").open("a") as lines:
         lines.write('{"name": "001", "sco')
@@ -296,10 +294,10 @@ def test_half_a_line_of_a_killed_run_is_cut_off(
     assert "predictions.jsonl ends in an incomplete line" in caplog.text
 
 
-def test_each_line_is_written_before_the_next_batch(
+def test_predictions_are_written_before_the_next_batch(
     fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts, seen = many_parts(fitted, tmp_path / "parts"), []
+    samples_dir, seen = write_samples(fitted, tmp_path / "samples"), []
     plain = prediction._predict_batch
 
     def predict_batch(*arguments: Any) -> list[Outcome]:
@@ -310,18 +308,18 @@ def test_each_line_is_written_before_the_next_batch(
 
     monkeypatch.setattr(prediction, "_predict_batch", predict_batch)
     with pytest.raises(KeyboardInterrupt):
-        run(*flags_for(fitted, parts, tmp_path / "out"), "--batch_size", 1)
+        run(*flags_for(fitted, samples_dir, tmp_path / "out"), "--batch_size", 1)
     assert seen == [0, 1, 2, 3]
     assert [line["name"] for line in lines_of(tmp_path / "out")] == ["000", "001", "002"]
 
 
-def test_maps_have_the_size_of_the_scan(fitted: Fitted, tmp_path: Path) -> None:
-    """The photo may have more pixels; the overlay has those of the photo."""
+def test_maps_have_the_size_of_the_cloud(fitted: Fitted, tmp_path: Path) -> None:
+    """The overlay has the size of the image, which may have more pixels."""
     folder = fitted.data / "test/hole"
     xyz = read_organized_pc(folder / "xyz/000.tiff")[:48]
-    photo = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
     write_cloud(tmp_path / "xyz/a.tiff", xyz)
-    write_image(tmp_path / "rgb/a.png", photo)
+    write_image(tmp_path / "rgb/a.png", image)
     assert run(*flags_for(fitted, tmp_path, tmp_path / "out")) == 0
     assert tifffile.imread(tmp_path / "out/a.tiff").shape == (48, 64)
     with Image.open(tmp_path / "out/a_overlay.png") as overlay:
@@ -330,7 +328,7 @@ def test_maps_have_the_size_of_the_scan(fitted: Fitted, tmp_path: Path) -> None:
     assert tifffile.imread(tmp_path / "out/a.tiff").shape == (96, 128)
 
 
-def test_a_detector_without_thresholds(
+def test_detector_without_thresholds(
     fitted: Fitted, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     detector = load_detector(fitted.detectors["DINO"], "cpu")
@@ -342,39 +340,39 @@ def test_a_detector_without_thresholds(
     (line,) = lines_of(tmp_path / "out")
     assert (line["normalised"], line["anomalous"], line["threshold"]) == (None, None, None)
     assert "has no thresholds" in caplog.text
-    told = capsys.readouterr().out
-    assert "no threshold" in told and "anomalous" not in told
+    printed = capsys.readouterr().out
+    assert "no threshold" in printed and "anomalous" not in printed
     assert (tmp_path / "out/000_overlay.png").is_file()
 
 
-def test_the_photo_of_a_detector_that_looks_at_scans_is_only_drawn(fitted: Fitted, tmp_path: Path) -> None:
-    parts = many_parts(fitted, tmp_path / "parts", 1)
-    flags = flags_for(fitted, parts, tmp_path / "out", "Point_MAE")
+def test_image_of_an_xyz_detector_is_only_drawn(fitted: Fitted, tmp_path: Path) -> None:
+    samples_dir = write_samples(fitted, tmp_path / "samples", 1)
+    flags = flags_for(fitted, samples_dir, tmp_path / "out", "Point_MAE")
     assert run(*flags) == 0
-    with_photo = lines_of(tmp_path / "out")[0]
+    with_image = lines_of(tmp_path / "out")[0]
     overlay = (tmp_path / "out/000_overlay.png").read_bytes()
     assert run(*flags[:-4], *flags[-2:]) == 0
     without = lines_of(tmp_path / "out")[0]
-    assert with_photo["score"] == without["score"] and without["rgb"] is None
+    assert with_image["score"] == without["score"] and without["rgb"] is None
     assert overlay != (tmp_path / "out/000_overlay.png").read_bytes()
 
 
-# What is wrong with some parts
+# Errors of single samples
 
 
-def spoil(parts: Path) -> dict[str, str]:
-    """Spoil eight of ten parts; returns what each fault must say."""
-    scan, photo = parts / "xyz", parts / "rgb"
-    (scan / "001.tiff").write_bytes((scan / "001.tiff").read_bytes()[:5000])
-    (photo / "002.png").write_bytes((photo / "002.png").read_bytes()[:5000])
-    write_cloud(scan / "003.tiff", np.zeros((SIDE, SIDE, 3), np.float32))
-    write_cloud(scan / "004.tiff", read_organized_pc(scan / "000.tiff")[: SIDE // 2])
+def spoil(samples_dir: Path) -> dict[str, str]:
+    """Damage eight of ten samples; return the expected error of each."""
+    cloud, image = samples_dir / "xyz", samples_dir / "rgb"
+    (cloud / "001.tiff").write_bytes((cloud / "001.tiff").read_bytes()[:5000])
+    (image / "002.png").write_bytes((image / "002.png").read_bytes()[:5000])
+    write_cloud(cloud / "003.tiff", np.zeros((SIDE, SIDE, 3), np.float32))
+    write_cloud(cloud / "004.tiff", read_organized_pc(cloud / "000.tiff")[: SIDE // 2])
     sparse = np.zeros((SIDE, SIDE, 3), np.float32)
     sparse[:3, :3] = 0.4
-    write_cloud(scan / "005.tiff", sparse)
-    write_cloud(scan / "006.tiff", np.ones((SIDE, SIDE), np.float32))
-    (photo / "007.png").unlink()
-    (scan / "008.tiff").unlink()
+    write_cloud(cloud / "005.tiff", sparse)
+    write_cloud(cloud / "006.tiff", np.ones((SIDE, SIDE), np.float32))
+    (image / "007.png").unlink()
+    (cloud / "008.tiff").unlink()
     return {
         "001": "cut short",
         "002": "no complete PNG or JPEG",
@@ -388,33 +386,35 @@ def spoil(parts: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_others_go_on(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str], batch_size: int) -> None:
-    parts = many_parts(fitted, tmp_path / "parts", 10)
-    faults = spoil(parts)
-    assert run(*flags_for(fitted, parts, tmp_path / "out"), "--batch_size", batch_size) == 1
+def test_damaged_samples_do_not_stop_the_others(
+    fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str], batch_size: int
+) -> None:
+    samples_dir = write_samples(fitted, tmp_path / "samples", 10)
+    faults = spoil(samples_dir)
+    assert run(*flags_for(fitted, samples_dir, tmp_path / "out"), "--batch_size", batch_size) == 1
     lines = {line["name"]: line for line in lines_of(tmp_path / "out")}
     assert sorted(lines) == [f"{i:03d}" for i in range(10)]
-    told = capsys.readouterr()
-    said = [line for line in told.err.splitlines() if line.startswith("predict.py: ")]
-    assert len(said) == len(faults)
-    for name, part in faults.items():
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("predict.py: ")]
+    assert len(errors) == len(faults)
+    for name, expected in faults.items():
         assert list(lines[name]) == ["name", "rgb", "xyz", "error"]
-        assert part in lines[name]["error"], lines[name]
+        assert expected in lines[name]["error"], lines[name]
         assert "\n" not in lines[name]["error"]
-        (sentence,) = [line for line in said if line.startswith(f"predict.py: {name} could not be predicted: ")]
+        (sentence,) = [line for line in errors if line.startswith(f"predict.py: {name} could not be predicted: ")]
         assert lines[name]["error"] in sentence
         assert not (tmp_path / f"out/{name}.tiff").exists()
     assert lines["007"]["rgb"] is None and lines["008"]["xyz"] is None
-    assert "2 samples predicted" in told.out and "8 could not be predicted" in told.out
-    alone = many_parts(fitted, tmp_path / "alone", 1)
+    assert "2 samples predicted" in captured.out and "8 could not be predicted" in captured.out
+    alone = write_samples(fitted, tmp_path / "alone", 1)
     assert run(*flags_for(fitted, alone, tmp_path / "out_alone")) == 0
     assert lines["000"]["score"] == pytest.approx(lines_of(tmp_path / "out_alone")[0]["score"], rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("spoilt", ["score", "map"])
-def test_a_score_that_is_no_number(
-    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str, batch_size: int
+@pytest.mark.parametrize("damaged", ["score", "map"])
+def test_score_or_map_that_is_not_finite(
+    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str, batch_size: int
 ) -> None:
     plain, calls = Detector.predict_features, []
 
@@ -423,38 +423,40 @@ def test_a_score_that_is_no_number(
         calls.append(prediction)
         if len(calls) != 2:
             return prediction
-        if spoilt == "score":
+        if damaged == "score":
             return prediction._replace(score=float("nan"))
         return prediction._replace(anomaly_map=torch.full_like(prediction.anomaly_map, torch.inf))
 
     monkeypatch.setattr(Detector, "predict_features", predict_features)
-    parts = many_parts(fitted, tmp_path / "parts", 3)
-    assert run(*flags_for(fitted, parts, tmp_path / "out"), "--batch_size", batch_size) == 1
+    samples_dir = write_samples(fitted, tmp_path / "samples", 3)
+    assert run(*flags_for(fitted, samples_dir, tmp_path / "out"), "--batch_size", batch_size) == 1
     lines = lines_of(tmp_path / "out")
     assert [line["name"] for line in lines if "score" in line] == ["000", "002"]
     assert "001.tiff gives a score or a map that is not finite" in lines[1]["error"]
 
 
-def test_a_wild_coordinate_stops_no_other_part(fitted: Fitted, tmp_path: Path) -> None:
-    parts = many_parts(fitted, tmp_path / "parts", 2)
-    xyz = read_organized_pc(parts / "xyz/000.tiff")
+def test_huge_coordinate_does_not_stop_other_samples(fitted: Fitted, tmp_path: Path) -> None:
+    samples_dir = write_samples(fitted, tmp_path / "samples", 2)
+    xyz = read_organized_pc(samples_dir / "xyz/000.tiff")
     xyz[tuple(np.argwhere(xyz[..., 2])[0])] = 2e19
-    write_cloud(parts / "xyz/000.tiff", xyz)
-    assert run(*flags_for(fitted, parts, tmp_path / "out")) == 1
+    write_cloud(samples_dir / "xyz/000.tiff", xyz)
+    assert run(*flags_for(fitted, samples_dir, tmp_path / "out")) == 1
     first, second = lines_of(tmp_path / "out")
     assert "000.tiff reach 2e+19 m" in first["error"] and "score" in second
 
 
-def test_a_name_that_the_terminal_cannot_show(fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_outside_the_encoding_of_the_terminal(
+    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copy(fitted.data / "train/good/rgb/000.png", tmp_path / "größe.png")
     flags = ["--detector", fitted.detectors["DINO"], "--rgb", tmp_path / "größe.png", "--device", "cpu"]
-    told = io.BytesIO()
+    stdout = io.BytesIO()
     monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, flags), "--output_dir", str(tmp_path / "out")])
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(told, encoding="ascii"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stdout, encoding="ascii"))
     with pytest.raises(SystemExit) as stop:
         predict.main()
     assert stop.value.code == 0
-    assert told.getvalue().startswith(rb"gr\xf6\xdfe  ")
+    assert stdout.getvalue().startswith(rb"gr\xf6\xdfe  ")
 
 
 def test_no_sample_could_be_predicted(fitted: Fitted, tmp_path: Path) -> None:
@@ -464,10 +466,10 @@ def test_no_sample_could_be_predicted(fitted: Fitted, tmp_path: Path) -> None:
     assert list(lines_of(tmp_path / "out")[0]) == ["name", "rgb", "xyz", "error"]
 
 
-def test_nothing_can_be_done(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = many_parts(fitted, tmp_path / "parts", 1)
+def test_invalid_flags_are_refused(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples_dir = write_samples(fitted, tmp_path / "samples", 1)
     both, rgb = fitted.detectors["DINO+Point_MAE"], fitted.detectors["DINO"]
-    photo, scan, camera = ["--rgb", parts / "rgb"], ["--xyz", parts / "xyz"], tmp_path / "camera.json"
+    image, cloud, camera = ["--rgb", samples_dir / "rgb"], ["--xyz", samples_dir / "xyz"], tmp_path / "camera.json"
     camera.write_text('{"fx": 1, "fy": 1, "cx": 1, "cy": 1, "depth_scale": 0.001}')
     for flags, expected in (
         (["--detector", both], ["--rgb", "--xyz"]),
@@ -484,49 +486,51 @@ def test_nothing_can_be_done(fitted: Fitted, tmp_path: Path, capsys: pytest.Capt
         (["--detector", rgb, *photo, "--xyz_unit", "mm"], ["--xyz_unit only applies to --xyz"]),
         (["--detector", both, *photo, *scan, "--intrinsics", camera], ["--intrinsics only applies to depth images"]),
         (
-            ["--detector", both, *photo, "--xyz", parts / "rgb", "--intrinsics", camera, "--xyz_unit", "mm"],
+            ["--detector", both, *image, "--xyz", samples_dir / "rgb", "--intrinsics", camera, "--xyz_unit", "mm"],
             ["--xyz_unit only applies to point clouds"],
         ),
         (["--detector", rgb, "--rgb", ""], ["--rgb '' names no file"]),
         (["--detector", rgb, "--rgb", tmp_path / "none"], ["none"]),
-        (["--detector", rgb, *photo, "--device", "tpu"], ["tpu"]),
+        (["--detector", rgb, *image, "--device", "tpu"], ["tpu"]),
     ):
         message = refusal(capsys, *flags, "--output_dir", tmp_path / "out")
-        assert all(part in message for part in expected), message
+        assert all(text in message for text in expected), message
         assert not (tmp_path / "out").exists()
 
 
-def test_maps_never_take_the_place_of_scans(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = many_parts(fitted, tmp_path / "parts", 1)
-    before = (parts / "xyz/000.tiff").read_bytes()
-    flags = flags_for(fitted, parts, parts / "rgb/../xyz")
+def test_output_never_replaces_input_clouds(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples_dir = write_samples(fitted, tmp_path / "samples", 1)
+    before = (samples_dir / "xyz/000.tiff").read_bytes()
+    flags = flags_for(fitted, samples_dir, samples_dir / "rgb/../xyz")
     assert "Choose another" in refusal(capsys, *flags)
-    assert (parts / "xyz/000.tiff").read_bytes() == before
+    assert (samples_dir / "xyz/000.tiff").read_bytes() == before
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_nor_of_scans_behind_a_link_or_not_named(
+def test_output_never_replaces_clouds_behind_links_or_unused_ones(
     fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str], links: bool
 ) -> None:
-    parts, folder = many_parts(fitted, tmp_path / "parts", 1), "xyz"
+    samples_dir, folder = write_samples(fitted, tmp_path / "samples", 1), "xyz"
     if links:
         folder = "links"
-        (parts / folder).mkdir()
-        (parts / folder / "000.tiff").symlink_to(parts / "xyz/000.tiff")
-    before = (parts / "xyz/000.tiff").read_bytes()
-    flags = flags_for(fitted, parts, parts / folder, "DINO")[:-2]
+        (samples_dir / folder).mkdir()
+        (samples_dir / folder / "000.tiff").symlink_to(samples_dir / "xyz/000.tiff")
+    before = (samples_dir / "xyz/000.tiff").read_bytes()
+    flags = flags_for(fitted, samples_dir, samples_dir / folder, "DINO")[:-2]
     assert "Choose another" in refusal(capsys, *flags)
     if links:
-        flags = flags_for(fitted, parts, parts / folder)[:-2]
-        assert "Choose another" in refusal(capsys, *flags, "--xyz", parts / folder)
-    assert (parts / "xyz/000.tiff").read_bytes() == before
-    assert [path.name for path in (parts / folder).iterdir()] == ["000.tiff"]
+        flags = flags_for(fitted, samples_dir, samples_dir / folder)[:-2]
+        assert "Choose another" in refusal(capsys, *flags, "--xyz", samples_dir / folder)
+    assert (samples_dir / "xyz/000.tiff").read_bytes() == before
+    assert [path.name for path in (samples_dir / folder).iterdir()] == ["000.tiff"]
 
 
-def test_a_folder_that_cannot_be_written(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = many_parts(fitted, tmp_path / "parts", 1)
+def test_predictions_file_that_cannot_be_written(
+    fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples_dir = write_samples(fitted, tmp_path / "samples", 1)
     (tmp_path / "out/predictions.jsonl").mkdir(parents=True)
-    message = refusal(capsys, *flags_for(fitted, parts, tmp_path / "out"))
+    message = refusal(capsys, *flags_for(fitted, samples_dir, tmp_path / "out"))
     assert "predictions.jsonl cannot be written" in message
 
 
@@ -539,36 +543,36 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("raw")
     for i, path in enumerate(("train/good/000", "test/good/000", "test/good/001")):
         scan = make_scan("cookie", path, 224, seed=i)
-        folder, stem = (root / "parts/cookie" / path).parent, Path(path).name
+        folder, stem = (root / "samples/cookie" / path).parent, Path(path).name
         write_organized_pc(folder / f"xyz/{stem}.tiff", scan.xyz[:, 8:212])
         write_image(folder / f"rgb/{stem}.png", np.ascontiguousarray(scan.rgb[:, 8:212]))
-    return root / "parts"
+    return root / "samples"
 
 
 @pytest.mark.parametrize("flags", [[], ["--keep_rgb"]])
-def test_cleaning_gives_what_preprocessing_gives(raw: Path, tmp_path: Path, flags: list[str]) -> None:
+def test_cleaning_equals_preprocessing(raw: Path, tmp_path: Path, flags: list[str]) -> None:
     assert preprocessing.main([str(raw), "--output_dir", str(tmp_path / "clean"), "--workers", "1", *flags]) == 0
     cleaned = AnomalyDataset(index_split(tmp_path / "clean/cookie", "test", BOTH), BOTH, SIDE)
     good = raw / "cookie/test/good"
     files = [SampleFiles(f"00{i}", good / f"rgb/00{i}.png", good / f"xyz/00{i}.tiff") for i in range(2)]
     reader = SampleReader(files, BOTH, SIDE, preprocess=True, keep_rgb=bool(flags))
-    for expected, part in zip(cleaned, reader, strict=True):
-        assert part.sample is not None, part.problem
-        assert torch.equal(part.sample.rgb, expected.rgb) and torch.equal(part.sample.xyz, expected.xyz)  # type: ignore[arg-type]
-        assert part.size == (224, 204) and part.side == 300
+    for expected, loaded in zip(cleaned, reader, strict=True):
+        assert loaded.sample is not None, loaded.problem
+        assert torch.equal(loaded.sample.rgb, expected.rgb) and torch.equal(loaded.sample.xyz, expected.xyz)  # type: ignore[arg-type]
+        assert loaded.size == (224, 204) and loaded.side == 300
     (alone,) = SampleReader([files[0]._replace(rgb=None)], frozenset({"xyz"}), SIDE, preprocess=True)
     assert torch.equal(alone.sample.xyz, cleaned[0].xyz)  # type: ignore[union-attr, arg-type]
 
 
-def test_maps_of_cleaned_scans_lie_on_the_pixels_of_the_raw_ones(fitted: Fitted, raw: Path, tmp_path: Path) -> None:
+def test_maps_of_cleaned_scans_align_with_the_raw_pixels(fitted: Fitted, raw: Path, tmp_path: Path) -> None:
     good = raw / "cookie/test/good"
     flags = [*flags_for(fitted, good, tmp_path), "--preprocess"]
     assert run(*flags) == 0
     detector = load_detector(fitted.detectors["DINO+Point_MAE"], "cpu")
     files = SampleFiles("000", good / "rgb/000.png", good / "xyz/000.tiff")
-    part = SampleReader([files], BOTH, SIDE, preprocess=True)[0]
-    assert part.sample is not None
-    whole = resize_map(detector.predict(part.sample).anomaly_map.numpy(), (300, 300))
+    loaded = SampleReader([files], BOTH, SIDE, preprocess=True)[0]
+    assert loaded.sample is not None
+    whole = resize_map(detector.predict(loaded.sample).anomaly_map.numpy(), (300, 300))
     found = tifffile.imread(tmp_path / "000.tiff")
     np.testing.assert_allclose(found, whole[38 : 38 + 224, 48 : 48 + 204], rtol=1e-4)
     with Image.open(tmp_path / "000_overlay.png") as overlay:
@@ -576,12 +580,14 @@ def test_maps_of_cleaned_scans_lie_on_the_pixels_of_the_raw_ones(fitted: Fitted,
 
 
 @pytest.mark.parametrize("size", [(5, 9), (7, 4), (100, 99), (100, 100)])
-def test_padding_is_undone(size: tuple[int, int]) -> None:
+def test_crop_padding_undoes_padding(size: tuple[int, int]) -> None:
     image = np.random.default_rng(0).random((*size, 2))
     np.testing.assert_array_equal(crop_padding(pad_to_square(image, 100), size), image)
 
 
-def test_raw_scans_are_told(fitted: Fitted, raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_raw_scans_are_warned_about(
+    fitted: Fitted, raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     flags = flags_for(fitted, raw / "cookie/test/good", tmp_path)
     assert run(*flags, "--preprocess") == 0
     assert "shows the table" not in caplog.text
@@ -590,14 +596,14 @@ def test_raw_scans_are_told(fitted: Fitted, raw: Path, tmp_path: Path, caplog: p
     assert len([each for each in warnings if "shows the table" in each and "--preprocess" in each]) == 1
 
 
-def test_cleaning_that_fails(fitted: Fitted, raw: Path, tmp_path: Path) -> None:
-    parts = tmp_path / "parts"
-    shutil.copytree(raw / "cookie/test/good", parts)
-    write_organized_pc(parts / "xyz/000.tiff", np.full((224, 204, 3), 0.4, np.float32))  # a wall without a part
-    with Image.open(parts / "rgb/001.png") as photo:
-        larger = photo.resize((408, 448))
-    larger.save(parts / "rgb/001.png")
-    assert run(*flags_for(fitted, parts, tmp_path / "out"), "--preprocess") == 1
+def test_failed_cleaning(fitted: Fitted, raw: Path, tmp_path: Path) -> None:
+    samples_dir = tmp_path / "samples"
+    shutil.copytree(raw / "cookie/test/good", samples_dir)
+    write_organized_pc(samples_dir / "xyz/000.tiff", np.full((224, 204, 3), 0.4, np.float32))  # a bare wall
+    with Image.open(samples_dir / "rgb/001.png") as image:
+        larger = image.resize((408, 448))
+    larger.save(samples_dir / "rgb/001.png")
+    assert run(*flags_for(fitted, samples_dir, tmp_path / "out"), "--preprocess") == 1
     first, second = lines_of(tmp_path / "out")
     assert "000.tiff cannot be cleaned: " in first["error"]
     assert "cleaning needs" in second["error"]
@@ -607,7 +613,7 @@ def test_cleaning_that_fails(fitted: Fitted, raw: Path, tmp_path: Path) -> None:
 
 
 class Fixed:
-    """Stands in for a detector that has been fitted: everything is the same, and nothing is computed."""
+    """Replacement for a fitted detector that computes nothing."""
 
     class extractor:
         device = torch.device("cpu")
@@ -621,8 +627,8 @@ class Fixed:
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_parts(fitted: Fitted, tmp_path: Path) -> None:
-    """Nor does it wait for the garbage collection, which is rare in a process that holds networks."""
+def test_memory_does_not_grow_with_the_samples(fitted: Fitted, tmp_path: Path) -> None:
+    """Memory is freed without garbage collection, which is rare in a process that holds networks."""
     folder = fitted.data / "test/hole"
     files = [SampleFiles(f"{i:04d}", folder / "rgb/000.png", folder / "xyz/000.tiff") for i in range(300)]
     writer = PredictionWriter(tmp_path, None, images=True)
@@ -640,9 +646,9 @@ def test_memory_does_not_grow_with_the_parts(fitted: Fitted, tmp_path: Path) -> 
         tracemalloc.stop()
         gc.enable()
     assert len(lines_of(tmp_path)) == 300
-    of_a_part = SIDE * SIDE * (3 * 4 * 2 + 3)  # tensors and the photo
-    left_by_each = (held[-1] - held[0]) / 200  # some kilobytes of tifffile's and Pillow's, until they are collected
-    assert left_by_each < of_a_part / 8
+    sample_bytes = SIDE * SIDE * (3 * 4 * 2 + 3)  # tensors and the image
+    growth_per_sample = (held[-1] - held[0]) / 200  # a few kB until garbage collection
+    assert growth_per_sample < sample_bytes / 8
 
 
 def test_reading_ahead_is_bounded(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -663,7 +669,7 @@ def test_reading_ahead_is_bounded(fitted: Fitted, monkeypatch: pytest.MonkeyPatc
     outcomes.close()  # type: ignore[attr-defined]
 
 
-def test_a_thing_that_is_no_fault_of_a_file_is_not_hidden(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_program_are_not_hidden(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("a defect of the program")
 
@@ -673,8 +679,8 @@ def test_a_thing_that_is_no_fault_of_a_file_is_not_hidden(fitted: Fitted, monkey
         run("--detector", fitted.detectors["DINO"], "--rgb", folder, "--output_dir", folder / "out", "--device", "cpu")
 
 
-def test_a_reader_tells_faults_instead_of_raising(tmp_path: Path) -> None:
-    (part,) = SampleReader([SampleFiles("a", tmp_path / "a.png")], frozenset({"rgb"}), SIDE)
-    assert part.sample is None and "a.png is missing" in part.problem
+def test_sample_reader_returns_errors_of_files(tmp_path: Path) -> None:
+    (loaded,) = SampleReader([SampleFiles("a", tmp_path / "a.png")], frozenset({"rgb"}), SIDE)
+    assert loaded.sample is None and "a.png is missing" in loaded.problem
     with pytest.raises(InputError):
         PredictionWriter(tmp_path / "absent", None, images=False)
