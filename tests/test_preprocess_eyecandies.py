@@ -1,4 +1,4 @@
-"""utils/preprocess_eyecandies.py: the geometry, the published results, faults of single samples, and killed runs."""
+"""Eyecandies conversion: geometry, agreement with published results, errors of single samples, and killed runs."""
 
 import json
 import os
@@ -25,13 +25,13 @@ from utils.errors import InputError
 from utils.preprocess_eyecandies import Config, background, main, meters_of, organized_cloud, preprocess, unproject
 from utils.scans.organized_pc import read_organized_pc
 
-HEIGHT, WIDTH = 48, 64  # not square, so that rows and columns cannot be mistaken for each other
-TILT = np.deg2rad(-40)  # of the table about x: its far end is higher in the image, and y points down
+HEIGHT, WIDTH = 48, 64  # not square, to detect swapped rows and columns
+TILT = np.deg2rad(-40)  # of the table about x; its far end is higher in the image, and y points down
 BOTH = frozenset({"rgb", "xyz"})
 
 
 def rotation(axis: int, angle: float) -> np.ndarray:
-    """(3, 3) by the right-hand rule."""
+    """Rotation matrix (3, 3) about an axis, by the right-hand rule."""
     first, second = (axis + 1) % 3, (axis + 2) % 3
     matrix = np.eye(3)
     matrix[[first, second], [first, second]] = np.cos(angle)
@@ -41,7 +41,7 @@ def rotation(axis: int, angle: float) -> np.ndarray:
 
 
 def camera_pose() -> np.ndarray:
-    """Turned about all three axes, so that its inverse is not its transpose with the sign of the shift changed."""
+    """Pose turned about all three axes, so its inverse differs from a transpose with a negated shift."""
     pose = np.eye(4)
     pose[:3, :3] = rotation(2, 0.1) @ rotation(1, 0.05) @ rotation(0, -0.08)
     pose[:3, 3] = 0.13, -0.07, 0.1
@@ -49,24 +49,24 @@ def camera_pose() -> np.ndarray:
 
 
 class View(NamedTuple):
-    """What the camera sees of a scene, all (H, W, ...) float64 and in meters."""
+    """Rendered scene, all arrays (H, W, ...) float64 in meters."""
 
     points: np.ndarray  # (H, W, 3) in the frame of the pose
-    on_table: np.ndarray  # the same (x, y, z): y down from the table, z along it, 0 where the last row's middle sees it
+    on_table: np.ndarray  # (x, y, z) with y down from the table, z along it, 0 at the middle of the last row
     depth: np.ndarray  # (H, W)
 
 
 Box = tuple[float, float, float, float, float]  # x from, to; z from, to; height
 
-SMALL_PART: Box = (-0.05, 0.05, -0.06, 0.06, 0.08)
+SMALL_OBJECT: Box = (-0.05, 0.05, -0.06, 0.06, 0.08)
 
 
 def render(boxes: list[Box], pose: np.ndarray, focal_length: float) -> View:
-    """Follow the ray of each pixel to the table, or to the first box that it meets.
+    """Follow the ray of each pixel to the table, or to the first box on its way.
 
-    The boxes stand on the table around the point of it that is 3 m before the camera. The rays are made without the
-    projection matrix of the code under test: from the camera's center, through the pixel, turned by the transposed
-    rotation.
+    The boxes stand on the table around its point 3 m in front of the camera. The rays do not use the projection
+    matrix of the tested code: they start at the camera's center, pass through the pixel and are turned by the
+    transposed rotation.
     """
     to_table = rotation(0, TILT)
     u, v = np.meshgrid(np.arange(WIDTH), np.arange(HEIGHT))
@@ -104,7 +104,7 @@ def write_sample(
         holes: (H, W) bool, pixels whose depth is missing.
     """
     rng = np.random.default_rng(seed)
-    view = render(boxes or [(*SMALL_PART[:4], rng.uniform(0.06, 0.1))], camera_pose(), focal_length)
+    view = render(boxes or [(*SMALL_OBJECT[:4], rng.uniform(0.06, 0.1))], camera_pose(), focal_length)
     low, high = view.depth.min() - rng.uniform(0.01, 0.1), view.depth.max() + rng.uniform(0.01, 0.1)
     stored = np.round((view.depth - low) / (high - low) * 65535).astype(np.uint16)
     if holes is not None:
@@ -125,7 +125,7 @@ def write_sample(
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    """One class as published: train numbers of three digits, those of test_public of two."""
+    """One class as published: numbers in train have three digits, those in test_public two."""
     root = tmp_path / "published"
     write_sample(root / "Confetto/train/data", "000", 0)
     write_sample(root / "Confetto/test_public/data", "00", 1)
@@ -143,7 +143,7 @@ WRITTEN = [
 
 
 def run(root: Path, target: Path, *flags: object) -> int:
-    """The script in this process: exit code 0 or 1, an InputError where the script would exit with 2."""
+    """Run the script in this process: exit code 0 or 1, or an InputError where it would exit with 2."""
     return main(["--dataset_path", str(root), "--target_dir", str(target), "--workers", "1", *map(str, flags)])
 
 
@@ -162,7 +162,7 @@ def test_meters_of_stored_depth() -> None:
 
 
 def unproject_pixel_by_pixel(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
-    """Slow twin: the equation of Bonfiglioli et al. as it stands."""
+    """Plain form: the equation of Bonfiglioli et al. for each pixel."""
     height, width = depth.shape
     camera = np.diag([711.11, 711.11, 1.0, 1.0])
     camera[:2, 2] = width / 2, height / 2
@@ -176,9 +176,9 @@ def unproject_pixel_by_pixel(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 9), (11, 4)])
-def test_unproject_agrees_with_a_loop_over_pixels(shape: tuple[int, int]) -> None:
+def test_unproject_equals_its_plain_form(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(3)
-    pose = rng.normal(size=(4, 4))  # invertible, and with a last row of its own
+    pose = rng.normal(size=(4, 4))  # invertible, with a general last row
     depth = rng.uniform(0.5, 6, shape)
     if depth.size > 1:
         depth[0, -1] = 0
@@ -195,7 +195,7 @@ def test_unproject_by_hand() -> None:
 
 
 def background_point_by_point(points: np.ndarray) -> np.ndarray:
-    """Slow twin: turn each point by the matrix, then ask for each limit, as the original does on a flat list."""
+    """Plain form: rotate each point and check every limit, as the original does on a flat list."""
     height, width, _ = points.shape
     flat = points.reshape(-1, 3)
     first, last = flat[width // 2], flat[-(width // 2)]
@@ -211,7 +211,7 @@ def background_point_by_point(points: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("shape", [(2, 2), (3, 8), (24, 16)])
-def test_background_agrees_with_turning_every_point(shape: tuple[int, int], seed: int) -> None:
+def test_background_equals_its_plain_form(shape: tuple[int, int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     points = rng.uniform(-2.5, 2.5, (*shape, 3)) + rng.normal(size=3) * [0.2, 3, 3]
     missing = rng.random(shape) < 0.1
@@ -230,7 +230,7 @@ BOX_CASES = {  # x, y, z in the frame of the table: background or not
     (0.0, 0.5, 0.5): True,
     (0.0, -0.5, 1.79): False,
     (0.0, -0.5, 1.81): True,
-    (0.0, -0.5, -4.0): False,  # the box has no front: nothing stands between the part and the camera
+    (0.0, -0.5, -4.0): False,  # the box has no front limit
     (0.99, -0.5, 0.5): False,
     (1.01, -0.5, 0.5): True,
     (-0.99, -0.5, 0.5): False,
@@ -240,17 +240,17 @@ BOX_CASES = {  # x, y, z in the frame of the table: background or not
 
 
 @pytest.mark.parametrize("tilt", [0.0, 0.6, -2.5])
-def test_each_limit_of_the_box_at_any_tilt(tilt: float) -> None:
+def test_limits_of_the_box_at_any_tilt(tilt: float) -> None:
     points = np.zeros((3, 12, 3))
     points[0, :] = 0, 0, 1
     points[1, : len(BOX_CASES)] = list(BOX_CASES)
     points = points @ rotation(0, tilt).T + [0, 0.7, -3]  # the box follows the table in y and z, not in x
     assert background(points)[1, : len(BOX_CASES)].tolist() == list(BOX_CASES.values())
-    assert background(points)[[0, 2]].all()  # what lies on the table
+    assert background(points)[[0, 2]].all()  # points on the table
 
 
 @pytest.mark.parametrize("fault", ["first missing", "last missing", "the same"])
-def test_no_table_without_its_two_points(fault: str) -> None:
+def test_table_needs_its_two_points(fault: str) -> None:
     points = np.random.default_rng(0).normal(size=(4, 6, 3))
     if fault == "first missing":
         points[0, 3] = np.nan
@@ -263,7 +263,7 @@ def test_no_table_without_its_two_points(fault: str) -> None:
 
 
 def wide_scene() -> list[Box]:
-    """A part that is kept, one that crosses the far limit, one on either side that crosses the limit there."""
+    """One object that is kept, one across the far limit and one across each side limit."""
     return [
         (-0.3, 0.3, -0.3, 0.2, 0.3),
         (-0.5, 0.5, 0.5, 1.1, 0.3),
@@ -273,14 +273,14 @@ def wide_scene() -> list[Box]:
 
 
 @pytest.mark.parametrize("wide", [False, True])
-def test_known_points_come_back_from_the_published_files(
+def test_known_points_are_recovered_from_published_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wide: bool
 ) -> None:
     focal_length = 71.0 if wide else eyecandies.FOCAL_LENGTH
     monkeypatch.setattr(eyecandies, "FOCAL_LENGTH", focal_length)
     holes = np.zeros((HEIGHT, WIDTH), bool)
     holes[22:25, 29:32] = holes[3, 5] = True
-    boxes = wide_scene() if wide else [SMALL_PART]
+    boxes = wide_scene() if wide else [SMALL_OBJECT]
     view = write_sample(tmp_path / "in/Confetto/train/data", "000", holes=holes, focal_length=focal_length, boxes=boxes)
     assert run(tmp_path / "in", tmp_path / "out") == 0
     xyz = read_organized_pc(tmp_path / "out/Confetto/train/good/xyz/000.tiff")
@@ -288,14 +288,14 @@ def test_known_points_come_back_from_the_published_files(
 
     x, y, z = np.moveaxis(view.on_table, 2, 0)
     margins = np.stack([-0.02 - y, 1.8 - z, 1 - np.abs(x)])
-    clear = (np.abs(margins) > 1e-3).all(axis=0)  # rounding the depth may decide for points on a limit
+    clear = (np.abs(margins) > 1e-3).all(axis=0)  # rounding of the depth decides for points on a limit
     expected = (margins > 0).all(axis=0) & ~holes
     part = (y < -1e-6) & ~holes
     assert clear.sum() > 0.9 * clear.size
     assert np.array_equal(kept[clear], expected[clear])
     assert not kept[holes].any()
     assert (part & expected).sum() > 150
-    if wide:  # each limit has something to remove that the others would leave
+    if wide:  # each limit removes points that the others keep
         others = [np.delete(margins, i, axis=0).min(axis=0) > 0 for i in range(3)]
         assert all(
             (part & clear & other & (margin < 0)).sum() > 5 for other, margin in zip(others, margins, strict=True)
@@ -303,13 +303,13 @@ def test_known_points_come_back_from_the_published_files(
 
     ours = np.stack([0.1 * view.points[..., 0], -0.1 * view.points[..., 2], 0.1 * view.points[..., 1]], axis=2)
     assert np.abs(xyz - ours)[kept].max() < 0.1 * 1e-4
-    assert np.ptp(ours[kept], axis=0).min() > 0.1 * 50 * 1e-4, "the part is far larger than the tolerance"
+    assert np.ptp(ours[kept], axis=0).min() > 0.1 * 50 * 1e-4, "the object is far larger than the tolerance"
 
 
-def test_a_missing_depth_is_zero_in_the_cloud_and_background() -> None:
-    view = render([SMALL_PART], camera_pose(), 711.11)
+def test_missing_depth_is_background_and_zero_in_the_cloud() -> None:
+    view = render([SMALL_OBJECT], camera_pose(), 711.11)
     row, column = 22, 31
-    assert organized_cloud(view.depth, camera_pose())[row, column].all(), "shows the part"
+    assert organized_cloud(view.depth, camera_pose())[row, column].all(), "the pixel shows the object"
     view.depth[row, column] = 0
     assert background(unproject(view.depth, camera_pose()))[row, column]
     assert organized_cloud(view.depth, camera_pose())[row, column].tolist() == [0, 0, 0]
@@ -321,7 +321,7 @@ def test_a_missing_depth_is_zero_in_the_cloud_and_background() -> None:
 
 @pytest.mark.golden
 @pytest.mark.parametrize("sample", ["train/000", "test_public/00", "test_public/01"])
-def test_geometry_of_the_original(goldens: Path, sample: str) -> None:
+def test_recorded_geometry(goldens: Path, sample: str) -> None:
     split, number = sample.split("/")
     prefix = goldens / "eyecandies/Confetto" / split / "data" / number
     limits = yaml.safe_load(Path(f"{prefix}_info_depth.yaml").read_text())["normalization"]
@@ -337,7 +337,7 @@ def test_geometry_of_the_original(goldens: Path, sample: str) -> None:
 
 
 @pytest.mark.golden
-def test_script_converts_what_was_published_to_what_the_dataset_reads(goldens: Path, tmp_path: Path) -> None:
+def test_recorded_samples_converted_by_two_processes(goldens: Path, tmp_path: Path) -> None:
     source, target = tmp_path / "published", tmp_path / "deep" / "out"
     shutil.copytree(goldens / "eyecandies", source)
     for seed, depth in enumerate(sorted(source.rglob("*_depth.png"))):  # the goldens hold no images
@@ -370,14 +370,14 @@ def test_script_converts_what_was_published_to_what_the_dataset_reads(goldens: P
     assert bad.xyz is not None and bad.xyz.shape == (3, 64, 64)
 
 
-# ---- what is written
+# ---- output files
 
 
 def test_layout_and_splits(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_sample(published / "Confetto/val/data", "000", 7)
     (published / "Confetto/train/data/000_mask.png").unlink()  # only the test split has ground truth
     (published / "Confetto/val/data/notes_depth.png").write_bytes(b"no sample")
-    write_sample(published / "Confetto/test_private/data", "00", 8)  # published without ground truth: no split here
+    write_sample(published / "Confetto/test_private/data", "00", 8)  # published without ground truth, so not converted
     before = contents(published)
     assert run(published, tmp_path / "out") == 0
     assert capsys.readouterr().out == "done 4, skipped 0 (done before), failed 0\n"
@@ -394,7 +394,7 @@ def test_layout_and_splits(published: Path, tmp_path: Path, capsys: pytest.Captu
     assert np.array_equal(np.asarray(Image.open(out / "validation/good/rgb/000.png")), image)
 
 
-def test_an_opaque_png_with_transparency_and_a_mask_of_any_value(published: Path, tmp_path: Path) -> None:
+def test_opaque_rgba_image_and_mask_of_any_value(published: Path, tmp_path: Path) -> None:
     data = published / "Confetto/test_public/data"
     image = Image.open(data / "00_image_4.png")
     image.convert("RGBA").save(data / "00_image_4.png")
@@ -422,7 +422,7 @@ def test_light_chooses_the_image_and_nothing_else(published: Path, tmp_path: Pat
         assert json.loads(found["preprocessing.json"])["settings"]["light"] == light
 
 
-def test_another_light_in_the_same_target_is_refused(published: Path, tmp_path: Path) -> None:
+def test_other_light_in_the_same_target_is_refused(published: Path, tmp_path: Path) -> None:
     assert run(published, tmp_path / "out") == 0
     before = contents(tmp_path / "out")
     with pytest.raises(InputError, match=r"was preprocessed with light 4 \(now 2\)"):
@@ -430,7 +430,7 @@ def test_another_light_in_the_same_target_is_refused(published: Path, tmp_path: 
     assert contents(tmp_path / "out") == before
 
 
-def test_a_target_of_another_converter_is_refused(published: Path, tmp_path: Path) -> None:
+def test_target_of_the_other_script_is_refused(published: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "preprocessing.json").write_text('{"schema": 1, "settings": {"cluster_eps": 0.006}, "scans": {}}')
@@ -439,7 +439,7 @@ def test_a_target_of_another_converter_is_refused(published: Path, tmp_path: Pat
     assert sorted(contents(target)) == ["preprocessing.json"]
 
 
-def test_classes_chooses_and_the_others_can_follow(
+def test_classes_can_be_converted_in_several_runs(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     shutil.copytree(published / "Confetto", published / "Gummy")
@@ -452,10 +452,10 @@ def test_classes_chooses_and_the_others_can_follow(
     assert {name.split("/")[0] for name in contents(target)} == {"Confetto", "Gummy", "Lemon", "preprocessing.json"}
 
 
-# ---- refused arguments
+# ---- invalid arguments
 
 
-def test_bad_folders_and_classes_are_refused(published: Path, tmp_path: Path) -> None:
+def test_invalid_folders_and_classes_are_refused(published: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(published)
     (tmp_path / "empty/Confetto/train/data").mkdir(parents=True)
     (published / "Plain/train/data").mkdir(parents=True)
@@ -480,7 +480,7 @@ def test_bad_folders_and_classes_are_refused(published: Path, tmp_path: Path) ->
     assert not out.exists()
 
 
-def test_bad_arguments_exit_with_2(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_invalid_arguments_exit_with_2(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     result = run_script(
         "preprocess_eyecandies", "--dataset_path", published, "--target_dir", tmp_path / "out", "--classes", "Gummy"
     )
@@ -499,7 +499,7 @@ def test_bad_arguments_exit_with_2(published: Path, tmp_path: Path, capsys: pyte
     assert not (tmp_path / "out").exists()
 
 
-# ---- faults of single samples
+# ---- errors of single samples
 
 
 def truncate(path: Path, size: int) -> None:
@@ -521,7 +521,7 @@ def zero_depth(path: Path) -> None:
 SINGULAR = np.eye(4)
 SINGULAR[2] = SINGULAR[1]
 
-FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {  # file, what happens to it, what is said of it
+FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {  # file, damage, expected error
     "no pose": ("pose.txt", Path.unlink, "pose.txt is missing. Restore it"),
     "pose of words": ("pose.txt", lambda path: path.write_text("a b\n"), "pose.txt holds no invertible 4 x 4"),
     "pose of bytes": ("pose.txt", lambda path: path.write_bytes(b"\xff\xfe\x00"), "pose.txt holds no invertible 4 x 4"),
@@ -571,13 +571,13 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {  # file, what h
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_sample_is_named_and_the_others_done(
+def test_damaged_sample_is_reported_and_the_others_converted(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture, fault: str
 ) -> None:
-    ending, happens, reason = FAULTS[fault]
+    ending, damage, reason = FAULTS[fault]
     path = published / f"Confetto/test_public/data/00_{ending}"
     original = path.read_bytes()
-    happens(path)
+    damage(path)
     target = tmp_path / "out"
     assert run(published, target) == 1
     summary, line = capsys.readouterr().out.splitlines()
@@ -585,28 +585,28 @@ def test_a_faulty_sample_is_named_and_the_others_done(
     assert line.startswith("  Confetto/test/")
     assert "/000: " in line
     assert reason in line
-    if fault != "zero depth":  # its reason tells that the view is at fault, the line which sample
+    if fault != "zero depth":  # this error names no file
         assert f"test_public/data/00_{ending}" in line
     assert sorted(contents(target)) == [name for name in WRITTEN if "test/good" not in name]
 
-    path.write_bytes(original)  # mended: only the mended one is done
+    path.write_bytes(original)  # only the restored sample is converted
     assert run(published, target) == 0
     assert capsys.readouterr().out == "done 1, skipped 2 (done before), failed 0\n"
     assert sorted(contents(target)) == WRITTEN
 
 
-def test_a_yaml_tag_runs_nothing(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_yaml_tags_are_not_executed(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tag = f"normalization: !!python/object/apply:os.mkdir ['{tmp_path / 'run'}']\n"
     path = published / "Confetto/train/data/000_info_depth.yaml"
     path.write_text(tag)
     assert run(published, tmp_path / "out") == 1
     assert f"{path} cannot be read (ConstructorError)" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    yaml.unsafe_load(tag)  # the tag would have done it
+    yaml.unsafe_load(tag)  # proves that the tag works
     assert (tmp_path / "run").exists()
 
 
-def test_every_sample_faulty(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_all_samples_damaged(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for path in published.glob("*/*/data/*_pose.txt"):
         path.unlink()
     assert run(published, tmp_path / "out") == 1
@@ -614,10 +614,10 @@ def test_every_sample_faulty(published: Path, tmp_path: Path, capsys: pytest.Cap
     assert sorted(contents(tmp_path / "out")) == ["preprocessing.json"]
 
 
-# ---- runs that are repeated, killed, or share the work
+# ---- repeated, killed and parallel runs
 
 
-def test_a_second_run_does_nothing(published: Path, tmp_path: Path) -> None:
+def test_second_run_does_nothing(published: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     first = convert(published, target)
     assert (first.done, first.skipped, first.failed) == (ALL, [], {})
@@ -630,15 +630,13 @@ def test_a_second_run_does_nothing(published: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["depth.png", "info_depth.yaml", "pose.txt"])
-def test_the_recorded_source_of_a_cloud_is_every_file_it_is_made_from(
-    published: Path, tmp_path: Path, ending: str
-) -> None:
+def test_change_of_any_source_of_a_cloud_is_noticed(published: Path, tmp_path: Path, ending: str) -> None:
     target = tmp_path / "out"
     convert(published, target)
     source = published / "Confetto/train/data" / f"000_{ending}"
     original = source.read_bytes()
     shutil.copy(published / "Confetto/test_public/data" / f"00_{ending}", source)
-    if ending == "pose.txt":  # the same for all samples
+    if ending == "pose.txt":  # all samples have the same pose
         np.savetxt(source, camera_pose() + np.eye(4) * 1e-3)
     for content in (source.read_bytes(), original):
         source.write_bytes(content)
@@ -646,8 +644,8 @@ def test_the_recorded_source_of_a_cloud_is_every_file_it_is_made_from(
         assert convert(published, target).done == []
 
 
-def test_a_manifest_of_the_first_version_is_refused(published: Path, tmp_path: Path) -> None:
-    """Its checksums of the clouds' sources are of the depth alone."""
+def test_manifest_of_version_1_is_refused(published: Path, tmp_path: Path) -> None:
+    """Its checksums cover only the depth images of the clouds."""
     assert run(published, tmp_path / "out") == 0
     manifest = tmp_path / "out" / "preprocessing.json"
     manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 1'))
@@ -655,7 +653,7 @@ def test_a_manifest_of_the_first_version_is_refused(published: Path, tmp_path: P
         run(published, tmp_path / "out")
 
 
-def test_a_result_that_is_gone_is_made_again(published: Path, tmp_path: Path) -> None:
+def test_missing_results_are_converted_again(published: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     convert(published, target)
     before = contents(target)
@@ -665,10 +663,10 @@ def test_a_result_that_is_gone_is_made_again(published: Path, tmp_path: Path) ->
     assert contents(target) == before
 
 
-def test_one_process_and_two_write_the_same_bytes(published: Path, tmp_path: Path) -> None:
+def test_two_processes_write_the_same_bytes(published: Path, tmp_path: Path) -> None:
     for number in ("001", "002"):
         write_sample(published / "Confetto/train/data", number, int(number) + 10)
-    (published / "Confetto/train/data/002_pose.txt").unlink()  # a fault comes back from a process, too
+    (published / "Confetto/train/data/002_pose.txt").unlink()  # errors come back from a process, too
     results = []
     for workers in (1, 2):
         args = ("--dataset_path", published, "--target_dir", tmp_path / f"out{workers}", "--workers", workers)
@@ -680,18 +678,18 @@ def test_one_process_and_two_write_the_same_bytes(published: Path, tmp_path: Pat
     assert len(results[0]) == len(WRITTEN) + 2
 
 
-# 1: the empty manifest; per sample two or three files written, two or three put in place; the manifest.
+# The empty manifest; two or three files written and renamed per sample; the final manifest.
 RENAMES = 1 + 6 + 6 + 4 + 1
 
 
 @pytest.mark.parametrize("rename", [1, 3, 4, 5, 6, 9, 11, 15, RENAMES, RENAMES + 1])
-def test_a_run_killed_at_any_rename_is_continued(published: Path, tmp_path: Path, rename: int) -> None:
+def test_run_killed_at_any_rename_is_continued(published: Path, tmp_path: Path, rename: int) -> None:
     target = tmp_path / "out"
     convert(published, tmp_path / "expected")
     expected = contents(tmp_path / "expected")
     command = ("preprocess_eyecandies", "--dataset_path", published, "--target_dir", target)
     assert run_killed_at(rename, *command) == (-signal.SIGKILL if rename <= RENAMES else 0)
-    for name, data in contents(target).items():  # whatever bears the name of a result is whole
+    for name, data in contents(target).items():  # every file with the name of a result is complete
         if name in expected and name != "preprocessing.json":
             assert data == expected[name]
     summary = convert(published, target)
@@ -700,7 +698,7 @@ def test_a_run_killed_at_any_rename_is_continued(published: Path, tmp_path: Path
     assert contents(target) == expected
 
 
-def test_a_killed_run_of_one_class_is_continued_by_a_run_of_another(published: Path, tmp_path: Path) -> None:
+def test_killed_run_is_continued_by_a_run_of_another_class(published: Path, tmp_path: Path) -> None:
     write_sample(published / "Gummy/train/data", "000", 4)
     target = tmp_path / "out"
     convert(published, tmp_path / "expected")
@@ -724,7 +722,7 @@ sys.exit(main([*sys.argv[1:], "--workers", "2"]))
 """
 
 
-def test_killing_a_run_of_two_processes_loses_no_sample(published: Path, tmp_path: Path) -> None:
+def test_killed_run_of_two_processes_loses_no_sample(published: Path, tmp_path: Path) -> None:
     for number in range(1, 10):
         for path in (published / "Confetto/train/data").glob("000_*"):
             shutil.copy(path, path.with_name(path.name.replace("000", f"{number:03d}")))
@@ -736,15 +734,13 @@ def test_killing_a_run_of_two_processes_loses_no_sample(published: Path, tmp_pat
     while process.poll() is None and not (journal.is_file() and journal.stat().st_size):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)  # the workers, too
-    assert process.wait() == -signal.SIGKILL, "killed at work, not after it"
+    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
     summary = convert(published, target)
     assert summary.skipped and summary.done and not summary.failed
     assert contents(target) == contents(tmp_path / "expected")
 
 
-def test_a_half_written_sample_of_another_class_without_temporary_files_is_no_traceback(
-    published: Path, tmp_path: Path
-) -> None:
+def test_half_written_sample_without_temporary_files_is_converted_again(published: Path, tmp_path: Path) -> None:
     write_sample(published / "Gummy/train/data", "000", 4)
     target = tmp_path / "out"
     command = ("preprocess_eyecandies", "--dataset_path", published, "--target_dir", target, "--classes", "Confetto")
@@ -755,7 +751,7 @@ def test_a_half_written_sample_of_another_class_without_temporary_files_is_no_tr
     assert convert(published, target).done == ALL
 
 
-def test_refusals_name_no_flag_of_another_script(published: Path, tmp_path: Path) -> None:
+def test_errors_do_not_name_flags_of_the_other_script(published: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Choose another output folder"):
         run(published, published / "Confetto/train/data/000_pose.txt")
     assert run(published, tmp_path / "out") == 0
@@ -763,7 +759,7 @@ def test_refusals_name_no_flag_of_another_script(published: Path, tmp_path: Path
         run(published, tmp_path / "out", "--light", 2)
 
 
-def test_scans_of_others_are_not_written_over(published: Path, tmp_path: Path) -> None:
+def test_foreign_scans_are_not_overwritten(published: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     convert(published, target)
     (target / "preprocessing.json").unlink()
@@ -773,8 +769,8 @@ def test_scans_of_others_are_not_written_over(published: Path, tmp_path: Path) -
     assert contents(target) == before
 
 
-def test_folders_that_are_hidden_or_may_not_be_read() -> None:
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own are for their owner alone
+def test_hidden_and_unreadable_folders() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # other users cannot enter pytest's folders
         root = Path(folder) / "in"
         for name in ("Confetto", "Gummy", ".Trash"):
             write_sample(root / name / "train/data", "000")
