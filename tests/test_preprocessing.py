@@ -1,4 +1,4 @@
-"""utils/preprocessing.py: whole datasets, repeated runs, and runs killed at every step."""
+"""Preprocessing of whole datasets: repeated runs, and runs killed at every step."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def dataset(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "parts")
 
 
-def test_writes_what_clean_scan_makes_of_each_scan_and_only_that(dataset: Path, tmp_path: Path) -> None:
+def test_output_equals_clean_scan(dataset: Path, tmp_path: Path) -> None:
     before = contents(dataset)
     out = tmp_path / "out"
     summary = preprocess(config_for(dataset, out))
@@ -45,10 +45,10 @@ def test_writes_what_clean_scan_makes_of_each_scan_and_only_that(dataset: Path, 
         if padded is not None:
             assert np.array_equal(np.asarray(Image.open(out / folder / "gt" / f"{stem}.png")), padded)
     preprocess(config_for(dataset))
-    assert contents(dataset) == contents(out)  # in place the same, manifest included
+    assert contents(dataset) == contents(out)  # the result in place is the same, including the manifest
 
 
-def test_a_second_run_does_nothing(dataset: Path) -> None:
+def test_second_run_does_nothing(dataset: Path) -> None:
     preprocess(config_for(dataset))
     before = {p: p.stat().st_mtime_ns for p in dataset.rglob("*.*") if p.name != "preprocessing.json"}
     summary = preprocess(config_for(dataset))
@@ -56,7 +56,7 @@ def test_a_second_run_does_nothing(dataset: Path) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in dataset.rglob("*.*") if p.name != "preprocessing.json"}
 
 
-def test_new_scans_are_added_to_those_done(dataset: Path) -> None:
+def test_new_scans_are_added_to_finished_ones(dataset: Path) -> None:
     preprocess(config_for(dataset))
     write_scan(dataset / "dowel" / "train" / "good", "000", 5, with_gt=False)
     summary = preprocess(config_for(dataset))
@@ -72,7 +72,7 @@ def test_keep_rgb_only_pads_the_image(dataset: Path) -> None:
     assert padded.sum() == image.sum()
 
 
-def test_changed_parameters_are_refused(dataset: Path) -> None:
+def test_changed_settings_are_refused(dataset: Path) -> None:
     preprocess(config_for(dataset))
     before = contents(dataset)
     with pytest.raises(InputError, match=r"keep_rgb False \(now True\)\. Use the old settings, give another output"):
@@ -83,7 +83,7 @@ def test_changed_parameters_are_refused(dataset: Path) -> None:
     assert contents(dataset) == before
 
 
-def test_dry_run_writes_nothing_and_finds_what_headers_tell(dataset: Path, tmp_path: Path) -> None:
+def test_dry_run_writes_nothing_and_checks_headers(dataset: Path, tmp_path: Path) -> None:
     Image.new("RGB", (44, 41)).save(dataset / "bagel/train/good/rgb/000.png")
     tiff = dataset / "bagel/train/good/xyz/001.tiff"
     tiff.write_bytes(tiff.read_bytes()[:-1000])
@@ -98,7 +98,7 @@ def test_dry_run_writes_nothing_and_finds_what_headers_tell(dataset: Path, tmp_p
     assert contents(tmp_path) == before
 
 
-def test_ground_truth_is_needed_for_defective_scans_alone(dataset: Path) -> None:
+def test_ground_truth_is_required_only_for_defective_scans(dataset: Path) -> None:
     for stem in ("000", "001"):
         write_scan(dataset / "bagel/test/good", stem, 7, with_gt=True)
     write_scan(dataset / "bagel/test/hole", "001", 8, with_gt=True)
@@ -118,12 +118,12 @@ def test_ground_truth_is_needed_for_defective_scans_alone(dataset: Path) -> None
     assert preprocess(config_for(dataset)).skipped == [*good, *ALL[1:]]
 
 
-def test_hidden_folders_are_no_classes(dataset: Path) -> None:
+def test_hidden_folders_are_skipped(dataset: Path) -> None:
     shutil.copytree(dataset / "bagel", dataset / ".Trash")
     assert [scan.name for scan in find_scans(dataset)[0]] == ALL
 
 
-def test_an_already_cleaned_dataset_without_manifest_is_not_cleaned_twice(dataset: Path) -> None:
+def test_cleaned_dataset_without_manifest_is_not_cleaned_again(dataset: Path) -> None:
     preprocess(config_for(dataset))
     (dataset / "preprocessing.json").unlink()
     before = contents(dataset)
@@ -134,8 +134,8 @@ def test_an_already_cleaned_dataset_without_manifest_is_not_cleaned_twice(datase
     assert contents(dataset) == before
 
 
-def test_a_cleaned_part_that_reaches_the_border_is_not_cleaned_twice(tmp_path: Path) -> None:
-    """A rod of 2 cm radius on a table, across the whole view of 300 x 300 pixels."""
+def test_cleaned_object_at_the_border_is_not_cleaned_again(tmp_path: Path) -> None:
+    """A rod of 2 cm radius lies on a table across the whole view of 300 x 300 pixels."""
     y, x = (np.mgrid[:300, :300] - 149.5) * 1e-3
     height = np.where(np.abs(y) < 0.02, 0.02 + np.sqrt((0.02**2 - y**2).clip(0)), 0)
     folder = tmp_path / "parts/rod/train/good"
@@ -151,7 +151,7 @@ def test_a_cleaned_part_that_reaches_the_border_is_not_cleaned_twice(tmp_path: P
     assert contents(folder) == before
 
 
-def test_restored_originals_are_done_again_and_foreign_files_refused(dataset: Path, tmp_path: Path) -> None:
+def test_restored_originals_are_cleaned_again_and_foreign_files_refused(dataset: Path, tmp_path: Path) -> None:
     shutil.copytree(dataset, tmp_path / "originals")
     preprocess(config_for(dataset))
     cleaned = contents(dataset)
@@ -166,7 +166,7 @@ def test_restored_originals_are_done_again_and_foreign_files_refused(dataset: Pa
     assert [name for name in cleaned if cleaned[name] != after[name]] == [str(folder / "rgb/001.png")]
 
 
-def test_bad_arguments_and_folders_exit_with_2(dataset: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_and_folders_exit_with_2(dataset: Path, tmp_path: Path) -> None:
     for args, message in [
         ([tmp_path / "none"], "is not a folder"),
         ([dataset / "bagel"], "Give the folder that holds the classes"),
@@ -179,14 +179,14 @@ def test_bad_arguments_and_folders_exit_with_2(dataset: Path, tmp_path: Path) ->
     assert run_script("preprocessing", tmp_path / "none").returncode == 2
 
 
-def test_two_runs_on_one_folder_do_not_meet(dataset: Path) -> None:
+def test_second_run_on_a_locked_folder_is_refused(dataset: Path) -> None:
     with locked(dataset), pytest.raises(InputError, match="Another run is preprocessing"):
         preprocess(config_for(dataset))
     assert preprocess(config_for(dataset)).done == ALL
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": 2}', '{"schema": 1, "settings": {}}'])
-def test_a_damaged_manifest_is_refused(dataset: Path, content: str) -> None:
+def test_damaged_manifest_is_refused(dataset: Path, content: str) -> None:
     (dataset / "preprocessing.json").write_text(content)
     before = contents(dataset)
     with pytest.raises(InputError, match=r"preprocessing.json is (damaged|from a newer)|was preprocessed with"):
@@ -194,31 +194,31 @@ def test_a_damaged_manifest_is_refused(dataset: Path, content: str) -> None:
     assert contents(dataset) == before
 
 
-# 1: the empty manifest; per scan two files (three for the first) written, then put in place; the manifest.
+# The empty manifest; two files per scan (three for the first) written and renamed; the final manifest.
 RENAMES = 1 + 6 + 4 + 4 + 1
 
 
 @pytest.mark.parametrize("rename", range(1, RENAMES + 2))
-def test_a_run_killed_at_any_rename_is_continued(dataset: Path, tmp_path: Path, rename: int) -> None:
+def test_run_killed_at_any_rename_is_continued(dataset: Path, tmp_path: Path, rename: int) -> None:
     preprocess(config_for(dataset, tmp_path / "expected"))
     original = contents(dataset)
     expected = contents(tmp_path / "expected")
     killed = rename <= RENAMES
     assert run_killed_at(rename, "preprocessing", dataset) == (-signal.SIGKILL if killed else 0)
-    for name, data in contents(dataset).items():  # whatever bears the name of a scan is whole: original or cleaned
+    for name, data in contents(dataset).items():  # every file with the name of a scan is complete
         if Path(name).suffix in (".png", ".tiff") and not Path(name).name.startswith("."):
             assert data in (original[name], expected[name])
     half_done = contents(dataset)
-    foreseen = preprocess(config_for(dataset, dry_run=True))
+    planned = preprocess(config_for(dataset, dry_run=True))
     assert contents(dataset) == half_done
     summary = preprocess(config_for(dataset))
-    assert foreseen == summary
+    assert planned == summary
     assert sorted(summary.done + summary.skipped) == ALL
     assert not summary.failed
     assert contents(dataset) == expected
 
 
-def test_a_journal_line_cut_short_counts_for_nothing(dataset: Path, tmp_path: Path) -> None:
+def test_truncated_journal_line_is_ignored(dataset: Path, tmp_path: Path) -> None:
     preprocess(config_for(dataset, tmp_path / "expected"))
     assert (
         run_killed_at(5, "preprocessing", dataset) == -signal.SIGKILL
@@ -256,7 +256,7 @@ def test_a_half_written_scan_without_its_temporary_files_is_refused_until_restor
 
 
 @pytest.mark.golden
-def test_script_reproduces_the_cleaned_scans_of_the_original_in_two_processes(goldens: Path, tmp_path: Path) -> None:
+def test_recorded_scans_cleaned_by_two_processes(goldens: Path, tmp_path: Path) -> None:
     shutil.copytree(goldens / "raw", tmp_path / "parts")
     result = run_script("preprocessing", tmp_path / "parts", "--workers", 2)
     assert result.returncode == 0, result.stderr
@@ -271,7 +271,7 @@ def test_script_reproduces_the_cleaned_scans_of_the_original_in_two_processes(go
             assert np.array_equal(np.asarray(Image.open(ours)), np.asarray(Image.open(original)))
 
 
-def test_processes_survive_a_faulty_scan(dataset: Path, tmp_path: Path) -> None:
+def test_damaged_scan_does_not_stop_the_processes(dataset: Path, tmp_path: Path) -> None:
     (dataset / "bagel/train/good/rgb/000.png").write_bytes(b"not an image")
     result = run_script("preprocessing", dataset, "--workers", 2, "--output_dir", tmp_path / "out")
     assert result.returncode == 1
@@ -279,7 +279,7 @@ def test_processes_survive_a_faulty_scan(dataset: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "out").rglob("*.preprocessing"))
 
 
-def test_what_was_cleaned_in_place_is_not_cleaned_again_elsewhere(dataset: Path, tmp_path: Path) -> None:
+def test_dataset_cleaned_in_place_is_not_cleaned_into_another_folder(dataset: Path, tmp_path: Path) -> None:
     preprocess(config_for(dataset))
     before = contents(dataset)
     with pytest.raises(InputError, match=r"preprocessed already .*Give the folder of the original scans"):
@@ -288,7 +288,7 @@ def test_what_was_cleaned_in_place_is_not_cleaned_again_elsewhere(dataset: Path,
     assert not (tmp_path / "again").exists()
 
 
-def test_an_output_folder_that_is_the_dataset_by_another_path_is_in_place(dataset: Path, tmp_path: Path) -> None:
+def test_link_to_the_dataset_as_output_means_in_place(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(dataset)
     for done in ("done 3, skipped 0", "done 0, skipped 3"):
         result = call_script(main, dataset, "--output_dir", tmp_path / "link", "--workers", 1)
