@@ -1,4 +1,4 @@
-"""Repeated runs of utils/preprocessing.py: what counts as done, copies, changed sources, folders of others."""
+"""Repeated preprocessing runs: finished scans, copies, changed sources, and foreign scans."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ def dataset(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def skips_unread(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], None]:
-    """Asserts that a run finds everything done without reading a file or writing one."""
+    """Check that a run finds everything finished without reading or writing a file."""
 
     def read(*_: object) -> str:
         raise AssertionError("a file is read")
@@ -42,7 +42,7 @@ def skips_unread(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], None]:
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_finished_dataset_is_neither_read_nor_written(
+def test_finished_dataset_is_neither_read_nor_written(
     dataset: Path, tmp_path: Path, skips_unread: Callable[[Config], None], elsewhere: bool
 ) -> None:
     config = config_for(dataset, tmp_path / "out" if elsewhere else None)
@@ -63,7 +63,7 @@ def test_a_copy_counts_as_done_and_is_read_only_once(
     skips_unread(config)
 
 
-def test_a_result_overwritten_by_as_many_bytes_is_noticed(dataset: Path) -> None:
+def test_result_overwritten_with_the_same_size_is_noticed(dataset: Path) -> None:
     preprocess(config_for(dataset))
     tiff = dataset / "bagel/train/good/xyz/000.tiff"
     size = tiff.stat().st_size
@@ -93,18 +93,18 @@ def test_originals_as_large_as_their_results_are_done_again(tmp_path: Path) -> N
     assert contents(tmp_path / "parts") == cleaned
 
 
-def test_a_source_that_changed_is_done_again_and_a_touched_one_is_not(dataset: Path, tmp_path: Path) -> None:
+def test_changed_source_is_cleaned_again_but_not_a_touched_one(dataset: Path, tmp_path: Path) -> None:
     config = config_for(dataset, tmp_path / "out")
     preprocess(config)
     tiff = dataset / "bagel/train/good/xyz/000.tiff"
-    write_organized_pc(tiff, raw_cloud(9))  # as many bytes
+    write_organized_pc(tiff, raw_cloud(9))  # same file size
     os.utime(dataset / "bagel/train/good/xyz/001.tiff", ns=(1, 1))
     assert preprocess(config) == ([ALL[1]], [ALL[0], ALL[2]], {})
     preprocess(config_for(dataset, tmp_path / "expected"))
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
-def test_results_reached_through_a_link_to_the_sources_are_not_written_over(dataset: Path, tmp_path: Path) -> None:
+def test_sources_behind_a_link_in_the_output_are_not_overwritten(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/bagel").symlink_to(dataset / "bagel")
     before = contents(dataset)
@@ -114,24 +114,24 @@ def test_results_reached_through_a_link_to_the_sources_are_not_written_over(data
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
-def test_scans_of_others_are_not_written_over(dataset: Path, tmp_path: Path, dry_run: bool) -> None:
+def test_foreign_scans_are_not_overwritten(dataset: Path, tmp_path: Path, dry_run: bool) -> None:
     write_dataset(tmp_path / "out")
     before = contents(tmp_path)
     with pytest.raises(InputError, match=r"scans of another origin, such as .*000.tiff, and no preprocessing.json"):
         preprocess(config_for(dataset, tmp_path / "out", dry_run=dry_run))
     assert contents(tmp_path) == before
     shutil.rmtree(tmp_path / "out")
-    (tmp_path / "out/notes").mkdir(parents=True)  # anything else does not count
+    (tmp_path / "out/notes").mkdir(parents=True)  # other files are allowed
     assert preprocess(config_for(dataset, tmp_path / "out")).done == ALL
 
 
 @pytest.mark.parametrize("locked", ["", "bagel/train/good/xyz"])
 @pytest.mark.parametrize("copied", [False, True])
-def test_a_finished_dataset_on_a_read_only_disk_is_done(copied: bool, locked: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are for their owner alone
+def test_finished_dataset_on_a_read_only_disk(copied: bool, locked: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # other users cannot enter pytest's folders
         root = write_dataset(Path(folder) / "parts")
         preprocess(config_for(root))
-        if copied:  # the new times cannot be written down
+        if copied:  # the new times cannot be recorded
             for path in root.rglob("*.tiff"):
                 path.touch()
         before, files = contents(root), sorted(root.rglob("*"))
