@@ -1,4 +1,4 @@
-"""utils/preprocessing.py on full disks and in read-only folders, and its workers when the main process is killed."""
+"""Preprocessing on full disks and in read-only folders, and its workers when the main process is killed."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ def dataset(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 340 kB: room for the originals, and for cleaned forms of two of the three."""
+    """File system of 340 kB, with room for the originals and two of three cleaned scans."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=340k", "tmpfs", disk]
@@ -46,12 +46,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_full_disk_loses_nothing_and_the_rest_follows(small_disk: Path, tmp_path: Path) -> None:
+def test_full_disk_loses_nothing_and_the_next_run_continues(small_disk: Path, tmp_path: Path) -> None:
     root = write_dataset(small_disk / "parts")
     preprocess(config_for(root, tmp_path / "expected"))
     original, expected = contents(root), contents(tmp_path / "expected")
     result = run_script("preprocessing", root, "--workers", 2)
-    assert result.returncode in (1, 2)  # 2 where not even a line of the journal can be written
+    assert result.returncode in (1, 2)  # 2 if no journal line can be written
     assert "). Free disk space and run the same command again." in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     found = contents(root)
@@ -61,7 +61,7 @@ def test_a_full_disk_loses_nothing_and_the_rest_follows(small_disk: Path, tmp_pa
     assert contents(root) == expected
 
 
-def test_a_disk_without_room_for_the_manifest_stops_the_run_before_it_starts(small_disk: Path, tmp_path: Path) -> None:
+def test_disk_without_room_for_the_manifest_is_refused_at_the_start(small_disk: Path, tmp_path: Path) -> None:
     root = write_dataset(small_disk / "parts")
     preprocess(config_for(root, tmp_path / "expected"))
     with (small_disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
@@ -84,7 +84,7 @@ def no_space(*_: object, **__: object) -> None:
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, partly: bool = False) -> None:
-    """Let the n-th call of a function find the disk full, `partly` after it has written."""
+    """Let the n-th call of a function find the disk full, with `partly` after it has written."""
     function, calls = getattr(owner, name), iter(range(1, 10**6))
 
     def maybe(*args: object, **kwargs: object) -> object:
@@ -106,7 +106,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: i
         (scan_processing.os, "fsync", 3, "bagel/test/hole/rgb/000.png"),
     ],
 )
-def test_a_write_that_fails_is_one_failed_scan(
+def test_failed_write_fails_one_scan(
     dataset: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -116,14 +116,14 @@ def test_a_write_that_fails_is_one_failed_scan(
     file: str,
     partly: bool,
 ) -> None:
-    """Calls are those for the first scan; the first fsync is of the manifest, the second of the cloud."""
+    """Calls are counted for the first scan; the first fsync is of the manifest, the second of the cloud."""
     preprocess(config_for(dataset, tmp_path / "expected"))
     original, expected = contents(dataset), contents(tmp_path / "expected")
     with monkeypatch.context() as patch:
         fail_once(patch, owner, function, call, partly)
         summary = preprocess(config_for(dataset))
-    mend = "cannot be written (No space left on device). Free disk space and run the same command again."
-    assert (summary.done, summary.failed) == (ALL[1:], {ALL[0]: f"{dataset / file} {mend}"})
+    reason = "cannot be written (No space left on device). Free disk space and run the same command again."
+    assert (summary.done, summary.failed) == (ALL[1:], {ALL[0]: f"{dataset / file} {reason}"})
     found = contents(dataset)
     assert found.keys() == expected.keys()
     assert all(found[name] == original[name] for name in original if "hole" in name)
@@ -159,10 +159,10 @@ def test_a_file_that_reads_back_differently_does_not_replace_its_original(
 
 @pytest.mark.parametrize("partly", [False, True])
 @pytest.mark.parametrize("call, file", [(5, "preprocessing.journal"), (12, "preprocessing.json")])
-def test_a_record_that_cannot_be_written_stops_the_run_and_the_next_goes_on(
+def test_failed_journal_write_stops_the_run_and_the_next_continues(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, file: str, partly: bool
 ) -> None:
-    """Calls of fsync: the manifest, four for the first scan, three for each other one, the manifest."""
+    """Calls of fsync: the manifest, four for the first scan, three for each other scan, the manifest."""
     preprocess(config_for(dataset, tmp_path / "expected"))
     with monkeypatch.context() as patch:
         fail_once(patch, journal.os, "fsync", call, partly)
@@ -174,7 +174,7 @@ def test_a_record_that_cannot_be_written_stops_the_run_and_the_next_goes_on(
     assert contents(dataset) == contents(tmp_path / "expected")
 
 
-def test_a_line_of_the_journal_cut_short_by_a_full_disk_counts_for_nothing(dataset: Path, tmp_path: Path) -> None:
+def test_journal_line_truncated_by_a_full_disk_is_ignored(dataset: Path, tmp_path: Path) -> None:
     preprocess(config_for(dataset, tmp_path / "expected"))
     output, limits = Journal(dataset, config_for(dataset).journal().settings), resource.getrlimit(resource.RLIMIT_FSIZE)
     output.save()
@@ -190,7 +190,7 @@ def test_a_line_of_the_journal_cut_short_by_a_full_disk_counts_for_nothing(datas
     assert contents(dataset) == contents(tmp_path / "expected")
 
 
-def test_a_rename_that_fails_stops_the_run_and_the_next_goes_on(
+def test_failed_rename_stops_the_run_and_the_next_continues(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preprocess(config_for(dataset, tmp_path / "expected"))
@@ -208,7 +208,7 @@ from PIL import Image
 from utils.errors import exit_on_input_error
 from utils.preprocessing import main
 Image.preinit()
-if os.getuid() == 0:  # only now: the checkout or its environment may lie where root alone may read
+if os.getuid() == 0:  # after the imports, because only root may be able to read the checkout
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
@@ -232,8 +232,8 @@ with exit_on_input_error():
         ),
     ],
 )
-def test_a_read_only_folder_is_one_sentence(locked: str | None, output: str, message: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are for their owner alone
+def test_read_only_folder_is_reported_in_one_line(locked: str | None, output: str, message: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # other users cannot enter pytest's folders
         root = Path(folder)
         write_dataset(root / "parts")
         for name in ("out", "above"):
@@ -256,7 +256,7 @@ def test_a_read_only_folder_is_one_sentence(locked: str | None, output: str, mes
             assert (result.returncode, "done 3" in result.stdout) == (0, True), result.stderr
 
 
-# Kill -9 of a worker, and of the main process alone
+# Killed worker or main process
 
 
 def kill_own_process(scan: Scan) -> Record:
@@ -276,7 +276,7 @@ def test_a_killed_worker_is_one_sentence_with_the_scans_in_work() -> None:
     assert sorted(scan.name for scan, _ in outcomes) == ["a", "b", "c"]
 
 
-def test_a_name_too_long_for_temporary_files_is_one_failed_scan(dataset: Path) -> None:
+def test_name_too_long_for_temporary_files_fails_one_scan(dataset: Path) -> None:
     for path in dataset.glob("bagel/train/good/*/000.*"):
         path.rename(path.with_stem("0" * 249))
     summary = preprocess(config_for(dataset))
@@ -286,7 +286,7 @@ def test_a_name_too_long_for_temporary_files_is_one_failed_scan(dataset: Path) -
 
 
 @pytest.mark.parametrize("flag", ["--dry_run", "--keep_rgb"])
-def test_a_reader_that_is_gone_is_no_traceback(dataset: Path, flag: str) -> None:
+def test_closed_output_pipe_ends_without_a_traceback(dataset: Path, flag: str) -> None:
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, ROOT / "utils" / "preprocessing.py", dataset, "--workers", "1", flag]
@@ -298,12 +298,12 @@ def test_a_reader_that_is_gone_is_no_traceback(dataset: Path, flag: str) -> None
 
 
 def children(process: int) -> list[int]:
-    """Processes of that parent, those that only wait to be collected left out."""
+    """Running child processes of a process, without zombies."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent = path.read_text().rpartition(")")[2].split()[:2]
-        except OSError:  # ended meanwhile
+        except OSError:  # the process has ended
             continue
         if int(parent) == process and state != "Z":
             found.append(int(path.parent.name))
@@ -329,7 +329,7 @@ def test_workers_end_with_a_killed_main_process(dataset: Path, tmp_path: Path) -
         time.sleep(0.01)
     workers = children(process.pid)
     os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "killed at work, not after it"
+    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
     assert len(workers) >= 2
     deadline = time.monotonic() + 20
     while any(map(is_running, workers)) and time.monotonic() < deadline:
