@@ -1,4 +1,4 @@
-"""utils/preprocessing.py on broken scans, each named and left as it is, and on every form that a scan may have."""
+"""Preprocessing of damaged scans, which are reported and kept, and of every supported file format."""
 
 import signal
 import subprocess
@@ -31,14 +31,14 @@ from utils.preprocessing import main, preprocess
 from utils.scans.organized_pc import as_cloud, read_organized_pc
 
 BOTH = frozenset({"rgb", "xyz"})
-Files = dict[str, Path]  # of one scan, by modality
+Files = dict[str, Path]  # files of one scan by modality
 
 
-# Faults of single scans
+# Damaged scans
 
 
 def cloud(change: Callable[[np.ndarray], object]) -> Callable[[Files], object]:
-    """Write the cloud anew after `change` to its (40, 44, 3) float32."""
+    """Write the cloud, (40, 44, 3) float32, again after `change`."""
 
     def damage(files: Files) -> None:
         xyz = raw_cloud(0)
@@ -73,7 +73,7 @@ def removed(name: str) -> Callable[[Files], object]:
     return lambda files: files[name].unlink()
 
 
-FAULTS: dict[str, tuple[Callable[[Files], object], str]] = {  # what happens to a scan, what is said of it
+FAULTS: dict[str, tuple[Callable[[Files], object], str]] = {  # damage, expected error
     "all_zero": (cloud(lambda xyz: xyz.fill(0)), "None of the 1760 pixels has a measurement"),
     "all_nan": (cloud(lambda xyz: xyz.fill(np.nan)), "None of the 1760 pixels has a measurement"),
     "one_axis_nan": (cloud(lambda xyz: xyz[..., 1].fill(np.nan)), "None of the 1760 pixels has a measurement"),
@@ -109,13 +109,13 @@ FOUND_BY_HEADERS = {
 
 
 class FaultyRun(NamedTuple):
-    """A run of the script on three good scans and one for each fault."""
+    """Run of the script on three good scans and one for each fault."""
 
     original: dict[str, bytes]
     after: dict[str, bytes]
     result: subprocess.CompletedProcess
     output: Path
-    mended: str  # what the script said once one of them was restored
+    restored: str  # output of the script after one scan was restored
 
 
 def make_faulty(root: Path) -> None:
@@ -142,7 +142,7 @@ def faulty_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_scan_is_named_and_left_as_it_is(faulty_run: FaultyRun, fault: str) -> None:
+def test_damaged_scan_is_reported_and_kept(faulty_run: FaultyRun, fault: str) -> None:
     lines = [line for line in faulty_run.result.stdout.splitlines() if line.startswith(f"  bagel/test/hole/{fault}: ")]
     assert len(lines) == 1
     assert FAULTS[fault][1] in lines[0]
@@ -151,10 +151,10 @@ def test_a_faulty_scan_is_named_and_left_as_it_is(faulty_run: FaultyRun, fault: 
     assert all(faulty_run.after[name] == faulty_run.original[name] for name in files)
 
 
-def test_the_other_scans_are_done_and_a_mended_one_follows(faulty_run: FaultyRun, tmp_path: Path) -> None:
+def test_other_scans_are_cleaned_and_restored_ones_follow(faulty_run: FaultyRun, tmp_path: Path) -> None:
     assert (faulty_run.result.returncode, faulty_run.result.stderr.count("Traceback")) == (1, 0)
     assert f"done 3, skipped 0 (done before), failed {len(FAULTS)}\n" in faulty_run.result.stdout
-    assert f"done 1, skipped 3 (done before), failed {len(FAULTS) - 1}\n" in faulty_run.mended
+    assert f"done 1, skipped 3 (done before), failed {len(FAULTS) - 1}\n" in faulty_run.restored
     write_dataset(tmp_path / "parts")
     preprocess(config_for(tmp_path / "parts"))
     found = contents(faulty_run.output)
@@ -163,7 +163,7 @@ def test_the_other_scans_are_done_and_a_mended_one_follows(faulty_run: FaultyRun
     assert not [name for name in found if name.endswith((".preprocessing", ".journal")) or ".tmp" in name]
 
 
-def test_a_dry_run_finds_what_headers_tell(tmp_path: Path) -> None:
+def test_dry_run_finds_errors_in_headers(tmp_path: Path) -> None:
     make_faulty(tmp_path / "parts")
     before = contents(tmp_path)
     result = call_script(main, tmp_path / "parts", "--dry_run")
@@ -191,15 +191,15 @@ def stored(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[F
     return lambda files: Image.fromarray(change(np.asarray(Image.open(files[name])))).save(files[name])
 
 
-def with_transparency(photo: np.ndarray) -> np.ndarray:
-    return np.concatenate([photo, np.random.default_rng(0).integers(0, 256, (40, 44, 1), dtype=np.uint8)], axis=2)
+def with_transparency(image: np.ndarray) -> np.ndarray:
+    return np.concatenate([image, np.random.default_rng(0).integers(0, 256, (40, 44, 1), dtype=np.uint8)], axis=2)
 
 
 def sixteen_bits(image: np.ndarray) -> np.ndarray:
     return image.reshape(40, 44, -1)[..., 0].astype(np.uint16) * 257
 
 
-FORMS: dict[str, Callable[[Files], object]] = {
+FORMATS: dict[str, Callable[[Files], object]] = {
     "jpg": jpeg(".jpg"),
     "jpeg": jpeg(".jpeg"),
     "upper_jpg": jpeg(".JPG"),
@@ -209,7 +209,7 @@ FORMS: dict[str, Callable[[Files], object]] = {
     "upper_tif": renamed("xyz", ".TIFF"),
     "rgba": stored("rgb", with_transparency),
     "gray_16_bit": stored("rgb", sixteen_bits),
-    "gray": stored("rgb", lambda photo: photo[..., 0]),
+    "gray": stored("rgb", lambda image: image[..., 0]),
     "gt_16_bit": stored("gt", lambda gt: (gt > 0).astype(np.uint16)),  # the smallest id, lost if scaled to 8 bits
     "gt_ids": stored("gt", lambda gt: gt // 85),
     "gt_rgba": stored("gt", lambda gt: np.stack([gt, gt, gt, np.full_like(gt, 255)], axis=2)),
@@ -237,10 +237,10 @@ class Expected(NamedTuple):
 
 @pytest.fixture(scope="module")
 def formed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Expected]]:
-    """A dataset of a scan in each form, cleaned in place by the script, and what each should have become."""
+    """Dataset of a scan in each format, cleaned in place by the script, and the expected results."""
     root = tmp_path_factory.mktemp("formed") / "parts"
     folder, expected = root / "bagel" / "test" / "hole", {}
-    for form, store in FORMS.items():
+    for form, store in FORMATS.items():
         write_scan(folder, form, 0, with_gt=True)
         store({"xyz": folder / f"xyz/{form}.tiff", "rgb": folder / f"rgb/{form}.png", "gt": folder / f"gt/{form}.png"})
         found = {name: next((folder / name).glob(f"{form}.*")) for name in ("xyz", "rgb", "gt")}
@@ -249,14 +249,12 @@ def formed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ex
         clean_xyz, clean_rgb, _ = clean_scan(xyz, as_stored(found["rgb"]), gt, CleaningRule())
         expected[form] = Expected(clean_xyz, clean_rgb, pad_to_square(gt, 100))
     result = run_script("preprocessing", root, "--workers", 2)
-    assert (result.returncode, result.stdout) == (0, f"done {len(FORMS)}, skipped 0 (done before), failed 0\n")
+    assert (result.returncode, result.stdout) == (0, f"done {len(FORMATS)}, skipped 0 (done before), failed 0\n")
     return root, expected
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_that_is_read_is_cleaned_in_place_without_loss(
-    formed: tuple[Path, dict[str, Expected]], form: str
-) -> None:
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_is_cleaned_in_place_without_loss(formed: tuple[Path, dict[str, Expected]], form: str) -> None:
     folder = formed[0] / "bagel" / "test" / "hole"
     assert sorted(path.name for path in folder.glob(f"*/{form}.*")) == [f"{form}.png", f"{form}.png", f"{form}.tiff"]
     assert np.array_equal(read_organized_pc(folder / "xyz" / f"{form}.tiff"), formed[1][form].xyz)
@@ -265,14 +263,14 @@ def test_every_form_that_is_read_is_cleaned_in_place_without_loss(
         assert np.array_equal(np.asarray(Image.open(folder / name / f"{form}.png")), expected)
 
 
-def test_cleaned_forms_are_done_and_fit_the_dataset(formed: tuple[Path, dict[str, Expected]]) -> None:
-    assert len(index_split(formed[0] / "bagel", "test", BOTH)) == len(FORMS)
-    assert len(preprocess(config_for(formed[0])).skipped) == len(FORMS)
+def test_cleaned_formats_are_finished_and_fit_the_dataset(formed: tuple[Path, dict[str, Expected]]) -> None:
+    assert len(index_split(formed[0] / "bagel", "test", BOTH)) == len(FORMATS)
+    assert len(preprocess(config_for(formed[0])).skipped) == len(FORMATS)
 
 
 @pytest.fixture
 def other_suffixes(tmp_path: Path) -> Path:
-    """One scan as .tif and .jpg."""
+    """Dataset of one scan as .tif and .jpg."""
     folder = tmp_path / "parts" / "bagel" / "test" / "hole"
     write_scan(folder, "000", 0, with_gt=True)
     files = {"xyz": folder / "xyz/000.tiff", "rgb": folder / "rgb/000.png"}
@@ -281,20 +279,20 @@ def other_suffixes(tmp_path: Path) -> Path:
     return tmp_path / "parts"
 
 
-def test_originals_of_another_suffix_stay_beside_another_output_folder(other_suffixes: Path, tmp_path: Path) -> None:
+def test_originals_with_other_suffixes_are_kept_with_an_output_folder(other_suffixes: Path, tmp_path: Path) -> None:
     before = contents(other_suffixes)
     assert preprocess(config_for(other_suffixes, tmp_path / "out")).done == ALL[:1]
     assert contents(other_suffixes) == before
 
 
 STEPS = "replace unlink"
-# The manifest's rename, unlink of its temporary name and of the journal; the first two for each of three files; these
-# get their names; two originals go; the manifest again.
+# Rename of the manifest, unlink of its temporary name and of the journal; the first two for each of three files; the
+# final renames of these files; unlink of two originals; the manifest again.
 NUMBER_OF_STEPS = 3 + 6 + 3 + 2 + 3
 
 
 @pytest.mark.parametrize("step", range(1, NUMBER_OF_STEPS + 2))
-def test_killed_at_any_step_nothing_of_another_suffix_is_lost(other_suffixes: Path, tmp_path: Path, step: int) -> None:
+def test_killed_run_loses_no_file_with_another_suffix(other_suffixes: Path, tmp_path: Path, step: int) -> None:
     preprocess(config_for(other_suffixes, tmp_path / "expected"))
     original, expected = contents(other_suffixes), contents(tmp_path / "expected")
     killed = step <= NUMBER_OF_STEPS
@@ -308,24 +306,24 @@ def test_killed_at_any_step_nothing_of_another_suffix_is_lost(other_suffixes: Pa
     except InputError as error:
         assert "Run the preprocessing again if it was interrupted" in str(error)
         assert {name for name in half_done if name.endswith(("000.tif", "000.jpg"))}
-    foreseen = preprocess(config_for(other_suffixes, dry_run=True))
+    planned = preprocess(config_for(other_suffixes, dry_run=True))
     assert contents(other_suffixes) == half_done
-    assert preprocess(config_for(other_suffixes)) == foreseen
+    assert preprocess(config_for(other_suffixes)) == planned
     assert contents(other_suffixes) == expected
 
 
-def test_an_original_that_changed_meanwhile_is_not_deleted(
+def test_original_that_changed_during_the_run_is_not_deleted(
     other_suffixes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    photo = other_suffixes / "bagel/test/hole/rgb/000.jpg"
+    image = other_suffixes / "bagel/test/hole/rgb/000.jpg"
     commit = Journal.commit
 
     def change_and_commit(self: Journal, *args: object) -> None:
-        Image.new("RGB", (44, 40), "red").save(photo)
+        Image.new("RGB", (44, 40), "red").save(image)
         commit(self, *args)
 
     monkeypatch.setattr(Journal, "commit", change_and_commit)
     preprocess(config_for(other_suffixes))
-    assert np.asarray(Image.open(photo))[0, 0, 0] > 200
+    assert np.asarray(Image.open(image))[0, 0, 0] > 200
     with pytest.raises(InputError, match=r"000.jpg and 000.png are two files of one sample"):
         index_split(other_suffixes / "bagel", "test", BOTH)
