@@ -1,4 +1,4 @@
-"""The collectives, the coreset and the statistics of rows that lie in several processes."""
+"""Collectives, coreset and statistics of rows that are sharded over ranks."""
 
 import socket
 from datetime import timedelta
@@ -41,7 +41,7 @@ from utils.errors import InputError
 
 
 @pytest.mark.parametrize("step", [1, 2, 7])
-def test_shares_are_contiguous_even_and_end_at_steps(step: int) -> None:
+def test_shares_are_contiguous_and_equal_in_steps(step: int) -> None:
     for count, shares in product(range(30), range(1, 9)):
         ranges = [share(count, shares, number, step) for number in range(shares)]
         assert [item for each in ranges for item in each] == list(range(count))
@@ -57,7 +57,7 @@ def test_shares_by_hand() -> None:
     assert [share(2, 3, number) for number in range(3)] == [range(0), range(1), range(1, 2)]
 
 
-def test_a_single_process_has_it_all() -> None:
+def test_collectives_of_a_single_process() -> None:
     assert shard_range(5) == range(5)
     assert all_gather_counts(3) == [3]
     assert gather_objects((1, 2)) == [1, 2]
@@ -65,9 +65,9 @@ def test_a_single_process_has_it_all() -> None:
     assert make_groups(1) == (None, 0)
 
 
-# In groups of several processes
+# Groups of several ranks
 
-# Kind of the rows; how many there are; picks; first pick; candidates of a pass; cut.
+# Kind of rows, number of rows, picks, first pick, candidates per pass, cut.
 SELECTIONS = [
     *((kind, 60, 60, 0, FIRST_CANDIDATES, 0) for kind in [*KINDS, "background"]),
     *((kind, 60, 60, 0, 3, 1) for kind in [*KINDS, "background"]),
@@ -87,7 +87,7 @@ def made_up_rows(kind: str, count: int) -> Tensor:
 
 
 def wide_rows() -> Tensor:
-    """Of a width that is projected."""
+    """Rows wide enough to be projected."""
     return 2.0 + 3.0 * random_rows(350, 250, 1)
 
 
@@ -109,7 +109,7 @@ def run_collectives(group: Group | None) -> dict[str, Any]:
 
 
 def select(group: Group | None) -> dict[str, Any]:
-    """Picks and statistics of rows of which each rank has its shard."""
+    """Picks and statistics of rows that are sharded over the ranks."""
     picks = []
     for kind, count, n, start, candidates, cut in SELECTIONS:
         rows = made_up_rows(kind, count)
@@ -127,12 +127,12 @@ def select(group: Group | None) -> dict[str, Any]:
     seeds: list[int] = []
     projection = coreset.random_projection
 
-    def recording(count: int, dim: int, eps: float, random_state: int) -> Tensor | None:
+    def spy(count: int, dim: int, eps: float, random_state: int) -> Tensor | None:
         seeds.append(random_state)
         return projection(count, dim, eps, random_state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coreset, "random_projection", recording)
+        patch.setattr(coreset, "random_projection", spy)
         raw = [select_coreset(own, BankStatistics(1.5, 2.5), 60, 0.9, state) for state in (4, None, None)]
     statistics = [tuple(mean_and_std(own, step)) for step in (1 << 14, 7)]
     return {
@@ -161,48 +161,46 @@ def work(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int | None]]:
-    """Folder where each rank saved its results, and the exit codes."""
+def all_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int | None]]:
+    """Folder with the saved results of each rank, and the exit codes."""
     folder = tmp_path_factory.mktemp("work")
     return folder, run_processes([(work, (rank, folder)) for rank in range(PROCESSES)])
 
 
 @pytest.fixture(scope="module")
-def by_process(ran: tuple[Path, list[int | None]]) -> list[dict[Any, Any]]:
-    folder, codes = ran
+def by_rank(all_ranks: tuple[Path, list[int | None]]) -> list[dict[Any, Any]]:
+    folder, codes = all_ranks
     assert codes == [0] * PROCESSES
     return [saved(folder, rank) for rank in range(PROCESSES)]
 
 
 @pytest.fixture(params=[(0, 1), *MEMBERS[1:]], ids=str)
-def found(request: pytest.FixtureRequest, by_process: list[dict[Any, Any]]) -> list[dict[str, Any]]:
-    """What the processes of a group found, in the order of their ranks."""
-    return [by_process[rank][len(request.param)] for rank in request.param]
+def found(request: pytest.FixtureRequest, by_rank: list[dict[Any, Any]]) -> list[dict[str, Any]]:
+    """Results of a group in the order of its ranks."""
+    return [by_rank[rank][len(request.param)] for rank in request.param]
 
 
-def test_groups_are_of_neighboring_ranks(by_process: list[dict[Any, Any]]) -> None:
-    """One group of all, two halves, three of which the last is larger, and each process alone."""
+def test_groups_hold_neighboring_ranks(by_rank: list[dict[Any, Any]]) -> None:
+    """One group of all, two halves, three groups with a larger last one, and one group per rank."""
     for count, groups in enumerate([[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1], [2, 3]], [[0], [1], [2], [3]]]):
         for number, members in enumerate(groups):
             for each in members:
                 gathered = members if each == members[0] else []
-                assert by_process[each]["numbers"][count] == (number, len(groups) == 1, gathered, members[0])
+                assert by_rank[each]["numbers"][count] == (number, len(groups) == 1, gathered, members[0])
 
 
 @pytest.mark.parametrize("members", MEMBERS, ids=str)
-def test_a_process_has_its_place_and_share_in_its_group(
-    by_process: list[dict[Any, Any]], members: tuple[int, ...]
-) -> None:
+def test_rank_world_size_and_share_in_a_group(by_rank: list[dict[Any, Any]], members: tuple[int, ...]) -> None:
     size = len(members)
     for number, each in enumerate(members):
-        found = by_process[each][size]
+        found = by_rank[each][size]
         assert found["place"] == (number, size, number == 0)
         assert found["share"] == [list(share(*each)) for each in [(10, size, number), (2, size, number)]] + [
             list(share(10, size, number, 4))
         ]
 
 
-def test_what_is_gathered_comes_in_the_order_of_the_ranks(found: list[dict[str, Any]]) -> None:
+def test_gathered_items_keep_the_order_of_the_ranks(found: list[dict[str, Any]]) -> None:
     ranks = range(len(found))
     for place, each in enumerate(found):
         assert each["counts"] == [10 * other for other in ranks]
@@ -213,7 +211,7 @@ def test_what_is_gathered_comes_in_the_order_of_the_ranks(found: list[dict[str, 
         assert begin == sum(range(place))
 
 
-def test_all_processes_hear_the_same(found: list[dict[str, Any]]) -> None:
+def test_broadcast_and_reductions_reach_all_ranks(found: list[dict[str, Any]]) -> None:
     count = len(found)
     total = sum(range(count))
     for place, each in enumerate(found):
@@ -221,7 +219,7 @@ def test_all_processes_hear_the_same(found: list[dict[str, Any]]) -> None:
         assert each["any"] == [True] * count + [False]
         sums, own, whole = each["sum"]
         assert sums.tolist() == pytest.approx([0.1 * total, count], rel=1e-15)
-        assert own.tolist() == [0.1 * place, 1.0]  # untouched
+        assert own.tolist() == [0.1 * place, 1.0]  # the input is unchanged
         assert whole.tolist() == [count * 2**60 + total]
 
 
@@ -233,8 +231,8 @@ def expected_picks(kind: str, count: int, n: int, start: int) -> list[int]:
 
 
 @pytest.mark.parametrize("number", range(len(SELECTIONS)), ids=[" ".join(map(str, each)) for each in SELECTIONS])
-def test_picks_are_those_of_one_process(found: list[dict[str, Any]], number: int) -> None:
-    """The same in the same order, in all processes, wherever the rows lie."""
+def test_picks_match_a_single_process(found: list[dict[str, Any]], number: int) -> None:
+    """All ranks get the same picks in the same order, however the rows are sharded."""
     kind, count, n, start, *_ = SELECTIONS[number]
     expected = expected_picks(kind, count, n, start)
     for each in found:
@@ -242,7 +240,7 @@ def test_picks_are_those_of_one_process(found: list[dict[str, Any]], number: int
         assert each["picks"][number].tolist() == expected
 
 
-def test_wrong_numbers_of_picks_are_an_error_in_all_processes(found: list[dict[str, Any]]) -> None:
+def test_invalid_numbers_of_picks_are_an_error_in_all_ranks(found: list[dict[str, Any]]) -> None:
     for each in found:
         assert each["errors"] == [
             "cannot pick 61 of 60 rows",
@@ -252,13 +250,13 @@ def test_wrong_numbers_of_picks_are_an_error_in_all_processes(found: list[dict[s
         ]
 
 
-def test_rows_are_taken_from_the_shard_that_holds_them(found: list[dict[str, Any]]) -> None:
+def test_rows_are_taken_from_any_shard(found: list[dict[str, Any]]) -> None:
     for each in found:
         assert torch.equal(each["taken"], wide_rows()[[349, 0, 1, 200, 0, 201]])
         torch.testing.assert_close(each["mean"], wide_rows().double().mean(dim=0), rtol=1e-12, atol=0)
 
 
-def test_statistics_are_those_of_all_rows(found: list[dict[str, Any]]) -> None:
+def test_statistics_cover_all_shards(found: list[dict[str, Any]]) -> None:
     rows = wide_rows().double()
     expected = (float(rows.mean()), float(rows.std(correction=1)))
     for each in found:
@@ -267,8 +265,8 @@ def test_statistics_are_those_of_all_rows(found: list[dict[str, Any]]) -> None:
             assert statistics == found[0]["statistics"][0]
 
 
-def test_coresets_of_raw_rows_are_those_of_one_process(found: list[dict[str, Any]]) -> None:
-    """Without a random_state the first process draws one for all, another each time."""
+def test_coresets_of_raw_rows_match_a_single_process(found: list[dict[str, Any]]) -> None:
+    """Without a random_state the first rank draws a new one for all ranks each time."""
     seeds = found[0]["seeds"]
     assert seeds[0] == 4
     assert len(set(seeds)) == 3
@@ -280,26 +278,26 @@ def test_coresets_of_raw_rows_are_those_of_one_process(found: list[dict[str, Any
     assert not torch.equal(found[0]["raw"][0], found[0]["raw"][1])
 
 
-# Processes that cannot connect
+# Failed connections
 
 
-def test_a_first_rank_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_first_rank_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "CONNECT_TIMEOUT", timedelta(seconds=1))
     with socket.create_server(("localhost", 0)) as taken:
         url = f"tcp://localhost:{taken.getsockname()[1]}"
-    told = rf"rank 1 cannot connect to the other 2 by {url} \(.*\)\. Start all ranks, "
-    with pytest.raises(InputError, match=told), process_group(Ranks(1, 3, 1), CPU, url):
-        raise AssertionError("they have met")
+    expected = rf"rank 1 cannot connect to the other 2 by {url} \(.*\)\. Start all ranks, "
+    with pytest.raises(InputError, match=expected), process_group(Ranks(1, 3, 1), CPU, url):
+        raise AssertionError("connected")
 
 
-def test_a_rank_that_does_not_come_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_other_rank_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "CONNECT_TIMEOUT", timedelta(seconds=1))
-    told = "rank 0 cannot connect to the other 1 by file:"
-    with pytest.raises(InputError, match=told), process_group(Ranks(0, 2), CPU, f"file://{tmp_path}/meet"):
-        raise AssertionError("they have met")
+    expected = "rank 0 cannot connect to the other 1 by file:"
+    with pytest.raises(InputError, match=expected), process_group(Ranks(0, 2), CPU, f"file://{tmp_path}/meet"):
+        raise AssertionError("connected")
 
 
-def test_an_address_of_no_kind_is_an_error() -> None:
-    told = "cannot connect to the other 1 by post://office"
-    with pytest.raises(InputError, match=told), process_group(Ranks(0, 2), CPU, "post://office"):
-        raise AssertionError("they have met")
+def test_unknown_kind_of_address_is_an_error() -> None:
+    expected = "cannot connect to the other 1 by post://office"
+    with pytest.raises(InputError, match=expected), process_group(Ranks(0, 2), CPU, "post://office"):
+        raise AssertionError("connected")
