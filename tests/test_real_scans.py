@@ -1,4 +1,4 @@
-"""Real scans with the noise, the holes and the jumps in depth of a sensor, from the file to patch features."""
+"""Real scans with sensor noise, holes and depth jumps, from the file to patch features."""
 
 from collections.abc import Callable
 from functools import cache
@@ -18,20 +18,20 @@ from utils.scans.organized_pc import read_organized_pc, resize_nearest, valid_ma
 
 pytestmark = pytest.mark.slow
 
-# Share of the points off the largest plane, from and to.
+# Least and greatest fraction of points off the largest plane.
 SCANS = {
-    "milk_cartoon_all_small_clorox": (0.15, 0.2),  # few things on a table
-    "table_scene_mug_stereo_textured": (0.35, 0.45),  # a table and what lies behind
-    "office1": (0.8, 0.99),  # a room; several walls are candidates
+    "milk_cartoon_all_small_clorox": (0.15, 0.2),  # few objects on a table
+    "table_scene_mug_stereo_textured": (0.35, 0.45),  # a table and its background
+    "office1": (0.8, 0.99),  # a room with several walls
 }
 SIZE, GRID = 224, 56
-# The plane is looked for everywhere, since none of these scans has a border that holds nothing else. Candidates are of
-# few points, as it may hold few of all; the tolerances are for a sensor a meter away and more.
+# The plane is searched in the whole image, because the border of these scans shows more than a plane. Candidates use
+# few points, because the plane may be small; the tolerances are for a sensor at least a meter away.
 WHOLE_IMAGE = CleaningRule(border=SIZE, fit_sample=8, fit_distance=0.01, plane_distance=0.02, min_support=0)
 
 
 def measured_area(xyz: np.ndarray) -> np.ndarray:
-    """The rows and columns from the first to the last measurement."""
+    """Rows and columns from the first to the last measurement."""
     rows, columns = (np.flatnonzero(valid_mask(xyz).any(axis=axis)) for axis in (1, 0))
     return xyz[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
@@ -48,7 +48,7 @@ def load(real_data: Path) -> Callable[[str], np.ndarray]:
 
 @pytest.fixture(scope="module")
 def load_small(load: Callable[[str], np.ndarray]) -> Callable[[str], Tensor]:
-    """(3, SIZE, SIZE) without the largest plane."""
+    """Cloud (3, SIZE, SIZE) without the largest plane."""
 
     @cache
     def prepare(name: str) -> Tensor:
@@ -65,8 +65,8 @@ def build(golden_weights: Path) -> Callable[[str], PointBackbone]:
 
 
 @pytest.mark.parametrize("name", SCANS)
-def test_the_largest_plane_is_taken_out(load: Callable[[str], np.ndarray], name: str) -> None:
-    """Whatever the random candidates, and nothing else changes."""
+def test_largest_plane_is_removed(load: Callable[[str], np.ndarray], name: str) -> None:
+    """Every random seed removes the plane and changes nothing else."""
     least, most = SCANS[name]
     small = resize_nearest(load(name), SIZE).permute(1, 2, 0).numpy()
     results = [without_plane(small, seed) for seed in range(3)]
@@ -77,17 +77,17 @@ def test_the_largest_plane_is_taken_out(load: Callable[[str], np.ndarray], name:
         assert not result[~kept].any()
 
 
-def test_an_object_on_a_real_table(load: Callable[[str], np.ndarray]) -> None:
-    """The whole cleaning, whose rule allows for the noise of this sensor: what remains is one carton."""
+def test_cleaning_of_an_object_on_a_table(load: Callable[[str], np.ndarray]) -> None:
+    """Cleaning with a plane distance for this sensor's noise leaves one carton."""
     xyz = load("milk_cartoon_all_small_clorox")
     gray = np.full(xyz.shape, 5, np.uint8)
-    clean, photograph, _ = clean_scan(xyz, gray, None, CleaningRule(plane_distance=0.01))
+    clean, image, _ = clean_scan(xyz, gray, None, CleaningRule(plane_distance=0.01))
     kept = valid_mask(clean)
     assert clean.shape == (700, 700, 3)
     assert 5_000 < kept.sum() < 0.1 * valid_mask(xyz).sum()
     extent = np.ptp(clean[kept], axis=0)
     assert ((extent > 0.05) & (extent < 0.3)).all(), extent
-    assert (photograph[kept] == 5).all()
+    assert (image[kept] == 5).all()
 
 
 @pytest.mark.parametrize("backbone", ["FPFH", "Point_MAE"])
@@ -104,18 +104,18 @@ def test_patch_features(
     assert patches.shape == (GRID**2, build(backbone).embed_dim)
     assert patches.isfinite().all()
 
-    # Both poolings of the mask: nowhere zero in a patch that a point contributes to.
+    # Both poolings of the mask are nonzero in every patch with a point.
     share = F.adaptive_avg_pool2d(F.avg_pool2d(valid[None, None].float(), 3, 1), GRID).flatten()
     assert 10 < (share == 0).sum() < 0.9 * GRID**2
     assert (patches[share == 0] == 0).all()
     assert (patches[share > 0] != 0).any(dim=1).all()
 
-    # Places differ, and the closer they are the less: neighbors from side to side against any two of the same patches.
+    # Neighboring patches differ less than random pairs of patches.
     whole = (share > 0.999).view(GRID, GRID)
     left = (whole[:, :-1] & whole[:, 1:]).nonzero()
     index = left[:, 0] * GRID + left[:, 1]
     first, beside = patches[index], patches[index + 1]
-    anywhere = beside[torch.randperm(len(beside), generator=torch.Generator().manual_seed(0))]
-    near, far = ((first - other).norm(dim=1).mean() for other in (beside, anywhere))
+    random_patches = beside[torch.randperm(len(beside), generator=torch.Generator().manual_seed(0))]
+    near, far = ((first - other).norm(dim=1).mean() for other in (beside, random_patches))
     assert far > 0.05 * first.norm(dim=1).mean()
     assert near < 0.7 * far
