@@ -1,4 +1,4 @@
-"""The plain form of the method: the recorded numbers of the original by itself, and the product's results."""
+"""Plain form of the method against the numbers recorded from the original and against the fast routines."""
 
 import json
 import re
@@ -25,14 +25,14 @@ TOLERANCE = 1e-3
 
 
 def assert_close(ours: ArrayLike, theirs: NDArray, tolerance: float = TOLERANCE) -> None:
-    """Every entry within `tolerance` of the largest."""
+    """Every entry is within `tolerance` of the largest entry."""
     ours = np.asarray(ours, dtype=np.float64)
     assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
 def recorded_state(file: str, prefix: str = "") -> dict[str, Tensor]:
-    """The recorded network's tensors whose name starts with `prefix`, by the rest of their name."""
+    """Tensors of the recorded network whose name starts with `prefix`, by the rest of their name."""
     entries = json.loads(INVENTORY.read_text())[file]
     names = [entry for entry in entries if entry["key"].startswith(prefix)]
     return {entry["key"].removeprefix(prefix): seeded_tensor(file, **entry) for entry in names}
@@ -48,7 +48,7 @@ def recorded(goldens: Path) -> dict[str, NDArray]:
 
 @pytest.fixture(scope="module")
 def valid(recorded: dict[str, NDArray]) -> Tensor:
-    """(224, 224) bool."""
+    """Valid pixels (224, 224) bool."""
     pixels = torch.zeros(224 * 224, dtype=torch.bool)
     pixels[torch.from_numpy(recorded["nonzero_indices"]).long()] = True
     return pixels.view(224, 224)
@@ -82,7 +82,7 @@ def feature_fusion() -> FeatureFusion:
 
 @pytest.fixture(scope="module")
 def stages(recorded: dict[str, NDArray], points: Tensor, valid: Tensor, vit: nn.Module) -> dict[str, Tensor]:
-    """Stages of the sample with the running statistics of batch norm. The recorded patches were computed with these."""
+    """Stages of the sample with running statistics of batch norm, as in the recorded patches."""
     network = PointTransformer()
     network.load_state_dict(recorded_state("pointmae_pretrain.pth", "module.MAE_encoder."))
     found: dict[str, Tensor] = {}
@@ -125,8 +125,8 @@ def test_point_features(
     recorded: dict[str, NDArray], stages: dict[str, Tensor], points: Tensor, point_transformer: PointTransformer
 ) -> None:
     with torch.inference_mode():
-        of_cloud, _ = point_transformer(points)
-    for kind, features in {"eval": stages["features"], "bntrain": of_cloud}.items():
+        cloud_features, _ = point_transformer(points)
+    for kind, features in {"eval": stages["features"], "bntrain": cloud_features}.items():
         assert_close(features.T[:, ::64], recorded[f"Point_MAE_{kind}_feat_s"])
         assert_close(features.norm(dim=1), recorded[f"Point_MAE_{kind}_feat_norms"])
 
@@ -179,7 +179,7 @@ def unit(goldens: Path) -> dict[str, NDArray]:
 
 
 @pytest.mark.golden
-def test_sampling_passes_over_padding(unit: dict[str, NDArray]) -> None:
+def test_sampling_skips_padding(unit: dict[str, NDArray]) -> None:
     picks = reference.farthest_point_sample(torch.from_numpy(unit["fps_skip_pts"]), 64)
     np.testing.assert_array_equal(picks, unit["fps_skip_idx"])
 
@@ -213,7 +213,7 @@ def test_blur(unit: dict[str, NDArray]) -> None:
         assert np.abs(blurred - levels.astype(np.float64)).max() <= 1.001
 
 
-# Whole runs
+# Complete runs
 
 
 @pytest.fixture(scope="module")
@@ -223,22 +223,22 @@ def golden_patches(
     point_transformer: PointTransformer,
     feature_fusion: FeatureFusion,
 ) -> dict[str, Patches]:
-    """Patches of the recorded samples by path; takes ten seconds a sample."""
+    """Patches of the recorded samples by path; takes ten seconds per sample."""
     networks = {"rgb": vit, "xyz": point_transformer, "fusion": feature_fusion}
     config = DetectorConfig(TRIPLE)
     return {path: reference.extract(config, networks, each.rgb, each.xyz) for path, each in golden_samples.items()}
 
 
 def keep_results(patch: pytest.MonkeyPatch, function: str) -> list[Any]:
-    """Results of a function of the module, which grow with its calls."""
+    """List that collects the results of a function of the reference module."""
     results: list[Any] = []
     original = getattr(reference, function)
 
-    def keeping(*arguments: Any) -> Any:
+    def spy(*arguments: Any) -> Any:
         results.append(original(*arguments))
         return results[-1]
 
-    patch.setattr(reference, function, keeping)
+    patch.setattr(reference, function, spy)
     return results
 
 
@@ -248,7 +248,7 @@ def keep_results(patch: pytest.MonkeyPatch, function: str) -> list[Any]:
 def test_recorded_run(
     name: str, goldens: Path, golden_patches: dict[str, Patches], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Coresets, scores and maps of the banks, image scores and anomaly maps."""
+    """Coresets, scores and maps of the banks, image scores and anomaly maps match."""
     run = dict(np.load(goldens / f"run_bn_{name}.npz"))
     paths = json.loads((goldens / "runs_meta.json").read_text())[f"bn_{name}"]["test_paths"]
     stems = [path.removeprefix("bagel/").removesuffix(".png").replace("/rgb/", "/") for path in paths]
@@ -261,7 +261,7 @@ def test_recorded_run(
         expected = run[f"coreset_idx_{k}"]
         assert len(picks) == len(expected)
         assert len(np.intersect1d(picks, expected)) >= 0.999 * len(expected)
-    # The original's distances of training samples to their own bank lose digits, differently on each processor.
+    # The original's distances of training samples to their own bank lose precision, depending on the processor.
     for phase, levels, tolerance, results in (("late", 5, 5e-3, of_banks[:6]), ("test", 1, 1e-3, of_banks[6:])):
         for k, bank in enumerate(config.method.banks):
             if f"s_{phase}_{bank}" in run:
@@ -276,14 +276,14 @@ def test_recorded_run(
 
 
 def assert_levels(planes: Iterable[NDArray], run: dict[str, NDArray], name: str, levels: int) -> None:
-    """Maps within so many levels of the recorded 8-bit images."""
+    """Maps are within `levels` of the recorded 8-bit images."""
     for plane, expected, scale in zip(planes, run[f"blurq_{name}"], run[f"blurscale_{name}"], strict=True):
         stride = len(plane) // len(expected)
         difference = np.abs(plane[::stride, ::stride] / scale * 255 - expected)
         assert difference.max() <= levels + 0.1, name
 
 
-# The product
+# Fast routines
 
 
 def test_fast_routines_name_plain_forms_that_exist() -> None:
@@ -296,7 +296,7 @@ def test_fast_routines_name_plain_forms_that_exist() -> None:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("name", METHODS)
-def test_the_product_computes_the_same(name: str, protocol: str) -> None:
+def test_detector_equals_the_plain_form(name: str, protocol: str) -> None:
     config = settings(name, protocol=PROTOCOLS[protocol], use_uff="fusion" in METHODS[name].banks)
     detector, features = fit(config)
     good = [by_bank(features.sample(i)) for i in range(len(features))]
