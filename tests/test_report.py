@@ -1,4 +1,4 @@
-"""Tables and results.json: what is written can be read back, and nothing older is lost."""
+"""Result tables and results.json: they can be read back, and older content is kept."""
 
 import json
 import os
@@ -35,7 +35,7 @@ NOTHING = {**dict.fromkeys(("image_rocauc", "pixel_rocauc", "au_pro")), "au_pro_
 
 
 def read_tables(path: Path) -> list[list[list[str]]]:
-    """The tables of a Markdown file as rows of cells; every row must be as wide as its header."""
+    """Tables of a Markdown file as rows of cells; every row must be as wide as its header."""
     tables: list[list[list[str]]] = []
     previous = ""
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -60,14 +60,14 @@ def append(folder: Path, classes: dict = CLASSES, exact_headline: bool = False, 
 def test_one_row_per_method_with_three_decimals(tmp_path: Path) -> None:
     append(tmp_path)
     (table,) = read_tables(tmp_path / "image_rocauc_results.md")
-    # the mean is of unrounded values: 0.95197, where that of the rounded ones would be 0.9515
+    # mean of unrounded values: 0.95197; the mean of rounded ones would be 0.9515
     assert table == [["Method", "bagel", "cable_gland", "Mean"], ["DINO+Point_MAE", "0.994", "0.909", "0.952"]]
     (table,) = read_tables(tmp_path / "pixel_rocauc_results.md")
     assert table[1][1:] == ["0.995", "0.993", "0.994"]
 
 
 @pytest.mark.parametrize("exact_headline", [False, True])
-def test_every_au_pro_row_says_which_it_is(tmp_path: Path, exact_headline: bool) -> None:
+def test_au_pro_rows_name_limit_and_curve(tmp_path: Path, exact_headline: bool) -> None:
     append(tmp_path, exact_headline=exact_headline)
     (table,) = read_tables(tmp_path / "aupro_results.md")
     rows = {row[0].removeprefix("DINO+Point_MAE, "): row[1:] for row in table[1:]}
@@ -105,7 +105,7 @@ def test_older_text_without_a_final_newline_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / FILES[0]).read_text().startswith("my own remark\n\n## ")
 
 
-def test_a_write_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_older_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     append(tmp_path)
     before = {path.name: path.read_text() for path in tmp_path.iterdir()}
 
@@ -135,7 +135,7 @@ def test_names_and_commands_cannot_break_a_table(tmp_path: Path) -> None:
         assert "\na \\| # b\n" in after
 
 
-def test_every_table_carries_the_note(tmp_path: Path) -> None:
+def test_every_table_has_the_note(tmp_path: Path) -> None:
     append(tmp_path, note=NOTE)
     assert all((tmp_path / name).read_text().count(NOTE) == 1 for name in FILES)
     assert format_tables({"DINO": CLASSES}, False, NOTE).count(NOTE) == 3
@@ -151,7 +151,7 @@ def test_undefined_metrics_are_shown_and_explained(tmp_path: Path) -> None:
     assert "n/a" not in (tmp_path / "whole" / "aupro_results.md").read_text()
 
 
-def test_text_tables_hold_what_the_files_hold(tmp_path: Path) -> None:
+def test_text_tables_match_the_files(tmp_path: Path) -> None:
     append(tmp_path, exact_headline=True)
     blocks = format_tables({"DINO+Point_MAE": CLASSES}, exact_headline=True).split("\n\n")
     assert [block.splitlines()[0] for block in blocks] == ["I-AUROC", "P-AUROC", "AU-PRO"]
@@ -161,7 +161,7 @@ def test_text_tables_hold_what_the_files_hold(tmp_path: Path) -> None:
         assert len({len(line) for line in lines}) == 1  # aligned
 
 
-def test_no_class_is_refused(tmp_path: Path) -> None:
+def test_empty_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no class"):
         append(tmp_path, {})
     with pytest.raises(ValueError, match="no class"):
@@ -174,8 +174,8 @@ def test_no_class_is_refused(tmp_path: Path) -> None:
 METHODS = {"DINO": {"bagel": BAGEL, "rope": NOTHING}, "Point|MAE": {"bagel": CABLE_GLAND, "rope": BAGEL}}
 
 
-def test_methods_stand_side_by_side(tmp_path: Path) -> None:
-    """A row each, in their order, each with the mean of its own classes."""
+def test_methods_share_a_table(tmp_path: Path) -> None:
+    """Each method has a row, in the given order, with the mean of its own classes."""
     append_tables(tmp_path, METHODS, COMMAND, False)
     for name, rows in {
         FILES[0]: [["DINO", "0.994", "n/a", "0.994"], ["Point|MAE", "0.909", "0.994", "0.952"]],
@@ -186,7 +186,7 @@ def test_methods_stand_side_by_side(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exact_headline", [False, True])
-def test_au_pro_of_all_methods_is_grouped_by_the_kind_of_curve(tmp_path: Path, exact_headline: bool) -> None:
+def test_au_pro_of_all_methods_is_grouped_by_curve(tmp_path: Path, exact_headline: bool) -> None:
     append_tables(tmp_path, METHODS, COMMAND, exact_headline)
     (table,) = read_tables(tmp_path / FILES[2])
     published, exact = "limit 0.3, 100 thresholds", "limit 0.3, exact curve"
@@ -200,7 +200,7 @@ def test_au_pro_of_all_methods_is_grouped_by_the_kind_of_curve(tmp_path: Path, e
     assert rows["Point|MAE, limit 0.01, exact curve"] == ["0.405", "0.404", "0.405"]
 
 
-def test_the_heading_names_all_methods_once(tmp_path: Path) -> None:
+def test_heading_names_all_methods(tmp_path: Path) -> None:
     append_tables(tmp_path, METHODS, COMMAND, False)
     for name in FILES:
         text = (tmp_path / name).read_text()
@@ -209,14 +209,14 @@ def test_the_heading_names_all_methods_once(tmp_path: Path) -> None:
         assert text.count("left out of the mean") == 1
 
 
-def test_text_tables_of_several_methods_hold_what_the_files_hold(tmp_path: Path) -> None:
+def test_text_tables_of_several_methods_match_the_files(tmp_path: Path) -> None:
     append_tables(tmp_path, METHODS, COMMAND, True)
     for block, name in zip(format_tables(METHODS, exact_headline=True).split("\n\n"), FILES, strict=True):
         lines = block.splitlines()[1:-1]  # between title and remark
         assert [re.split(r" {2,}", line) for line in lines] == read_tables(tmp_path / name)[0]
 
 
-# one line, and results.json
+# result line and results.json
 
 
 def test_result_line() -> None:
@@ -247,7 +247,7 @@ def test_results_file_reads_back_unrounded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), np.float32("inf")])
-def test_results_file_never_holds_nan(tmp_path: Path, bad: float) -> None:
+def test_results_file_refuses_values_that_are_not_finite(tmp_path: Path, bad: float) -> None:
     write_results(tmp_path, results_record(COMMAND, {}, CLASSES))
     before = (tmp_path / "results.json").read_text()
     with pytest.raises(ValueError, match="JSON"):
@@ -255,20 +255,20 @@ def test_results_file_never_holds_nan(tmp_path: Path, bad: float) -> None:
     assert (tmp_path / "results.json").read_text() == before
 
 
-def test_results_file_refuses_what_is_no_data(tmp_path: Path) -> None:
+def test_results_file_refuses_other_types(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="cannot hold a set"):
         write_results(tmp_path, {"args": {"x": {1}}})
     assert not (tmp_path / "results.json").exists()
 
 
-def test_versions_are_those_of_the_packages() -> None:
+def test_package_versions() -> None:
     versions = package_versions()
     assert versions["numpy"] == np.__version__
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"torch", "torchvision", "timm", "scipy", "scikit-learn", "open3d", "pillow"} < set(versions)
 
 
-def test_versions_without_importing_the_packages() -> None:
+def test_package_versions_do_not_import_the_packages() -> None:
     code = "import sys\nfrom utils.reporting.results_json import package_versions\npackage_versions()\n"
     code += "print(*{'torch', 'timm', 'open3d'} & set(sys.modules))"
     root = Path(__file__).resolve().parent.parent
@@ -276,6 +276,6 @@ def test_versions_without_importing_the_packages() -> None:
     assert done.stdout.split() == []
 
 
-def test_a_missing_package_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.reporting.results_json.DISTRIBUTIONS", ("no-such-distribution",))
     assert package_versions()["no-such-distribution"] is None
