@@ -1,4 +1,4 @@
-"""report.html in headless Chromium: no console errors, filters, keyboard, the 3D view. Skipped where there is none."""
+"""report.html in headless Chromium: no console errors, filters, keyboard, 3D view. Skipped without a browser."""
 
 import io
 import os
@@ -39,7 +39,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    options.set_capability("unhandledPromptBehavior", "ignore")  # a test that meets an alert fails
+    options.set_capability("unhandledPromptBehavior", "ignore")  # an alert fails the test
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NO_PROXY", ",".join(filter(None, (os.environ.get("NO_PROXY"), "localhost", "127.0.0.1"))))
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
@@ -50,7 +50,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     odd = [made_up_sample(f"test/{EVIL}/{i:03d}", 0.2 + 0.2 * i) for i in range(3)]
-    odd = [sample._replace(mask=0 * sample.mask) for sample in odd]  # a defect that is nowhere marked
+    odd = [sample._replace(mask=0 * sample.mask) for sample in odd]  # a defect without marked pixels
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(made_up_page(made_up_class("gasket", made_up_samples(12)), made_up_class(EVIL, odd, limit=2)))
     return path
@@ -58,7 +58,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(name="report")
 def report_fixture(browser: webdriver.Chrome, page: Path) -> Iterator[webdriver.Chrome]:
-    """The page, freshly loaded on a desktop; at the end it must not have complained."""
+    """Freshly loaded page in a desktop window; fails at the end on console errors."""
     browser.set_window_size(1280, 900)
     browser.get(page.as_uri())
     yield browser
@@ -83,7 +83,7 @@ def press(report: webdriver.Chrome, *keys: str) -> None:
 
 
 def drawn(report: webdriver.Chrome) -> np.ndarray:
-    """The pixels of the 3D view, once it is drawn: (H, W, 3) uint8."""
+    """Pixels (H, W, 3) of the 3D view after it is drawn."""
     WebDriverWait(report, 60).until(
         lambda _: (
             "points." in report.find_element(By.ID, "space-note").text
@@ -95,7 +95,7 @@ def drawn(report: webdriver.Chrome) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(plot.screenshot_as_png)).convert("RGB")).astype(int)
 
 
-def test_every_sample_has_a_card_with_pictures(report: webdriver.Chrome) -> None:
+def test_every_sample_has_a_card_with_images(report: webdriver.Chrome) -> None:
     assert len(cards(report)) == 14
     assert report.find_element(By.ID, "count").text == "14 of 14 samples"
     for card in cards(report):
@@ -107,7 +107,7 @@ def test_every_sample_has_a_card_with_pictures(report: webdriver.Chrome) -> None
 
 
 @pytest.mark.slow
-def test_filters_leave_what_fits(report: webdriver.Chrome) -> None:
+def test_filters_show_matching_samples(report: webdriver.Chrome) -> None:
     def choose(name: str, value: str) -> list[str]:
         Select(report.find_element(By.CSS_SELECTOR, f"[data-filter={name}]")).select_by_value(value)
         return [card.text for card in cards(report)]
@@ -125,7 +125,7 @@ def test_filters_leave_what_fits(report: webdriver.Chrome) -> None:
 
 
 @pytest.mark.slow
-def test_the_keyboard_walks_through_cards_and_viewer(report: webdriver.Chrome) -> None:
+def test_keyboard_navigation_of_cards_and_viewer(report: webdriver.Chrome) -> None:
     texts = [card.text for card in cards(report)]
     report.execute_script("document.querySelector('#cards button').focus()")
     press(report, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT, Keys.ENTER)
@@ -146,7 +146,7 @@ def test_the_keyboard_walks_through_cards_and_viewer(report: webdriver.Chrome) -
 
 
 @pytest.mark.slow
-def test_the_viewer_walks_through_filtered_samples_only(report: webdriver.Chrome) -> None:
+def test_viewer_steps_through_filtered_samples_only(report: webdriver.Chrome) -> None:
     Select(report.find_element(By.CSS_SELECTOR, "[data-filter=defect]")).select_by_value("good")
     count = len(cards(report))
     cards(report)[0].click()
@@ -157,7 +157,7 @@ def test_the_viewer_walks_through_filtered_samples_only(report: webdriver.Chrome
 
 
 @pytest.mark.slow
-def test_the_viewer_shows_every_panel(report: webdriver.Chrome) -> None:
+def test_viewer_shows_every_panel(report: webdriver.Chrome) -> None:
     next(card for card in cards(report) if card.text.startswith("miss")).click()
     panels = [each.text for each in report.find_elements(By.CSS_SELECTOR, "#panels figcaption")]
     assert panels == ["image", "ground truth", "xyz map", "rgb map", "fused map"]
@@ -165,7 +165,7 @@ def test_the_viewer_shows_every_panel(report: webdriver.Chrome) -> None:
 
 
 @pytest.mark.slow
-def test_a_defective_sample_is_never_called_good(report: webdriver.Chrome) -> None:
+def test_defective_sample_without_marked_pixels_is_not_called_good(report: webdriver.Chrome) -> None:
     def truth(text: str) -> str:
         next(card for card in cards(report) if text in card.text).click()
         title = report.find_elements(By.CSS_SELECTOR, "#panels figcaption")[1].text
@@ -177,8 +177,8 @@ def test_a_defective_sample_is_never_called_good(report: webdriver.Chrome) -> No
 
 
 @pytest.mark.slow
-def test_the_3d_view_draws_by_image_and_by_score(report: webdriver.Chrome) -> None:
-    assert report.execute_script("return typeof Plotly") == "undefined"  # nothing is started before it is asked for
+def test_3d_view_in_colors_of_image_and_score(report: webdriver.Chrome) -> None:
+    assert report.execute_script("return typeof Plotly") == "undefined"  # Plotly is loaded on demand
     cards(report)[0].click()
     report.find_element(By.ID, "draw").click()
     by_image = drawn(report)
@@ -204,7 +204,7 @@ def camera(report: webdriver.Chrome) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_the_keyboard_turns_the_3d_view_and_the_next_sample_keeps_it(report: webdriver.Chrome) -> None:
+def test_keyboard_rotates_the_3d_view_and_the_next_sample_keeps_it(report: webdriver.Chrome) -> None:
     def press_shifted(key: str) -> None:
         ActionChains(report).key_down(Keys.SHIFT).send_keys(key).key_up(Keys.SHIFT).perform()
 
@@ -239,7 +239,7 @@ def test_the_keyboard_turns_the_3d_view_and_the_next_sample_keeps_it(report: web
 
 
 @pytest.mark.slow
-def test_a_browser_without_webgl_is_told_so(report: webdriver.Chrome) -> None:
+def test_browser_without_webgl_shows_a_note(report: webdriver.Chrome) -> None:
     report.execute_script("HTMLCanvasElement.prototype.getContext = () => null")
     cards(report)[0].click()
     press(report, "3")
@@ -249,7 +249,7 @@ def test_a_browser_without_webgl_is_told_so(report: webdriver.Chrome) -> None:
 
 
 @pytest.mark.slow
-def test_a_step_is_said_aloud(report: webdriver.Chrome) -> None:
+def test_steps_are_announced_to_screen_readers(report: webdriver.Chrome) -> None:
     cards(report)[0].click()
     facts = report.find_element(By.ID, "viewer-facts")
     assert facts.get_attribute("aria-live") == "polite"
@@ -273,7 +273,7 @@ def test_only_opening_the_3d_view_scrolls_to_it(report: webdriver.Chrome) -> Non
 
 
 @pytest.mark.slow
-def test_nothing_is_wider_than_a_phone(report: webdriver.Chrome) -> None:
+def test_page_fits_the_width_of_a_phone(report: webdriver.Chrome) -> None:
     report.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True},
