@@ -1,4 +1,4 @@
-"""The shown samples: the worst first, then a spread; pictures and clouds show what they were made of."""
+"""Gallery of a report: choice of samples, their images and packed clouds."""
 
 import base64
 import gzip
@@ -47,29 +47,29 @@ def opened(uri: str) -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("path", "score", "said"),
+    ("path", "score", "expected"),
     [
         ("test/hole/000", 0.6, HIT),
-        ("test/hole/000", 0.5, MISS),  # a score above the threshold is anomalous, the threshold itself is not
+        ("test/hole/000", 0.5, MISS),  # a score equal to the threshold is normal
         ("test/good/000", 0.6, FALSE_ALARM),
         ("test/good/000", 0.5, CORRECT_PASS),
     ],
 )
-def test_outcomes(path: str, score: float, said: str) -> None:
-    assert outcome(made_up_sample(path, score), AT_HALF) == said
+def test_outcomes(path: str, score: float, expected: str) -> None:
+    assert outcome(made_up_sample(path, score), AT_HALF) == expected
 
 
-# Which samples
+# Choice of samples
 
 
-def test_the_worst_come_first_then_the_nearest_to_the_threshold() -> None:
+def test_worst_samples_come_first_then_the_nearest_to_the_threshold() -> None:
     scores = {"hole/0": 0.1, "hole/1": 0.45, "good/0": 0.8, "good/1": 0.1, "good/2": 0.4, "hole/2": 0.9, "hole/3": 0.55}
     samples = [made_up_sample(f"test/{path}", score) for path, score in scores.items()]
     chosen = [samples[i].path.removeprefix("test/") for i in choose_samples(samples, AT_HALF, 7)]
     assert chosen == ["hole/0", "good/0", "hole/1", "hole/3", "good/2", "good/1", "hole/2"]
 
 
-def test_wrong_samples_leave_room_for_right_ones_where_there_are_any() -> None:
+def test_wrong_samples_leave_room_for_right_ones() -> None:
     wrong = [made_up_sample(f"test/hole/{i:03d}", 0.4 - i / 100) for i in range(20)]
     right = [made_up_sample(f"test/good/{i:03d}", 0.1 + i / 100) for i in range(20)]
     chosen = choose_samples(wrong + right, AT_HALF, 8)
@@ -79,7 +79,7 @@ def test_wrong_samples_leave_room_for_right_ones_where_there_are_any() -> None:
     assert choose_samples(wrong, AT_HALF, 8) == list(range(19, 11, -1))
 
 
-def test_the_spread_covers_every_defect_and_the_range_of_scores() -> None:
+def test_choice_covers_every_defect_and_the_range_of_scores() -> None:
     samples = [made_up_sample(f"test/{defect}/{i:03d}", 0.6 + i / 100) for defect in ("cut", "dent") for i in range(30)]
     chosen = [samples[i] for i in choose_samples(samples, AT_HALF, 6)]
     for defect in ("cut", "dent"):
@@ -87,7 +87,7 @@ def test_the_spread_covers_every_defect_and_the_range_of_scores() -> None:
         assert scores == pytest.approx([0.6, 0.74, 0.89])
 
 
-def test_every_sample_is_shown_once_where_there_is_room() -> None:
+def test_every_sample_is_shown_once_within_the_limit() -> None:
     samples = made_up_samples(13)
     for limit in (13, 14, 1000):
         assert sorted(choose_samples(samples, AT_HALF, limit)) == list(range(13))
@@ -96,7 +96,7 @@ def test_every_sample_is_shown_once_where_there_is_room() -> None:
         assert len(set(chosen)) == len(chosen) == limit
 
 
-def test_without_a_threshold_nothing_is_right_or_wrong() -> None:
+def test_outcomes_without_a_threshold_are_undecided() -> None:
     samples = made_up_samples(10)
     views = shown(samples, 10, decision=None)
     assert {view["outcome"] for view in views} == {UNDECIDED}
@@ -104,16 +104,16 @@ def test_without_a_threshold_nothing_is_right_or_wrong() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 24, 25])
-def test_a_spread_order_is_a_permutation_from_the_ends_inwards(count: int) -> None:
+def test_spread_order_is_a_permutation_from_the_ends_inwards(count: int) -> None:
     order = spread_order(count)
     assert sorted(order) == list(range(count))
     assert order[:3] == [0, count - 1, (count - 1) // 2][:count]
 
 
-# What is shown of them
+# Views of a sample
 
 
-def test_a_view_is_plain_data_of_the_part() -> None:
+def test_view_is_plain_data() -> None:
     samples = [made_up_sample("test/hole/007", 0.7), made_up_sample("test/good/001", 0.2)]
     view, good = shown(samples, 2)
     if view["path"] != samples[0].path:
@@ -134,7 +134,7 @@ def test_the_map_of_a_single_bank_is_shown_once() -> None:
     assert view["scores"] == {}
 
 
-def test_pictures_keep_the_proportions_of_the_photo() -> None:
+def test_views_keep_the_aspect_ratio_of_the_image() -> None:
     image = np.zeros((60, 120, 3), dtype=np.uint8)
     image[:, :60, 0] = 255
     (view,) = gallery([made_up_sample("test/hole/000", 0.7)], AT_HALF, 1, lambda i: image, lambda i: None)
@@ -144,7 +144,7 @@ def test_pictures_keep_the_proportions_of_the_photo() -> None:
     assert opened(view["maps"]["fused"]).size == opened(view["truth"]).size == (VIEW_SIDE, VIEW_SIDE // 2)
 
 
-def test_the_outline_runs_around_the_defect() -> None:
+def test_outline_surrounds_the_defect() -> None:
     sample = made_up_sample("test/hole/000", 0.7)
     mask = np.zeros((SIDE, SIDE), dtype=np.uint8)
     mask[:16, 32:48] = 1  # at the upper edge
@@ -156,7 +156,7 @@ def test_the_outline_runs_around_the_defect() -> None:
     assert outline[below // 2, middle, 3] == outline[below + 4, middle, 3] == 0
 
 
-def test_the_smallest_defect_keeps_its_outline() -> None:
+def test_defect_of_one_pixel_has_an_outline() -> None:
     sample = made_up_sample("test/hole/000", 0.7, side=4 * VIEW_SIDE)
     mask = np.zeros((4 * VIEW_SIDE, 4 * VIEW_SIDE), dtype=np.uint8)
     mask[400, 401] = 1
@@ -171,7 +171,7 @@ def test_one_color_scale_for_all_samples_of_a_class() -> None:
     assert views[strong.path].max() > 1.5 * views[weak.path].max()
 
 
-def test_without_a_photo_the_depths_are_shown() -> None:
+def test_depth_is_shown_without_an_image() -> None:
     (view,) = shown([made_up_sample("test/hole/000", 0.7)], 1, image=False)
     assert view["view"]["name"] == "depth"
     depth = np.asarray(opened(view["view"]["picture"]).convert("L")).astype(int)
@@ -179,20 +179,20 @@ def test_without_a_photo_the_depths_are_shown() -> None:
     assert view["cloud"]["colored"] is False
 
 
-def test_without_photo_and_cloud_the_maps_are_shown() -> None:
+def test_maps_are_shown_without_image_and_cloud() -> None:
     (view,) = shown([made_up_sample("test/hole/000", 0.7)], 1, image=False, cloud=False)
     assert view["view"] is view["cloud"] is None
     assert opened(view["maps"]["fused"]).size == (VIEW_SIDE, VIEW_SIDE)
 
 
-def test_nothing_is_read_for_no_part() -> None:
+def test_nothing_is_read_with_limit_0() -> None:
     def refuse(number: int) -> None:
         raise AssertionError("read")
 
     assert gallery(made_up_samples(4), AT_HALF, 0, refuse, refuse) == []
 
 
-def test_files_are_read_by_the_number_of_the_part() -> None:
+def test_files_are_read_by_the_index_of_the_sample() -> None:
     samples, read = made_up_samples(8), []
     views = gallery(samples, AT_HALF, 3, read.append, lambda i: None)  # type: ignore[arg-type, func-returns-value]
     assert [samples[i].path for i in read] == [view["path"] for view in views]
@@ -212,7 +212,7 @@ def unpacked(cloud: dict) -> dict[str, np.ndarray]:
     return {"xyz": points / 1000, "score": colors[0], "rgb": colors[1:].T, "grid": grid}
 
 
-def test_a_cloud_keeps_its_places_colors_and_scores() -> None:
+def test_packed_cloud_keeps_positions_colors_and_scores() -> None:
     side = 40
     row, column = np.mgrid[:side, :side].astype(np.float32)
     cloud = np.stack([column * 0.001 - 0.0105, row * 0.001 + 0.001, 0.5 + 0 * row], axis=-1)
@@ -231,7 +231,7 @@ def test_a_cloud_keeps_its_places_colors_and_scores() -> None:
 
 @pytest.mark.parametrize("share", [1.0, 0.3])
 @pytest.mark.parametrize("size", [(300, 300), (150, 600), (90, 88)])
-def test_a_cloud_is_thinned_to_the_limit_and_not_far_below(size: tuple[int, int], share: float) -> None:
+def test_cloud_is_thinned_close_to_the_limit(size: tuple[int, int], share: float) -> None:
     cloud = np.random.default_rng(0).uniform(0.1, 0.2, (*size, 3)).astype(np.float32)
     cloud[int(size[0] * share) :] = 0
     packed = pack_cloud(cloud, None, MAP, (0.0, 1.0))
@@ -242,7 +242,7 @@ def test_a_cloud_is_thinned_to_the_limit_and_not_far_below(size: tuple[int, int]
     assert unpacked(packed)["rgb"].size == 0
 
 
-def test_photo_and_map_of_other_sizes_are_read_at_the_same_places() -> None:
+def test_image_and_map_of_other_sizes_are_aligned_with_the_cloud() -> None:
     cloud = np.full((80, 80, 3), 0.1, dtype=np.float32)
     image = np.zeros((400, 400, 3), dtype=np.uint8)
     image[200:] = 200
@@ -256,7 +256,7 @@ def test_photo_and_map_of_other_sizes_are_read_at_the_same_places() -> None:
 
 
 @pytest.mark.parametrize("side", [800, 801, 90])
-def test_a_thinned_cloud_takes_colors_and_scores_where_its_points_are(side: int) -> None:
+def test_thinned_cloud_keeps_colors_and_scores_of_its_points(side: int) -> None:
     row, column = np.mgrid[:side, :side] / side
     cloud = np.stack([row + 1, column + 1, row + 1], axis=-1).astype(np.float32)
     image = np.stack([255 * row, 255 * column, 0 * row], axis=-1).astype(np.uint8)
@@ -268,11 +268,11 @@ def test_a_thinned_cloud_takes_colors_and_scores_where_its_points_are(side: int)
     assert np.abs(read["score"] - 255 * places[:, 0]).max() < 0.6
 
 
-def test_an_empty_cloud_is_none() -> None:
+def test_empty_cloud_is_none() -> None:
     assert pack_cloud(np.zeros((8, 8, 3), dtype=np.float32), None, MAP, (0.0, 1.0)) is None
 
 
-def test_a_single_point_is_packed() -> None:
+def test_single_point_is_packed() -> None:
     cloud = np.zeros((8, 8, 3), dtype=np.float32)
     cloud[3, 3] = 0.1, 0.2, 0.3
     packed = pack_cloud(cloud, None, MAP, (0.0, 1.0))
