@@ -1,4 +1,4 @@
-"""report.html as main.py writes it: which files it shows, how many samples, and in whose folder."""
+"""report.html of main.py: the files it shows, the number of samples and its folder."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def run_report(folder: Path, bagels: Path, *flags: object) -> list[dict]:
     return shown(folder)
 
 
-def test_the_report_shows_what_results_json_says(bagels: Path, tmp_path: Path) -> None:
+def test_report_matches_results_json(bagels: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = run_into(out, *SMALL, "--dataset_path", bagels, "--method_name", "DINO+Point_MAE")
     page = (out / "report.html").read_text()
@@ -48,7 +48,7 @@ def test_the_report_shows_what_results_json_says(bagels: Path, tmp_path: Path) -
         (["--method_name", "DINO+Point_MAE"], "image", True),
     ],
 )
-def test_files_that_the_run_reads_are_shown(
+def test_report_shows_the_files_that_the_run_reads(
     bagels: Path, tmp_path: Path, flags: list[str], view: str, cloud: bool | None
 ) -> None:
     for sample in run_report(tmp_path / "out", bagels, *flags):
@@ -56,7 +56,7 @@ def test_files_that_the_run_reads_are_shown(
         assert (sample["cloud"] and sample["cloud"]["colored"]) == cloud
 
 
-def test_methods_side_by_side_show_the_same_files(bagels: Path, tmp_path: Path) -> None:
+def test_reports_of_several_methods_show_the_same_files(bagels: Path, tmp_path: Path) -> None:
     flags = [*SMALL, "--dataset_path", bagels, "--method_name", "DINO", "Point_MAE", "--output_dir", tmp_path / "out"]
     printed(*flags)
     for method in ("DINO", "Point_MAE"):
@@ -66,7 +66,7 @@ def test_methods_side_by_side_show_the_same_files(bagels: Path, tmp_path: Path) 
         assert f"<h1>{method}</h1>" in (tmp_path / "out" / method / "report.html").read_text()
 
 
-def test_the_number_of_shown_samples(bagels: Path, tmp_path: Path) -> None:
+def test_number_of_shown_samples(bagels: Path, tmp_path: Path) -> None:
     assert len(run_report(tmp_path / "all", bagels, "--method_name", "DINO")) == 2
     assert len(run_report(tmp_path / "one", bagels, "--method_name", "DINO", "--report_parts", 1)) == 1
     assert run_report(tmp_path / "none", bagels, "--method_name", "DINO", "--report_parts", 0) == []
@@ -84,6 +84,6 @@ def test_a_folder_in_place_of_a_file_is_refused(
     assert list((tmp_path / "out").rglob("*.*")) == [path]
 
 
-def test_fewer_than_no_samples_are_refused(bagels: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_negative_number_of_samples_is_refused(bagels: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, *SMALL, "--dataset_path", bagels, "--report_parts", -1)
     assert "report_parts is -1" in message
