@@ -1,4 +1,4 @@
-"""The RGB backbones: which patch lies where, what is dropped, and that weights of each format are read right."""
+"""RGB backbones: position of patches, dropped tokens, and weights in every format."""
 
 import math
 from pathlib import Path
@@ -26,13 +26,13 @@ EGYPTIAN_CAT, TABBY, TIGER_CAT = 285, 281, 282  # ImageNet classes
 IMAGENET_MEAN, IMAGENET_STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
-def image(size: int, seed: int = 0) -> Tensor:
-    """(1, 3, size, size) of noise."""
+def noise(size: int, seed: int = 0) -> Tensor:
+    """Random image (1, 3, size, size)."""
     return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def tiny_model(img_size: int = 32, seed: int = 0) -> VisionTransformerBackbone:
-    """A small transformer in which every parameter has values of its own."""
+    """Small transformer with random values in every parameter."""
     backbone = VisionTransformerBackbone(TINY, img_size)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -42,20 +42,20 @@ def tiny_model(img_size: int = 32, seed: int = 0) -> VisionTransformerBackbone:
 
 
 def without_blocks(timm_name: str, img_size: int) -> VisionTransformerBackbone:
-    """No attention: each token depends on its own patch alone."""
+    """Transformer without attention, in which each token depends on its own patch only."""
     backbone = VisionTransformerBackbone(timm_name, img_size)
     backbone.model.blocks = nn.Sequential()
     return backbone.eval()
 
 
-# Vision transformer: which row is which patch
+# Vision transformer: order of patches
 
 
 @torch.no_grad()
 def test_rows_are_the_patches_in_row_major_order() -> None:
     backbone = without_blocks(TINY, 80)
     assert backbone.grid_size == 5
-    plain = image(80)
+    plain = noise(80)
     before = backbone(plain)
     assert before.shape == (1, 25, backbone.embed_dim)
     for row in range(5):
@@ -68,9 +68,9 @@ def test_rows_are_the_patches_in_row_major_order() -> None:
 
 @torch.no_grad()
 def test_each_row_is_the_embedding_of_its_pixels() -> None:
-    """Norm of (weights times pixels of the patch, plus bias, plus position), written out for one patch."""
+    """Row of one patch by hand: norm of (weights times pixels, plus bias, plus position)."""
     backbone = without_blocks(TINY, 48)
-    model, rgb = backbone.model, image(48)
+    model, rgb = backbone.model, noise(48)
     pixels = rgb[0, :, 32:48, 16:32]  # row 2, column 1 of three by three
     token = model.patch_embed.proj.weight.flatten(1) @ pixels.flatten() + model.patch_embed.proj.bias
     token = token + model.pos_embed[0, 1 + 2 * 3 + 1]  # the class token is position 0
@@ -85,24 +85,24 @@ def test_each_row_is_the_embedding_of_its_pixels() -> None:
 def test_prefix_tokens_are_dropped_and_nothing_else(timm_name: str, prefix_tokens: int) -> None:
     side = 2 * int(timm_name.split("patch")[1][:2])
     backbone = without_blocks(timm_name, side)
-    rgb = image(side)
+    rgb = noise(side)
     with_prefix = backbone.model.forward_features(rgb)
     assert with_prefix.shape[1] == prefix_tokens + 4
     assert torch.equal(backbone(rgb), with_prefix[:, prefix_tokens:])
 
 
 @torch.no_grad()
-def test_the_final_norm_is_on_the_tokens() -> None:
+def test_final_norm_is_applied_to_the_tokens() -> None:
     backbone = tiny_model()
-    before = backbone(image(32))
+    before = backbone(noise(32))
     backbone.model.norm.bias += 3.0
-    torch.testing.assert_close(backbone(image(32)), before + 3.0, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(backbone(noise(32)), before + 3.0, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_each_picture_of_a_batch_has_its_own_features() -> None:
+def test_batch_matches_single_images() -> None:
     backbone = tiny_model()
-    both = torch.cat([image(32), image(32, seed=1)])
+    both = torch.cat([noise(32), noise(32, seed=1)])
     features = backbone(both)
     for i in range(2):
         torch.testing.assert_close(features[i], backbone(both[i : i + 1])[0], rtol=1e-4, atol=1e-4)
@@ -124,7 +124,7 @@ def test_img_size_that_patches_do_not_divide_is_refused(img_size: int) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, spec in RGB_BACKBONES.items() if spec.files.names])
-def test_the_named_transformers_have_patches_of_eight_pixels(name: str) -> None:
+def test_named_transformers_have_patches_of_eight_pixels(name: str) -> None:
     spec = RGB_BACKBONES[name]
     with torch.device("meta"):
         backbone = VisionTransformerBackbone(spec.timm_name, 224)
@@ -137,12 +137,12 @@ def test_the_named_transformers_have_patches_of_eight_pixels(name: str) -> None:
 # Vision transformer: weights of PyTorch files
 
 
-def test_pth_weights_are_read_back(tmp_path: Path) -> None:
+def test_round_trip_of_pth_weights(tmp_path: Path) -> None:
     written = tiny_model()
     torch.save(written.model.state_dict(), tmp_path / "weights.pth")
     read = load_vision_transformer(VisionTransformerBackbone(TINY, 32), tmp_path / "weights.pth").eval()
     with torch.no_grad():
-        assert torch.equal(read(image(32)), written(image(32)))
+        assert torch.equal(read(noise(32)), written(noise(32)))
 
 
 def test_position_embedding_is_resampled_to_another_img_size(tmp_path: Path) -> None:
@@ -151,26 +151,26 @@ def test_position_embedding_is_resampled_to_another_img_size(tmp_path: Path) -> 
     backbone = load_vision_transformer(VisionTransformerBackbone(TINY, 112), tmp_path / "weights.pth")
     assert backbone.grid_size == 7
     theirs, ours = state["pos_embed"][0], backbone.model.pos_embed[0]
-    assert torch.equal(ours[0], theirs[0])  # of the class token
+    assert torch.equal(ours[0], theirs[0])  # position of the class token
     plane = theirs[1:].T.reshape(1, 192, 14, 14)
     resized = F.interpolate(plane, (7, 7), mode="bicubic", antialias=True)[0].flatten(1).T
     torch.testing.assert_close(ours[1:], resized, rtol=1e-4, atol=1e-5)
     for key, value in backbone.model.state_dict().items():
         assert key == "pos_embed" or torch.equal(value, state[key]), key
     with torch.no_grad():
-        assert backbone.eval()(image(112)).shape == (1, 49, 192)
+        assert backbone.eval()(noise(112)).shape == (1, 49, 192)
 
 
 def test_resampled_positions_stay_in_place(tmp_path: Path) -> None:
-    """An embedding that holds each patch's own coordinates still does so on the coarser grid."""
+    """An embedding of each patch's coordinates still holds them on the coarser grid."""
     state = tiny_model(224).model.state_dict()
     rows, columns = torch.meshgrid(torch.arange(14.0), torch.arange(14.0), indexing="ij")
     state["pos_embed"][0, 1:, 0], state["pos_embed"][0, 1:, 1] = rows.flatten(), columns.flatten()
     torch.save(state, tmp_path / "weights.pth")
     backbone = load_vision_transformer(VisionTransformerBackbone(TINY, 112), tmp_path / "weights.pth")
     planes = backbone.model.pos_embed[0, 1:, :2].T.reshape(2, 7, 7)
-    centers = torch.arange(7.0) * 2 + 0.5  # of two patches each
-    inner = slice(1, 6)  # at the border the filter is cut off
+    centers = torch.arange(7.0) * 2 + 0.5  # centers of two patches each
+    inner = slice(1, 6)  # the filter is truncated at the border
     torch.testing.assert_close(planes[0, inner, 3], centers[inner], rtol=0, atol=0.05)
     torch.testing.assert_close(planes[1, 3, inner], centers[inner], rtol=0, atol=0.05)
 
@@ -179,7 +179,7 @@ def test_resampled_positions_stay_in_place(tmp_path: Path) -> None:
 
 
 def jax_arrays(model: nn.Module, num_heads: int = 3) -> dict[str, NDArray]:
-    """A timm transformer in the names and layouts of the published augreg files (Flax: kernels are (in, out))."""
+    """Weights of a timm transformer in the layout of the published augreg files, whose Flax kernels are (in, out)."""
     state = {key: value.numpy() for key, value in model.state_dict().items()}
     width = state["cls_token"].shape[-1]
     arrays = {
@@ -189,7 +189,7 @@ def jax_arrays(model: nn.Module, num_heads: int = 3) -> dict[str, NDArray]:
         "Transformer/posembed_input/pos_embedding": state["pos_embed"],
         "Transformer/encoder_norm/scale": state["norm.weight"],
         "Transformer/encoder_norm/bias": state["norm.bias"],
-        "head/kernel": np.ones((width, 1000), np.float32),  # the classifier rides along and is not wanted
+        "head/kernel": np.ones((width, 1000), np.float32),  # the classifier is ignored
         "head/bias": np.ones(1000, np.float32),
     }
     for i in range(len(model.blocks)):
@@ -210,14 +210,14 @@ def jax_arrays(model: nn.Module, num_heads: int = 3) -> dict[str, NDArray]:
     return arrays
 
 
-def test_jax_weights_are_read_back(tmp_path: Path) -> None:
+def test_round_trip_of_jax_weights(tmp_path: Path) -> None:
     written = tiny_model()
     np.savez(tmp_path / "weights.npz", **jax_arrays(written.model))
     read = load_vision_transformer(tiny_model(seed=1), tmp_path / "weights.npz")
     for key, value in written.model.state_dict().items():
         assert torch.equal(read.model.state_dict()[key], value), key
     with torch.no_grad():
-        assert torch.equal(read(image(32)), written(image(32)))
+        assert torch.equal(read(noise(32)), written(noise(32)))
 
 
 def test_jax_position_embedding_is_resampled(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_jax_position_embedding_is_resampled(tmp_path: Path) -> None:
     assert torch.equal(read.model.pos_embed[0, 0], written.model.pos_embed[0, 0])
     means = written.model.pos_embed[0, 1:].reshape(4, 4, 192)
     resampled = read.model.pos_embed[0, 1:].reshape(2, 2, 192)
-    assert F.cosine_similarity(resampled[1, 0], means[2:, :2].mean(dim=(0, 1)), dim=0) > 0.9  # stays in its corner
+    assert F.cosine_similarity(resampled[1, 0], means[2:, :2].mean(dim=(0, 1)), dim=0) > 0.9  # same corner
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_jax_position_embedding_is_resampled(tmp_path: Path) -> None:
         ("pickled", "weights.npz"),
     ],
 )
-def test_damaged_jax_files_are_named_in_one_line(tmp_path: Path, damage: str, named: str) -> None:
+def test_damaged_jax_files_are_refused_in_one_line(tmp_path: Path, damage: str, named: str) -> None:
     path = tmp_path / "weights.npz"
     arrays = jax_arrays(tiny_model().model)
     if damage == "missing":
@@ -260,7 +260,7 @@ def test_damaged_jax_files_are_named_in_one_line(tmp_path: Path, damage: str, na
         path.write_bytes(b"")
     elif damage == "text":
         path.write_text("<html>404</html>")
-    try:  # what pytest.raises keeps would hold timm's open file until some later test
+    try:  # pytest.raises would keep timm's file open until a later test
         load_vision_transformer(tiny_model(seed=1), path)
     except InputError as error:
         message = str(error)
@@ -271,15 +271,17 @@ def test_damaged_jax_files_are_named_in_one_line(tmp_path: Path, damage: str, na
     assert "\n" not in message
 
 
-def test_missing_weights_say_what_was_looked_for_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_weights_are_refused_with_file_folder_and_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> NoReturn:
         raise LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     with torch.device("meta"), pytest.raises(InputError) as caught:
         build_rgb_backbone("vit_base_patch8_224_dino", tmp_path, 224)
-    for part in ("dino_vitbase8_pretrain.pth", str(tmp_path), "https://dl.fbaipublicfiles.com/dino"):
-        assert part in str(caught.value)
+    for text in ("dino_vitbase8_pretrain.pth", str(tmp_path), "https://dl.fbaipublicfiles.com/dino"):
+        assert text in str(caught.value)
 
 
 def test_unknown_backbone_lists_the_known_ones(tmp_path: Path) -> None:
@@ -294,17 +296,17 @@ def test_unknown_backbone_lists_the_known_ones(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def efficientnet(tmp_path_factory: pytest.TempPathFactory) -> EfficientNetLiteBackbone:
-    """Built from an empty checkpoint folder: its weights come with a pip package."""
+    """Backbone built from an empty checkpoint folder, because its weights come with a package."""
     backbone = build_rgb_backbone("efficientnet_lite0", tmp_path_factory.mktemp("empty"), 224)
     assert isinstance(backbone, EfficientNetLiteBackbone)
     return backbone
 
 
 @torch.no_grad()
-def test_efficientnet_weights_know_a_cat(efficientnet: EfficientNetLiteBackbone) -> None:
-    """A photograph through the classifier: tensors in the wrong place would not name it."""
-    image = Image.fromarray(skimage.data.chelsea()).crop((75, 0, 375, 300)).resize((224, 224), Image.Resampling.BICUBIC)
-    pixels = (np.asarray(image, dtype=np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+def test_efficientnet_weights_recognize_a_cat(efficientnet: EfficientNetLiteBackbone) -> None:
+    """The classifier would not name the image if weights were in the wrong place."""
+    noise = Image.fromarray(skimage.data.chelsea()).crop((75, 0, 375, 300)).resize((224, 224), Image.Resampling.BICUBIC)
+    pixels = (np.asarray(noise, dtype=np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
     share = efficientnet.model(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]).softmax(dim=1)[0]
     assert int(share.argmax()) == EGYPTIAN_CAT
     assert share[[EGYPTIAN_CAT, TABBY, TIGER_CAT]].sum() > 0.7
@@ -314,7 +316,7 @@ def test_efficientnet_weights_know_a_cat(efficientnet: EfficientNetLiteBackbone)
 def test_efficientnet_grid_and_width(efficientnet: EfficientNetLiteBackbone) -> None:
     assert efficientnet.grid_size == 28
     assert efficientnet.embed_dim == 40 + 112  # stages of stride 8 and 16
-    assert efficientnet(image(224)).shape == (1, 784, 152)
+    assert efficientnet(noise(224)).shape == (1, 784, 152)
     assert not efficientnet.training
 
 
@@ -323,18 +325,18 @@ def test_efficientnet_grid_and_width(efficientnet: EfficientNetLiteBackbone) -> 
 def test_efficientnet_grid_follows_img_size(img_size: int) -> None:
     backbone = EfficientNetLiteBackbone("tf_efficientnet_lite0", img_size).eval()
     assert backbone.grid_size == math.ceil(img_size / 8)
-    assert backbone(image(img_size)).shape == (1, backbone.grid_size**2, backbone.embed_dim)
+    assert backbone(noise(img_size)).shape == (1, backbone.grid_size**2, backbone.embed_dim)
 
 
 @torch.no_grad()
-def test_efficientnet_patches_are_means_of_three_by_three(efficientnet: EfficientNetLiteBackbone) -> None:
-    rgb = image(224)
+def test_efficientnet_patches_are_means_of_3_x_3(efficientnet: EfficientNetLiteBackbone) -> None:
+    rgb = noise(224)
     patches = efficientnet(rgb).reshape(28, 28, 152)
     fine, coarse = efficientnet.model.forward_intermediates(rgb, indices=[2, 3], intermediates_only=True)
     assert fine.shape == (1, 40, 28, 28)
     assert coarse.shape == (1, 112, 14, 14)
     torch.testing.assert_close(patches[5, 9, :40], fine[0, :, 4:7, 8:11].mean(dim=(1, 2)), rtol=1e-4, atol=1e-4)
-    means = F.pad(coarse, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).mean(dim=(4, 5))[0]  # zeros around
+    means = F.pad(coarse, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).mean(dim=(4, 5))[0]  # zero padding
     # Row 5 of 28 lies at 2.25 of 14, column 10 at 4.75.
     expected = 0.75 * (0.25 * means[:, 2, 4] + 0.75 * means[:, 2, 5])
     expected += 0.25 * (0.25 * means[:, 3, 4] + 0.75 * means[:, 3, 5])
@@ -343,7 +345,7 @@ def test_efficientnet_patches_are_means_of_three_by_three(efficientnet: Efficien
 
 @torch.no_grad()
 @pytest.mark.parametrize(("row", "column"), [(3, 20), (20, 3), (14, 14)])
-def test_efficientnet_patches_lie_where_their_pixels_do(
+def test_efficientnet_patches_align_with_their_pixels(
     efficientnet: EfficientNetLiteBackbone, row: int, column: int
 ) -> None:
     plain = torch.zeros(1, 3, 224, 224)
@@ -355,7 +357,7 @@ def test_efficientnet_patches_lie_where_their_pixels_do(
     assert abs(found[1] - column) <= 1
 
 
-def test_timm_still_names_its_models() -> None:
+def test_timm_knows_the_named_models() -> None:
     names = [spec.timm_name for spec in RGB_BACKBONES.values() if spec.files.names]
     assert all(timm.is_model(name.split(".")[0]) for name in names)
     assert set(names) <= set(timm.list_models(pretrained=True))
