@@ -1,4 +1,4 @@
-"""Files of parts: every format by exact values, every fault by its sentence, and what is paired with what."""
+"""Image and cloud files of samples: exact values of every format, errors of damaged files, and pairing."""
 
 import json
 import math
@@ -31,14 +31,14 @@ from utils.scans.sample_files import (
 H, W = 3, 5
 PCD_ENCODINGS = ("ascii", "binary", "binary_compressed")
 PLY_ENCODINGS = ("ascii", "binary_little_endian", "binary_big_endian")
-# Fields before, between and after the coordinates, which are not in their usual order.
+# Extra fields before, between and after the coordinates, which are in an unusual order.
 MIXED = (("intensity", "u2", 1), ("z", "f4", 1), ("normal", "f4", 3), ("x", "f4", 1), ("y", "f8", 1), ("rgb", "u4", 1))
 PLAIN = (("x", "f4", 1), ("y", "f4", 1), ("z", "f4", 1))
 PLY_NAMES = {"u1": "uchar", "u2": "ushort", "u4": "uint", "f4": "float", "f8": "double"}
 
 
 def cloud() -> np.ndarray:
-    """(H, W, 3) float32 as stored, with every kind of missing point."""
+    """Cloud (H, W, 3) float32 as stored, with every kind of missing point."""
     xyz = np.random.default_rng(0).uniform(-0.2, 0.8, (H, W, 3)).astype(np.float32)
     xyz[0, 1] = np.nan
     xyz[1, 0, 2] = np.inf
@@ -48,7 +48,7 @@ def cloud() -> np.ndarray:
 
 
 def expected() -> np.ndarray:
-    """The same as read."""
+    """The same cloud as read: missing points are zero."""
     xyz = cloud()
     for row, column in ((0, 1), (1, 0), (1, 3), (2, 4)):
         xyz[row, column] = 0
@@ -56,7 +56,7 @@ def expected() -> np.ndarray:
 
 
 def table(xyz: np.ndarray, fields: Sequence[tuple[str, str, int]], order: str = "<") -> np.ndarray:
-    """The points (N,) as records with these fields; what is no coordinate holds other numbers."""
+    """Points (N,) as records with these fields; fields other than coordinates hold other numbers."""
     rows = np.zeros(xyz.size // 3, [(name, order + code, (length,)) for name, code, length in fields])
     for name, _, length in fields:
         values = xyz[..., "xyz".index(name)].ravel() if name in "xyz" else np.arange(len(rows)) + 7
@@ -71,7 +71,7 @@ def ascii_lines(rows: np.ndarray) -> bytes:
 
 
 def literal_lzf(content: bytes) -> bytes:
-    """An LZF stream that repeats nothing: runs of up to 32 bytes, each behind its length less one."""
+    """LZF stream without repeats: runs of up to 32 bytes, each after its length minus one."""
     runs = [content[i : i + 32] for i in range(0, len(content), 32)]
     return b"".join(bytes([len(run) - 1]) + run for run in runs)
 
@@ -120,7 +120,7 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def sentence(read: Callable[[], object]) -> str:
+def error_of(read: Callable[[], object]) -> str:
     with pytest.raises(InputError) as error:
         read()
     message = str(error.value)
@@ -146,7 +146,7 @@ def test_pcd_keeps_missing_points_until_they_are_zeroed(tmp_path: Path, encoding
     np.testing.assert_array_equal(read.astype(np.float32), cloud())
 
 
-def test_pcd_of_another_system(tmp_path: Path) -> None:
+def test_pcd_with_other_line_ends_and_without_count(tmp_path: Path) -> None:
     content = pcd_bytes("binary", newline="\r\n").replace(b"COUNT 1 1 1\r\n", b"")
     np.testing.assert_array_equal(read_cloud(write(tmp_path / "a.PCD", content)), expected())
 
@@ -154,7 +154,7 @@ def test_pcd_of_another_system(tmp_path: Path) -> None:
 def test_lzf_by_hand() -> None:
     assert decompress_lzf(b"\x02abc", 3) == b"abc"
     assert decompress_lzf(b"\x02abc\x20\x02", 6) == b"abcabc"  # 3 bytes from 3 back
-    assert decompress_lzf(b"\x00a\xe0\x05\x00", 15) == b"a" * 15  # 7 + 5 + 2 bytes from 1 back: of itself
+    assert decompress_lzf(b"\x00a\xe0\x05\x00", 15) == b"a" * 15  # 7 + 5 + 2 bytes from 1 back, an overlapping copy
     assert decompress_lzf(b"\x01ab\x40\x01", 6) == b"ababab"
     for packed, length in (
         (b"\x02abc", 4),
@@ -167,11 +167,11 @@ def test_lzf_by_hand() -> None:
             decompress_lzf(packed, length)
 
 
-def test_pcd_as_open3d_compresses_it(tmp_path: Path) -> None:
+def test_pcd_compressed_by_open3d(tmp_path: Path) -> None:
     import open3d
 
     path = tmp_path / "a.pcd"
-    big = np.tile(cloud(), (40, 40, 1))  # repeats itself, so that there is something to compress
+    big = np.tile(cloud(), (40, 40, 1))  # repeated, so that it can be compressed
     written = open3d.t.geometry.PointCloud(big.reshape(-1, 3))
     open3d.t.io.write_point_cloud(path, written, write_ascii=False, compressed=True)
     content = path.read_bytes()
@@ -183,7 +183,7 @@ def test_pcd_as_open3d_compresses_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fields", [PLAIN, MIXED])
 @pytest.mark.parametrize("encoding", PLY_ENCODINGS)
-def test_ply_sized_by_its_photo(tmp_path: Path, encoding: str, fields: Sequence[tuple[str, str, int]]) -> None:
+def test_ply_sized_by_its_image(tmp_path: Path, encoding: str, fields: Sequence[tuple[str, str, int]]) -> None:
     path = write(tmp_path / "a.ply", ply_bytes(encoding, fields))
     read = read_cloud(path, image_size=(H, W))
     assert read.dtype == np.float32
@@ -209,7 +209,7 @@ def test_npy(tmp_path: Path, dtype: str | type) -> None:
     as_stored = np.where(expected() == 0, 0, stored.astype(np.float32))
     np.testing.assert_array_equal(read, as_stored)
     np.save(tmp_path / "a.npy", np.asfortranarray((1000 * cloud()).astype(dtype)))
-    stored = np.load(tmp_path / "a.npy").astype(np.float64) / 1000  # no digit is lost in the precision of the file
+    stored = np.load(tmp_path / "a.npy").astype(np.float64) / 1000  # the conversion loses no precision of the file
     in_meters = np.where(expected() == 0, 0, stored)
     np.testing.assert_allclose(read_cloud(tmp_path / "a.npy", unit="mm"), in_meters, rtol=1e-6)
 
@@ -225,44 +225,44 @@ def test_millimeters(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", millimeters)
     write_organized_pc(tmp_path / "a.tiff", millimeters)
     for name in ("a.npy", "a.tiff"):
-        message = sentence(lambda name=name: read_cloud(tmp_path / name))  # type: ignore[misc]
+        message = error_of(lambda name=name: read_cloud(tmp_path / name))  # type: ignore[misc]
         assert "480 m" in message and "--xyz_unit mm" in message
         read = read_cloud(tmp_path / name, unit="mm")
         np.testing.assert_allclose(read, millimeters / 1000, rtol=1e-6)
     np.save(tmp_path / "b.npy", millimeters * 1000)
-    assert "--xyz_unit" not in sentence(lambda: read_cloud(tmp_path / "b.npy", unit="mm"))
+    assert "--xyz_unit" not in error_of(lambda: read_cloud(tmp_path / "b.npy", unit="mm"))
 
 
-def test_meters_are_not_taken_for_millimeters(tmp_path: Path) -> None:
+def test_meters_given_as_millimeters_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.full((4, 4, 3), (0.1, -0.1, 0.5), np.float32))
-    message = sentence(lambda: read_cloud(tmp_path / "a.npy", unit="mm"))
+    message = error_of(lambda: read_cloud(tmp_path / "a.npy", unit="mm"))
     assert "0.0005196 m away" in message and "Leave out --xyz_unit mm" in message
     np.save(tmp_path / "b.npy", np.full((4, 4, 3), (0.001, 0.001, 0.031), np.float32))
-    assert "--xyz_unit" not in sentence(lambda: read_cloud(tmp_path / "b.npy"))
+    assert "--xyz_unit" not in error_of(lambda: read_cloud(tmp_path / "b.npy"))
     np.save(tmp_path / "b.npy", np.full((4, 4, 3), (0.001, 0.001, 0.033), np.float32))
     assert read_cloud(tmp_path / "b.npy").shape == (4, 4, 3)
     Image.fromarray(np.full((H, W), 500, np.uint16)).save(tmp_path / "a.png")
-    message = sentence(lambda: read_cloud(tmp_path / "a.png", replace(CAMERA, depth_scale=1e-6)))
+    message = error_of(lambda: read_cloud(tmp_path / "a.png", replace(CAMERA, depth_scale=1e-6)))
     assert "Correct the depth_scale" in message
 
 
-def test_a_few_far_points_are_no_other_unit(tmp_path: Path) -> None:
+def test_few_far_points_are_accepted(tmp_path: Path) -> None:
     xyz = np.full((4, 4, 3), 0.5, np.float32)
     xyz[0, :, 2] = 99
     np.save(tmp_path / "a.npy", xyz)
     np.testing.assert_array_equal(read_cloud(tmp_path / "a.npy"), xyz)
 
 
-@pytest.mark.parametrize("wild", [101, -1000, 2e19, 3e38])
-def test_a_single_wild_coordinate_is_told(tmp_path: Path, wild: float) -> None:
+@pytest.mark.parametrize("huge", [101, -1000, 2e19, 3e38])
+def test_single_huge_coordinate_is_refused(tmp_path: Path, huge: float) -> None:
     xyz = np.full((4, 4, 3), 0.5, np.float32)
-    xyz[1, 2, 0] = wild
+    xyz[1, 2, 0] = huge
     np.save(tmp_path / "a.npy", xyz)
-    message = sentence(lambda: read_cloud(tmp_path / "a.npy"))
-    assert f"reach {abs(wild):.4g} m, expected at most 100" in message and "--xyz_unit" not in message
+    message = error_of(lambda: read_cloud(tmp_path / "a.npy"))
+    assert f"reach {abs(huge):.4g} m, expected at most 100" in message and "--xyz_unit" not in message
 
 
-# Depth pictures
+# Depth images
 
 CAMERA = Camera(fx=600.0, fy=500.0, cx=2.0, cy=0.75, depth_scale=0.001, width=W, height=H)
 
@@ -272,7 +272,7 @@ def write_camera(path: Path, **changed: object) -> Path:
     return path
 
 
-def test_a_depth_picture_is_back_projected(tmp_path: Path) -> None:
+def test_depth_image_is_back_projected(tmp_path: Path) -> None:
     depth = np.arange(400, 400 + H * W, dtype=np.uint16).reshape(H, W)
     depth[1, 1] = 0
     Image.fromarray(depth).save(tmp_path / "a.png")
@@ -287,7 +287,7 @@ def test_a_depth_picture_is_back_projected(tmp_path: Path) -> None:
             np.testing.assert_array_equal(read[v, u], np.array(by_hand, np.float32))
 
 
-def test_the_axes_of_the_camera_are_measured(tmp_path: Path) -> None:
+def test_pixels_on_the_camera_axes_are_valid(tmp_path: Path) -> None:
     read = back_project(np.ones((3, 3)), Camera(100.0, 100.0, 1.0, 1.0, 1.0))
     assert (read != 0).all()
     np.testing.assert_allclose(read[1, 1], (OFF_AXIS, OFF_AXIS, 1))
@@ -296,7 +296,7 @@ def test_the_axes_of_the_camera_are_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "parts"),
+    ("changed", "expected_texts"),
     [
         ({"fx": 0}, ["> 0.0", "`fx`"]),
         ({"fy": "600"}, ["got `str`", "`fy`"]),
@@ -308,29 +308,29 @@ def test_the_axes_of_the_camera_are_measured(tmp_path: Path) -> None:
         ({"k1": 0.1, "p2": 0.0}, ["unknown field `k1`", "distortion"]),
     ],
 )
-def test_intrinsics_that_cannot_be(tmp_path: Path, changed: dict[str, object], parts: list[str]) -> None:
-    message = sentence(lambda: read_camera(write_camera(tmp_path / "camera.json", **changed)))
-    assert all(part in message for part in [*parts, "camera.json"]), message
+def test_invalid_intrinsics_are_refused(tmp_path: Path, changed: dict[str, object], expected_texts: list[str]) -> None:
+    message = error_of(lambda: read_camera(write_camera(tmp_path / "camera.json", **changed)))
+    assert all(text in message for text in [*expected_texts, "camera.json"]), message
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[1]", b'{"fx": 1}'])
-def test_intrinsics_that_are_none(tmp_path: Path, content: bytes) -> None:
-    message = sentence(lambda: read_camera(write(tmp_path / "camera.json", content)))
+def test_damaged_intrinsics_are_refused(tmp_path: Path, content: bytes) -> None:
+    message = error_of(lambda: read_camera(write(tmp_path / "camera.json", content)))
     assert "camera.json" in message and "depth_scale" in message
 
 
-def test_intrinsics_that_are_not_there(tmp_path: Path) -> None:
-    message = sentence(lambda: read_camera(tmp_path / "camera.json"))
+def test_missing_intrinsics_are_refused(tmp_path: Path) -> None:
+    message = error_of(lambda: read_camera(tmp_path / "camera.json"))
     assert "camera.json is missing. Write" in message and "sample" not in message
 
 
-def test_intrinsics_that_windows_wrote(tmp_path: Path) -> None:
+def test_intrinsics_with_a_byte_order_mark(tmp_path: Path) -> None:
     path = write_camera(tmp_path / "camera.json")
     assert read_camera(write(path, b"\xef\xbb\xbf" + path.read_bytes())) == CAMERA
 
 
 @pytest.mark.parametrize(
-    ("pixels", "part"),
+    ("pixels", "expected_text"),
     [
         (np.zeros((H, W), np.uint8), "holds L pixels"),
         (np.zeros((H, W, 3), np.uint8), "holds RGB pixels"),
@@ -338,19 +338,19 @@ def test_intrinsics_that_windows_wrote(tmp_path: Path) -> None:
         (np.ones((H, W + 1), np.uint16), f"{W + 1} pixels wide, but the intrinsics say {W}"),
     ],
 )
-def test_a_picture_that_is_no_depth(tmp_path: Path, pixels: np.ndarray, part: str) -> None:
+def test_other_images_are_refused_as_depth(tmp_path: Path, pixels: np.ndarray, expected_text: str) -> None:
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert part in sentence(lambda: read_depth_png(tmp_path / "a.png", CAMERA))
+    assert expected_text in error_of(lambda: read_depth_png(tmp_path / "a.png", CAMERA))
 
 
-def test_a_depth_picture_needs_a_camera_of_its_scale(tmp_path: Path) -> None:
+def test_depth_image_needs_intrinsics_with_its_scale(tmp_path: Path) -> None:
     Image.fromarray(np.full((H, W), 500, np.uint16)).save(tmp_path / "a.png")
-    assert "--intrinsics" in sentence(lambda: read_cloud(tmp_path / "a.png"))
-    message = sentence(lambda: read_cloud(tmp_path / "a.png", replace(CAMERA, depth_scale=1.0)))
+    assert "--intrinsics" in error_of(lambda: read_cloud(tmp_path / "a.png"))
+    message = error_of(lambda: read_cloud(tmp_path / "a.png", replace(CAMERA, depth_scale=1.0)))
     assert "500 m" in message and "depth_scale" in message
 
 
-# Faults
+# Damaged files
 
 
 def without(content: bytes, *lines: bytes) -> bytes:
@@ -360,7 +360,7 @@ def without(content: bytes, *lines: bytes) -> bytes:
     return content
 
 
-BROKEN = {
+DAMAGED = {
     "empty.pcd": (b"", "not a PCD file"),
     "rubbish.pcd": (bytes(range(256)) * 600, "not a PCD file"),
     "header_only.pcd": (pcd_bytes("binary")[:100], "not a PCD file"),
@@ -421,8 +421,8 @@ BROKEN = {
 }
 
 
-def test_a_broken_file_is_named_with_its_fault(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for name, (content, pattern) in BROKEN.items():
+def test_damaged_files_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name, (content, pattern) in DAMAGED.items():
         path = write(tmp_path / name, content)
         with pytest.raises(InputError) as error:
             read_cloud(path, image_size=(H, W))
@@ -432,13 +432,13 @@ def test_a_broken_file_is_named_with_its_fault(tmp_path: Path, capfd: pytest.Cap
         assert capfd.readouterr() == ("", ""), f"{name}: the error is the only output"
 
 
-def test_a_ply_without_a_size(tmp_path: Path) -> None:
-    message = sentence(lambda: read_ply(write(tmp_path / "a.ply", ply_bytes("ascii"))))
+def test_ply_without_a_size_is_refused(tmp_path: Path) -> None:
+    message = error_of(lambda: read_ply(write(tmp_path / "a.ply", ply_bytes("ascii"))))
     assert "num_rows and num_cols" in message and ".npy" in message
 
 
 @pytest.mark.parametrize(
-    ("array", "part"),
+    ("array", "expected_text"),
     [
         (np.ones((4, 4), np.float32), "4 x 4, expected H x W x 3"),
         (np.ones((4, 0, 3), np.float32), "4 x 0 x 3, expected H x W x 3"),
@@ -447,38 +447,38 @@ def test_a_ply_without_a_size(tmp_path: Path) -> None:
         (np.array([[["a", None, 1]]], dtype=object), "no complete .npy array"),
     ],
 )
-def test_an_array_that_is_no_cloud(tmp_path: Path, array: np.ndarray, part: str) -> None:
+def test_arrays_of_other_shapes_and_types_are_refused(tmp_path: Path, array: np.ndarray, expected_text: str) -> None:
     np.save(tmp_path / "a.npy", array)
-    message = sentence(lambda: read_cloud(tmp_path / "a.npy"))
-    assert part in message and "a.npy" in message
+    message = error_of(lambda: read_cloud(tmp_path / "a.npy"))
+    assert expected_text in message and "a.npy" in message
 
 
-def test_arrays_that_are_no_single_complete_one(tmp_path: Path) -> None:
+def test_truncated_and_multiple_arrays_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", cloud())
     content = (tmp_path / "a.npy").read_bytes()
-    assert "no complete" in sentence(lambda: read_cloud(write(tmp_path / "a.npy", content[:-1])))
+    assert "no complete" in error_of(lambda: read_cloud(write(tmp_path / "a.npy", content[:-1])))
     with (tmp_path / "b.npy").open("wb") as file:
         np.savez(file, cloud(), cloud())
-    assert "no complete" in sentence(lambda: read_cloud(tmp_path / "b.npy"))
+    assert "no complete" in error_of(lambda: read_cloud(tmp_path / "b.npy"))
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".pcd", ".ply", ".tiff"])
-def test_a_file_that_is_not_there(tmp_path: Path, suffix: str) -> None:
+def test_missing_files_are_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
-    assert str(path) in sentence(lambda: read_cloud(path))
+    assert str(path) in error_of(lambda: read_cloud(path))
 
 
-def test_views_that_differ() -> None:
-    def differ(photo: tuple[int, int], scan: tuple[int, int], same_pixels: bool = False) -> None:
-        check_same_view("a", np.zeros((*photo, 3), np.uint8), np.zeros((*scan, 3), np.float32), same_pixels)
+def test_image_and_cloud_must_show_the_same_view() -> None:
+    def differ(image: tuple[int, int], cloud: tuple[int, int], same_pixels: bool = False) -> None:
+        check_same_view("a", np.zeros((*image, 3), np.uint8), np.zeros((*cloud, 3), np.float32), same_pixels)
 
     differ((480, 640), (480, 640), same_pixels=True)
     differ((960, 1280), (480, 640))
-    differ((963, 1280), (480, 640))  # rounded somewhere
-    message = sentence(lambda: differ((960, 1280), (640, 480)))
+    differ((963, 1280), (480, 640))  # rounded size
+    message = error_of(lambda: differ((960, 1280), (640, 480)))
     assert "960 x 1280" in message and "640 x 480" in message
-    assert "cleaning" in sentence(lambda: differ((960, 1280), (480, 640), same_pixels=True))
-    sentence(lambda: differ((480, 640), (480, 480)))
+    assert "cleaning" in error_of(lambda: differ((960, 1280), (480, 640), same_pixels=True))
+    error_of(lambda: differ((480, 640), (480, 480)))
 
 
 # Pairing
@@ -490,8 +490,8 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).touch()
 
 
-def names(parts: Sequence[SampleFiles]) -> list[str]:
-    return [part.path for part in parts]
+def names(samples: Sequence[SampleFiles]) -> list[str]:
+    return [sample.path for sample in samples]
 
 
 def test_folders_are_paired_by_stem(tmp_path: Path) -> None:
@@ -502,7 +502,7 @@ def test_folders_are_paired_by_stem(tmp_path: Path) -> None:
         SampleFiles("10", tmp_path / "rgb/10.png", tmp_path / "xyz/10.PLY"),
         SampleFiles("2", tmp_path / "rgb/2.JPG", tmp_path / "xyz/2.npy"),
     ]
-    assert [part for part, _ in found.incomplete] == [
+    assert [sample for sample, _ in found.incomplete] == [
         SampleFiles("lone", tmp_path / "rgb/lone.jpeg"),
         SampleFiles("stray", None, tmp_path / "xyz/stray.pcd"),
     ]
@@ -511,7 +511,7 @@ def test_folders_are_paired_by_stem(tmp_path: Path) -> None:
     assert "stray.pcd has no image of the same stem" in faults[1]
 
 
-def test_one_kind_alone(tmp_path: Path) -> None:
+def test_single_modality(tmp_path: Path) -> None:
     touch(tmp_path, "b.png", "a.png", "c.tiff")
     assert find_samples(str(tmp_path), None).samples == [
         SampleFiles("a", tmp_path / "a.png"),
@@ -526,7 +526,7 @@ def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert names(find_samples(pattern, None).samples) == ["photo_a", "photo_b"]
     monkeypatch.chdir(tmp_path / "line/1")
     assert find_samples("../*/photo_?.png", None).samples[1].rgb == Path("../2/photo_b.png")
-    assert names(find_samples("../../x[1].png", None).samples) == ["x[1]"], "a file that is there is no pattern"
+    assert names(find_samples("../../x[1].png", None).samples) == ["x[1]"], "an existing file is not a pattern"
 
 
 def test_two_files_need_no_common_stem(tmp_path: Path) -> None:
@@ -539,32 +539,32 @@ def test_a_file_and_a_folder_are_paired_by_stem(tmp_path: Path) -> None:
     touch(tmp_path, "rgb/a.png", "xyz/a.tiff", "xyz/b.tiff")
     found = find_samples(str(tmp_path / "rgb/a.png"), str(tmp_path / "xyz"))
     assert names(found.samples) == ["a"]
-    assert names([part for part, _ in found.incomplete]) == ["b"]
+    assert names([sample for sample, _ in found.incomplete]) == ["b"]
 
 
-def test_stems_that_are_not_unique(tmp_path: Path) -> None:
+def test_stems_must_be_unique(tmp_path: Path) -> None:
     touch(tmp_path, "rgb/a.png", "rgb/b.png", "xyz/a.npy", "xyz/a.tiff", "xyz/b.npy")
     found = find_samples(str(tmp_path / "rgb"), str(tmp_path / "xyz"))
     assert names(found.samples) == ["b"]
-    ((part, fault),) = found.incomplete
-    assert part.path == "a"
+    ((sample, fault),) = found.incomplete
+    assert sample.path == "a"
     assert "a.npy" in fault and "a.tiff share a stem" in fault
 
 
-def test_depth_pictures_count_with_a_camera(tmp_path: Path) -> None:
+def test_depth_images_are_clouds_with_intrinsics(tmp_path: Path) -> None:
     touch(tmp_path, "rgb/a.png", "depth/a.png")
     assert cloud_suffixes(None) == CLOUD_SUFFIXES
     assert set(cloud_suffixes(CAMERA)) == {*CLOUD_SUFFIXES, *DEPTH_SUFFIXES}
     found = find_samples(str(tmp_path / "rgb"), str(tmp_path / "depth"), cloud_suffixes(CAMERA))
     assert found.samples == [SampleFiles("a", tmp_path / "rgb/a.png", tmp_path / "depth/a.png")]
     for given in (tmp_path / "depth", tmp_path / "depth/a.png"):
-        assert "--intrinsics" in sentence(lambda given=given: find_samples(None, str(given)))  # type: ignore[misc]
+        assert "--intrinsics" in error_of(lambda given=given: find_samples(None, str(given)))  # type: ignore[misc]
 
 
-def test_nothing_to_judge(tmp_path: Path) -> None:
+def test_no_complete_sample_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     touch(tmp_path, "rgb/a.png", "xyz/b.tiff", "text/a.txt")
-    for rgb, xyz, parts in (
+    for rgb, xyz, expected_texts in (
         ("empty", None, ["--rgb", "names no file"]),
         ("absent", None, ["--rgb", "names no file", "pattern"]),
         ("rgb/*.jpg", None, ["names no file"]),
@@ -575,18 +575,18 @@ def test_nothing_to_judge(tmp_path: Path) -> None:
         ("rgb", "xyz", ["None of 2 samples", "a.png has no cloud"]),
     ):
         given = [None if each is None else str(tmp_path / each) for each in (rgb, xyz)]
-        message = sentence(lambda given=given: find_samples(*given))  # type: ignore[misc]
-        assert all(part in message for part in parts), message
+        message = error_of(lambda given=given: find_samples(*given))  # type: ignore[misc]
+        assert all(text in message for text in expected_texts), message
     for given in (("", None), (None, "")):
-        assert "'' names no file" in sentence(lambda given=given: find_samples(*given))  # type: ignore[misc]
+        assert "'' names no file" in error_of(lambda given=given: find_samples(*given))  # type: ignore[misc]
 
 
-def test_a_name_that_leaves_no_room_for_those_of_its_maps(tmp_path: Path) -> None:
+def test_names_too_long_for_output_files_are_refused(tmp_path: Path) -> None:
     longest, longer = "ä" * (LONGEST_NAME // 2), "ä" * (LONGEST_NAME // 2) + "a"
     touch(tmp_path, f"{longest}.png", f"{longer}.png")
     with atomic_path(tmp_path / f"{longest}_overlay.png") as temporary:
         temporary.touch()
     found = find_samples(str(tmp_path / "[aä]*[aä].png"), None)
     assert names(found.samples) == [longest]
-    ((part, fault),) = found.incomplete
-    assert part.path == longer and f"{LONGEST_NAME + 1} bytes" in fault
+    ((sample, fault),) = found.incomplete
+    assert sample.path == longer and f"{LONGEST_NAME + 1} bytes" in fault
