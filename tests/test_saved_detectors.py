@@ -1,4 +1,4 @@
-"""main.py --save_detector and --load_detector: a fresh process repeats the evaluation, and flags that contradict it."""
+"""main.py --save_detector and --load_detector: repeated evaluation in a new process, and refused flags."""
 
 import hashlib
 import json
@@ -45,15 +45,15 @@ from runner import class_run, preparation
 from runner.saved_detectors import FITTING_FLAGS
 from runner.settings import applied_flags, detector_configs, make_parser
 
-TINY_VIT = "test_vit.r160_in1k"  # timm's smallest
-SCANS = ("test/good/000", "test/hole/000")
+TINY_VIT = "test_vit.r160_in1k"  # the smallest model of timm
+SAMPLES = ("test/good/000", "test/hole/000")
 VALIDATION = 3
-# Of each class in results.json what a second evaluation gives again.
-AGAIN = (
+# Keys of a class in results.json that a second evaluation reproduces.
+REPRODUCED = (
     "image_rocauc", "pixel_rocauc", "au_pro", "au_pro_exact", "f1", "f1_threshold", "precision", "recall",
     "false_alarm_rate", "threshold", "samples",
 )  # fmt: skip
-# A detector, and the samples of a class, in a process that knows nothing of the one that fitted it.
+# Predictions of a detector in a process that did not fit it.
 PREDICT = """
 import json, sys
 import torch
@@ -74,7 +74,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bagels with a validation split, and cookies that are the same but for it."""
+    """Bagels with a validation split, and the same samples without it as cookies."""
     root = write_bagels(tmp_path_factory.mktemp("data"))
     shutil.copytree(root / "bagel", root / "cookie")
     for i in range(VALIDATION):
@@ -86,13 +86,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(data: Path) -> list[object]:
-    """Flags of every run that fits."""
+    """Flags of every fitting run."""
     return ["--dataset_path", data, *SMALL, "--random_state", 0]
 
 
 @pytest.fixture(scope="module")
 def single(base: list[object], tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
-    """A run of one method on both classes, and the detectors it left."""
+    """Run of one method on both classes, and the folder of its detectors."""
     folder = tmp_path_factory.mktemp("single")
     flags = ["--method_name", "DINO+Point_MAE", "--save_detector", folder / "detectors"]
     return run_into(folder / "fitted", *base, *flags), folder / "detectors"
@@ -100,7 +100,7 @@ def single(base: list[object], tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 @pytest.fixture(scope="module")
 def every(base: list[object], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The folder of a run of all methods on the bagels, with a UFF, and the detectors it left."""
+    """Output folder of a run of all methods on the bagels with a UFF, and the folder of its detectors."""
     folder = tmp_path_factory.mktemp("every")
     torch.manual_seed(0)
     torch.save({"model": FeatureFusion(XYZ_DIM, RGB_DIM).state_dict()}, folder / "uff.pth")
@@ -117,17 +117,15 @@ def scores_of(run: Run, name: str) -> list[float]:
 # Fit, save, load
 
 
-def test_a_folder_of_two_files_per_class(single: tuple[Run, Path], every: tuple[Path, Path]) -> None:
+def test_files_of_saved_detectors(single: tuple[Run, Path], every: tuple[Path, Path]) -> None:
     files = ("config.json", "state.safetensors")
     assert files_below(single[1]) == [f"{name}/{file}" for name in ("bagel", "cookie") for file in files]
     assert files_below(every[1]) == sorted(f"{method}/bagel/{file}" for method in METHODS for file in files)
 
 
 @pytest.mark.slow
-def test_a_fresh_process_predicts_what_the_evaluation_said(
-    data: Path, every: tuple[Path, Path], tmp_path: Path
-) -> None:
-    """Image scores within 1e-6, maps within one level of the 8-bit blur.
+def test_new_process_predicts_the_same(data: Path, every: tuple[Path, Path], tmp_path: Path) -> None:
+    """Image scores agree within 1e-6, maps within one level of the 8-bit blur.
 
     Prediction runs one image at a time and the evaluation four, so products round differently. A value near
     a level boundary may then be truncated to the neighboring level.
@@ -140,7 +138,7 @@ def test_a_fresh_process_predicts_what_the_evaluation_said(
     assert list(found) == list(folders)
     for folder, method in folders.items():
         run = read_run(fitted / method, "")
-        assert [sample["path"] for sample in run.entry["samples"]] == list(found[folder]) == list(SCANS)
+        assert [sample["path"] for sample in run.entry["samples"]] == list(found[folder]) == list(SAMPLES)
         for sample in run.entry["samples"]:
             score, plane = found[folder][sample["path"]]
             assert score == pytest.approx(sample["score"], rel=1e-6)
@@ -152,21 +150,25 @@ def test_a_fresh_process_predicts_what_the_evaluation_said(
             assert difference.max() < 2 * np.abs(written).max() / 255
 
 
-def test_loading_gives_the_results_of_the_fitting_run(data: Path, single: tuple[Run, Path], tmp_path: Path) -> None:
+def test_loaded_detectors_give_the_results_of_the_fitting_run(
+    data: Path, single: tuple[Run, Path], tmp_path: Path
+) -> None:
     fitted, detectors = single
     loaded = run_into(tmp_path / "out", "--dataset_path", data, "--load_detector", detectors)
     assert list(loaded.results["classes"]) == ["bagel", "cookie"]
     for name, entry in fitted.results["classes"].items():
         again = loaded.results["classes"][name]
         assert list(again) == list(entry)
-        assert {key: again[key] for key in AGAIN} == {key: entry[key] for key in AGAIN}
+        assert {key: again[key] for key in REPRODUCED} == {key: entry[key] for key in REPRODUCED}
         assert again["seconds"]["coreset"] == again["seconds"]["fuse"] == again["seconds"]["calibrate"] == 0
         assert again["seconds"]["extract"] > 0
     assert loaded.results["mean"] == fitted.results["mean"]
     assert loaded.stdout.splitlines()[:-1] == fitted.stdout.splitlines()[:-1]
 
 
-def test_its_arguments_tell_what_was_computed(data: Path, single: tuple[Run, Path], tmp_path: Path) -> None:
+def test_arguments_of_an_evaluation_describe_the_detectors(
+    data: Path, single: tuple[Run, Path], tmp_path: Path
+) -> None:
     fitted, detectors = single
     flags = ["--dataset_path", data, "--load_detector", detectors, "--classes", "bagel"]
     args = run_into(tmp_path / "out", *flags).results["args"]
@@ -181,10 +183,10 @@ def test_its_arguments_tell_what_was_computed(data: Path, single: tuple[Run, Pat
     assert args["classes"] == ["bagel"]
 
 
-def test_several_methods_share_their_features(
+def test_loaded_methods_share_features(
     data: Path, every: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that are there, or those that are named; with the UFF that the detectors hold."""
+    """All saved methods or the named ones run, with the UFF from the detectors."""
     fitted, detectors = every
     seen: list[str] = []
     extract = PatchExtractor.extract
@@ -196,22 +198,22 @@ def test_several_methods_share_their_features(
         flags = ["--method_name", *names] if names else []
         seen.clear()
         printed("--dataset_path", data, "--classes", "bagel", "--load_detector", detectors, *flags, "--output_dir", out)
-        assert seen == list(SCANS)
+        assert seen == list(SAMPLES)
         for method in names or METHODS:
             mine = read_run(out / method if len(names) != 1 else out, "")
             theirs = read_run(fitted / method, "")
-            assert {key: mine.entry[key] for key in AGAIN} == {key: theirs.entry[key] for key in AGAIN}
+            assert {key: mine.entry[key] for key in REPRODUCED} == {key: theirs.entry[key] for key in REPRODUCED}
             assert mine.results["args"]["method_name"] == method
             assert mine.results["args"]["use_uff"] == ("fusion" in METHODS[method].banks)
 
 
-def test_nothing_is_fitted_or_written_beside_the_results(
+def test_evaluation_fits_nothing_and_writes_only_results(
     data: Path, single: tuple[Run, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(class_run, "fit_class", lambda *_: pytest.fail("fitted"))
     link = tmp_path / "data/bagel"
     link.mkdir(parents=True)
-    (link / "test").symlink_to(data / "bagel/test")  # training scans are not needed
+    (link / "test").symlink_to(data / "bagel/test")  # training samples are not needed
     before = {path: path.read_bytes() for path in single[1].rglob("*.*")}
     run = run_into(tmp_path / "out", "--dataset_path", tmp_path / "data", "--load_detector", single[1], "--save_preds")
     assert {path: path.read_bytes() for path in single[1].rglob("*.*")} == before
@@ -219,7 +221,7 @@ def test_nothing_is_fitted_or_written_beside_the_results(
     assert (run.folder / "pred_maps/bagel/hole/000.png").is_file()
 
 
-def test_precision_may_be_chosen_anew(data: Path, single: tuple[Run, Path], tmp_path: Path) -> None:
+def test_precision_can_be_changed_when_loading(data: Path, single: tuple[Run, Path], tmp_path: Path) -> None:
     fitted, detectors = single
     flags = ["--dataset_path", data, "--classes", "bagel", "--load_detector", detectors, "--point_ops", "torch"]
     same = run_into(tmp_path / "same", *flags)
@@ -230,10 +232,10 @@ def test_precision_may_be_chosen_anew(data: Path, single: tuple[Run, Path], tmp_
     assert low.results["args"]["precision"] == "bf16"
 
 
-# What fitting flags do
+# Flags of fitting
 
 
-def test_detector_dtype_decides_the_numbers_of_the_banks(base: list[object], tmp_path: Path) -> None:
+def test_detector_dtype_changes_the_file_size(base: list[object], tmp_path: Path) -> None:
     flags = [*base, "--classes", "bagel", "--method_name", "DINO", "--save_detector"]
     sizes = {}
     for dtype in ("fp32", "fp16"):
@@ -244,7 +246,7 @@ def test_detector_dtype_decides_the_numbers_of_the_banks(base: list[object], tmp
 
 
 @pytest.mark.slow
-def test_thresholds_are_those_of_the_rounded_banks(base: list[object], data: Path, tmp_path: Path) -> None:
+def test_thresholds_are_calibrated_on_rounded_banks(base: list[object], data: Path, tmp_path: Path) -> None:
     flags = ["--classes", "bagel", "--method_name", "DINO+Point_MAE"]
     exact = run_into(tmp_path / "exact", *base, *flags)
     fitted = run_into(
@@ -253,25 +255,25 @@ def test_thresholds_are_those_of_the_rounded_banks(base: list[object], data: Pat
     loaded = run_into(
         tmp_path / "loaded", "--dataset_path", data, "--classes", "bagel", "--load_detector", tmp_path / "it"
     )
-    assert {key: loaded.entry[key] for key in AGAIN} == {key: fitted.entry[key] for key in AGAIN}
+    assert {key: loaded.entry[key] for key in REPRODUCED} == {key: fitted.entry[key] for key in REPRODUCED}
     assert fitted.entry["threshold"]["pixel"] != exact.entry["threshold"]["pixel"]
     assert fitted.entry["threshold"]["pixel"] == pytest.approx(exact.entry["threshold"]["pixel"], rel=1e-2)
 
 
-def test_a_validation_scan_at_fault_is_told_before_the_fit(
+def test_damaged_validation_sample_is_refused_before_fitting(
     capsys: pytest.CaptureFixture[str], base: list[object], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And an older detector there is found as before, also by a run of several methods that wanted to be beside it."""
+    """The folder of detectors stays empty."""
     monkeypatch.setattr(class_run, "fit_detector", lambda *_: pytest.fail("fitted"))
-    shutil.copytree(data / "bagel", tmp_path / "parts/bagel")
-    write_cloud(tmp_path / "parts/bagel/validation/good/xyz/001.tiff", np.zeros((SIDE, SIDE, 3), np.float32))
-    flags = [*base, "--dataset_path", tmp_path / "parts", "--method_name", "DINO", "Point_MAE"]
+    shutil.copytree(data / "bagel", tmp_path / "data/bagel")
+    write_cloud(tmp_path / "data/bagel/validation/good/xyz/001.tiff", np.zeros((SIDE, SIDE, 3), np.float32))
+    flags = [*base, "--dataset_path", tmp_path / "data", "--method_name", "DINO", "Point_MAE"]
     message = refusal(capsys, *flags, "--save_detector", tmp_path / "it")
     assert "bagel/validation/good/xyz/001.tiff has no valid point" in message
     assert not list((tmp_path / "it").iterdir())
 
 
-def test_thresholds_come_from_the_validation_split_where_there_is_one(
+def test_thresholds_use_the_validation_split_if_present(
     single: tuple[Run, Path], base: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, detectors = single
@@ -283,12 +285,12 @@ def test_thresholds_come_from_the_validation_split_where_there_is_one(
     assert threshold["bagel"]["pixel"] > threshold["cookie"]["pixel"]
     assert threshold["bagel"]["target_fpr"] == 0.01
     for name, each in threshold.items():
-        kept = read_saved(detectors / name).record.thresholds
-        assert kept is not None
-        assert {key: value for key, value in vars(kept).items() if key != "typical"} == each
+        saved = read_saved(detectors / name).record.thresholds
+        assert saved is not None
+        assert {key: value for key, value in vars(saved).items() if key != "typical"} == each
         figures = run.results["classes"][name]
         scores = {sample["label"]: sample["score"] for sample in figures["samples"]}
-        assert [each["normalised"] for each in figures["samples"]] == list(map(kept.normalize, scores.values()))
+        assert [each["normalised"] for each in figures["samples"]] == list(map(saved.normalize, scores.values()))
         assert figures["recall"] == float(scores[1] > each["image"])
         assert figures["false_alarm_rate"] == float(scores[0] > each["image"])
 
@@ -299,7 +301,7 @@ def test_thresholds_come_from_the_validation_split_where_there_is_one(
     assert "has no validation/good, so thresholds are calibrated on the training samples" in caplog.text
 
 
-def test_target_fpr_moves_the_thresholds(single: tuple[Run, Path], base: list[object], tmp_path: Path) -> None:
+def test_target_fpr_changes_the_thresholds(single: tuple[Run, Path], base: list[object], tmp_path: Path) -> None:
     run = run_into(tmp_path, *base, "--method_name", "DINO+Point_MAE", "--classes", "bagel", "--target_fpr", 0.5)
     threshold, before = run.entry["threshold"], single[0].results["classes"]["bagel"]["threshold"]
     assert threshold["target_fpr"] == 0.5
@@ -308,25 +310,25 @@ def test_target_fpr_moves_the_thresholds(single: tuple[Run, Path], base: list[ob
     assert scores_of(run, "bagel") == scores_of(single[0], "bagel")
 
 
-def test_latency_is_that_of_the_test_parts(single: tuple[Run, Path]) -> None:
+def test_latency_covers_the_test_samples(single: tuple[Run, Path]) -> None:
     for entry in single[0].results["classes"].values():
         latency = entry["latency"]
         assert list(latency) == ["p50", "p95", "p99"]
         assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"]
-        assert latency["p50"] * len(SCANS) <= entry["seconds"]["extract"] + entry["seconds"]["score"]
+        assert latency["p50"] * len(SAMPLES) <= entry["seconds"]["extract"] + entry["seconds"]["score"]
 
 
-# What is refused
+# Refused flags and folders
 
 
 @pytest.mark.parametrize("rate", ["0", "1", "-0.5", "nan"])
-def test_a_false_alarm_rate_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], rate: str) -> None:
+def test_invalid_target_fpr_is_refused(capsys: pytest.CaptureFixture[str], rate: str) -> None:
     message = refusal(capsys, "--method_name", "DINO", f"--target_fpr={rate}")
     assert f"--target_fpr is {float(rate)}. Give a rate from 1e-06 to below 1" in message
 
 
 @pytest.mark.parametrize("name", FITTING_FLAGS)
-def test_flags_of_fitting_are_refused_beside_loading(
+def test_fitting_flags_are_refused_with_load_detector(
     capsys: pytest.CaptureFixture[str], single: tuple[Run, Path], data: Path, name: str
 ) -> None:
     values = {
@@ -354,7 +356,7 @@ def test_flags_of_fitting_are_refused_beside_loading(
         (["--point_norm", "running"], "cloud"),
     ],
 )
-def test_flags_that_contradict_the_detectors_are_refused(
+def test_contradicting_flags_are_refused(
     capsys: pytest.CaptureFixture[str], single: tuple[Run, Path], data: Path, flags: list[object], saved: str
 ) -> None:
     message = refusal(capsys, "--dataset_path", data, "--load_detector", single[1], *flags)
@@ -363,7 +365,7 @@ def test_flags_that_contradict_the_detectors_are_refused(
     assert f" {saved}. Leave it out" in message
 
 
-def test_flags_that_agree_are_taken(data: Path, single: tuple[Run, Path], base: list[object], tmp_path: Path) -> None:
+def test_agreeing_flags_are_accepted(data: Path, single: tuple[Run, Path], base: list[object], tmp_path: Path) -> None:
     flags = ["--method_name", "DINO+Point_MAE", "--memory_bank", "multiple", "--protocol", "reference"]
     run = run_into(tmp_path / "out", *base, *flags, "--load_detector", single[1], "--f_coreset", 0.1)
     assert run.results["classes"]["bagel"]["samples"] == single[0].results["classes"]["bagel"]["samples"]
@@ -371,7 +373,7 @@ def test_flags_that_agree_are_taken(data: Path, single: tuple[Run, Path], base: 
 
 @pytest.fixture
 def detectors(single: tuple[Run, Path], tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """Copy of saved detectors, which tests may damage."""
     return Path(shutil.copytree(single[1], tmp_path / "detectors"))
 
 
@@ -382,7 +384,7 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
     (folder / "config.json").write_text(json.dumps(record))
 
 
-def test_a_class_without_a_detector_is_named(
+def test_class_without_a_detector_is_refused(
     capsys: pytest.CaptureFixture[str], data: Path, detectors: Path, tmp_path: Path
 ) -> None:
     shutil.rmtree(detectors / "cookie")
@@ -395,16 +397,14 @@ def test_a_class_without_a_detector_is_named(
     assert list(run_into(tmp_path / "out", *flags, "--classes", "bagel").results["classes"]) == ["bagel"]
 
 
-def test_a_detector_of_another_class_is_refused(
-    capsys: pytest.CaptureFixture[str], data: Path, detectors: Path
-) -> None:
+def test_detector_of_another_class_is_refused(capsys: pytest.CaptureFixture[str], data: Path, detectors: Path) -> None:
     shutil.rmtree(detectors / "cookie")
     (detectors / "bagel").rename(detectors / "cookie")
     message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors, "--classes", "cookie")
     assert message.startswith(f"{detectors}/cookie holds a detector of class 'bagel' by DINO+Point_MAE. Move it back")
 
 
-def test_a_detector_in_the_folder_of_another_method_is_refused(
+def test_detector_in_the_folder_of_another_method_is_refused(
     capsys: pytest.CaptureFixture[str], data: Path, every: tuple[Path, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(every[1] / "DINO", tmp_path / "mixed/Point_MAE")
@@ -412,7 +412,7 @@ def test_a_detector_in_the_folder_of_another_method_is_refused(
     assert "Point_MAE/bagel holds a detector of class 'bagel' by DINO. Move it back" in message
 
 
-def test_detectors_of_different_settings_make_no_table(
+def test_classes_with_different_settings_are_refused(
     capsys: pytest.CaptureFixture[str], data: Path, detectors: Path
 ) -> None:
     change_config(detectors / "cookie", lambda record: record["config"].update(f_coreset=0.3, ocsvm_nu=0.2))
@@ -423,7 +423,7 @@ def test_detectors_of_different_settings_make_no_table(
     )
 
 
-def test_methods_of_different_settings_make_no_table(
+def test_methods_with_different_settings_are_refused(
     capsys: pytest.CaptureFixture[str], data: Path, every: tuple[Path, Path], tmp_path: Path
 ) -> None:
     for method in ("DINO", "Point_MAE"):
@@ -434,7 +434,7 @@ def test_methods_of_different_settings_make_no_table(
     assert "it/Point_MAE/bagel were fitted with different f_coreset. Evaluate them in separate runs" in message
 
 
-def test_classes_of_different_methods_make_no_table(
+def test_classes_with_different_methods_are_refused(
     capsys: pytest.CaptureFixture[str], data: Path, every: tuple[Path, Path], tmp_path: Path
 ) -> None:
     it = tmp_path / "it"
@@ -451,10 +451,10 @@ def test_classes_of_different_methods_make_no_table(
     assert f"--method_name Point_MAE contradicts {it}, whose detectors of cookie are by DINO. Leave it out" in message
 
 
-def test_which_of_two_layouts_is_meant_is_not_guessed(
+def test_detector_in_two_places_is_refused(
     capsys: pytest.CaptureFixture[str], data: Path, every: tuple[Path, Path], detectors: Path, tmp_path: Path
 ) -> None:
-    """Of each class by itself, and by its files alone: the folder of a method may be empty."""
+    """Each class is checked by its files, so an empty folder of a method is allowed."""
     (detectors / "DINO/bagel").mkdir(parents=True)
     flags = ["--dataset_path", data, "--load_detector", detectors, "--output_dir", tmp_path / "out"]
     assert list(run_into(tmp_path / "out", *flags).results["classes"]) == ["bagel", "cookie"]
@@ -469,7 +469,7 @@ def test_which_of_two_layouts_is_meant_is_not_guessed(
 @pytest.mark.parametrize(
     ("methods", "there"), [(["DINO", "Point_MAE"], "bagel"), (["DINO"], "Fusion/bagel"), (["DINO", "Fusion"], "Fusion")]
 )
-def test_a_second_layout_is_refused_before_the_work(
+def test_detectors_of_another_layout_are_refused_before_fitting(
     capsys: pytest.CaptureFixture[str],
     base: list[object],
     detectors: Path,
@@ -478,7 +478,7 @@ def test_a_second_layout_is_refused_before_the_work(
     methods: list[str],
     there: str,
 ) -> None:
-    monkeypatch.setattr(preparation, "build_extractor", lambda *_, **__: pytest.fail("work begun"))
+    monkeypatch.setattr(preparation, "build_extractor", lambda *_, **__: pytest.fail("work started"))
     shutil.copytree(detectors / "bagel", tmp_path / "it" / there)
     before = files_below(tmp_path / "it")
     flags = ["--classes", "bagel", "--save_detector", tmp_path / "it", "--output_dir", tmp_path / "out"]
@@ -489,54 +489,56 @@ def test_a_second_layout_is_refused_before_the_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_class_may_be_called_as_a_method_is(base: list[object], data: Path, tmp_path: Path) -> None:
-    parts = tmp_path / "parts"
+def test_class_may_have_the_name_of_a_method(base: list[object], data: Path, tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
     for name in ("Fusion", "bagel"):
-        shutil.copytree(data / "cookie", parts / name)
-    flags = ["--dataset_path", parts, "--classes", "Fusion", "bagel"]
+        shutil.copytree(data / "cookie", data_dir / name)
+    flags = ["--dataset_path", data_dir, "--classes", "Fusion", "bagel"]
     fitted = run_into(tmp_path / "out", *base, *flags, "--method_name", "DINO", "--save_detector", tmp_path / "it")
     loaded = run_into(tmp_path / "again", *flags, "--load_detector", tmp_path / "it")
     for name in ("Fusion", "bagel"):
         assert scores_of(loaded, name) == scores_of(fitted, name)
 
 
-def test_a_save_that_was_interrupted_is_told(capsys: pytest.CaptureFixture[str], data: Path, detectors: Path) -> None:
+def test_interrupted_save_is_reported(capsys: pytest.CaptureFixture[str], data: Path, detectors: Path) -> None:
     (detectors / "cookie").rename(detectors / ".cookie.old")
     message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors)
     assert f"Saving it was interrupted. Rename {detectors}/.cookie.old to cookie" in message
 
 
-def test_the_wrong_folder_is_told_with_the_right_one(
-    capsys: pytest.CaptureFixture[str], data: Path, detectors: Path
-) -> None:
+def test_wrong_folder_is_refused_with_a_hint(capsys: pytest.CaptureFixture[str], data: Path, detectors: Path) -> None:
     message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors / "bagel")
     assert message == f"{detectors}/bagel is a detector itself. Give the folder above it, {detectors}."
     message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors / "more")
     assert message.startswith(f"{detectors}/more is not a folder. Give the one that --save_detector named")
 
 
-def test_the_numbers_of_detectors_that_are_not_kept_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_detector_dtype_without_save_detector_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, "--detector_dtype", "fp16")
     assert message == "--detector_dtype only applies to --save_detector. Give both, or leave it out."
 
 
-@pytest.mark.parametrize(("kept", "left"), [("it", "it"), ("it", "it/bagel"), ("out/it", "out"), ("out/../it", "it")])
-def test_detectors_and_results_lie_apart(
-    capsys: pytest.CaptureFixture[str], base: list[object], tmp_path: Path, kept: str, left: str
+@pytest.mark.parametrize(
+    ("saved", "output"), [("it", "it"), ("it", "it/bagel"), ("out/it", "out"), ("out/../it", "it")]
+)
+def test_detectors_and_results_need_separate_folders(
+    capsys: pytest.CaptureFixture[str], base: list[object], tmp_path: Path, saved: str, output: str
 ) -> None:
-    message = refusal(capsys, *base, "--save_detector", kept, "--output_dir", left)
-    assert message.startswith(f"--save_detector {kept} and --output_dir {left} are the same folder, or one is inside")
+    message = refusal(capsys, *base, "--save_detector", saved, "--output_dir", output)
+    assert message.startswith(
+        f"--save_detector {saved} and --output_dir {output} are the same folder, or one is inside"
+    )
     assert not list(tmp_path.iterdir())
 
 
-def test_naming_the_memory_bank_makes_no_difference(data: Path, detectors: Path, tmp_path: Path) -> None:
+def test_named_memory_bank_is_compatible_with_the_default(data: Path, detectors: Path, tmp_path: Path) -> None:
     change_config(detectors / "cookie", lambda record: record["config"].update(memory_bank="multiple"))
     run = run_into(tmp_path / "out", "--dataset_path", data, "--load_detector", detectors)
     assert list(run.results["classes"]) == ["bagel", "cookie"]
 
 
-def test_a_backbone_is_known_by_its_weights(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
-    """Under another name and in another format it is the same; with other weights under the same name it is not."""
+def test_backbone_is_identified_by_its_weights(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
+    """The same weights in another file format are accepted; other weights in the same file are refused."""
     torch.manual_seed(0)
     weights = VisionTransformerBackbone(TINY_VIT, SIDE).model.state_dict()
     torch.save(weights, tmp_path / "first.pth")
@@ -558,29 +560,29 @@ def test_a_backbone_is_known_by_its_weights(capsys: pytest.CaptureFixture[str], 
     assert f"No checkpoint {TINY_VIT}.safetensors" in message
 
 
-def test_a_damaged_detector_names_its_class(capsys: pytest.CaptureFixture[str], data: Path, detectors: Path) -> None:
+def test_damaged_detector_is_refused(capsys: pytest.CaptureFixture[str], data: Path, detectors: Path) -> None:
     path = detectors / "cookie/state.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     message = refusal(capsys, "--dataset_path", data, "--load_detector", detectors, "--classes", "cookie")
     assert f"{path} is damaged or of another detector" in message
 
 
-def test_a_folder_that_would_be_overwritten_is_refused_before_the_work(
+def test_foreign_files_in_a_detector_folder_are_refused_before_fitting(
     capsys: pytest.CaptureFixture[str], base: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "build_extractor", lambda *_, **__: pytest.fail("work begun"))
+    monkeypatch.setattr(preparation, "build_extractor", lambda *_, **__: pytest.fail("work started"))
     (tmp_path / "mine/bagel").mkdir(parents=True)
-    (tmp_path / "mine/bagel/photo.png").write_text("mine")
+    (tmp_path / "mine/bagel/image.png").write_text("mine")
     message = refusal(capsys, *base, "--method_name", "DINO", "--save_detector", tmp_path / "mine")
-    assert f"{tmp_path}/mine/bagel is not a detector and holds photo.png" in message
-    assert (tmp_path / "mine/bagel/photo.png").read_text() == "mine"
+    assert f"{tmp_path}/mine/bagel is not a detector and holds image.png" in message
+    assert (tmp_path / "mine/bagel/image.png").read_text() == "mine"
 
 
-# The command line
+# Command line
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_applied_flags_give_the_configuration_again(protocol: str) -> None:
+def test_round_trip_of_applied_flags(protocol: str) -> None:
     line = [
         "--method_name",
         "DINO+Point_MAE",
@@ -600,6 +602,6 @@ def test_applied_flags_give_the_configuration_again(protocol: str) -> None:
     assert detector_configs(again) == {"DINO+Point_MAE": config}
 
 
-def test_a_protocol_without_a_name_is_called_custom() -> None:
+def test_unnamed_protocol_is_called_custom() -> None:
     mixed = DetectorConfig(protocol=replace(PROTOCOLS["reference"], float_blur=True))
     assert applied_flags(mixed)["protocol"] == "custom"
