@@ -1,4 +1,4 @@
-"""Image scores by hand and against their plain form, blur and map against the recorded ones, places of a map."""
+"""Image scores by hand and against their plain form, and blur and maps against recorded ones."""
 
 import json
 import math
@@ -29,8 +29,8 @@ def score_of(patches: Tensor, rows: Tensor, divisor: float = 1.0, epsilon: float
     return float(score)
 
 
-# Points on a line, in four columns so that the root of the width is 2. Of the rows, 0 is nearest to the patch at -1,
-# and 2 and 5 are nearest to 0.
+# Points on a line, in four columns so that the root of the width is 2. The row at 0 is nearest to the patch at -1,
+# and the rows at 2 and 5 are nearest to the row at 0.
 LINE = torch.zeros(4, 4).index_put((torch.arange(4), torch.tensor(0)), torch.tensor([0.0, 2.0, 5.0, 100.0]))
 PATCHES = torch.zeros(3, 4).index_put((torch.arange(3), torch.tensor(0)), torch.tensor([2.5, -1.0, 100.2]))
 
@@ -40,7 +40,7 @@ PATCHES = torch.zeros(3, 4).index_put((torch.arange(3), torch.tensor(0)), torch.
     [
         # s* = 1, neighbors at 3 and 6: 1 - e^0.5 / (e^1.5 + e^3) = 1 - 1.6487213 / 24.5672260
         (1.0, 0.0, 0.9328894),
-        # all distances a tenth: 0.1 (1 - e^0.05 / (e^0.15 + e^0.3)) = 0.1 (1 - 1.0512711 / 2.5116930)
+        # all distances divided by 10: 0.1 (1 - e^0.05 / (e^0.15 + e^0.3)) = 0.1 (1 - 1.0512711 / 2.5116930)
         (10.0, 0.0, 0.05814492),
         # one is added to the sum: 1 - 1.6487213 / 25.5672260
         (1.0, 1.0, 0.9355142),
@@ -61,28 +61,28 @@ def test_image_score_equals_its_plain_form(patches: int, rows: int, dim: int, di
         assert score_of(asked, bank, divisor, epsilon) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_a_bank_of_one_row_gives_the_distance_itself() -> None:
+def test_bank_of_one_row_gives_the_distance() -> None:
     assert score_of(PATCHES, LINE[:1]) == pytest.approx(100.2)
     assert score_of(PATCHES, LINE[:1], divisor=10.0) == pytest.approx(10.02)
 
 
-def test_a_bank_of_two_rows_has_one_neighbor() -> None:
+def test_bank_of_two_rows_has_one_neighbor() -> None:
     """The patch at 100.2 is nearest to 2, at 98.2; the neighbor 0 is at 100.2: 98.2 (1 - e^((98.2 - 100.2) / 2))."""
     assert score_of(PATCHES, LINE[:2]) == pytest.approx(98.2 * (1 - math.exp(-1.0)), rel=1e-5)
 
 
-def test_nearest_of_all_is_no_anomaly() -> None:
+def test_rows_of_the_bank_score_zero() -> None:
     assert score_of(LINE[:2], LINE) == 0.0
 
 
 def test_huge_distances_do_not_overflow() -> None:
-    """exp(1e5) has no float; the fraction of two of them has: at s* = 1e5 + 1, neighbors 1 and 4 farther."""
+    """exp(1e5) overflows, but the ratio of two is finite: s* = 1e5 + 1, neighbors 1 and 4 farther."""
     rows = torch.tensor([[0.0], [-1.0], [-4.0], [-100.0]])
     patch = torch.tensor([[1e5]])
     expected = (1 - 1 / (math.exp(1) + math.exp(4))) * 1e5
     assert score_of(patch, rows) == pytest.approx(expected, rel=1e-6)
     assert score_of(patch, rows, epsilon=1e-5) == pytest.approx(expected, rel=1e-6)
-    apart = torch.tensor([[0.0], [1e6], [2e6]])  # the neighbors are far beyond what exp can take
+    apart = torch.tensor([[0.0], [1e6], [2e6]])  # exp overflows for these neighbors
     assert score_of(torch.tensor([[-1e3]]), apart) == pytest.approx(1e3)
 
 
@@ -102,7 +102,7 @@ def test_recorded_image_scores(goldens: Path) -> None:
 
 
 def pil_blur(images: Tensor) -> Tensor:
-    """(B, H, W) uint8 -> the same, image by image."""
+    """PIL's blur of uint8 images (B, H, W), one by one."""
     blurred = [Image.fromarray(image).filter(ImageFilter.GaussianBlur(BLUR_SIGMA)) for image in images.numpy()]
     return torch.from_numpy(np.stack([np.asarray(image) for image in blurred]))
 
@@ -118,8 +118,8 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("kind", IMAGES)
-def test_8_bit_blur_is_that_of_pil_to_the_bit(kind: str) -> None:
-    """Image sizes from one pixel up, including images smaller than the blur's box."""
+def test_8_bit_blur_is_bit_equal_to_pil(kind: str) -> None:
+    """Images start at one pixel and include ones smaller than the blur's box."""
     sides = [(1, 1), (1, 2), (1, 60), (60, 1), (2, 3), (4, 4), (7, 8), (9, 9), (33, 50), (101, 37), (224, 224)]
     for height, width in sides:
         images = IMAGES[kind]((8, height, width), torch.Generator().manual_seed(height + width)).byte()
@@ -131,7 +131,7 @@ def test_8_bit_blur_is_that_of_pil_to_the_bit(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 40), (50, 33), (224, 224)])
-def test_maps_are_blurred_as_one_by_one_by_pil_and_by_scipy(height: int, width: int) -> None:
+def test_blur_of_a_batch_matches_pil_and_scipy(height: int, width: int) -> None:
     """Each map has its own maximum; one is empty."""
     planes = torch.rand(4, height, width, generator=torch.Generator().manual_seed(0))
     planes *= torch.tensor([1e-3, 0.0, 7.0, 200.0])[:, None, None]
@@ -142,7 +142,7 @@ def test_maps_are_blurred_as_one_by_one_by_pil_and_by_scipy(height: int, width: 
         np.testing.assert_allclose(blurred, gaussian_filter(plane.numpy(), BLUR_SIGMA, mode="nearest"), rtol=1e-6)
 
 
-def test_maps_of_several_banks_are_those_of_each() -> None:
+def test_maps_of_several_banks_match_single_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     distances = [torch.rand(grid**2, generator=generator) for grid in (7, 14, 14)]
     maps = anomaly_maps(distances, 60)
@@ -152,8 +152,8 @@ def test_maps_of_several_banks_are_those_of_each() -> None:
 
 
 @pytest.mark.parametrize("float_blur", [False, True])
-def test_no_value_is_read_back_from_the_device(float_blur: bool) -> None:
-    """Tensors of the meta device have no values: what asks for one fails."""
+def test_scoring_does_not_read_values_back(float_blur: bool) -> None:
+    """Tensors on the meta device have no values, so reading one would fail."""
     patches, rows = (torch.empty(count, 8, device="meta") for count in (16, 30))
     distances, index = torch.empty(16, device="meta"), torch.empty(16, dtype=torch.int64, device="meta")
     assert image_score(patches, distances, index, MemoryBank(rows), 1.0, 1e-5).is_meta
@@ -162,13 +162,13 @@ def test_no_value_is_read_back_from_the_device(float_blur: bool) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("float_blur", [False, True])
-def test_a_gpu_draws_the_same_maps(float_blur: bool) -> None:
+def test_gpu_computes_the_same_maps(float_blur: bool) -> None:
     distances = [torch.rand(grid**2, generator=torch.Generator().manual_seed(grid)) for grid in (28, 56)]
-    there = anomaly_maps([each.cuda() for each in distances], 224, float_blur)
-    assert there.is_cuda
-    here = anomaly_maps(distances, 224, float_blur)
-    # Where the resize rounds otherwise, a pixel may truncate to the level beside.
-    torch.testing.assert_close(there.cpu(), here, rtol=1e-5, atol=1e-6 if float_blur else 1.01 / 255)
+    on_gpu = anomaly_maps([each.cuda() for each in distances], 224, float_blur)
+    assert on_gpu.is_cuda
+    on_cpu = anomaly_maps(distances, 224, float_blur)
+    # A different rounding of the resize may move a pixel by one level.
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-5, atol=1e-6 if float_blur else 1.01 / 255)
 
 
 @pytest.mark.golden
@@ -180,7 +180,7 @@ def test_recorded_blur(goldens: Path) -> None:
 
 
 def test_blur_through_8_bits_truncates() -> None:
-    """0.9999 of the maximum is level 254.97: 254. The one brightest pixel is in the far corner."""
+    """0.9999 of the maximum is level 254.97, truncated to 254. The brightest pixel is in the far corner."""
     plane = torch.full((80, 80), 0.9999 * 3.0)
     plane[-1, -1] = 3.0
     assert float(gaussian_blur(plane)[0, 0]) == pytest.approx(3.0 * 254 / 255, rel=1e-6)
@@ -188,7 +188,7 @@ def test_blur_through_8_bits_truncates() -> None:
 
 
 @pytest.mark.parametrize("float_blur", [False, True])
-def test_blur_of_a_map_without_any_distance_is_zero(float_blur: bool) -> None:
+def test_blur_of_a_zero_map_is_zero(float_blur: bool) -> None:
     blurred = gaussian_blur(torch.zeros(20, 30), float_blur)
     assert blurred.shape == (20, 30)
     assert blurred.dtype == torch.float32
@@ -196,7 +196,7 @@ def test_blur_of_a_map_without_any_distance_is_zero(float_blur: bool) -> None:
 
 
 def test_float_blur_is_the_gaussian() -> None:
-    """Weights exp(-x^2 / 2 sigma^2) over 4 sigma along each axis, borders repeated; and SciPy's in fp64."""
+    """Weights are exp(-x^2 / 2 sigma^2) over 4 sigma along each axis with repeated borders; SciPy in fp64 agrees."""
     plane = torch.rand(60, 47, generator=torch.Generator().manual_seed(0))
     blurred = gaussian_blur(plane, float_blur=True)
     offset = np.arange(-16, 17)
@@ -210,7 +210,7 @@ def test_float_blur_is_the_gaussian() -> None:
     np.testing.assert_allclose(blurred, gaussian_filter(plane.double().numpy(), 4.0, mode="nearest"), rtol=1e-5)
 
 
-def test_both_blurs_agree_to_a_few_levels() -> None:
+def test_both_blurs_agree_within_a_few_levels() -> None:
     plane = torch.zeros(100, 100)
     plane[30:60, 20:80] = 2.0
     difference = (gaussian_blur(plane) - gaussian_blur(plane, float_blur=True)).abs().max()
@@ -219,23 +219,23 @@ def test_both_blurs_agree_to_a_few_levels() -> None:
 
 @pytest.mark.parametrize("float_blur", [False, True])
 @pytest.mark.parametrize(("grid", "size"), [(28, 224), (56, 224), (8, 60), (7, 50)])
-def test_a_hot_patch_appears_at_its_place(grid: int, size: int, float_blur: bool) -> None:
+def test_hot_patch_appears_at_its_position(grid: int, size: int, float_blur: bool) -> None:
     for row, column in [(1, grid - 3), (grid - 1, 0), (grid // 2, 2)]:
         distances = torch.zeros(grid, grid)
         distances[row, column] = 5.0
         heat = anomaly_maps([distances.flatten()], size, float_blur)[0]
         assert heat.shape == (size, size)
         assert heat.dtype == torch.float32
-        places = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij"), dim=-1)
-        hottest = places[heat > 0.9 * heat.max()].float()
+        positions = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij"), dim=-1)
+        hottest = positions[heat > 0.9 * heat.max()].float()
         middle = torch.tensor([row + 0.5, column + 0.5]) * size / grid - 0.5
         at_border = {row, column} & {0, grid - 1}
         assert (hottest.mean(dim=0) - middle).abs().max() <= (size / grid if at_border else 1.5)
 
 
 def test_map_is_the_bilinear_resize_then_the_blur() -> None:
-    """Patch centers lie at pixels 7.5, 23.5, ...: a ramp over the patches is a ramp over the pixels."""
-    ramp = torch.arange(4.0).expand(4, 4)  # (row, column): grows along the columns
+    """Patch centers lie at pixels 7.5, 23.5, ..., so a ramp over patches is a ramp over pixels."""
+    ramp = torch.arange(4.0).expand(4, 4)  # grows along the columns
     heat = anomaly_maps([ramp.flatten()], 64, float_blur=True)[0]
     inner = slice(24, 40)  # the blur reaches 16 pixels, and the ramp ends at the outer patches' centers
     expected = (torch.arange(64.0) - 7.5) / 16
@@ -244,6 +244,6 @@ def test_map_is_the_bilinear_resize_then_the_blur() -> None:
 
 @pytest.mark.parametrize(("float_blur", "levels"), [(False, 1), (True, 0)])
 def test_map_of_equal_distances_is_flat(float_blur: bool, levels: int) -> None:
-    """Through 8 bits but for one level, where the resize rounds below the maximum."""
+    """Through 8 bits it may differ by one level, where the resize rounds below the maximum."""
     heat = anomaly_maps([torch.full((49,), 3.0)], 40, float_blur)[0]
     torch.testing.assert_close(heat, torch.full((40, 40), 3.0), rtol=1e-6, atol=3.0 * levels / 255)
