@@ -1,4 +1,4 @@
-"""Every setting of the detector acts: set to another value, it changes the scores, the maps or both."""
+"""Effect of every detector setting: another value changes the scores, the maps or both."""
 
 import math
 from dataclasses import fields, replace
@@ -21,7 +21,7 @@ from tiny_networks import (
 from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig, Protocol
 
 
-def test_a_run_can_be_repeated() -> None:
+def test_runs_are_reproducible() -> None:
     config = settings(TRIPLE, use_uff=True)
     assert changes(run(config), run_anew(config)) == set()
 
@@ -40,7 +40,7 @@ def test_every_method_fits_and_predicts(method_name: str, protocol: str) -> None
             assert plane.shape == (SIZE, SIZE)
             assert plane.dtype == torch.float32
             assert torch.isfinite(plane).all()
-    assert outcome.scores[1::2].min() > outcome.scores[::2].max()  # the defective parts stand out
+    assert outcome.scores[1::2].min() > outcome.scores[::2].max()  # the defective samples score higher
 
 
 EFFECTS_OF_PROTOCOL = {
@@ -51,17 +51,17 @@ EFFECTS_OF_PROTOCOL = {
     "float_blur": {"map"},
     "exact_distances": {"score", "map"},
     "masked_pooling": {"score", "map"},
-    "exact_au_pro": set(),  # acts on the report alone
+    "exact_au_pro": set(),  # affects only the report
 }
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Protocol)])
-def test_each_protocol_row_changes_its_part(field: str) -> None:
+def test_effect_of_each_protocol_row(field: str) -> None:
     alone = replace(settings(), protocol=Protocol(**{field: True}))
     assert changes(run(settings()), run(alone)) == EFFECTS_OF_PROTOCOL[field]
 
 
-# field: (settings that it is tried on, its other value)
+# field: (base settings, another value)
 OTHER_VALUES = {
     "rgb_backbone_name": (settings(), "vit_base_patch8_224"),
     "xyz_backbone_name": (settings(), "Point_Bert"),
@@ -90,8 +90,8 @@ def test_each_setting_changes_score_and_map(field: str) -> None:
 
 
 @pytest.mark.parametrize("method_name", ["DINO", "Point_MAE", "Fusion"])
-def test_low_precision_is_that_of_the_networks_alone(method_name: str) -> None:
-    """Features come out in fp32 whatever the networks compute in."""
+def test_low_precision_returns_fp32_features(method_name: str) -> None:
+    """Features are fp32 in every precision of the networks."""
     bank = METHODS[method_name].banks[0]
     sample = made_up_samples("train")[0]
     configs = [settings(method_name, precision=each, use_uff=method_name == "Fusion") for each in ("fp32", "bf16")]
@@ -101,31 +101,31 @@ def test_low_precision_is_that_of_the_networks_alone(method_name: str) -> None:
     if method_name == "DINO":
         assert float((low - exact).norm() / exact.norm()) < 0.02
         kept = low.bfloat16() == low
-        assert kept.all()  # the last layer's digits
+        assert kept.all()  # values of the last layer in bf16
 
 
 @pytest.mark.parametrize("bank", range(3))
-@pytest.mark.parametrize(("field", "part"), [("score_lambdas", "score"), ("map_lambdas", "map")])
-def test_each_lambda_changes_its_part(field: str, part: str, bank: int) -> None:
+@pytest.mark.parametrize(("field", "changed"), [("score_lambdas", "score"), ("map_lambdas", "map")])
+def test_effect_of_each_lambda(field: str, changed: str, bank: int) -> None:
     values = [1.0, 0.1, 1.0]
     values[bank] *= 3
-    assert changes(run(settings(TRIPLE)), run(settings(TRIPLE, **{field: tuple(values)}))) == {part}
+    assert changes(run(settings(TRIPLE)), run(settings(TRIPLE, **{field: tuple(values)}))) == {changed}
 
 
-def test_no_setting_is_left_out() -> None:
+def test_every_setting_is_tested() -> None:
     elsewhere = {
-        "method_name",  # every method is run above
-        "protocol",  # row by row above
-        "memory_bank",  # takes one value at most
-        "point_ops",  # below
-        "score_lambdas",  # one by one above
+        "method_name",  # covered by tests of every method
+        "protocol",  # covered row by row
+        "memory_bank",  # at most one value is valid
+        "point_ops",  # covered below
+        "score_lambdas",  # covered one by one
         "map_lambdas",
     }
     assert {field.name for field in fields(DetectorConfig)} == elsewhere | set(OTHER_VALUES)
     assert {field.name for field in fields(Protocol)} == set(EFFECTS_OF_PROTOCOL)
 
 
-def test_naming_the_memory_bank_changes_nothing() -> None:
+def test_named_memory_bank_changes_nothing() -> None:
     assert changes(run(settings()), run_anew(settings(memory_bank="multiple"))) == set()
 
 
