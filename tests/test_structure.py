@@ -1,4 +1,4 @@
-"""What the layout promises: imports go down only, importing a module does nothing, files are read safely."""
+"""Layout of the code: imports point down only, importing has no side effects, files are read safely."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# The layers, from the top down. Each imports itself and the layers below. Tests and benchmarks import all.
+# The layers from top to bottom. Each imports itself and the layers below; tests and benchmarks import all.
 LAYERS = (
     ("main", "fusion_pretrain", "predict"),
     ("runner",),
@@ -28,12 +28,12 @@ READERS_OF_CHECKPOINTS = {"utils/checkpoint_files.py"}
 
 
 def part_of(path: str) -> str:
-    """utils/scans/files.py -> utils; main.py -> main."""
+    """Top-level package or module of a path: utils/scans/files.py -> utils, main.py -> main."""
     return Path(path).parts[0].removesuffix(".py")
 
 
 def find_sources() -> dict[str, str]:
-    """Text of every Python file of the project by its path; what is hidden, or laid beside it by a run, is left out."""
+    """Text of every Python file of the project by its path."""
     folders = ("utils", "models", "feature_extractors", "runner", "tests", "benchmarks")
     paths = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
     return {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(paths)}
@@ -45,7 +45,7 @@ MODULES = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") 
 
 
 def imported(path: str, source: str) -> Iterator[str]:
-    """Dotted names of all imports, wherever in the file; relative ones resolved."""
+    """Dotted names of all imports of a file, with relative ones resolved."""
     package = Path(path).parent.parts
     for node in ast.walk(parse(source)):
         if isinstance(node, ast.Import):
@@ -69,11 +69,11 @@ def upward_imports(path: str, source: str) -> list[str]:
 
 
 def layer_of(part: str, default: int | None = None) -> int:
-    """Number of the layer that holds a part of the project; `default` for libraries."""
+    """Number of the layer of a package or module; `default` for libraries."""
     for number, parts in enumerate(LAYERS):
         if part in parts:
             return number
-    assert default is not None, f"{part} has no place in the layers"
+    assert default is not None, f"{part} is in no layer"
     return default
 
 
@@ -83,7 +83,7 @@ def parse(source: str) -> ast.Module:
 
 
 def calls(source: str, function: str) -> list[ast.Call]:
-    """Calls of a dotted function such as torch.load, also under other names of its module or of its own."""
+    """Calls of a dotted function such as torch.load, also by aliases."""
     module, name = function.rsplit(".", 1)
     tree = parse(source)
     aliases = {function}
@@ -99,10 +99,10 @@ def has_true(call: ast.Call, keyword: str) -> bool:
     return any(k.arg == keyword and isinstance(k.value, ast.Constant) and k.value.value is True for k in call.keywords)
 
 
-# The project
+# Project
 
 
-def test_the_sources_are_found() -> None:
+def test_sources_are_found() -> None:
     assert {"main.py", "dataset.py", "fusion_pretrain.py", "utils/errors.py", "tests/conftest.py"} <= SOURCES.keys()
     assert {"models", "feature_extractors.detector"} <= set(MODULES)
 
@@ -129,14 +129,14 @@ def test_no_star_imports() -> None:
     assert stars == []
 
 
-def test_no_file_bears_the_name_of_a_standard_library_module() -> None:
-    """A script that is run by path has its own folder searched first: utils/logging.py would stand for logging."""
+def test_no_file_has_the_name_of_a_standard_library_module() -> None:
+    """Python searches the folder of a script first, so utils/logging.py would replace logging."""
     names = {path for path in LAYERED if Path(path).stem in sys.stdlib_module_names}
     assert names == set()
 
 
 def test_scripts_in_utils_do_not_search_their_own_folder() -> None:
-    """Run by path they put the repository root in its place, before they import the project."""
+    """They replace it with the repository root before they import the project."""
     scripts = [path for path in LAYERED if part_of(path) == "utils" and "__main__" in SOURCES[path]]
     assert scripts
     for path in scripts:
@@ -144,8 +144,8 @@ def test_scripts_in_utils_do_not_search_their_own_folder() -> None:
         assert "sys.path[0] = " in head, path
 
 
-def test_importing_does_nothing() -> None:
-    """No argument is parsed, nothing printed, no checkpoint loaded, no GPU touched, no random number drawn."""
+def test_imports_have_no_side_effects() -> None:
+    """Imports parse no argument, print nothing, load no checkpoint, use no GPU and draw no random number."""
     program = f"""
 import argparse, sys
 import numpy as np, torch
@@ -170,7 +170,7 @@ for module in {MODULES}:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_parsing_flags_imports_no_heavy_library(script: str) -> None:
-    """--help and a wrong flag answer at once: torch alone takes seconds to import."""
+    """--help and wrong flags answer at once; torch alone takes seconds to import."""
     program = f"""
 import runpy, sys
 heavy = {HEAVY}
@@ -198,18 +198,18 @@ def test_torch_load_is_safe_and_only_in_checkpoint_readers() -> None:
     assert all(calls(SOURCES[path], "torch.load") for path in READERS_OF_CHECKPOINTS)
 
 
-def test_nothing_is_pickled() -> None:
-    """Tensors and JSON on disk, never pickled objects."""
+def test_no_pickle_is_read_or_written() -> None:
+    """Files hold tensors and JSON, never pickled objects."""
     for path in LAYERED:
         for function in ("pickle.load", "pickle.loads", "pickle.dump", "pickle.dumps", "joblib.load", "joblib.dump"):
             assert calls(SOURCES[path], function) == [], (path, function)
         assert not any(has_true(call, "allow_pickle") for call in calls(SOURCES[path], "numpy.load")), path
 
 
-# The checks themselves
+# Checks of the checks
 
 
-def test_upward_imports_are_noticed() -> None:
+def test_upward_imports_are_found() -> None:
     for path, source, found in (
         ("utils/a.py", "import models.point_ops", ["models.point_ops"]),
         ("utils/a.py", "def f():\n    from dataset import AnomalyDataset", ["dataset"]),
@@ -231,7 +231,7 @@ def test_upward_imports_are_noticed() -> None:
         assert upward_imports(path, source) == found, (path, source)
 
 
-def test_calls_are_noticed() -> None:
+def test_calls_are_found() -> None:
     for source, count, safe in (
         ("import torch\ntorch.load(path, weights_only=True)", 1, True),
         ("import torch\ntorch.load(path)", 1, False),
