@@ -1,4 +1,4 @@
-"""Made-up scans: the layout on disk, what a seed fixes, where defects show, and that the geometry is a scanner's."""
+"""Synthetic scans: layout on disk, reproducibility by seed, masks of defects, and scanner geometry."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ IN_3D, IN_COLOR = ("dent", "bump", "hole"), ("stain", "contamination")
 
 
 def noise_free(part_class: str, path: str, size: int, damaged: bool = True) -> tuple[Part, View]:
-    """The part of a scan of seed 0 and what every pixel sees of it."""
+    """Object of a scan with seed 0, and its view by every pixel."""
     stream = partial(random_stream, 0, part_class, path)
     part = PARTS[part_class](stream("part"))
     if damaged:
@@ -58,21 +58,21 @@ def test_layout_and_formats(tmp_path: Path) -> None:
         assert xyz.shape == (SIZE, SIZE, 3)
         assert xyz.dtype == np.float32
     for path in tmp_path.glob("*/*/*/rgb/*.png"):
-        with Image.open(path) as picture:
-            assert (picture.mode, picture.size) == ("RGB", (SIZE, SIZE))
+        with Image.open(path) as image:
+            assert (image.mode, image.size) == ("RGB", (SIZE, SIZE))
     for path in tmp_path.glob("*/test/*/gt/*.png"):
-        with Image.open(path) as picture:
-            assert (picture.mode, picture.size) == ("L", (SIZE, SIZE))
-            levels = set(np.unique(np.asarray(picture)).tolist())
+        with Image.open(path) as image:
+            assert (image.mode, image.size) == ("L", (SIZE, SIZE))
+            levels = set(np.unique(np.asarray(image)).tolist())
         assert levels == ({0} if "good" in path.parts else {0, 255})
-    with Image.open(tmp_path / "preview.png") as picture:
-        assert min(picture.size) > 500
-        assert np.asarray(picture.convert("L")).std() > 20
+    with Image.open(tmp_path / "preview.png") as image:
+        assert min(image.size) > 500
+        assert np.asarray(image.convert("L")).std() > 20
         second_row = np.asarray(picture.convert("RGB"))[picture.height * 3 // 10 : picture.height * 4 // 10]
         assert np.median(np.ptp(second_row.astype(int), axis=2)) > 20  # heights are in color
 
 
-def test_the_seed_fixes_every_file_whatever_the_counts_and_workers(tmp_path: Path) -> None:
+def test_files_depend_on_the_seed_but_not_on_counts_or_workers(tmp_path: Path) -> None:
     few = Plan(tmp_path / "few", ("bracket",), train=1, validation=0, test_good=0, test_defective=1, size=64)
     more = Plan(tmp_path / "more", ("cookie", "bracket"), train=2, validation=0, test_good=0, test_defective=2, size=64)
     make_dataset(few)
@@ -84,7 +84,7 @@ def test_the_seed_fixes_every_file_whatever_the_counts_and_workers(tmp_path: Pat
     assert len(set(clouds)) == len(clouds)
 
 
-def test_another_seed_gives_another_scan() -> None:
+def test_other_seed_gives_another_scan() -> None:
     first, second = (make_scan("gasket", "train/good/000", 64, seed) for seed in (0, 1))
     assert (first.rgb != second.rgb).mean() > 0.5
     assert (first.xyz != second.xyz).mean() > 0.5
@@ -92,39 +92,39 @@ def test_another_seed_gives_another_scan() -> None:
 
 @pytest.mark.parametrize("part_class", PARTS)
 @pytest.mark.parametrize("defect", IN_COLOR)
-def test_color_defects_leave_the_cloud_alone(part_class: str, defect: str) -> None:
+def test_color_defects_do_not_change_the_cloud(part_class: str, defect: str) -> None:
     scan = make_scan(part_class, f"test/{defect}/000", SIZE, 0)
-    twin = make_scan(part_class, f"test/{defect}/000", SIZE, 0, damaged=False)
+    intact = make_scan(part_class, f"test/{defect}/000", SIZE, 0, damaged=False)
     inside = scan.gt > 0
-    np.testing.assert_array_equal(scan.xyz, twin.xyz)
-    difference = np.abs(scan.rgb.astype(int) - twin.rgb).max(2)
+    np.testing.assert_array_equal(scan.xyz, intact.xyz)
+    difference = np.abs(scan.rgb.astype(int) - intact.rgb).max(2)
     assert difference[inside].mean() > 15
     blurred = ndimage.binary_dilation(inside, iterations=3)
     assert difference[~blurred].max() <= 11  # color changes below the threshold of the ground truth
-    assert not twin.gt.any()
+    assert not intact.gt.any()
 
 
 @pytest.mark.parametrize("part_class", PARTS)
 @pytest.mark.parametrize("defect", IN_3D)
 def test_3d_defects_keep_the_color(part_class: str, defect: str) -> None:
     path = f"test/{defect}/000"
-    scan, twin = make_scan(part_class, path, 224, 0), make_scan(part_class, path, 224, 0, damaged=False)
+    scan, intact = make_scan(part_class, path, 224, 0), make_scan(part_class, path, 224, 0, damaged=False)
     inside = ndimage.binary_dilation(scan.gt > 0, iterations=3)
-    difference = np.abs(scan.rgb.astype(int) - twin.rgb).max(2)
+    difference = np.abs(scan.rgb.astype(int) - intact.rgb).max(2)
     assert difference[~inside].max() <= 6
-    assert difference[inside].mean() < 12  # shading, and the grain of the color that moves with the surface
+    assert difference[inside].mean() < 12  # shading, and color noise that moves with the surface
     np.testing.assert_array_equal(
         noise_free(part_class, path, 8)[0].albedo, noise_free(part_class, path, 8, damaged=False)[0].albedo
     )
-    both = (scan.xyz != 0).all(2) & (twin.xyz != 0).all(2)
-    assert np.abs(scan.xyz - twin.xyz)[both & ~inside].max() <= DEPTH_CHANGE * 1.001
-    moved = np.abs(scan.xyz - twin.xyz)[..., 2][both & (scan.gt > 0)]
-    assert moved.size == 0 or moved.max() > 0.001  # nothing is measured at the bottom of a narrow hole
+    both = (scan.xyz != 0).all(2) & (intact.xyz != 0).all(2)
+    assert np.abs(scan.xyz - intact.xyz)[both & ~inside].max() <= DEPTH_CHANGE * 1.001
+    moved = np.abs(scan.xyz - intact.xyz)[..., 2][both & (scan.gt > 0)]
+    assert moved.size == 0 or moved.max() > 0.001  # a narrow hole has no measurement at its bottom
 
 
 @pytest.mark.parametrize("part_class", PARTS)
 @pytest.mark.parametrize("defect", [*IN_3D, "combined"])
-def test_the_mask_is_where_the_surface_moved(part_class: str, defect: str) -> None:
+def test_mask_covers_the_moved_surface(part_class: str, defect: str) -> None:
     path = f"test/{defect}/001"
     mask = make_scan(part_class, path, 160, 0).gt > 0
     moved = np.abs(noise_free(part_class, path, 160)[1].depth - noise_free(part_class, path, 160, False)[1].depth)
@@ -137,13 +137,13 @@ def test_the_mask_is_where_the_surface_moved(part_class: str, defect: str) -> No
 
 
 @pytest.mark.parametrize("part_class", PARTS)
-def test_every_defect_shows_in_its_mask(part_class: str) -> None:
+def test_every_defect_has_a_mask(part_class: str) -> None:
     for defect in DEFECTS:
         for i in range(2):
             assert make_scan(part_class, f"test/{defect}/{i:03d}", 64, 3).gt.any(), (defect, i)
 
 
-def test_defects_change_the_part_as_they_say() -> None:
+def test_effect_of_each_defect_on_height_and_color() -> None:
     for part_class, make in PARTS.items():
         for seed in range(3):
             part = make(np.random.default_rng(seed))
@@ -166,7 +166,7 @@ def test_defects_change_the_part_as_they_say() -> None:
                 assert 0 <= on_part.min() <= on_part.max() <= 1
 
 
-def test_parts_are_of_the_size_they_should_be_and_vary() -> None:
+def test_objects_have_the_expected_size_and_vary() -> None:
     for make in PARTS.values():
         first, second = (make(np.random.default_rng(seed)) for seed in (0, 1))
         width = np.ptp(np.argwhere(first.height), axis=0) * CELL
@@ -180,11 +180,11 @@ def test_parts_are_of_the_size_they_should_be_and_vary() -> None:
 
 
 @pytest.mark.parametrize("part_class", PARTS)
-def test_missing_pixels_are_zero_and_the_rest_lies_on_the_pixel_grid(part_class: str) -> None:
+def test_missing_pixels_are_zero_and_others_lie_on_the_pixel_grid(part_class: str) -> None:
     xyz = make_scan(part_class, "test/hole/000", SIZE, 0).xyz
     assert np.isfinite(xyz).all()
     zeros = (xyz == 0).sum(2)
-    assert set(np.unique(zeros).tolist()) == {0, 3}  # never a coordinate alone
+    assert set(np.unique(zeros).tolist()) == {0, 3}  # never a single coordinate
     assert 0.003 < (zeros == 3).mean() < 0.15
     valid = zeros == 0
     assert 0.3 < xyz[valid][:, 2].min() < xyz[valid][:, 2].max() < 0.8
@@ -202,7 +202,7 @@ def test_no_ray_lies_in_a_coordinate_plane(size: int) -> None:
     assert (pixel_rays(size) != 0).all()
 
 
-def test_the_table_is_a_slightly_tilted_plane_along_the_border() -> None:
+def test_table_is_a_slightly_tilted_plane_along_the_border() -> None:
     planes = []
     for i in range(3):
         xyz = make_scan("bracket", f"train/good/00{i}", 224, 0).xyz.astype(float)
@@ -219,8 +219,8 @@ def test_the_table_is_a_slightly_tilted_plane_along_the_border() -> None:
 
 
 @pytest.mark.parametrize("part_class", PARTS)
-def test_the_shadow_lies_behind_the_part(part_class: str) -> None:
-    """The projector is to the left of the camera, so more is missing beside the right edge of a part."""
+def test_shadow_lies_right_of_the_object(part_class: str) -> None:
+    """The projector is left of the camera, so more points are missing at the right edge of an object."""
     xyz = make_scan(part_class, "train/good/000", 224, 0).xyz
     _, view = noise_free(part_class, "train/good/000", 224, damaged=False)
     part = ndimage.binary_fill_holes(view.point[2] > 0)
@@ -232,7 +232,7 @@ def test_the_shadow_lies_behind_the_part(part_class: str) -> None:
 
 
 @pytest.mark.parametrize("part_class", PARTS)
-def test_ray_casting_agrees_with_fine_steps_along_each_ray(part_class: str) -> None:
+def test_ray_casting_equals_fine_steps_along_each_ray(part_class: str) -> None:
     stream = partial(random_stream, 0, part_class, "train/good/000")
     height, pose, rays = PARTS[part_class](stream("part")).height, lay_down(stream("pose")), pixel_rays(64)
     view = look(height, pose, rays)
@@ -249,7 +249,7 @@ def test_ray_casting_agrees_with_fine_steps_along_each_ray(part_class: str) -> N
 
 @pytest.mark.parametrize("part_class", PARTS)
 @pytest.mark.parametrize("group", ["train/good", "test/hole", "test/bump"])
-def test_cleaning_keeps_the_whole_part_and_nothing_else(part_class: str, group: str) -> None:
+def test_cleaning_keeps_exactly_the_object(part_class: str, group: str) -> None:
     scan = make_scan(part_class, f"{group}/000", 224, 0)
     _, view = noise_free(part_class, f"{group}/000", 224, damaged=not group.endswith("good"))
     xyz = clean_scan(scan.xyz, scan.rgb, scan.gt, CleaningRule(side_multiple=1))[0]
@@ -269,7 +269,7 @@ def test_smooth_noise_is_smooth_and_of_unit_deviation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "complaint"),
+    ("flags", "expected"),
     [
         (["--classes", "bagel"], "--classes names 'bagel'"),
         (["--classes", "cookie", "cookie"], "names a class twice"),
@@ -282,31 +282,31 @@ def test_smooth_noise_is_smooth_and_of_unit_deviation() -> None:
         (["--num_workers", "0"], "--num_workers is 0"),
     ],
 )
-def test_absurd_flags_end_with_exit_2(
-    flags: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_invalid_flags_exit_with_2(
+    flags: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path / "out"), *flags])
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    assert complaint in message
+    assert expected in message
     assert message.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("in_the_way", ["out/cookie/train/good/rgb/000.png", "out/cookie", "out"])
-def test_what_is_there_is_not_overwritten(in_the_way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    obstacle = tmp_path / in_the_way
+@pytest.mark.parametrize("existing", ["out/cookie/train/good/rgb/000.png", "out/cookie", "out"])
+def test_existing_files_are_not_overwritten(existing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    obstacle = tmp_path / existing
     obstacle.parent.mkdir(parents=True, exist_ok=True)
     obstacle.write_text("mine")
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path / "out"), "--size", "64", "--num_workers", "1"])
     assert stop.value.code == 2
     assert "another OUTPUT_DIR" in capsys.readouterr().err
-    assert files_of(tmp_path) == {in_the_way: b"mine"}
+    assert files_of(tmp_path) == {existing: b"mine"}
 
 
-def test_it_runs_by_path_and_as_a_module(tmp_path: Path) -> None:
+def test_script_runs_by_path_and_as_a_module(tmp_path: Path) -> None:
     counts = ["--train", "1", "--validation", "0", "--test_good", "0", "--test_defective", "0", "--size", "64"]
     command = [sys.executable, str(ROOT / "utils" / "synthetic.py"), "made", *counts, "--classes", "cookie"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
