@@ -1,4 +1,4 @@
-"""Thresholds: ranks and quantiles by hand, the normalized score, and the good samples they come from."""
+"""Thresholds: ranks and quantiles by hand, and the normalized score."""
 
 import logging
 import math
@@ -14,7 +14,7 @@ def of_scores(scores: list[float], target_fpr: float) -> Thresholds:
     return calibrate(scores, [np.zeros((2, 2), np.float32)] * len(scores), target_fpr, "validation")
 
 
-NINE = [5.0, 1, 9, 2, 8, 3, 7, 4, 6]  # 1 … 9, in no order
+NINE = [5.0, 1, 9, 2, 8, 3, 7, 4, 6]  # 1 ... 9, unsorted
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ NINE = [5.0, 1, 9, 2, 8, 3, 7, 4, 6]  # 1 … 9, in no order
         (0.999, 1),
     ],
 )
-def test_the_image_threshold_is_a_rank_of_the_good_scores(target_fpr: float, image: float) -> None:
+def test_image_threshold_is_a_rank_of_the_good_scores(target_fpr: float, image: float) -> None:
     thresholds = of_scores(NINE, target_fpr)
     assert thresholds.image == image
     assert (thresholds.target_fpr, thresholds.source, thresholds.parts, thresholds.typical) == (
@@ -40,14 +40,14 @@ def test_the_image_threshold_is_a_rank_of_the_good_scores(target_fpr: float, ima
     )
 
 
-def test_no_rank_suffers_from_rounding() -> None:
-    """Every rate k / (n + 1) leaves exactly k of n + 1 ranks above."""
-    for parts in range(1, 130):
-        for k in range(1, parts + 1):
-            assert of_scores(list(range(1, parts + 1)), k / (parts + 1)).image == parts + 1 - k
+def test_ranks_are_exact_despite_rounding() -> None:
+    """Every rate k / (n + 1) leaves exactly k of n + 1 ranks above the threshold."""
+    for samples in range(1, 130):
+        for k in range(1, samples + 1):
+            assert of_scores(list(range(1, samples + 1)), k / (samples + 1)).image == samples + 1 - k
 
 
-def test_too_few_parts_give_the_largest_score_and_say_what_they_allow(caplog: pytest.LogCaptureFixture) -> None:
+def test_too_few_samples_give_the_largest_score_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert of_scores(NINE, 0.09).image == 9
     assert "0.09 needs 11 good samples, but there are 9, which allow 0.1" in caplog.text
@@ -58,8 +58,8 @@ def test_too_few_parts_give_the_largest_score_and_say_what_they_allow(caplog: py
     assert caplog.text == ""
 
 
-def test_a_new_good_part_is_above_as_often_as_asked_for() -> None:
-    """What split conformal prediction promises, over many draws of 19 calibration parts and a new one."""
+def test_false_alarm_rate_of_new_good_samples() -> None:
+    """Split conformal prediction holds over many draws of 19 calibration samples and a new one."""
     rng = np.random.default_rng(0)
     above = [rng.exponential() > of_scores(rng.exponential(size=19).tolist(), 0.1).image for _ in range(4000)]
     assert np.mean(above) == pytest.approx(0.1, abs=0.015)
@@ -74,7 +74,7 @@ def test_ties_count_as_good() -> None:
 @pytest.mark.parametrize(
     ("target_fpr", "pixel"), [(0.5, 4), (0.25, 6), (0.3, 6), (0.01, 8), (0.99, 1), (1 - 2**-53, 1)]
 )
-def test_the_pixel_threshold_is_a_quantile_of_all_good_pixels(target_fpr: float, pixel: float) -> None:
+def test_pixel_threshold_is_a_quantile_of_all_good_pixels(target_fpr: float, pixel: float) -> None:
     maps = [np.array([[8, 2], [3, 1]], np.float32), np.array([[7, 4], [5, 6]], np.float32)]
     before = [each.copy() for each in maps]
     thresholds = calibrate([1.0, 2], maps, target_fpr, "training")
@@ -83,20 +83,20 @@ def test_the_pixel_threshold_is_a_quantile_of_all_good_pixels(target_fpr: float,
     assert all((each == old).all() for each, old in zip(maps, before, strict=True))
 
 
-def test_the_pixel_threshold_is_the_smallest_that_enough_pixels_do_not_exceed() -> None:
-    """Of every rate k / 10: (1 - 0.7) * 10 is 3.0000000000000004 in floating point."""
+def test_pixel_threshold_is_the_smallest_valid_one() -> None:
+    """Every rate k / 10 is exact, although (1 - 0.7) * 10 is 3.0000000000000004 in floating point."""
     pixels = np.arange(10, dtype=np.float32).reshape(2, 5)
     for k in range(1, 10):
         assert calibrate([1.0], [pixels], k / 10, "training").pixel == 9 - k
 
 
 @pytest.mark.parametrize("target_fpr", [0, 1, -0.1, 1.5, math.nan, 1e-320, 9e-7])
-def test_a_rate_that_is_none_is_refused(target_fpr: float) -> None:
+def test_invalid_rate_is_refused(target_fpr: float) -> None:
     with pytest.raises(InputError, match=r"--target_fpr is .*\. Give a rate from 1e-06 to below 1"):
         of_scores(NINE, target_fpr)
 
 
-def test_scores_and_maps_that_do_not_fit_are_refused() -> None:
+def test_invalid_scores_and_maps_are_refused() -> None:
     plane = np.zeros((2, 2), np.float32)
     for scores, maps in (([], []), ([1.0], [plane, plane])):
         with pytest.raises(ValueError, match="expected one of each"):
@@ -106,7 +106,7 @@ def test_scores_and_maps_that_do_not_fit_are_refused() -> None:
             calibrate(scores, maps, 0.1, "training")
 
 
-# The normalized score
+# Normalized score
 
 
 def thresholds_at(image: float, typical: float) -> Thresholds:
@@ -119,12 +119,12 @@ def test_normalize_is_a_logistic_curve_through_two_points(image: float, typical:
     assert thresholds.normalize(image) == 0.5
     assert thresholds.normalize(typical) == pytest.approx(0.05)
     assert thresholds.normalize(2 * image - typical) == pytest.approx(0.95)
-    # by hand: half way from the typical score to the threshold the odds are the root of 1 / 19
+    # by hand: half way from the typical score to the threshold the odds are sqrt(1 / 19)
     assert thresholds.normalize((image + typical) / 2) == pytest.approx(1 / (1 + math.sqrt(19)))
 
 
 @pytest.mark.parametrize(("image", "typical"), [(3.0, 1.0), (3.0, 3.0), (0.0, 0.0), (1.0, 3.0), (1 + 2**-52, 1.0)])
-def test_normalize_never_falls_and_never_leaves_its_range(image: float, typical: float) -> None:
+def test_normalize_is_monotonic_and_between_0_and_1(image: float, typical: float) -> None:
     scores = [-1e308, *np.linspace(-10, 10, 401).tolist(), 1e308]
     values = [thresholds_at(image, typical).normalize(score) for score in scores]
     assert all(0 <= value <= 1 for value in values)
@@ -134,7 +134,7 @@ def test_normalize_never_falls_and_never_leaves_its_range(image: float, typical:
     assert decisions == [score > image for score in scores if score != image]
 
 
-def test_constant_scores_leave_a_step() -> None:
+def test_constant_scores_give_a_step() -> None:
     thresholds = of_scores([2.0] * 9, 0.1)
     assert (thresholds.image, thresholds.typical) == (2, 2)
     assert [thresholds.normalize(score) for score in (1.999, 2.0, 2.001)] == [0, 0.5, 1]
