@@ -1,4 +1,4 @@
-"""Any vision transformer of timm as RGB backbone: its shapes, the files its weights come in, and where they are got."""
+"""timm vision transformers as RGB backbones: shapes, weight files, downloads and normalization."""
 
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +31,7 @@ from models.rgb_backbone import VisionTransformerBackbone, cached_weights, load_
 from utils import checkpoint_files
 from utils.errors import InputError
 
-SMALLEST = "test_vit.r160_in1k"  # timm's own for tests: width 64, 6 blocks, patches of 16, trained with mean 0.5
+SMALLEST = "test_vit.r160_in1k"  # timm's test model: width 64, 6 blocks, patch 16, mean 0.5
 SMALLEST_HUB = "timm/test_vit.r160_in1k"
 DINO, DINOV3 = "vit_small_patch16_224.dino", "vit_small_patch16_dinov3.lvd1689m"
 DINOV2, REGISTERS = "vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2.lvd142m"
@@ -40,13 +40,13 @@ TRANSFORMERS = [name for name, spec in RGB_BACKBONES.items() if spec.files.names
 State = dict[str, Tensor]
 
 
-def image(size: int) -> Tensor:
-    """(1, 3, size, size) of noise."""
+def noise(size: int) -> Tensor:
+    """Random image (1, 3, size, size)."""
     return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter has values of its own, norms and biases too."""
+    """Module with random values in every parameter, including norms and biases."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -61,7 +61,7 @@ def random_backbone(name: str, img_size: int, seed: int = 0) -> VisionTransforme
 
 
 def hub_file(path: Path, name: str = SMALLEST) -> State:
-    """What timm publishes on the hub: the whole model with its classifier, at its own size."""
+    """File as timm publishes it on the hub: the whole model with its classifier."""
     state = randomized(timm.create_model(name)).state_dict()
     save_file(state, path)
     return state
@@ -69,13 +69,13 @@ def hub_file(path: Path, name: str = SMALLEST) -> State:
 
 @torch.no_grad()
 def assert_equal_features(one: nn.Module, other: nn.Module, size: int) -> None:
-    features = one(image(size))
+    features = one(noise(size))
     assert features.std() > 1e-3
-    assert torch.equal(features, other(image(size)))
+    assert torch.equal(features, other(noise(size)))
 
 
 def message_of(build: Callable[[], object]) -> str:
-    """The one sentence that the error says."""
+    """Error message of a build, which must be one line."""
     with pytest.raises(InputError) as caught:
         build()
     message = str(caught.value)
@@ -84,7 +84,7 @@ def message_of(build: Callable[[], object]) -> str:
 
 
 def refuse(*_: object, **__: object) -> NoReturn:
-    pytest.fail("nothing is to be downloaded or looked for")
+    pytest.fail("download or cache search")
 
 
 @pytest.fixture
@@ -94,15 +94,15 @@ def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """The hub cannot be reached; grows by what it is asked for."""
-    asked: list[tuple[str, str]] = []
+    """List of requests to the hub, which all fail."""
+    requests: list[tuple[str, str]] = []
 
     def fail(repository: str, file: str) -> NoReturn:
-        asked.append((repository, file))
+        requests.append((repository, file))
         raise LocalEntryNotFoundError("an error occurred\nwhile trying to reach the hub")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    return asked
+    return requests
 
 
 # Shapes
@@ -130,30 +130,30 @@ def test_grid_and_width(name: str, img_size: int, grid: int, prefix_tokens: int,
     assert features.shape == (2, grid**2, 384)
 
 
-def test_img_size_that_its_patches_do_not_divide_is_refused() -> None:
+def test_img_size_must_be_a_multiple_of_the_patch_size() -> None:
     message = message_of(lambda: VisionTransformerBackbone(DINOV2, 240))
     assert f"--img_size 240 is not a multiple of {DINOV2}'s patch size 14" in message
 
 
-# Files of weights
+# Weight files
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize(("name", "img_size"), [(SMALLEST, 48), (DINOV2, 28), (DINO, 32), (DINOV3, 32)])
-def test_weights_are_read_back(tmp_path: Path, name: str, img_size: int, suffix: str) -> None:
-    """timm's own state dict, as it is on the hub."""
+def test_round_trip_of_weights(tmp_path: Path, name: str, img_size: int, suffix: str) -> None:
+    """The file holds timm's own state dict, as on the hub."""
     written, path = random_backbone(name, img_size), tmp_path / f"{name}{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(written.model.state_dict(), path)
     read = build_rgb_backbone(name, tmp_path, img_size)
     assert not read.training
-    # the same network but for the normalization, which the factory adds
+    # the same network with the normalization that the factory adds
     again = VisionTransformerBackbone(name, img_size, own_normalization=True).eval()
     again.model.load_state_dict(written.model.state_dict())
     assert_equal_features(read, again, img_size)
 
 
-def test_dinov2_as_its_authors_publish_it(tmp_path: Path) -> None:
-    """With a mask token, and positions of a 37 x 37 grid."""
+def test_dinov2_weights_of_its_authors(tmp_path: Path) -> None:
+    """The file has a mask token, and positions of a 37 x 37 grid."""
     written = random_backbone(DINOV2, 518)
     published = written.model.state_dict() | {"mask_token": torch.ones(1, 384)}
     torch.save(published, tmp_path / "dinov2_vits14_pretrain.pth")
@@ -168,8 +168,8 @@ def test_dinov2_as_its_authors_publish_it(tmp_path: Path) -> None:
         assert torch.equal(value, published[key]), key
 
 
-def test_dinov2_with_registers_as_its_authors_publish_it(tmp_path: Path) -> None:
-    """The registers by another name, and a position of the class token, which timm adds to the token itself."""
+def test_dinov2_weights_with_registers_of_its_authors(tmp_path: Path) -> None:
+    """Registers have another name, and timm adds the position of the class token to the token itself."""
     written = random_backbone(REGISTERS, 28)
     published = written.model.state_dict()
     position = torch.randn(1, 1, 384, generator=torch.Generator().manual_seed(1))
@@ -181,11 +181,11 @@ def test_dinov2_with_registers_as_its_authors_publish_it(tmp_path: Path) -> None
     backbone = VisionTransformerBackbone(REGISTERS, 28).eval()
     load_vision_transformer(backbone, tmp_path / "dinov2_vits14_reg4_pretrain.pth")
     with torch.no_grad():
-        torch.testing.assert_close(backbone(image(28)), written(image(28)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(backbone(noise(28)), written(noise(28)), rtol=1e-4, atol=1e-4)
 
 
-def test_a_hub_file_fits_another_img_size(tmp_path: Path) -> None:
-    """Its classifier is left out, its 10 x 10 positions become 3 x 3."""
+def test_hub_file_at_another_img_size(tmp_path: Path) -> None:
+    """The classifier is ignored, and 10 x 10 positions become 3 x 3."""
     state = hub_file(tmp_path / f"{SMALLEST}.safetensors")
     assert {"head.weight", "head.bias"} < state.keys()
     read = build_rgb_backbone(SMALLEST, tmp_path, 48).model.state_dict()
@@ -199,7 +199,7 @@ def test_a_hub_file_fits_another_img_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize(
-    ("damage", "part"),
+    ("damage", "expected"),
     [
         ({"pos_embed": torch.ones(1, 1, 64)}, "("),
         ({"pos_embed": torch.ones(64)}, "("),
@@ -209,18 +209,18 @@ def test_a_hub_file_fits_another_img_size(tmp_path: Path) -> None:
     ],
     ids=["no positions", "flat positions", "flat patches", "another block", "another width"],
 )
-def test_a_state_that_does_not_fit_is_named(tmp_path: Path, damage: State, part: str, suffix: str) -> None:
-    """Whatever timm's conversion stumbles over, nothing but an InputError comes out."""
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, damage: State, expected: str, suffix: str) -> None:
+    """Every failure of timm's conversion becomes an InputError."""
     path = tmp_path / f"weights{suffix}"
     state = random_backbone(SMALLEST, 48).model.state_dict() | damage
     (save_file if suffix == ".safetensors" else torch.save)(state, path)
     message = message_of(lambda: build_rgb_backbone(SMALLEST, tmp_path, 48, path))
     assert message.startswith(f"{path} does not fit ")
-    assert part in message
+    assert expected in message
     assert message.endswith(". Check that the file belongs to the chosen backbone.")
 
 
-def test_a_safetensors_file_of_another_model_is_named(tmp_path: Path) -> None:
+def test_safetensors_file_of_another_model_is_refused(tmp_path: Path) -> None:
     for name in ("test_resnet.r160_in1k", "test_vit2.r160_in1k"):
         path = tmp_path / f"{name}.safetensors"
         hub_file(path, name)
@@ -229,7 +229,7 @@ def test_a_safetensors_file_of_another_model_is_named(tmp_path: Path) -> None:
         assert "left over: " in message
 
 
-def test_a_truncated_safetensors_file_is_named(tmp_path: Path) -> None:
+def test_truncated_safetensors_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / f"{SMALLEST}.safetensors"
     hub_file(path)
     path.write_bytes(path.read_bytes()[:-1000])
@@ -242,7 +242,7 @@ def test_a_truncated_safetensors_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nothing_of_the_kind", "vit_tiny_patch16_224.nonsense", "", "vit_tiny_patch16_224."])
-def test_names_that_timm_does_not_know_are_refused(tmp_path: Path, name: str) -> None:
+def test_names_unknown_to_timm_are_refused(tmp_path: Path, name: str) -> None:
     message = message_of(lambda: build_rgb_backbone(name, tmp_path, 224))
     assert message.startswith(f"--rgb_backbone_name {name!r} is unknown. Choose one of vit_base_patch8_224_dino, ")
     assert all(known in message for known in RGB_BACKBONES)
@@ -252,13 +252,13 @@ def test_names_that_timm_does_not_know_are_refused(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet18.a1_in1k", "swin_tiny_patch4_window7_224", "convnext_tiny"])
-def test_networks_of_another_kind_are_refused(tmp_path: Path, name: str) -> None:
+def test_other_networks_are_refused(tmp_path: Path, name: str) -> None:
     message = message_of(lambda: build_rgb_backbone(name, tmp_path, 224))
     assert message.startswith(f"{name} cannot be the RGB backbone (")
     assert message.endswith("Choose a vision transformer of timm.")
 
 
-def test_the_row_of_a_timm_model() -> None:
+def test_spec_of_a_timm_model() -> None:
     spec = rgb_spec(DINOV3)
     assert spec.timm_name == DINOV3
     assert spec.files.names == (f"{DINOV3}.safetensors", f"{DINOV3}.pth", f"{DINOV3}.npz")
@@ -267,12 +267,12 @@ def test_the_row_of_a_timm_model() -> None:
     assert all(rgb_spec(name) is row for name, row in RGB_BACKBONES.items())
 
 
-# Where the file is found
+# Location of the weights
 
 
 @pytest.mark.usefixtures("no_download")
-def test_the_file_of_the_folder_is_taken_before_any_download(tmp_path: Path) -> None:
-    for seed, suffix in enumerate((".pth", ".safetensors")):  # the later one goes first
+def test_checkpoint_folder_comes_before_a_download(tmp_path: Path) -> None:
+    for seed, suffix in enumerate((".pth", ".safetensors")):  # .safetensors is preferred
         written = random_backbone(SMALLEST, 48, seed)
         (save_file if seed else torch.save)(written.model.state_dict(), tmp_path / f"{SMALLEST}{suffix}")
         read = build_rgb_backbone(SMALLEST, tmp_path, 48).model.state_dict()
@@ -281,8 +281,8 @@ def test_the_file_of_the_folder_is_taken_before_any_download(tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("no_download")
 @pytest.mark.parametrize("file", ["mine.bin", "mine.safetensors"])
-def test_a_given_checkpoint_is_taken_whatever_its_name(tmp_path: Path, file: str) -> None:
-    """And before what the folder holds, which is not even looked at."""
+def test_given_checkpoint_may_have_any_name(tmp_path: Path, file: str) -> None:
+    """It is used without reading the checkpoint folder."""
     (tmp_path / f"{SMALLEST}.safetensors").write_text("not to be read")
     (tmp_path / f"{SMALLEST}.pth").write_text("not to be read")
     given = tmp_path / "elsewhere" / file
@@ -297,14 +297,14 @@ def test_a_given_checkpoint_is_taken_whatever_its_name(tmp_path: Path, file: str
 @pytest.mark.usefixtures("no_download")
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
 @pytest.mark.parametrize("name", [SMALLEST, "vit_small_patch8_224_dino"])
-def test_a_given_checkpoint_that_is_missing_is_named(tmp_path: Path, name: str, suffix: str) -> None:
-    hub_file(tmp_path / f"{SMALLEST}.safetensors")  # is no substitute
+def test_missing_given_checkpoint_is_refused(tmp_path: Path, name: str, suffix: str) -> None:
+    hub_file(tmp_path / f"{SMALLEST}.safetensors")  # not a substitute
     given = tmp_path / f"absent{suffix}"
     with torch.device("meta"):
         assert str(given) in message_of(lambda: build_rgb_backbone(name, tmp_path, 48, given))
 
 
-def test_a_given_checkpoint_is_refused_where_none_is_needed(tmp_path: Path) -> None:
+def test_given_checkpoint_is_refused_if_none_is_needed(tmp_path: Path) -> None:
     message = message_of(lambda: build_rgb_backbone("efficientnet_lite0", tmp_path, 64, tmp_path / "file.pth"))
     assert (
         message
@@ -312,18 +312,18 @@ def test_a_given_checkpoint_is_refused_where_none_is_needed(tmp_path: Path) -> N
     )
 
 
-def test_weights_that_are_not_there_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched, asked = tmp_path / "cache" / "model.safetensors", []
+def test_missing_weights_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched, requests = tmp_path / "cache" / "model.safetensors", []
     fetched.parent.mkdir()
     written = hub_file(fetched)
 
     def download(repository: str, file: str) -> str:
-        asked.append((repository, file))
+        requests.append((repository, file))
         return str(fetched)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     read = build_rgb_backbone(SMALLEST, tmp_path, 160)
-    assert asked == [(SMALLEST_HUB, "model.safetensors")]
+    assert requests == [(SMALLEST_HUB, "model.safetensors")]
     assert not read.training
     assert all(torch.equal(value, written[key]) for key, value in read.model.state_dict().items())
 
@@ -340,19 +340,19 @@ def test_weights_that_are_not_there_are_downloaded(tmp_path: Path, monkeypatch: 
         (DINOV3, "timm/vit_small_patch16_dinov3.lvd1689m"),
     ],
 )
-def test_a_download_that_fails_says_all_that_was_tried(
+def test_failed_download_names_files_and_sources(
     tmp_path: Path, name: str, repository: str, offline: list[tuple[str, str]]
 ) -> None:
     with torch.device("meta"):
         message = message_of(lambda: build_rgb_backbone(name, tmp_path, 224))
     assert offline == [(repository, "model.safetensors")]
     spec = rgb_spec(name)
-    for part in (*spec.files.names, f" in {tmp_path}, ", spec.files.source, "https://"):
-        assert part in message
+    for text in (*spec.files.names, f" in {tmp_path}, ", spec.files.source, "https://"):
+        assert text in message
     assert f"timm's download failed (LocalEntryNotFoundError at {repository})" in message
 
 
-def test_a_model_whose_weights_nobody_publishes_is_named(tmp_path: Path, offline: list[tuple[str, str]]) -> None:
+def test_model_without_published_weights_is_refused(tmp_path: Path, offline: list[tuple[str, str]]) -> None:
     name = next(
         each for each in timm.list_models("vit_*") if not getattr(timm.get_pretrained_cfg(each), "hf_hub_id", 0)
     )
@@ -364,7 +364,7 @@ def test_a_model_whose_weights_nobody_publishes_is_named(tmp_path: Path, offline
 
 
 def fake_cache(folder: Path, repository: str) -> Path:
-    """A cache of the hub that holds the weights of one repository."""
+    """Hub cache with the weights of one repository; returns the weight file."""
     home = folder / f"models--{repository.replace('/', '--')}"
     snapshot = home / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
@@ -376,7 +376,7 @@ def fake_cache(folder: Path, repository: str) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder in place of the user's cache."""
+    """Empty folder that replaces the user's cache."""
     folder = tmp_path / "hub"
     folder.mkdir()
     look = partial(huggingface_hub.try_to_load_from_cache, cache_dir=folder)
@@ -392,8 +392,8 @@ def test_weights_in_the_cache_are_found(cache: Path) -> None:
     assert cached_weights("vit_tiny_patch14_no_such") is None
 
 
-def test_a_cache_that_knows_of_no_such_file_holds_none(cache: Path) -> None:
-    """The hub's library leaves a mark where the repository was asked and had no such file."""
+def test_cache_mark_of_a_missing_file_is_no_file(cache: Path) -> None:
+    """The hub's library leaves a mark when a repository did not have the file."""
     kept = fake_cache(cache, SMALLEST_HUB)
     kept.unlink()
     mark = cache / "models--timm--test_vit.r160_in1k" / ".no_exist" / "0123abc" / "model.safetensors"
@@ -403,11 +403,11 @@ def test_a_cache_that_knows_of_no_such_file_holds_none(cache: Path) -> None:
     assert cached_weights(SMALLEST) is None
 
 
-# What reaches the network
+# Input of the network
 
 
 def received(name: str, given: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """The image that the network of a backbone is handed."""
+    """Image that reaches the network of a backbone."""
     seen: list[Tensor] = []
     monkeypatch.setattr(rgb_backbone, "load_vision_transformer", lambda backbone, path: backbone)
     backbone = build_rgb_backbone(name, Path(), given.shape[-1], Path("not read"))
@@ -427,7 +427,7 @@ def normalized(pixels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k", SMALLEST])
-def test_a_network_is_given_pictures_as_it_was_trained_with(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_normalized_as_in_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert timm.get_pretrained_cfg(name).mean == timm.get_pretrained_cfg(name).std == (0.5, 0.5, 0.5)
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     found = received(name, normalized(pixels), monkeypatch)
@@ -435,19 +435,19 @@ def test_a_network_is_given_pictures_as_it_was_trained_with(name: str, monkeypat
 
 
 @pytest.mark.parametrize("name", [*TRANSFORMERS, DINO, DINOV3])
-def test_pictures_for_the_named_transformers_are_unchanged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in the reference, though two of them were trained with 0.5; those of DINO were trained so."""
+def test_images_for_named_transformers_are_unchanged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference uses ImageNet statistics, although two of these models were trained with 0.5."""
     given = normalized(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(received(name, given, monkeypatch), given)
 
 
-def test_normalization_is_no_part_of_the_weights() -> None:
+def test_normalization_is_not_saved_with_the_weights() -> None:
     with torch.device("meta"):
         backbone = VisionTransformerBackbone(SMALLEST, 48, own_normalization=True)
     assert all(key.startswith("model.") for key in backbone.state_dict())
 
 
-# The list
+# List of backbones
 
 
 def test_every_backbone_is_listed_once(tmp_path: Path, cache: Path) -> None:
@@ -465,12 +465,12 @@ def test_every_backbone_is_listed_once(tmp_path: Path, cache: Path) -> None:
         assert row.published == str(spec.files)
 
 
-def test_where_weights_lie_is_listed(tmp_path: Path, cache: Path) -> None:
+def test_paths_of_weights_are_listed(tmp_path: Path, cache: Path) -> None:
     files = {"vit_base_patch8_224_dino": "dino_vitbase8_pretrain.pth", "Point_MAE": "pretrain.pth"}
     for file in files.values():
         (tmp_path / file).touch()
     kept = fake_cache(cache, "timm/vit_small_patch8_224.dino")
-    fake_cache(cache, "timm/vit_base_patch8_224.dino")  # the folder goes first
+    fake_cache(cache, "timm/vit_base_patch8_224.dino")  # the checkpoint folder is preferred
     weights = {row.name: row.weights for row in list_backbones(tmp_path, 224)}
     for name, file in files.items():
         assert weights[name] == str(tmp_path / file)
@@ -510,6 +510,6 @@ def test_listed_widths_are_those_of_the_xyz_features(
     backbone = build_xyz_backbone(name, Path(), **grouping, checkpoint=given)
     points = 0.01 * torch.rand(40, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 0.0, 0.5])
     features = backbone([points])[0].features
-    of_points = isinstance(backbone, FpfhBackbone)
-    assert features.shape == (40 if of_points else 8, listed[name].width)
-    assert listed[name].grid == ("every point" if of_points else "every group")
+    per_point = isinstance(backbone, FpfhBackbone)
+    assert features.shape == (40 if per_point else 8, listed[name].width)
+    assert listed[name].grid == ("every point" if per_point else "every group")
