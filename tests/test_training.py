@@ -1,4 +1,4 @@
-"""The loop of UFF training without its script: schedule, order, updates, checkpoints, and the recorded run."""
+"""UFF training loop: schedule, order, updates, checkpoints, and the recorded run."""
 
 import argparse
 import json
@@ -56,7 +56,7 @@ def run_slope(
     return list(trainer.train_epoch())
 
 
-# The schedule
+# Schedule
 
 
 def test_schedule_by_hand() -> None:
@@ -86,7 +86,7 @@ def test_schedule_in_updates_counts_updates_across_epochs(tmp_path: Path) -> Non
 # One epoch
 
 
-def test_gradients_are_averaged_over_the_group_and_a_rest_is_dropped_where_asked(tmp_path: Path) -> None:
+def test_gradients_are_averaged_per_group_and_drop_last_group_drops_the_rest(tmp_path: Path) -> None:
     dataset = constant_samples(tmp_path, 5)
     loader, model, progress = loader_of(dataset, 1, 2, drop_last_group=True), Slope(), Progress()
     expected = 0.0
@@ -104,7 +104,7 @@ def test_gradients_are_averaged_over_the_group_and_a_rest_is_dropped_where_asked
 
 
 @pytest.mark.parametrize("accum_iter", [2, 3, 7])
-def test_the_last_group_is_averaged_over_its_own_size(tmp_path: Path, accum_iter: int) -> None:
+def test_last_group_is_averaged_over_its_own_size(tmp_path: Path, accum_iter: int) -> None:
     model, progress = Slope(), Progress()
     steps = run_slope(loader_of(constant_samples(tmp_path, 5), 1, accum_iter), model, progress, accum_iter)
     groups = [model.seen[first : first + accum_iter] for first in range(0, 5, accum_iter)]
@@ -115,7 +115,7 @@ def test_the_last_group_is_averaged_over_its_own_size(tmp_path: Path, accum_iter
     assert progress == Progress(epoch=1, updates=len(groups), grad_norm=steps[-1].grad_norm)
 
 
-def test_progress_follows_the_updates_and_sums_up_the_batches(tmp_path: Path) -> None:
+def test_progress_counts_updates_and_sums_losses(tmp_path: Path) -> None:
     model, progress = Slope(), Progress()
     model.w.data.fill_(1.0)
     steps = trainer_of(
@@ -123,7 +123,7 @@ def test_progress_follows_the_updates_and_sums_up_the_batches(tmp_path: Path) ->
         lambda _, y: y,
         loader_of(constant_samples(tmp_path, 5), 1, 2),
         torch.optim.SGD(model.parameters(), lr=0.0),
-        Schedule(1e-30, 1e-30, 0, 1),  # w stays 1: the losses are the values
+        Schedule(1e-30, 1e-30, 0, 1),  # w stays 1, so the losses are the values
         progress,
         accum_iter=2,
     ).train_epoch()
@@ -136,11 +136,11 @@ def test_progress_follows_the_updates_and_sums_up_the_batches(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_an_epoch_goes_on_at_its_next_batch_and_reads_nothing_twice(tmp_path: Path, num_workers: int) -> None:
+def test_resumed_epoch_continues_at_its_next_batch(tmp_path: Path, num_workers: int) -> None:
     dataset = constant_samples(tmp_path, 7)
     whole, rest = Slope(), Slope()
     run_slope(loader_of(dataset, 1, 2), whole, Progress(epoch=3), 2)
-    (tmp_path / "bagel" / f"{whole.seen[0] - 1:03d}.safetensors").unlink()  # seen, so it need not be read
+    (tmp_path / "bagel" / f"{whole.seen[0] - 1:03d}.safetensors").unlink()  # already seen, so not read again
     progress = Progress(epoch=3, batch=4, updates=2)
     loader = loader_of(dataset, 1, 2, num_workers=num_workers)
     steps = run_slope(loader, rest, progress, 2)
@@ -149,10 +149,10 @@ def test_an_epoch_goes_on_at_its_next_batch_and_reads_nothing_twice(tmp_path: Pa
     assert [step.grad_norm is None for step in steps] == [True, False, False]
     assert progress == Progress(epoch=4, updates=4, grad_norm=progress.grad_norm)
     with pytest.raises(InputError, match="can no longer be read"):
-        run_slope(loader, rest, progress, 2)  # the next epoch is a whole one again
+        run_slope(loader, rest, progress, 2)  # the next epoch reads all files
 
 
-def test_every_epoch_and_seed_has_its_own_order(tmp_path: Path) -> None:
+def test_order_depends_on_epoch_and_seed(tmp_path: Path) -> None:
     dataset = constant_samples(tmp_path, 6)
     orders = set()
     for seed in (0, 10):
@@ -174,7 +174,7 @@ def test_ranks_share_the_files(tmp_path: Path) -> None:
     assert sorted(shares[0] + shares[1]) == [1, 2, 3, 4, 5, 6]
 
 
-def test_too_few_files_are_told_with_the_mend(tmp_path: Path) -> None:
+def test_too_few_files_are_refused(tmp_path: Path) -> None:
     dataset = constant_samples(tmp_path, 5)
     with pytest.raises(InputError, match=r"5 patch files.*batch of 6.*--batch_size 5 or less"):
         loader_of(dataset, 6, 1)
@@ -187,7 +187,7 @@ def test_too_few_files_are_told_with_the_mend(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, num_workers: int) -> None:
+def test_damaged_file_is_refused_in_one_line(tmp_path: Path, num_workers: int) -> None:
     dataset = constant_samples(tmp_path, 2)
     (tmp_path / "bagel" / "001.safetensors").unlink()
     loader = loader_of(dataset, 2, 1, num_workers=num_workers)
@@ -196,7 +196,7 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, num_workers: int) -
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_names_the_files_of_its_batch(tmp_path: Path, bad: float) -> None:
+def test_loss_that_is_not_finite_names_the_files_of_its_batch(tmp_path: Path, bad: float) -> None:
     dataset = constant_samples(tmp_path, 6)
     model, progress = Slope(), Progress()
     run_slope(loader_of(dataset, 2, 1), model, Progress(), 1)
@@ -222,18 +222,18 @@ def test_a_loss_that_is_not_finite_names_the_files_of_its_batch(tmp_path: Path, 
     assert (model.w.item(), progress.updates, progress.batch) == (w, 1, 1)
 
 
-# Which files are held out
+# Validation split
 
 
 @pytest.mark.parametrize(("count", "fraction", "held_out"), [(10, 0.1, 1), (10, 0.34, 3), (7, 0.5, 4), (2, 0.5, 1)])
-def test_split_is_disjoint_complete_and_of_the_asked_size(count: int, fraction: float, held_out: int) -> None:
+def test_split_is_disjoint_complete_and_of_the_requested_size(count: int, fraction: float, held_out: int) -> None:
     train, validation = split_files(count, fraction, seed=3)
     assert sorted(train + validation) == list(range(count))
     assert (train, validation) == (sorted(train), sorted(validation))
     assert len(validation) == held_out
 
 
-def test_split_depends_on_the_seed_alone() -> None:
+def test_split_depends_only_on_the_seed() -> None:
     torch.manual_seed(1)
     first = split_files(100, 0.2, seed=3)
     state = torch.get_rng_state()
@@ -267,14 +267,12 @@ def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def test_the_optimizer_uses_the_recipe_betas_and_the_given_weight_decay() -> None:
+def test_optimizer_settings() -> None:
     (parameters,) = make_optimizer(nn.Linear(2, 2), 0.1).param_groups
     assert (parameters["betas"], parameters["weight_decay"]) == ((0.9, 0.95), 0.1)
 
 
-def test_a_checkpoint_holds_all_that_training_goes_on_with(
-    tmp_path: Path, trained: tuple[nn.Module, torch.optim.Optimizer]
-) -> None:
+def test_round_trip_of_a_checkpoint(tmp_path: Path, trained: tuple[nn.Module, torch.optim.Optimizer]) -> None:
     model, optimizer = trained
     progress = Progress(epoch=2, batch=6, updates=11, loss_sum=0.1 + 0.2, lr_sum=0.3, best=0.7, processes=3)
     save_checkpoint(tmp_path / "last.pth", model, optimizer, progress, ARGS)
@@ -291,7 +289,7 @@ def test_a_checkpoint_holds_all_that_training_goes_on_with(
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
 
 
-def test_settings_that_bind_are_compared(tmp_path: Path, trained: tuple[nn.Module, torch.optim.Optimizer]) -> None:
+def test_resume_compares_the_given_settings(tmp_path: Path, trained: tuple[nn.Module, torch.optim.Optimizer]) -> None:
     path = tmp_path / "last.pth"
     save_checkpoint(path, *trained, Progress(), ARGS)
     changed = argparse.Namespace(batch_size=2, seed=1, lr=0.2)
@@ -301,7 +299,7 @@ def test_settings_that_bind_are_compared(tmp_path: Path, trained: tuple[nn.Modul
         load_checkpoint(path, *trained, changed, ("batch_size", "seed"))
 
 
-def test_a_checkpoint_of_the_original_goes_on_after_its_epoch(
+def test_checkpoint_of_the_original_resumes_after_its_epoch(
     tmp_path: Path, trained: tuple[nn.Module, torch.optim.Optimizer]
 ) -> None:
     model, optimizer = trained
@@ -311,7 +309,7 @@ def test_a_checkpoint_of_the_original_goes_on_after_its_epoch(
 
 
 @pytest.mark.parametrize("kind", ["cut", "widths", "no optimizer", "progress of another version", "a tensor", "a list"])
-def test_files_that_cannot_be_resumed_from(
+def test_invalid_checkpoints_are_refused(
     tmp_path: Path, trained: tuple[nn.Module, torch.optim.Optimizer], kind: str
 ) -> None:
     path = tmp_path / "bad.pth"
@@ -333,7 +331,7 @@ def test_files_that_cannot_be_resumed_from(
         load_checkpoint(path, model, make_optimizer(model, 0.0), ARGS)
 
 
-def test_a_write_that_fails_leaves_the_checkpoint_before_it(
+def test_failed_write_keeps_the_older_checkpoint(
     tmp_path: Path, trained: tuple[nn.Module, torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "last.pth"
@@ -352,7 +350,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_is_noted_and_the_second_is_as_ever(number: signal.Signals) -> None:
+def test_second_signal_has_its_original_handler(number: signal.Signals) -> None:
     came: list[int] = []
     before = signal.signal(number, lambda *_: came.append(1))
     try:
@@ -369,13 +367,13 @@ def test_the_first_signal_is_noted_and_the_second_is_as_ever(number: signal.Sign
         signal.signal(number, before)
 
 
-# The recorded run
+# Recorded run
 
 
 @pytest.mark.golden
-def test_order_rates_and_updates_are_those_of_the_original(goldens: Path, tmp_path: Path) -> None:
+def test_recorded_order_rates_and_updates(goldens: Path, tmp_path: Path) -> None:
     recorded = json.loads((goldens / "uff_train.json").read_text())["bagel"]
-    dataset = constant_samples(tmp_path, 6)  # file number n stands for the n-th of the recorded listing
+    dataset = constant_samples(tmp_path, 6)  # file n stands for the n-th recorded file
     loader, model, progress = loader_of(dataset, 2, 2, drop_last_group=True), Slope(), Progress()
     steps = []
     for _ in range(2):
@@ -386,10 +384,10 @@ def test_order_rates_and_updates_are_those_of_the_original(goldens: Path, tmp_pa
 
 
 @pytest.mark.golden
-def test_training_is_that_of_the_original(goldens: Path, tmp_path: Path, golden_features: GoldenFeatures) -> None:
+def test_recorded_training(goldens: Path, tmp_path: Path, golden_features: GoldenFeatures) -> None:
     recorded = json.loads((goldens / "uff_train.json").read_text())["bagel"]
     parameters = np.load(goldens / "uff_train_params.npz")
-    for place, name in enumerate(recorded["listdir_order"]):  # ours sorts: names that sort as the original listed
+    for place, name in enumerate(recorded["listdir_order"]):  # names that sort in the order of the original listing
         features = golden_features(f"train/good/{int(name.removeprefix('bagel').removesuffix('.pt')):03d}")
         write_features(tmp_path, "bagel", f"{place:03d}", features, **BACKBONES, dtype=torch.float32)
     dataset = PatchFileDataset(tmp_path, "reference")
@@ -414,11 +412,11 @@ def test_training_is_that_of_the_original(goldens: Path, tmp_path: Path, golden_
         assert step.grad_norm == (original["grad_norm"] and pytest.approx(original["grad_norm"], rel=1e-3))
 
 
-# Does it learn
+# Learning
 
 
 def retrieval_accuracy(model: FeatureFusion, held_out: list[PatchFeatures]) -> float:
-    """How often the xyz patch nearest to an rgb patch, among those of its part, lies inside that rgb patch."""
+    """Fraction of rgb patches whose nearest xyz patch of the same sample lies inside the rgb patch."""
     cell = resize_patches(torch.arange(RGB_GRID**2).float()[:, None], XYZ_GRID)[:, 0]
     hits = []
     for features in held_out:
@@ -430,7 +428,7 @@ def retrieval_accuracy(model: FeatureFusion, held_out: list[PatchFeatures]) -> f
 
 
 @pytest.mark.parametrize("pairing", ["aligned", "reference"])
-def test_aligned_pairs_are_learned_and_scrambled_ones_are_not(tmp_path: Path, pairing: str) -> None:
+def test_aligned_pairs_are_learned_but_not_scrambled_ones(tmp_path: Path, pairing: str) -> None:
     dataset = PatchFileDataset(write_samples(tmp_path, 32), pairing)
     held_out = [related_features(seed) for seed in range(1000, 1008)]
     loader, schedule, progress = loader_of(dataset, 8, 1), Schedule(3e-3, 0.0, 1, 12), Progress()
