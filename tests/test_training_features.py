@@ -1,4 +1,4 @@
-"""Training features in memory and in mapped files: the same rows, and what they leave resident."""
+"""Training features in memory and in mapped files: equal rows and resident memory."""
 
 import errno
 import json
@@ -58,7 +58,7 @@ def together(name: str, samples: int = SAMPLES) -> Tensor:
     return torch.cat([getattr(sample, name) for sample in made_up()[:samples]])
 
 
-def test_samples_and_rows_are_what_was_appended(features: TrainingFeatures) -> None:
+def test_samples_and_rows_equal_the_appended_ones(features: TrainingFeatures) -> None:
     for i, sample in enumerate(made_up()):
         kept = features.sample(i)
         assert torch.equal(kept.xyz, sample.xyz)
@@ -69,18 +69,18 @@ def test_samples_and_rows_are_what_was_appended(features: TrainingFeatures) -> N
             rows, expected = features.rows(name, samples).shard, together(name, samples or SAMPLES)
             assert (len(rows), rows.shape) == (len(expected), expected.shape)
             for step in (1, 3, 100):
-                parts = [part.clone() for part in rows.split(step)]
-                assert [len(part) for part in parts[:-1]] == [step] * (len(parts) - 1)
-                assert torch.equal(torch.cat(parts), expected)
+                blocks = [block.clone() for block in rows.split(step)]
+                assert [len(block) for block in blocks[:-1]] == [step] * (len(blocks) - 1)
+                assert torch.equal(torch.cat(blocks), expected)
             index = torch.arange(-1, 3000) % len(expected)
             assert torch.equal(rows[index], expected[index])
 
 
-def test_rows_can_be_left_out_twice(features: TrainingFeatures) -> None:
+def test_rows_can_be_filtered_twice(features: TrainingFeatures) -> None:
     expected = together("xyz")
     expected = expected[(expected != 0).any(dim=1)]
     kept = features.rows("xyz").shard.where(lambda rows: (rows != 0).any(dim=1), step=3)
-    assert torch.equal(torch.cat([part.clone() for part in kept.split(4)]), expected)
+    assert torch.equal(torch.cat([block.clone() for block in kept.split(4)]), expected)
     positive = kept.where(lambda rows: rows[:, 0] > 0, step=2)
     expected = expected[expected[:, 0] > 0]
     assert 0 < len(expected) < len(kept)
@@ -102,11 +102,11 @@ def test_half_precision_keeps_the_zeros(place: str) -> None:
 def test_rows_of_a_tensor() -> None:
     rows = PatchRows(torch.arange(6.0).view(3, 2))
     assert rows[torch.tensor([2])].tolist() == [[4.0, 5.0]]
-    assert [part.tolist() for part in rows.split(2)] == [[[0.0, 1.0], [2.0, 3.0]], [[4.0, 5.0]]]
+    assert [block.tolist() for block in rows.split(2)] == [[[0.0, 1.0], [2.0, 3.0]], [[4.0, 5.0]]]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_detector_is_the_same_wherever_the_features_lay(protocol: str) -> None:
+def test_features_in_memory_and_on_disk_give_the_same_detector(protocol: str) -> None:
     config = settings(TRIPLE, protocol=PROTOCOLS[protocol])
     extractor = build(config)
     on_disk = collect_features(extractor, made_up_samples("train"), TRAIN, memory_budget=1e-6)
@@ -114,7 +114,7 @@ def test_a_detector_is_the_same_wherever_the_features_lay(protocol: str) -> None
     assert_same_detector(fit_detector(config, extractor, on_disk), run(config).detector)
 
 
-def test_half_precision_changes_a_detector_a_little() -> None:
+def test_half_precision_changes_the_detector_slightly() -> None:
     config = settings(TRIPLE, f_coreset=1.0)
     extractor = build(config)
     halved = collect_features(extractor, made_up_samples("train"), TRAIN, dtype=torch.float16)
@@ -124,7 +124,7 @@ def test_half_precision_changes_a_detector_a_little() -> None:
         assert 0 < difference < 1e-2 * whole.banks[name].rows.abs().max(), name
 
 
-def test_a_disk_that_is_too_small_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_full_disk_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -136,24 +136,24 @@ def test_a_disk_that_is_too_small_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 @pytest.mark.parametrize(
-    ("value", "dtype", "mend"),
+    ("value", "dtype", "fix"),
     [
         (torch.nan, torch.float32, "Check its files"),
         (torch.inf, torch.float16, "Check its files"),
         (7e4, torch.float16, "Use --train_feature_dtype fp32"),
     ],
 )
-def test_features_that_are_no_numbers_are_named(value: float, dtype: torch.dtype, mend: str) -> None:
+def test_features_that_are_not_finite_are_refused(value: float, dtype: torch.dtype, fix: str) -> None:
     first, second = made_up()[:2]
     second.rgb[1, 2] = value
     features = TrainingFeatures(SAMPLES, dtype=dtype)
     features.append(first)
-    with pytest.raises(InputError, match=f"rgb features of good sample 1 hold NaN or infinity as float.*{mend}"):
+    with pytest.raises(InputError, match=f"rgb features of good sample 1 hold NaN or infinity as float.*{fix}"):
         features.append(second)
 
 
 @pytest.mark.parametrize(("kind", "warned"), [("tmpfs", True), ("ext4", False)])
-def test_a_temporary_folder_in_memory_is_warned_of(
+def test_temporary_folder_in_memory_is_warned_about(
     kind: str, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     mounts = tmp_path / "mounts"
@@ -190,8 +190,8 @@ print(json.dumps({"mb": (peak() - before) / 1024, "left": [str(path) for path in
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("budget", "least", "most"), [(10.0, 390, 600), (0.1, 0, 200)])
-def test_what_is_resident(budget: float, least: float, most: float, tmp_path: Path) -> None:
-    """Of 400 MB: all of it, or a few samples and the parts that are worked on; no file has a name."""
+def test_resident_memory(budget: float, least: float, most: float, tmp_path: Path) -> None:
+    """All of 400 MB, or only a few samples, are resident; no file has a name."""
     command = [sys.executable, "-c", RESIDENT, str(budget), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
