@@ -1,4 +1,4 @@
-"""UFF training in several processes: collectives, negatives of all of them, launchers, and stops."""
+"""UFF training in several processes: collectives, global negatives, launchers, and stops."""
 
 import gc
 import os
@@ -41,11 +41,11 @@ from utils.distributed import (
 )
 from utils.errors import InputError
 
-# Valid patches of each process: unequal, and one process with none.
+# Valid patches per process: unequal, and one process without any.
 COUNTS = {2: [[5, 2], [0, 4]], 3: [[5, 1, 7], [3, 0, 4]]}
 
 
-# What holds in a single process
+# Single process
 
 
 def test_ranks_come_from_the_environment_or_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,7 @@ def test_ranks_come_from_the_environment_or_the_flags(monkeypatch: pytest.Monkey
         monkeypatch.delenv(name, raising=False)
     assert is_main()
     assert find_ranks() == find_ranks(local_rank=-1) == find_ranks(world_size=1) == Ranks(0, 1, 0)
-    assert find_ranks(local_rank=1) == Ranks(0, 1, 1)  # alone, on the second GPU
+    assert find_ranks(local_rank=1) == Ranks(0, 1, 1)  # single process on the second GPU
     assert find_ranks(1, 2, "tcp://localhost:29500") == Ranks(1, 2, 1, 2)
     for flags in [(None, 2, "tcp://localhost:1"), (2, 2, "tcp://localhost:1"), (1, 2, "env://")]:
         with pytest.raises(InputError, match="without torchrun"):
@@ -109,7 +109,7 @@ def test_device_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("cuda", 2)
 
 
-def test_collectives_of_one_process_change_nothing() -> None:
+def test_collectives_of_one_process() -> None:
     rows = torch.randn(3, 2)
     assert world_size() == 1
     assert all_gather_rows(rows) == (rows, 0)
@@ -121,7 +121,7 @@ def test_collectives_of_one_process_change_nothing() -> None:
 
 
 def patches(counts: list[int], rank: int) -> tuple[Tensor, Tensor]:
-    """Input of one process, as many valid patches among two invalid ones as `counts` says."""
+    """Input of one process: `counts[rank]` valid patches between two invalid ones."""
     generator = torch.Generator().manual_seed(rank)
     xyz = torch.randn(counts[rank] + 2, 5, generator=generator, dtype=torch.float64)
     xyz[[0, -1]] = 0.0
@@ -138,12 +138,12 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def work(rank: int, count: int, folder: str) -> None:
-    """What one process finds, saved as <rank>.pth."""
+    """Save the results of one process as <rank>.pth."""
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     with process_group(Ranks(rank, count, rank), CPU, f"file://{folder}/meet"):
         found["place"] = (is_main(), world_size())
-        own = torch.arange(2.0 * rank).reshape(rank, 2) + 10 * rank  # process 0 has no row
+        own = torch.arange(2.0 * rank).reshape(rank, 2) + 10 * rank  # rank 0 has no row
         own.requires_grad_()
         gathered, first = all_gather_rows(own)
         (gathered * torch.arange(len(gathered))[:, None] * (rank + 1)).sum().backward()
@@ -196,23 +196,23 @@ def test_rows_are_gathered_in_order_and_gradients_flow_back(found: Found) -> Non
         gathered, first, own, grad = each["rows"]
         assert torch.equal(gathered, union)
         assert torch.equal(gathered[first : first + rank], own)
-        # Row t is weighted by t times 1 + 2 + ... in the processes: all of them count.
+        # The weights of row t in all processes sum to t (1 + 2 + ...).
         expected = torch.arange(first, first + rank) * sum(range(1, count + 1))
         assert torch.equal(grad, expected[:, None].expand(-1, 2).float())
 
 
-def test_all_processes_hear_the_same(found: Found) -> None:
+def test_any_reaches_all_processes(found: Found) -> None:
     count, by_rank = found
     for each in by_rank:
         assert each["any"] == [True] * count + [False]
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_global_negatives_are_one_process_with_all_patches(found: Found, number: int) -> None:
+def test_global_negatives_match_one_process_with_all_patches(found: Found, number: int) -> None:
     count, by_rank = found
-    parts = [patches(COUNTS[count][number], rank) for rank in range(count)]
+    inputs = [patches(COUNTS[count][number], rank) for rank in range(count)]
     model = small_model()
-    loss = contrastive_loss(*model(torch.cat([xyz for xyz, _ in parts]), torch.cat([rgb for _, rgb in parts])))
+    loss = contrastive_loss(*model(torch.cat([xyz for xyz, _ in inputs]), torch.cat([rgb for _, rgb in inputs])))
     loss.backward()
     losses = [each[f"global {number}"][0] for each in by_rank]
     torch.testing.assert_close(torch.stack(losses).mean(), loss.detach(), rtol=1e-10, atol=0)
@@ -221,7 +221,7 @@ def test_global_negatives_are_one_process_with_all_patches(found: Found, number:
             torch.testing.assert_close(each[f"global {number}"][1][name], grad, rtol=1e-8, atol=1e-12)
 
 
-def test_local_negatives_are_the_mean_of_each_process_alone(found: Found) -> None:
+def test_local_negatives_average_the_gradients_of_single_processes(found: Found) -> None:
     count, by_rank = found
     losses, alone = [], []
     for rank in range(count):
@@ -239,11 +239,11 @@ def test_local_negatives_are_the_mean_of_each_process_alone(found: Found) -> Non
     assert max(float(difference.abs().max()) for difference in differences) > 1e-3
 
 
-def test_no_patch_in_any_process_is_an_error_in_all(found: Found) -> None:
+def test_missing_patches_are_an_error_in_all_processes(found: Found) -> None:
     assert all("without valid points" in each["nothing"] for each in found.by_rank)
 
 
-# The script under its launchers
+# Script under its launchers
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -264,7 +264,7 @@ def assert_same_run(ours: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_readme_commands_train_in_one_process(lib: Path, tmp_path: Path) -> None:
+def test_commands_of_the_readme(lib: Path, tmp_path: Path) -> None:
     expected = run_main(lib, tmp_path / "expected")
     flags = [*SMALL, "--device", "cpu", "--data_path", lib]
     plain = launch("fusion_pretrain.py", *flags, "--output_dir", tmp_path / "plain")
@@ -276,8 +276,8 @@ def test_the_readme_commands_train_in_one_process(lib: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_two_processes_average_the_gradients_of_their_own_batches(lib: Path, tmp_path: Path) -> None:
-    """Two processes that see every other file take the steps of one process that accumulates two files."""
+def test_two_processes_match_one_with_accumulation(lib: Path, tmp_path: Path) -> None:
+    """Two processes with every other file take the steps of one process that accumulates two files."""
     expected = run_main(lib, tmp_path / "expected", "--batch_size", "1", "--accum_iter", "4")
     flags = [*SMALL, "--batch_size", "1", "--accum_iter", "2", "--device", "cpu", "--data_path", lib]
     finish(launch(*TORCHRUN, "fusion_pretrain.py", *flags, "--output_dir", tmp_path / "torchrun"))
@@ -288,9 +288,7 @@ def test_two_processes_average_the_gradients_of_their_own_batches(lib: Path, tmp
 
 
 @pytest.mark.slow
-def test_two_processes_of_mpirun_train_as_two_of_torchrun(
-    lib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mpirun_matches_torchrun(lib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = [*SMALL, "--batch_size", "1", "--device", "cpu", "--data_path", lib]
     finish(launch(*TORCHRUN, "fusion_pretrain.py", *flags, "--output_dir", tmp_path / "torchrun"))
     for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "OMPI_COMM_WORLD_SIZE": 2}.items():
@@ -305,8 +303,8 @@ def test_two_processes_of_mpirun_train_as_two_of_torchrun(
 
 
 @pytest.mark.slow
-def test_global_negatives_of_two_processes_are_a_batch_of_twice_the_size(tmp_path: Path) -> None:
-    """With a smaller last group (5 batches of accum 2), and validation shared by the processes."""
+def test_global_negatives_match_a_batch_of_twice_the_size(tmp_path: Path) -> None:
+    """The last group is smaller (5 batches, accum_iter 2), and the processes share the validation."""
     lib = write_samples(tmp_path / "lib", 13)
     both = ["--accum_iter", "2", "--val_fraction", "0.2"]
     expected = run_main(lib, tmp_path / "expected", *both, "--batch_size", "2")
@@ -319,7 +317,7 @@ def test_global_negatives_of_two_processes_are_a_batch_of_twice_the_size(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_processes_stops_both_and_costs_nothing(tmp_path: Path) -> None:
+def test_signal_to_one_process_stops_both_and_loses_nothing(tmp_path: Path) -> None:
     lib = write_samples(tmp_path / "lib", 40)
     flags = [*SMALL, "--batch_size", "1", "--accum_iter", "1", "--save_steps", "1", "--device", "cpu"]
     flags += ["--data_path", str(lib), "--world_size", "2"]
@@ -340,23 +338,23 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_costs_nothing(tmp_path:
     finish(*processes, code=130)
     assert read(last)["progress"]["batch"] not in (0, 20)
     finish(*whole)
-    # In mid-epoch as many processes have to go on.
-    (said,) = finish(launch("fusion_pretrain.py", *flags[:-2], "--output_dir", last.parent, "--resume", last), code=2)
-    assert "was written mid-epoch with 2 processes, not 1" in said.splitlines()[-1]
+    # A checkpoint within an epoch needs the same number of processes.
+    (stderr,) = finish(launch("fusion_pretrain.py", *flags[:-2], "--output_dir", last.parent, "--resume", last), code=2)
+    assert "was written mid-epoch with 2 processes, not 1" in stderr.splitlines()[-1]
     finish(*start("stopped+again", "--resume", last))
     assert_equal_training(last, tmp_path / "whole" / "checkpoint-last.pth")
     assert log_of(last.parent) == log_of(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_a_bad_loss_in_one_process_ends_both_and_names_its_file(tmp_path: Path) -> None:
-    """The rate makes the second batch diverge in both; each process names its own file."""
+def test_nan_loss_ends_both_processes_and_names_the_files(tmp_path: Path) -> None:
+    """The learning rate makes the second batch diverge in both; each process names its own files."""
     lib = write_samples(tmp_path / "lib", 8)
     flags = [*SMALL, "--batch_size", "1", "--accum_iter", "1", "--lr", "1e30", "--warmup_epochs", "0"]
     meet = ["--dist_url", f"file://{tmp_path / 'meet'}", "--world_size", "2", "--output_dir", tmp_path / "out"]
     command = ["fusion_pretrain.py", *flags, "--device", "cpu", "--data_path", lib, *meet, "--local_rank"]
-    said = finish(*(launch(*command, rank) for rank in (0, 1)), code=2)
-    for each in said:
-        line = each.splitlines()[-1]
+    outputs = finish(*(launch(*command, rank) for rank in (0, 1)), code=2)
+    for stderr in outputs:
+        line = stderr.splitlines()[-1]
         assert "The loss is nan at epoch 0, batch " in line
         assert line.count(".safetensors") == 2
