@@ -1,4 +1,4 @@
-"""Folders and files without permission: named, with the mend, and the rest of the dataset is done or inspected."""
+"""Folders and files without permission: they are reported with a fix, and the rest of the dataset is processed."""
 
 import tempfile
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from utils.errors import InputError
 from utils.preprocessing import preprocess
 
 BOTH = frozenset({"rgb", "xyz"})
-MEND = "(Permission denied). Make it and the folders above it readable."
+FIX = "(Permission denied). Make it and the folders above it readable."
 
 
 @pytest.fixture
 def dataset() -> Iterator[Path]:
-    """ALL and a class "dowel", in folders that everyone may read and write; pytest's own are for their owner alone."""
+    """ALL and a class "dowel" in folders open to every user, unlike pytest's own."""
     with tempfile.TemporaryDirectory() as folder:
         root = write_dataset(Path(folder) / "parts")
         write_scan(root / "dowel/train/good", "000", 4, with_gt=False)
@@ -39,29 +39,29 @@ def dataset() -> Iterator[Path]:
         ("bagel/train/good/rgb/000.png", ALL[1], [ALL[0], ALL[2], "dowel/train/good/000"]),
     ],
 )
-def test_cleaning_names_what_it_may_not_read_and_does_the_rest(
+def test_cleaning_reports_unreadable_files_and_does_the_rest(
     dataset: Path, locked: str, name: str, done: list[str]
 ) -> None:
     (dataset / locked).chmod(0)
     with unprivileged():
         summary = preprocess(config_for(dataset))
-        assert summary == (done, [], {name: f"{dataset / locked} cannot be read {MEND}"})
+        assert summary == (done, [], {name: f"{dataset / locked} cannot be read {FIX}"})
     (dataset / locked).chmod(0o777)
     with unprivileged():
         assert preprocess(config_for(dataset)).skipped == done
 
 
 @pytest.mark.parametrize("locked", ["", "preprocessing.json"])
-def test_a_dataset_or_manifest_that_may_not_be_read_is_one_sentence(dataset: Path, locked: str) -> None:
+def test_unreadable_dataset_or_manifest_is_an_error(dataset: Path, locked: str) -> None:
     preprocess(config_for(dataset))
     (dataset / locked).chmod(0)
     for dry_run in (False, True):
         with unprivileged(), pytest.raises(InputError) as caught:
             preprocess(config_for(dataset, dry_run=dry_run))
-        assert str(caught.value) == f"{dataset / locked} cannot be read {MEND}"
+        assert str(caught.value) == f"{dataset / locked} cannot be read {FIX}"
 
 
-def test_a_finished_scan_that_may_not_be_read_is_told_by_its_size(dataset: Path) -> None:
+def test_unreadable_finished_scan_is_checked_by_its_size(dataset: Path) -> None:
     preprocess(config_for(dataset))
     tiff = dataset / "bagel/train/good/xyz/000.tiff"
     tiff.chmod(0)
@@ -69,12 +69,12 @@ def test_a_finished_scan_that_may_not_be_read_is_told_by_its_size(dataset: Path)
         assert ALL[1] in preprocess(config_for(dataset)).skipped
     tiff.touch()
     with unprivileged():
-        assert preprocess(config_for(dataset)).failed == {ALL[1]: f"{tiff} cannot be read {MEND}"}
+        assert preprocess(config_for(dataset)).failed == {ALL[1]: f"{tiff} cannot be read {FIX}"}
 
 
-def test_dataset_check_names_what_it_may_not_read(dataset: Path) -> None:
+def test_dataset_check_reports_unreadable_files(dataset: Path) -> None:
     folder = "bagel/train/good/xyz"
-    for locked, named, scans in (
+    for locked, named, samples in (
         (folder, folder, 0),
         (f"{folder}/000.tiff", f"{folder}/000.tiff", 2),
         ("bagel", folder, 0),
@@ -83,7 +83,7 @@ def test_dataset_check_names_what_it_may_not_read(dataset: Path) -> None:
         with unprivileged():
             assert class_folders(dataset) == find_classes(dataset, "mvtec3d") == ["bagel", "dowel"]
             report = check_split(dataset / "bagel", "train", BOTH, num_workers=0)
-        assert (report.samples, report.problems) == (scans, (f"{dataset / named} cannot be read {MEND}",))
+        assert (report.samples, report.problems) == (samples, (f"{dataset / named} cannot be read {FIX}",))
         (dataset / locked).chmod(0o777)
     dataset.chmod(0)
     with unprivileged(), pytest.raises(InputError, match="cannot be read"):
