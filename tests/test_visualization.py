@@ -1,4 +1,4 @@
-"""Anomaly maps and figures: right pixels, right places, and different pictures for different inputs."""
+"""Anomaly maps, figures and overlays: right pixels in the right places."""
 
 import gc
 import sys
@@ -47,11 +47,11 @@ def drawn(folder: Path, **changes: object) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
-    """The figure of `inputs` as they are."""
+    """Figure of the unchanged `inputs`."""
     return drawn(tmp_path_factory.mktemp("plain"))
 
 
-def test_anomaly_map_keeps_its_size_bit_by_bit(tmp_path: Path) -> None:
+def test_anomaly_map_of_the_same_size_is_written_bit_by_bit(tmp_path: Path) -> None:
     anomaly_map = np.random.default_rng(0).random((SIDE, SIDE), dtype=np.float32)
     path = tmp_path / "anomaly_maps" / "bagel" / "test" / "hole" / "000.tiff"
     save_anomaly_map(path, anomaly_map, (SIDE, SIDE))
@@ -62,13 +62,13 @@ def test_anomaly_map_keeps_its_size_bit_by_bit(tmp_path: Path) -> None:
 
 
 def test_anomaly_map_is_resized_bilinearly_by_pixel_areas(tmp_path: Path) -> None:
-    # align_corners False: the centers of four pixels over two lie at -0.25, 0.25, 0.75 and 1.25
+    # align_corners False: centers of four pixels on two are at -0.25, 0.25, 0.75 and 1.25
     save_anomaly_map(tmp_path / "a.tiff", np.array([[0.0, 4.0], [8.0, 12.0]]), (2, 4))
     np.testing.assert_allclose(tifffile.imread(tmp_path / "a.tiff"), [[0, 1, 3, 4], [8, 9, 11, 12]])
 
 
 @pytest.mark.parametrize("size", [(40, 30), (3, 4), (5, 3)])
-def test_anomaly_map_of_any_size_has_its_axes_in_order(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_anomaly_map_keeps_its_axes_at_any_size(tmp_path: Path, size: tuple[int, int]) -> None:
     rows = np.repeat(np.arange(SIDE, dtype=np.float32)[:, None], SIDE, axis=1)
     save_anomaly_map(tmp_path / "a.tiff", rows, size)
     read = tifffile.imread(tmp_path / "a.tiff")
@@ -100,7 +100,7 @@ def test_figure_has_content_and_the_width_of_its_panels(tmp_path: Path, plain: n
     assert drawn(tmp_path, image=None).shape[1] == pytest.approx(4 * per_panel, rel=0.02)
 
 
-def test_the_map_of_a_single_bank_is_not_drawn_twice(tmp_path: Path) -> None:
+def test_map_of_a_single_bank_is_not_drawn_twice(tmp_path: Path) -> None:
     anomaly_map = inputs()["anomaly_map"]
     single = drawn(tmp_path, bank_maps={"rgb": anomaly_map.copy()}, scale={FUSED: (0.0, 1.0)})
     none = drawn(tmp_path, bank_maps={}, scale={FUSED: (0.0, 1.0)})
@@ -126,12 +126,12 @@ def test_each_input_changes_the_figure(tmp_path: Path, plain: np.ndarray, change
     assert plain.shape != changed.shape or (plain != changed).any()
 
 
-def test_the_same_inputs_give_the_same_figure(tmp_path: Path, plain: np.ndarray) -> None:
+def test_figures_are_reproducible(tmp_path: Path, plain: np.ndarray) -> None:
     np.testing.assert_array_equal(drawn(tmp_path), plain)
 
 
 def panels_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **changes: object) -> dict:
-    """The axes of a figure by their titles, as they were when it was saved."""
+    """Axes of a saved figure by their titles."""
     saved: list[Figure] = []
     save = Figure.savefig
 
@@ -144,16 +144,16 @@ def panels_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **changes: object
     return {axes.get_title(): axes for axes in saved[0].axes if axes.get_title()}
 
 
-@pytest.mark.parametrize("photo_size", [(48, 48), (30, 60)])
-def test_outline_lies_where_the_defect_is(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, photo_size: tuple[int, int]
+@pytest.mark.parametrize("image_size", [(48, 48), (30, 60)])
+def test_outline_surrounds_the_defect(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, image_size: tuple[int, int]
 ) -> None:
-    height, width = photo_size
+    height, width = image_size
     panels = panels_of(monkeypatch, tmp_path, image=np.zeros((height, width, 3), np.uint8))
     for name in ("ground truth", "overlay"):
         (path,) = panels[name].collections[0].get_paths()
         box = path.get_extents()  # rows 4..12 and columns 16..24 of 32, on the extent of the image
-        half_a_pixel = 0.51 * max(photo_size) / SIDE
+        half_a_pixel = 0.51 * max(image_size) / SIDE
         assert box.y0 == pytest.approx(4 / SIDE * height, abs=half_a_pixel)
         assert box.y1 == pytest.approx(12 / SIDE * height, abs=half_a_pixel)
         assert box.x0 == pytest.approx(16 / SIDE * width, abs=half_a_pixel)
@@ -177,7 +177,7 @@ def test_heat_and_scale_of_each_panel(monkeypatch: pytest.MonkeyPatch, tmp_path:
     np.testing.assert_array_equal(panels["image"].images[0].get_array(), given["image"])
 
 
-def test_a_defect_that_fills_the_picture_is_outlined(tmp_path: Path) -> None:
+def test_defect_that_fills_the_image_is_outlined(tmp_path: Path) -> None:
     everything = drawn(tmp_path, mask=np.ones((SIDE, SIDE), dtype=bool))
     nothing = drawn(tmp_path, mask=np.zeros((SIDE, SIDE), dtype=bool), image=inputs()["image"])
     assert (everything != nothing).any()
@@ -188,7 +188,7 @@ def test_title_is_plain_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scale", [{"rgb": (0.0, 1.0), "xyz": (0.0, 1.0)}, {**SCALE, FUSED: (1.0, 1.0)}])
-def test_a_missing_or_empty_scale_is_refused(tmp_path: Path, scale: dict) -> None:
+def test_missing_or_empty_scale_is_refused(tmp_path: Path, scale: dict) -> None:
     with pytest.raises(ValueError, match="color scale of fused"):
         drawn(tmp_path, scale=scale)
     assert not (tmp_path / "figure.png").exists()
@@ -217,11 +217,11 @@ def overlay(folder: Path, image: np.ndarray | None, anomaly_map: np.ndarray, thr
 
 
 @pytest.mark.parametrize(("threshold", "scale"), [(1.5, (0, 3)), (-2.0, (-4, 0)), (0.0, (-1, 1))])
-def test_the_threshold_is_the_middle_of_the_colors(threshold: float, scale: tuple[float, float]) -> None:
+def test_threshold_is_the_middle_of_the_color_scale(threshold: float, scale: tuple[float, float]) -> None:
     assert threshold_scale(threshold) == scale
 
 
-def test_an_overlay_has_the_pixels_of_the_photo(tmp_path: Path) -> None:
+def test_overlay_has_the_size_and_gray_values_of_the_image(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     drawn = overlay(tmp_path, image, np.zeros((8, 8)), None)
     assert drawn.shape == (60, 90, 3)
@@ -231,7 +231,7 @@ def test_an_overlay_has_the_pixels_of_the_photo(tmp_path: Path) -> None:
     assert overlay(tmp_path, image, np.zeros((8, 8)), None).shape == (20, OVERLAY_SIDE, 3)
 
 
-def test_what_is_above_the_threshold_is_outlined_in_its_place(tmp_path: Path) -> None:
+def test_overlay_outlines_pixels_above_the_threshold(tmp_path: Path) -> None:
     image = np.full((80, 80, 3), 128, np.uint8)
     anomaly_map = np.full((8, 8), 0.5)
     anomaly_map[1:3, 4:7] = 1.5
@@ -245,21 +245,21 @@ def test_what_is_above_the_threshold_is_outlined_in_its_place(tmp_path: Path) ->
     assert not outline(1.0)[15:25, 45:65].any() and not outline(2.0).any()
 
 
-def test_what_is_far_below_the_threshold_shows_the_photo_alone(tmp_path: Path) -> None:
+def test_overlay_shows_only_the_image_far_below_the_threshold(tmp_path: Path) -> None:
     image = np.full((16, 16, 3), 128, np.uint8)
     for value, shown in ((0.0, 0), (0.79, 0), (1.0, 10), (1.5, 60), (2.0, 100)):  # the scale is 0 to 2
         drawn = overlay(tmp_path, image, np.full((8, 8), value), 1.0)[8, 8]
         assert np.abs(drawn - 128).max() >= shown and (shown or (drawn == 128).all()), value
 
 
-def test_equal_values_have_equal_colors_on_every_part(tmp_path: Path) -> None:
+def test_overlay_colors_do_not_depend_on_other_pixels(tmp_path: Path) -> None:
     image = np.full((16, 16, 3), 128, np.uint8)
     calm, wild = np.full((8, 8), 0.9), np.full((8, 8), 0.9)
     wild[4:] = 40.0
     np.testing.assert_array_equal(overlay(tmp_path, image, calm, 1.0)[:4], overlay(tmp_path, image, wild, 1.0)[:4])
 
 
-def test_an_overlay_without_a_photo_is_the_map(tmp_path: Path) -> None:
+def test_overlay_without_an_image_is_the_map(tmp_path: Path) -> None:
     anomaly_map = np.zeros((32, 48))
     anomaly_map[:, 24:] = 2.0
     drawn = overlay(tmp_path, None, anomaly_map, None)
