@@ -256,7 +256,7 @@ def test_point_ops_of_a_gpu_are_not_restored(saved: Path) -> None:
         load_detector(saved, "cpu", point_ops="extension")
 
 
-def test_an_unknown_device_is_refused(saved: Path) -> None:
+def test_unknown_device_is_refused(saved: Path) -> None:
     with pytest.raises(InputError, match="--device 'gpu' is unknown"):
         load_detector(saved, "gpu")
 
@@ -413,7 +413,7 @@ def test_integer_for_a_float_setting_is_accepted(tmp_path: Path) -> None:
     assert read_saved(tmp_path / "saved").record.config.f_coreset == 1
 
 
-def test_an_unknown_precision_is_not_the_detectors_fault(saved: Path) -> None:
+def test_unknown_precision_does_not_blame_the_detector(saved: Path) -> None:
     with pytest.raises(InputError, match=r"^--precision is 'fp8'. Give one of"):
         load_detector(saved, "cpu", precision="fp8")
 
@@ -462,18 +462,18 @@ def test_missing_files_are_named(saved: Path) -> None:
     assert "is not a detector" in refused(saved)
 
 
-def test_a_file_of_the_detector_names_its_folder(saved: Path) -> None:
+def test_file_of_a_detector_is_refused_with_its_folder(saved: Path) -> None:
     assert f"is a file, but a detector is a folder. Give the one around it, {saved}." in refused(saved / "config.json")
 
 
-def test_a_folder_in_place_of_the_config_is_refused(saved: Path) -> None:
+def test_folder_at_the_path_of_the_config_is_refused(saved: Path) -> None:
     (saved / "config.json").unlink()
     (saved / "config.json").mkdir()
     assert "/config.json cannot be read (Is a directory). Move this folder away and restore the file." in refused(saved)
 
 
-def test_the_folder_above_names_what_is_in_it(saved: Path) -> None:
-    (saved.parent / ".cookie.tmp").mkdir()  # of a process that was killed
+def test_parent_folder_is_refused_with_its_detectors(saved: Path) -> None:
+    (saved.parent / ".cookie.tmp").mkdir()  # left by a killed process
     (saved.parent / ".cookie.tmp/config.json").write_text("{}")
     assert "because it has no config.json. Name one of the detectors in it (bagel)." in refused(saved.parent)
 

@@ -155,7 +155,7 @@ def docs_snippet(name: str) -> str:
     return next(each for each in snippets if name in each)
 
 
-def test_the_docs_snippet_calibrates_again(fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_snippet_of_the_docs(fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = fitted.detectors["DINO+Point_MAE"]
     (tmp_path / "detectors").mkdir()
     (tmp_path / "detectors/bagel").symlink_to(saved)
@@ -169,7 +169,7 @@ def test_the_docs_snippet_calibrates_again(fitted: Fitted, tmp_path: Path, monke
     assert after.pixel < before.pixel
 
 
-def test_the_docs_snippet_predicts(
+def test_prediction_snippet_of_the_docs(
     fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "detectors").mkdir()
@@ -473,18 +473,18 @@ def test_invalid_flags_are_refused(fitted: Fitted, tmp_path: Path, capsys: pytes
     camera.write_text('{"fx": 1, "fy": 1, "cx": 1, "cy": 1, "depth_scale": 0.001}')
     for flags, expected in (
         (["--detector", both], ["--rgb", "--xyz"]),
-        (["--detector", both, *photo], ["uses xyz files", "--xyz"]),
-        (["--detector", both, *scan], ["uses rgb files", "--rgb"]),
-        (["--detector", rgb, *photo, *scan], ["--xyz is not used"]),
-        (["--detector", tmp_path / "absent", *photo], ["absent"]),
-        (["--detector", rgb, *photo, "--batch_size", 0], ["--batch_size is 0. Give at least 1."]),
-        (["--detector", rgb, *photo, "--num_workers", -1], ["--num_workers is -1. Give at least 0."]),
-        (["--detector", rgb, *photo, "--keep_rgb"], ["--preprocess"]),
-        (["--detector", rgb, *photo, "--preprocess"], ["--xyz"]),
-        (["--detector", both, *photo, *scan, "--intrinsics", tmp_path / "none.json"], ["none.json is missing"]),
-        (["--detector", rgb, *photo, "--intrinsics", camera], ["--intrinsics only applies to --xyz"]),
-        (["--detector", rgb, *photo, "--xyz_unit", "mm"], ["--xyz_unit only applies to --xyz"]),
-        (["--detector", both, *photo, *scan, "--intrinsics", camera], ["--intrinsics only applies to depth images"]),
+        (["--detector", both, *image], ["uses xyz files", "--xyz"]),
+        (["--detector", both, *cloud], ["uses rgb files", "--rgb"]),
+        (["--detector", rgb, *image, *cloud], ["--xyz is not used"]),
+        (["--detector", tmp_path / "absent", *image], ["absent"]),
+        (["--detector", rgb, *image, "--batch_size", 0], ["--batch_size is 0. Give at least 1."]),
+        (["--detector", rgb, *image, "--num_workers", -1], ["--num_workers is -1. Give at least 0."]),
+        (["--detector", rgb, *image, "--keep_rgb"], ["--preprocess"]),
+        (["--detector", rgb, *image, "--preprocess"], ["--xyz"]),
+        (["--detector", both, *image, *cloud, "--intrinsics", tmp_path / "none.json"], ["none.json is missing"]),
+        (["--detector", rgb, *image, "--intrinsics", camera], ["--intrinsics only applies to --xyz"]),
+        (["--detector", rgb, *image, "--xyz_unit", "mm"], ["--xyz_unit only applies to --xyz"]),
+        (["--detector", both, *image, *cloud, "--intrinsics", camera], ["--intrinsics only applies to depth images"]),
         (
             ["--detector", both, *image, "--xyz", samples_dir / "rgb", "--intrinsics", camera, "--xyz_unit", "mm"],
             ["--xyz_unit only applies to point clouds"],

@@ -74,7 +74,7 @@ def test_number_of_shown_samples(bagels: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["report.html", "classes/bagel.json"])
-def test_a_folder_in_place_of_a_file_is_refused(
+def test_folder_at_the_path_of_a_file_is_refused(
     bagels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     path = tmp_path / "out" / name

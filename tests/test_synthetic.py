@@ -68,7 +68,7 @@ def test_layout_and_formats(tmp_path: Path) -> None:
     with Image.open(tmp_path / "preview.png") as image:
         assert min(image.size) > 500
         assert np.asarray(image.convert("L")).std() > 20
-        second_row = np.asarray(picture.convert("RGB"))[picture.height * 3 // 10 : picture.height * 4 // 10]
+        second_row = np.asarray(image.convert("RGB"))[image.height * 3 // 10 : image.height * 4 // 10]
         assert np.median(np.ptp(second_row.astype(int), axis=2)) > 20  # heights are in color
 
 

@@ -98,7 +98,7 @@ def test_ranks_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) 
                 find_ranks(dist_url="tcp://host:1234", mpirun=names == open_mpi)
 
 
-def test_device_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_depends_on_rank_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto", 1) == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
