@@ -235,7 +235,7 @@ def test_truncated_safetensors_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
     message = message_of(lambda: build_rgb_backbone(SMALLEST, tmp_path, 48))
     assert message.startswith(f"{path} cannot be read as a checkpoint (")
-    assert message.endswith("Download it again.")
+    assert message.endswith("Download it again, or write it again if it is your own.")
 
 
 # Names
