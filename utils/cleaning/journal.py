@@ -114,7 +114,7 @@ class Journal:
         self.is_new = manifest is None
         manifest = manifest or Manifest(SCHEMA, self.settings, {})
         self._check_settings(manifest.settings)
-        self.done, self.renaming, self.has_new_times = manifest.scans, manifest.in_journal, False
+        self.done, self.renaming = manifest.scans, manifest.in_journal
 
     def recover(self, scans: Iterable[Scan]) -> None:
         """Finish the renames of a killed run, also of scans not in `scans`; InputError if a file cannot be written."""
@@ -155,8 +155,8 @@ class Journal:
     def is_done(self, scan: Scan) -> bool:
         """Return True if a scan has its recorded results. If these are not in place, the sources must be unchanged.
 
-        Sizes and times decide. Files are only read if these differ, as in a copied dataset; `save` writes the new
-        times. Raises InputError or OSError if files that were cleaned in place have changed, or a file cannot be read.
+        Sizes and times decide. Files are only read if these differ, as in a copied dataset. Raises InputError or
+        OSError if files that were cleaned in place have changed, or a file cannot be read.
         """
         record = self.done.get(scan.name)
         if record is None or scan.name in self.renaming:
@@ -165,24 +165,13 @@ class Journal:
             _unchanged((scan.file(self.output, name),), ((file.bytes, file.mtime_ns),), file.result)
             for name, file in record.items()
         )
-        in_place = scan.is_in(self.output)
-        if not in_place:
-            done = done and all(
-                _unchanged(scan.sources[name], file.sources, file.source) for name, file in record.items()
+        if not scan.is_in(self.output):
+            return done and all(
+                _unchanged(scan.sources[name], each.sources, each.source) for name, each in record.items()
             )
-        elif not done and any(sha256(*scan.sources.get(name, ())) != file.source for name, file in record.items()):
+        if not done and any(sha256(*scan.sources.get(name, ())) != file.source for name, file in record.items()):
             raise InputError("Its files changed after preprocessing. Restore the originals or the results.")
-        if done:
-            self._renew_times(scan, in_place)
         return done
-
-    def _renew_times(self, scan: Scan, in_place: bool) -> None:
-        """Take over the present times of the files of a scan that is done."""
-        record = self.done[scan.name]
-        for name, file in record.items():
-            sources = file.sources if in_place else tuple(map(stamp, scan.sources[name]))
-            record[name] = FileRecord(file.source, file.result, *stamp(scan.file(self.output, name)), sources)
-            self.has_new_times |= record[name] != file
 
     def _put_in_place(self, scan: Scan) -> None:
         """Rename the temporary files of a scan, and delete originals of another suffix beside them."""

@@ -49,7 +49,7 @@ def process_scans(
         journal.recover(scans)
         pending, skipped, faults = split_scans(scans, journal)
         failed, done = failed | faults, []
-        if pending:
+        if pending:  # a finished dataset may lie on a read-only disk
             journal.save()  # a journal is only read beside a manifest
             with closing(process_all(pending, process, workers)) as outcomes:
                 for scan, outcome in tqdm(outcomes, total=len(pending), unit="scan", disable=None):
@@ -59,9 +59,6 @@ def process_scans(
                         journal.commit(scan, outcome)
                         done.append(scan.name)
             journal.save()
-        elif journal.has_new_times:
-            with suppress(InputError):  # a finished dataset may lie on a read-only disk
-                journal.save()
     return Summary(sorted(done), skipped, dict(sorted(failed.items())))
 
 
