@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from feature_extractors.memory_bank import MemoryBank
@@ -70,7 +71,16 @@ def gaussian_blur(planes: Tensor, float_blur: bool = False) -> Tensor:
 
 
 def blur_8_bit(images: Tensor) -> Tensor:
-    """PIL's ImageFilter.GaussianBlur(4) of (..., H, W) uint8 images, bit for bit.
+    """PIL's ImageFilter.GaussianBlur(4) of (..., H, W) uint8 images; on a GPU the same, bit for bit."""
+    if images.device.type == "cpu":
+        blur = ImageFilter.GaussianBlur(BLUR_SIGMA)
+        planes = [Image.fromarray(plane).filter(blur) for plane in images.reshape(-1, *images.shape[-2:]).numpy()]
+        return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes])).view_as(images)
+    return box_blur(images)
+
+
+def box_blur(images: Tensor) -> Tensor:
+    """PIL's GaussianBlur(4) of (..., H, W) uint8 images by operations of torch.
 
     PIL filters each axis with three boxes of fractional radius (Gwosdek et al., "Theoretical foundations of Gaussian
     convolution by extended box filtering", SSVM 2011), with repeated borders, and rounds to 8 bits after every pass.

@@ -1,28 +1,25 @@
 """Images of predictions: anomaly maps as the official evaluation reads them, overlays, and a figure per sample."""
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
+from utils.errors import escape_controls
 from utils.scans.files import atomic_path
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 FUSED = "fused"  # key of the fused map in `scale`, beside the names of the banks
 HEAT = "inferno"
 OUTLINE = "#00e5ff"  # cyan is not a heat color, so it shows on image and heat alike
 OVERLAY_OPACITY = 0.85  # at the upper end of the scale
 FAINT = 0.8  # the heat begins at this share of the way from the lower end to the threshold
-PANEL_INCHES, GAP, HEAD, FOOT = 2.1, 0.08, 0.52, 0.36  # a panel, between panels, above and below the row
-DPI = 110
+PANEL, GAP, HEAD, FOOT = 240, 9, 52, 38  # pixels: width of a panel, between panels, above and below the row
+BAR = 8  # pixels: height of a color bar
 OVERLAY_SIDE = 1024  # pixels of an overlay at most
 
 
@@ -105,7 +102,7 @@ def save_overlay(
 
 def _outline_pixels(colors: NDArray, mask: NDArray[np.bool_]) -> None:
     """Draw the border of each region of the mask (H, W) into colors (H, W, 3), with a dark line around it."""
-    width = max(1, round(max(mask.shape) / 200))
+    width = max(2, round(max(mask.shape) / 200))
     inner = ndimage.binary_erosion(mask, iterations=width)
     colors[ndimage.binary_dilation(mask, iterations=width) & ~mask] = 0
     colors[mask & ~inner] = list(bytes.fromhex(OUTLINE[1:]))
@@ -142,65 +139,53 @@ def save_prediction_figure(
     if image is not None:
         panels.append(_Panel("overlay", _gray(image), anomaly_map, scale[FUSED], defect))
 
-    figure = _draw(panels, np.shape(anomaly_map if image is None else image)[:2], title)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=DPI)
+        _draw(panels, np.shape(anomaly_map if image is None else image)[:2], title).save(temporary)
 
 
-def _draw(panels: list[_Panel], size: tuple[int, ...], title: str) -> "Figure":
-    """All panels in one row over the extent (H, W) = `size`; without pyplot, which would keep every figure alive."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    height, width = size
-    panel_height = PANEL_INCHES * height / width
-    row_width = (PANEL_INCHES + GAP) * len(panels) + GAP
-    inches = np.array([max(row_width, 0.085 * len(title)), HEAD + panel_height + FOOT])  # room for the title
-    figure = Figure(figsize=tuple(inches))
-    FigureCanvasAgg(figure)
-    figure.text(GAP / inches[0], 1 - 0.08 / inches[1], title, fontsize=10, va="top", parse_math=False)
+def _draw(panels: list[_Panel], size: tuple[int, ...], title: str) -> Image.Image:
+    """All panels in one row, each with the aspect ratio of `size` (H, W), under the title."""
+    height = max(1, round(PANEL * size[0] / size[1]))
+    text, row_width = escape_controls(title), GAP + (PANEL + GAP) * len(panels)
+    large, middle, small = (_font(points) for points in (15, 13, 11))
+    width = max(row_width, 2 * GAP + round(large.getlength(text)))
+    figure = Image.new("RGB", (width, HEAD + height + FOOT), "white")
+    draw = ImageDraw.Draw(figure)
+    draw.text((GAP, 8), text, "black", large)
     for number, panel in enumerate(panels):
-        left = GAP + number * (PANEL_INCHES + GAP)
-        axes = figure.add_axes(tuple(np.array([left, FOOT, PANEL_INCHES, panel_height]) / [*inches, *inches]))
-        axes.set(xticks=[], yticks=[], facecolor="black")
-        axes.set_title(panel.title, fontsize=9, pad=4, parse_math=False)
-        heat = _draw_layers(axes, panel, extent=(0, width, height, 0))
-        if heat is not None and panel.image is None:
-            bar_axes = figure.add_axes(tuple(np.array([left, FOOT - 0.17, PANEL_INCHES, 0.1]) / [*inches, *inches]))
-            bar = figure.colorbar(heat, cax=bar_axes, orientation="horizontal", ticks=panel.limits)
-            low, high = bar.ax.set_xticklabels([f"{limit:.3g}" for limit in panel.limits], fontsize=7)
-            low.set_horizontalalignment("left")
-            high.set_horizontalalignment("right")
+        left, bottom = GAP + number * (PANEL + GAP), HEAD + height
+        draw.text((left + PANEL / 2, HEAD - 6), panel.title, "black", middle, anchor="ms")
+        figure.paste(Image.fromarray(_panel_pixels(panel, (height, PANEL))), (left, HEAD))
+        if panel.image is None and panel.heat is not None:
+            bar = np.tile(heat_colors(np.linspace(0, 1, PANEL)), (BAR, 1, 1))
+            figure.paste(Image.fromarray(bar), (left, bottom + 6))
+            for limit, x, anchor in zip(panel.limits, (left, left + PANEL), ("la", "ra"), strict=True):
+                draw.text((x, bottom + 8 + BAR), f"{limit:.3g}", "black", small, anchor=anchor)
     return figure
 
 
-def _draw_layers(axes: "Axes", panel: _Panel, extent: tuple[int, int, int, int]) -> "AxesImage | None":
-    """Draw image, heat and outline of a panel over one extent; return the heat for its color bar."""
-    heat = None
+def _panel_pixels(panel: _Panel, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Image, heat and outline of a panel, one above the other, (H, W, 3) uint8 of `size` (H, W)."""
+    colors = np.zeros((*size, 3))
     if panel.image is not None:
-        axes.imshow(panel.image, extent=extent, aspect="auto")
+        colors = np.array(Image.fromarray(panel.image).resize(size[::-1], Image.Resampling.BOX), dtype=np.float64)
     if panel.heat is not None:
-        low, high = panel.limits
+        strength = heat_strength(resize_map(panel.heat, size), panel.limits)
         # Low values let the image show.
-        alpha = None if panel.image is None else OVERLAY_OPACITY * heat_strength(panel.heat, panel.limits)
-        heat = axes.imshow(panel.heat, extent=extent, aspect="auto", cmap=HEAT, vmin=low, vmax=high, alpha=alpha)
+        opacity = np.ones((*size, 1)) if panel.image is None else OVERLAY_OPACITY * strength[..., None]
+        colors = opacity * heat_colors(strength) + (1 - opacity) * colors
     if panel.outlined is not None:
-        _outline(axes, panel.outlined, extent)
-    axes.set(xlim=extent[:2], ylim=extent[2:])
-    return heat
+        outlined = Image.fromarray(panel.outlined).resize(size[::-1], Image.Resampling.NEAREST)
+        _outline_pixels(colors, np.asarray(outlined))
+    return colors.round().astype(np.uint8)
 
 
-def _outline(axes: "Axes", mask: NDArray[np.bool_], extent: tuple[int, int, int, int]) -> None:
-    """Draw the border of each region, also along the edge of the image; a dark line below keeps it legible."""
-    padded = np.pad(mask, 1).astype(float)
-    if not padded.any():  # contour would warn
-        return
-    _, width, height, _ = extent
-    rows, columns = mask.shape
-    x = (np.arange(-1, columns + 1) + 0.5) * width / columns  # pixel centers
-    y = (np.arange(-1, rows + 1) + 0.5) * height / rows
-    axes.contour(x, y, padded, levels=[0.5], colors="black", linewidths=2.2)
-    axes.contour(x, y, padded, levels=[0.5], colors=OUTLINE, linewidths=1.1)
+@cache
+def _font(points: int) -> ImageFont.FreeTypeFont:
+    """The font of matplotlib's figures, which has most letters."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), points)
 
 
 def _gray(image: NDArray) -> NDArray:
