@@ -13,9 +13,10 @@ MAX_BLOCK_ENTRIES, MAX_BLOCK_ENTRIES_ON_GPU = 1 << 24, 1 << 28
 QUERIES_AT_ONCE_ON_CPU = 256
 # Entries of the direct differences computed at once: 64 MB, on a GPU 256 MB.
 MAX_DIFFERENCE_ENTRIES, MAX_DIFFERENCE_ENTRIES_ON_GPU = 1 << 24, 1 << 26
-# Where d^2 / (|q|^2 + |r|^2) is below this value, |q|^2 + |r|^2 - 2 q r replaces the exact d^2, to reproduce the
-# original's rounding. Below 2^-9 fewer than four digits are left.
-EXPANDED_BELOW = {"nowhere": 0.0, "cancelling": 2.0**-9, "everywhere": torch.inf}
+# Distances computed as |q|^2 + |r|^2 - 2 q r in fp32, to reproduce the original's rounding: none, those with fewer than
+# four digits left (d^2 is below CANCELLING times |q|^2 + |r|^2), or all.
+EXPANDED = ("nowhere", "cancelling", "everywhere")
+CANCELLING = 2.0**-9
 
 
 class BankStatistics(NamedTuple):
@@ -70,29 +71,21 @@ class MemoryBank:
 
         Args:
             queries: (M, D) float32, normalized with `statistics`. Equal ones, such as background, are searched once.
-            expanded: a key of EXPANDED_BELOW. The published code computes |q|^2 + |r|^2 - 2 q r in fp32, so that a
-                patch of the bank can be 0.04 away from itself; its SVMs are fitted to these errors.
+            expanded: one of EXPANDED. The published code expands every square, so that a patch of the bank can be 0.04
+                away from itself; its SVMs are fitted to these errors.
 
         Returns:
             distance (M,), Euclidean (not squared); index (M,) int64 into `rows`, the lowest where distances tie.
         """
-        on_cpu = queries.device.type == "cpu"
-        step = max(1, (MAX_BLOCK_ENTRIES if on_cpu else MAX_BLOCK_ENTRIES_ON_GPU) // len(self.rows))
         distinct, inverse = distinct_rows(queries)
-        below = EXPANDED_BELOW[expanded]
-        if below < torch.inf:
-            chunks = distinct.split(min(step, QUERIES_AT_ONCE_ON_CPU) if on_cpu else step)
-            found = [self._nearest_of(chunk) for chunk in chunks]
-            distance, index = torch.cat([each for each, _ in found]), torch.cat([each for _, each in found])
-            norms = distinct.square().sum(dim=1) + self.rows[index].square().sum(dim=1)
-            again = (distance.square() < below * norms).nonzero()[:, 0]
+        if expanded == "everywhere":
+            distance, index = self._nearest_expanded(distinct)
         else:
-            distance, index = distinct.new_empty(len(distinct)), inverse.new_empty(len(distinct))
-            again = torch.arange(len(distinct), device=queries.device)
-        if len(again):
-            rows = torch.cat([self.rows, torch.ones_like(self._norms)[:, None], _squared_norms(self.rows)], dim=1)
-            for part in again.split(step):
-                distance[part], index[part] = _expanded_distances(distinct[part], rows).min(dim=1)
+            distance, index = self._nearest_exact(distinct)
+        if expanded == "cancelling":
+            norms = distinct.square().sum(dim=1) + self.rows[index].square().sum(dim=1)
+            again = (distance.square() < CANCELLING * norms).nonzero()[:, 0]
+            distance[again], index[again] = self._nearest_expanded(distinct[again])
         return distance[inverse], index[inverse]
 
     def neighbors(self, row: int | Tensor, k: int) -> Tensor:
@@ -103,8 +96,26 @@ class MemoryBank:
         distance = torch.linalg.vector_norm(self.rows - self.rows[row], dim=1)
         return distance.sort(stable=True).indices[:k]
 
-    def _nearest_of(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """`nearest` of distinct queries (M, D), in one block of products."""
+    def _nearest_exact(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """`nearest` of distinct queries (M, D), by direct differences, block by block."""
+        step = self._queries_at_once(queries.device)
+        step = min(step, QUERIES_AT_ONCE_ON_CPU) if queries.device.type == "cpu" else step
+        found = [self._nearest_in_block(block) for block in queries.split(step)]
+        return torch.cat([distance for distance, _ in found]), torch.cat([index for _, index in found])
+
+    def _nearest_expanded(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """`nearest` of distinct queries (M, D), by expanded squares, block by block."""
+        rows = torch.cat([self.rows, torch.ones_like(self._norms)[:, None], _squared_norms(self.rows)], dim=1)
+        blocks = queries.split(self._queries_at_once(queries.device))
+        found = [_expanded_distances(block, rows).min(dim=1) for block in blocks]
+        return torch.cat([distance for distance, _ in found]), torch.cat([index for _, index in found])
+
+    def _queries_at_once(self, device: torch.device) -> int:
+        """Queries whose products with all rows fit in a block."""
+        return max(1, (MAX_BLOCK_ENTRIES if device.type == "cpu" else MAX_BLOCK_ENTRIES_ON_GPU) // len(self.rows))
+
+    def _nearest_in_block(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """`_nearest_exact` of queries (M, D) in one block of products."""
         centered = queries - self._center
         squares = centered.square().sum(dim=1)
         partial = self._products(centered).mul_(-2).add_(self._norms)  # (M, N): |q - r|^2 - |q|^2

@@ -31,13 +31,13 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """List of the number of queries in each searched block."""
     counts: list[int] = []
-    nearest_of = MemoryBank._nearest_of
+    nearest_of = MemoryBank._nearest_in_block
 
     def counted(bank: MemoryBank, queries: Tensor) -> tuple[Tensor, Tensor]:
         counts.append(len(queries))
         return nearest_of(bank, queries)
 
-    monkeypatch.setattr(MemoryBank, "_nearest_of", counted)
+    monkeypatch.setattr(MemoryBank, "_nearest_in_block", counted)
     return counts
 
 
@@ -99,7 +99,7 @@ def test_expanded_squares_only_for_close_queries() -> None:
     """With "cancelling", queries close to a row use expanded squares bit by bit and far ones direct differences."""
     bank = MemoryBank(10.0 + random_rows(200, 64, 2))
     queries = torch.cat([bank.rows[:50] + 1e-3 * random_rows(50, 64, 3), 10.0 + 3 * random_rows(50, 64, 4)])
-    found = {name: bank.nearest(queries, name) for name in memory_bank.EXPANDED_BELOW}
+    found = {name: bank.nearest(queries, name) for name in memory_bank.EXPANDED}
     for distance, index in found.values():
         assert torch.equal(index, found["nowhere"][1])
         torch.testing.assert_close(distance, found["nowhere"][0], rtol=1e-5, atol=0.5)

@@ -124,7 +124,7 @@ def test_view_is_plain_data() -> None:
     assert list(view["maps"]) == ["xyz", "rgb", "fused"]
     assert view["scores"] == {"xyz": 0.35, "rgb": 0.35}
     assert (view["truth"] is None, good["truth"] is None) == (False, True)
-    for uri in (view["view"]["picture"], view["truth"], *view["maps"].values()):
+    for uri in (view["view"]["image"], view["truth"], *view["maps"].values()):
         assert opened(uri).size == (VIEW_SIDE, VIEW_SIDE)
 
 
@@ -139,7 +139,7 @@ def test_views_keep_the_aspect_ratio_of_the_image() -> None:
     image[:, :60, 0] = 255
     (view,) = gallery([made_up_sample("test/hole/000", 0.7)], AT_HALF, 1, lambda i: image, lambda i: None)
     assert tuple(view["size"]) == (VIEW_SIDE, VIEW_SIDE // 2)
-    shot = np.asarray(opened(view["view"]["picture"]))
+    shot = np.asarray(opened(view["view"]["image"]))
     assert shot[50, 20, 0] > 240 > 15 > shot[50, 200, 0]
     assert opened(view["maps"]["fused"]).size == opened(view["truth"]).size == (VIEW_SIDE, VIEW_SIDE // 2)
 
@@ -174,7 +174,7 @@ def test_one_color_scale_for_all_samples_of_a_class() -> None:
 def test_depth_is_shown_without_an_image() -> None:
     (view,) = shown([made_up_sample("test/hole/000", 0.7)], 1, image=False)
     assert view["view"]["name"] == "depth"
-    depth = np.asarray(opened(view["view"]["picture"]).convert("L")).astype(int)
+    depth = np.asarray(opened(view["view"]["image"]).convert("L")).astype(int)
     assert depth[VIEW_SIDE // 2, VIEW_SIDE // 2] > depth[VIEW_SIDE // 2, VIEW_SIDE // 6] > depth[2, 2]
     assert view["cloud"]["colored"] is False
 

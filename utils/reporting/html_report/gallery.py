@@ -187,14 +187,14 @@ def _background(image: NDArray | None, cloud: NDArray | None, size: tuple[int, i
     """The image, else the depths of the cloud with the nearest point white, else None."""
     if image is not None:
         shown = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
-        return {"name": "image", "picture": _data_uri(shown, "JPEG", quality=82)}
+        return {"name": "image", "image": _data_uri(shown, "JPEG", quality=82)}
     if cloud is None or not (valid := valid_mask(cloud)).any():
         return None
     depth = cloud[..., 2]
     low, high = np.quantile(depth[valid], [0.005, 0.995])
     gray = np.where(valid, 255 - 200 * np.clip((depth - low) / max(high - low, 1e-9), 0, 1), 0).astype(np.uint8)
     shown = Image.fromarray(gray).resize(size, Image.Resampling.BOX)
-    return {"name": "depth", "picture": _data_uri(shown, "JPEG", quality=82)}
+    return {"name": "depth", "image": _data_uri(shown, "JPEG", quality=82)}
 
 
 def _outline(mask: NDArray[np.bool_], size: tuple[int, int]) -> str | None:

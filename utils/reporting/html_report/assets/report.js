@@ -18,7 +18,7 @@ function element(name, properties = {}, ...children) {
   return made;
 }
 
-function picture(sample, source, alt, outlined) {
+function imageView(sample, source, alt, outlined) {
   const [width, height] = sample.size;
   const shot = element("span", { className: "shot" });
   shot.style.aspectRatio = `${width} / ${height}`;
@@ -41,9 +41,9 @@ function outcome(sample) {
 
 function card(sample, number) {
   const pair = element("span", { className: "pair" });
-  if (sample.view) pair.append(picture(sample, sample.view.picture, sample.view.name, true));
+  if (sample.view) pair.append(imageView(sample, sample.view.image, sample.view.name, true));
   else pair.classList.add("alone");
-  pair.append(picture(sample, sample.maps.fused, "anomaly map", !sample.view));
+  pair.append(imageView(sample, sample.maps.fused, "anomaly map", !sample.view));
   const button = element(
     "button",
     { type: "button" },
@@ -92,7 +92,7 @@ function panel(sample, title, source, alt, outlined) {
     "figure",
     {},
     element("figcaption", {}, element("b", { textContent: title })),
-    picture(sample, source, alt, outlined),
+    imageView(sample, source, alt, outlined),
   );
 }
 
@@ -114,10 +114,10 @@ function show(position) {
   byId("next").setAttribute("aria-disabled", String(position === shown.length - 1));
   const panels = [];
   if (sample.view) {
-    panels.push(panel(sample, sample.view.name, sample.view.picture, sample.view.name, false));
+    panels.push(panel(sample, sample.view.name, sample.view.image, sample.view.name, false));
     const unmarked = sample.label ? "ground truth: no marked pixel" : "ground truth: good";
     const truth = sample.truth ? "ground truth" : unmarked;
-    panels.push(panel(sample, truth, sample.view.picture, truth, true));
+    panels.push(panel(sample, truth, sample.view.image, truth, true));
   }
   for (const [name, map] of Object.entries(sample.maps)) {
     const title = name !== "fused" ? `${name} map` : Object.keys(sample.maps).length > 1 ? "fused map" : "anomaly map";
