@@ -21,6 +21,7 @@ from report_pages import (
 )
 
 from utils.au_pro import area_to_limit, pro_curve
+from utils.errors import escape_controls
 from utils.metrics import EXACT_LIMITS
 from utils.reporting.html_report.charts import LEFT, RIGHT, Axis, curve_chart, histogram
 from utils.reporting.html_report.class_report import CURVE_POINTS, PRO_LIMIT, ClassReport, decide, thin_curve
@@ -295,8 +296,8 @@ def test_text_is_escaped(where: str) -> None:
     assert read.count("script") == plain.count("script")
     assert {name for _, attrs in read.tags for name in attrs} == {name for _, attrs in plain.tags for name in attrs}
     assert f"{folder if where == 'path' else '<script>alert(1)</script>'}"[:16] in read.text
-    assert {sample["defect"] for sample in samples_of(page)} == {folder, "good"}
-    assert {sample["class"] for sample in samples_of(page)} == {each.name}
+    assert {sample["defect"] for sample in samples_of(page)} == {escape_controls(folder), "good"}
+    assert {sample["class"] for sample in samples_of(page)} == {escape_controls(each.name)}
 
 
 def test_filters_and_data_show_undecodable_names_alike() -> None:
