@@ -196,7 +196,7 @@ def test_rows_with_a_single_zero_are_background_only_for_rm_zero() -> None:
     xyz[:, 3] = 0.0
     features = TrainingFeatures(1)
     features.append(PatchFeatures(xyz=xyz))
-    with pytest.raises(InputError, match=r"all 50 xyz patches .* --rm_zero_for_project"):
+    with pytest.raises(InputError, match=r"All 50 xyz patches .* --rm_zero_for_project"):
         build_banks(removed, features)
 
 
