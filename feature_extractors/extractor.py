@@ -17,7 +17,7 @@ from models.point_transformer import PointBackbone, PointFeatures, PointTransfor
 from models.rgb_backbone import RgbBackbone
 from utils.errors import InputError
 from utils.feature_store import resize_patches
-from utils.precision import autocast, choose_precision, round_weights, whole_factors
+from utils.precision import autocast, choose_precision, round_weights, without_tf32
 from utils.records import PatchFeatures, Sample
 
 BATCH_ON_CPU, BATCH_ON_GPU = 4, 16  # samples that pass through the networks together
@@ -26,8 +26,8 @@ BATCH_ON_CPU, BATCH_ON_GPU = 4, 16  # samples that pass through the networks tog
 class PatchExtractor:
     """Extractor of patch features on `device`, from networks with loaded weights.
 
-    The method decides which backbones are needed. Without a UFF, fusion patches are plain concatenations. The extractor
-    owns its networks: in bf16 it rounds their weights.
+    The method decides which backbones are needed. Without a UFF, fusion patches are plain concatenations. In bf16, the
+    weights of the given networks are rounded in place.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class PatchExtractor:
         if self.rgb_backbone is None:
             return [None] * len(samples)
         images = torch.stack([self._given(sample, "rgb") for sample in samples])  # (B, 3, S, S)
-        with autocast(self.device, self.precision), whole_factors():
+        with autocast(self.device, self.precision), without_tf32():
             return list(self.rgb_backbone(images).float())
 
     def _xyz_patches(self, samples: Sequence[Sample]) -> Sequence[Tensor | None]:

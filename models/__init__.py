@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointFiles(NamedTuple):
-    """File names of a checkpoint, and the address where its authors publish it. No names: no file is needed."""
+    """Names that a checkpoint file may have, and its source."""
 
-    names: tuple[str, ...]
-    source: str  # without names: the reason
+    names: tuple[str, ...]  # empty if the network needs no file
+    source: str  # address where its authors publish it; without names, the origin of the weights
 
     def find(self, folder: Path) -> Path | None:
         """Path of the first of these files that exists in `folder`, or None."""
@@ -29,10 +29,8 @@ class CheckpointFiles(NamedTuple):
 
     def missing(self, folder: Path, tried: str = "") -> InputError:
         """Error for a missing file; `tried` describes a failed attempt to download it."""
-        return InputError(
-            f"No checkpoint {' or '.join(self.names)} in {folder}{tried}. "
-            f"Download it from {self.source} and put it there."
-        )
+        problem = f"No checkpoint {' or '.join(self.names)} in {folder}{tried}"
+        return InputError(f"{problem}. Download it from {self.source} and put it there.")
 
     def __str__(self) -> str:
         return f"{' or '.join(self.names)}, from {self.source}" if self.names else ""
@@ -43,29 +41,29 @@ class RgbSpec(NamedTuple):
 
     timm_name: str  # in timm 1.0
     files: CheckpointFiles
-    network: str = "VisionTransformerBackbone"  # class in models.rgb_backbone
-    settings: Mapping[str, Any] = MappingProxyType({})  # its arguments after timm_name and img_size
+    network: str = "VisionTransformerBackbone"  # class in models.rgb_backbone, called by `build`
+    settings: Mapping[str, Any] = MappingProxyType({})  # keyword arguments of the class
 
     def build(self, img_size: int) -> Any:
-        """An RgbBackbone for images of this side."""
+        """Build the RgbBackbone for square images with a side of `img_size` pixels."""
         return getattr(import_module("models.rgb_backbone"), self.network)(self.timm_name, img_size, **self.settings)
 
 
 class XyzSpec(NamedTuple):
-    """Row of XYZ_BACKBONES: a network, its weights, and their keys in the file."""
+    """Row of XYZ_BACKBONES: a network, its weights, and the names of the weights in the checkpoint."""
 
-    network: str  # module and class in models
-    numbers: Mapping[str, Any]  # arguments of the class
+    network: str  # "module.Class" in the package models
+    settings: Mapping[str, Any]  # keyword arguments of the class
     files: CheckpointFiles
-    grouped: bool  # features are those of groups, to be set by the arguments that build_xyz_backbone has
-    prefix: str = ""  # its keys in the file start with this; the others belong to other networks
-    left_out: tuple[str, ...] = ()  # unused keys start with one of these, after the prefix
+    grouped: bool  # one feature per group; the class also takes num_group, group_size, point_norm and point_ops
+    prefix: str = ""  # start of this network's keys in the file; keys of other networks start differently
+    left_out: tuple[str, ...] = ()  # starts of the keys, after the prefix, that are not loaded
 
     def build(self, **grouping: Any) -> "PointBackbone":
-        """Build the network, with `grouping` if it forms groups."""
+        """Build the network; only one that forms groups receives the keyword arguments `grouping`."""
         module, name = self.network.split(".")
         network: type[PointBackbone] = getattr(import_module(f"models.{module}"), name)
-        return network(**self.numbers, **(grouping if self.grouped else {}))
+        return network(**self.settings, **(grouping if self.grouped else {}))
 
 
 class BackboneRow(NamedTuple):
@@ -74,7 +72,7 @@ class BackboneRow(NamedTuple):
     name: str
     modality: str
     width: int
-    grid: str  # rgb: patches along both sides; xyz: location of the features
+    grid: str  # rgb: "28 x 28" patches; xyz: "every group" or "every point"
     weights: str  # the path found, "absent", or the reason that no file is needed
     published: str  # file names and source; empty where no file is needed
 
@@ -96,9 +94,7 @@ RGB_BACKBONES = {
     "vit_base_patch8_224": RgbSpec("vit_base_patch8_224.augreg_in21k_ft_in1k", _augreg(_B8_IN1K)),
     "vit_base_patch8_224_in21k": RgbSpec("vit_base_patch8_224.augreg_in21k", _augreg(_B8_IN21K)),
     "vit_small_patch8_224_dino": RgbSpec("vit_small_patch8_224.dino", _dino("dino_deitsmall8_pretrain")),
-    "efficientnet_lite0": RgbSpec(
-        "tf_efficientnet_lite0", CheckpointFiles((), "with pip"), network="EfficientNetLiteBackbone"
-    ),
+    "efficientnet_lite0": RgbSpec("tf_efficientnet_lite0", CheckpointFiles((), "with pip"), "EfficientNetLiteBackbone"),
 }
 
 XYZ_BACKBONES = {

@@ -45,7 +45,7 @@ def point_mae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "my_points.pth"
     spec = XYZ_BACKBONES["Point_MAE"]
     torch.manual_seed(0)
-    state = PointTransformer(**spec.numbers).state_dict()
+    state = PointTransformer(**spec.settings).state_dict()
     torch.save({"base_model": {f"module.MAE_encoder.{key}": value for key, value in state.items()}}, path)
     return path
 

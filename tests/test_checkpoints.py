@@ -460,7 +460,7 @@ def point_mae_file(path: Path) -> State:
     """Write a Point-MAE checkpoint with random weights, and return the weights."""
     torch.manual_seed(3)
     spec = XYZ_BACKBONES["Point_MAE"]
-    state = PointTransformer(8, 4, **spec.numbers).state_dict()
+    state = PointTransformer(8, 4, **spec.settings).state_dict()
     torch.save({"base_model": {f"MAE_encoder.{key}": value for key, value in state.items()}}, path)
     return state
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from utils import memory, precision
 from utils.memory import default_memory_budget, peak_memory_mb
-from utils.precision import DTYPES, autocast, choose_precision, round_weights, whole_factors
+from utils.precision import DTYPES, autocast, choose_precision, round_weights, without_tf32
 
 CPU = torch.device("cpu")
 
@@ -63,9 +63,9 @@ def test_other_layer_types_keep_fp32_weights() -> None:
     assert layer.weight.dtype == torch.float32
 
 
-def test_whole_factors_disables_tf32() -> None:
+def test_without_tf32_disables_tf32() -> None:
     before = torch.backends.cudnn.allow_tf32
-    with whole_factors():
+    with without_tf32():
         assert not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.allow_tf32 == before
     assert not torch.backends.cuda.matmul.allow_tf32  # PyTorch's default, which the searches rely on

@@ -29,8 +29,8 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 @contextmanager
-def whole_factors() -> Iterator[None]:
-    """Turn off TF32 while the block runs: with it, cuDNN rounds factors to 10 bits, an error of 3e-4 in ViT patches."""
+def without_tf32() -> Iterator[None]:
+    """Turn off TF32 in the block. With it, cuDNN rounds factors to 10 bits, which changes ViT patches by 3e-4."""
     cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32
     cudnn.allow_tf32 = False
