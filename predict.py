@@ -79,7 +79,7 @@ class PredictSettings:
             raise InputError(f"--xyz is not used: {self.detector} ({method}) uses images alone. Leave it out.")
 
     def check_files(self, found: "FoundSamples") -> None:
-        """Refuse flags that apply to none of the files, and an --output_dir where files could be replaced."""
+        """Refuse flags that apply to none of the files, and an --output_dir where results could replace other files."""
         from runner.prediction import PREDICTIONS, output_paths
         from utils.scans.sample_files import DEPTH_SUFFIXES
 
@@ -179,11 +179,8 @@ def print_line(record: dict[str, Any], width: int = 0) -> None:
     """Print a sample on one line of stdout in aligned columns, or its problem on stderr."""
     name = escape_controls(record["name"])
     if "error" in record:
-        print(
-            f"predict.py: {name} could not be predicted: {escape_controls(record['error'])}",
-            file=sys.stderr,
-            flush=True,
-        )
+        problem = escape_controls(record["error"])
+        print(f"predict.py: {name} could not be predicted: {problem}", file=sys.stderr, flush=True)
         return
     decision = {True: "anomalous", False: "good", None: "no threshold"}[record["anomalous"]]
     normalized = "" if record["normalised"] is None else f"{record['normalised']:.3f}"
@@ -194,7 +191,7 @@ def print_line(record: dict[str, Any], width: int = 0) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, predict, and exit."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
-    if isinstance(sys.stdout, TextIOWrapper):  # so that a name which the terminal cannot show does not end the run
+    if isinstance(sys.stdout, TextIOWrapper):  # a name that the terminal cannot encode must not end the run
         sys.stdout.reconfigure(errors="backslashreplace")
     with exit_on_input_error():
         raise SystemExit(predict(PredictSettings(**vars(parse_args(argv)))))

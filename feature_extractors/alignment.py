@@ -1,9 +1,9 @@
 """Point feature alignment (PFA): features of group centers become a grid of xyz patches.
 
-Fast form of `reference.three_nn_interpolate` and `reference.project_and_pool`. Interpolation is a matrix A (N, G) with
-three weights per point. Both poolings are a matrix P (grid**2, N) with few entries per point. Pooling windows are
-rectangles, so each entry is a row's share times a column's share. The patches are (P A) features, which avoids the
-paper's feature plane (C, S, S).
+Fast form of `reference.three_nn_interpolate` and `reference.project_and_pool`. Both steps are linear in the features g
+(G, C) of the centers. Interpolation to the N points is A g, where A (N, G) has three weights for each point. The two
+poolings together are a sparse matrix P (grid**2, N). A pooling window is a rectangle, so an entry of P is the product
+of a row's weight and a column's. (P A) g gives the patches without the paper's feature plane (C, S, S).
 """
 
 from functools import lru_cache
@@ -36,8 +36,8 @@ def align_to_patches(
         point_features: of G centers, or of the N valid points themselves.
         xyz: (3, S, S) float32, meters, invalid pixels exactly 0, with N valid points.
         exact_distances: interpolate with direct differences instead of expanded squares.
-        masked: pad AvgPool2d(3, stride 1), which precedes AdaptiveAvgPool2d(grid), by one, and leave the background out
-            of the mean of a patch. Otherwise the background counts as zero.
+        masked: average only pixels with a point, and pad the first pooling, AvgPool2d(3, stride 1), by one pixel; the
+            second is AdaptiveAvgPool2d(grid). Otherwise the background counts as zero.
 
     Returns:
         (grid**2, C), row-major; a patch without a valid point is exactly 0.
@@ -78,7 +78,7 @@ def pooling_weights(valid: Tensor, grid: int, masked: bool) -> tuple[Tensor, Ten
 def _axis_pooling(size: int, grid: int, masked: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Both poolings along one axis: for each of `size` pixels its bins (size, m) int64 and shares (size, m) float64."""
     first = (np.abs(np.subtract.outer(np.arange(size), np.arange(size))) <= 1) / 3  # the mean of three pixels
-    kept = first if masked else first[1:-1]  # without padding the two border windows are missing
+    kept = first if masked else first[1:-1]  # without padding there are no windows around the border pixels
     second = np.zeros((grid, len(kept)))
     for i in range(grid):  # the bins of AdaptiveAvgPool: floor of the start, ceiling of the end
         start, stop = i * len(kept) // grid, -(-(i + 1) * len(kept) // grid)

@@ -18,10 +18,10 @@ Rows = dict[str, ShardedRows]  # raw patches of each bank, in the order of the m
 
 
 def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str, MemoryBank]:
-    """Memory banks that the method uses, of M_xyz, M_rgb and M_fusion. Fast form of `reference.build_banks`.
+    """Memory banks of the method, out of M_xyz, M_rgb and M_fusion. Fast form of `reference.build_banks`.
 
-    Each rank holds the patches of its own samples, and every rank gets a copy of the banks. Raises InputError if all
-    xyz patches are background, and the configuration drops it.
+    Each rank holds the patches of its own samples, and every rank gets a copy of the banks. Raises InputError if the
+    configuration drops background patches from the xyz bank and there are no others.
     """
     rows = {name: features.rows(name, config.samples_of(name)) for name in config.method.banks}
     if "xyz" in rows and config.drops_background:
@@ -65,9 +65,9 @@ def _bank_statistics(config: DetectorConfig, rows: Rows) -> dict[str, BankStatis
 def _select(
     config: DetectorConfig, features: TrainingFeatures, rows: Rows, statistics: dict[str, BankStatistics]
 ) -> dict[str, Tensor]:
-    """Indices (K,) of each bank's coreset. With a random_state, methods share equal coresets.
+    """Indices (K,) of each bank's coreset. With a fixed random_state, methods with the same coreset share it.
 
-    K is f_coreset times the size of the bank or, for rgb and fusion in the reference protocol, of the reduced xyz bank.
+    K is f_coreset times the size of the bank; for rgb and fusion in the reference protocol, of the xyz coreset.
     """
     picks: dict[str, Tensor] = {}
     for name, raw in rows.items():
@@ -87,7 +87,7 @@ def _select(
 
 
 def _with_background_row(xyz: Tensor, statistics: BankStatistics, config: DetectorConfig) -> Tensor:
-    """Selected xyz patches (K, C), and one row for the background where the configuration asks for one."""
+    """Selected xyz patches (K, C), followed by a row for the background if the configuration adds one."""
     zero = xyz.new_zeros(1, xyz.shape[1])
     if config.drops_background:
         return torch.cat([xyz, statistics.normalize(zero)])

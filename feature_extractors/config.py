@@ -54,14 +54,14 @@ def covering_method(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Switches where the published code does not do what was intended. False: as published; True: corrected."""
+    """Corrections to the published code. False: as published; True: corrected."""
 
     own_statistics: bool = False  # mean and std of each bank, instead of the method's rule
-    own_coreset_size: bool = False  # f_coreset of each bank's size, instead of the reduced xyz bank's
+    own_coreset_size: bool = False  # f_coreset of each bank's own size, instead of the size of the xyz coreset
     drop_background: bool = False  # xyz bank with a single background row
     unscaled_scores: bool = False  # ignore the method's score_divisor
     float_blur: bool = False  # Gaussian in floats, instead of through an 8-bit image
-    exact_distances: bool = False  # by direct differences, instead of expanded fp32 squares, which cancel
+    exact_distances: bool = False  # by direct differences, instead of expanded fp32 squares, which lose digits
     masked_pooling: bool = False  # pad the border and average valid pixels only, instead of plain pooling
     exact_au_pro: bool = False  # headline AU-PRO from the exact curve, instead of 100 thresholds
 
@@ -102,6 +102,7 @@ class DetectorConfig:
 
     @property
     def method(self) -> Method:
+        """Row of METHODS."""
         return METHODS[self.method_name]
 
     @property

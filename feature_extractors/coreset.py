@@ -12,12 +12,12 @@ from utils.distributed import broadcast_object, is_main, progress_bar
 
 logger = logging.getLogger(__name__)
 
-# Candidates m of a round: first value and bounds. m doubles or halves with the number of picks. More candidates mean
-# fewer rounds and a larger matrix of mutual distances (134 MB in float64 at most).
+# Number m of candidates in a round: its first, smallest and largest value. m doubles after many picks and halves after
+# few. A larger m means fewer rounds, but a larger (m, m) matrix of distances (134 MB in float64 at most).
 FIRST_CANDIDATES, LEAST_CANDIDATES, MOST_CANDIDATES = 2048, 256, 4096
-# Entries of the distance block of an update: 16 MB on a CPU, to stay in the cache; 1 GB on a GPU.
+# Largest block of distances in an update: 16 MB on a CPU, to stay in the cache; 1 GB on a GPU.
 MAX_BLOCK_ENTRIES, MAX_BLOCK_ENTRIES_ON_GPU = 1 << 22, 1 << 28
-SAFE_HALF = 0.999  # margin for rounding, on half the distance between picks
+SAFE_HALF = 0.999  # factor on (r / 2)^2 of greedy_coreset, so that rounding cannot exclude a row that changes
 
 
 def select_coreset(
@@ -57,19 +57,19 @@ def random_projection(num_rows: int, dim: int, eps: float, random_state: int | N
 def greedy_coreset(rows: Tensor | ShardedRows, n: int, start: int = 0) -> Tensor:
     """Greedy k-center: from `start` on, pick the row farthest from all picked ones; the lowest index wins a tie.
 
-    Fast form of `reference.greedy_coreset`, in rounds. A round applies the rule only to the m rows farthest
-    from the selection. Distances only shrink, so the best of these rows is the global choice while its distance exceeds
-    tau, the largest distance of the other rows. One matrix product then updates the distances of all rows that can
-    change. A row x at distance d <= r / 2 cannot: if every new pick c is at least r from the older ones, then
-    |c - x| >= r - d >= d.
+    Fast form of `reference.greedy_coreset`, which updates all N distances after every pick. A round has two steps:
+
+    1. Pick among the m rows farthest from the selection, updating only their distances. Distances only shrink, so the
+       farthest of these rows is the farthest of all while it is farther than tau, the largest distance of the others.
+    2. Update all other distances with one matrix product. A row x at distance d <= r / 2 is skipped, where r is the
+       smallest distance of a new pick c to the picks before it: |c - x| >= r - d >= d.
 
     The product only finds the nearest new pick. The distance to it is a direct difference, since the order depends on
-    digits that fp32 products lose. If clusters lie thousands of times their spread apart, the product may miss the
-    nearest pick. This can change the order of picks within a cluster, and at ten times the distance the picks.
+    digits that fp32 products lose. If clusters are thousands of times farther apart than they are wide, the product may
+    find another pick, which can change the order within a cluster; at ten times that ratio, also which rows are picked.
 
     Each rank offers its farthest rows, the first rank picks, and each rank updates its shard. The traffic of a round
-    does not depend on N. Peak memory: besides `rows` in fp32 an (m, m) float64 block and a few blocks of
-    MAX_BLOCK_ENTRIES.
+    does not depend on N. Peak memory besides `rows` in fp32: (m, m) float64 and a few blocks of MAX_BLOCK_ENTRIES.
 
     From rows (N, D) returns (n,) int64, distinct indices in order of selection, the same on all ranks, on the device of
     `rows`. Raises ValueError on all ranks if n or start is out of range, or a row holds NaN or infinity.
@@ -103,7 +103,7 @@ class Selection:
     def __init__(self, rows: ShardedRows) -> None:
         assert isinstance(rows.shard, Tensor)
         self.rows, self.shard = rows, rows.shard.float()
-        self.center = rows.mean().float()  # products of centered rows, which have small norms, lose fewer digits
+        self.center = rows.mean().float()  # centered rows have small norms, so products lose fewer digits
         if not torch.isfinite(self.center).all():
             raise ValueError("a row of the coreset's input holds NaN or infinity")
         self.nearest = self.shard.new_full((len(self.shard),), torch.inf)
@@ -127,11 +127,11 @@ class Selection:
     def pick_among_farthest(self, wanted: int, candidates: int) -> tuple[Tensor, Tensor, float]:
         """Apply greedy_among to the farthest rows: K picks, 1 <= K <= `wanted`, their rows (K, D), and `least_apart`.
 
-        There are no rows if the picks are copies of selected rows.
+        If every row left is a copy of a selected row, the picks are copies, and their rows are left out: (0, D).
         """
         m = min(candidates, len(self.rows) - 1)
         distance, index = self._farthest(m + 1)
-        if distance[0] <= 0:  # all remaining rows are copies of selected ones and change no distance
+        if distance[0] <= 0:  # only copies of selected rows are left, which change no distance
             copies = (self.nearest == 0).nonzero()[:wanted] + self.rows.begin
             return self.rows.gather(copies)[:wanted, 0], self.shard[:0], 0.0
         tau = distance[m]
@@ -161,16 +161,15 @@ class Selection:
 def greedy_among(rows: Tensor, nearest: Tensor, tau: Tensor, wanted: int) -> tuple[Tensor, float]:
     """Apply the greedy rule to candidates while the best of them is the global choice.
 
-    The candidates are `rows` (m, D) float32, in the order that decides ties, and `nearest` (m,) float64 their squared
-    distances to the selection; `tau` is the largest one of all other rows. Returns at most `wanted` positions (K,)
-    int64 in `rows`, K >= 1, on the CPU, and `least_apart`, the smallest squared distance of a pick to the selection
-    before it.
+    The candidates are `rows` (m, D) float32, the first of which wins a tie, `nearest` (m,) float64 their squared
+    distances to the selection, and `tau` the largest such distance of other rows. Returns at most `wanted` positions
+    (K,) int64 in `rows`, K >= 1, on the CPU, and `least_apart`, the least squared distance of a pick to earlier ones.
     """
     rows = rows.double()
     rows -= rows[0].clone()  # small norms lose fewer digits; exact in float64
     norms = rows.square().sum(dim=1)
     mutual = torch.addmm(norms, rows, rows.T, alpha=-2).add_(norms[:, None]).clamp_(min=0).cpu().numpy()
-    # Rounding of the product. Copies of a row tie within it; closer neighbors look like copies until the next update.
+    # Rounding error of the product. Distances within it tie, as those of copies must; nearer rows count as copies here.
     rounding = float(norms.max()) * rows.shape[1] * torch.finfo(norms.dtype).eps
     floor = max(float(tau), rounding)
     remaining = nearest.cpu().numpy().copy()

@@ -42,9 +42,8 @@ def fit_decision_fusion(
     """
     score_rows = np.stack([_weighted(row, score_lambdas) for row in scores])
     pixels = np.concatenate([_weighted([m.numpy() for m in row], map_lambdas).reshape(-1, len(row)) for row in maps])
-    return DecisionFusion(
-        _fit_one_class(score_rows, nu, max_iter), _fit_one_class(pixels, nu, max_iter), score_lambdas, map_lambdas
-    )
+    score_coef, map_coef = _fit_one_class(score_rows, nu, max_iter), _fit_one_class(pixels, nu, max_iter)
+    return DecisionFusion(score_coef, map_coef, score_lambdas, map_lambdas)
 
 
 def _weighted(values: Sequence[float] | Sequence[np.ndarray], lambdas: tuple[float, ...]) -> np.ndarray:

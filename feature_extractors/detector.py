@@ -21,7 +21,7 @@ class Detector:
     config: DetectorConfig
     extractor: PatchExtractor
     banks: dict[str, MemoryBank]  # in the order of the method's banks
-    decision_fusion: DecisionFusion | None = None  # of methods with SVMs, set once they are fitted
+    decision_fusion: DecisionFusion | None = None  # only of methods with SVMs; set once these are fitted
     thresholds: Thresholds | None = None  # set once they are calibrated
 
     def predict(self, sample: Sample) -> Prediction:
@@ -39,7 +39,7 @@ class Detector:
         else:  # "sum", or a single bank
             score, fused = scores.sum(), maps.sum(dim=0)
         *bank_scores, score = torch.cat([scores, score[None]]).tolist()  # one transfer from the device
-        # Clones: a view would keep or send the memory of all maps.
+        # Cloned, because a view would keep all maps in memory, and be pickled with all of them.
         *bank_maps, fused = (plane.clone() for plane in torch.cat([maps, fused[None]]).cpu())
         return Prediction(
             score, fused, dict(zip(self.banks, bank_scores, strict=True)), dict(zip(self.banks, bank_maps, strict=True))

@@ -15,8 +15,8 @@ CHOSEN_AT_ONCE = 512  # rows picked from a mapped file before its pages are rele
 class PatchRows:
     """Patches (N, D) in memory or in a mapped file, read as float32 to `device`, chunk by chunk.
 
-    `kept` (N,) are their indices in `stored` (M, D), any float dtype; None keeps all. `release` is called after each
-    chunk, to release the pages of a mapped file.
+    `stored` (M, D) has any float dtype, and `kept` (N,) are indices of its rows; None keeps all. `release` is called
+    after each chunk, to release the pages of a mapped file.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ShardedRows:
         return self.shard.shape[1]
 
     def locate(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Entries of an index (K,) that point into this shard: their positions in the index, and rows of the shard."""
+        """Find the entries of an index (K,) in this shard: their positions in the index, and the rows of the shard."""
         position = ((index >= self.begin) & (index < self.begin + len(self.shard))).nonzero()[:, 0]
         return position, index[position] - self.begin
 

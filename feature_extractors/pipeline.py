@@ -32,13 +32,14 @@ STAGES = ("extract", "coreset", "fuse", "calibrate", "score", "metrics")
 
 
 class Stopwatch:
-    """Seconds spent in each stage, in addition to the given `seconds`."""
+    """Seconds spent in each stage, added to `seconds`."""
 
     def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
         self.seconds = dict(seconds or dict.fromkeys(STAGES, 0.0))
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
+        """Add the time that the block takes to a stage."""
         begin = time.perf_counter()
         try:
             yield
@@ -66,7 +67,7 @@ def collect_features(
 ) -> TrainingFeatures:
     """Features of the `count` good samples of this rank, to fit or calibrate detectors.
 
-    `on_features` is called with each sample and its features. The last three arguments are those of TrainingFeatures.
+    `on_features` is called with each sample and its features. The keyword-only arguments are those of TrainingFeatures.
     """
     collected = TrainingFeatures(count, memory_budget, dtype, empty=extractor.no_patches, group=group)
     with (stopwatch or Stopwatch()).measure("extract"):
@@ -115,9 +116,10 @@ def calibrate_detectors(
     source: Source,
     stopwatches: Mapping[str, Stopwatch] | None = None,
 ) -> None:
-    """Set the thresholds of each method's detector by thresholds.calibrate, preferably on samples it was not fitted to.
+    """Calibrate the thresholds of each method's detector on good samples, preferably not those of the fit.
 
-    Peak memory: a map of img_size**2 float32 for each sample and detector; on the first rank, of all ranks' samples.
+    `source` is their split, see thresholds.calibrate. Peak memory: a map of img_size**2 float32 for each sample and
+    detector; the first rank holds the maps of all ranks.
     """
     stopwatches = stopwatches or {name: Stopwatch() for name in detectors}
     group = features.group

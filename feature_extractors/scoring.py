@@ -12,35 +12,40 @@ from torch import Tensor
 
 from feature_extractors.memory_bank import MemoryBank
 
-REWEIGHTING_NEIGHBORS = 3  # rows nearest to m*, m* itself among them
+REWEIGHTING_NEIGHBORS = 3  # rows nearest to m*, including m* itself
 BLUR_SIGMA = 4.0
-BLUR_TRUNCATE = 4.0  # radius of the float Gaussian in sigma: SciPy's default
-# PIL's 8-bit blur of sigma 4: passes of a box, its radius, and weights in 2^-24 of its 7 pixels and the two beside it.
-BOX_PASSES, BOX_RADIUS, BOX_WEIGHT, EDGE_WEIGHT, FIXED_POINT_BITS = 3, 3, 2130440, 932068, 24
+BLUR_TRUNCATE = 4.0  # radius of the float Gaussian, in units of sigma; SciPy's default
+# PIL's 8-bit blur of sigma 4, see box_blur.
+BOX_PASSES = 3  # per axis
+BOX_RADIUS = 3  # pixels: the box has 7
+FIXED_POINT_BITS = 24  # weights are integers, in units of 2^-24
+BOX_WEIGHT = 2130440  # of each pixel of the box
+EDGE_WEIGHT = 932068  # of the pixel on either side of the box
 
 
 def image_score(
     patches: Tensor, distances: Tensor, index: Tensor, bank: MemoryBank, divisor: float = 1.0, epsilon: float = 0.0
 ) -> Tensor:
-    """Image score s of PatchCore (Roth et al., CVPR 2022, Eq. 7), the phi of M3DM. Plain: `reference.image_score`.
+    """Image score phi = eta |f* - m*| of PatchCore (Roth et al., CVPR 2022, Eq. 7). Plain: `reference.image_score`.
 
-    m_test is the patch farthest from the bank, at distance s*, and m* its nearest bank row. With N_b the bank rows
-    nearest to m*, without m*: w = 1 - exp(s* / sqrt(D)) / sum_{m in N_b} exp(|m_test - m| / sqrt(D)); s = w s*.
+    f* is the patch farthest from the bank, m* the row nearest to f*, and m are the two rows nearest to m*:
+    eta = 1 - exp(|f* - m*| / sqrt(D)) / sum_m exp(|f* - m| / sqrt(D)). Eq. 7 has no sqrt(D). The published code divides
+    by it, because distances grow with the square root of the width D.
 
     `distances` (M,) float32 and `index` (M,) int64 are those of the nearest row of `bank` to each of the normalized
     `patches` (M, D) float32. All distances are divided by `divisor`; `epsilon` is added to the sum of exponentials.
-    Returns s, a scalar float64 tensor; 0 <= w < 1. For a bank of one row N_b is empty, and s = s*.
+    Returns phi, a scalar float64 tensor; 0 <= eta < 1. For a bank of one row, phi = |f* - m*|.
     """
-    m_test = distances.argmax(dim=0, keepdim=True)  # (1,): indexing with a scalar tensor would wait for its value
-    s_star = distances[m_test].double() / divisor
-    neighbors = bank.neighbors(index[m_test], REWEIGHTING_NEIGHBORS)[1:]  # N_b
+    f_star = distances.argmax(dim=0, keepdim=True)  # index (1,); indexing with a scalar tensor would wait for its value
+    to_m_star = distances[f_star].double() / divisor
+    neighbors = bank.neighbors(index[f_star], REWEIGHTING_NEIGHBORS)[1:]  # the rows m
     if len(neighbors) == 0:
-        return s_star[0]
-    to_neighbors = torch.linalg.vector_norm(bank.rows[neighbors] - patches[m_test], dim=1).double() / divisor
+        return to_m_star[0]
+    to_neighbors = torch.linalg.vector_norm(bank.rows[neighbors] - patches[f_star], dim=1).double() / divisor
     root = math.sqrt(patches.shape[1])
-    # numerator and denominator are divided by exp(s* / sqrt(D)), so that large distances do not overflow
-    total = torch.exp((to_neighbors - s_star) / root).sum() + epsilon * torch.exp(-s_star / root)
-    return ((1.0 - 1.0 / total) * s_star)[0]
+    # Numerator and denominator are divided by exp(|f* - m*| / sqrt(D)), which could overflow.
+    total = torch.exp((to_neighbors - to_m_star) / root).sum() + epsilon * torch.exp(-to_m_star / root)
+    return ((1.0 - 1.0 / total) * to_m_star)[0]
 
 
 def anomaly_maps(distances: Sequence[Tensor], size: int, float_blur: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ from utils.errors import InputError
 Source = Literal["validation", "training"]
 TYPICAL_VALUE = 0.05  # normalized score of the median good sample; that of the threshold is 0.5
 LEAST_FPR = 1e-6  # smaller rates need impractically many samples
-ROUNDING = 1e-14  # relative error of a share of a count: 0.29 * 100 is 28.999…996 in floating point
+ROUNDING = 1e-14  # relative rounding error of rate * count: 0.29 * 100 is 28.999…996
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,9 @@ def check_target_fpr(target_fpr: float) -> None:
 def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: float, source: Source) -> Thresholds:
     """Choose both thresholds for a false-alarm rate.
 
-    Image: the score of rank ceil((1 - target_fpr)(n + 1)) among n good ones, or the largest, with a warning, if n is
-    too small. A new good sample of the same distribution exceeds it with a probability of at most target_fpr (split
-    conformal prediction). Pixel: the smallest value that at most target_fpr of all pixels of the good maps exceed.
+    Image: the score of rank ceil((1 - target_fpr)(n + 1)), in ascending order. A new good sample of the same
+    distribution exceeds it with a probability of at most target_fpr (split conformal prediction). If the rank is above
+    n, the largest score is taken, with a warning. Pixel: the smallest value that at most target_fpr of pixels exceed.
 
     The n scores and n maps (H, W) float32 are those of good samples of the split `source`; pixels are copied once.
 
@@ -71,7 +71,7 @@ def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: fl
     pixels = np.concatenate([np.ravel(each) for each in maps])
     if not (np.isfinite(ordered).all() and np.isfinite(pixels).all()):
         raise ValueError("a score or an anomaly map of a good sample holds NaN or infinity")
-    exceeding = _share_of(target_fpr, count + 1)  # n + 1 minus the rank
+    exceeding = _share_of(target_fpr, count + 1)  # n + 1 minus the rank: 0 if n is too small
     if exceeding == 0:
         needed = math.ceil(1 / target_fpr * (1 - ROUNDING)) - 1
         logger.warning(

@@ -32,8 +32,8 @@ class TrainingFeatures:
     unnamed files in the folder for temporary files (TMPDIR). They vanish with the process.
 
     `capacity` is the number of training samples of this rank, `memory_budget` its budget in GB, and `group` the ranks
-    that share the class. Numbers are stored as `dtype`, float32 or float16; only exact zeros become zero. `empty` are
-    the features of a sample without patches, for a rank without samples.
+    that share the class. Numbers are stored as `dtype`, float32 or float16; only exact zeros become zero. A rank
+    without samples takes the widths of the features from `empty`, the features of a sample without patches.
     """
 
     def __init__(

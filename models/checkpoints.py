@@ -40,7 +40,7 @@ def weights_checksum(module: nn.Module) -> str:
 
 
 def point_transformer_state(raw: Any, path: Path, prefix: str, left_out: Sequence[str]) -> State:
-    """Weights whose keys start with `prefix`, which is removed; those that then start with a `left_out` are dropped.
+    """Weights whose keys start with `prefix`, without it. Keys that then start with an entry of `left_out` are dropped.
 
     The rest of the file is the decoder of Point-MAE, or the momentum copy and queue of Point-BERT.
     """

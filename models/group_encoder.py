@@ -2,8 +2,8 @@
 
 Fast form of `reference.GroupEncoder`. It saves work in three ways:
 
-1. The 512-wide layer is a sum W_m maximum + W_f local. W_m maximum is computed once per group. As local = A hidden + a
-   is linear in the 128 hidden values, W_f A is one matrix on them.
+1. The 512-wide layer is W_m maximum + W_f local, where `maximum` is the same for all points of a group: W_m maximum is
+   computed once per group. `local` is linear in 128 hidden values, A hidden + a, so W_f A is applied to these directly.
 2. Each batch norm is folded into the linear layer y = W x + b before it. The statistics of y over the current cloud
    follow from those of x, in double precision: mean(y) = W mean(x) + b, var(y) = diag(W cov(x) W^T).
 3. Groups pass through the wide layers in small blocks, which fit in the cache of a CPU.
@@ -76,9 +76,9 @@ class GroupEncoder(nn.Module):
             return _fold(self.second_conv[1], on_hidden, of_group)
         group_means = torch.cat([block.mean(dim=1, dtype=torch.float32) for block in hidden]).double()  # (G, 128)
         mean = group_means.mean(dim=0)
-        around = mean.to(hidden[0].dtype)  # subtracted in the precision of the products, so that nothing cancels
+        around = mean.to(hidden[0].dtype)  # subtracted before the products, so that they do not cancel
         products = sum((x.T @ x).double() for x in (block.flatten(0, 1) - around for block in hidden))
-        rounding = mean - around
+        rounding = mean - around  # its effect is subtracted from the covariance
         covariance = products / (len(maximum) * hidden[0].shape[1]) - rounding.outer(rounding)  # (128, 128)
         offset = of_group.mean(dim=0)
         centered = of_group - offset

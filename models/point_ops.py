@@ -25,7 +25,7 @@ from utils.errors import InputError
 # Modules that these backends import. Both backends need CUDA tensors.
 CUDA_MODULES = {"triton": ("triton",), "extension": ("pointnet2_ops.pointnet2_utils", "knn_cuda")}
 
-# The usual CUDA operation takes points this close to the origin (squared meters) for padding and ignores them.
+# The CUDA operation of the original (pointnet2_ops) takes points with |p|^2 up to this, in m^2, for padding.
 FPS_IGNORED_SQUARED_NORM = 1e-3
 FPS_INITIAL_SQUARED_DISTANCE = 1e10
 INTERPOLATION_EPSILON = 1e-8
@@ -33,10 +33,10 @@ MAX_BLOCK_ENTRIES = 1 << 26  # distances in memory at a time: 256 MB
 
 
 def farthest_point_sample(points: Tensor, n: int, backend: str = "auto") -> Tensor:
-    """Indices (B, n) int64 of n points out of (B, N, 3), each the farthest from those already picked; the first is 0.
+    """Pick n of points (B, N, 3), each the farthest from those already picked; returns their indices (B, n) int64.
 
-    Squared distances are direct differences in the dtype of `points`; the lowest index wins a tie. Points with
-    |p|^2 <= 1e-3 are never picked (except index 0); once every other point is picked, picks repeat.
+    The first pick is point 0. Points with |p|^2 <= 1e-3 are never picked after it; once all others are picked, picks
+    repeat. Squared distances are direct differences in the dtype of `points`; the lowest index wins a tie.
     Plain form: `reference.farthest_point_sample`.
     """
     _check_points("points", points)
@@ -86,10 +86,10 @@ def three_nn_weights(points: Tensor, centers: Tensor, backend: str = "auto") -> 
 def three_nn_weights_expanded(points: Tensor, centers: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """`three_nn_weights` from |p|^2 + |c|^2 - 2 p c in fp32, the arithmetic of the published results.
 
-    Half a meter from the camera, the difference of squares is wrong by up to 6e-8 m^2, more than the 1e-8 added to it,
-    and can be negative. That moves features near the centers by up to 0.4 %, enough to change a few coreset picks in a
-    hundred. For two points in a thousand, the third center is tied. The backend "extension" runs "torch" here.
-    Plain form: alpha of `reference.three_nn_interpolate`.
+    Half a meter from the camera, rounding changes d^2 by up to 6e-8 m^2, more than the 1e-8 added to it, and can make
+    it negative. Features near the centers change by up to 0.4 %, enough to change a few coreset picks in a hundred.
+    For two points in a thousand, rounding makes the third and fourth nearest center equally far. All backends except
+    "triton" compute this in PyTorch. Plain form: alpha of `reference.three_nn_interpolate`.
     """
     _check_search(points, centers, 3)
     if _choose_backend(backend, points) == "triton":
@@ -223,7 +223,7 @@ def _three_nearest_expanded(points: Tensor, centers: Tensor) -> tuple[Tensor, Te
     for chunk in points.split(max(1, MAX_BLOCK_ENTRIES // len(centers))):
         squared = (-2 * (chunk @ centers.T)).add_(chunk.square().sum(dim=1, keepdim=True)).add_(norms)
         smallest, index = squared.topk(min(4, len(centers)), largest=False, sorted=True)
-        tied = smallest[:, 2] == smallest[:, -1]  # the third center with the fourth: torch.sort decides in the original
+        tied = smallest[:, 2] == smallest[:, -1]  # third and fourth center; the original takes the order of torch.sort
         index[tied, :3] = squared[tied].sort(dim=1).indices[:, :3]
         found.append((smallest[:, :3], index[:, :3]))
     return _join(torch.cat, found)

@@ -126,12 +126,12 @@ def print_dataset_check(args: argparse.Namespace) -> bool:
 
 
 def warn_of_raw_scans(samples: Sequence[SampleFiles]) -> None:
-    """Warn if any of a few samples, spread over a split, shows the table it lies on, which ruins the results."""
+    """Warn if one of a few samples, spread over a split, shows the table under the object, which ruins the results."""
     paths = [each.xyz for each in spread(samples) if each.xyz is not None]
     raw = [path for path in paths if shows_table(read_organized_pc(path), CleaningRule())]
     if raw:
         logger.warning(
-            "%s shows the table under the part (%d of %d checked clouds). Clean the scans first: %s %s",
+            "%s shows the table under the object (%d of %d checked clouds). Clean the scans first: %s %s",
             *(raw[0], len(raw), len(paths), CLEANING_COMMAND, raw[0].parents[4]),
         )
 
@@ -143,7 +143,7 @@ def spread(items: Sequence[Item], number: int = 5) -> list[Item]:
 
 
 def warn_of_unfinished_scans(dataset_path: Path, files: Mapping[str, Iterable[SampleFiles]]) -> None:
-    """Warn of samples that the preprocessing of the dataset did not finish, by its record and the files' sizes."""
+    """Warn of samples that the record of the preprocessing lacks, or whose files are missing or of another size."""
     try:
         manifest = read_manifest(dataset_path)
     except InputError as error:

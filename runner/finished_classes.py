@@ -28,12 +28,13 @@ class FinishedClass(msgspec.Struct, frozen=True):
 
     schema: int
     flags: dict[str, Any]  # of the run, without FREE_FLAGS
-    inputs: str  # checksum of everything else that decides the numbers
+    inputs: str  # checksum of everything else that the numbers depend on
     report_sha256: str
     report: ClassReport
 
 
 def class_file(output_dir: Path, name: str) -> Path:
+    """Path of the file of a finished class."""
     return output_dir / FOLDER / f"{name}.json"
 
 
@@ -66,7 +67,7 @@ def read_class(output_dir: Path, name: str, flags: Mapping[str, Any], inputs: st
 
 
 def _binding(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags that decide the numbers, as JSON holds them."""
+    """Flags that the numbers depend on, as read back from JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(flags), default=plain_json))
     return {name: value for name, value in plain.items() if name not in FREE_FLAGS}
 

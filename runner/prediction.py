@@ -38,8 +38,8 @@ class LoadedSample(NamedTuple):
     problem: str = ""
     image: np.ndarray | None = None  # (h, w, 3) uint8 as it was taken, for the overlay
     size: tuple[int, int] = (0, 0)  # (H, W) of the cloud, or of the image if there is no cloud
-    side: int | None = None  # of the square that cleaning padded the cloud to
-    shows_table: bool = False  # checked only for a few samples
+    side: int | None = None  # of the cloud, pixels, once cleaning has padded it to a square
+    shows_table: bool = False  # True if the cloud is not cleaned; only a few samples are checked
 
 
 class Outcome(NamedTuple):
@@ -65,7 +65,7 @@ class SampleReader:
 
     @cached_property
     def checked_for_table(self) -> frozenset[str]:
-        """Names of a few samples whose clouds should have been cleaned."""
+        """Names of a few samples whose clouds are checked for a table; none if they are cleaned here."""
         needs_cleaning = "xyz" in self.modalities and not self.preprocess
         return frozenset(each.path for each in spread(self.files)) if needs_cleaning else frozenset()
 
@@ -96,7 +96,7 @@ class SampleReader:
                 raise InputError(f"{files.xyz} cannot be cleaned: {error}") from None
             side = len(cloud)
         used = rgb if "rgb" in self.modalities else None, cloud if "xyz" in self.modalities else None
-        sample = make_sample(str(files.xyz or files.rgb), *used, self.img_size)  # the file that errors name
+        sample = make_sample(str(files.xyz or files.rgb), *used, self.img_size)  # errors name this file
         table = files.path in self.checked_for_table and xyz is not None and shows_table(xyz, CleaningRule())
         return LoadedSample(files, sample, image=image, size=view.shape[:2], side=side, shows_table=table)
 
@@ -112,8 +112,7 @@ def predict_samples(detector: Detector, reader: SampleReader, batch_size: int, n
         if raw and not warned:
             warned = True
             logger.warning(
-                "%s shows the table under the part, which a detector fitted on cleaned clouds takes for a defect. Give "
-                "--preprocess, or clean the scans first with utils/preprocessing.py",
+                "%s shows the table, which the detector takes for a defect. Give --preprocess, or clean scans first",
                 raw[0],
             )
         predicted = iter(_predict_batch(detector, [each for each in batch if each.sample is not None]))
@@ -145,9 +144,9 @@ def _predict_batch(detector: Detector, batch: Sequence[LoadedSample]) -> list[Ou
 
 
 class PredictionWriter:
-    """Writer of predictions.jsonl, with a line of JSON for each sample, and if `images` also of maps and overlays.
+    """Writer of predictions.jsonl, one line of JSON for each sample, and with `images` of maps and overlays.
 
-    The detector's `thresholds` give the decisions and the colors of all overlays. `append` adds to an existing file,
+    The detector's `thresholds` give the decisions and the colors of all overlays. `append` continues an existing file,
     after removing an incomplete last line. Raises InputError, also from `add`, if a file cannot be written.
     """
 

@@ -31,7 +31,7 @@ class Progress:
     """State of a training run, besides the model and the optimizer."""
 
     epoch: int = 0
-    batch: int = 0  # micro-batches of this epoch that updates have used
+    batch: int = 0  # micro-batches of this epoch whose gradients are in the weights
     updates: int = 0
     loss_sum: float = 0.0  # over the micro-batches of this epoch, for the mean in the log
     lr_sum: float = 0.0

@@ -198,7 +198,7 @@ def open_tensorboard(log_dir: str | None) -> AbstractContextManager[Any]:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Catch Ctrl-C and SIGTERM; the yielded function tells if one came. A second Ctrl-C ends the process at once."""
+    """Catch Ctrl-C and SIGTERM. The yielded function returns True after one; a second Ctrl-C ends the process."""
     requested: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

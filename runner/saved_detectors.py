@@ -14,7 +14,7 @@ from utils.scans.files import cannot_read, set_aside
 
 Saved = Mapping[str, Mapping[str, SavedDetector]]  # by class, then by method
 
-FLAT = ""  # key instead of the method for a run with only one
+FLAT = ""  # key, instead of the method, of a detector saved in <root>/<class> by a run of one method
 # Flags without effect if detectors are loaded.
 FITTING_FLAGS = (
     "max_sample", "fusion_module_path", "save_detector", "detector_dtype", "target_fpr", "save_feature",
@@ -85,7 +85,7 @@ def check_layout(root: Path, methods: Collection[str], classes: Iterable[str]) -
 
 
 def _find(root: Path, name: str) -> dict[str, Path]:
-    """Folders of a class's detectors: <root>/<class> of a run of one method as FLAT, and <root>/<method>/<class>.
+    """Folders of a class's detectors by method: <root>/<method>/<class>, and <root>/<class> under the key FLAT.
 
     A folder counts if it has a config.json, or if its replacement was interrupted.
     """

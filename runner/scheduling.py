@@ -12,7 +12,7 @@ SERIAL_FRACTION = 0.1
 
 
 def divide_classes(parallel: str, costs: Mapping[str, float], processes: int) -> list[list[str]]:
-    """Classes of each group of processes, in the order of `costs`, the time of each class on one process.
+    """Classes of each group of processes. `costs` are the times of the classes on one process, in the order to keep.
 
     "samples" makes one group, "classes" as many as there are classes or processes, whichever are fewer, and "auto" the
     number of groups that finishes soonest.

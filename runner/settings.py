@@ -18,7 +18,7 @@ from utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Flags that only some methods use, each with a function that returns True if a method can use a value.
+# Flags that do not apply to every method, with a test: does this value apply to this method?
 CONCERNS: dict[str, Callable[[Method, Any], bool]] = {
     "memory_bank": lambda method, value: method.memory_bank == value,
     "use_uff": lambda method, value: "fusion" in method.banks,
@@ -130,7 +130,7 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
 
 def _add_output_flags(add: Callable[..., Any]) -> None:
     add("--output_dir", type=Path, default=Path("results"), help="folder of the tables, results.json and report.html")
-    help_text = "also write maps and figures, of all methods or these"
+    help_text = "also write anomaly maps and figures of these methods; without a name, of all"
     add("--save_preds", nargs="*", choices=METHODS, metavar="METHOD", help=help_text)
     add("--report_parts", type=int, default=24, metavar="N", help="samples of each class that report.html shows")
     help_text = "save the fitted detectors in FOLDER/<class>, those of several methods in FOLDER/<method>/<class>"
@@ -141,7 +141,7 @@ def _add_output_flags(add: Callable[..., Any]) -> None:
     add("--save_feature", action="store_true", help="write the training samples' patches for fusion_pretrain.py")
     add("--save_feature_path", type=Path, default=Path("datasets/patch_lib"), help="folder of these patch files")
     add("--feature_dtype", default="fp16", choices=STORAGE_DTYPE_NAMES, help="dtype of these patch files")
-    add("--uff_pairing", default="aligned", choices=PAIRINGS, help="pairing of patches that UFF training will use")
+    add("--uff_pairing", default="aligned", choices=PAIRINGS, help="pairing in UFF training, stored in these files")
 
 
 def _add_detector_flags(add: Callable[..., Any]) -> None:
@@ -166,7 +166,7 @@ def _add_detector_flags(add: Callable[..., Any]) -> None:
 def _add_machine_flags(add: Callable[..., Any]) -> None:
     add("--device", default="auto", help="cpu, cuda, or cuda:<number>; auto takes a GPU where there is one")
     add("--precision", choices=PRECISIONS, help="precision of the networks; auto: bf16 where the device supports it")
-    help_text = "memory limit of each process (default: half the machine's, shared); features beyond go to TMPDIR"
+    help_text = "memory budget per process (default: half the machine's, shared); features over half of it go to TMPDIR"
     add("--memory_budget", type=float, metavar="GB", help=help_text)
     add("--train_feature_dtype", default="fp32", choices=STORAGE_DTYPE_NAMES, help="dtype of features in the fit")
     add("--point_ops", choices=POINT_OPS, help="backend of the point searches; auto: k-d trees on CPU, triton on GPU")

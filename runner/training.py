@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 
 class _EpochBatches(BatchSampler):
-    """Batches of a DistributedSampler that can start within an epoch without reading the files before."""
+    """Batches of a DistributedSampler that can start in the middle of an epoch without reading the earlier files."""
 
     first = 0
 
@@ -99,19 +99,19 @@ class Trainer:
 
     config: PretrainConfig
     model: nn.Module  # (xyz (B, P, C_xyz), rgb (B, P, C_rgb)) -> arguments of `loss_of`; DDP for several ranks
-    loss_of: Callable[[Tensor, Tensor], Tensor]  # () loss, computed outside of autocast
+    loss_of: Callable[[Tensor, Tensor], Tensor]  # returns the scalar loss; called outside of autocast
     loader: Batches  # of `make_loader`
     optimizer: Optimizer
     progress: Progress  # starting point; kept up to date
     device: torch.device
-    name_of: Callable[[int], str] = str  # name of the file of an index, for messages
+    name_of: Callable[[int], str] = str  # file name for an index of the dataset, for messages
 
     def train_epoch(self) -> Iterator[Step]:
         """Train for the rest of an epoch, one `Step` per micro-batch.
 
         Gradients of `accum_iter` micro-batches are averaged into one update, with the learning rate at the start of the
         group. After a `Step` with a gradient norm, model, optimizer and `progress` can be saved. Raises InputError if
-        the loss or the gradient is not finite; in all ranks alike.
+        the loss or the gradient is not finite, on every rank.
         """
         progress, count, accum_iter = self.progress, len(self.loader), self.config.accum_iter
         schedule = self.config.schedule
@@ -176,7 +176,7 @@ def _batches(loader: Batches) -> Iterator[Any]:
 def save_checkpoint(
     path: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, args: argparse.Namespace
 ) -> None:
-    """Write the original's {'model', 'optimizer', 'epoch', 'scaler', 'args'} and two more: 'progress' and 'rng'.
+    """Write the entries of the original, 'model', 'optimizer', 'epoch', 'scaler' and 'args', and 'progress' and 'rng'.
 
     'epoch' is the last one finished, -1 within the first. 'scaler' is empty; readers of the original's files expect it.
     """

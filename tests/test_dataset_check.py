@@ -172,7 +172,7 @@ def test_raw_scans_give_a_warning(raw: Path, cleaned: Path, caplog: pytest.LogCa
         assert not caplog.records
         warn_of_raw_scans(index_split(raw / "cookie", "train", BOTH)[:1])
     assert len(caplog.records) == 1
-    assert "shows the table under the part" in caplog.text
+    assert "shows the table under the object" in caplog.text
 
 
 @pytest.mark.parametrize("position", [0, 5, 10])

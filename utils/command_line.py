@@ -67,7 +67,7 @@ def version() -> str:
 
 
 def from_flags(kind: type[Settings], args: argparse.Namespace, **others: Any) -> Settings:
-    """An instance of the dataclass `kind`. Each field is one of `others`, the flag of its name, or its default."""
+    """Build the dataclass `kind`: each field from `others`, else from the flag of its name, else from its default."""
     names = {field.name for field in fields(kind) if hasattr(args, field.name)}  # type: ignore[arg-type]
     return kind(**{name: getattr(args, name) for name in names} | others)
 

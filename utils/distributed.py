@@ -179,7 +179,7 @@ def make_groups(count: int) -> tuple[Group | None, int]:
 
 
 def share(count: int, shares: int, number: int, step: int = 1) -> range:
-    """Range of share `number` when 0 ... count - 1 is divided into even `shares` at multiples of `step`."""
+    """Indices of share `number`, if 0 ... count - 1 is divided evenly into `shares`, at multiples of `step`."""
     steps = -(-count // step)
     begin, end = (steps * each // shares * step for each in (number, number + 1))
     return range(min(begin, count), min(end, count))

@@ -146,8 +146,8 @@ def read_header(path: Path) -> PatchFile:
 class PatchFileDataset(Dataset[tuple[Tensor, Tensor, int]]):
     """The patch files of a folder, sorted by class and stem, as pairs of patches of one sample.
 
-    Each gives float32 (xyz (xyz_grid**2, C_xyz), rgb (xyz_grid**2, C_rgb), index): row by row an xyz patch and its rgb
-    partner, and the index in `files`. Reading NaN or infinite patches raises an InputError.
+    An item is (xyz (xyz_grid**2, C_xyz), rgb (xyz_grid**2, C_rgb), index), float32. Row i of rgb is the partner of row
+    i of xyz, and `index` is that of the file in `files`. Reading NaN or infinite patches raises an InputError.
 
     Args:
         folder: value of --save_feature_path, with a folder per class; or a folder of the original's .pt files.

@@ -10,7 +10,7 @@ pixels a side: in smaller ones the cleaning mistakes the borders of a part for n
 
 The clouds have the faults of a structured-light scanner: noise, shadows of the projector, and losses at edges and steep
 walls. Dents, bumps and holes hardly show in the image, and stains and contaminations not at all in the cloud. With the
-same versions of the libraries, a seed gives the same files for any number of workers and of other samples.
+same library versions, a seed gives the same files, whatever the number of workers and of other samples.
 """
 
 from __future__ import annotations

@@ -22,11 +22,11 @@ class CleaningRule:
     """Parameters of the cleaning, lengths in meters. The defaults are those of the reference."""
 
     border: int = 10  # pixels: width of the frame along the image border that the plane is fitted to
-    fit_distance: float = 0.004  # from a candidate plane to the border points that support it
+    fit_distance: float = 0.004  # border points nearer to a candidate plane than this support it
     fit_sample: int = 50  # border points for one candidate plane
     fit_iterations: int = 1000  # candidates at most
-    fit_confidence: float = 1 - 1e-8  # stop early when a better candidate is less likely than 1 minus this
-    seed: int = 0  # of the candidates, the same for each scan
+    fit_confidence: float = 1 - 1e-8  # stop early once a sample of supporters alone was drawn with this probability
+    seed: int = 0  # of the samples, the same for each scan
     plane_distance: float = 0.005  # points nearer to the plane than this are removed
     cluster_eps: float = 0.006  # radius of a point's neighborhood
     cluster_min_points: int = 30  # size of a core point's neighborhood, itself included
@@ -36,7 +36,7 @@ class CleaningRule:
     min_support: float = 0.5  # share of the measured border points on the plane in a raw scan
 
     def settings(self) -> dict[str, Any]:
-        """Parameters that results depend on, for the manifest; the two left out only decide which scans are refused."""
+        """Parameters that results depend on, for the manifest. The two others only decide which scans are refused."""
         return {name: value for name, value in asdict(self).items() if name not in ("min_border", "min_support")}
 
 
@@ -248,7 +248,7 @@ def _best_support(points: np.ndarray, rng: np.random.Generator, rule: CleaningRu
         quality = (int(support.sum()), -float(np.square(distance[support]).sum()))
         if quality > best:
             best, best_support = quality, support
-            missed = 1 - support.mean() ** rule.fit_sample  # chance that a sample is not of supporters alone
+            missed = 1 - support.mean() ** rule.fit_sample  # probability that a sample holds a point off the plane
             if missed < 1:
                 enough = 0.0 if missed == 0 else math.log(1 - rule.fit_confidence) / math.log(missed)
                 needed = min(needed, enough)

@@ -126,7 +126,7 @@ class Journal:
         self.save()
 
     def commit(self, scan: Scan, record: Record) -> None:
-        """Record the temporary files of a scan and rename them. After an InputError the next run continues."""
+        """Record a scan in the journal, then rename its temporary files. After an InputError the next run continues."""
         path = self.output / JOURNAL
         try:
             with path.open("ab") as file:
@@ -153,10 +153,10 @@ class Journal:
         self.renaming = set()
 
     def is_done(self, scan: Scan) -> bool:
-        """Return True if a scan has its recorded results. If these are not in place, the sources must be unchanged.
+        """Return True if the results of a scan exist and its sources, unless replaced by them, are unchanged.
 
-        Sizes and times decide. Files are only read if these differ, as in a copied dataset. Raises InputError or
-        OSError if files that were cleaned in place have changed, or a file cannot be read.
+        Only files whose size or time differs from the record are read, such as those of a copied dataset. Raises
+        InputError if a scan cleaned in place has neither its results nor its originals, OSError for an unreadable file.
         """
         record = self.done.get(scan.name)
         if record is None or scan.name in self.renaming:

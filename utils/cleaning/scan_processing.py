@@ -63,7 +63,7 @@ def process_scans(
 
 
 def process_all(scans: list[Scan], process: Callable[[Scan], Record], workers: int) -> Generator[Outcome, None, None]:
-    """Yield the outcome of each scan, as it completes; InputError with the scans in work if a worker is killed."""
+    """Yield the outcome of each scan, as it completes; InputError if a worker is killed."""
     attempt = partial(_attempt, process=process)
     if workers == 1 or len(scans) < 2:
         yield from map(attempt, scans)
@@ -82,7 +82,7 @@ def process_all(scans: list[Scan], process: Callable[[Scan], Record], workers: i
     except BrokenProcessPool:
         unfinished = [name for name, future in futures.items() if future.exception()]
         in_work = ", ".join(unfinished[:workers])  # workers take the scans in this order
-        problem = f"A worker was killed, perhaps for lack of memory, with these scans in work: {in_work}"
+        problem = f"A worker was killed, perhaps for lack of memory, while processing these scans: {in_work}"
         raise InputError(f"{problem}. Run again with fewer workers, such as --workers 1.") from None
     finally:
         pool.shutdown(cancel_futures=True)
