@@ -107,7 +107,7 @@ def _run_plain(
     fit = time.perf_counter() - begin - of_test + pick - sum(seconds for seconds, _ in picking)
     begin = time.perf_counter()
     masks = [sample.mask[0].numpy() for sample in test if sample.mask is not None]
-    metrics = compute_metrics([int(sample.label or 0) for sample in test], scores.tolist(), masks, list(maps))
+    metrics, _ = compute_metrics([int(sample.label or 0) for sample in test], scores.tolist(), masks, list(maps))
     evaluate = of_test + time.perf_counter() - begin
     return {"fit": fit, "evaluate": evaluate, "pick": pick, "score": sum(score[: len(train)])}, metrics
 

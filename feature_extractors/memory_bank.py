@@ -13,19 +13,20 @@ MAX_BLOCK_ENTRIES, MAX_BLOCK_ENTRIES_ON_GPU = 1 << 24, 1 << 28
 QUERIES_AT_ONCE_ON_CPU = 256
 # Entries of the direct differences computed at once: 64 MB, on a GPU 256 MB.
 MAX_DIFFERENCE_ENTRIES, MAX_DIFFERENCE_ENTRIES_ON_GPU = 1 << 24, 1 << 26
-# Distances computed as |q|^2 + |r|^2 - 2 q r in fp32, to reproduce the original's rounding: none, those with fewer than
-# four digits left (d^2 is below CANCELLING times |q|^2 + |r|^2), or all.
+# Which distances are computed as |q|^2 + |r|^2 - 2 q r in fp32, to reproduce the rounding of the original: none, those
+# that lose most of their digits this way (d^2 is below CANCELLING times |q|^2 + |r|^2), or all.
 EXPANDED = ("nowhere", "cancelling", "everywhere")
 CANCELLING = 2.0**-9
 
 
 class BankStatistics(NamedTuple):
-    """Scalars that normalize the patches of a bank."""
+    """Mean and standard deviation of all entries of a bank, which normalize its patches and the queries."""
 
     mean: float = 0.0
     std: float = 1.0
 
     def normalize(self, patches: Tensor) -> Tensor:
+        """Patches (N, D) minus the mean, divided by the standard deviation."""
         return (patches - self.mean) / self.std
 
 
@@ -39,23 +40,23 @@ def mean_and_std(rows: Tensor | ShardedRows, step: int = CHUNK) -> BankStatistic
 
 
 class MemoryBank:
-    """Normalized `rows` (N, D) float32, and the `statistics` of the normalization, for the queries."""
+    """Normalized patches `rows` (N, D) float32, and the `statistics` by which callers normalize the queries."""
 
     def __init__(self, rows: Tensor, statistics: BankStatistics | None = None) -> None:
         self.rows, self.statistics = rows, statistics or BankStatistics()
         self._center = rows.mean(dim=0)
-        centered = rows - self._center  # small norms lose fewer digits in a product
+        centered = rows - self._center  # products of smaller numbers have smaller rounding errors
         self._norms = centered.square().sum(dim=1)
         self._lengths = self._norms.sqrt()
-        # Products are of fp32 numbers, or on a GPU of their bf16 halves, which are fifteen times as fast.
+        # A GPU multiplies bf16 numbers fifteen times as fast as fp32, so there each number is split into two bf16 ones.
         self._halved = rows.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         self._factors = centered
         if self._halved:
             high, low = _halves(centered)
             self._factors = torch.cat([high, low, high], dim=1)  # (N, 3 D)
-        # Error bounds if no square overflows or underflows. The error of a sum of D fp32 products is below
-        # D 2^-24 |q| |r|, and so is that of the squared distances that it is compared with. Halves round by 2^-16 and
-        # leave out the product of the two low halves. The product counts twice in a squared distance.
+        # Error bounds, unless a square overflows or underflows. A sum of D fp32 products has an error below
+        # D 2^-24 |q||r|, and so has the squared distance that it is compared with. Splitting adds 2^-16 |q||r|, as does
+        # leaving out the product of the two low parts. A product counts twice in |q|^2 - 2 q r + |r|^2.
         self._rounding = 2 * (self._factors.shape[1] + 64) * 2.0**-24
         self._product_error = 2 * (self._rounding + (3.03 * 2.0**-16 if self._halved else 0.0))
 
@@ -65,9 +66,10 @@ class MemoryBank:
     def nearest(self, queries: Tensor, expanded: str = "nowhere") -> tuple[Tensor, Tensor]:
         """Nearest bank row of each query, without the full distance matrix. Fast form of `reference.nearest_rows`.
 
-        A matrix product gives |q - r|^2 = |q|^2 - 2 q r + |r|^2 with a proven error bound. Rows within the bound of the
-        smallest product are candidates. There is rarely more than one per query. Their distances are direct
-        differences, which lose no digits where query and row are close.
+        1. A matrix product gives approximate squared distances |q|^2 - 2 q r + |r|^2, with a proven error bound.
+        2. The approximately nearest row is at most that far away. Rows that, within the error, may be as close are
+           candidates. There is rarely more than one per query.
+        3. The candidates are compared by |q - r|^2 itself, which loses no digits where query and row are close.
 
         Args:
             queries: (M, D) float32, normalized with `statistics`. Equal ones, such as background, are searched once.
@@ -118,16 +120,13 @@ class MemoryBank:
         """`_nearest_exact` of queries (M, D) in one block of products."""
         centered = queries - self._center
         squares = centered.square().sum(dim=1)
-        partial = self._products(centered).mul_(-2).add_(self._norms)  # (M, N): |q - r|^2 - |q|^2
+        partial = torch.add(self._norms, self._products(centered), alpha=-2)  # 1. (M, N): about |q - r|^2 - |q|^2
         closest = partial.argmin(dim=1)
         found = (queries - self.rows[closest]).square().sum(dim=1)  # squared; the nearest row is no farther
-        limit = torch.addcmul(
-            (found - squares + self._rounding * squares)[:, None],
-            self._product_error * squares.sqrt()[:, None],
-            self._lengths,
-        ).add_(self._norms, alpha=self._rounding)
-        query, row = (partial <= limit).nonzero(as_tuple=True)  # (pairs,) each: the candidates
-        squared = self._squared_distances(queries, query, row)
+        partial.addr_(squares.sqrt(), self._lengths, alpha=-self._product_error).sub_(self._rounding * self._norms)
+        limit = found - squares + self._rounding * squares
+        query, row = (partial <= limit[:, None]).nonzero(as_tuple=True)  # 2. the candidates, (pairs,) each
+        squared = self._squared_distances(queries, query, row)  # 3. the lowest index wins a tie
         best = found.scatter_reduce(0, query, squared, "amin")
         among_best = squared == best[query]
         index = torch.where(best < found, len(self.rows), closest)
@@ -153,12 +152,11 @@ def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct rows (K, D), in no order, of rows (N, D) float32, and the index (N,) int64 of each row among them."""
     if rows.is_cuda:  # torch.unique would take several times as long there as the search
         return _distinct_by_hash(rows)
-    distinct, inverse = torch.unique(rows, dim=0, return_inverse=True)
-    return distinct, inverse
+    return torch.unique(rows, dim=0, return_inverse=True)
 
 
 def _distinct_by_hash(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """`distinct_rows` by 64-bit hashes of the bits. If different rows share a hash, copies of one of them stay."""
+    """`distinct_rows` by 64-bit hashes of the bits. Different rows of equal hash are kept with all their copies."""
     bits = rows.contiguous().view(torch.int32).long()
     hashes = (bits * _hash_factors(rows.shape[1], rows.device)).sum(dim=1)  # modulo 2^64
     groups, inverse = torch.unique(hashes, return_inverse=True)

@@ -21,6 +21,7 @@ from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.thresholds import Source, calibrate
 from feature_extractors.training_features import TrainingFeatures
+from utils.au_pro import ThinCurve
 from utils.distributed import Group, broadcast_object, gather_objects, is_main, progress_bar
 from utils.metrics import decision_metrics, latency_percentiles
 from utils.metrics import evaluate as compute_metrics
@@ -51,7 +52,8 @@ class Evaluation(NamedTuple):
     """Results and metrics of one detector on the test split of a class."""
 
     results: list[SampleResult]
-    metrics: dict[str, Any]  # under the keys of results.json, see utils.metrics.evaluate
+    metrics: dict[str, Any]  # this and the curve as in utils.metrics.evaluate
+    pro_curve: ThinCurve | None
 
 
 def collect_features(
@@ -176,8 +178,8 @@ def evaluate(
             with stopwatches[name].measure("metrics"):
                 masks = [each.mask.numpy() for each in gathered]
                 maps = [each.prediction.anomaly_map.numpy() for each in gathered]
-                metrics = compute_metrics(*_labels_and_scores(gathered), masks, maps)
-            evaluations[name] = Evaluation(gathered, metrics)
+                metrics, curve = compute_metrics(*_labels_and_scores(gathered), masks, maps)
+            evaluations[name] = Evaluation(gathered, metrics, curve)
     return evaluations
 
 

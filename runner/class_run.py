@@ -115,8 +115,8 @@ def evaluate_class(
             "seconds": {stage: max(clock[method][stage] for clock in clocks) for stage in STAGES},
             "peak_memory_mb": max(peaks),
         }
-        readers = sample_readers(files, run)
-        reports[method] = report_class(name, entry, evaluation.results, *readers, limit=run.settings.report_parts)
+        shown = evaluation.pro_curve, *sample_readers(files, run)
+        reports[method] = report_class(name, entry, evaluation.results, *shown, limit=run.settings.report_parts)
     return reports
 
 

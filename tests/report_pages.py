@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from utils.au_pro import ThinCurve
 from utils.metrics import evaluate
 from utils.records import Prediction, SampleResult
 from utils.reporting.html_report.class_report import ClassReport, report_class
@@ -74,14 +75,18 @@ def made_up_cloud(number: int, side: int = 2 * SIDE) -> np.ndarray:
     return (xyz * inside[..., None]).astype(np.float32)
 
 
-def entry_of(evaluated: Sequence[SampleResult], threshold: float | None = 0.5, **changed: Any) -> dict[str, Any]:
-    """Entry of a class in results.json; threshold None means not calibrated."""
-    entry = evaluate(
+def metrics_and_curve(evaluated: Sequence[SampleResult]) -> tuple[dict[str, Any], ThinCurve | None]:
+    return evaluate(
         [sample.label for sample in evaluated],
         [sample.prediction.score for sample in evaluated],
         [sample.mask.numpy() for sample in evaluated],
         [sample.prediction.anomaly_map.numpy() for sample in evaluated],
     )
+
+
+def entry_of(evaluated: Sequence[SampleResult], threshold: float | None = 0.5, **changed: Any) -> dict[str, Any]:
+    """Entry of a class in results.json; threshold None means not calibrated."""
+    entry, _ = metrics_and_curve(evaluated)
     entry |= {
         "samples": [
             {"path": sample.path, "label": sample.label, "score": sample.prediction.score} for sample in evaluated
@@ -115,6 +120,7 @@ def made_up_class(
         name,
         entry_of(evaluated, **changed),
         evaluated,
+        metrics_and_curve(evaluated)[1],
         lambda i: made_up_image(i) if image else None,
         lambda i: made_up_cloud(i) if cloud else None,
         limit,

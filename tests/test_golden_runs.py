@@ -242,7 +242,7 @@ def test_fused_maps(run: Run) -> None:
 
 def test_metrics(run: Run) -> None:
     maps = np.stack([prediction.anomaly_map.numpy() for prediction in run.predictions])
-    metrics = evaluate(
+    metrics, _ = evaluate(
         run.recorded["image_labels"], [prediction.score for prediction in run.predictions], run.masks, maps
     )
     for key in ("image_rocauc", "pixel_rocauc", "au_pro"):

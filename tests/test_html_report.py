@@ -20,11 +20,11 @@ from report_pages import (
     samples_of,
 )
 
-from utils.au_pro import area_to_limit, pro_curve
+from utils.au_pro import area_to_limit, pro_curve, thin_curve
 from utils.errors import escape_controls
-from utils.metrics import EXACT_LIMITS
+from utils.metrics import EXACT_LIMITS, PRO_LIMIT
 from utils.reporting.html_report.charts import LEFT, RIGHT, Axis, curve_chart, histogram
-from utils.reporting.html_report.class_report import CURVE_POINTS, PRO_LIMIT, ClassReport, decide, thin_curve
+from utils.reporting.html_report.class_report import ClassReport, decide
 from utils.reporting.html_report.gallery import CLOUD_POINTS, UNDECIDED, WRONG
 from utils.reporting.html_report.page import ASSETS, asset, environment, script_hash
 from utils.reporting.html_report.published import CLASSES, PAPER_ARGS, TEST_SAMPLES, published_figures
@@ -390,8 +390,8 @@ def test_a_thinned_curve_keeps_its_area() -> None:
     masks[:, 20:40, 30:50] = masks[:, 60:64, 60:64] = 1
     maps = rng.random((3, 90, 90)) + 0.8 * masks
     fprs, pros = pro_curve(masks, maps)
-    thin_fprs, thin_pros = thin_curve(fprs, pros)
-    assert 50 < len(thin_fprs) <= CURVE_POINTS
+    thin_fprs, thin_pros = thin_curve(fprs, pros, PRO_LIMIT)
+    assert 50 < len(thin_fprs) <= 200
     assert (thin_fprs[0], thin_fprs[-1]) == (0, PRO_LIMIT)
     assert area_to_limit(thin_fprs, thin_pros, PRO_LIMIT) == pytest.approx(area_to_limit(fprs, pros), abs=2e-3)
 

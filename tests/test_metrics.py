@@ -51,7 +51,7 @@ def test_rocauc_equals_its_plain_form(decimals: int) -> None:
 
 def test_evaluate_has_the_keys_of_the_results_file() -> None:
     labels, scores, masks, maps = made_up_class()
-    metrics = evaluate(labels, scores, masks, maps)
+    metrics, _ = evaluate(labels, scores, masks, maps)
     assert list(metrics) == ["image_rocauc", "pixel_rocauc", "au_pro", "au_pro_exact"]
     assert list(metrics["au_pro_exact"]) == ["0.3", "0.1", "0.05", "0.01"]
     assert metrics["image_rocauc"] == image_rocauc(labels, scores)
@@ -69,11 +69,11 @@ def test_evaluate_takes_tensors() -> None:
 
 def test_each_input_of_evaluate_matters() -> None:
     labels, scores, masks, maps = made_up_class()
-    metrics = evaluate(labels, scores, masks, maps)
-    other_scores = evaluate(labels, scores[::-1], masks, maps)
+    metrics, _ = evaluate(labels, scores, masks, maps)
+    other_scores, _ = evaluate(labels, scores[::-1], masks, maps)
     assert other_scores["image_rocauc"] != metrics["image_rocauc"]
     assert other_scores["pixel_rocauc"] == metrics["pixel_rocauc"]
-    other_maps = evaluate(labels, scores, masks, maps[::-1])
+    other_maps, _ = evaluate(labels, scores, masks, maps[::-1])
     assert other_maps["image_rocauc"] == metrics["image_rocauc"]
     assert all(other_maps[key] != metrics[key] for key in ("pixel_rocauc", "au_pro", "au_pro_exact"))
 
@@ -81,7 +81,7 @@ def test_each_input_of_evaluate_matters() -> None:
 def test_undefined_metrics_are_none_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     labels, scores, masks, maps = made_up_class()
     with caplog.at_level(logging.WARNING, "utils.metrics"):
-        metrics = evaluate(np.zeros_like(labels), scores, masks, maps)
+        metrics, _ = evaluate(np.zeros_like(labels), scores, masks, maps)
     assert metrics["image_rocauc"] is None
     assert metrics["au_pro"] is not None
     assert [record.getMessage() for record in caplog.records] == [
@@ -89,7 +89,7 @@ def test_undefined_metrics_are_none_with_a_warning(caplog: pytest.LogCaptureFixt
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING, "utils.metrics"):
-        metrics = evaluate(labels, scores, np.zeros_like(masks), maps)
+        metrics, _ = evaluate(labels, scores, np.zeros_like(masks), maps)
     assert metrics["image_rocauc"] is not None
     assert metrics["pixel_rocauc"] is None
     assert metrics["au_pro"] is None
@@ -159,7 +159,7 @@ def test_recorded_metrics_of_a_run(goldens: Path) -> None:
     with np.load(goldens / "run_bn_DINO.npz") as run:
         maps = run["blurq_test_rgb"] / np.float32(255) * run["blurscale_test_rgb"][:, None, None]
         masks = np.unpackbits(run["gts_packed"]).reshape(maps.shape)
-        metrics = evaluate(run["image_labels"], run["image_preds"], masks, maps)
+        metrics, _ = evaluate(run["image_labels"], run["image_preds"], masks, maps)
     assert {key: metrics[key] for key in recorded} == pytest.approx(recorded, abs=1e-12)
 
 

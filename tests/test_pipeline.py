@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tiny_networks import (
@@ -43,7 +44,9 @@ from feature_extractors.pipeline import (
 )
 from feature_extractors.scoring import anomaly_maps, image_score
 from feature_extractors.training_features import TrainingFeatures
+from utils.au_pro import area_to_limit
 from utils.errors import InputError
+from utils.metrics import PRO_LIMIT
 from utils.records import PatchFeatures, Sample, SampleResult
 
 # --- banks ---
@@ -395,7 +398,7 @@ def test_evaluate_equals_predict() -> None:
     evaluations = evaluate({"mine": outcome.detector}, iter(test), len(test))
     assert list(evaluations) == ["mine"]
     assert isinstance(evaluations["mine"], Evaluation)
-    results, metrics = evaluations["mine"]
+    results, metrics, curve = evaluations["mine"]
     assert len(results) == len(test)
     for result, sample, prediction in zip(results, test, outcome.predictions, strict=True):
         assert isinstance(result, SampleResult)
@@ -409,6 +412,8 @@ def test_evaluate_equals_predict() -> None:
     assert metrics["image_rocauc"] == 1.0
     assert metrics["pixel_rocauc"] > 0.8
     assert metrics["au_pro_exact"]["0.3"] > 0.5
+    assert curve is not None
+    assert area_to_limit(*map(np.array, curve), PRO_LIMIT) == pytest.approx(metrics["au_pro_exact"]["0.3"], abs=0.01)
 
 
 def test_evaluate_refuses_training_samples() -> None:
@@ -432,8 +437,8 @@ def test_evaluation_of_several_detectors_equals_separate_ones() -> None:
     assert extractor.seen == [sample.path for sample in test]  # once each
     assert list(together) == list(detectors)
     for name, detector in detectors.items():
-        results, metrics = evaluate({name: detector}, iter(test), len(test))[name]
-        assert together[name].metrics == metrics
+        results, metrics, curve = evaluate({name: detector}, iter(test), len(test))[name]
+        assert (together[name].metrics, together[name].pro_curve) == (metrics, curve)
         assert len(together[name].results) == len(results) == len(test)
         for mine, theirs in zip(together[name].results, results, strict=True):
             assert (mine.path, mine.label) == (theirs.path, theirs.label)

@@ -15,6 +15,7 @@ EIGHT_NEIGHBORS = np.ones((3, 3), dtype=int)
 
 Images = Sequence[ArrayLike] | NDArray  # (N, H, W), or N arrays (H, W) of any sizes
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+ThinCurve = tuple[list[float], list[float]]  # few points of a curve: false positive rates, ascending, and values
 
 
 class UndefinedMetricError(ValueError):
@@ -67,6 +68,13 @@ def area_to_limit(fprs: NDArray, pros: NDArray, limit: float = 0.3) -> float:
         at_limit = np.interp(limit, fprs[last], pros[last])
         area += 0.5 * (pros[inside - 1] + at_limit) * (limit - fprs[inside - 1])
     return float(area / limit)
+
+
+def thin_curve(fprs: NDArray, pros: NDArray, limit: float, count: int = 200) -> ThinCurve:
+    """At most `count` points of a curve up to FPR `limit`, denser near 0, where it is steep."""
+    wanted = limit * np.linspace(0, 1, count - 2) ** 2
+    index = np.unique(np.append(0, np.searchsorted(fprs, wanted, side="right") - 1))
+    return [*fprs[index].tolist(), limit], [*pros[index].tolist(), float(np.interp(limit, fprs, pros))]
 
 
 def checked_pixels(masks: Images, anomaly_maps: Images) -> list[tuple[NDArray[np.bool_], NDArray]]:

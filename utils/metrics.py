@@ -7,12 +7,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from utils.au_pro import Images, UndefinedMetricError, area_to_limit, au_pro, checked_pixels, pro_curve
+from utils.au_pro import (
+    Images,
+    ThinCurve,
+    UndefinedMetricError,
+    area_to_limit,
+    au_pro,
+    checked_pixels,
+    pro_curve,
+    thin_curve,
+)
 
 LATENCY_PERCENTILES = (50, 95, 99)
 REFERENCE_LIMIT = 0.3
 REFERENCE_THRESHOLDS = 100  # of the official MVTec 3D-AD evaluation
 EXACT_LIMITS = ("0.3", "0.1", "0.05", "0.01")  # keys of results.json
+PRO_LIMIT = max(map(float, EXACT_LIMITS))  # false positive rate at which the PRO curve of the report ends
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +48,23 @@ def pixel_rocauc(masks: Images, anomaly_maps: Images) -> float:
     return _rocauc(defective, np.concatenate([anomaly_map.ravel() for _, anomaly_map in pairs]), "pixels")
 
 
-def evaluate(labels: ArrayLike, scores: ArrayLike, masks: Images, anomaly_maps: Images) -> dict[str, Any]:
-    """Metrics of one class under the keys of results.json, unrounded; None, with a warning, where undefined.
+def evaluate(
+    labels: ArrayLike, scores: ArrayLike, masks: Images, anomaly_maps: Images
+) -> tuple[dict[str, Any], ThinCurve | None]:
+    """Metrics of one class under the keys of results.json, unrounded, and its PRO curve, thinned, up to PRO_LIMIT.
 
-    Arguments and ValueErrors are those of the single metrics. `au_pro` is the published metric (limit 0.3, 100
-    thresholds), `au_pro_exact` the area under the exact curve by limit.
+    Both are None, with a warning, where undefined. Arguments and ValueErrors are those of the single metrics. `au_pro`
+    is the published metric (limit 0.3, 100 thresholds), `au_pro_exact` the area under the exact curve by limit.
     """
     curve = _or_none("AU-PRO (exact curve)", pro_curve, masks, anomaly_maps)
     published = masks, anomaly_maps, REFERENCE_LIMIT, REFERENCE_THRESHOLDS
-    return {
+    metrics = {
         "image_rocauc": _or_none("I-AUROC", image_rocauc, labels, scores),
         "pixel_rocauc": _or_none("P-AUROC", pixel_rocauc, masks, anomaly_maps),
         "au_pro": _or_none("AU-PRO (100 thresholds)", au_pro, *published),
         "au_pro_exact": {key: area_to_limit(curve[0], curve[1], float(key)) if curve else None for key in EXACT_LIMITS},
     }
+    return metrics, thin_curve(curve[0], curve[1], PRO_LIMIT) if curve else None
 
 
 def decision_metrics(labels: ArrayLike, scores: ArrayLike, threshold: float | None) -> dict[str, float | None]:
@@ -108,9 +121,9 @@ def _rocauc(positive: NDArray[np.bool_], scores: NDArray, things: str) -> float:
     if positive.all() or not positive.any():
         label = "defective" if positive.all() else "good"
         raise UndefinedMetricError(f"all {positive.size} {things} are {label}, and a ROC curve needs both")
-    from sklearn.metrics import roc_auc_score
+    from sklearn.metrics import auc, roc_curve
 
-    return float(roc_auc_score(positive, scores))
+    return float(auc(*roc_curve(positive, scores)[:2]))
 
 
 def _or_none(name: str, metric: Callable[..., Any], *arguments: Any) -> Any:

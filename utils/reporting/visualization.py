@@ -139,8 +139,9 @@ def save_prediction_figure(
     if image is not None:
         panels.append(_Panel("overlay", _gray(image), anomaly_map, scale[FUSED], defect))
 
+    figure = _draw(panels, np.shape(anomaly_map if image is None else image)[:2], title)
     with atomic_path(path) as temporary:
-        _draw(panels, np.shape(anomaly_map if image is None else image)[:2], title).save(temporary)
+        figure.save(temporary, compress_level=1)  # in a quarter of the default's time, a quarter larger
 
 
 def _draw(panels: list[_Panel], size: tuple[int, ...], title: str) -> Image.Image:

@@ -8,15 +8,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.au_pro import UndefinedMetricError, pro_curve
-from utils.metrics import EXACT_LIMITS
+from utils.au_pro import ThinCurve
 from utils.records import SampleResult
 from utils.reporting.html_report.gallery import Decision, ReadArray, gallery, outcome
-
-CURVE_POINTS = 200
-PRO_LIMIT = max(map(float, EXACT_LIMITS))  # false positive rate at which the PRO curve ends
-
-Curve = tuple[list[float], list[float]]  # false positive rates, ascending, and the curve's values at them
 
 
 class ClassReport(msgspec.Struct, frozen=True):
@@ -26,8 +20,8 @@ class ClassReport(msgspec.Struct, frozen=True):
     entry: dict[str, Any]  # of results.json
     decision: Decision | None  # None: undefined without defective or without good samples
     outcomes: dict[str, int]  # number of samples of the whole split
-    roc: Curve | None
-    pro: Curve | None
+    roc: ThinCurve | None
+    pro: ThinCurve | None
     good_scores: list[float]
     defective_scores: list[float]
     samples: list[dict[str, Any]] = msgspec.field(name="parts")  # see `gallery`
@@ -41,11 +35,12 @@ def report_class(
     name: str,
     entry: Mapping[str, Any],
     samples: Sequence[SampleResult],
+    pro_curve: ThinCurve | None,
     read_rgb: ReadArray,
     read_cloud: ReadArray,
     limit: int,
 ) -> ClassReport:
-    """Condense the evaluation of a class; `entry` is its entry in results.json, the other arguments as in `gallery`."""
+    """Condense an evaluation: `entry` of results.json, `pro_curve` of `metrics.evaluate`, the rest as in `gallery`."""
     decision = decide(entry)
     labels = np.array([sample.label for sample in samples])
     scores = np.array([sample.prediction.score for sample in samples])
@@ -55,7 +50,7 @@ def report_class(
         decision,
         dict(Counter(outcome(sample, decision) for sample in samples)),
         _roc(labels, scores),
-        _pro(samples),
+        pro_curve,
         scores[labels == 0].tolist(),
         scores[labels == 1].tolist(),
         gallery(samples, decision, limit, read_rgb, read_cloud),
@@ -81,27 +76,10 @@ def decide(entry: Mapping[str, Any]) -> Decision | None:
     return None
 
 
-def _roc(labels: NDArray, scores: NDArray) -> Curve | None:
+def _roc(labels: NDArray, scores: NDArray) -> ThinCurve | None:
     from sklearn.metrics import roc_curve
 
     if labels.all() or not labels.any():
         return None
     fprs, tprs, _ = roc_curve(labels, scores)
     return fprs.tolist(), tprs.tolist()
-
-
-def _pro(samples: Sequence[SampleResult]) -> Curve | None:
-    masks = [sample.mask.numpy() for sample in samples]
-    maps = [sample.prediction.anomaly_map.numpy() for sample in samples]
-    try:
-        return thin_curve(*pro_curve(masks, maps))
-    except UndefinedMetricError:
-        return None
-
-
-def thin_curve(fprs: NDArray, pros: NDArray) -> Curve:
-    """Thin the exact curve up to PRO_LIMIT to at most CURVE_POINTS of its points, denser near 0, where it is steep."""
-    wanted = PRO_LIMIT * np.linspace(0, 1, CURVE_POINTS - 2) ** 2
-    index = np.unique(np.append(0, np.searchsorted(fprs, wanted, side="right") - 1))
-    end = float(np.interp(PRO_LIMIT, fprs, pros))
-    return [*fprs[index].tolist(), PRO_LIMIT], [*pros[index].tolist(), end]

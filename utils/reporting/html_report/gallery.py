@@ -154,7 +154,7 @@ def pack_cloud(
     if image is not None:
         planes.append(_on_grid(image, valid.shape)[valid].T)
     planes.append(np.packbits(valid))
-    packed = gzip.compress(b"".join(np.ascontiguousarray(each).tobytes() for each in planes), mtime=0)
+    packed = gzip.compress(b"".join(np.ascontiguousarray(each).tobytes() for each in planes), 6, mtime=0)
     return {
         "points": len(points),
         "grid": valid.shape,

@@ -14,9 +14,9 @@ import numpy as np
 from markupsafe import Markup
 
 from utils.errors import escape_controls
-from utils.metrics import EXACT_LIMITS, REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_of_known
+from utils.metrics import EXACT_LIMITS, PRO_LIMIT, REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_of_known
 from utils.reporting.html_report.charts import Axis, curve_chart, histogram
-from utils.reporting.html_report.class_report import PRO_LIMIT, ClassReport
+from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.gallery import CORRECT_PASS, FALSE_ALARM, HIT, MISS, UNDECIDED, WRONG
 from utils.reporting.html_report.page import asset, render_page, write_page
 from utils.reporting.html_report.published import Published, published_figures
