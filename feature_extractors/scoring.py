@@ -30,7 +30,7 @@ def image_score(
 
     f* is the patch farthest from the bank, m* the row nearest to f*, and m are the two rows nearest to m*:
     eta = 1 - exp(|f* - m*| / sqrt(D)) / sum_m exp(|f* - m| / sqrt(D)). Eq. 7 has no sqrt(D). The published code divides
-    by it, because distances grow with the square root of the width D.
+    by it; distances grow with the square root of the width D.
 
     `distances` (M,) float32 and `index` (M,) int64 are those of the nearest row of `bank` to each of the normalized
     `patches` (M, D) float32. All distances are divided by `divisor`; `epsilon` is added to the sum of exponentials.
