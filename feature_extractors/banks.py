@@ -67,7 +67,8 @@ def _select(
 ) -> dict[str, Tensor]:
     """Indices (K,) of each bank's coreset. With a fixed random_state, methods with the same coreset share it.
 
-    K is f_coreset times the size of the bank; for rgb and fusion in the reference protocol, of the xyz coreset.
+    K is f_coreset times the size of the bank. In the reference protocol, rgb and fusion banks beside an xyz bank take
+    f_coreset times the size of its coreset.
     """
     picks: dict[str, Tensor] = {}
     for name, raw in rows.items():

@@ -61,8 +61,8 @@ def greedy_coreset(rows: Tensor | ShardedRows, n: int, start: int = 0) -> Tensor
 
     1. Pick among the m rows farthest from the selection, updating only their distances. Distances only shrink, so the
        farthest of these rows is the farthest of all while it is farther than tau, the largest distance of the others.
-    2. Update all other distances with one matrix product. A row x at distance d <= r / 2 is skipped, where r is the
-       smallest distance of a new pick c to the picks before it: |c - x| >= r - d >= d.
+    2. Update the distances of all rows with one matrix product. A row x at distance d <= r / 2 is skipped, where r is
+       the smallest distance of a new pick c to the picks before it: |c - x| >= r - d >= d.
 
     The product only finds the nearest new pick. The distance to it is a direct difference, since the order depends on
     digits that fp32 products lose. If clusters are thousands of times farther apart than they are wide, the product may

@@ -20,7 +20,7 @@ CANCELLING = 2.0**-9
 
 
 class BankStatistics(NamedTuple):
-    """Mean and standard deviation of all entries of a bank, which normalize its patches and the queries."""
+    """Mean and standard deviation that normalize the patches of a bank and the queries."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -54,9 +54,9 @@ class MemoryBank:
         if self._halved:
             high, low = _halves(centered)
             self._factors = torch.cat([high, low, high], dim=1)  # (N, 3 D)
-        # Error bounds, unless a square overflows or underflows. A sum of D fp32 products has an error below
-        # D 2^-24 |q||r|, and so has the squared distance that it is compared with. Splitting adds 2^-16 |q||r|, as does
-        # leaving out the product of the two low parts. A product counts twice in |q|^2 - 2 q r + |r|^2.
+        # Error bounds, unless a square overflows or underflows. A sum of D products is off by less than D 2^-24 |q||r|,
+        # and the squared distance that it is compared with by less than D 2^-24 (|q| + |r|)^2. Splitting q and r adds
+        # at most 2^-16 |q||r| each, and leaving out the product of their low parts as much again.
         self._rounding = 2 * (self._factors.shape[1] + 64) * 2.0**-24
         self._product_error = 2 * (self._rounding + (3.03 * 2.0**-16 if self._halved else 0.0))
 
@@ -67,8 +67,8 @@ class MemoryBank:
         """Nearest bank row of each query, without the full distance matrix. Fast form of `reference.nearest_rows`.
 
         1. A matrix product gives approximate squared distances |q|^2 - 2 q r + |r|^2, with a proven error bound.
-        2. The approximately nearest row is at most that far away. Rows that, within the error, may be as close are
-           candidates. There is rarely more than one per query.
+        2. The exact distance to the row that looks nearest is an upper bound. Rows that may be that close, within the
+           error, are candidates. There is rarely more than one per query.
         3. The candidates are compared by |q - r|^2 itself, which loses no digits where query and row are close.
 
         Args:
@@ -156,7 +156,7 @@ def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _distinct_by_hash(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """`distinct_rows` by 64-bit hashes of the bits. Different rows of equal hash are kept with all their copies."""
+    """`distinct_rows` by 64-bit hashes of the bits. Rows that differ from the first of their hash are all kept."""
     bits = rows.contiguous().view(torch.int32).long()
     hashes = (bits * _hash_factors(rows.shape[1], rows.device)).sum(dim=1)  # modulo 2^64
     groups, inverse = torch.unique(hashes, return_inverse=True)

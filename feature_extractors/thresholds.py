@@ -55,7 +55,7 @@ def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: fl
 
     Image: the score of rank ceil((1 - target_fpr)(n + 1)), in ascending order. A new good sample of the same
     distribution exceeds it with a probability of at most target_fpr (split conformal prediction). If the rank is above
-    n, the largest score is taken, with a warning. Pixel: the smallest value that at most target_fpr of pixels exceed.
+    n, it is the largest score, with a warning. Pixel: the smallest value that at most target_fpr of all pixels exceed.
 
     The n scores and n maps (H, W) float32 are those of good samples of the split `source`; pixels are copied once.
 

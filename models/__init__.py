@@ -21,7 +21,7 @@ class CheckpointFiles(NamedTuple):
     """Names that a checkpoint file may have, and its source."""
 
     names: tuple[str, ...]  # empty if the network needs no file
-    source: str  # address where its authors publish it; without names, the origin of the weights
+    source: str  # address where its authors publish it; without names, the reason that no file is needed
 
     def find(self, folder: Path) -> Path | None:
         """Path of the first of these files that exists in `folder`, or None."""

@@ -13,7 +13,7 @@ from models.point_transformer import PointBackbone, PointFeatures
 
 NORMAL_RADIUS, NORMAL_NEIGHBORS = 0.01, 30  # meters, points
 FEATURE_RADIUS, FEATURE_NEIGHBORS = 0.02, 100
-# Scales FPFH to the standard deviation of rgb features (about 4), which the reference protocol divides both by.
+# Scales FPFH to the standard deviation of rgb features (about 4), by which the reference protocol divides all banks.
 SCALE = 0.1
 MEAN_ENTRY = 200 * SCALE / 11  # each of open3d's histograms has 11 bins, which sum to 200
 

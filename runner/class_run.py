@@ -115,8 +115,8 @@ def evaluate_class(
             "seconds": {stage: max(clock[method][stage] for clock in clocks) for stage in STAGES},
             "peak_memory_mb": max(peaks),
         }
-        shown = evaluation.pro_curve, *sample_readers(files, run)
-        reports[method] = report_class(name, entry, evaluation.results, *shown, limit=run.settings.report_parts)
+        readers, limit = sample_readers(files, run), run.settings.report_parts
+        reports[method] = report_class(name, entry, evaluation.results, evaluation.pro_curve, *readers, limit)
     return reports
 
 

@@ -111,10 +111,8 @@ def predict_samples(detector: Detector, reader: SampleReader, batch_size: int, n
         raw = [each.files.xyz for each in batch if each.shows_table]
         if raw and not warned:
             warned = True
-            logger.warning(
-                "%s shows the table, which the detector takes for a defect. Give --preprocess, or clean scans first",
-                raw[0],
-            )
+            fix = "Give --preprocess, or clean the scans with utils/preprocessing.py"
+            logger.warning("%s shows the table, which the detector takes for a defect. %s", raw[0], fix)
         predicted = iter(_predict_batch(detector, [each for each in batch if each.sample is not None]))
         for loaded in batch:
             yield Outcome(loaded, problem=loaded.problem) if loaded.sample is None else next(predicted)
@@ -144,7 +142,7 @@ def _predict_batch(detector: Detector, batch: Sequence[LoadedSample]) -> list[Ou
 
 
 class PredictionWriter:
-    """Writer of predictions.jsonl, one line of JSON for each sample, and with `images` of maps and overlays.
+    """Writer of predictions.jsonl, one line of JSON for each sample, and, if `images` is set, of maps and overlays.
 
     The detector's `thresholds` give the decisions and the colors of all overlays. `append` continues an existing file,
     after removing an incomplete last line. Raises InputError, also from `add`, if a file cannot be written.

@@ -12,7 +12,7 @@ SERIAL_FRACTION = 0.1
 
 
 def divide_classes(parallel: str, costs: Mapping[str, float], processes: int) -> list[list[str]]:
-    """Classes of each group of processes. `costs` are the times of the classes on one process, in the order to keep.
+    """Classes of each group of processes. `costs` maps each class to its time on one process; groups keep its order.
 
     "samples" makes one group, "classes" as many as there are classes or processes, whichever are fewer, and "auto" the
     number of groups that finishes soonest.

@@ -166,7 +166,9 @@ def _add_detector_flags(add: Callable[..., Any]) -> None:
 def _add_machine_flags(add: Callable[..., Any]) -> None:
     add("--device", default="auto", help="cpu, cuda, or cuda:<number>; auto takes a GPU where there is one")
     add("--precision", choices=PRECISIONS, help="precision of the networks; auto: bf16 where the device supports it")
-    help_text = "memory budget per process (default: half the machine's, shared); features over half of it go to TMPDIR"
+    help_text = (
+        "memory budget per process (default: half the machine's, shared); features that need over half are in TMPDIR"
+    )
     add("--memory_budget", type=float, metavar="GB", help=help_text)
     add("--train_feature_dtype", default="fp32", choices=STORAGE_DTYPE_NAMES, help="dtype of features in the fit")
     add("--point_ops", choices=POINT_OPS, help="backend of the point searches; auto: k-d trees on CPU, triton on GPU")
