@@ -124,7 +124,7 @@ class MemoryBank:
         closest = partial.argmin(dim=1)
         found = (queries - self.rows[closest]).square().sum(dim=1)  # squared; the nearest row is no farther
         partial.addr_(squares.sqrt(), self._lengths, alpha=-self._product_error).sub_(self._rounding * self._norms)
-        limit = found - squares + self._rounding * squares
+        limit = found - squares + self._rounding * squares  # `partial` now holds lower bounds
         query, row = (partial <= limit[:, None]).nonzero(as_tuple=True)  # 2. the candidates, (pairs,) each
         squared = self._squared_distances(queries, query, row)  # 3. the lowest index wins a tie
         best = found.scatter_reduce(0, query, squared, "amin")
