@@ -13,6 +13,7 @@ needs no files of the other:
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +28,8 @@ from tqdm import tqdm
 
 from utils.errors import InputError
 from utils.records import Sample, SampleFiles
-from utils.scans.files import FILE_SUFFIXES, files_by_stem, subfolders
-from utils.scans.images import defect_mask, image_size, open_image, to_rgb
+from utils.scans.files import ALSO_GOOD, FILE_SUFFIXES, FOLDERS, GOOD, files_by_modality, is_good, subfolders
+from utils.scans.images import defect_mask, defect_share, image_size, open_image, read_image
 from utils.scans.organized_pc import as_cloud, check_organized, organized_pc_header, read_organized_pc, resize_nearest
 
 Item = TypeVar("Item", covariant=True)
@@ -46,6 +47,8 @@ _PUBLISHED = {
 }
 _IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
 _IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+MOST_WARNINGS = 3  # about ground truth of one class
+logger = logging.getLogger(__name__)
 
 
 def find_classes(dataset_path: Path | str, dataset_type: str, chosen: Sequence[str] | None = None) -> list[str]:
@@ -111,22 +114,29 @@ def pair_split(class_folder: Path | str, split: str, modalities: frozenset[str])
     files: list[SampleFiles] = []
     problems: list[str] = []
     try:
-        folders = subfolders(root) if split == "test" else [root / "good"]
+        folders = subfolders(root) if split == "test" else good_folders(root) or [root / GOOD]
     except InputError as error:
         return files, [str(error)]
     if not folders:
         problems.append(f"No test samples in {root}. Expected a folder good and one for each type of defect.")
     for folder in folders:
+        if folder.name.casefold() in ALSO_GOOD:
+            logger.warning("The samples of %s count as good, because of its name", folder)
         complete, faults = _pair_folder(folder, modalities)
         files += complete
         problems += faults
     return files, problems
 
 
+def good_folders(split_folder: Path) -> list[Path]:
+    """Return the folders of good samples in a split, sorted; usually one. Raises InputError if it is unreadable."""
+    return [folder for folder in subfolders(split_folder) if is_good(folder.name)]
+
+
 def _pair_folder(folder: Path, modalities: frozenset[str]) -> tuple[list[SampleFiles], list[str]]:
     split, defect = folder.parent.name, folder.name
     try:
-        found = {name: files_by_stem(folder / name, name) for name in FILE_SUFFIXES}
+        found = files_by_modality(folder)
     except InputError as error:
         return [], [str(error)]
     stems = sorted(set().union(*(found[name] for name in modalities)))
@@ -139,33 +149,57 @@ def _pair_folder(folder: Path, modalities: frozenset[str]) -> tuple[list[SampleF
         "interrupted; otherwise keep only one."
         for files in doubled
     ]
-    complete = set(stems) - {files[0].stem for files in doubled}
-    label = int(defect != "good") if split == "test" else None
+    complete = {stem for stem in stems if all(len(by_stem.get(stem, ())) < 2 for by_stem in found.values())}
+    label = int(not is_good(defect)) if split == "test" else None
     for name in FILE_SUFFIXES:
         missing = [stem for stem in stems if stem not in found[name]]
         if missing and (name in modalities or (name == "gt" and label == 1)):
             complete.difference_update(missing)
             suffix = next(iter(found[name].values()))[0].suffix if found[name] else FILE_SUFFIXES[name][0]
+            partners = {path for stem in stems for path in found[name].get(stem, ())}
             listing = ", ".join(stem + suffix for stem in missing[:5]) + (", ..." if len(missing) > 5 else "")
             problems.append(
                 f"{len(found[name])} {name} files for {len(stems)} samples in {folder}: {listing} "
-                f"{'is' if len(missing) == 1 else 'are'} missing. Restore them, or remove their samples."
+                f"{'is' if len(missing) == 1 else 'are'} missing{_others(folder, name, partners)}"
             )
-    rgb, xyz, gt = ({stem: files[0] for stem, files in found[name].items()} for name in ("rgb", "xyz", "gt"))
-    samples = [
-        SampleFiles(f"{split}/{defect}/{stem}", rgb.get(stem), xyz.get(stem), gt.get(stem), label)
-        for stem in sorted(complete)
-    ]
-    return samples, problems
+    samples = []
+    for stem in complete:
+        rgb, xyz, mask = (found[name].get(stem, (None,))[0] for name in ("rgb", "xyz", "gt"))
+        stored = next(path.stem for path in (xyz, rgb) if path is not None)  # `stem` may be in another Unicode form
+        samples.append(SampleFiles(f"{split}/{defect}/{stored}", rgb, xyz, mask, label))
+    return sorted(samples, key=lambda files: files.path), problems
+
+
+def _others(folder: Path, modality: str, partners: set[Path]) -> str:
+    """Return the end of the error about missing files: files or folders that may be these, and the fix."""
+    places = [folder / name for name in FOLDERS[modality] if (folder / name).is_dir()] or [folder]
+    known = partners | {folder / name for names in FOLDERS.values() for name in names}
+    paths = sorted(path for place in places for path in place.iterdir() if path not in known)
+    others = [f"{path.parent.name}/{path.name}" for path in paths if not path.name.startswith(".")]
+    if not others:
+        return ". Restore them, or remove their samples."
+    listing = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+    rename = f"rename or convert it to {modality}/<stem>{FILE_SUFFIXES[modality][0]}"
+    return (
+        f", but there is {listing}. If that is meant, {rename}. Otherwise restore the files, or remove their samples."
+    )
 
 
 def check_files(files: Iterable[SampleFiles], modalities: frozenset[str]) -> None:
     """Check, before a long run, that the files of `modalities` and the ground truth are complete and of equal size.
 
-    Only headers and file ends are read, so thousands of files take seconds. Raises InputError at the first bad sample.
+    Only headers and file ends are read, except of ground truth, so thousands of files take seconds. Ground truth that
+    cannot be right gives a warning. Raises InputError at the first bad sample.
     """
+    problems: list[str] = []
     for sample in tqdm(files, desc="Checking files", delay=2, leave=False):
         check_sample_files(sample, modalities)
+        if sample.label is not None and (problem := defect_share(sample.mask, bool(sample.label))[1]):
+            problems.append(problem)
+    for problem in problems[:MOST_WARNINGS]:
+        logger.warning("%s", problem)
+    if left := problems[MOST_WARNINGS:]:
+        logger.warning("%d more ground truths have problems. List them with main.py --inspect_dataset", len(left))
 
 
 def check_sample_files(files: SampleFiles, modalities: frozenset[str]) -> None:
@@ -198,8 +232,7 @@ def read_rgb(files: SampleFiles) -> np.ndarray | None:
     """Read the image, (H, W, 3) uint8, or None if there is none; InputError if it cannot be decoded."""
     if files.rgb is None:
         return None
-    with open_image(files.rgb) as image:
-        return np.array(to_rgb(image))
+    return read_image(files.rgb)
 
 
 def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_size: int) -> Sample:

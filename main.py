@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from runner.settings import make_parser
 from utils.command_line import is_first_process
 from utils.errors import exit_on_input_error
+from utils.scans.images import set_max_megapixels
 
 if TYPE_CHECKING:
     from feature_extractors.extractor import PatchExtractor
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_input_error():
         parser = make_parser()
         args = parser.parse_args(argv)
+        set_max_megapixels(args.max_megapixels)
         if args.list_backbones or args.inspect_dataset:
             if is_first_process():
                 print_information(args)

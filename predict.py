@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from utils.choices import UNITS
 from utils.command_line import Parser
 from utils.errors import InputError, escape_controls, exit_on_input_error
+from utils.scans.images import MAX_MEGAPIXELS, set_max_megapixels
 
 if TYPE_CHECKING:
     from feature_extractors.detector import Detector
@@ -54,6 +55,7 @@ class PredictSettings:
     xyz_checkpoint: Path | None
     batch_size: int | None
     num_workers: int
+    max_megapixels: int
 
     def __post_init__(self) -> None:
         if self.rgb is None and self.xyz is None:
@@ -107,7 +109,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument_group("samples").add_argument
     add("--detector", type=Path, required=True, help="folder of a fitted detector (main.py --save_detector)")
-    add("--rgb", help="image, folder of images, or quoted pattern: .png, .jpg")
+    add("--rgb", help="image, folder of images, or quoted pattern: .png, .jpg, .bmp, .webp, .tif")
     add("--xyz", help="organized point cloud, folder or pattern: .tiff, .npy, .pcd, .ply, or depth .png (--intrinsics)")
     add("--intrinsics", type=Path, help="JSON file with the camera's fx, fy, cx, cy, depth_scale, see docs/DATA.md")
     add("--xyz_unit", default="m", choices=UNITS, help="unit of the coordinates in point clouds")
@@ -124,6 +126,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--xyz_checkpoint", type=Path, help="checkpoint of the 3D backbone, instead of a file in --checkpoint_dir")
     add("--batch_size", type=int, help="samples that go through the networks together; by default 4 on CPU, 16 on GPU")
     add("--num_workers", type=int, default=2, help="threads that read files ahead")
+    add("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image that is read, millions of pixels")
     return parser.parse_args(argv)
 
 
@@ -138,6 +141,7 @@ def predict(settings: PredictSettings) -> int:
     from utils.scans.sample_files import cloud_suffixes, find_samples
 
     begin = time.perf_counter()
+    set_max_megapixels(settings.max_megapixels)
     camera = None if settings.intrinsics is None else read_camera(settings.intrinsics)
     found = find_samples(settings.rgb, settings.xyz, cloud_suffixes(camera))
     settings.check_files(found)

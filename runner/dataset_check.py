@@ -16,7 +16,7 @@ from utils.cleaning.journal import Record, Scan, read_manifest, script_of
 from utils.errors import InputError, escape_controls
 from utils.records import SampleFiles
 from utils.reporting.tables import print_columns
-from utils.scans.images import defect_mask, open_image
+from utils.scans.images import defect_share
 from utils.scans.organized_pc import read_organized_pc, valid_mask
 
 Item = TypeVar("Item")
@@ -32,6 +32,7 @@ class SplitReport(NamedTuple):
     split: str
     samples: int = 0
     defective: int = 0
+    defect: tuple[float, float] | None = None  # smallest and largest share of defect pixels; None: no defective ones
     sizes: tuple[tuple[int, int], ...] = ()  # (H, W) that occur
     valid: tuple[float, float] | None = None  # smallest and largest fraction of valid pixels; None: no clouds
     depth: tuple[float, float] | None = None  # smallest and largest z, meters
@@ -45,12 +46,15 @@ class SplitReport(NamedTuple):
             cleaned = f"not {self.raw}" if self.raw else "yes"
             cloud = ("{:.0%} to {:.0%}".format(*self.valid), "{:.3f} to {:.3f}".format(*self.depth), cleaned)
         sizes = " ".join(f"{height}x{width}" for height, width in self.sizes)
-        cells = (self.class_name, self.split, self.samples, self.defective, sizes, *cloud, len(self.problems))
+        defect = "{:.2%} to {:.2%}".format(*self.defect) if self.defect else ""
+        cells = (self.class_name, self.split, self.samples, self.defective, defect, sizes, *cloud, len(self.problems))
         return tuple(map(str, cells))
 
 
 class _SampleReport(NamedTuple):
     size: tuple[int, int]
+    defect: float | None = None  # share of defect pixels; None: not defective
+    problem: str = ""  # of the ground truth
     valid: float | None = None
     depth: tuple[float, float] | None = None
     raw: bool = False
@@ -70,17 +74,19 @@ def check_split(class_folder: Path | str, split: str, modalities: frozenset[str]
         reports = list(tqdm(checked, total=len(files), desc=f"{folder.name} {split}", leave=False))
     sound = [each for each in reports if isinstance(each, _SampleReport)]
     valid = [each.valid for each in sound if each.valid is not None]
+    shares = [each.defect for each in sound if each.defect is not None]
     depths = [each.depth for each in sound if each.depth is not None]
     return SplitReport(
         folder.name,
         split,
         samples=len(files),
         defective=sum(bool(each.label) for each in files),
+        defect=(min(shares), max(shares)) if shares else None,
         sizes=tuple(sorted({each.size for each in sound})),
         valid=(min(valid), max(valid)) if valid else None,
         depth=(min(near for near, _ in depths), max(far for _, far in depths)) if depths else None,
         raw=sum(each.raw for each in sound),
-        problems=(*problems, *(each for each in reports if isinstance(each, str))),
+        problems=(*problems, *(text for each in reports if (text := each if isinstance(each, str) else each.problem))),
     )
 
 
@@ -90,20 +96,19 @@ def _check_sample(files: SampleFiles, modalities: frozenset[str]) -> _SampleRepo
         check_sample_files(files, modalities)
         image = read_rgb(files) if "rgb" in modalities else None
         xyz = read_organized_pc(files.xyz) if "xyz" in modalities and files.xyz is not None else None
-        if files.label is not None and files.mask is not None:
-            with open_image(files.mask) as mask:
-                defect_mask(mask)
+        share, problem = (0.0, "") if files.label is None else defect_share(files.mask, bool(files.label))
     except InputError as error:
         return str(error)
+    defect = share if files.label else None
     if xyz is None:
         assert image is not None, "an indexed sample has the files that the method needs"
-        return _SampleReport(image.shape[:2])
+        return _SampleReport(image.shape[:2], defect, problem)
     valid = valid_mask(xyz)
     if not valid.any():
         return f"{files.xyz} has no valid point. Restore the file from its source."
     z = xyz[..., 2][valid]
     depth = float(z.min()), float(z.max())
-    return _SampleReport(xyz.shape[:2], float(valid.mean()), depth, shows_table(xyz, CleaningRule()))
+    return _SampleReport(xyz.shape[:2], defect, problem, float(valid.mean()), depth, shows_table(xyz, CleaningRule()))
 
 
 def print_dataset_check(args: argparse.Namespace) -> bool:
@@ -115,8 +120,8 @@ def print_dataset_check(args: argparse.Namespace) -> bool:
         for name in find_classes(args.dataset_path, args.dataset_type, chosen)
         for split in ("train", "validation", "test")
     ]
-    head = ("class", "split", "samples", "defective", "size", "valid pixels", "depth, m", "cleaned", "problems")
-    print_columns([head, *(each.row() for each in reports)])
+    head = ("class", "split", "samples", "defective", "defect pixels", "size", "valid pixels", "depth, m", "cleaned")
+    print_columns([(*head, "problems"), *(each.row() for each in reports)])
     if any(each.raw for each in reports):
         print(f"\nSamples with a table along their border are not cleaned. Run {CLEANING_COMMAND} {args.dataset_path}")
     problems = [f"  {each.class_name}: {problem}" for each in reports for problem in each.problems]

@@ -19,7 +19,7 @@ FIX = "Delete it to compute its class again"
 # Flags that a resumed run may change, because the numbers of a class do not depend on them.
 FREE_FLAGS = (
     "classes", "output_dir", "resume", "parallel", "num_workers", "device", "memory_budget", "point_ops",
-    "report_parts", "list_backbones", "inspect_dataset",
+    "report_parts", "max_megapixels", "list_backbones", "inspect_dataset",
 )  # fmt: skip
 
 

@@ -21,7 +21,14 @@ from runner.dataset_check import spread
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, crop_padding, shows_table
 from utils.errors import InputError
 from utils.records import Prediction, Sample, SampleFiles
-from utils.reporting.visualization import color_scale, resize_map, save_anomaly_map, save_overlay, threshold_scale
+from utils.reporting.visualization import (
+    color_scale,
+    resize_map,
+    save_anomaly_map,
+    save_overlay,
+    shrink_image,
+    threshold_scale,
+)
 from utils.scans.depth_camera import Camera
 from utils.scans.files import cannot_write
 from utils.scans.sample_files import check_same_view, read_cloud
@@ -36,7 +43,7 @@ class LoadedSample(NamedTuple):
     files: SampleFiles
     sample: Sample | None = None
     problem: str = ""
-    image: np.ndarray | None = None  # (h, w, 3) uint8 as it was taken, for the overlay
+    image: np.ndarray | None = None  # (h, w, 3) uint8, of `shrink_image`, for the overlay
     size: tuple[int, int] = (0, 0)  # (H, W) of the cloud, or of the image if there is no cloud
     side: int | None = None  # of the cloud, pixels, once cleaning has padded it to a square
     shows_table: bool = False  # True if the cloud is not cleaned; only a few samples are checked
@@ -98,6 +105,7 @@ class SampleReader:
         used = rgb if "rgb" in self.modalities else None, cloud if "xyz" in self.modalities else None
         sample = make_sample(str(files.xyz or files.rgb), *used, self.img_size)  # errors name this file
         table = files.path in self.checked_for_table and xyz is not None and shows_table(xyz, CleaningRule())
+        image = None if image is None else shrink_image(image)  # so that samples in memory are small
         return LoadedSample(files, sample, image=image, size=view.shape[:2], side=side, shows_table=table)
 
 

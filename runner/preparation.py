@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dataset import check_files, find_classes, index_split
+from dataset import check_files, find_classes, good_folders, index_split
 from feature_extractors.config import DetectorConfig
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.persistence import check_target
@@ -128,7 +128,7 @@ def _index_classes(settings: RunSettings, modalities: frozenset[str]) -> dict[st
         validation: list[SampleFiles] = []
         if settings.load_detector is None:
             train = index_split(folder, "train", modalities)[: settings.max_sample]
-            if (folder / "validation" / "good").is_dir():
+            if good_folders(folder / "validation"):
                 validation = index_split(folder, "validation", modalities)
         indexed[name] = ClassFiles(train, validation, index_split(folder, "test", modalities))
     for files in indexed.values():

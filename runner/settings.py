@@ -13,8 +13,9 @@ from feature_extractors.thresholds import check_target_fpr
 from models import XYZ_BACKBONES, rgb_spec
 from runner.scheduling import PARALLEL
 from utils.choices import PAIRINGS, POINT_NORMS, POINT_OPS, PRECISIONS, STORAGE_DTYPE_NAMES
-from utils.command_line import Parser, from_flags
+from utils.command_line import Parser, class_name, from_flags
 from utils.errors import InputError
+from utils.scans.images import MAX_MEGAPIXELS
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,13 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
     add("--list_backbones", action="store_true", help="print the backbones and their weights, and exit")
     add("--dataset_type", default="mvtec3d", choices=DATASET_CLASSES, help="dataset whose class names are used")
     add("--dataset_path", type=Path, default=Path("datasets/mvtec3d"), help="folder of the class folders")
-    add("--classes", nargs="+", help="class folders to run; by default the existing ones of --dataset_type")
+    add(
+        "--classes",
+        nargs="+",
+        type=class_name,
+        help="class folders to run; by default the existing ones of --dataset_type",
+    )
+    add("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image that is read, millions of pixels")
     add("--max_sample", type=int, default=400, help="fit on the first N training samples")
     add("--load_detector", type=Path, metavar="FOLDER", help="evaluate the detectors saved there, without fitting")
 

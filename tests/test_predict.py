@@ -375,7 +375,7 @@ def spoil(samples_dir: Path) -> dict[str, str]:
     (cloud / "008.tiff").unlink()
     return {
         "001": "cut short",
-        "002": "no complete PNG or JPEG",
+        "002": "no complete PNG, JPEG",
         "003": "no valid point",
         "004": f"{SIDE} x {SIDE} pixels (H x W), but its cloud {SIDE // 2} x {SIDE}",
         "005": "9 valid points",

@@ -495,7 +495,7 @@ def names(samples: Sequence[SampleFiles]) -> list[str]:
 
 
 def test_folders_are_paired_by_stem(tmp_path: Path) -> None:
-    touch(tmp_path / "rgb", "10.png", "2.JPG", "lone.jpeg", ".hidden.png", "notes.txt", "sub.png/x.png")
+    touch(tmp_path / "rgb", "10.png", "2.JPG", "lone.jpeg", ".hidden.png", "notes.txt")
     touch(tmp_path / "xyz", "2.npy", "10.PLY", "stray.pcd", "notes.json")
     found = find_samples(str(tmp_path / "rgb"), str(tmp_path / "xyz"))
     assert found.samples == [

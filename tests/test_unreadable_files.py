@@ -77,7 +77,7 @@ def test_dataset_check_reports_unreadable_files(dataset: Path) -> None:
     for locked, named, samples in (
         (folder, folder, 0),
         (f"{folder}/000.tiff", f"{folder}/000.tiff", 2),
-        ("bagel", folder, 0),
+        ("bagel", "bagel/train", 0),
     ):
         (dataset / locked).chmod(0)
         with unprivileged():

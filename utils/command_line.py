@@ -72,6 +72,11 @@ def from_flags(kind: type[Settings], args: argparse.Namespace, **others: Any) ->
     return kind(**{name: getattr(args, name) for name in names} | others)
 
 
+def class_name(text: str) -> str:
+    """Type of flags with folders of classes, which a shell may complete with a slash."""
+    return text.rstrip("/") or text
+
+
 def is_first_process() -> bool:
     """True in a run of one process, and on rank 0 according to the environment of torchrun or Open MPI."""
     return os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0"

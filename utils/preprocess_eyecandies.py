@@ -26,10 +26,10 @@ import yaml
 
 from utils.cleaning.journal import Journal, Record, Scan
 from utils.cleaning.scan_processing import Summary, process_scans, report, write_results
-from utils.command_line import Parser
+from utils.command_line import Parser, class_name
 from utils.errors import InputError, exit_on_input_error
-from utils.scans.files import cannot_read, subfolders
-from utils.scans.images import defect_mask, open_image, to_rgb
+from utils.scans.files import cannot_read, open_file, subfolders
+from utils.scans.images import MAX_MEGAPIXELS, defect_mask, open_image, read_image, set_max_megapixels
 
 VERSION = 2  # of the conversion: raise it when the same sample gives another result or record
 
@@ -51,6 +51,7 @@ class Config:
     classes: Sequence[str] | None
     light: int
     workers: int
+    max_megapixels: int = MAX_MEGAPIXELS
 
 
 def meters_of(stored: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -158,8 +159,7 @@ def convert_files(scan: Scan, target: Path) -> Record:
     arrays = {"xyz": organized_cloud(_read_depth(depth, limits), _read_pose(pose))}
     if not arrays["xyz"].any():
         raise InputError(f"Nothing of {depth} lies inside the box on the table. Leave the sample out.")
-    with open_image(scan.sources["rgb"][0]) as image:
-        arrays["rgb"] = np.asarray(to_rgb(image))
+    arrays["rgb"] = read_image(scan.sources["rgb"][0])
     if "gt" in scan.sources:
         arrays["gt"] = _read_mask(scan.sources["gt"][0]).astype(np.uint8) * 255
     height, width = arrays["xyz"].shape[:2]
@@ -181,8 +181,10 @@ def preprocess(config: Config) -> Summary:
 
 
 def _read_depth(path: Path, limits: Path) -> np.ndarray:
+    with open_file(limits, "text") as file:
+        text = file.read()
     try:
-        normalization = yaml.safe_load(limits.read_text(encoding="utf-8"))["normalization"]
+        normalization = yaml.safe_load(text)["normalization"]
         low, high = float(normalization["min"]), float(normalization["max"])
     except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
         problem = f"{limits} cannot be read ({type(error).__name__}), expected normalization: min, max"
@@ -197,8 +199,10 @@ def _read_depth(path: Path, limits: Path) -> np.ndarray:
 
 
 def _read_pose(path: Path) -> np.ndarray:
+    with open_file(path, "text") as file:
+        lines = file.read().strip().splitlines()
     try:
-        pose = np.array([line.split() for line in path.read_text().strip().splitlines()], dtype=np.float64)
+        pose = np.array([line.split() for line in lines], dtype=np.float64)
         valid = pose.shape == (4, 4) and np.isfinite(pose).all() and np.linalg.matrix_rank(pose) == 4
     except ValueError:
         valid = False
@@ -217,9 +221,10 @@ def parse_args(argv: Sequence[str] | None) -> Config:
     parser = Parser((__doc__ or "").split("\n\n")[0])
     parser.add_argument("--dataset_path", type=Path, required=True, help="folder that holds the classes as published")
     parser.add_argument("--target_dir", type=Path, required=True, help="folder for the converted classes")
-    parser.add_argument("--classes", nargs="+", help="classes to convert (default: all)")
+    parser.add_argument("--classes", nargs="+", type=class_name, help="classes to convert (default: all)")
     parser.add_argument("--light", type=int, default=4, choices=LIGHTS, help="light whose image becomes rgb")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one per core")
+    parser.add_argument("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image, millions of pixels")
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers is {args.workers}. Give at least 1.")
@@ -228,7 +233,9 @@ def parse_args(argv: Sequence[str] | None) -> Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit code."""
-    return report(preprocess(parse_args(argv)))
+    config = parse_args(argv)
+    set_max_megapixels(config.max_megapixels)
+    return report(preprocess(config))
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ from utils.cleaning.scan_processing import (
 )
 from utils.command_line import Parser
 from utils.errors import InputError, exit_on_input_error
-from utils.scans.files import FILE_SUFFIXES, cannot_write, files_by_stem, make_folder, subfolders
-from utils.scans.images import defect_mask, open_image, to_rgb
+from utils.scans.files import cannot_write, files_by_modality, is_good, make_folder, subfolders
+from utils.scans.images import MAX_MEGAPIXELS, defect_mask, open_image, read_image, set_max_megapixels
 from utils.scans.organized_pc import organized_pc_header, read_organized_pc
 
 VERSION = 1  # of the cleaning: raise it when the same scan and rule give another result
@@ -55,6 +55,7 @@ class Config:
     keep_rgb: bool
     dry_run: bool
     preview: Path | None
+    max_megapixels: int = MAX_MEGAPIXELS
     rule: CleaningRule = field(default_factory=CleaningRule)
 
     @property
@@ -104,15 +105,16 @@ def _complete_scans(folder: Path, root: Path, failed: dict[str, str]) -> list[Sc
 
     Only defective test scans need ground truth.
     """
-    found = {modality: files_by_stem(folder / modality, modality) for modality in FILE_SUFFIXES}
+    found = files_by_modality(folder)
     place = folder.relative_to(root)
-    defective = place.parts[1] == "test" and place.parts[2] != "good"
+    defective = place.parts[1] == "test" and not is_good(place.parts[2])
     scans = []
     for stem in sorted({stem for files in found.values() for stem in files}):
         sources = {modality: files.get(stem, ()) for modality, files in found.items()}
         if not sources["gt"] and not defective:
             del sources["gt"]
-        scan = Scan(f"{place.as_posix()}/{stem}", sources)
+        stored = next(files[0].stem for files in sources.values() if files)  # `stem` may be in another Unicode form
+        scan = Scan(f"{place.as_posix()}/{stored}", sources)
         missing = [str(scan.file(root, modality)) for modality in sources if not sources[modality]]
         if missing:
             failed[scan.name] = f"Missing {' and '.join(missing)}. Restore from the dataset or remove the scan."
@@ -138,12 +140,12 @@ def _source(scan: Scan, modality: str) -> Path:
 
 def _read_and_clean(scan: Scan, config: Config) -> Pair:
     xyz = read_organized_pc(_source(scan, "xyz"))
-    with open_image(_source(scan, "rgb")) as image:
-        rgb = np.asarray(to_rgb(image))
+    rgb = read_image(_source(scan, "rgb"))
     gt = None
     if "gt" in scan.sources:
         with open_image(_source(scan, "gt")) as image:  # 8-bit ids as stored, any other form as 0 and 255
-            gt = np.asarray(image) if image.mode == "L" else defect_mask(image).astype(np.uint8) * 255
+            has_ids = image.mode == "L" and image.format == "PNG"
+            gt = np.asarray(image) if has_ids else defect_mask(image).astype(np.uint8) * 255
     clean_xyz, clean_rgb, clean_gt = clean_scan(xyz, rgb, gt, config.rule, config.keep_rgb)
     return Pair(rgb, xyz, clean_rgb, clean_xyz, clean_gt)
 
@@ -220,6 +222,7 @@ def parse_args(argv: Sequence[str] | None) -> Config:
     parser.add_argument("--dry_run", action="store_true", help="check pairs, headers and sizes; change nothing")
     text = f"first draw one scan of each class before and after cleaning ({', '.join(FORMATS)})"
     parser.add_argument("--preview", type=Path, metavar="IMAGE", help=text)
+    parser.add_argument("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image, millions of pixels")
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers is {args.workers}. Give at least 1.")
@@ -229,6 +232,7 @@ def parse_args(argv: Sequence[str] | None) -> Config:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit code."""
     config = parse_args(argv)
+    set_max_megapixels(config.max_megapixels)
     if config.preview:
         for name, reason in preview(config, config.preview).items():
             print(f"left out of the preview: {name}: {reason}")

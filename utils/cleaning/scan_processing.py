@@ -70,7 +70,7 @@ def process_all(scans: list[Scan], process: Callable[[Scan], Record], workers: i
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the workers, which occupy the cores already
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(scans)), context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(min(workers, len(scans)), context, _start_worker, (Image.MAX_IMAGE_PIXELS,))
     futures: dict[str, Future[Outcome]] = {}
     try:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # workers inherit it and ignore Ctrl-C
@@ -100,8 +100,9 @@ def _attempt(scan: Scan, process: Callable[[Scan], Record]) -> Outcome:
         return scan, reason_of(error)
 
 
-def _start_worker() -> None:
-    """Exit when the main process ends, even if it is killed."""
+def _start_worker(max_pixels: int | None) -> None:
+    """Take over the limit of images, and exit when the main process ends, even if it is killed."""
+    Image.MAX_IMAGE_PIXELS = max_pixels
     main_process = multiprocessing.parent_process()
     assert main_process is not None, "runs in a worker"
 

@@ -73,6 +73,22 @@ def heat_colors(strength: NDArray) -> NDArray[np.uint8]:
     return matplotlib.colormaps[HEAT](strength, bytes=True)[..., :3]
 
 
+def shrink_image(image: NDArray) -> NDArray:
+    """Scale an image (H, W, 3) uint8 down to at most OVERLAY_SIDE pixels a side, by averaging."""
+    height, width = image.shape[:2]
+    size = _overlay_size(height, width)
+    return (
+        image
+        if size == (height, width)
+        else np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BOX))
+    )
+
+
+def _overlay_size(height: int, width: int) -> tuple[int, int]:
+    shrink = min(1.0, OVERLAY_SIDE / max(height, width))
+    return max(1, round(height * shrink)), max(1, round(width * shrink))
+
+
 def save_overlay(
     path: Path | str, image: NDArray | None, anomaly_map: NDArray, scale: tuple[float, float], threshold: float | None
 ) -> None:
@@ -84,16 +100,13 @@ def save_overlay(
     """
     import matplotlib
 
-    height, width = np.shape(anomaly_map if image is None else image)[:2]
-    shrink = min(1.0, OVERLAY_SIDE / max(height, width))
-    size = max(1, round(height * shrink)), max(1, round(width * shrink))
+    size = _overlay_size(*np.shape(anomaly_map if image is None else image)[:2])
     heat = resize_map(anomaly_map, size)
     colors = matplotlib.colormaps[HEAT](heat_strength(heat, scale))[..., :3] * 255
     if image is not None:
-        smaller = Image.fromarray(image).resize(size[::-1], Image.Resampling.BOX) if shrink < 1 else image
         start = scale[0] if threshold is None else scale[0] + FAINT * (threshold - scale[0])
         opacity = OVERLAY_OPACITY * heat_strength(heat, (start, scale[1]))[..., None]
-        colors = opacity * colors + (1 - opacity) * _gray(np.asarray(smaller))
+        colors = opacity * colors + (1 - opacity) * _gray(shrink_image(image))
     if threshold is not None:
         _outline_pixels(colors, heat > threshold)
     with atomic_path(path) as temporary:

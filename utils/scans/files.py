@@ -3,15 +3,27 @@
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+from unicodedata import normalize
 
 from utils.errors import InputError
 
 # Suffixes of the files of a sample, in upper or lower case; this project writes the first.
-FILE_SUFFIXES = {"xyz": (".tiff", ".tif"), "rgb": (".png", ".jpg", ".jpeg"), "gt": (".png",)}
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+FILE_SUFFIXES = {"xyz": (".tiff", ".tif"), "rgb": _IMAGE_SUFFIXES, "gt": _IMAGE_SUFFIXES}
+FOLDERS = {"xyz": ("xyz",), "rgb": ("rgb",), "gt": ("gt", "ground_truth")}  # the first wins; this project writes it
+MAX_BYTES = {"image": 1 << 29, "cloud": 1 << 31, "text": 1 << 20}  # of a file of that kind
+GOOD, ALSO_GOOD = "good", ("ok", "normal")  # names of folders of good samples, in upper or lower case
+
+
+def is_good(folder: str) -> bool:
+    """True for the name of a folder of good samples."""
+    return folder.casefold() in (GOOD, *ALSO_GOOD)
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -19,15 +31,48 @@ def subfolders(folder: Path) -> list[Path]:
     return _listing(folder, Path.is_dir)
 
 
-def files_by_stem(folder: Path, modality: str) -> dict[str, tuple[Path, ...]]:
-    """Return a folder's files of a modality by stem, sorted, without hidden ones; none if it does not exist.
+def files_by_modality(folder: Path) -> dict[str, dict[str, tuple[Path, ...]]]:
+    """Return the files in a folder such as test/hole by modality, then by stem; none where a folder does not exist.
 
-    The caller refuses several files of one stem. Raises InputError if the folder cannot be read.
+    Stems are in Unicode form NFC, so that the same name in another form is a partner. Ground truth may be in `gt` or
+    `ground_truth`, and be called <stem>_mask. The caller refuses several files of one stem. Hidden files are left out.
+    Raises InputError if a folder cannot be read.
     """
+    found: dict[str, dict[str, tuple[Path, ...]]] = {modality: {} for modality in FOLDERS}
+    for modality, names in FOLDERS.items():
+        for name in names:
+            found[modality] = _files_by_stem(folder / name, modality) | found[modality]
+    samples, masks = found["xyz"] | found["rgb"], found["gt"]
+    other_names = {stem.removesuffix("_mask"): files for stem, files in masks.items() if stem not in samples}
+    return found | {"gt": other_names | {stem: files for stem, files in masks.items() if stem in samples}}
+
+
+def _files_by_stem(folder: Path, modality: str) -> dict[str, tuple[Path, ...]]:
     found: dict[str, tuple[Path, ...]] = {}
     for path in _listing(folder, lambda path: path.suffix.lower() in FILE_SUFFIXES[modality]):
-        found[path.stem] = (*found.get(path.stem, ()), path)
+        stem = normalize("NFC", path.stem)
+        found[stem] = (*found.get(stem, ()), path)
     return found
+
+
+def open_file(path: Path, kind: str) -> BinaryIO:
+    """Open a file of a sample for reading. Readers of images, clouds and texts all use this function.
+
+    Raises InputError if `path` is not a regular file, so that no reader waits for a pipe, if the file has more than
+    MAX_BYTES of its kind, or it cannot be opened.
+    """
+    try:
+        status = path.stat()
+        if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES[kind]:
+            return path.open("rb")
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    if stat.S_ISREG(status.st_mode):
+        size = f"{status.st_size / 1e6:.0f} MB, expected at most {MAX_BYTES[kind] / 1e6:.0f} for this kind of file"
+        raise InputError(f"{path} has {size}. Scale it down, or copy it again.")
+    if stat.S_ISDIR(status.st_mode):
+        raise cannot_read(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    raise InputError(f"{path} is a pipe or a device, not a file. Move it away and restore the file.")
 
 
 def _listing(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:

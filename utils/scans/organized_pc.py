@@ -16,7 +16,7 @@ import numpy as np
 import tifffile
 
 from utils.errors import InputError
-from utils.scans.files import atomic_path, cannot_read
+from utils.scans.files import atomic_path, open_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,13 +98,11 @@ def _open_checked(path: Path | str) -> Iterator[tifffile.TiffFile]:
     """Open a tiff and check that its header is that of an organized point cloud. Every error becomes an InputError."""
     path = Path(path)
     try:
-        with tifffile.TiffFile(path) as tif:
+        with open_file(path, "cloud") as file, tifffile.TiffFile(file) as tif:
             _check_header(path, tif)
             yield tif
     except InputError:
         raise
-    except (FileNotFoundError, PermissionError) as error:
-        raise cannot_read(path, error) from error
     except Exception as error:  # with damaged bytes the decoder may raise almost anything
         problem = f"{path} cannot be read as a tiff file ({type(error).__name__}: {error})"
         raise InputError(f"{problem}. Copy it again from the dataset.") from error

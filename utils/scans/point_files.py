@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from utils.errors import InputError
-from utils.scans.files import cannot_read
+from utils.scans.files import open_file
 from utils.scans.organized_pc import check_organized
 
 AXES = ("x", "y", "z")
@@ -32,10 +32,9 @@ _Field = tuple[str, str, int]  # name, NumPy's code without byte order ("f4"), c
 
 def read_npy(path: Path) -> np.ndarray:
     """Read a NumPy array of H x W x 3 floating-point numbers; InputError if it is none, is pickled or cut short."""
+    open_file(path, "cloud").close()
     try:
         xyz = open_memmap(path, mode="r")  # reads only this format, and no pickled objects
-    except OSError as error:
-        raise cannot_read(path, error) from error
     except Exception as error:  # with damaged bytes it may raise almost anything
         raise InputError(f"{path} is no complete .npy array ({error}). Write it again with numpy.save.") from error
     check_organized(path, xyz.shape, xyz.dtype)
@@ -106,10 +105,8 @@ def _parse_ply(path: Path, lines: Sequence[str]) -> tuple[int, list[_Field], tup
 
 def _split_header(path: Path, kind: str, first: bytes, last: bytes) -> tuple[list[str], bytes]:
     """Return the lines of a header, from `first` through the line that begins with `last`, and the bytes after it."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise cannot_read(path, error) from error
+    with open_file(path, "cloud") as file:
+        content = file.read()
     lines, start = [], 0
     header = content[:LONGEST_HEADER] if content.startswith(first) else b""
     for line in header.splitlines(keepends=True):

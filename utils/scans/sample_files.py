@@ -10,6 +10,7 @@ from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 
@@ -59,22 +60,35 @@ def find_samples(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLO
     if rgb and xyz and Path(rgb).is_file() and Path(xyz).is_file():
         by_kind["cloud"] = dict(zip(by_kind["image"], by_kind["cloud"].values(), strict=True))
     found = FoundSamples([], [])
-    for name in sorted(set().union(*by_kind.values())):
-        paths = {kind: files.get(name, []) for kind, files in by_kind.items()}
+    alone = {kind: _without_partner(kind, by_kind) for kind in by_kind}
+    for stem in set().union(*by_kind.values()):
+        paths = {kind: files.get(stem, []) for kind, files in by_kind.items()}
         image, cloud = (next(iter(paths.get(kind, [])), None) for kind in ("image", "cloud"))
+        name = next(files[0].stem for files in paths.values() if files)  # `stem` may be in another Unicode form
         sample = SampleFiles(name, image, cloud)
-        if problem := _problem(name, paths):
+        if problem := _problem(name, paths, alone):
             found.incomplete.append((sample, problem))
         else:
             found.samples.append(sample)
+    found.samples.sort(key=lambda files: files.path)
+    found.incomplete.sort(key=lambda each: each[0].path)
     if not found.samples:
         sample, problem = found.incomplete[0]
         raise InputError(f"None of {len(found.incomplete)} samples is complete. The first is {sample.path}: {problem}")
     return found
 
 
-def _problem(name: str, paths: Mapping[str, list[Path]]) -> str:
-    """Return the problem of a sample with these files by kind, "" if there is none."""
+def _without_partner(kind: str, by_kind: Mapping[str, Mapping[str, list[Path]]]) -> list[str]:
+    """Return the names of files of a kind whose stem no file of the other kind has."""
+    others = set().union(*(files for other, files in by_kind.items() if other != kind))
+    return sorted(path.name for stem, files in by_kind[kind].items() if stem not in others for path in files)
+
+
+def _problem(name: str, paths: Mapping[str, list[Path]], alone: Mapping[str, list[str]]) -> str:
+    """Return the problem of a sample with these files by kind, "" if there is none.
+
+    `alone` has the names of the files of each kind without a partner.
+    """
     length = len(os.fsencode(name))
     if length > LONGEST_NAME:
         return f"Its name has {length} bytes, expected at most {LONGEST_NAME}. Rename its files."
@@ -83,7 +97,11 @@ def _problem(name: str, paths: Mapping[str, list[Path]]) -> str:
             return f"{files[0]} and {files[1]} share a stem. Give one folder at a time, or rename one of them."
         if not files:
             partner = next(others[0] for others in paths.values() if others)
-            return f"{partner} has no {kind} of the same stem. Add it, or remove this file."
+            problem = f"{partner} has no {kind} of the same stem"
+            if not alone[kind]:
+                return f"{problem}. Add it, or remove this file."
+            listing = ", ".join(alone[kind][:3]) + (", ..." if len(alone[kind]) > 3 else "")
+            return f"{problem}, but there is {listing}. Rename its own one, add it, or remove this file."
     return ""
 
 
@@ -96,13 +114,16 @@ def _by_stem(given: str, suffixes: Sequence[str], flag: str) -> dict[str, list[P
         else:
             matches = glob(given, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
             candidates = path.iterdir() if given and path.is_dir() else map(Path, matches)
-            files = sorted(each for each in candidates if each.is_file() and not each.name.startswith("."))
+            files = sorted(each for each in candidates if not each.name.startswith("."))
     except OSError as error:
         raise cannot_read(path, error) from error
+    # Links to nowhere, pipes and folders with such a suffix count, so that each is named when it is read.
+    fitting = [each for each in files if each.suffix.lower() in suffixes]
+    if flag == "--rgb":  # a folder may hold images and clouds
+        fitting = [each for each in fitting if each.suffix.lower() not in FILE_SUFFIXES["xyz"]] or fitting
     found: dict[str, list[Path]] = {}
-    for each in files:
-        if each.suffix.lower() in suffixes:
-            found.setdefault(each.stem, []).append(each)
+    for each in fitting:
+        found.setdefault(normalize("NFC", each.stem), []).append(each)
     if found:
         return found
     if not files:
