@@ -22,7 +22,7 @@ _DARK = 4096  # values of 12 bits, stored in 16
 _warned_folders: set[Path] = set()
 MAX_MEGAPIXELS = 64
 Image.MAX_IMAGE_PIXELS = MAX_MEGAPIXELS * 1_000_000
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image refuses what this warns of
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # open_image reports it
 logger = logging.getLogger(__name__)
 
 
@@ -49,7 +49,8 @@ def read_image(path: Path) -> np.ndarray:
             raise InputError(f"{path} holds floating-point pixels, expected 8-bit colors. Give the image, not a cloud.")
         has_16_bits = image.mode.startswith("I") or ";16" in str(getattr(image, "tile", ""))
         rgb = np.array(to_rgb(image))
-    if has_16_bits and rgb.max() < _DARK / 256 and path.parent not in _warned_folders:
+        is_dark = has_16_bits and np.asarray(image).max() < (_DARK if image.mode.startswith("I") else _DARK >> 8)
+    if is_dark and path.parent not in _warned_folders:
         _warned_folders.add(path.parent)
         problem = f"{path} has 16 bits, but no value of {_DARK} or more, so it is nearly black"
         logger.warning("%s. Scale the values of its folder to the full range, or store 8 bits", problem)
@@ -106,12 +107,14 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     """
     try:
         with open_file(path, "image") as file, Image.open(file, formats=_FORMATS) as image:
-            _check_header(path, image)
+            _check_orientation(path, image)
             yield image
     except InputError:
         raise
-    except Image.DecompressionBombError as error:
-        raise _too_large(path) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        limit = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:g} megapixels"
+        fix = "Scale the files of the sample down, or raise --max_megapixels."
+        raise InputError(f"{path} has more than {limit}. {fix}") from error
     except (OSError, SyntaxError, ValueError, IndexError, struct.error) as error:
         if isinstance(error, OSError) and error.errno is not None:  # a system error; PIL's have no number
             raise cannot_read(path, error) from error
@@ -119,9 +122,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         raise InputError(f"{path} is no complete {kinds} image. Restore it from its source.") from error
 
 
-def _check_header(path: Path, image: Image.Image) -> None:
-    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 0):
-        raise _too_large(path)
+def _check_orientation(path: Path, image: Image.Image) -> None:
     orientation = 1
     with suppress(Exception):  # damaged EXIF data do not matter; the reader of PNGs would decode the image
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
@@ -130,11 +131,6 @@ def _check_header(path: Path, image: Image.Image) -> None:
             f"{path} has the EXIF orientation {orientation}: viewers turn or mirror it. Store its pixels as the cloud "
             "and the ground truth have them, and remove the EXIF data."
         )
-
-
-def _too_large(path: Path) -> InputError:
-    limit = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:g} megapixels"
-    return InputError(f"{path} has more than {limit}. Scale the files of the sample down, or raise --max_megapixels.")
 
 
 def image_size(path: Path) -> tuple[int, int]:

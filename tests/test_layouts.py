@@ -1,0 +1,348 @@
+"""Layouts as datasets have them, content of ground truth, and files that are no regular files."""
+
+import logging
+import os
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cleaning_runs import ALL, config_for, write_dataset
+from PIL import Image
+
+import main
+import predict
+from dataset import check_files, index_split
+from runner.dataset_check import check_split
+from runner.prediction import SampleReader
+from runner.settings import make_parser
+from utils import preprocess_eyecandies, preprocessing
+from utils.errors import InputError
+from utils.reporting.visualization import OVERLAY_SIDE, save_overlay, shrink_image
+from utils.scans.depth_camera import Camera
+from utils.scans.files import MAX_BYTES, open_file
+from utils.scans.images import defect_share, image_size, open_image, read_image
+from utils.scans.organized_pc import write_organized_pc
+from utils.scans.sample_files import find_samples, read_cloud
+
+BOTH = frozenset({"rgb", "xyz"})
+SIDE = 16
+DEFECT = np.zeros((SIDE, SIDE), np.uint8)
+DEFECT[4:8, 4:8] = 255
+CAMERA = Camera(fx=1.0, fy=1.0, cx=0.0, cy=0.0, depth_scale=0.001)
+
+
+def save(path: Path, array: np.ndarray, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def write_sample(folder: Path, stem: str, mask: np.ndarray | None = None) -> None:
+    save(folder / f"rgb/{stem}.png", np.full((SIDE, SIDE, 3), 90, np.uint8))
+    write_organized_pc(folder / f"xyz/{stem}.tiff", np.full((SIDE, SIDE, 3), 0.4, np.float32))
+    if mask is not None:
+        save(folder / f"gt/{stem}.png", mask)
+
+
+@pytest.fixture
+def bracket(tmp_path: Path) -> Path:
+    """Class with two training samples, a good and two defective test samples."""
+    root = tmp_path / "parts/bracket"
+    for stem in ("000", "001"):
+        write_sample(root / "train/good", stem)
+        write_sample(root / "test/hole", stem, DEFECT)
+    write_sample(root / "test/good", "000")
+    return root
+
+
+def rename(root: Path, pattern: str, name: Callable[[Path], str]) -> None:
+    for path in sorted(root.glob(pattern)):
+        path.rename(path.with_name(name(path)))
+
+
+def convert(root: Path, pattern: str, suffix: str, **options: object) -> None:
+    for path in sorted(root.glob(pattern)):
+        Image.open(path).save(path.with_suffix(suffix), **options)
+        path.unlink()
+
+
+LAYOUTS: dict[str, Callable[[Path], object]] = {
+    "as published": lambda root: None,
+    "ground_truth": lambda root: rename(root, "test/*/gt", lambda path: "ground_truth"),
+    "_mask": lambda root: rename(root, "test/*/gt/*", lambda path: f"{path.stem}_mask.png"),
+    "_mask in the name of the samples": lambda root: rename(root, "*/*/*/*", lambda path: f"a_mask{path.name}"),
+    "half of ground_truth cleaned into gt": lambda root: (
+        (root / "test/hole/ground_truth").mkdir(),
+        (root / "test/hole/gt/001.png").rename(root / "test/hole/ground_truth/001_mask.png"),
+        save(root / "test/hole/ground_truth/000_mask.png", 255 - DEFECT),
+    ),
+    "Good": lambda root: rename(root, "*/good", lambda path: "Good"),
+    "OK": lambda root: rename(root, "*/good", lambda path: "OK"),
+    "normal": lambda root: rename(root, "*/good", lambda path: "normal"),
+    **{
+        suffix: lambda root, suffix=suffix: convert(root, "*/*/[rg][gt]*/*", suffix)  # type: ignore[misc]
+        for suffix in (".bmp", ".webp", ".jpg", ".jpeg", ".tif", ".TIFF")
+    },
+    "two Unicode forms": lambda root: (
+        rename(root, "*/*/rgb/*", lambda path: unicodedata.normalize("NFC", f"ü{path.name}")),
+        rename(root, "*/*/xyz/*", lambda path: unicodedata.normalize("NFD", f"ü{path.name}")),
+        rename(root, "*/*/gt/*", lambda path: unicodedata.normalize("NFC", f"ü{path.name}")),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_as_datasets_have_them(bracket: Path, layout: str) -> None:
+    LAYOUTS[layout](bracket)
+    train, test = (index_split(bracket, split, BOTH) for split in ("train", "test"))
+    assert [files.label for files in train] == [None, None]
+    assert sorted(str(files.label) for files in test) == ["0", "1", "1"]
+    check_files(train + test, BOTH)
+    for files in test:
+        assert (bracket / files.path).parent.is_dir(), "a path has the name of the folder"
+        if files.label:
+            assert files.mask is not None
+            share, problem = defect_share(files.mask, defective=True)
+            assert (share, problem) == (16 / SIDE**2, "")
+    assert not check_split(bracket, "test", BOTH, num_workers=0).problems
+
+
+@pytest.mark.parametrize(("name", "noted"), [("good", False), ("Good", False), ("ok", True), ("Normal", True)])
+def test_folders_that_count_as_good_are_noted(
+    bracket: Path, caplog: pytest.LogCaptureFixture, name: str, noted: bool
+) -> None:
+    (bracket / "train/good").rename(bracket / "train" / name)
+    assert len(index_split(bracket, "train", BOTH)) == 2
+    assert (f"The samples of {bracket}/train/{name} count as good" in caplog.text) == noted
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("test/hole/gt/001.png", "test/hole/gt/001_seg.png"), "001.png is missing, but there is gt/001_seg.png. If"),
+        (("test/hole/gt/001.png", "test/hole/gt/001.exr"), "there is gt/001.exr. If that is meant, rename or convert"),
+        (
+            ("test/hole/gt", "test/hole/masks"),
+            "000.png, 001.png are missing, but there is hole/masks. If that is meant",
+        ),
+        (("train/good/xyz/001.tiff", "train/good/xyz/001.npy"), "but there is xyz/001.npy.* to xyz/<stem>.tiff"),
+        (("train/good/rgb/001.png", "lost.png"), "001.png is missing. Restore them, or remove their samples."),
+    ],
+)
+def test_error_for_a_missing_partner_lists_what_is_there(bracket: Path, change: tuple[str, str], expected: str) -> None:
+    (bracket / change[0]).rename(bracket / change[1])
+    with pytest.raises(InputError, match=expected):
+        index_split(bracket, "train" if "train" in change[0] else "test", BOTH)
+
+
+def test_prediction_lists_files_without_partner(tmp_path: Path) -> None:
+    for name in ("rgb/a.png", "rgb/b.png", "xyz/a.tiff", "xyz/b_1.tiff"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    problems = [problem for _, problem in find_samples(str(tmp_path / "rgb"), str(tmp_path / "xyz")).incomplete]
+    assert "b.png has no cloud of the same stem, but there is b_1.tiff. Rename" in problems[0]
+    assert "b_1.tiff has no image of the same stem, but there is b.png. Rename" in problems[1]
+
+
+def test_prediction_pairs_unicode_forms_and_keeps_the_paths(tmp_path: Path) -> None:
+    image, cloud = tmp_path / unicodedata.normalize("NFC", "ü.png"), tmp_path / unicodedata.normalize("NFD", "ü.tiff")
+    image.touch()
+    cloud.touch()
+    (sample,) = find_samples(f"{tmp_path}/*.png", f"{tmp_path}/*.tiff").samples
+    assert (sample.rgb, sample.xyz) == (image, cloud)
+
+
+def test_a_folder_of_images_and_clouds_holds_no_second_images(tmp_path: Path) -> None:
+    for name in ("a.png", "a.tiff"):
+        (tmp_path / name).touch()
+    assert find_samples(str(tmp_path), str(tmp_path)).samples[0][1:3] == (tmp_path / "a.png", tmp_path / "a.tiff")
+    (tmp_path / "a.png").unlink()
+    assert find_samples(str(tmp_path), None).samples[0].rgb == tmp_path / "a.tiff"
+
+
+def test_preprocessing_of_other_layouts_writes_gt(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "parts")
+    rename(root, "*/test/*/gt", lambda path: "ground_truth")
+    rename(root, "*/test/*/ground_truth/*", lambda path: f"{path.stem}_mask.png")
+    rename(root, "*/train/good", lambda path: "OK")
+    names = [name.replace("train/good", "train/OK") for name in ALL]
+    for expected in ((sorted(names), [], {}), ([], sorted(names), {})):
+        summary = preprocessing.preprocess(config_for(root))
+        assert (sorted(summary.done), sorted(summary.skipped), summary.failed) == expected
+    for files in index_split(root / "bagel", "test", BOTH):
+        assert files.mask is None or files.mask.parent.name == "gt"
+
+
+# Files that are no regular files
+
+IN_PLACE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a link to nowhere": (lambda path: path.symlink_to("/not/mounted/000"), "is missing"),
+    "a looping link": (lambda path: path.symlink_to(path.name), "cannot be read"),
+    "a pipe": (os.mkfifo, "is a pipe or a device"),
+    "a folder": (Path.mkdir, "Is a directory"),
+}
+READERS: dict[str, Callable[[Path], object]] = {
+    "image.png": read_image,
+    "header.jpg": image_size,
+    "mask.png": lambda path: defect_share(path, True),
+    "depth.png": lambda path: read_cloud(path, CAMERA),
+    **{f"cloud{suffix}": read_cloud for suffix in (".tiff", ".npy", ".pcd", ".ply")},
+}
+
+
+@pytest.mark.parametrize("in_place", IN_PLACE)
+@pytest.mark.parametrize("name", READERS)
+def test_readers_name_what_is_no_file(tmp_path: Path, name: str, in_place: str) -> None:
+    put, expected = IN_PLACE[in_place]
+    put(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name} .*{expected}"):
+        READERS[name](tmp_path / name)
+
+
+@pytest.mark.parametrize("in_place", IN_PLACE)
+def test_datasets_and_predictions_name_what_is_no_file(bracket: Path, in_place: str) -> None:
+    image = bracket / "train/good/rgb/001.png"
+    image.unlink()
+    put, expected = IN_PLACE[in_place]
+    put(image)
+    with pytest.raises(InputError, match=f"001.png .*{expected}"):
+        check_files(index_split(bracket, "train", BOTH), BOTH)
+    found = find_samples(str(image.parent), None)
+    problems = [each.problem for each in map(SampleReader(found.samples, frozenset({"rgb"}), 8).__getitem__, range(2))]
+    assert problems[0] == "" and expected in problems[1]
+
+
+def test_size_limit_of_files(tmp_path: Path) -> None:
+    for kind, limit in MAX_BYTES.items():
+        with (tmp_path / kind).open("wb") as file:
+            file.truncate(limit)
+        open_file(tmp_path / kind, kind).close()
+        os.truncate(tmp_path / kind, limit + 1)
+        with pytest.raises(InputError, match="MB, expected at most"):
+            open_file(tmp_path / kind, kind)
+
+
+# Content of ground truth
+
+TRUTHS: dict[str, tuple[np.ndarray, bool, str]] = {
+    "right": (DEFECT, True, ""),
+    "empty of a defective sample": (DEFECT * 0, True, "has no defect pixel"),
+    "empty of a good sample": (DEFECT * 0, False, ""),
+    "of a good sample": (DEFECT, False, "marks 6.25% of a good sample"),
+    "inverted": (255 - DEFECT, True, "marks 94% of the image"),
+    "half": (np.repeat(np.uint8([[0], [255]]), SIDE // 2, axis=0).repeat(SIDE, axis=1), True, ""),
+    "in alpha, black": (np.dstack([DEFECT * 0, DEFECT * 0, DEFECT * 0, DEFECT]), True, "in the transparency"),
+    "in alpha, red": (np.dstack([DEFECT * 0 + 255, DEFECT * 0, DEFECT * 0, DEFECT]), True, "in the transparency"),
+    "colors with alpha": (np.dstack([DEFECT, DEFECT, DEFECT, DEFECT]), True, ""),
+    "opaque": (np.dstack([DEFECT * 0, DEFECT * 0, DEFECT * 0, DEFECT * 0 + 255]), True, "has no defect pixel"),
+}
+
+
+@pytest.mark.parametrize("truth", TRUTHS)
+def test_ground_truth_that_cannot_be_right(bracket: Path, caplog: pytest.LogCaptureFixture, truth: str) -> None:
+    array, defective, expected = TRUTHS[truth]
+    path = save(bracket / f"test/{'hole' if defective else 'good'}/gt/000.png", array)
+    with caplog.at_level(logging.WARNING):
+        check_files(index_split(bracket, "test", BOTH), BOTH)
+    problems = check_split(bracket, "test", BOTH, num_workers=0).problems
+    assert [record.getMessage() for record in caplog.records] == list(problems)
+    assert len(problems) == bool(expected)
+    assert all(problem.startswith(f"{path} ") and expected in problem for problem in problems)
+
+
+def test_dataset_check_reports_the_share_of_defect_pixels(bracket: Path) -> None:
+    save(bracket / "test/hole/gt/001.png", DEFECT | DEFECT.T[::-1])
+    report = check_split(bracket, "test", BOTH, num_workers=0)
+    assert report.defect == (16 / SIDE**2, 32 / SIDE**2)
+    assert "6.25% to 12.50%" in report.row()
+    assert check_split(bracket, "train", BOTH, num_workers=0).defect is None
+
+
+def test_few_of_many_warnings_are_printed(bracket: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(5):
+        write_sample(bracket / "test/hole", f"{number:03d}", DEFECT * 0)
+    check_files(index_split(bracket, "test", BOTH), BOTH)
+    assert len(caplog.records) == 4
+    assert "2 more ground truths have problems" in caplog.text
+
+
+# Images
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".webp", ".tif"])
+def test_image_formats_and_files_cut_short(tmp_path: Path, suffix: str) -> None:
+    array = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    path = save(tmp_path / f"a{suffix}", array)
+    assert image_size(path) == (40, 60)
+    assert read_image(path).shape == (40, 60, 3)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    for read in (image_size, read_image):
+        with pytest.raises(InputError, match="no complete"):
+            read(path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", [0, 1, 3, 6, 8, 9])
+def test_images_with_an_orientation_are_refused(tmp_path: Path, suffix: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / f"a{suffix}", np.zeros((8, 8, 3), np.uint8), exif=exif)
+    if orientation in (3, 6, 8):
+        with pytest.raises(InputError, match=f"EXIF orientation {orientation}: .* remove the EXIF data"):
+            read_image(path)
+    else:
+        assert read_image(path).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("value", [4095, 4096, 65535])
+def test_12_bits_in_16_are_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, value: int) -> None:
+    for name in ("a.png", "b.png"):
+        read_image(save(tmp_path / name, np.full((4, 4), value, np.uint16)))
+    read_image(save(tmp_path / "c.png", np.full((4, 4), 9, np.uint8)))  # 8 bits may be as dark
+    assert [record.getMessage().partition(" ")[0] for record in caplog.records] == (
+        [str(tmp_path / "a.png")] if value < 4096 else []
+    )
+
+
+SCRIPTS: dict[str, Callable[[list[str]], object]] = {
+    "main.py": lambda flags: main.main(["--inspect_dataset", "--dataset_path", "none", *flags]),
+    "predict.py": lambda flags: predict.main(["--detector", "none", "--rgb", "none", *flags]),
+    "preprocessing.py": lambda flags: preprocessing.main(["none", *flags]),
+    "preprocess_eyecandies.py": lambda flags: preprocess_eyecandies.main(
+        ["--dataset_path", "none", "--target_dir", "out", *flags]
+    ),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_limit_of_megapixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64_000_000)
+    path = save(tmp_path / "a.png", np.zeros((1000, 1001), np.uint8))
+    for limit, refused in ((1, True), (2, False)):
+        with pytest.raises((SystemExit, InputError)):
+            SCRIPTS[script](["--max_megapixels", str(limit)])
+        try:
+            with open_image(path):
+                assert not refused
+        except InputError as error:
+            assert refused and "more than 1 megapixels" in str(error)
+    with pytest.raises((SystemExit, InputError)):
+        SCRIPTS[script](["--max_megapixels", "0"])
+    assert Image.MAX_IMAGE_PIXELS == 2_000_000
+
+
+def test_overlays_of_shrunk_images_are_the_same(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 255, (OVERLAY_SIDE // 2 + 7, 2 * OVERLAY_SIDE + 31, 3), dtype=np.uint8)
+    heat = np.linspace(0, 1, 64).reshape(8, 8)
+    small = shrink_image(image)
+    assert max(small.shape) == OVERLAY_SIDE
+    for name, each in (("a", image), ("b", small)):
+        save_overlay(tmp_path / f"{name}.png", each, heat, (0.0, 1.0), 0.5)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_classes_may_end_in_a_slash() -> None:
+    assert make_parser().parse_args(["--classes", "bracket/", "bagel"]).classes == ["bracket", "bagel"]
