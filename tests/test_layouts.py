@@ -283,6 +283,25 @@ def test_image_formats_and_files_cut_short(tmp_path: Path, suffix: str) -> None:
             read(path)
 
 
+@pytest.mark.filterwarnings("ignore")  # of Pillow, about metadata
+@pytest.mark.parametrize("suffix", [".bmp", ".webp", ".tif"])
+def test_damaged_images_of_other_formats_are_named(tmp_path: Path, suffix: str) -> None:
+    rng = np.random.default_rng(0)
+    content = save(tmp_path / f"a{suffix}", rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).read_bytes()
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for place in (*rng.integers(0, 60, 3), *(len(content) - rng.integers(1, 200, 3))):
+            damaged[place] = rng.integers(256)
+        (tmp_path / f"a{suffix}").write_bytes(damaged)
+        try:
+            read_image(tmp_path / f"a{suffix}")
+        except InputError as error:
+            assert f"a{suffix}" in str(error)
+            refused += 1
+    assert refused > 100
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
 @pytest.mark.parametrize("orientation", [0, 1, 3, 6, 8, 9])
 def test_images_with_an_orientation_are_refused(tmp_path: Path, suffix: str, orientation: int) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -109,13 +108,13 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         with open_file(path, "image") as file, Image.open(file, formats=_FORMATS) as image:
             _check_orientation(path, image)
             yield image
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:g} megapixels"
         fix = "Scale the files of the sample down, or raise --max_megapixels."
         raise InputError(f"{path} has more than {limit}. {fix}") from error
-    except (OSError, SyntaxError, ValueError, IndexError, struct.error) as error:
+    except Exception as error:  # with damaged bytes a decoder may raise almost anything
         if isinstance(error, OSError) and error.errno is not None:  # a system error; PIL's have no number
             raise cannot_read(path, error) from error
         kinds = "PNG, JPEG, BMP, WebP or TIFF"
