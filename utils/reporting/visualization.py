@@ -74,19 +74,12 @@ def heat_colors(strength: NDArray) -> NDArray[np.uint8]:
 
 
 def shrink_image(image: NDArray) -> NDArray:
-    """Scale an image (H, W, 3) uint8 down to at most OVERLAY_SIDE pixels a side, by averaging."""
-    height, width = image.shape[:2]
-    size = _overlay_size(height, width)
-    return (
-        image
-        if size == (height, width)
-        else np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BOX))
-    )
-
-
-def _overlay_size(height: int, width: int) -> tuple[int, int]:
-    shrink = min(1.0, OVERLAY_SIDE / max(height, width))
-    return max(1, round(height * shrink)), max(1, round(width * shrink))
+    """Scale an image (H, W) or (H, W, 3) uint8 down to at most OVERLAY_SIDE pixels a side, by averaging."""
+    shrink = OVERLAY_SIDE / max(image.shape)
+    if shrink >= 1:
+        return image
+    height, width = (max(1, round(side * shrink)) for side in image.shape[:2])
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
 
 
 def save_overlay(
@@ -100,13 +93,13 @@ def save_overlay(
     """
     import matplotlib
 
-    size = _overlay_size(*np.shape(anomaly_map if image is None else image)[:2])
-    heat = resize_map(anomaly_map, size)
+    base = shrink_image(np.zeros(np.shape(anomaly_map), np.uint8) if image is None else image)
+    heat = resize_map(anomaly_map, base.shape[:2])
     colors = matplotlib.colormaps[HEAT](heat_strength(heat, scale))[..., :3] * 255
     if image is not None:
         start = scale[0] if threshold is None else scale[0] + FAINT * (threshold - scale[0])
         opacity = OVERLAY_OPACITY * heat_strength(heat, (start, scale[1]))[..., None]
-        colors = opacity * colors + (1 - opacity) * _gray(shrink_image(image))
+        colors = opacity * colors + (1 - opacity) * _gray(base)
     if threshold is not None:
         _outline_pixels(colors, heat > threshold)
     with atomic_path(path) as temporary:

@@ -60,7 +60,11 @@ def find_samples(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLO
     if rgb and xyz and Path(rgb).is_file() and Path(xyz).is_file():
         by_kind["cloud"] = dict(zip(by_kind["image"], by_kind["cloud"].values(), strict=True))
     found = FoundSamples([], [])
-    alone = {kind: _without_partner(kind, by_kind) for kind in by_kind}
+    paired = set.intersection(*map(set, by_kind.values()))
+    alone = {
+        kind: sorted(files[0].name for stem, files in by_stem.items() if stem not in paired)
+        for kind, by_stem in by_kind.items()
+    }
     for stem in set().union(*by_kind.values()):
         paths = {kind: files.get(stem, []) for kind, files in by_kind.items()}
         image, cloud = (next(iter(paths.get(kind, [])), None) for kind in ("image", "cloud"))
@@ -76,12 +80,6 @@ def find_samples(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLO
         sample, problem = found.incomplete[0]
         raise InputError(f"None of {len(found.incomplete)} samples is complete. The first is {sample.path}: {problem}")
     return found
-
-
-def _without_partner(kind: str, by_kind: Mapping[str, Mapping[str, list[Path]]]) -> list[str]:
-    """Return the names of files of a kind whose stem no file of the other kind has."""
-    others = set().union(*(files for other, files in by_kind.items() if other != kind))
-    return sorted(path.name for stem, files in by_kind[kind].items() if stem not in others for path in files)
 
 
 def _problem(name: str, paths: Mapping[str, list[Path]], alone: Mapping[str, list[str]]) -> str:
