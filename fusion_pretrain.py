@@ -23,12 +23,21 @@ from collections.abc import Sequence
 
 from runner.pretrain_config import PretrainConfig
 from utils.choices import NEGATIVES, PAIRINGS, PRECISIONS
-from utils.command_line import Parser
-from utils.errors import exit_on_input_error
+from utils.command_line import MOST_WORKERS, Parser
+from utils.errors import exit_on_error
+
+COUNTS = ("batch_size", "epochs", "accum_iter", "max_steps", "save_steps", "world_size", "xyz_dim", "input_size")
+BOUNDS = {
+    **dict.fromkeys(COUNTS, (1, 10**9)),
+    **dict.fromkeys(("warmup_epochs", "warmup_steps", "start_epoch"), (0, 10**9)),
+    **dict.fromkeys(("lr", "blr"), (1e-12, 1e30)),
+    **{"min_lr": (0, 1e30), "weight_decay": (0, 1000), "val_fraction": (0, 0.999), "seed": (0, 2**32 - 1)},
+    **{"num_workers": (0, MOST_WORKERS), "local_rank": (-1, 10**9)},
+}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, BOUNDS)
     add = parser.add_argument
     add("--batch_size", type=int, default=16, help="samples per process and micro-batch")
     add("--epochs", type=int, default=3, help="number of epochs")
@@ -67,13 +76,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    with exit_on_input_error():
-        config = PretrainConfig(**vars(args))
-        from runner.pretraining import run  # imports torch, which --help does not need
+    config = PretrainConfig(**vars(parse_args(argv)))
+    from runner.pretraining import run  # imports torch, which --help does not need
 
-        run(config)
+    run(config)
 
 
 if __name__ == "__main__":

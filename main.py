@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from runner.settings import make_parser
 from utils.command_line import is_first_process
-from utils.errors import exit_on_input_error
+from utils.errors import exit_on_error
 from utils.scans.images import set_max_megapixels
 
 if TYPE_CHECKING:
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("main")
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, and only then import torch and the modules that need it."""
-    with exit_on_input_error():
-        parser = make_parser()
-        args = parser.parse_args(argv)
-        set_max_megapixels(args.max_megapixels)
-        if args.list_backbones or args.inspect_dataset:
-            if is_first_process():
-                print_information(args)
-        else:
-            run_method(args, parser.given_flags(argv))
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    set_max_megapixels(args.max_megapixels)
+    if args.list_backbones or args.inspect_dataset:
+        if is_first_process():
+            print_information(args)
+    else:
+        run_method(args, parser.given_flags(argv))
 
 
 def print_information(args: argparse.Namespace) -> None:

@@ -19,14 +19,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.choices import UNITS
-from utils.command_line import Parser
-from utils.errors import InputError, escape_controls, exit_on_input_error
-from utils.scans.images import MAX_MEGAPIXELS, set_max_megapixels
+from utils.command_line import MOST_WORKERS, Parser
+from utils.errors import InputError, exit_on_error, show
+from utils.scans.images import MAX_MEGAPIXELS, MEGAPIXELS, set_max_megapixels
 
 if TYPE_CHECKING:
     from feature_extractors.detector import Detector
@@ -60,10 +59,6 @@ class PredictSettings:
     def __post_init__(self) -> None:
         if self.rgb is None and self.xyz is None:
             raise InputError("There is nothing to predict. Give --rgb, --xyz or both.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise InputError(f"--batch_size is {self.batch_size}. Give at least 1.")
-        if self.num_workers < 0:
-            raise InputError(f"--num_workers is {self.num_workers}. Give at least 0.")
         if self.keep_rgb and not self.preprocess:
             raise InputError("--keep_rgb only applies to --preprocess. Give both, or leave it out.")
         about_clouds = {"preprocess": self.preprocess, "intrinsics": self.intrinsics, "xyz_unit": self.xyz_unit != "m"}
@@ -106,7 +101,7 @@ class PredictSettings:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits on --help, --version and wrong flags."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, {"batch_size": (1, 1024), "num_workers": (0, MOST_WORKERS), "max_megapixels": MEGAPIXELS})
     add = parser.add_argument_group("samples").add_argument
     add("--detector", type=Path, required=True, help="folder of a fitted detector (main.py --save_detector)")
     add("--rgb", help="image, folder of images, or quoted pattern: .png, .jpg, .bmp, .webp, .tif")
@@ -175,30 +170,26 @@ def predict(settings: PredictSettings) -> int:
         summary += f": {anomalous} anomalous, {len(predicted) - anomalous} good"
     if len(predicted) < len(records):
         summary += f"; {len(records) - len(predicted)} could not be predicted"
-    print(f"{summary}; written to {writer.path}")
+    show(f"{summary}; written to {writer.path}")
     return int(len(predicted) < len(records))
 
 
 def print_line(record: dict[str, Any], width: int = 0) -> None:
     """Print a sample on one line of stdout in aligned columns, or its problem on stderr."""
-    name = escape_controls(record["name"])
+    name = record["name"]
     if "error" in record:
-        problem = escape_controls(record["error"])
-        print(f"predict.py: {name} could not be predicted: {problem}", file=sys.stderr, flush=True)
-        return
+        return show(f"predict.py: {name} could not be predicted: {record['error']}", sys.stderr)
     decision = {True: "anomalous", False: "good", None: "no threshold"}[record["anomalous"]]
     normalized = "" if record["normalised"] is None else f"{record['normalised']:.3f}"
     scores = f"{record['score']:12.6g}  {normalized:5}"
-    print(f"{name:{width}}  {scores}  {decision:12}  {record['seconds']:.3f} s", flush=True)
+    show(f"{name:{width}}  {scores}  {decision:12}  {record['seconds']:.3f} s")
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, predict, and exit."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
-    if isinstance(sys.stdout, TextIOWrapper):  # a name that the terminal cannot encode must not end the run
-        sys.stdout.reconfigure(errors="backslashreplace")
-    with exit_on_input_error():
-        raise SystemExit(predict(PredictSettings(**vars(parse_args(argv)))))
+    raise SystemExit(predict(PredictSettings(**vars(parse_args(argv)))))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from dataset import AnomalyDataset, index_split, load_samples
 from feature_extractors.config import METHODS, DetectorConfig
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.pipeline import collect_features, evaluate, fit_detector
-from utils.errors import exit_on_input_error
+from utils.errors import exit_on_error
 from utils.precision import DTYPES
 
 METRICS = ("image_rocauc", "pixel_rocauc", "au_pro")
@@ -49,6 +49,7 @@ def compare_class(folder: Path, extractors: dict[str, PatchExtractor]) -> dict[s
     return {"cosine": cosines, "metrics": metrics}
 
 
+@exit_on_error()
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, "precision")
     parser.add_argument("--dataset_path", type=Path, required=True)
@@ -77,5 +78,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_input_error():
-        main()
+    main()

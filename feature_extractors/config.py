@@ -1,13 +1,12 @@
 """Tables of methods and protocols, and the settings of a detector."""
 
-import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
 from reprlib import repr as shortened
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from utils.choices import POINT_NORMS, POINT_OPS, PRECISIONS
-from utils.errors import InputError
+from utils.errors import Bounds, InputError, range_problem
 
 BANKS = ("xyz", "rgb", "fusion")  # also the order of scores and maps in decision fusion
 MEMORY_BANKS = ("single", "multiple")
@@ -77,6 +76,13 @@ class DetectorConfig:
         InputError: a value is out of its range, or a combination makes no sense.
     """
 
+    BOUNDS: ClassVar[Bounds] = {  # of the flags that are numbers
+        **{"img_size": (3, 2048), "group_size": (1, 1024), "num_group": (3, 8192)},  # 3: points are interpolated
+        **{"f_coreset": (1e-6, 1.0), "coreset_eps": (0.001, 0.999), "random_state": (0, 2**32 - 1)},
+        **{"asy_memory_bank": (1, 10**6), "ocsvm_nu": (1e-4, 1.0), "ocsvm_maxiter": (1, 10**6)},
+        **dict.fromkeys((f"{bank}_{kind}_lambda" for kind in ("s", "smap") for bank in BANKS), (-(10**6), 10**6)),
+    }
+
     method_name: str = "DINO+Point_MAE+Fusion"
     memory_bank: str | None = None  # None: the one that the method needs
     rgb_backbone_name: str = "vit_base_patch8_224_dino"
@@ -138,26 +144,18 @@ class DetectorConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"--{name} is {shortened(getattr(self, name))}. Give one of {', '.join(allowed)}.")
-        share = "a number above 0 and at most 1"
-        least = self.xyz_grid + 2  # pooling without padding loses two pixels
-        for name, good, expected in (
-            ("f_coreset", 0 < self.f_coreset <= 1, share),
-            ("coreset_eps", 0 < self.coreset_eps < 1, "a number between 0 and 1"),
-            ("ocsvm_nu", 0 < self.ocsvm_nu <= 1, share),
-            ("ocsvm_maxiter", self.ocsvm_maxiter >= 1, "at least 1"),
-            ("xyz_grid", self.xyz_grid >= 1, "at least 1"),
-            ("img_size", self.img_size >= least, f"at least {least} for {self.xyz_grid} xyz patches a side"),
-            ("num_group", self.num_group >= 3, "at least 3, from which points are interpolated"),
-            ("group_size", self.group_size >= 1, "at least 1"),
-            ("random_state", self.random_state is None or 0 <= self.random_state < 2**32, "a number from 0 to 2**32-1"),
-            ("asy_memory_bank", self.asy_memory_bank is None or self.asy_memory_bank >= 1, "at least 1"),
-        ):
-            if not good:
-                raise InputError(f"--{name} is {shortened(getattr(self, name))}. Give {expected}.")
         names = [f"{bank}_{kind}_lambda" for kind in ("s", "smap") for bank in BANKS]
-        for name, value in zip(names, self.score_lambdas + self.map_lambdas, strict=True):
-            if not math.isfinite(value):
-                raise InputError(f"--{name} is {value}. Give a finite number.")
+        lambdas = dict(zip(names, self.score_lambdas + self.map_lambdas, strict=True))
+        for name, (low, high) in self.BOUNDS.items():
+            value = lambdas[name] if name in lambdas else getattr(self, name)
+            if value is not None and (problem := range_problem(value, low, high)):
+                raise InputError(f"--{name} {problem}")
+        if self.xyz_grid < 1:
+            raise InputError(f"--xyz_grid is {self.xyz_grid}. Give at least 1.")
+        least = self.xyz_grid + 2  # pooling without padding loses two pixels
+        if self.img_size < least:
+            problem = f"Give at least {least} for {self.xyz_grid} xyz patches a side"
+            raise InputError(f"--img_size is {self.img_size}. {problem}.")
 
     def _check_combinations(self) -> None:
         method, name = self.method, self.method_name

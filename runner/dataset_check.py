@@ -13,7 +13,7 @@ from dataset import check_sample_files, class_folders, find_classes, pair_split,
 from runner.settings import detector_configs, extraction_config
 from utils.cleaning.cloud_cleaning import CleaningRule, shows_table
 from utils.cleaning.journal import Record, Scan, read_manifest, script_of
-from utils.errors import InputError, escape_controls
+from utils.errors import InputError, escape_controls, show
 from utils.records import SampleFiles
 from utils.reporting.tables import print_columns
 from utils.scans.images import defect_share
@@ -71,7 +71,7 @@ def check_split(class_folder: Path | str, split: str, modalities: frozenset[str]
     files, problems = pair_split(folder, split, modalities)
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         checked = pool.map(lambda each: _check_sample(each, modalities), files)
-        reports = list(tqdm(checked, total=len(files), desc=f"{folder.name} {split}", leave=False))
+        reports = list(tqdm(checked, total=len(files), desc=escape_controls(f"{folder.name} {split}"), leave=False))
     sound = [each for each in reports if isinstance(each, _SampleReport)]
     valid = [each.valid for each in sound if each.valid is not None]
     shares = [each.defect for each in sound if each.defect is not None]
@@ -123,10 +123,13 @@ def print_dataset_check(args: argparse.Namespace) -> bool:
     head = ("class", "split", "samples", "defective", "defect pixels", "size", "valid pixels", "depth, m", "cleaned")
     print_columns([(*head, "problems"), *(each.row() for each in reports)])
     if any(each.raw for each in reports):
-        print(f"\nSamples with a table along their border are not cleaned. Run {CLEANING_COMMAND} {args.dataset_path}")
+        print()
+        show(f"Samples with a table along their border are not cleaned. Run {CLEANING_COMMAND} {args.dataset_path}")
     problems = [f"  {each.class_name}: {problem}" for each in reports for problem in each.problems]
     if problems:
-        print("\nProblems:", *map(escape_controls, problems), sep="\n")
+        print("\nProblems:")
+        for problem in problems:
+            show(problem)
     return bool(problems)
 
 

@@ -83,7 +83,7 @@ def set_up(args: argparse.Namespace, given: Collection[str], device: torch.devic
     try:
         run = prepare(args, given, device)
         extractor = _build(run, device)
-    except InputError:
+    except Exception:
         broadcast_object(None)
         raise
     broadcast_object(run)

@@ -78,16 +78,6 @@ class PretrainConfig:
     input_size: int
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "accum_iter", "blr", "lr", "max_steps", "save_steps", "xyz_dim"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"--{name} is {value}. Give a number above 0.")
-        for name in ("weight_decay", "min_lr", "warmup_epochs", "warmup_steps", "num_workers", "start_epoch"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise InputError(f"--{name} is {value}. Give at least 0.")
-        if not 0 <= self.val_fraction < 1:
-            raise InputError(f"--val_fraction is {self.val_fraction}. Give a number of at least 0 and below 1.")
         if self.warmup_steps is not None and self.max_steps is None:
             raise InputError("--warmup_steps only applies with --max_steps. Give both, or use --warmup_epochs.")
         if self.resume and self.start_epoch is not None:

@@ -11,6 +11,7 @@ from runner.finished_classes import FOLDER, class_file, read_class, write_class
 from runner.preparation import Run
 from runner.settings import applied_flags
 from utils.distributed import progress_bar
+from utils.errors import show
 from utils.records import SampleResult
 from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.report_page import write_report
@@ -62,7 +63,7 @@ class Results:
             for method, report in reports.items():
                 self.reports[method][name] = report
                 label = name if len(self.reports) == 1 else f"{name}, {method}"
-                print(result_line(label, report.entry, self.exact), flush=True)
+                show(result_line(label, report.entry, self.exact))
         if not finished:
             return
         for method, config in self.run.configs.items():
@@ -93,7 +94,8 @@ class Results:
             method: {name: reports[name].entry for name in self.inputs} for method, reports in self.reports.items()
         }
         append_tables(output_dir, methods, sys.argv, self.exact, self.note)
-        print(f"\n{format_tables(methods, self.exact, self.note)}\n\nwritten to {output_dir}/")
+        print(f"\n{format_tables(methods, self.exact, self.note)}\n")
+        show(f"written to {output_dir}/")
 
 
 def table_note(config: DetectorConfig) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 
 from dataset import DATASET_CLASSES
 from feature_extractors.config import BANKS, MEMORY_BANKS, METHODS, PROTOCOLS, DetectorConfig, Method, covering_method
-from feature_extractors.thresholds import check_target_fpr
+from feature_extractors.thresholds import LEAST_FPR
 from models import XYZ_BACKBONES, rgb_spec
 from runner.scheduling import PARALLEL
 from utils.choices import PAIRINGS, POINT_NORMS, POINT_OPS, PRECISIONS, STORAGE_DTYPE_NAMES
-from utils.command_line import Parser, class_name, from_flags
+from utils.command_line import MOST_WORKERS, Parser, class_name, from_flags
 from utils.errors import InputError
-from utils.scans.images import MAX_MEGAPIXELS
+from utils.scans.images import MAX_MEGAPIXELS, MEGAPIXELS
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,16 @@ CONCERNS: dict[str, Callable[[Method, Any], bool]] = {
     "use_uff": lambda method, value: "fusion" in method.banks,
     "asy_memory_bank": lambda method, value: len(method.banks) > 1,
     "rm_zero_for_project": lambda method, value: method.banks == ("xyz",),
+}
+
+BOUNDS = DetectorConfig.BOUNDS | {
+    **{
+        "max_sample": (1, 10**6),
+        "report_parts": (0, 10_000),
+        "max_megapixels": MEGAPIXELS,
+        "target_fpr": (LEAST_FPR, 1 - LEAST_FPR),
+    },
+    **{"memory_budget": (1e-6, 10**6), "num_workers": (0, MOST_WORKERS)},
 }
 
 
@@ -58,12 +68,6 @@ class RunSettings:
     parallel: str
 
     def __post_init__(self) -> None:
-        if self.memory_budget is not None and not self.memory_budget > 0:
-            raise InputError(f"--memory_budget is {self.memory_budget}. Give a number of GB above 0.")
-        for name, least in (("max_sample", 1), ("report_parts", 0), ("num_workers", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name} is {getattr(self, name)}. Give at least {least}.")
-        check_target_fpr(self.target_fpr)
         if self.save_detector is None and self.detector_dtype != "fp32":
             raise InputError("--detector_dtype only applies to --save_detector. Give both, or leave it out.")
         if self.save_detector is not None:
@@ -100,7 +104,8 @@ class RunSettings:
 
 def make_parser() -> Parser:
     """The parser of main.py."""
-    parser = Parser("Fit Multi-3D-Memory on the good samples of each class, and evaluate it on the test split.")
+    text = "Fit Multi-3D-Memory on the good samples of each class, and evaluate it on the test split."
+    parser = Parser(text, BOUNDS)
     _add_input_flags(parser.add_argument_group("method and data").add_argument)
     _add_output_flags(parser.add_argument_group("output").add_argument)
     _add_detector_flags(parser.add_argument_group("detector").add_argument)

@@ -19,7 +19,6 @@ import pytest
 import tifffile
 from PIL import Image
 
-from utils.errors import exit_on_input_error
 from utils.preprocessing import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,12 +71,11 @@ STAMPS = re.compile(rb',\s*"mtime_ns": \d+,\s*"sources": \[[^"]*\](?=\s*\})')
 def call_script(main: Callable[[], int | None], *args: object) -> subprocess.CompletedProcess:
     """Call a script's main in this process with these arguments; capture its output and exit code."""
     stdout, stderr, code = StringIO(), StringIO(), 0
-    script = Path(inspect.getfile(main))
+    script = Path(inspect.getfile(inspect.unwrap(main)))
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
         patch.setattr(sys, "argv", [str(script), *map(str, args)])
         try:
-            with exit_on_input_error():
-                code = main() or 0
+            code = main() or 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
     return subprocess.CompletedProcess(args, code, stdout.getvalue(), stderr.getvalue())

@@ -189,7 +189,7 @@ def test_lambdas_are_finite(field: str, kind: str, place: int, bank: str) -> Non
         lambdas = [1.0, 0.0, -1.0]
         DetectorConfig(**{field: tuple(lambdas)})
         lambdas[place] = value
-        with pytest.raises(InputError, match=f"--{bank}_{kind}_lambda is {value}. Give a finite number."):
+        with pytest.raises(InputError, match=f"--{bank}_{kind}_lambda is {value}. Give a number from "):
             DetectorConfig(**{field: tuple(lambdas)})
 
 

@@ -2,12 +2,13 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cleaning_runs import config_for
+from cleaning_runs import call_script, config_for
 from main_runs import printed, refusal
 from PIL import Image
 
@@ -276,8 +277,8 @@ def test_the_preview_leaves_out_faulty_scans_and_lists_them(
     assert all("gasket/" in line and "has a measurement" in line for line in left_out[1:])
 
     shutil.rmtree(root / "cookie")
-    with pytest.raises(InputError, match=r"--preview cannot show any scan of .*gasket/test/bump/000: None of"):
-        preprocessing.main([str(root), "--preview", str(tmp_path / "sheet.png")])
+    problem = call_script(preprocessing.main, root, "--preview", tmp_path / "sheet.png").stderr
+    assert re.search(r"--preview cannot show any scan of .*gasket/test/bump/000: None of", problem)
     assert not (root / "preprocessing.json").exists()
 
 
@@ -315,8 +316,9 @@ def test_a_preview_that_cannot_be_written_is_refused_before_anything_is_cleaned(
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(InputError, match=message):
-        preprocessing.main([str(raw), "--output_dir", str(tmp_path / "out"), "--preview", str(tmp_path / name)])
+    result = call_script(preprocessing.main, raw, "--output_dir", tmp_path / "out", "--preview", tmp_path / name)
+    assert result.returncode == 2
+    assert re.search(message, result.stderr)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
 
 

@@ -497,7 +497,7 @@ def test_memory_budget_moves_training_features_to_disk(
 
 @pytest.mark.parametrize("budget", ["0", "-1", "nan"])
 def test_invalid_memory_budget_is_refused(capsys: pytest.CaptureFixture[str], budget: str) -> None:
-    assert f"--memory_budget is {float(budget)}. Give a number of GB above 0." in refusal(
+    assert f"--memory_budget is {float(budget)}. Give a number from 1e-06 to 1000000." in refusal(
         capsys, "--method_name", "DINO", f"--memory_budget={budget}"
     )
 

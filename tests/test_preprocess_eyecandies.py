@@ -489,7 +489,7 @@ def test_invalid_arguments_exit_with_2(published: Path, tmp_path: Path, capsys: 
     for flags, message in [
         (["--light", 6], "invalid choice: 6"),
         (["--light", -1], "invalid choice: -1"),
-        (["--workers", 0], "--workers is 0. Give at least 1."),
+        (["--workers", 0], "--workers is 0. Give a number from 1 to 1024."),
         (["--classes"], "expected at least one argument"),
     ]:
         with pytest.raises(SystemExit) as stopped:

@@ -170,7 +170,7 @@ def test_invalid_arguments_and_folders_exit_with_2(dataset: Path, tmp_path: Path
     for args, message in [
         ([tmp_path / "none"], "is not a folder"),
         ([dataset / "bagel"], "Give the folder that holds the classes"),
-        ([dataset, "--workers", "0"], "--workers is 0. Give at least 1."),
+        ([dataset, "--workers", "0"], "--workers is 0. Give a number from 1 to 1024."),
         ([dataset, "--output_dir", dataset / "bagel/test/hole/rgb/000.png"], "cannot be made"),
     ]:
         result = call_script(main, *args)

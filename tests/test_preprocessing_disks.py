@@ -205,7 +205,6 @@ def test_failed_rename_stops_the_run_and_the_next_continues(
 UNPRIVILEGED = """
 import os, sys
 from PIL import Image
-from utils.errors import exit_on_input_error
 from utils.preprocessing import main
 Image.preinit()
 if os.getuid() == 0:  # after the imports, because only root may be able to read the checkout
@@ -213,8 +212,7 @@ if os.getuid() == 0:  # after the imports, because only root may be able to read
     os.setgid(65534)
     os.setuid(65534)
 sys.argv[0] = "preprocessing.py"
-with exit_on_input_error():
-    sys.exit(main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 

@@ -324,7 +324,7 @@ def test_latency_covers_the_test_samples(single: tuple[Run, Path]) -> None:
 @pytest.mark.parametrize("rate", ["0", "1", "-0.5", "nan"])
 def test_invalid_target_fpr_is_refused(capsys: pytest.CaptureFixture[str], rate: str) -> None:
     message = refusal(capsys, "--method_name", "DINO", f"--target_fpr={rate}")
-    assert f"--target_fpr is {float(rate)}. Give a rate from 1e-06 to below 1" in message
+    assert f"--target_fpr is {float(rate)}. Give a number from 1e-06 to 0.999999." in message
 
 
 @pytest.mark.parametrize("name", FITTING_FLAGS)

@@ -8,23 +8,40 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from utils.errors import TRACEBACK, Bounds, escape_controls, range_problem, show
+
 Settings = TypeVar("Settings")
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_WORKERS = 1024  # threads or processes of a script
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser with defaults in its help, a --version flag, and errors of two lines: usage and problem."""
+    """ArgumentParser with defaults in its help, --version, --debug, and errors of two lines: usage and problem."""
 
-    def __init__(self, description: str | None) -> None:
+    def __init__(self, description: str | None, bounds: Bounds | None = None) -> None:
+        """`bounds` of numeric flags by name."""
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-        self.add_argument("--version", action=_Version, help="print the version and exit")
+        self.bounds = bounds or {}
+        silent: dict[str, Any] = {"nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+        self.add_argument("--version", action=_Version, help="print the version and exit", **silent)
+        self.add_argument("--debug", action=_Debug, help="show the traceback of an error", **silent)
 
     def error(self, message: str) -> NoReturn:
         """Print one line of usage and the problem, and exit with code 2. Of several processes only the first prints."""
         words = [self.prog, *(str(each.metavar or each.dest) for each in self._get_positional_actions())]
         usage = f"usage: {' '.join(words)} [--flag value ...]  (--help lists all flags)"
-        self.exit(2, f"{usage}\n{self.prog}: error: {message}\n" if is_first_process() else None)
+        problem = escape_controls(message)
+        self.exit(2, f"{usage}\n{self.prog}: error: {problem}\n" if is_first_process() else None)
+
+    def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse a command line; exits on --help, --version, unknown flags and numbers out of their bounds."""
+        args = super().parse_args(argv, namespace)
+        for name, (low, high) in self.bounds.items():
+            value = getattr(args, name)
+            if isinstance(value, float | int) and (problem := range_problem(value, low, high)):
+                self.error(f"--{name} {problem}")
+        return args
 
     def given_flags(self, argv: Sequence[str] | None = None) -> frozenset[str]:
         """Names of the flags on the command line, including those with their default value."""
@@ -44,12 +61,14 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 
 class _Version(argparse.Action):
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
-        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
-
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print(f"{parser.prog} {version()}")
+        show(f"{parser.prog} {version()}")
         parser.exit()
+
+
+class _Debug(argparse.Action):
+    def __call__(self, *_: object) -> None:
+        TRACEBACK.set(True)
 
 
 def version() -> str:

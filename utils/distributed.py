@@ -146,7 +146,7 @@ def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") 
         raise InputError(f"{problem}. Start all ranks, and give them an address that each can reach.") from None
     try:
         yield
-    except (InputError, SystemExit):
+    except (Exception, SystemExit):
         if device.type == "cpu":  # NCCL would wait for the other ranks
             dist.destroy_process_group()
         raise

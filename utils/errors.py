@@ -1,10 +1,37 @@
-"""Errors that the user can fix, and the exit of a script that reports them."""
+"""Errors that the user can fix, the exit of a script that reports them, and text that is safe for terminals."""
 
+import errno
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from io import TextIOWrapper
 from pathlib import Path
+from reprlib import repr as shortened
+from typing import TextIO
+
+Bounds = dict[str, tuple[float, float]]  # lowest and highest value of numeric flags by name
+
+TRACEBACK = ContextVar("traceback", default=False)  # set by --debug: print the traceback of an error, too
+
+_MEMORY = "There is not enough memory. Close other programs, or give smaller input, smaller batches or fewer workers."
+_KILLED = "A worker process was killed, perhaps for lack of memory. Run again with fewer workers."
+_TEXT = "A file or its name holds characters that are not UTF-8. Rename it, or save the file as UTF-8."
+_SENTENCES = {  # by words in the messages of Python's and torch's RuntimeErrors, and of the system
+    **dict.fromkeys(("out of memory", "not enough memory", "allocate memory"), _MEMORY),
+    **dict.fromkeys(("DataLoader worker (pid", "process pool"), _KILLED),
+    "start new thread": "The system allows no more threads. Run again with fewer workers.",
+    "recursion depth": "A file holds data that is nested too deeply. Restore it from its source.",
+    "Symlink loop": "{}: this link leads back to itself. Remove it, or choose another path.",
+}
+_FIXES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free disk space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Make it and its folder readable and writable"),
+    **{errno.ENAMETOOLONG: "Shorten the name", errno.ELOOP: "Remove the link that leads back to itself"},
+}
 
 
 class InputError(ValueError):
@@ -16,24 +43,80 @@ def escape_controls(text: str) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
-@contextmanager
-def exit_on_input_error(interrupted: str = "interrupted") -> Iterator[None]:
-    """Exit on an InputError with code 2, on Ctrl-C with 130, on a closed stdout with 141.
+def show(text: str, stream: TextIO | None = None) -> None:
+    """Print one line on stdout or another stream, with `escape_controls`."""
+    print(escape_controls(text), file=stream, flush=True)
 
-    The error, or the message `interrupted` after Ctrl-C, is printed on stderr.
+
+class _EscapedRecord(logging.LogRecord):
+    """Record of a log whose message every handler gets with `escape_controls`."""
+
+    def getMessage(self) -> str:
+        return escape_controls(super().getMessage())
+
+
+def range_problem(value: float, low: float, high: float) -> str:
+    """Problem and fix, to follow the name, of a number outside low ... high, as NaN always is; "" for one inside."""
+    return "" if low <= value <= high else f"is {shortened(value)}. Give a number from {low} to {high}."
+
+
+def problem_of(error: BaseException) -> str | None:
+    """Problem and fix of an error that the user can mend: input, system, memory or text; None for any other."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, MemoryError | UnicodeError):
+        return _MEMORY if isinstance(error, MemoryError) else _TEXT
+    if not isinstance(error, RuntimeError | OSError):
+        return None
+    text = str(error).strip().rpartition("\n")[2]  # an error of a DataLoader's worker ends in the original message
+    known = next((each.format(text) for words, each in _SENTENCES.items() if words in str(error)), None)
+    if known or isinstance(error, RuntimeError):
+        return known
+    fix = _FIXES.get(error.errno or 0, "Check the path and the disk")
+    problem = f"{error.filename or 'A file'} cannot be read or written ({error.strerror or text})"
+    return f"{problem}. {fix} and run the same command again."
+
+
+@contextmanager
+def exit_on_error(interrupted: str = "interrupted") -> Iterator[None]:
+    """Exit on errors of `problem_of` with code 2, on Ctrl-C with 130, on a closed stdout with 141; decorates each main.
+
+    The problem, or the message `interrupted` after Ctrl-C, is printed on stderr. Both streams accept every character,
+    and logs are escaped.
     """
+    TRACEBACK.set(False)
+    logging.setLogRecordFactory(_EscapedRecord)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    script = Path(sys.argv[0]).name
     try:
         try:
             yield
         finally:
-            if sys.stdout is not None:  # it is None if the program was started without one
-                sys.stdout.flush()
-    except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {escape_controls(str(error))}", file=sys.stderr)
-        raise SystemExit(2) from None
+            _flush_stdout()
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: {interrupted}", file=sys.stderr)
+        show(f"{script}: {interrupted}", sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards the rest of its buffer
         raise SystemExit(141) from None
+    except Exception as error:
+        problem = problem_of(error)
+        if problem is None:
+            raise
+        if TRACEBACK.get():
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                show(line, sys.stderr)
+        show(f"{script}: error: {problem}", sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _flush_stdout() -> None:
+    if sys.stdout is None:  # the program was started without one
+        return
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards the rest of its buffer
+        error.filename = "stdout"
+        raise

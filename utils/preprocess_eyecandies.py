@@ -26,10 +26,10 @@ import yaml
 
 from utils.cleaning.journal import Journal, Record, Scan
 from utils.cleaning.scan_processing import Summary, process_scans, report, write_results
-from utils.command_line import Parser, class_name
-from utils.errors import InputError, exit_on_input_error
+from utils.command_line import MOST_WORKERS, Parser, class_name
+from utils.errors import InputError, exit_on_error
 from utils.scans.files import cannot_read, open_file, subfolders
-from utils.scans.images import MAX_MEGAPIXELS, defect_mask, open_image, read_image, set_max_megapixels
+from utils.scans.images import MAX_MEGAPIXELS, MEGAPIXELS, defect_mask, open_image, read_image, set_max_megapixels
 
 VERSION = 2  # of the conversion: raise it when the same sample gives another result or record
 
@@ -218,19 +218,17 @@ def _read_mask(path: Path) -> np.ndarray:
 
 def parse_args(argv: Sequence[str] | None) -> Config:
     """Read the flags."""
-    parser = Parser((__doc__ or "").split("\n\n")[0])
+    parser = Parser((__doc__ or "").split("\n\n")[0], {"workers": (1, MOST_WORKERS), "max_megapixels": MEGAPIXELS})
     parser.add_argument("--dataset_path", type=Path, required=True, help="folder that holds the classes as published")
     parser.add_argument("--target_dir", type=Path, required=True, help="folder for the converted classes")
     parser.add_argument("--classes", nargs="+", type=class_name, help="classes to convert (default: all)")
     parser.add_argument("--light", type=int, default=4, choices=LIGHTS, help="light whose image becomes rgb")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one per core")
     parser.add_argument("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image, millions of pixels")
-    args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error(f"--workers is {args.workers}. Give at least 1.")
-    return Config(**vars(args))
+    return Config(**vars(parser.parse_args(argv)))
 
 
+@exit_on_error("interrupted. Run the same command to continue.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit code."""
     config = parse_args(argv)
@@ -239,5 +237,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with exit_on_input_error("interrupted. Run the same command to continue."):
-        sys.exit(main())
+    sys.exit(main())

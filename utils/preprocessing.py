@@ -36,10 +36,10 @@ from utils.cleaning.scan_processing import (
     split_scans,
     write_results,
 )
-from utils.command_line import Parser
-from utils.errors import InputError, exit_on_input_error
+from utils.command_line import MOST_WORKERS, Parser
+from utils.errors import InputError, exit_on_error, show
 from utils.scans.files import cannot_write, files_by_modality, is_good, make_folder, subfolders
-from utils.scans.images import MAX_MEGAPIXELS, defect_mask, open_image, read_image, set_max_megapixels
+from utils.scans.images import MAX_MEGAPIXELS, MEGAPIXELS, defect_mask, open_image, read_image, set_max_megapixels
 from utils.scans.organized_pc import organized_pc_header, read_organized_pc
 
 VERSION = 1  # of the cleaning: raise it when the same scan and rule give another result
@@ -214,7 +214,7 @@ def _fault(scan: Scan) -> str:
 
 def parse_args(argv: Sequence[str] | None) -> Config:
     """Read the flags."""
-    parser = Parser((__doc__ or "").split("\n\n")[0])
+    parser = Parser((__doc__ or "").split("\n\n")[0], {"workers": (1, MOST_WORKERS), "max_megapixels": MEGAPIXELS})
     parser.add_argument("dataset", type=Path, help="folder that holds the classes")
     parser.add_argument("--output_dir", type=Path, help="write here instead of in place; the dataset stays as it is")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one per core")
@@ -223,23 +223,20 @@ def parse_args(argv: Sequence[str] | None) -> Config:
     text = f"first draw one scan of each class before and after cleaning ({', '.join(FORMATS)})"
     parser.add_argument("--preview", type=Path, metavar="IMAGE", help=text)
     parser.add_argument("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image, millions of pixels")
-    args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error(f"--workers is {args.workers}. Give at least 1.")
-    return Config(**vars(args))
+    return Config(**vars(parser.parse_args(argv)))
 
 
+@exit_on_error("interrupted. Run the same command to continue.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit code."""
     config = parse_args(argv)
     set_max_megapixels(config.max_megapixels)
     if config.preview:
         for name, reason in preview(config, config.preview).items():
-            print(f"left out of the preview: {name}: {reason}")
-        print(f"before and after: {config.preview}")
+            show(f"left out of the preview: {name}: {reason}")
+        show(f"before and after: {config.preview}")
     return report(preprocess(config), "to do" if config.dry_run else "done")
 
 
 if __name__ == "__main__":
-    with exit_on_input_error("interrupted. Run the same command to continue."):
-        sys.exit(main())
+    sys.exit(main())

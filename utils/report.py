@@ -11,17 +11,17 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from utils.command_line import Parser
-from utils.errors import InputError, escape_controls, exit_on_input_error
+from utils.errors import InputError, exit_on_error, show
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("a", type=Path, metavar="A/results.json", help="results of the baseline run")
     parser.add_argument("b", type=Path, metavar="B/results.json", help="results of the run compared with A")
     parser.add_argument("--output", type=Path, default=Path("compare.html"), help="HTML page of the comparison")
     args = parser.parse_args(argv)
-    with exit_on_input_error():
-        write_comparison(args.a, args.b, args.output)
+    write_comparison(args.a, args.b, args.output)
 
 
 def write_comparison(a: Path, b: Path, output: Path) -> None:
@@ -34,12 +34,14 @@ def write_comparison(a: Path, b: Path, output: Path) -> None:
     if output.resolve() in (a.resolve(), b.resolve()):
         raise InputError(f"--output {output} would replace one of the two results.json files. Choose another file.")
     comparison = compare(a, b)
-    print("\n".join(map(escape_controls, format_comparison(comparison).split("\n"))))
+    for line in format_comparison(comparison).split("\n"):
+        show(line)
     try:
         write_page(output, comparison_page(comparison))
     except OSError as error:
         raise InputError(f"{output} cannot be written ({error.strerror}). Choose another --output.") from None
-    print(f"\nwritten to {escape_controls(str(output))}")
+    show("")
+    show(f"written to {output}")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ if __name__ == "__main__":  # run by path: utils/ itself must not be searched fo
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from utils.cleaning.cloud_cleaning import CleaningRule, fit_border_plane
-from utils.command_line import Parser, from_flags
-from utils.errors import InputError, exit_on_input_error
+from utils.command_line import MOST_WORKERS, Parser, from_flags
+from utils.errors import InputError, exit_on_error, range_problem, show
 from utils.scans.files import atomic_path, make_folder
 from utils.scans.organized_pc import read_organized_pc, valid_mask, write_organized_pc
 from utils.synthetic_data.parts import DEFECTS, PARTS, TOP
@@ -43,9 +43,8 @@ from utils.synthetic_data.scanner import make_scan
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SIZES = (64, 2048)  # pixels; in a smaller image a defect is less than a pixel
-MOST_SAMPLES = 1000  # of one folder: the names have three digits
-MOST_SEEDS = 2**64 - 1
+COUNTS = dict.fromkeys(("train", "validation", "test_good", "test_defective"), (0, 1000))  # names have three digits
+BOUNDS = {**COUNTS, "size": (64, 2048), "seed": (0, 2**64 - 1)}  # in a smaller image a defect is less than a pixel
 COLORS = "cividis"  # of the heights in the preview
 
 
@@ -68,10 +67,9 @@ class Plan:
                 raise InputError(f"--classes names {name!r}. Give any of {', '.join(PARTS)}.")
         if len(set(self.classes)) < len(self.classes):
             raise InputError(f"--classes names a class twice: {' '.join(self.classes)}. Remove one.")
-        counts = dict.fromkeys(("train", "validation", "test_good", "test_defective"), (0, MOST_SAMPLES))
-        for flag, (low, high) in {**counts, "size": SIZES, "seed": (0, MOST_SEEDS)}.items():
-            if not low <= getattr(self, flag) <= high:
-                raise InputError(f"--{flag} is {getattr(self, flag)}. Give a number from {low} to {high}.")
+        for flag, (low, high) in BOUNDS.items():
+            if problem := range_problem(getattr(self, flag), low, high):
+                raise InputError(f"--{flag} {problem}")
         if not self.samples():
             raise InputError("There is nothing to make. Give at least one class and one count above 0.")
 
@@ -158,9 +156,10 @@ def _draw_sample(image: Axes, relief: Axes, folder: Path) -> None:
             ax.contour(around, [0.002], colors="#2fe3f5", linewidths=1.0, linestyles="dashed")
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the flags and make the dataset."""
-    parser = Parser((__doc__ or "").split("\n\n")[0])
+    parser = Parser((__doc__ or "").split("\n\n")[0], {**BOUNDS, "num_workers": (1, MOST_WORKERS)})
     add = parser.add_argument
     add("output_dir", type=Path, metavar="OUTPUT_DIR", help="folder that receives the class folders")
     add("--classes", nargs="+", default=Plan.classes, metavar="CLASS", help="classes to make")
@@ -172,13 +171,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--seed", type=int, default=Plan.seed, help="seed of all random numbers")
     add("--num_workers", type=int, default=os.cpu_count() or 1, metavar="N", help="number of processes")
     args = parser.parse_args(argv)
-    with exit_on_input_error():
-        plan = from_flags(Plan, args)
-        if args.num_workers < 1:
-            raise InputError(f"--num_workers is {args.num_workers}. Give at least 1.")
-        make_dataset(plan, args.num_workers)
+    plan = from_flags(Plan, args)
+    make_dataset(plan, args.num_workers)
     write_preview(plan.output_dir, plan.classes)
-    print(f"{len(plan.samples())} samples in {plan.output_dir}, a contact sheet in {plan.output_dir / 'preview.png'}")
+    show(f"{len(plan.samples())} samples in {plan.output_dir}, a contact sheet in {plan.output_dir / 'preview.png'}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.cleaning.journal import MANIFEST, FileRecord, Journal, Record, Scan, locked, sha256, stamp
-from utils.errors import InputError, escape_controls
+from utils.errors import InputError, show
 from utils.scans.files import atomic_path, cannot_read, cannot_write, make_folder
 from utils.scans.images import open_image
 from utils.scans.organized_pc import as_cloud, read_organized_pc, write_organized_pc
@@ -140,7 +140,7 @@ def report(summary: Summary, done: str = "done") -> int:
     """Print the summary and return the exit code: 0 all done, 1 some scans failed."""
     print(f"{done} {len(summary.done)}, skipped {len(summary.skipped)} (done before), failed {len(summary.failed)}")
     for name, reason in summary.failed.items():
-        print(escape_controls(f"  {name}: {reason}"))
+        show(f"  {name}: {reason}")
     return 1 if summary.failed else 0
 
 

@@ -37,14 +37,15 @@ def one_line(text: str) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], justify: Callable[[str, int], str] = str.rjust) -> list[str]:
-    """Lines with aligned columns: the first column to the left, the others by `justify`."""
+    """Lines with aligned columns, for terminals: the first column to the left, the others by `justify`."""
+    rows = [[escape_controls(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join([row[0].ljust(widths[0]), *map(justify, row[1:], widths[1:])]).rstrip() for row in rows]
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:
     """Print rows of cells in columns aligned to the left."""
-    print("\n".join(map(escape_controls, aligned(rows, str.ljust))))
+    print("\n".join(aligned(rows, str.ljust)))
 
 
 def append_tables(

@@ -130,6 +130,11 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        if error.filename not in (None, str(temporary)):
+            raise
+        reason = error.strerror or str(error)  # NumPy's error of a write cut short has no number
+        raise OSError(error.errno or errno.ENOSPC, reason, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

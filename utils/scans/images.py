@@ -19,16 +19,14 @@ _END_MARKERS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9
 _TAIL_BYTES = 65536  # some programs append their own data after the end marker
 _DARK = 4096  # values of 12 bits, stored in 16
 _warned_folders: set[Path] = set()
-MAX_MEGAPIXELS = 64
+MAX_MEGAPIXELS, MEGAPIXELS = 64, (1, 4000)  # default and bounds of --max_megapixels
 Image.MAX_IMAGE_PIXELS = MAX_MEGAPIXELS * 1_000_000
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # open_image reports it
 logger = logging.getLogger(__name__)
 
 
 def set_max_megapixels(number: int) -> None:
-    """Set the size of the largest image that this process opens; InputError if it is out of range."""
-    if not 1 <= number <= 4000:
-        raise InputError(f"--max_megapixels is {number}. Give 1 to 4000.")
+    """Set the size of the largest image that this process opens."""
     Image.MAX_IMAGE_PIXELS = number * 1_000_000
 
 
