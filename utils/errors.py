@@ -25,7 +25,7 @@ _SENTENCES = {  # by words in the messages of Python's and torch's RuntimeErrors
     **dict.fromkeys(("DataLoader worker (pid", "process pool"), _KILLED),
     "start new thread": "The system allows no more threads. Run again with fewer workers.",
     "recursion depth": "A file holds data that is nested too deeply. Restore it from its source.",
-    "Symlink loop": "{}: this link leads back to itself. Remove it, or choose another path.",
+    "Symlink loop": "A path leads in a circle ({}). Remove the link that leads back to itself.",
 }
 _FIXES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free disk space"),
