@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import random
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import models
+from feature_extractors.config import DetectorConfig
+from feature_extractors.extractor import build_extractor
 from models import XYZ_BACKBONES, CheckpointFiles, build_feature_fusion, build_rgb_backbone, build_xyz_backbone
 from models.checkpoints import (
     State,
@@ -515,3 +519,21 @@ def test_files_that_are_no_safetensors_are_named(tmp_path: Path, content: bytes)
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     assert "Download it again" in message_of(lambda: read_checkpoint(path), path)
+
+
+@pytest.mark.parametrize("name", ["absent.pth", "notes.txt", "folder.pth"])
+def test_weights_are_looked_for_before_a_network_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A large vision transformer takes a minute to build."""
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "folder.pth").mkdir()
+    for spec in (models.RgbSpec, models.XyzSpec):
+        monkeypatch.setattr(spec, "build", lambda *_, **__: pytest.fail("built too early"))
+    config = DetectorConfig("DINO+Point_MAE")
+    for modality in ("rgb", "xyz"):
+        with pytest.raises(InputError, match=re.escape(str(tmp_path / name))):
+            if modality == "rgb":
+                models.build_rgb_backbone(config.rgb_backbone_name, tmp_path, 224, tmp_path / name)
+            else:
+                build_extractor(config, tmp_path, None, xyz_checkpoint=tmp_path / name)
