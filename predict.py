@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.choices import UNITS
+from utils.choices import CLEANING_FLAGS, UNITS
 from utils.command_line import MOST_WORKERS, Parser
 from utils.errors import InputError, exit_on_error, show
 from utils.scans.images import MAX_MEGAPIXELS, MEGAPIXELS, set_max_megapixels
@@ -45,6 +45,8 @@ class PredictSettings:
     xyz_unit: str
     preprocess: bool
     keep_rgb: bool
+    mask_unmeasured: bool
+    empty_margins: bool
     output_dir: Path
     append: bool
     no_images: bool
@@ -59,8 +61,9 @@ class PredictSettings:
     def __post_init__(self) -> None:
         if self.rgb is None and self.xyz is None:
             raise InputError("There is nothing to predict. Give --rgb, --xyz or both.")
-        if self.keep_rgb and not self.preprocess:
-            raise InputError("--keep_rgb only applies to --preprocess. Give both, or leave it out.")
+        for flag in CLEANING_FLAGS:
+            if getattr(self, flag) and not self.preprocess:
+                raise InputError(f"--{flag} only applies to --preprocess. Give both, or leave it out.")
         about_clouds = {"preprocess": self.preprocess, "intrinsics": self.intrinsics, "xyz_unit": self.xyz_unit != "m"}
         for flag, given in about_clouds.items():
             if given and self.xyz is None:
@@ -109,7 +112,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--intrinsics", type=Path, help="JSON file with the camera's fx, fy, cx, cy, depth_scale, see docs/DATA.md")
     add("--xyz_unit", default="m", choices=UNITS, help="unit of the coordinates in point clouds")
     add("--preprocess", action="store_true", help="first clean raw scans as utils/preprocessing.py does")
-    add("--keep_rgb", action="store_true", help="with --preprocess: keep the background of the images")
+    for flag, text in CLEANING_FLAGS.items():
+        add(f"--{flag}", action="store_true", help=f"with --preprocess: {text}")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, default=Path("predictions"), help="folder of maps, overlays and predictions.jsonl")
     add("--append", action="store_true", help="add to an existing predictions.jsonl instead of replacing it")
@@ -131,11 +135,13 @@ def predict(settings: PredictSettings) -> int:
 
     from feature_extractors.persistence import load_detector
     from runner.prediction import LoadedSample, Outcome, PredictionWriter, SampleReader, predict_samples
+    from utils.cleaning.cloud_cleaning import CleaningRule
     from utils.scans.depth_camera import read_camera
     from utils.scans.files import make_folder
     from utils.scans.sample_files import cloud_suffixes, find_samples
 
     begin = time.perf_counter()
+    rule = CleaningRule(**{flag: getattr(settings, flag) for flag in CLEANING_FLAGS}) if settings.preprocess else None
     set_max_megapixels(settings.max_megapixels)
     camera = None if settings.intrinsics is None else read_camera(settings.intrinsics)
     found = find_samples(settings.rgb, settings.xyz, cloud_suffixes(camera))
@@ -147,9 +153,8 @@ def predict(settings: PredictSettings) -> int:
     config, thresholds = detector.config, detector.thresholds
     if thresholds is None:
         logger.warning("%s has no thresholds: there are scores but no decisions", settings.detector)
-    cleaning = settings.preprocess, settings.keep_rgb
     modalities, size = config.method.modalities, config.img_size
-    reader = SampleReader(found.samples, modalities, size, camera, settings.xyz_unit, *cleaning)
+    reader = SampleReader(found.samples, modalities, size, camera, settings.xyz_unit, rule)
     folder = make_folder(settings.output_dir, "--output_dir")
     writer = PredictionWriter(folder, thresholds, not settings.no_images, settings.append)
     records = []

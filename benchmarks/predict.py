@@ -59,7 +59,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
     samples = []
     for i in range(2 * args.distinct):
         scan = make_scan(CLASS_NAME, f"test/good/{i:04d}", SCAN_SIZE, SEED)
-        xyz, rgb, _ = clean_scan(scan.xyz, scan.rgb, None, CleaningRule())
+        xyz, rgb, *_ = clean_scan(scan.xyz, scan.rgb, None, CleaningRule())
         samples.append(make_sample(f"{i:04d}", rgb, xyz, config.img_size))
         if i < args.distinct:
             write_organized_pc(folder / f"xyz/{i:04d}.tiff", xyz)

@@ -31,7 +31,7 @@ def large_scan() -> tuple[Scan, np.ndarray]:
     """A raw scan, and its points (N, 3) float64 off the plane, meters."""
     rule = CleaningRule()
     scan = make_scan("cookie", "train/good/000", LARGE_SIZE, seed=0)
-    plane = fit_border_plane(scan.xyz, np.random.default_rng(rule.seed), rule)
+    plane, _ = fit_border_plane(scan.xyz, np.random.default_rng(rule.seed), rule)
     left = remove_plane(scan.xyz, plane, rule.plane_distance)
     return scan, left[valid_mask(left)].astype(np.float64)
 

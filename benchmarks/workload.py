@@ -91,7 +91,7 @@ def made_up_samples(count: int, split: str, size: int) -> list[Sample]:
         defect = list(DEFECTS)[i // 2 % len(DEFECTS)] if split == "test" and i % 2 else "good"
         path = f"{split}/{defect}/{i:03d}"
         scan = make_scan(CLASS_NAME, path, SCAN_SIZE, SEED)
-        xyz, rgb, gt = clean_scan(scan.xyz, scan.rgb, scan.gt, CleaningRule())
+        xyz, rgb, gt, _ = clean_scan(scan.xyz, scan.rgb, scan.gt, CleaningRule())
         image = Image.fromarray(rgb).resize((size, size), Image.Resampling.BICUBIC)
         pixels = (np.asarray(image, np.float32) / 255 - IMAGENET_DEFAULT_MEAN) / IMAGENET_DEFAULT_STD
         sample = Sample(path, torch.from_numpy(pixels).float().permute(2, 0, 1).contiguous(), resize_nearest(xyz, size))

@@ -67,13 +67,12 @@ class SampleReader:
     img_size: int  # side of the detector's input, pixels
     camera: Camera | None = None  # of depth images
     xyz_unit: str = "m"  # of the coordinates, a key of UNITS
-    preprocess: bool = False  # clean the clouds first
-    keep_rgb: bool = False  # with `preprocess`, keep the background of the images
+    cleaning: CleaningRule | None = None  # of the clouds; None leaves them as they are
 
     @cached_property
     def checked_for_table(self) -> frozenset[str]:
         """Names of a few samples whose clouds are checked for a table; none if they are cleaned here."""
-        needs_cleaning = "xyz" in self.modalities and not self.preprocess
+        needs_cleaning = "xyz" in self.modalities and self.cleaning is None
         return frozenset(each.path for each in spread(self.files)) if needs_cleaning else frozenset()
 
     def __len__(self) -> int:
@@ -91,16 +90,18 @@ class SampleReader:
         image_size = None if image is None else image.shape[:2]
         xyz = None if files.xyz is None else read_cloud(files.xyz, self.camera, self.xyz_unit, image_size)
         if image is not None and xyz is not None:
-            check_same_view(files.path, image, xyz, same_pixels=self.preprocess)
+            check_same_view(files.path, image, xyz, same_pixels=self.cleaning is not None)
         view = image if xyz is None else xyz
         assert view is not None, "a sample has a file"
         rgb, cloud, side = image, xyz, None
-        if self.preprocess and xyz is not None:
+        if self.cleaning is not None and xyz is not None:
             rgb = np.zeros_like(xyz, dtype=np.uint8) if image is None else image
             try:
-                cloud, rgb, _ = clean_scan(xyz, rgb, None, CleaningRule(), self.keep_rgb)
+                cloud, rgb, _, doubt = clean_scan(xyz, rgb, None, self.cleaning)
             except InputError as error:
                 raise InputError(f"{files.xyz} cannot be cleaned: {error}") from None
+            if doubt:
+                logger.warning("%s is cleaned, but check its overlay: %s", files.xyz, doubt)
             side = len(cloud)
         used = rgb if "rgb" in self.modalities else None, cloud if "xyz" in self.modalities else None
         sample = make_sample(str(files.xyz or files.rgb), *used, self.img_size)  # errors name this file

@@ -19,6 +19,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from utils.cleaning.cloud_cleaning import CleaningRule
 from utils.preprocessing import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +57,8 @@ def write_dataset(root: Path) -> Path:
 
 def config_for(dataset: Path, output_dir: Path | None = None, keep_rgb: bool = False, dry_run: bool = False) -> Config:
     """Configuration of a run with one worker."""
-    return Config(dataset, output_dir, workers=1, keep_rgb=keep_rgb, dry_run=dry_run, preview=None)
+    rule = CleaningRule(keep_rgb=keep_rgb)
+    return Config(dataset, output_dir, workers=1, dry_run=dry_run, preview=None, rule=rule)
 
 
 def contents(root: Path) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from dataset import index_split
 from runner import preparation
 from runner.dataset_check import check_split, warn_of_raw_scans, warn_of_unfinished_scans
 from utils import preprocessing
-from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, shows_table
+from utils.cleaning.cloud_cleaning import CleaningRule, CleanScan, clean_scan, shows_table
 from utils.cleaning.preview import Pair, check_format, write_preview
 from utils.errors import InputError
 from utils.scans.organized_pc import read_organized_pc, write_organized_pc
@@ -250,13 +250,14 @@ def test_the_preview_shows_each_class_before_and_after(
     for name, pair in shown.items():
         folder, _, stem = name.rpartition("/")
         np.testing.assert_array_equal(pair.xyz, read_organized_pc(raw / folder / "xyz" / f"{stem}.tiff"))
-        assert 0 < (pair.clean_xyz != 0).sum() < (pair.xyz != 0).sum()
+        assert pair.clean is not None
+        assert 0 < (pair.clean.xyz != 0).sum() < (pair.xyz != 0).sum()
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert np.asarray(sheet.convert("L")).std() > 20
     assert "before and after" in capsys.readouterr().out
 
 
-def test_the_preview_leaves_out_faulty_scans_and_lists_them(
+def test_the_preview_shows_refused_scans_and_lists_unreadable_ones(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "parts"
@@ -264,21 +265,23 @@ def test_the_preview_leaves_out_faulty_scans_and_lists_them(
     (root / "cookie/test/bump/rgb/000.png").write_bytes(b"no picture")
     for path in (root / "gasket").rglob("*.tiff"):
         write_organized_pc(path, np.zeros((224, 224, 3), np.float32))
-    shown: list[str] = []
+    shown: dict[str, Pair] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocessing, "write_preview", lambda _, pairs: shown.extend(pairs))
+        patch.setattr(preprocessing, "write_preview", lambda _, pairs: shown.update(pairs))
         preprocessing.main([str(root), "--dry_run", "--preview", str(tmp_path / "sheet.png")])
-    assert [name.split("/")[0] for name in shown] == ["cookie"]
-    assert shown[0] > "cookie/test/bump/000"
+    assert [name.split("/")[0] for name in shown] == ["cookie"] + ["gasket"] * 4
+    assert min(shown) > "cookie/test/bump/000"
+    assert ["has a measurement" in pair.reason and pair.clean is None for pair in shown.values()] == [False] + [
+        True
+    ] * 4
     left_out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out of the preview: ")]
     assert "cookie/test/bump/000: " in left_out[0] and "000.png is no complete PNG" in left_out[0]
-    scans = len(list((root / "gasket").rglob("*.tiff")))
-    assert len(left_out) == 1 + scans
-    assert all("gasket/" in line and "has a measurement" in line for line in left_out[1:])
+    assert len(left_out) == 1
 
-    shutil.rmtree(root / "cookie")
+    for path in root.rglob("*/rgb/*.png"):
+        path.write_bytes(b"no picture")
     problem = call_script(preprocessing.main, root, "--preview", tmp_path / "sheet.png").stderr
-    assert re.search(r"--preview cannot show any scan of .*gasket/test/bump/000: None of", problem)
+    assert re.search(r"--preview cannot show any scan of .*cookie/test/bump/000: .* no complete PNG", problem)
     assert not (root / "preprocessing.json").exists()
 
 
@@ -297,7 +300,9 @@ FIRST_BYTES = {
 def test_the_preview_has_the_format_of_its_file_name(tmp_path: Path, name: str) -> None:
     scan = make_scan("bracket", "train/good/000", 64, seed=3)
     check_format(tmp_path / name)
-    write_preview(tmp_path / name, {"a": Pair(scan.rgb, scan.xyz, scan.rgb, scan.xyz)})
+    clean = CleanScan(scan.xyz, scan.rgb, None)
+    refused = Pair(scan.rgb, np.zeros_like(scan.xyz), None, "No table.")
+    write_preview(tmp_path / name, {"a": Pair(scan.rgb, scan.xyz, clean), "b": refused})
     assert (tmp_path / name).read_bytes().startswith(FIRST_BYTES[name])
     assert [path.name for path in (tmp_path / name).parent.iterdir()] == [Path(name).name]
 
@@ -326,10 +331,5 @@ def test_the_preview_needs_a_scan_that_is_not_cleaned(cleaned: Path, tmp_path: P
     root = tmp_path / "parts"
     shutil.copytree(cleaned, root)
     config = config_for(root)
-    (root / "preprocessing.json").rename(root / "kept.json")
-    # Without the record the scans are cleaned again, which fails.
-    with pytest.raises(InputError, match="pixels within 10 of the image border"):
-        preprocessing.preview(config, tmp_path / "sheet.png")
-    (root / "kept.json").rename(root / "preprocessing.json")
     with pytest.raises(InputError, match="All are cleaned already"):
         preprocessing.preview(config, tmp_path / "sheet.png")

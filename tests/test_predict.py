@@ -30,7 +30,7 @@ from feature_extractors.persistence import load_detector, save_detector
 from runner import prediction
 from runner.prediction import LoadedSample, Outcome, PredictionWriter, SampleReader, predict_samples
 from utils import preprocessing
-from utils.cleaning.cloud_cleaning import crop_padding, pad_to_square
+from utils.cleaning.cloud_cleaning import CleaningRule, crop_padding, pad_to_square
 from utils.errors import InputError
 from utils.records import Prediction, SampleFiles
 from utils.reporting.visualization import resize_map
@@ -555,7 +555,7 @@ def test_cleaning_equals_preprocessing(raw: Path, tmp_path: Path, flags: list[st
     cleaned = AnomalyDataset(index_split(tmp_path / "clean/cookie", "test", BOTH), BOTH, SIDE)
     good = raw / "cookie/test/good"
     files = [SampleFiles(f"00{i}", good / f"rgb/00{i}.png", good / f"xyz/00{i}.tiff") for i in range(2)]
-    reader = SampleReader(files, BOTH, SIDE, preprocess=True, keep_rgb=bool(flags))
+    reader = SampleReader(files, BOTH, SIDE, cleaning=CleaningRule(keep_rgb=bool(flags)))
     for expected, loaded in zip(cleaned, reader, strict=True):
         assert loaded.sample is not None, loaded.problem
         assert torch.equal(loaded.sample.rgb, expected.rgb) and torch.equal(loaded.sample.xyz, expected.xyz)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ def test_output_equals_clean_scan(dataset: Path, tmp_path: Path) -> None:
     for name in ALL:
         folder, stem = name.rsplit("/", 1)
         gt = dataset / folder / "gt" / f"{stem}.png"
-        xyz, rgb, padded = clean_scan(
+        xyz, rgb, padded, _ = clean_scan(
             read_organized_pc(dataset / folder / "xyz" / f"{stem}.tiff"),
             np.asarray(Image.open(dataset / folder / "rgb" / f"{stem}.png")),
             np.asarray(Image.open(gt)) if gt.is_file() else None,
@@ -83,7 +83,7 @@ def test_changed_settings_are_refused(dataset: Path) -> None:
     assert contents(dataset) == before
 
 
-def test_dry_run_writes_nothing_and_checks_headers(dataset: Path, tmp_path: Path) -> None:
+def test_dry_run_writes_nothing_and_finds_faults(dataset: Path, tmp_path: Path) -> None:
     Image.new("RGB", (44, 41)).save(dataset / "bagel/train/good/rgb/000.png")
     tiff = dataset / "bagel/train/good/xyz/001.tiff"
     tiff.write_bytes(tiff.read_bytes()[:-1000])
@@ -91,9 +91,7 @@ def test_dry_run_writes_nothing_and_checks_headers(dataset: Path, tmp_path: Path
     for output in (None, tmp_path / "out"):
         summary = preprocess(config_for(dataset, output, dry_run=True))
         assert summary.done == ALL[:1]
-        image = dataset / "bagel/train/good/rgb/000.png"
-        reason = f"{image} is 41 x 44, but its xyz file 40 x 44 (H x W). Restore them from the dataset."
-        assert summary.failed[ALL[1]] == reason
+        assert summary.failed[ALL[1]].startswith("The image is 41 x 44 (H x W), the point cloud 40 x 44.")
         assert "cut short" in summary.failed[ALL[2]]
     assert contents(tmp_path) == before
 
@@ -134,7 +132,7 @@ def test_cleaned_dataset_without_manifest_is_not_cleaned_again(dataset: Path) ->
     assert contents(dataset) == before
 
 
-def test_cleaned_object_at_the_border_is_not_cleaned_again(tmp_path: Path) -> None:
+def test_cleaned_object_at_the_border_is_doubtful_and_refused_if_strict(tmp_path: Path) -> None:
     """A rod of 2 cm radius lies on a table across the whole view of 300 x 300 pixels."""
     y, x = (np.mgrid[:300, :300] - 149.5) * 1e-3
     height = np.where(np.abs(y) < 0.02, 0.02 + np.sqrt((0.02**2 - y**2).clip(0)), 0)
@@ -146,7 +144,12 @@ def test_cleaned_object_at_the_border_is_not_cleaned_again(tmp_path: Path) -> No
     (tmp_path / "parts/preprocessing.json").unlink()
     before = contents(folder)
     assert valid_mask(read_organized_pc(folder / "xyz/000.tiff"))[:, 0].any()
-    failed = preprocess(config_for(tmp_path / "parts")).failed
+    config = config_for(tmp_path / "parts", dry_run=True)
+    assert (
+        "pixels of the image border have a measurement, expected 25%"
+        in preprocess(config).doubtful["rod/train/good/000"]
+    )
+    failed = preprocess(replace(config, rule=CleaningRule(strict=True), dry_run=False)).failed
     assert "If the scan was cleaned before, take the original one" in failed["rod/train/good/000"]
     assert contents(folder) == before
 

@@ -35,7 +35,7 @@ def skips_unread(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], None]:
         before = {path: path.stat().st_mtime_ns for path in config.output.rglob("*")}
         with monkeypatch.context() as patch:
             patch.setattr(journal, "sha256", read)
-            assert preprocess(config) == ([], ALL, {})
+            assert preprocess(config) == ([], ALL, {}, {})
         assert {path: path.stat().st_mtime_ns for path in config.output.rglob("*")} == before
 
     return check
@@ -57,7 +57,7 @@ def test_a_copy_counts_as_done(dataset: Path, tmp_path: Path, elsewhere: bool) -
         if (tmp_path / name).is_dir():
             shutil.copytree(tmp_path / name, tmp_path / "copy" / name, copy_function=shutil.copyfile)
     config = config_for(tmp_path / "copy/parts", tmp_path / "copy/out" if elsewhere else None)
-    assert preprocess(config) == ([], ALL, {})
+    assert preprocess(config) == ([], ALL, {}, {})
 
 
 def test_result_overwritten_with_the_same_size_is_noticed(dataset: Path) -> None:
@@ -66,7 +66,7 @@ def test_result_overwritten_with_the_same_size_is_noticed(dataset: Path) -> None
     size = tiff.stat().st_size
     write_organized_pc(tiff, read_organized_pc(tiff)[::-1])
     assert tiff.stat().st_size == size
-    assert preprocess(config_for(dataset)) == ([], [ALL[0], ALL[2]], {ALL[1]: CHANGED})
+    assert preprocess(config_for(dataset)) == ([], [ALL[0], ALL[2]], {ALL[1]: CHANGED}, {})
 
 
 def test_originals_as_large_as_their_results_are_done_again(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_changed_source_is_cleaned_again_but_not_a_touched_one(dataset: Path, tm
     tiff = dataset / "bagel/train/good/xyz/000.tiff"
     write_organized_pc(tiff, raw_cloud(9))  # same file size
     os.utime(dataset / "bagel/train/good/xyz/001.tiff", ns=(1, 1))
-    assert preprocess(config) == ([ALL[1]], [ALL[0], ALL[2]], {})
+    assert preprocess(config) == ([ALL[1]], [ALL[0], ALL[2]], {}, {})
     preprocess(config_for(dataset, tmp_path / "expected"))
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
@@ -141,5 +141,5 @@ def test_finished_dataset_on_a_read_only_disk(copied: bool, locked: str) -> None
         root.parent.chmod(0o755)
         for path in (root, *root.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
-        assert (summary, contents(root)) == (([], ALL, {}), before)
+        assert (summary, contents(root)) == (([], ALL, {}, {}), before)
         assert sorted(root.rglob("*")) == files

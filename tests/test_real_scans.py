@@ -27,7 +27,7 @@ SCANS = {
 SIZE, GRID = 224, 56
 # The plane is searched in the whole image, because the border of these scans shows more than a plane. Candidates use
 # few points, because the plane may be small; the tolerances are for a sensor at least a meter away.
-WHOLE_IMAGE = CleaningRule(border=SIZE, fit_sample=8, fit_distance=0.01, plane_distance=0.02, min_support=0)
+WHOLE_IMAGE = CleaningRule(border=SIZE, fit_sample=8, fit_distance=0.01, plane_distance=0.02, least_support=0)
 
 
 def measured_area(xyz: np.ndarray) -> np.ndarray:
@@ -37,7 +37,7 @@ def measured_area(xyz: np.ndarray) -> np.ndarray:
 
 
 def without_plane(xyz: np.ndarray, seed: int = 0) -> np.ndarray:
-    plane = fit_border_plane(xyz, np.random.default_rng(seed), WHOLE_IMAGE)
+    plane, _ = fit_border_plane(xyz, np.random.default_rng(seed), WHOLE_IMAGE)
     return remove_plane(xyz, plane, WHOLE_IMAGE.plane_distance)
 
 
@@ -81,7 +81,7 @@ def test_cleaning_of_an_object_on_a_table(load: Callable[[str], np.ndarray]) -> 
     """Cleaning with a plane distance for this sensor's noise leaves one carton."""
     xyz = load("milk_cartoon_all_small_clorox")
     gray = np.full(xyz.shape, 5, np.uint8)
-    clean, image, _ = clean_scan(xyz, gray, None, CleaningRule(plane_distance=0.01))
+    clean, image, *_ = clean_scan(xyz, gray, None, CleaningRule(plane_distance=0.01))
     kept = valid_mask(clean)
     assert clean.shape == (700, 700, 3)
     assert 5_000 < kept.sum() < 0.1 * valid_mask(xyz).sum()

@@ -5,5 +5,10 @@ STORAGE_DTYPE_NAMES = ("fp16", "fp32")  # of features and memory banks, in memor
 POINT_NORMS = ("cloud", "running")  # BatchNorm statistics of the group encoder: current cloud, or checkpoint
 POINT_OPS = ("auto", "torch", "triton", "extension")  # backends of the point searches
 PAIRINGS = ("aligned", "reference")  # of rgb and xyz patches in UFF training
+CLEANING_FLAGS = {  # fields of CleaningRule, with the help of their flags
+    "keep_rgb": "keep the background of the images; only pad them",
+    "mask_unmeasured": "blacken the image where there is no measurement; by default it keeps its color there",
+    "empty_margins": "look for the table along the border of the measured area, not of the image",
+}
 UNITS = {"m": 1.0, "mm": 0.001}  # of coordinates, meters
 NEGATIVES = ("local", "global")  # of the contrastive loss: rows of this process, or of all

@@ -24,8 +24,8 @@ if __name__ == "__main__":
 import numpy as np
 import yaml
 
-from utils.cleaning.journal import Journal, Record, Scan
-from utils.cleaning.scan_processing import Summary, process_scans, report, write_results
+from utils.cleaning.journal import Journal, Scan
+from utils.cleaning.scan_processing import Result, Summary, process_scans, report, write_results
 from utils.command_line import MOST_WORKERS, Parser, class_name
 from utils.errors import InputError, exit_on_error
 from utils.scans.files import cannot_read, open_file, subfolders
@@ -150,7 +150,7 @@ def _scan_of(prefix: Path, split: str, light: int) -> Scan:
     return Scan(f"{split}/{defect}/{int(prefix.name):03d}", sources)
 
 
-def convert_files(scan: Scan, target: Path) -> Record:
+def convert_files(scan: Scan, target: Path) -> Result:
     """Convert one sample and write the results under temporary names.
 
     Raises InputError or OSError if a file cannot be read or written, sizes differ, or the table cannot be found.
@@ -167,7 +167,7 @@ def convert_files(scan: Scan, target: Path) -> Record:
         if array.shape[:2] != (height, width):
             found = f"{scan.sources[modality][0]} is {array.shape[0]} x {array.shape[1]}"
             raise InputError(f"{found}, its depth {height} x {width} (H x W). Copy them again from the dataset.")
-    return write_results(scan, arrays, target)
+    return write_results(scan, arrays, target), ""
 
 
 def preprocess(config: Config) -> Summary:

@@ -14,7 +14,7 @@ Exit code: 0 all done, 1 some scans failed (listed at the end), 2 bad arguments 
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,25 +23,19 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
-from tqdm import tqdm
 
+from utils.choices import CLEANING_FLAGS
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
-from utils.cleaning.journal import MANIFEST, Journal, Record, Scan
+from utils.cleaning.journal import MANIFEST, Journal, Scan
 from utils.cleaning.preview import FORMATS, Pair, check_format, write_preview
-from utils.cleaning.scan_processing import (
-    Summary,
-    process_scans,
-    report,
-    require_own_folder,
-    split_scans,
-    write_results,
-)
-from utils.command_line import MOST_WORKERS, Parser
+from utils.cleaning.scan_processing import Result, Summary, process_scans, report, write_results
+from utils.command_line import MOST_WORKERS, Parser, from_flags
 from utils.errors import InputError, exit_on_error, show
 from utils.scans.files import cannot_write, files_by_modality, is_good, make_folder, subfolders
 from utils.scans.images import MAX_MEGAPIXELS, MEGAPIXELS, defect_mask, open_image, read_image, set_max_megapixels
-from utils.scans.organized_pc import organized_pc_header, read_organized_pc
+from utils.scans.organized_pc import read_organized_pc
 
+ROWS = 4  # of a class in the preview, at most
 VERSION = 1  # of the cleaning: raise it when the same scan and rule give another result
 
 
@@ -52,7 +46,6 @@ class Config:
     dataset: Path
     output_dir: Path | None
     workers: int
-    keep_rgb: bool
     dry_run: bool
     preview: Path | None
     max_megapixels: int = MAX_MEGAPIXELS
@@ -67,7 +60,7 @@ class Config:
 
     def journal(self) -> Journal:
         """Record of the scans that are done."""
-        return Journal(self.output, {"version": VERSION, **self.rule.settings(), "keep_rgb": self.keep_rgb})
+        return Journal(self.output, {"version": VERSION, **self.rule.settings()})
 
 
 def find_scans(root: Path) -> tuple[list[Scan], dict[str, str]]:
@@ -123,11 +116,17 @@ def _complete_scans(folder: Path, root: Path, failed: dict[str, str]) -> list[Sc
     return scans
 
 
-def clean_files(scan: Scan, config: Config) -> Record:
-    """Clean one scan and write the results under temporary names; errors as in `clean_scan` and `write_results`."""
-    pair = _read_and_clean(scan, config)
-    arrays = {"xyz": pair.clean_xyz, "rgb": pair.clean_rgb, "gt": pair.clean_gt}
-    return write_results(scan, {name: array for name, array in arrays.items() if array is not None}, config.output)
+def clean_files(scan: Scan, config: Config) -> Result:
+    """Clean one scan and, except in a dry run, write the results under temporary names.
+
+    Raises InputError or OSError if a file cannot be read or written, or as in `clean_scan`.
+    """
+    clean = clean_scan(*_read(scan), config.rule)
+    if config.dry_run:
+        return {}, clean.doubt
+    arrays = {"xyz": clean.xyz, "rgb": clean.rgb, "gt": clean.gt}
+    written = {name: array for name, array in arrays.items() if array is not None}
+    return write_results(scan, written, config.output), clean.doubt
 
 
 def _source(scan: Scan, modality: str) -> Path:
@@ -138,34 +137,34 @@ def _source(scan: Scan, modality: str) -> Path:
     return files[0]
 
 
-def _read_and_clean(scan: Scan, config: Config) -> Pair:
+def _read(scan: Scan) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     xyz = read_organized_pc(_source(scan, "xyz"))
     rgb = read_image(_source(scan, "rgb"))
-    gt = None
-    if "gt" in scan.sources:
-        with open_image(_source(scan, "gt")) as image:  # 8-bit ids as stored, any other form as 0 and 255
-            has_ids = image.mode == "L" and image.format == "PNG"
-            gt = np.asarray(image) if has_ids else defect_mask(image).astype(np.uint8) * 255
-    clean_xyz, clean_rgb, clean_gt = clean_scan(xyz, rgb, gt, config.rule, config.keep_rgb)
-    return Pair(rgb, xyz, clean_rgb, clean_xyz, clean_gt)
+    if "gt" not in scan.sources:
+        return xyz, rgb, None
+    with open_image(_source(scan, "gt")) as image:  # 8-bit ids as stored, any other form as 0 and 255
+        has_ids = image.mode == "L" and image.format == "PNG"
+        return xyz, rgb, np.asarray(image) if has_ids else defect_mask(image).astype(np.uint8) * 255
 
 
-def preview(config: Config, path: Path) -> dict[str, str]:
-    """Draw one scan of each class before and after: the first that is not cleaned yet and can be cleaned.
+def preview(config: Config, path: Path, flagged: Container[str] = ()) -> dict[str, str]:
+    """Draw some scans of each class before and after: the first that can be cleaned and, up to ROWS, the `flagged`.
 
-    Returns the reason for each scan that was left out because it cannot be cleaned. Raises InputError if the suffix of
-    `path` is no image format, there is no scan to draw, or the file cannot be written.
+    Scans that are cleaned already are not drawn. Refused ones before the first that can be cleaned are drawn as well.
+    Returns the reason for each scan that was left out because it cannot be read. Raises InputError if there is no scan
+    to draw, or the file cannot be written.
     """
-    check_format(path)
     pairs: dict[str, Pair] = {}
     left_out: dict[str, str] = {}
     done = config.journal().done if config.output == config.dataset else {}
-    for scan in find_scans(config.dataset)[0]:
+    for scan in sorted(find_scans(config.dataset)[0], key=lambda scan: scan.name in flagged):
         class_name = scan.name.partition("/")[0]
-        if scan.name in done or any(name.startswith(f"{class_name}/") for name in pairs):
+        drawn = [pair for name, pair in pairs.items() if name.startswith(f"{class_name}/")]
+        wanted = scan.name in flagged or all(pair.clean is None for pair in drawn)
+        if scan.name in done or not wanted or len(drawn) == ROWS:
             continue
         try:
-            pairs[scan.name] = _read_and_clean(scan, config)
+            pairs[scan.name] = _pair(scan, config.rule)
         except InputError as error:
             left_out[scan.name] = str(error)
     if not pairs:
@@ -173,14 +172,24 @@ def preview(config: Config, path: Path) -> dict[str, str]:
         raise InputError(f"--preview cannot show any scan of {config.dataset}. {reasons[0]}")
     make_folder(path.parent, "--preview")
     try:
-        write_preview(path, pairs)
+        write_preview(path, dict(sorted(pairs.items())))
     except OSError as error:
         raise cannot_write(path, error) from error
     return left_out
 
 
+def _pair(scan: Scan, rule: CleaningRule) -> Pair:
+    """Read and clean a scan for the preview; InputError if it cannot be read."""
+    xyz, rgb, gt = _read(scan)
+    try:
+        clean = clean_scan(xyz, rgb, gt, rule)
+    except InputError as error:
+        return Pair(rgb, xyz, None, str(error))
+    return Pair(rgb, xyz, clean, clean.doubt)
+
+
 def preprocess(config: Config) -> Summary:
-    """Clean every scan that is not done yet. A dry run only reads headers; its `done` lists the scans left to clean.
+    """Clean every scan that is not done yet. A dry run cleans them as well but writes nothing.
 
     Raises InputError as `find_scans`, `Journal` and `process_scans`, or where a dataset would be cleaned twice.
     """
@@ -188,28 +197,8 @@ def preprocess(config: Config) -> Summary:
     if config.output != config.dataset and (config.dataset / MANIFEST).is_file():
         problem = f"{config.dataset} is preprocessed already ({MANIFEST} is there)"
         raise InputError(f"{problem}. Give the folder of the original scans.")
-    journal = config.journal()
-    if not config.dry_run:
-        return process_scans(scans, journal, partial(clean_files, config=config), config.workers, failed)
-    require_own_folder(scans, journal)
-    pending, skipped, faults = split_scans(scans, journal)
-    faults |= {scan.name: fault for scan in tqdm(pending, unit="scan", disable=None) if (fault := _fault(scan))}
-    done = sorted(scan.name for scan in pending if scan.name not in faults)
-    return Summary(done, skipped, dict(sorted((failed | faults).items())))
-
-
-def _fault(scan: Scan) -> str:
-    """Return the reason why a scan would fail, as far as headers show, or an empty string."""
-    try:
-        height, width = organized_pc_header(_source(scan, "xyz"))
-        for modality in scan.sources.keys() - {"xyz"}:
-            with open_image(path := _source(scan, modality)) as image:
-                if image.size != (width, height):
-                    sizes = f"{image.height} x {image.width}, but its xyz file {height} x {width} (H x W)"
-                    return f"{path} is {sizes}. Restore them from the dataset."
-    except InputError as error:
-        return str(error)
-    return ""
+    process = partial(clean_files, config=config)
+    return process_scans(scans, config.journal(), process, config.workers, failed, config.dry_run)
 
 
 def parse_args(argv: Sequence[str] | None) -> Config:
@@ -218,12 +207,17 @@ def parse_args(argv: Sequence[str] | None) -> Config:
     parser.add_argument("dataset", type=Path, help="folder that holds the classes")
     parser.add_argument("--output_dir", type=Path, help="write here instead of in place; the dataset stays as it is")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one per core")
-    parser.add_argument("--keep_rgb", action="store_true", help="keep the background of the images; only pad them")
-    parser.add_argument("--dry_run", action="store_true", help="check pairs, headers and sizes; change nothing")
-    text = f"first draw one scan of each class before and after cleaning ({', '.join(FORMATS)})"
+    for flag, text in CLEANING_FLAGS.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
+    parser.add_argument("--strict", action="store_true", help="refuse doubtful scans instead of warning of them")
+    parser.add_argument("--dry_run", action="store_true", help="clean without writing: report what a run would do")
+    text = f"first draw scans of each class before and after cleaning ({', '.join(FORMATS)}); all kinds with --dry_run"
     parser.add_argument("--preview", type=Path, metavar="IMAGE", help=text)
     parser.add_argument("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image, millions of pixels")
-    return Config(**vars(parser.parse_args(argv)))
+    args = parser.parse_args(argv)
+    if args.preview:
+        check_format(args.preview)
+    return from_flags(Config, args, rule=from_flags(CleaningRule, args))
 
 
 @exit_on_error("interrupted. Run the same command to continue.")
@@ -231,11 +225,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit code."""
     config = parse_args(argv)
     set_max_megapixels(config.max_megapixels)
+    summary = preprocess(config) if config.dry_run else None
     if config.preview:
-        for name, reason in preview(config, config.preview).items():
+        flagged = summary.failed | summary.doubtful if summary else ()
+        for name, reason in preview(config, config.preview, flagged).items():
             show(f"left out of the preview: {name}: {reason}")
         show(f"before and after: {config.preview}")
-    return report(preprocess(config), "to do" if config.dry_run else "done")
+    return report(summary or preprocess(config), "to do" if config.dry_run else "done")
 
 
 if __name__ == "__main__":

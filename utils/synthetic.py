@@ -136,7 +136,7 @@ def _draw_sample(image: Axes, relief: Axes, folder: Path) -> None:
 
     xyz = read_organized_pc(folder / "xyz" / "000.tiff")
     valid = valid_mask(xyz)
-    plane = fit_border_plane(xyz, np.random.default_rng(0), CleaningRule())
+    plane, _ = fit_border_plane(xyz, np.random.default_rng(0), CleaningRule())
     spacing = float(np.ptp(xyz[valid][:, 0])) / xyz.shape[1]
     height = np.where(valid, np.abs(xyz @ plane[:3] + plane[3]), 0)
     rows, columns = np.nonzero(ndimage.median_filter(height, 5) > 0.005)

@@ -6,7 +6,7 @@ a missing pixel is exactly (0, 0, 0).
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -32,26 +32,42 @@ class CleaningRule:
     cluster_min_points: int = 30  # size of a core point's neighborhood, itself included
     side_multiple: int = 100  # pixels: the padded side is the larger image side rounded up to a multiple
     max_extent: float = MAX_COORDINATE
-    min_border: float = 0.25  # share of the border pixels with a measurement in a raw scan
-    min_support: float = 0.5  # share of the measured border points on the plane in a raw scan
+    least_support: float = 0.1  # share of the measured border points on the plane; with less, a scan is refused
+    min_border: float = 0.25  # share of the border pixels with a measurement; less is doubtful
+    min_support: float = 0.5  # share of the measured border points on the plane; no more is doubtful
+    strict: bool = False  # refuse doubtful scans
+    empty_margins: bool = False  # take the border of the measured area instead of the image border
+    keep_rgb: bool = False  # keep the removed pixels in the image
+    mask_unmeasured: bool = False  # set the image to 0 where there is no measurement
 
     def settings(self) -> dict[str, Any]:
-        """Parameters that results depend on, for the manifest. The two others only decide which scans are refused."""
-        return {name: value for name, value in asdict(self).items() if name not in ("min_border", "min_support")}
+        """Parameters that results depend on, for the manifest; those left out only decide which scans are refused.
+
+        Older manifests lack the newer flags, so these are left out where they are off.
+        """
+        left_out = {"least_support", "min_border", "min_support", "strict"}
+        left_out |= {name for name in ("empty_margins", "mask_unmeasured") if not getattr(self, name)}
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
-def clean_scan(
-    xyz: np.ndarray, rgb: np.ndarray, gt: np.ndarray | None, rule: CleaningRule, keep_rgb: bool = False
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Remove the plane of a scan, keep its largest cluster, and pad it to a square of side S.
+class CleanScan(NamedTuple):
+    """Cleaned and padded scan of side S. Removed pixels and padding are 0."""
+
+    xyz: np.ndarray  # (S, S, 3)
+    rgb: np.ndarray  # (S, S, C)
+    gt: np.ndarray | None  # (S, S)
+    doubt: str = ""  # about the plane
+
+
+def clean_scan(xyz: np.ndarray, rgb: np.ndarray, gt: np.ndarray | None, rule: CleaningRule) -> CleanScan:
+    """Remove the plane of a scan, keep its largest cluster, and pad it to a square.
 
     Takes the cloud (H, W, 3), the uint8 image (H, W, C) of the same view, and the ground truth (H, W) of any dtype,
-    which is only padded, as is the image with `keep_rgb`. Returns xyz (S, S, 3), rgb (S, S, C) and gt (S, S) or None,
-    dtypes as given. Removed pixels and padding are 0. As in the reference, the image keeps its pixels without a
-    measurement.
+    which is only padded. Dtypes stay as given. As in the reference, the image keeps its pixels without a measurement,
+    unless `rule.mask_unmeasured` is set.
 
     Raises InputError if sizes differ, there is no measurement, the coordinates are not in meters, the border shows
-    no table (see `fit_border_plane`), or nothing is left.
+    no plane (see `fit_border_plane`), nothing is left, or a doubt remains with `rule.strict`.
     """
     for name, image in (("image", rgb), ("ground truth", gt)):
         if image is not None and image.shape[:2] != xyz.shape[:2]:
@@ -66,34 +82,44 @@ def clean_scan(
     if reach > rule.max_extent:
         problem = f"The coordinates reach {reach:g}, expected meters and at most {rule.max_extent:g}"
         raise InputError(f"{problem}. Convert them to meters.")
-    plane = fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
+    plane, doubt = fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
+    if doubt and rule.strict:
+        raise InputError(f"{doubt}. If the scan was cleaned before, take the original one; otherwise leave it out.")
     part = largest_cluster(remove_plane(xyz, plane, rule.plane_distance), rule)
     clean_xyz = np.where(part[..., None], xyz, xyz.dtype.type(0))
-    clean_rgb = rgb if keep_rgb else np.where((measured & ~part)[..., None], rgb.dtype.type(0), rgb)
+    black = np.zeros_like(part) if rule.keep_rgb else measured & ~part
+    if rule.mask_unmeasured:
+        black |= ~measured
+    clean_rgb = np.where(black[..., None], rgb.dtype.type(0), rgb)
     padded_gt = None if gt is None else pad_to_square(gt, rule.side_multiple)
-    return pad_to_square(clean_xyz, rule.side_multiple), pad_to_square(clean_rgb, rule.side_multiple), padded_gt
+    padded = pad_to_square(clean_xyz, rule.side_multiple), pad_to_square(clean_rgb, rule.side_multiple)
+    return CleanScan(*padded, padded_gt, doubt)
 
 
-def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRule) -> np.ndarray:
-    """Fit the plane under the object to the measurements in a frame along the image border (RANSAC).
+def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRule) -> tuple[np.ndarray, str]:
+    """Fit the plane under the object to the measurements in a frame along the border (RANSAC).
 
     The best of many planes through small random samples is refitted to its supporting points until these no longer
     change. (The reference refits once.) The result does not depend on the samples, which `rng` draws, unless the object
     covers more than about a quarter of the border.
 
-    Returns (4,) float64: unit normal n, of either sign, and offset d of the plane n . p + d = 0. Raises InputError if
-    too little of the border is measured, as in a cleaned scan, too few of its points lie on the plane, or the points on
-    the plane form a line.
+    Returns (4,) float64, the unit normal n, of either sign, and offset d of the plane n . p + d = 0, and the reason to
+    doubt that it is the table, or an empty string. Raises InputError if the border has fewer measurements than a
+    sample, as in a cleaned scan, or too few of them lie on the plane.
     """
+    area, remedy = "image border", "if its margins are empty, give --empty_margins"
+    if rule.empty_margins:
+        area, remedy = "border of the measured area", "otherwise leave it out"
+        rows, columns = (np.flatnonzero(valid_mask(xyz).any(axis=axis)) for axis in (1, 0))
+        xyz = xyz[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     frame = np.ones(xyz.shape[:2], dtype=bool)
     frame[rule.border : -rule.border, rule.border : -rule.border] = False
     points = xyz[frame & valid_mask(xyz)].astype(np.float64)
-    if len(points) < max(rule.fit_sample, rule.min_border * frame.sum()):
-        raise InputError(
-            f"{len(points)} of the {frame.sum()} pixels within {rule.border} of the image border have a measurement, "
-            f"expected {rule.min_border:.0%} and at least {rule.fit_sample}. If the scan was cleaned before, take the "
-            "original one; otherwise crop it to its measured area."
-        )
+    place = f"within {rule.border} pixels of the {area}"
+    measured = f"{len(points)} of the {frame.sum()} pixels {place} have a measurement, expected"
+    original = "If the scan was cleaned before, take the original one"
+    if len(points) < rule.fit_sample:
+        raise InputError(f"{measured} at least {rule.fit_sample}. {original}; {remedy}.")
     support = _best_support(points, rng, rule)
     for _ in range(rule.fit_iterations):
         if support.sum() < 3:
@@ -102,33 +128,25 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
         previous, support = support, _distance(points, plane) < rule.fit_distance
         if np.array_equal(support, previous):
             break
-    _require_table(points, support, rule)
-    return plane
-
-
-def _require_table(points: np.ndarray, support: np.ndarray, rule: CleaningRule) -> None:
-    """Raise InputError if too few of the border points (N, 3) support the plane, or the supporting ones form a line."""
-    if not support.mean() > rule.min_support:
-        raise InputError(
-            f"{support.mean():.0%} of the {len(points)} measurements within {rule.border} pixels of the image border "
-            f"lie on one plane, expected more than {rule.min_support:.0%}. If the scan was cleaned before, take the "
-            "original one; otherwise leave it out."
-        )
+    on_plane = f"{support.mean():.0%} of the {len(points)} measurements {place} lie on one plane, expected"
+    if support.sum() < 3 or support.mean() < rule.least_support:
+        raise InputError(f"{on_plane} at least {rule.least_support:.0%}. {original}; otherwise leave it out.")
     across = float(np.sqrt(np.linalg.eigvalsh(np.cov(points[support].T))[1].clip(0)))
-    if across < rule.fit_distance:
-        raise InputError(
-            f"The measurements within {rule.border} pixels of the image border lie on a line or a point, {across:.2g} "
-            f"m wide, expected at least {rule.fit_distance:g} m. Restore the xyz file or leave the scan out."
-        )
+    line = f"The measurements {place} lie on a line or a point, {across:.2g} m wide, expected at least"
+    doubts = {
+        f"{measured} {rule.min_border:.0%}": len(points) < rule.min_border * frame.sum(),
+        f"{on_plane} more than {rule.min_support:.0%}": support.mean() <= rule.min_support,
+        f"{line} {rule.fit_distance:g} m": across < rule.fit_distance,
+    }
+    return plane, ". ".join(doubt for doubt, holds in doubts.items() if holds)
 
 
 def shows_table(xyz: np.ndarray, rule: CleaningRule) -> bool:
-    """Tell a raw cloud (H, W, 3) from a cleaned one by the table that `fit_border_plane` finds along its border."""
+    """Tell a raw cloud (H, W, 3) from a cleaned one by a table along its border that leaves no doubt."""
     try:
-        fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
+        return not fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)[1]
     except InputError:
         return False
-    return True
 
 
 def remove_plane(xyz: np.ndarray, plane: np.ndarray, distance: float) -> np.ndarray:

@@ -191,7 +191,8 @@ class Journal:
     def _check_settings(self, found: dict[str, Any]) -> None:
         if (script := script_of(found)) != script_of(self.settings):
             raise InputError(f"{self.output} was written by the other script, utils/{script}.py. Give another folder.")
-        pairs = {name: (found.get(name), self.settings.get(name)) for name in sorted(self.settings | found)}
+        names = sorted(self.settings | found)
+        pairs = {name: (found.get(name, False), self.settings.get(name, False)) for name in names}
         changed = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in pairs.items() if old != new)
         if changed:
             raise InputError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from utils.cleaning.cloud_cleaning import CleanScan
 from utils.errors import InputError
 from utils.scans.files import atomic_path
 from utils.scans.organized_pc import valid_mask
@@ -20,13 +22,12 @@ COLUMNS = ("image", "depth", "cleaned image", "cleaned depth")
 
 
 class Pair(NamedTuple):
-    """A scan before and after cleaning."""
+    """A scan before and after cleaning; None after it if the scan was refused."""
 
     rgb: np.ndarray  # (H, W, 3) uint8
     xyz: np.ndarray  # (H, W, 3) float32, meters
-    clean_rgb: np.ndarray  # (S, S, 3)
-    clean_xyz: np.ndarray  # (S, S, 3)
-    clean_gt: np.ndarray | None = None  # (S, S)
+    clean: CleanScan | None
+    reason: str = ""  # for the refusal or the doubts
 
 
 def check_format(path: Path) -> None:
@@ -36,7 +37,10 @@ def check_format(path: Path) -> None:
 
 
 def write_preview(path: Path, pairs: Mapping[str, Pair]) -> None:
-    """Draw a row for each named scan, in the format of the suffix. The cleaned depth sets the colors of both."""
+    """Draw a row for each named scan, in the format of the suffix, with the reason if it is refused or doubtful.
+
+    The cleaned depth, if there is one, sets the colors of both depths.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -44,13 +48,17 @@ def write_preview(path: Path, pairs: Mapping[str, Pair]) -> None:
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(pairs), len(COLUMNS), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for axes, (name, pair) in zip(rows, pairs.items(), strict=True):
-        depth = pair.clean_xyz[..., 2][valid_mask(pair.clean_xyz)]
-        limits = (float(depth.min()), float(depth.max()))
+        shown = pair.xyz if pair.clean is None else pair.clean.xyz
+        depth = shown[..., 2][valid_mask(shown)]
+        limits = (float(depth.min()), float(depth.max())) if depth.size else (0.0, 1.0)
         axes[0].imshow(pair.rgb)
         _draw_depth(axes[1], pair.xyz, limits)
-        axes[2].imshow(pair.clean_rgb)
-        _draw_depth(axes[3], pair.clean_xyz, limits)
+        if pair.clean is not None:
+            axes[2].imshow(pair.clean.rgb)
+            _draw_depth(axes[3], pair.clean.xyz, limits)
         axes[0].set_ylabel(name, fontsize=8, parse_math=False)
+        status = f"{'refused' if pair.clean is None else 'doubtful'}: {pair.reason}" if pair.reason else ""
+        axes[2].set_xlabel(textwrap.fill(status, 44), fontsize=7, parse_math=False)
     for each, title in zip(rows[0], COLUMNS, strict=True):
         each.set_title(title, fontsize=10)
     with atomic_path(path) as temporary:

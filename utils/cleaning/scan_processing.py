@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,47 +22,62 @@ from utils.scans.files import atomic_path, cannot_read, cannot_write, make_folde
 from utils.scans.images import open_image
 from utils.scans.organized_pc import as_cloud, read_organized_pc, write_organized_pc
 
-Outcome = tuple[Scan, Record | str]  # the record, or the reason why the scan failed
+Result = tuple[Record, str]  # new files under temporary names, and the reason to doubt them, or an empty string
+Outcome = tuple[Scan, Result | str]  # the result, or the reason why the scan failed
 
 
 class Summary(NamedTuple):
-    """Names of scans by outcome, with the reason for each that failed."""
+    """Names of scans by outcome, with the reason for each that failed or should be looked at."""
 
     done: list[str]
     skipped: list[str]
     failed: dict[str, str]
+    doubtful: dict[str, str]
 
 
 def process_scans(
-    scans: list[Scan], journal: Journal, process: Callable[[Scan], Record], workers: int, failed: dict[str, str]
+    scans: list[Scan],
+    journal: Journal,
+    process: Callable[[Scan], Result],
+    workers: int,
+    failed: dict[str, str],
+    dry_run: bool = False,
 ) -> Summary:
     """Process every scan that is not done yet, in `workers` processes; 1 means this one.
 
-    `process` writes the results of a scan under temporary names. `failed` has the reasons of scans that failed before.
-    Raises InputError if the output folder is not writable, another run is using it, or a worker was killed.
+    `process` writes the results of a scan under temporary names, but nothing in a dry run. `failed` has the reasons of
+    scans that failed before. Raises InputError if the output folder is not writable, another run is using it, or a
+    worker was killed.
     """
     require_own_folder(scans, journal)
-    if not journal.output.is_dir():
+    if not dry_run and not journal.output.is_dir():
         make_folder(journal.output, "output folder")
-    with locked(journal.output):
-        journal.read()  # another run may have ended meanwhile
-        journal.recover(scans)
+    with nullcontext() if dry_run else locked(journal.output):
+        if not dry_run:
+            journal.read()  # another run may have ended meanwhile
+            journal.recover(scans)
         pending, skipped, faults = split_scans(scans, journal)
-        failed, done = failed | faults, []
-        if pending:  # a finished dataset may lie on a read-only disk
+        summary = Summary([], skipped, failed | faults, {})
+        if pending and not dry_run:  # a finished dataset may lie on a read-only disk
             journal.save()  # a journal is only read beside a manifest
-            with closing(process_all(pending, process, workers)) as outcomes:
-                for scan, outcome in tqdm(outcomes, total=len(pending), unit="scan", disable=None):
-                    if isinstance(outcome, str):
-                        failed[scan.name] = outcome
-                    else:
-                        journal.commit(scan, outcome)
-                        done.append(scan.name)
+        with closing(process_all(pending, process, workers)) as outcomes:
+            for scan, outcome in tqdm(outcomes, total=len(pending), unit="scan", disable=None if pending else True):
+                if isinstance(outcome, str):
+                    summary.failed[scan.name] = outcome
+                    continue
+                record, doubt = outcome
+                if not dry_run:
+                    journal.commit(scan, record)
+                summary.done.append(scan.name)
+                if doubt:
+                    summary.doubtful[scan.name] = doubt
+        if pending and not dry_run:
             journal.save()
-    return Summary(sorted(done), skipped, dict(sorted(failed.items())))
+    failed, doubtful = dict(sorted(summary.failed.items())), dict(sorted(summary.doubtful.items()))
+    return Summary(sorted(summary.done), skipped, failed, doubtful)
 
 
-def process_all(scans: list[Scan], process: Callable[[Scan], Record], workers: int) -> Generator[Outcome, None, None]:
+def process_all(scans: list[Scan], process: Callable[[Scan], Result], workers: int) -> Generator[Outcome, None, None]:
     """Yield the outcome of each scan, as it completes; InputError if a worker is killed."""
     attempt = partial(_attempt, process=process)
     if workers == 1 or len(scans) < 2:
@@ -93,7 +108,7 @@ def reason_of(error: InputError | OSError) -> str:
     return str(cannot_read(Path(error.filename or "a file"), error) if isinstance(error, OSError) else error)
 
 
-def _attempt(scan: Scan, process: Callable[[Scan], Record]) -> Outcome:
+def _attempt(scan: Scan, process: Callable[[Scan], Result]) -> Outcome:
     try:
         return scan, process(scan)
     except (InputError, OSError) as error:
@@ -141,6 +156,10 @@ def report(summary: Summary, done: str = "done") -> int:
     print(f"{done} {len(summary.done)}, skipped {len(summary.skipped)} (done before), failed {len(summary.failed)}")
     for name, reason in summary.failed.items():
         show(f"  {name}: {reason}")
+    if summary.doubtful:
+        show(f"warning: look at {len(summary.doubtful)} of them, where the table may not have been found")
+    for name, doubt in summary.doubtful.items():
+        show(f"  {name}: {doubt}.")
     return 1 if summary.failed else 0
 
 
