@@ -560,7 +560,7 @@ def test_cleaning_equals_preprocessing(raw: Path, tmp_path: Path, flags: list[st
         assert loaded.sample is not None, loaded.problem
         assert torch.equal(loaded.sample.rgb, expected.rgb) and torch.equal(loaded.sample.xyz, expected.xyz)  # type: ignore[arg-type]
         assert loaded.size == (224, 204) and loaded.side == 300
-    (alone,) = SampleReader([files[0]._replace(rgb=None)], frozenset({"xyz"}), SIDE, preprocess=True)
+    (alone,) = SampleReader([files[0]._replace(rgb=None)], frozenset({"xyz"}), SIDE, cleaning=CleaningRule())
     assert torch.equal(alone.sample.xyz, cleaned[0].xyz)  # type: ignore[union-attr, arg-type]
 
 
@@ -570,7 +570,7 @@ def test_maps_of_cleaned_scans_align_with_the_raw_pixels(fitted: Fitted, raw: Pa
     assert run(*flags) == 0
     detector = load_detector(fitted.detectors["DINO+Point_MAE"], "cpu")
     files = SampleFiles("000", good / "rgb/000.png", good / "xyz/000.tiff")
-    loaded = SampleReader([files], BOTH, SIDE, preprocess=True)[0]
+    loaded = SampleReader([files], BOTH, SIDE, cleaning=CleaningRule())[0]
     assert loaded.sample is not None
     whole = resize_map(detector.predict(loaded.sample).anomaly_map.numpy(), (300, 300))
     found = tifffile.imread(tmp_path / "000.tiff")
