@@ -14,6 +14,7 @@ from conftest import ROOT
 from PIL import Image
 
 from feature_extractors.config import Protocol
+from utils.choices import CLEANING_FLAGS
 from utils.scans.depth_camera import Camera, back_project
 from utils.scans.organized_pc import read_organized_pc, valid_mask
 from utils.scans.sample_files import CLOUD_SUFFIXES
@@ -115,7 +116,8 @@ def test_every_python_file_named_exists() -> None:
 
 
 def flags_of(*sources: Path) -> set[str]:
-    return {flag for source in sources for flag in re.findall(r'"(--[a-z][\w-]*)"', source.read_text())}
+    cleaning = {f"--{flag}" for flag in CLEANING_FLAGS if any("CLEANING_FLAGS" in each.read_text() for each in sources)}
+    return cleaning | {flag for source in sources for flag in re.findall(r'"(--[a-z][\w-]*)"', source.read_text())}
 
 
 def sources_of(script: str) -> list[Path]:
