@@ -29,7 +29,7 @@ from tqdm import tqdm
 from utils.errors import InputError
 from utils.records import Sample, SampleFiles
 from utils.scans.files import ALSO_GOOD, FILE_SUFFIXES, FOLDERS, GOOD, files_by_modality, is_good, subfolders
-from utils.scans.images import defect_mask, defect_share, image_size, open_image, read_image
+from utils.scans.images import defect_mask, defect_share, image_size, open_image, read_image, warn_of
 from utils.scans.organized_pc import as_cloud, check_organized, organized_pc_header, read_organized_pc, resize_nearest
 
 Item = TypeVar("Item", covariant=True)
@@ -47,7 +47,6 @@ _PUBLISHED = {
 }
 _IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
 _IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
-MOST_WARNINGS = 3  # about ground truth of one class
 logger = logging.getLogger(__name__)
 
 
@@ -179,27 +178,20 @@ def _others(folder: Path, modality: str, partners: set[Path]) -> str:
     if not others:
         return ". Restore them, or remove their samples."
     listing = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
-    rename = f"rename or convert it to {modality}/<stem>{FILE_SUFFIXES[modality][0]}"
-    return (
-        f", but there is {listing}. If that is meant, {rename}. Otherwise restore the files, or remove their samples."
-    )
+    expected = f"{modality}/<stem>{FILE_SUFFIXES[modality][0]}"
+    return f", but there is {listing}. Rename or convert it to {expected} if it belongs to them, or remove them."
 
 
 def check_files(files: Iterable[SampleFiles], modalities: frozenset[str]) -> None:
     """Check, before a long run, that the files of `modalities` and the ground truth are complete and of equal size.
 
     Only headers and file ends are read, except of ground truth, so thousands of files take seconds. Ground truth that
-    cannot be right gives a warning. Raises InputError at the first bad sample.
+    cannot be right gives a warning, one for each folder. Raises InputError at the first bad sample.
     """
-    problems: list[str] = []
     for sample in tqdm(files, desc="Checking files", delay=2, leave=False):
         check_sample_files(sample, modalities)
-        if sample.label is not None and (problem := defect_share(sample.mask, bool(sample.label))[1]):
-            problems.append(problem)
-    for problem in problems[:MOST_WARNINGS]:
-        logger.warning("%s", problem)
-    if left := problems[MOST_WARNINGS:]:
-        logger.warning("%d more ground truths have problems. List them with main.py --inspect_dataset", len(left))
+        if sample.mask is not None and sample.label is not None:
+            warn_of(sample.mask, defect_share(sample.mask, bool(sample.label))[1])
 
 
 def check_sample_files(files: SampleFiles, modalities: frozenset[str]) -> None:
@@ -230,9 +222,7 @@ def original_size(files: SampleFiles) -> tuple[int, int]:
 
 def read_rgb(files: SampleFiles) -> np.ndarray | None:
     """Read the image, (H, W, 3) uint8, or None if there is none; InputError if it cannot be decoded."""
-    if files.rgb is None:
-        return None
-    return read_image(files.rgb)
+    return None if files.rgb is None else read_image(files.rgb)
 
 
 def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_size: int) -> Sample:

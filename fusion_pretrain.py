@@ -30,9 +30,8 @@ COUNTS = ("batch_size", "epochs", "accum_iter", "max_steps", "save_steps", "worl
 BOUNDS = {
     **dict.fromkeys(COUNTS, (1, 10**9)),
     **dict.fromkeys(("warmup_epochs", "warmup_steps", "start_epoch"), (0, 10**9)),
-    **dict.fromkeys(("lr", "blr"), (1e-12, 1e30)),
     **{"min_lr": (0, 1e30), "weight_decay": (0, 1000), "val_fraction": (0, 0.999), "seed": (0, 2**32 - 1)},
-    **{"num_workers": (0, MOST_WORKERS), "local_rank": (-1, 10**9)},
+    **{"num_workers": (0, MOST_WORKERS), "local_rank": (-1, 10**9), "lr": (1e-12, 1e30), "blr": (1e-12, 1e30)},
 }
 
 

@@ -144,14 +144,10 @@ class DetectorConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"--{name} is {shortened(getattr(self, name))}. Give one of {', '.join(allowed)}.")
-        names = [f"{bank}_{kind}_lambda" for kind in ("s", "smap") for bank in BANKS]
-        lambdas = dict(zip(names, self.score_lambdas + self.map_lambdas, strict=True))
         for name, (low, high) in self.BOUNDS.items():
-            value = lambdas[name] if name in lambdas else getattr(self, name)
+            value = getattr(self, name, None)  # the weights of scores and maps are tuples here
             if value is not None and (problem := range_problem(value, low, high)):
                 raise InputError(f"--{name} {problem}")
-        if self.xyz_grid < 1:
-            raise InputError(f"--xyz_grid is {self.xyz_grid}. Give at least 1.")
         least = self.xyz_grid + 2  # pooling without padding loses two pixels
         if self.img_size < least:
             problem = f"Give at least {least} for {self.xyz_grid} xyz patches a side"

@@ -15,7 +15,6 @@ from models.checkpoints import weights_checksum
 from models.feature_fusion import FeatureFusion
 from models.point_transformer import PointBackbone, PointFeatures, PointTransformer
 from models.rgb_backbone import RgbBackbone
-from utils.checkpoint_files import check_checkpoint
 from utils.errors import InputError
 from utils.feature_store import resize_patches
 from utils.precision import autocast, choose_precision, round_weights, without_tf32
@@ -157,8 +156,6 @@ def build_extractor(
     """
     needed = config.method.modalities
     rgb = xyz = fusion = None
-    if config.use_uff and fusion_module_path is not None:
-        check_checkpoint(fusion_module_path)
     if "xyz" in needed:  # first: it takes little time to build, so that a missing file is found at once
         settings = {name: getattr(config, name) for name in ("num_group", "group_size", "point_norm", "point_ops")}
         xyz = build_xyz_backbone(config.xyz_backbone_name, checkpoint_dir, checkpoint=xyz_checkpoint, **settings)

@@ -34,7 +34,7 @@ from utils.distributed import choose_device
 from utils.errors import InputError
 from utils.feature_store import STORAGE_DTYPES
 from utils.reporting.results_json import package_versions
-from utils.scans.files import atomic_folder, cannot_read, cannot_write
+from utils.scans.files import atomic_folder, writing
 from utils.scans.json_records import encode_record
 
 STATE_FILE = "state.safetensors"
@@ -44,12 +44,9 @@ SVMS = ("score_coef", "map_coef")
 def check_target(folder: Path | str) -> None:
     """Check that a detector may be saved in `folder`; InputError if it holds anything but a detector."""
     folder = Path(folder)
-    try:
-        found = sorted(folder.iterdir()) if folder.exists() else []
-        names = [path.name for path in found]
-        is_detector = names == [CONFIG_FILE, STATE_FILE] and all(path.is_file() for path in found)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read as a folder ({error.strerror}). Save to another folder.") from None
+    found = sorted(folder.iterdir()) if folder.exists() else []
+    names = [path.name for path in found]
+    is_detector = names == [CONFIG_FILE, STATE_FILE] and all(path.is_file() for path in found)
     if names and not is_detector:
         raise InputError(f"{folder} is not a detector and holds {', '.join(names[:5])}. Save to another folder.")
 
@@ -92,12 +89,9 @@ def save_detector(
         state_sha256=hashlib.sha256(state).hexdigest(),
     )
     text = encode_record(record, indent=1)
-    try:
-        with atomic_folder(folder) as temporary:
-            (temporary / STATE_FILE).write_bytes(state)  # a file of save_file can be read by its owner only
-            (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise cannot_write(folder, error) from None
+    with writing(folder), atomic_folder(folder) as temporary:
+        (temporary / STATE_FILE).write_bytes(state)  # a file of save_file can be read by its owner only
+        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def load_detector(
@@ -221,8 +215,6 @@ def _read_state(path: Path, sha256: str) -> State:
         content = path.read_bytes()  # one read, so that the checked bytes are the used ones
     except FileNotFoundError:
         raise InputError(f"{path} is missing. {FIX}.") from None
-    except OSError as error:
-        raise cannot_read(path, error) from None
     if hashlib.sha256(content).hexdigest() != sha256:
         raise InputError(f"{path} is damaged or of another detector: it does not match {CONFIG_FILE}. {FIX}.")
     try:

@@ -10,11 +10,8 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import ArrayLike
 
-from utils.errors import InputError
-
 Source = Literal["validation", "training"]
 TYPICAL_VALUE = 0.05  # normalized score of the median good sample; that of the threshold is 0.5
-LEAST_FPR = 1e-6  # smaller rates need impractically many samples
 ROUNDING = 1e-14  # relative rounding error of rate * count: 0.29 * 100 is 28.999…996
 
 logger = logging.getLogger(__name__)
@@ -44,12 +41,6 @@ class Thresholds:
         return 0.5 + 0.5 * math.tanh(slope * (above / spread) / 2)
 
 
-def check_target_fpr(target_fpr: float) -> None:
-    """Raise InputError unless LEAST_FPR <= target_fpr < 1."""
-    if not LEAST_FPR <= target_fpr < 1:
-        raise InputError(f"--target_fpr is {target_fpr}. Give a rate from {LEAST_FPR} to below 1, such as 0.01.")
-
-
 def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: float, source: Source) -> Thresholds:
     """Choose both thresholds for a false-alarm rate.
 
@@ -60,10 +51,8 @@ def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: fl
     The n scores and n maps (H, W) float32 are those of good samples of the split `source`; pixels are copied once.
 
     Raises:
-        InputError: target_fpr is out of its range, see check_target_fpr.
         ValueError: there is no sample, or a score or map is not finite.
     """
-    check_target_fpr(target_fpr)
     ordered = np.sort(np.asarray(scores, dtype=np.float64))
     count = len(ordered)
     if count == 0 or len(maps) != count:

@@ -145,7 +145,7 @@ def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoin
         InputError: unknown name, img_size that is not a multiple of the patch size, missing or wrong checkpoint.
     """
     from models import rgb_backbone
-    from utils.checkpoint_files import SUFFIXES, check_checkpoint
+    from utils.checkpoint_files import check_checkpoint
 
     spec = rgb_spec(name)
     if not spec.files.names and checkpoint is not None:
@@ -159,7 +159,7 @@ def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoin
             path = rgb_backbone.download_weights(spec.timm_name)
         except OSError as error:
             raise spec.files.missing(checkpoint_dir, f", and timm's download failed ({error})") from None
-    check_checkpoint(path, (*SUFFIXES, ".npz"))
+    check_checkpoint(path)
     return rgb_backbone.load_vision_transformer(spec.build(img_size), path).eval()
 
 
@@ -186,15 +186,12 @@ def build_xyz_backbone(
     path = checkpoint or spec.files.find(checkpoint_dir)
     if path is None and spec.files.names:
         raise spec.files.missing(checkpoint_dir)
-    grouping = {"num_group": num_group, "group_size": group_size, "point_norm": point_norm, "point_ops": point_ops}
-    if path is None:
-        return spec.build(**grouping).eval()
-    from models.checkpoints import load_strict, point_transformer_state
-    from utils.checkpoint_files import read_checkpoint
+    module = spec.build(num_group=num_group, group_size=group_size, point_norm=point_norm, point_ops=point_ops)
+    if path is not None:
+        from models.checkpoints import load_strict, point_transformer_state
+        from utils.checkpoint_files import read_checkpoint
 
-    state = point_transformer_state(read_checkpoint(path), path, spec.prefix, spec.left_out)
-    module = spec.build(**grouping)
-    load_strict(module, state, path)
+        load_strict(module, point_transformer_state(read_checkpoint(path), path, spec.prefix, spec.left_out), path)
     return module.eval()
 
 

@@ -127,9 +127,7 @@ def print_dataset_check(args: argparse.Namespace) -> bool:
         show(f"Samples with a table along their border are not cleaned. Run {CLEANING_COMMAND} {args.dataset_path}")
     problems = [f"  {each.class_name}: {problem}" for each in reports for problem in each.problems]
     if problems:
-        print("\nProblems:")
-        for problem in problems:
-            show(problem)
+        print("\nProblems:", *map(escape_controls, problems), sep="\n")
     return bool(problems)
 
 

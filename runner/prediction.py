@@ -5,7 +5,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,16 +20,10 @@ from runner.dataset_check import spread
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, crop_padding, shows_table
 from utils.errors import InputError
 from utils.records import Prediction, Sample, SampleFiles
-from utils.reporting.visualization import (
-    color_scale,
-    resize_map,
-    save_anomaly_map,
-    save_overlay,
-    shrink_image,
-    threshold_scale,
-)
+from utils.reporting.visualization import color_scale, resize_map, save_anomaly_map, save_overlay, threshold_scale
 from utils.scans.depth_camera import Camera
-from utils.scans.files import cannot_write
+from utils.scans.files import writing
+from utils.scans.images import shrink_image
 from utils.scans.sample_files import check_same_view, read_cloud
 
 PREDICTIONS = "predictions.jsonl"
@@ -160,7 +153,7 @@ class PredictionWriter:
     def __init__(self, folder: Path, thresholds: Thresholds | None, images: bool, append: bool = False) -> None:
         self.folder, self.thresholds, self.images = folder, thresholds, images
         self.path = folder / PREDICTIONS
-        with _writing(self.path):
+        with writing(self.path):
             content = self.path.read_bytes() if append and self.path.exists() else b""
             complete = content.rfind(b"\n") + 1
             if complete < len(content):
@@ -185,7 +178,7 @@ class PredictionWriter:
                 "map": map_path,
                 "overlay": overlay_path,
             }
-        with _writing(self.path), self.path.open("a", encoding="utf-8") as lines:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(record, allow_nan=False, default=str) + "\n")
         return record
 
@@ -195,21 +188,11 @@ class PredictionWriter:
         pixel = None if self.thresholds is None else self.thresholds.pixel
         scale = color_scale([plane]) if pixel is None else threshold_scale(pixel)
         map_path, overlay_path = output_paths(self.folder, loaded.files.path)
-        with _writing(map_path):
-            save_anomaly_map(map_path, plane, loaded.size)
-        with _writing(overlay_path):
-            save_overlay(overlay_path, loaded.image, plane, scale, pixel)
+        save_anomaly_map(map_path, plane, loaded.size)
+        save_overlay(overlay_path, loaded.image, plane, scale, pixel)
         return map_path, overlay_path
 
 
 def output_paths(folder: Path, name: str) -> tuple[Path, Path]:
     """Paths of the map and the overlay of a sample."""
     return folder / f"{name}.tiff", folder / f"{name}_overlay.png"
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise cannot_write(path, error) from error

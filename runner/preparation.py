@@ -20,6 +20,7 @@ from runner.dataset_check import warn_of_raw_scans, warn_of_unfinished_scans
 from runner.finished_classes import FOLDER, class_file
 from runner.saved_detectors import FITTING_FLAGS, Saved, check_layout, read_detectors
 from runner.settings import RunSettings, detector_configs, extraction_config
+from utils.checkpoint_files import check_checkpoint
 from utils.command_line import from_flags
 from utils.distributed import Ranks, broadcast_object, choose_device, is_main, named_device, print_only_if
 from utils.errors import InputError
@@ -93,6 +94,8 @@ def set_up(args: argparse.Namespace, given: Collection[str], device: torch.devic
 def _build(run: Run, device: torch.device) -> PatchExtractor:
     settings = run.settings
     uff = None if run.saved else settings.fusion_module_path  # a saved detector holds its own UFF
+    if run.config.use_uff and uff is not None:
+        check_checkpoint(uff)  # before the networks are built, which may take a minute
     weights = {"rgb_checkpoint": settings.rgb_checkpoint, "xyz_checkpoint": settings.xyz_checkpoint}
     return build_extractor(run.config, settings.checkpoint_dir, uff, device, **weights)
 

@@ -11,7 +11,7 @@ from runner.finished_classes import FOLDER, class_file, read_class, write_class
 from runner.preparation import Run
 from runner.settings import applied_flags
 from utils.distributed import progress_bar
-from utils.errors import show
+from utils.errors import escape_controls, show
 from utils.records import SampleResult
 from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.report_page import write_report
@@ -94,8 +94,7 @@ class Results:
             method: {name: reports[name].entry for name in self.inputs} for method, reports in self.reports.items()
         }
         append_tables(output_dir, methods, sys.argv, self.exact, self.note)
-        print(f"\n{format_tables(methods, self.exact, self.note)}\n")
-        show(f"written to {output_dir}/")
+        print(f"\n{format_tables(methods, self.exact, self.note)}\n\nwritten to {escape_controls(str(output_dir))}/")
 
 
 def table_note(config: DetectorConfig) -> str:

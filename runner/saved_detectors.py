@@ -10,7 +10,7 @@ from feature_extractors.config import METHODS, DetectorConfig
 from feature_extractors.detector_record import CONFIG_FILE, SavedDetector, read_saved
 from runner.settings import CONCERNS, applied_flags
 from utils.errors import InputError
-from utils.scans.files import cannot_read, set_aside
+from utils.scans.files import set_aside
 
 Saved = Mapping[str, Mapping[str, SavedDetector]]  # by class, then by method
 
@@ -38,7 +38,7 @@ def read_detectors(args: argparse.Namespace, given: Collection[str]) -> Saved:
     root: Path = args.load_detector
     if not root.is_dir():
         raise InputError(f"{root} is not a folder. Give the one that --save_detector named.")
-    if _holds_detector(root):
+    if (root / CONFIG_FILE).is_file():
         raise InputError(f"{root} is a detector itself. Give the folder above it, {root.absolute().parent}.")
     classes = find_classes(args.dataset_path, args.dataset_type, args.classes)
     saved = {name: _read_class(name, args, given) for name in classes}
@@ -74,7 +74,7 @@ def check_layout(root: Path, methods: Collection[str], classes: Iterable[str]) -
     Raises InputError if a class has a detector of the other layout there, or the folder of a method is a detector.
     """
     several = len(methods) > 1
-    in_the_way = [root / method for method in methods if several and _holds_detector(root / method)]
+    in_the_way = [root / method for method in methods if several and (root / method / CONFIG_FILE).is_file()]
     for name in classes:
         in_the_way += [folder for method, folder in _find(root, name).items() if several == (method == FLAT)]
     if in_the_way:
@@ -90,14 +90,9 @@ def _find(root: Path, name: str) -> dict[str, Path]:
     A folder counts if it has a config.json, or if its replacement was interrupted.
     """
     folders = {FLAT: root / name} | {method: root / method / name for method in METHODS}
-    return {method: folder for method, folder in folders.items() if _holds_detector(folder) or set_aside(folder)}
-
-
-def _holds_detector(folder: Path) -> bool:
-    try:
-        return (folder / CONFIG_FILE).is_file()
-    except OSError as error:
-        raise cannot_read(folder, error) from None
+    return {
+        method: folder for method, folder in folders.items() if (folder / CONFIG_FILE).is_file() or set_aside(folder)
+    }
 
 
 def _folders_of(root: Path, name: str) -> dict[str, Path]:

@@ -4,16 +4,16 @@ import argparse
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
 from dataset import DATASET_CLASSES
 from feature_extractors.config import BANKS, MEMORY_BANKS, METHODS, PROTOCOLS, DetectorConfig, Method, covering_method
-from feature_extractors.thresholds import LEAST_FPR
 from models import XYZ_BACKBONES, rgb_spec
 from runner.scheduling import PARALLEL
 from utils.choices import PAIRINGS, POINT_NORMS, POINT_OPS, PRECISIONS, STORAGE_DTYPE_NAMES
-from utils.command_line import MOST_WORKERS, Parser, class_name, from_flags
+from utils.command_line import MOST_WORKERS, Parser, from_flags
 from utils.errors import InputError
 from utils.scans.images import MAX_MEGAPIXELS, MEGAPIXELS
 
@@ -28,13 +28,8 @@ CONCERNS: dict[str, Callable[[Method, Any], bool]] = {
 }
 
 BOUNDS = DetectorConfig.BOUNDS | {
-    **{
-        "max_sample": (1, 10**6),
-        "report_parts": (0, 10_000),
-        "max_megapixels": MEGAPIXELS,
-        "target_fpr": (LEAST_FPR, 1 - LEAST_FPR),
-    },
-    **{"memory_budget": (1e-6, 10**6), "num_workers": (0, MOST_WORKERS)},
+    **{"max_sample": (1, 10**6), "report_parts": (0, 10_000), "max_megapixels": MEGAPIXELS},
+    **{"target_fpr": (1e-6, 1 - 1e-6), "memory_budget": (1e-6, 10**6), "num_workers": (0, MOST_WORKERS)},
 }
 
 
@@ -104,8 +99,7 @@ class RunSettings:
 
 def make_parser() -> Parser:
     """The parser of main.py."""
-    text = "Fit Multi-3D-Memory on the good samples of each class, and evaluate it on the test split."
-    parser = Parser(text, BOUNDS)
+    parser = Parser("Fit Multi-3D-Memory on the good samples of each class, and test it on the test split.", BOUNDS)
     _add_input_flags(parser.add_argument_group("method and data").add_argument)
     _add_output_flags(parser.add_argument_group("output").add_argument)
     _add_detector_flags(parser.add_argument_group("detector").add_argument)
@@ -129,12 +123,7 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
     add("--list_backbones", action="store_true", help="print the backbones and their weights, and exit")
     add("--dataset_type", default="mvtec3d", choices=DATASET_CLASSES, help="dataset whose class names are used")
     add("--dataset_path", type=Path, default=Path("datasets/mvtec3d"), help="folder of the class folders")
-    add(
-        "--classes",
-        nargs="+",
-        type=class_name,
-        help="class folders to run; by default the existing ones of --dataset_type",
-    )
+    add("--classes", nargs="+", type=normpath, help="class folders; by default the existing ones of --dataset_type")
     add("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image that is read, millions of pixels")
     add("--max_sample", type=int, default=400, help="fit on the first N training samples")
     add("--load_detector", type=Path, metavar="FOLDER", help="evaluate the detectors saved there, without fitting")

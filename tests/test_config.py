@@ -166,7 +166,6 @@ def test_a_flag_is_refused_by_methods_without_its_bank(
         ("ocsvm_nu", [1e-3, 1.0], [0.0, 1.001, -1.0, float("nan")]),
         ("ocsvm_maxiter", [1, 10_000], [0, -1]),
         ("img_size", [58, 512], [57, 0]),  # the grid has 56 patches a side
-        ("xyz_grid", [1, 222], [0, -1]),
         ("num_group", [3, 2048], [2, 0]),
         ("group_size", [1, 256], [0, -1]),
         ("random_state", [None, 0, 2**32 - 1], [-1, 2**32]),
@@ -180,17 +179,6 @@ def test_numbers_are_checked_against_their_range(field: str, good: list[float], 
         with pytest.raises(InputError, match=rf"--{field} is {value}\. Give \w+") as error:
             DetectorConfig(**{field: value})
         assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(("place", "bank"), enumerate(BANKS))
-@pytest.mark.parametrize(("field", "kind"), [("score_lambdas", "s"), ("map_lambdas", "smap")])
-def test_lambdas_are_finite(field: str, kind: str, place: int, bank: str) -> None:
-    for value in (float("nan"), float("inf")):
-        lambdas = [1.0, 0.0, -1.0]
-        DetectorConfig(**{field: tuple(lambdas)})
-        lambdas[place] = value
-        with pytest.raises(InputError, match=f"--{bank}_{kind}_lambda is {value}. Give a number from "):
-            DetectorConfig(**{field: tuple(lambdas)})
 
 
 def test_the_grid_has_to_fit_into_the_image() -> None:

@@ -20,9 +20,17 @@ from PIL import Image
 
 from dataset import AnomalyDataset, index_split
 from utils import preprocess_eyecandies as eyecandies
-from utils.cleaning.scan_processing import Summary
+from utils.cleaning.scan_processing import Summary, report
 from utils.errors import InputError
-from utils.preprocess_eyecandies import Config, background, main, meters_of, organized_cloud, preprocess, unproject
+from utils.preprocess_eyecandies import (
+    Config,
+    background,
+    meters_of,
+    organized_cloud,
+    parse_args,
+    preprocess,
+    unproject,
+)
 from utils.scans.organized_pc import read_organized_pc
 
 HEIGHT, WIDTH = 48, 64  # not square, to detect swapped rows and columns
@@ -144,7 +152,8 @@ WRITTEN = [
 
 def run(root: Path, target: Path, *flags: object) -> int:
     """Run the script in this process: exit code 0 or 1, or an InputError where it would exit with 2."""
-    return main(["--dataset_path", str(root), "--target_dir", str(target), "--workers", "1", *map(str, flags)])
+    argv = ["--dataset_path", str(root), "--target_dir", str(target), "--workers", "1", *map(str, flags)]
+    return report(preprocess(parse_args(argv)))
 
 
 def convert(root: Path, target: Path, classes: list[str] | None = None) -> Summary:
@@ -782,4 +791,4 @@ def test_hidden_and_unreadable_folders() -> None:
         locked.chmod(0o777)
         assert summary.done == ["Gummy/train/good/000"]
         assert list(summary.failed) == ["Confetto/train"]
-        assert f"{locked} cannot be read (Permission denied). Make it" in summary.failed["Confetto/train"]
+        assert f"{locked} cannot be read (Permission denied). Allow access to it" in summary.failed["Confetto/train"]

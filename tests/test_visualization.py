@@ -11,7 +11,6 @@ from utils.reporting.visualization import (
     FUSED,
     GAP,
     HEAD,
-    OVERLAY_SIDE,
     PANEL,
     color_scale,
     heat_colors,
@@ -22,6 +21,7 @@ from utils.reporting.visualization import (
     save_prediction_figure,
     threshold_scale,
 )
+from utils.scans.images import OVERLAY_SIDE
 
 SIDE = 32
 SCALE = {"rgb": (0.0, 1.0), "xyz": (0.0, 2.0), FUSED: (0.0, 1.0)}

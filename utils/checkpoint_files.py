@@ -3,7 +3,6 @@
 import argparse
 import pickle
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,14 @@ _SAFE_GLOBALS: list[Any] = [
     np.dtype,
     *(type(np.dtype(code)) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")),
 ]
-SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
 _FIX = "Download it again, or write it again if it is your own."
 
 
-def check_checkpoint(path: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
-    """Raise InputError unless `path` is a file with one of these suffixes. A network is built after this check."""
+def check_checkpoint(path: Path) -> None:
+    """Raise InputError unless `path` is a file. A network is built after this check."""
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(f"Checkpoint {path} {problem}. Check the path or train it first.")
-    if path.suffix.lower() not in suffixes:
-        raise InputError(f"{path} has the suffix of no checkpoint. Give a file of one of {', '.join(suffixes)}.")
 
 
 def read_checkpoint(path: Path) -> Any:

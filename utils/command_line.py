@@ -17,10 +17,9 @@ MOST_WORKERS = 1024  # threads or processes of a script
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser with defaults in its help, --version, --debug, and errors of two lines: usage and problem."""
+    """ArgumentParser with defaults in its help, --version, --debug, bounds of numbers, and errors of two lines."""
 
     def __init__(self, description: str | None, bounds: Bounds | None = None) -> None:
-        """`bounds` of numeric flags by name."""
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
         self.bounds = bounds or {}
         silent: dict[str, Any] = {"nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
@@ -31,8 +30,7 @@ class Parser(argparse.ArgumentParser):
         """Print one line of usage and the problem, and exit with code 2. Of several processes only the first prints."""
         words = [self.prog, *(str(each.metavar or each.dest) for each in self._get_positional_actions())]
         usage = f"usage: {' '.join(words)} [--flag value ...]  (--help lists all flags)"
-        problem = escape_controls(message)
-        self.exit(2, f"{usage}\n{self.prog}: error: {problem}\n" if is_first_process() else None)
+        self.exit(2, f"{usage}\n{self.prog}: error: {escape_controls(message)}\n" if is_first_process() else None)
 
     def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse a command line; exits on --help, --version, unknown flags and numbers out of their bounds."""
@@ -89,11 +87,6 @@ def from_flags(kind: type[Settings], args: argparse.Namespace, **others: Any) ->
     """Build the dataclass `kind`: each field from `others`, else from the flag of its name, else from its default."""
     names = {field.name for field in fields(kind) if hasattr(args, field.name)}  # type: ignore[arg-type]
     return kind(**{name: getattr(args, name) for name in names} | others)
-
-
-def class_name(text: str) -> str:
-    """Type of flags with folders of classes, which a shell may complete with a slash."""
-    return text.rstrip("/") or text
 
 
 def is_first_process() -> bool:

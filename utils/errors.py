@@ -19,18 +19,18 @@ TRACEBACK = ContextVar("traceback", default=False)  # set by --debug: print the 
 
 _MEMORY = "There is not enough memory. Close other programs, or give smaller input, smaller batches or fewer workers."
 _KILLED = "A worker process was killed, perhaps for lack of memory. Run again with fewer workers."
-_TEXT = "A file or its name holds characters that are not UTF-8. Rename it, or save the file as UTF-8."
-_SENTENCES = {  # by words in the messages of Python's and torch's RuntimeErrors, and of the system
-    **dict.fromkeys(("out of memory", "not enough memory", "allocate memory"), _MEMORY),
+_SENTENCES = {  # by words in the types and messages of errors of Python, torch and the system
+    **dict.fromkeys(("MemoryError", "out of memory", "not enough memory", "allocate memory"), _MEMORY),
+    "Unicode": "A file or its name holds characters that are not UTF-8. Rename it, or save the file as UTF-8.",
     **dict.fromkeys(("DataLoader worker (pid", "process pool"), _KILLED),
-    "start new thread": "The system allows no more threads. Run again with fewer workers.",
     "recursion depth": "A file holds data that is nested too deeply. Restore it from its source.",
     "Symlink loop": "A path leads in a circle ({}). Remove the link that leads back to itself.",
 }
 _FIXES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free disk space"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "Make it and its folder readable and writable"),
-    **{errno.ENAMETOOLONG: "Shorten the name", errno.ELOOP: "Remove the link that leads back to itself"},
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Allow access to it and its folder"),
+    **{errno.ENAMETOOLONG: "Shorten the names in it", errno.EISDIR: "Move this folder away"},
+    errno.ELOOP: "Remove the link that leads back to itself",
 }
 
 
@@ -60,21 +60,26 @@ def range_problem(value: float, low: float, high: float) -> str:
     return "" if low <= value <= high else f"is {shortened(value)}. Give a number from {low} to {high}."
 
 
+def system_problem(path: object, action: str, error: OSError) -> str:
+    """Problem and fix of an error of the system while a file is read or written, which `action` says."""
+    if isinstance(error, FileNotFoundError):
+        return f"{path} is missing. Restore it from its source, or check the path."
+    text = str(error).strip().rpartition("\n")[2]  # an error of a DataLoader's worker ends in the original message
+    fix = _FIXES.get(error.errno or 0, "Check the path and the disk")
+    return f"{path} cannot be {action} ({error.strerror or text}). {fix} and run the same command again."
+
+
 def problem_of(error: BaseException) -> str | None:
     """Problem and fix of an error that the user can mend: input, system, memory or text; None for any other."""
     if isinstance(error, InputError):
         return str(error)
-    if isinstance(error, MemoryError | UnicodeError):
-        return _MEMORY if isinstance(error, MemoryError) else _TEXT
-    if not isinstance(error, RuntimeError | OSError):
+    if not isinstance(error, MemoryError | UnicodeError | RuntimeError | OSError):
         return None
-    text = str(error).strip().rpartition("\n")[2]  # an error of a DataLoader's worker ends in the original message
-    known = next((each.format(text) for words, each in _SENTENCES.items() if words in str(error)), None)
-    if known or isinstance(error, RuntimeError):
+    text = f"{type(error).__name__}: {error}"
+    known = next((each.format(error) for words, each in _SENTENCES.items() if words in text), None)
+    if known or not isinstance(error, OSError):
         return known
-    fix = _FIXES.get(error.errno or 0, "Check the path and the disk")
-    problem = f"{error.filename or 'A file'} cannot be read or written ({error.strerror or text})"
-    return f"{problem}. {fix} and run the same command again."
+    return system_problem(error.filename or "A file", "read or written", error)
 
 
 @contextmanager
@@ -112,10 +117,9 @@ def exit_on_error(interrupted: str = "interrupted") -> Iterator[None]:
 
 
 def _flush_stdout() -> None:
-    if sys.stdout is None:  # the program was started without one
-        return
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None if the program was started without one
+            sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards the rest of its buffer
         error.filename = "stdout"

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from os.path import normpath
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -26,10 +27,10 @@ import yaml
 
 from utils.cleaning.journal import Journal, Scan
 from utils.cleaning.scan_processing import Result, Summary, process_scans, report, write_results
-from utils.command_line import MOST_WORKERS, Parser, class_name
+from utils.command_line import MOST_WORKERS, Parser
 from utils.errors import InputError, exit_on_error
-from utils.scans.files import cannot_read, open_file, subfolders
-from utils.scans.images import MAX_MEGAPIXELS, MEGAPIXELS, defect_mask, open_image, read_image, set_max_megapixels
+from utils.scans.files import cannot_read, subfolders
+from utils.scans.images import defect_mask, open_image, read_image
 
 VERSION = 2  # of the conversion: raise it when the same sample gives another result or record
 
@@ -51,7 +52,6 @@ class Config:
     classes: Sequence[str] | None
     light: int
     workers: int
-    max_megapixels: int = MAX_MEGAPIXELS
 
 
 def meters_of(stored: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -181,10 +181,8 @@ def preprocess(config: Config) -> Summary:
 
 
 def _read_depth(path: Path, limits: Path) -> np.ndarray:
-    with open_file(limits, "text") as file:
-        text = file.read()
     try:
-        normalization = yaml.safe_load(text)["normalization"]
+        normalization = yaml.safe_load(limits.read_text(encoding="utf-8"))["normalization"]
         low, high = float(normalization["min"]), float(normalization["max"])
     except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
         problem = f"{limits} cannot be read ({type(error).__name__}), expected normalization: min, max"
@@ -199,10 +197,8 @@ def _read_depth(path: Path, limits: Path) -> np.ndarray:
 
 
 def _read_pose(path: Path) -> np.ndarray:
-    with open_file(path, "text") as file:
-        lines = file.read().strip().splitlines()
     try:
-        pose = np.array([line.split() for line in lines], dtype=np.float64)
+        pose = np.array([line.split() for line in path.read_text().strip().splitlines()], dtype=np.float64)
         valid = pose.shape == (4, 4) and np.isfinite(pose).all() and np.linalg.matrix_rank(pose) == 4
     except ValueError:
         valid = False
@@ -218,22 +214,19 @@ def _read_mask(path: Path) -> np.ndarray:
 
 def parse_args(argv: Sequence[str] | None) -> Config:
     """Read the flags."""
-    parser = Parser((__doc__ or "").split("\n\n")[0], {"workers": (1, MOST_WORKERS), "max_megapixels": MEGAPIXELS})
+    parser = Parser((__doc__ or "").split("\n\n")[0], {"workers": (1, MOST_WORKERS)})
     parser.add_argument("--dataset_path", type=Path, required=True, help="folder that holds the classes as published")
     parser.add_argument("--target_dir", type=Path, required=True, help="folder for the converted classes")
-    parser.add_argument("--classes", nargs="+", type=class_name, help="classes to convert (default: all)")
+    parser.add_argument("--classes", nargs="+", type=normpath, help="classes to convert (default: all)")
     parser.add_argument("--light", type=int, default=4, choices=LIGHTS, help="light whose image becomes rgb")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one per core")
-    parser.add_argument("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image, millions of pixels")
     return Config(**vars(parser.parse_args(argv)))
 
 
 @exit_on_error("interrupted. Run the same command to continue.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit code."""
-    config = parse_args(argv)
-    set_max_megapixels(config.max_megapixels)
-    return report(preprocess(config))
+    return report(preprocess(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from utils.cleaning.preview import FORMATS, Pair, check_format, write_preview
 from utils.cleaning.scan_processing import Result, Summary, process_scans, report, write_results
 from utils.command_line import MOST_WORKERS, Parser, from_flags
 from utils.errors import InputError, exit_on_error, show
-from utils.scans.files import cannot_write, files_by_modality, is_good, make_folder, subfolders
+from utils.scans.files import files_by_modality, is_good, make_folder, subfolders
 from utils.scans.images import MAX_MEGAPIXELS, MEGAPIXELS, defect_mask, open_image, read_image, set_max_megapixels
 from utils.scans.organized_pc import read_organized_pc
 
@@ -117,10 +117,7 @@ def _complete_scans(folder: Path, root: Path, failed: dict[str, str]) -> list[Sc
 
 
 def clean_files(scan: Scan, config: Config) -> Result:
-    """Clean one scan and, except in a dry run, write the results under temporary names.
-
-    Raises InputError or OSError if a file cannot be read or written, or as in `clean_scan`.
-    """
+    """Clean one scan and, except in a dry run, write the results; errors as in `clean_scan` and `write_results`."""
     clean = clean_scan(*_read(scan), config.rule)
     if config.dry_run:
         return {}, clean.doubt
@@ -171,10 +168,7 @@ def preview(config: Config, path: Path, flagged: Container[str] = ()) -> dict[st
         reasons = [f"{name}: {reason}" for name, reason in left_out.items()] or ["All are cleaned already."]
         raise InputError(f"--preview cannot show any scan of {config.dataset}. {reasons[0]}")
     make_folder(path.parent, "--preview")
-    try:
-        write_preview(path, dict(sorted(pairs.items())))
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    write_preview(path, dict(sorted(pairs.items())))
     return left_out
 
 

@@ -11,7 +11,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from utils.command_line import Parser
-from utils.errors import InputError, exit_on_error, show
+from utils.errors import InputError, escape_controls, exit_on_error, show
 
 
 @exit_on_error()
@@ -36,12 +36,8 @@ def write_comparison(a: Path, b: Path, output: Path) -> None:
     comparison = compare(a, b)
     for line in format_comparison(comparison).split("\n"):
         show(line)
-    try:
-        write_page(output, comparison_page(comparison))
-    except OSError as error:
-        raise InputError(f"{output} cannot be written ({error.strerror}). Choose another --output.") from None
-    show("")
-    show(f"written to {output}")
+    write_page(output, comparison_page(comparison))
+    print(f"\nwritten to {escape_controls(str(output))}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ if __name__ == "__main__":  # run by path: utils/ itself must not be searched fo
 
 from utils.cleaning.cloud_cleaning import CleaningRule, fit_border_plane
 from utils.command_line import MOST_WORKERS, Parser, from_flags
-from utils.errors import InputError, exit_on_error, range_problem, show
+from utils.errors import InputError, exit_on_error, show
 from utils.scans.files import atomic_path, make_folder
 from utils.scans.organized_pc import read_organized_pc, valid_mask, write_organized_pc
 from utils.synthetic_data.parts import DEFECTS, PARTS, TOP
@@ -67,9 +67,6 @@ class Plan:
                 raise InputError(f"--classes names {name!r}. Give any of {', '.join(PARTS)}.")
         if len(set(self.classes)) < len(self.classes):
             raise InputError(f"--classes names a class twice: {' '.join(self.classes)}. Remove one.")
-        for flag, (low, high) in BOUNDS.items():
-            if problem := range_problem(getattr(self, flag), low, high):
-                raise InputError(f"--{flag} {problem}")
         if not self.samples():
             raise InputError("There is nothing to make. Give at least one class and one count above 0.")
 

@@ -41,12 +41,8 @@ class CleaningRule:
     mask_unmeasured: bool = False  # set the image to 0 where there is no measurement
 
     def settings(self) -> dict[str, Any]:
-        """Parameters that results depend on, for the manifest; those left out only decide which scans are refused.
-
-        Older manifests lack the newer flags, so these are left out where they are off.
-        """
+        """Parameters that results depend on, for the manifest; those left out only decide which scans are refused."""
         left_out = {"least_support", "min_border", "min_support", "strict"}
-        left_out |= {name for name in ("empty_margins", "mask_unmeasured") if not getattr(self, name)}
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 

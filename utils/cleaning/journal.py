@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from utils.errors import InputError
-from utils.scans.files import FILE_SUFFIXES, cannot_read, cannot_write
+from utils.scans.files import FILE_SUFFIXES, writing
 from utils.scans.json_records import MissingRecordError, decode_record, encode_record, read_record, write_record
 
 SCHEMA = 1
@@ -81,8 +81,6 @@ def read_manifest(root: Path) -> Manifest | None:
         return None
     except FileNotFoundError:
         return manifest
-    except OSError as error:
-        raise cannot_read(root / JOURNAL, error) from error
     if text.startswith('{"scan": '):
         problem = f"{root / JOURNAL} is from a run of an older version that was interrupted"
         raise InputError(f"{problem}. Finish that run with the older version, or {FIX.lower()}.")
@@ -128,13 +126,10 @@ class Journal:
     def commit(self, scan: Scan, record: Record) -> None:
         """Record a scan in the journal, then rename its temporary files. After an InputError the next run continues."""
         path = self.output / JOURNAL
-        try:
-            with path.open("ab") as file:
-                file.write(encode_record({scan.name: record}).encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise cannot_write(path, error) from error
+        with writing(path), path.open("ab") as file:
+            file.write(encode_record({scan.name: record}).encode())
+            file.flush()
+            os.fsync(file.fileno())
         self.done[scan.name] = record
         self._put_in_place(scan)
 
@@ -175,9 +170,9 @@ class Journal:
 
     def _put_in_place(self, scan: Scan) -> None:
         """Rename the temporary files of a scan, and delete originals of another suffix beside them."""
-        try:
-            for modality, file in self.done[scan.name].items():
-                temporary, result = scan.temporary(self.output, modality), scan.file(self.output, modality)
+        for modality, file in self.done[scan.name].items():
+            temporary, result = scan.temporary(self.output, modality), scan.file(self.output, modality)
+            with writing(result):
                 if temporary.is_file():
                     temporary.replace(result)
                 for source in scan.sources.get(modality, ()):
@@ -185,14 +180,11 @@ class Journal:
                     # On a file system that ignores case, both names may denote the same file.
                     if beside and not source.samefile(result) and sha256(source) == file.source:
                         source.unlink()
-        except OSError as error:
-            raise cannot_write(Path(error.filename2 or error.filename or self.output), error) from error
 
     def _check_settings(self, found: dict[str, Any]) -> None:
         if (script := script_of(found)) != script_of(self.settings):
             raise InputError(f"{self.output} was written by the other script, utils/{script}.py. Give another folder.")
-        names = sorted(self.settings | found)
-        pairs = {name: (found.get(name, False), self.settings.get(name, False)) for name in names}
+        pairs = {key: (found.get(key, False), self.settings.get(key, False)) for key in sorted(self.settings | found)}
         changed = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in pairs.items() if old != new)
         if changed:
             raise InputError(

@@ -37,10 +37,7 @@ def check_format(path: Path) -> None:
 
 
 def write_preview(path: Path, pairs: Mapping[str, Pair]) -> None:
-    """Draw a row for each named scan, in the format of the suffix, with the reason if it is refused or doubtful.
-
-    The cleaned depth, if there is one, sets the colors of both depths.
-    """
+    """Draw a row for each named scan, with the reason to doubt or refuse it. The cleaned depth sets the colors."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

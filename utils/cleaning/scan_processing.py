@@ -5,8 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -17,12 +16,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.cleaning.journal import MANIFEST, FileRecord, Journal, Record, Scan, locked, sha256, stamp
-from utils.errors import InputError, show
-from utils.scans.files import atomic_path, cannot_read, cannot_write, make_folder
+from utils.errors import InputError, problem_of, show
+from utils.scans.files import atomic_path, make_folder, writing
 from utils.scans.images import open_image
 from utils.scans.organized_pc import as_cloud, read_organized_pc, write_organized_pc
 
 Result = tuple[Record, str]  # new files under temporary names, and the reason to doubt them, or an empty string
+Process = Callable[[Scan], Result]
 Outcome = tuple[Scan, Result | str]  # the result, or the reason why the scan failed
 
 
@@ -36,18 +36,12 @@ class Summary(NamedTuple):
 
 
 def process_scans(
-    scans: list[Scan],
-    journal: Journal,
-    process: Callable[[Scan], Result],
-    workers: int,
-    failed: dict[str, str],
-    dry_run: bool = False,
+    scans: list[Scan], journal: Journal, process: Process, workers: int, failed: dict[str, str], dry_run: bool = False
 ) -> Summary:
     """Process every scan that is not done yet, in `workers` processes; 1 means this one.
 
     `process` writes the results of a scan under temporary names, but nothing in a dry run. `failed` has the reasons of
-    scans that failed before. Raises InputError if the output folder is not writable, another run is using it, or a
-    worker was killed.
+    scans that failed before. Raises InputError if the output folder is not writable or another run is using it.
     """
     require_own_folder(scans, journal)
     if not dry_run and not journal.output.is_dir():
@@ -57,28 +51,27 @@ def process_scans(
             journal.read()  # another run may have ended meanwhile
             journal.recover(scans)
         pending, skipped, faults = split_scans(scans, journal)
-        summary = Summary([], skipped, failed | faults, {})
+        done, failed, doubtful = [], failed | faults, {}
         if pending and not dry_run:  # a finished dataset may lie on a read-only disk
             journal.save()  # a journal is only read beside a manifest
         with closing(process_all(pending, process, workers)) as outcomes:
             for scan, outcome in tqdm(outcomes, total=len(pending), unit="scan", disable=None if pending else True):
                 if isinstance(outcome, str):
-                    summary.failed[scan.name] = outcome
+                    failed[scan.name] = outcome
                     continue
                 record, doubt = outcome
                 if not dry_run:
                     journal.commit(scan, record)
-                summary.done.append(scan.name)
+                done.append(scan.name)
                 if doubt:
-                    summary.doubtful[scan.name] = doubt
+                    doubtful[scan.name] = doubt
         if pending and not dry_run:
             journal.save()
-    failed, doubtful = dict(sorted(summary.failed.items())), dict(sorted(summary.doubtful.items()))
-    return Summary(sorted(summary.done), skipped, failed, doubtful)
+    return Summary(sorted(done), skipped, dict(sorted(failed.items())), dict(sorted(doubtful.items())))
 
 
-def process_all(scans: list[Scan], process: Callable[[Scan], Result], workers: int) -> Generator[Outcome, None, None]:
-    """Yield the outcome of each scan, as it completes; InputError if a worker is killed."""
+def process_all(scans: list[Scan], process: Process, workers: int) -> Generator[Outcome, None, None]:
+    """Yield the outcome of each scan, as it completes; BrokenProcessPool if a worker is killed."""
     attempt = partial(_attempt, process=process)
     if workers == 1 or len(scans) < 2:
         yield from map(attempt, scans)
@@ -86,33 +79,21 @@ def process_all(scans: list[Scan], process: Callable[[Scan], Result], workers: i
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the workers, which occupy the cores already
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(scans)), context, _start_worker, (Image.MAX_IMAGE_PIXELS,))
-    futures: dict[str, Future[Outcome]] = {}
     try:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # workers inherit it and ignore Ctrl-C
-        for scan in scans:
-            futures[scan.name] = pool.submit(attempt, scan)
+        futures = [pool.submit(attempt, scan) for scan in scans]
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for future in as_completed(futures.values()):
+        for future in as_completed(futures):
             yield future.result()
-    except BrokenProcessPool:
-        unfinished = [name for name, future in futures.items() if future.exception()]
-        in_work = ", ".join(unfinished[:workers])  # workers take the scans in this order
-        problem = f"A worker was killed, perhaps for lack of memory, while processing these scans: {in_work}"
-        raise InputError(f"{problem}. Run again with fewer workers, such as --workers 1.") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def reason_of(error: InputError | OSError) -> str:
-    """Return the reason why a scan failed."""
-    return str(cannot_read(Path(error.filename or "a file"), error) if isinstance(error, OSError) else error)
-
-
-def _attempt(scan: Scan, process: Callable[[Scan], Result]) -> Outcome:
+def _attempt(scan: Scan, process: Process) -> Outcome:
     try:
         return scan, process(scan)
     except (InputError, OSError) as error:
-        return scan, reason_of(error)
+        return scan, str(problem_of(error))
 
 
 def _start_worker(max_pixels: int | None) -> None:
@@ -146,7 +127,7 @@ def split_scans(scans: list[Scan], journal: Journal) -> tuple[list[Scan], list[s
         try:
             done[scan.name] = journal.is_done(scan)
         except (InputError, OSError) as error:
-            faults[scan.name] = reason_of(error)
+            faults[scan.name] = str(problem_of(error))
     pending = [scan for scan in scans if not done.get(scan.name, True)]
     return pending, [name for name in done if done[name]], faults
 
@@ -172,7 +153,7 @@ def write_results(scan: Scan, arrays: Mapping[str, np.ndarray], output: Path) ->
     for modality, array in arrays.items():
         sources, path = scan.sources[modality], scan.temporary(output, modality)
         source, stamps = sha256(*sources), tuple(map(stamp, sources))
-        try:
+        with writing(scan.file(output, modality)):
             if array.dtype == np.float32:
                 write_organized_pc(path, array)
             else:
@@ -181,8 +162,6 @@ def write_results(scan: Scan, arrays: Mapping[str, np.ndarray], output: Path) ->
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             record[modality] = FileRecord(source, sha256(path), *stamp(path), stamps)
-        except OSError as error:
-            raise cannot_write(scan.file(output, modality), error) from error
         if not _holds(path, array):
             problem = f"The new {scan.file(output, modality)} reads back differently from what was written"
             raise InputError(f"{problem}. Check the disk and run the same command again.")

@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from utils.errors import escape_controls
 from utils.scans.files import atomic_path
+from utils.scans.images import shrink_image
 
 FUSED = "fused"  # key of the fused map in `scale`, beside the names of the banks
 HEAT = "inferno"
@@ -20,7 +21,6 @@ OVERLAY_OPACITY = 0.85  # at the upper end of the scale
 FAINT = 0.8  # the heat begins at this share of the way from the lower end to the threshold
 PANEL, GAP, HEAD, FOOT = 240, 9, 52, 38  # pixels: width of a panel, between panels, above and below the row
 BAR = 8  # pixels: height of a color bar
-OVERLAY_SIDE = 1024  # pixels of an overlay at most
 
 
 class _Panel(NamedTuple):
@@ -73,23 +73,14 @@ def heat_colors(strength: NDArray) -> NDArray[np.uint8]:
     return matplotlib.colormaps[HEAT](strength, bytes=True)[..., :3]
 
 
-def shrink_image(image: NDArray) -> NDArray:
-    """Scale an image (H, W) or (H, W, 3) uint8 down to at most OVERLAY_SIDE pixels a side, by averaging."""
-    shrink = OVERLAY_SIDE / max(image.shape)
-    if shrink >= 1:
-        return image
-    height, width = (max(1, round(side * shrink)) for side in image.shape[:2])
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
-
-
 def save_overlay(
     path: Path | str, image: NDArray | None, anomaly_map: NDArray, scale: tuple[float, float], threshold: float | None
 ) -> None:
     """Write a PNG without margin or text: the map in heat colors over the gray image.
 
-    The PNG has the size of the `image` (H, W, 3) uint8, or without one of the map, but at most OVERLAY_SIDE pixels a
-    side. The map (h, w) has the same view, `scale` is (lo, hi) of `threshold_scale`. Values above the threshold are
-    outlined, and values far below it show the image alone; without a threshold the heat begins at lo.
+    The PNG has the size of the `image` (H, W, 3) uint8, or without one of the map, after `shrink_image`. The map (h, w)
+    has the same view, `scale` is (lo, hi) of `threshold_scale`. Values above the threshold are outlined, and values far
+    below it show the image alone; without a threshold the heat begins at lo.
     """
     import matplotlib
 

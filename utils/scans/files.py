@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import BinaryIO
 from unicodedata import normalize
 
-from utils.errors import InputError
+from utils.errors import InputError, system_problem
 
 # Suffixes of the files of a sample, in upper or lower case; this project writes the first.
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 FILE_SUFFIXES = {"xyz": (".tiff", ".tif"), "rgb": _IMAGE_SUFFIXES, "gt": _IMAGE_SUFFIXES}
 FOLDERS = {"xyz": ("xyz",), "rgb": ("rgb",), "gt": ("gt", "ground_truth")}  # the first wins; this project writes it
-MAX_BYTES = {"image": 1 << 29, "cloud": 1 << 31, "text": 1 << 20}  # of a file of that kind
+MAX_BYTES = {"image": 1 << 29, "cloud": 1 << 31}  # of a file of that kind
 GOOD, ALSO_GOOD = "good", ("ok", "normal")  # names of folders of good samples, in upper or lower case
 
 
@@ -42,15 +42,13 @@ def files_by_modality(folder: Path) -> dict[str, dict[str, tuple[Path, ...]]]:
     for modality, names in FOLDERS.items():
         for name in names:
             found[modality] = _files_by_stem(folder / name, modality) | found[modality]
-    samples, masks = found["xyz"] | found["rgb"], found["gt"]
-    other_names = {stem.removesuffix("_mask"): files for stem, files in masks.items() if stem not in samples}
-    return found | {"gt": other_names | {stem: files for stem, files in masks.items() if stem in samples}}
+    return found
 
 
 def _files_by_stem(folder: Path, modality: str) -> dict[str, tuple[Path, ...]]:
     found: dict[str, tuple[Path, ...]] = {}
     for path in _listing(folder, lambda path: path.suffix.lower() in FILE_SUFFIXES[modality]):
-        stem = normalize("NFC", path.stem)
+        stem = normalize("NFC", path.stem).removesuffix("_mask" if modality == "gt" else "")
         found[stem] = (*found.get(stem, ()), path)
     return found
 
@@ -63,16 +61,14 @@ def open_file(path: Path, kind: str) -> BinaryIO:
     """
     try:
         status = path.stat()
-        if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES[kind]:
-            return path.open("rb")
+        if stat.S_ISREG(status.st_mode) and status.st_size > MAX_BYTES[kind]:
+            size = f"{status.st_size / 1e6:.0f} MB, expected at most {MAX_BYTES[kind] / 1e6:.0f} for this kind of file"
+            raise InputError(f"{path} has {size}. Scale it down, or copy it again.")
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise InputError(f"{path} is a pipe or a device, not a file. Move it away and restore the file.")
+        return path.open("rb")  # refuses a folder
     except OSError as error:
         raise cannot_read(path, error) from error
-    if stat.S_ISREG(status.st_mode):
-        size = f"{status.st_size / 1e6:.0f} MB, expected at most {MAX_BYTES[kind] / 1e6:.0f} for this kind of file"
-        raise InputError(f"{path} has {size}. Scale it down, or copy it again.")
-    if stat.S_ISDIR(status.st_mode):
-        raise cannot_read(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
-    raise InputError(f"{path} is a pipe or a device, not a file. Move it away and restore the file.")
 
 
 def _listing(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
@@ -84,28 +80,18 @@ def _listing(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
 
 
 def cannot_read(path: Path, error: OSError) -> InputError:
-    """Return the InputError of a system error while reading `path`, with the fix."""
-    if isinstance(error, FileNotFoundError):
-        return InputError(f"{path} is missing. Restore it from its source, or remove the other files of the sample.")
-    fix = {
-        errno.EACCES: "Make it and the folders above it readable.",
-        errno.EPERM: "Make it and the folders above it readable.",
-        errno.ENAMETOOLONG: "Shorten the names in it.",
-        errno.EISDIR: "Move this folder away and restore the file.",
-    }.get(error.errno or 0, "Check the disk and copy it again from its source.")
-    return InputError(f"{path} cannot be read ({error.strerror or error}). {fix}")
+    """Return the InputError of a system error while reading `path`."""
+    return InputError(system_problem(path, "read", error))
 
 
-def cannot_write(path: Path, error: OSError) -> InputError:
-    """Return the InputError of a system error while writing `path`, with the fix."""
-    fix = {
-        None: "Free disk space",  # NumPy's error of a write cut short
-        errno.ENOSPC: "Free disk space",
-        errno.EDQUOT: "Free disk space",
-        errno.ENAMETOOLONG: "Shorten the names of the sample's files",
-        errno.EISDIR: "Move this folder away",
-    }.get(error.errno, "Make it and its folder writable")
-    return InputError(f"{path} cannot be written ({error.strerror or error}). {fix} and run the same command again.")
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a system error of the block, which may name a temporary file or none, into an InputError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        full = OSError(errno.ENOSPC, str(error))  # NumPy's error of a write cut short has no number
+        raise InputError(system_problem(path, "written", error if error.errno else full)) from error
 
 
 def make_folder(path: Path | str, flag: str) -> Path:
@@ -125,18 +111,14 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     The temporary name keeps the suffix, because libraries choose the format by it. Parent folders are made.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        if error.filename not in (None, str(temporary)):
-            raise
-        reason = error.strerror or str(error)  # NumPy's error of a write cut short has no number
-        raise OSError(error.errno or errno.ENOSPC, reason, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

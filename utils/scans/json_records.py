@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from utils.errors import InputError, escape_controls
-from utils.scans.files import atomic_path, cannot_read, cannot_write
+from utils.scans.files import atomic_path, cannot_read
 
 Record = TypeVar("Record")
 
@@ -77,13 +77,10 @@ def write_record(path: Path, record: object, indent: int | None = None) -> None:
     Raises InputError if the file cannot be written, and the errors of `encode_record`.
     """
     text = encode_record(record, indent)
-    try:
-        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise cannot_write(path, error) from None
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def plain_json(value: object) -> Any:

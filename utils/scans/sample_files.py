@@ -18,7 +18,7 @@ from utils.choices import UNITS
 from utils.errors import InputError
 from utils.records import SampleFiles
 from utils.scans.depth_camera import Camera, read_depth_png
-from utils.scans.files import FILE_SUFFIXES, cannot_read
+from utils.scans.files import FILE_SUFFIXES
 from utils.scans.organized_pc import MAX_COORDINATE, as_cloud, read_organized_pc, valid_mask
 from utils.scans.point_files import read_npy, read_pcd, read_ply
 
@@ -65,7 +65,7 @@ def find_samples(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLO
         kind: sorted(files[0].name for stem, files in by_stem.items() if stem not in paired)
         for kind, by_stem in by_kind.items()
     }
-    for stem in set().union(*by_kind.values()):
+    for stem in sorted(set().union(*by_kind.values())):
         paths = {kind: files.get(stem, []) for kind, files in by_kind.items()}
         image, cloud = (next(iter(paths.get(kind, [])), None) for kind in ("image", "cloud"))
         name = next(files[0].stem for files in paths.values() if files)  # `stem` may be in another Unicode form
@@ -74,8 +74,6 @@ def find_samples(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLO
             found.incomplete.append((sample, problem))
         else:
             found.samples.append(sample)
-    found.samples.sort(key=lambda files: files.path)
-    found.incomplete.sort(key=lambda each: each[0].path)
     if not found.samples:
         sample, problem = found.incomplete[0]
         raise InputError(f"None of {len(found.incomplete)} samples is complete. The first is {sample.path}: {problem}")
@@ -83,10 +81,7 @@ def find_samples(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLO
 
 
 def _problem(name: str, paths: Mapping[str, list[Path]], alone: Mapping[str, list[str]]) -> str:
-    """Return the problem of a sample with these files by kind, "" if there is none.
-
-    `alone` has the names of the files of each kind without a partner.
-    """
+    """Return the problem of a sample with these files by kind or ""; `alone` names the files without a partner."""
     length = len(os.fsencode(name))
     if length > LONGEST_NAME:
         return f"Its name has {length} bytes, expected at most {LONGEST_NAME}. Rename its files."
@@ -106,15 +101,12 @@ def _problem(name: str, paths: Mapping[str, list[Path]], alone: Mapping[str, lis
 def _by_stem(given: str, suffixes: Sequence[str], flag: str) -> dict[str, list[Path]]:
     """Return the files that a flag names, by stem, each list sorted; InputError if there are none."""
     path = Path(given)
-    try:
-        if path.is_file():
-            files = [path]
-        else:
-            matches = glob(given, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
-            candidates = path.iterdir() if given and path.is_dir() else map(Path, matches)
-            files = sorted(each for each in candidates if not each.name.startswith("."))
-    except OSError as error:
-        raise cannot_read(path, error) from error
+    if path.is_file():
+        files = [path]
+    else:
+        matches = glob(given, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        candidates = path.iterdir() if given and path.is_dir() else map(Path, matches)
+        files = sorted(each for each in candidates if not each.name.startswith("."))
     # Links to nowhere, pipes and folders with such a suffix count, so that each is named when it is read.
     fitting = [each for each in files if each.suffix.lower() in suffixes]
     if flag == "--rgb":  # a folder may hold images and clouds
