@@ -18,6 +18,7 @@ extracted once. Each method has a row in the tables and its other files in its o
 import argparse
 import logging
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from runner.settings import make_parser
@@ -65,9 +66,9 @@ def run_method(args: argparse.Namespace, given: Collection[str]) -> None:
     ranks = find_ranks()
     device = own_device(args.device, ranks)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    with process_group(ranks, device):
+    with process_group(ranks, device), ExitStack() as locks:
         log_in_first_process()
-        evaluate_classes(*set_up(args, given, device))
+        evaluate_classes(*set_up(args, given, device, locks))
 
 
 def evaluate_classes(run: "Run", extractor: "PatchExtractor") -> None:

@@ -18,6 +18,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,15 +130,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def predict(settings: PredictSettings) -> int:
-    """Predict all samples, write the predictions, and return the exit code."""
+def predict(settings: PredictSettings, locks: ExitStack) -> int:
+    """Predict all samples, write the predictions, and return the exit code. `locks` takes the lock of --output_dir."""
     from tqdm import tqdm
 
     from feature_extractors.persistence import load_detector
-    from runner.prediction import LoadedSample, Outcome, PredictionWriter, SampleReader, predict_samples
+    from runner.prediction import LoadedSample, Outcome, PredictionWriter, SampleReader, output_paths, predict_samples
     from utils.cleaning.cloud_cleaning import CleaningRule
     from utils.scans.depth_camera import read_camera
-    from utils.scans.files import make_folder
+    from utils.scans.files import locked, make_folder
     from utils.scans.sample_files import cloud_suffixes, find_samples
 
     begin = time.perf_counter()
@@ -156,6 +157,8 @@ def predict(settings: PredictSettings) -> int:
     modalities, size = config.method.modalities, config.img_size
     reader = SampleReader(found.samples, modalities, size, camera, settings.xyz_unit, rule)
     folder = make_folder(settings.output_dir, "--output_dir")
+    images = (path for files in found.samples for path in output_paths(folder, files.path))
+    locks.enter_context(locked(folder, "--output_dir", images))
     writer = PredictionWriter(folder, thresholds, not settings.no_images, settings.append)
     records = []
     for files, problem in found.incomplete:
@@ -194,7 +197,8 @@ def print_line(record: dict[str, Any], width: int = 0) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, predict, and exit."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
-    raise SystemExit(predict(PredictSettings(**vars(parse_args(argv)))))
+    with ExitStack() as locks:
+        raise SystemExit(predict(PredictSettings(**vars(parse_args(argv))), locks))
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ class DetectorRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     written: str  # date and time, ISO 8601
     versions: dict[str, str | None]  # of Python and of the packages
     config: DetectorConfig  # its precision is that of the features, never "auto"
-    config_sha256: str  # see config_checksum
     backbone_sha256: dict[str, str]  # checksum of the weights by modality, see models.checkpoints.weights_checksum
     thresholds: Thresholds | None
     dtype: Literal["fp16", "fp32"]  # of the rows of the banks
     state_sha256: str  # of state.safetensors
+    config_sha256: str = ""  # of all other fields of config.json, see record_checksum
 
 
 class SavedDetector(NamedTuple):
@@ -55,8 +55,8 @@ def read_saved(folder: Path | str, *, point_ops: str = "auto", precision: str | 
     except MissingRecordError:
         fix = _fix_of_missing(folder)
         raise InputError(f"{folder} is not a detector, because it has no {CONFIG_FILE}. {fix}.") from None
-    if config_checksum(record.config) != record.config_sha256:
-        raise InputError(f"{path} was changed: its config does not match config_sha256. {FIX}.")
+    if record_checksum(record) != record.config_sha256:
+        raise InputError(f"{path} was changed: it does not match its config_sha256. {FIX}.")
     config = replace(record.config, point_ops=point_ops, precision=precision or record.config.precision)
     return SavedDetector(folder, msgspec.structs.replace(record, config=config))
 
@@ -69,7 +69,7 @@ def _fix_of_missing(folder: Path) -> str:
     return f"Name one of the detectors in it ({inside})" if inside else "Save one with main.py --save_detector"
 
 
-def config_checksum(config: DetectorConfig) -> str:
-    """SHA-256 of a configuration's JSON with sorted keys; 1 and 1.0 count as the same number."""
-    typed = msgspec.convert(msgspec.to_builtins(config), DetectorConfig)
+def record_checksum(record: DetectorRecord) -> str:
+    """SHA-256 of a record's JSON with sorted keys, without config_sha256; 1 and 1.0 count as the same number."""
+    typed = msgspec.convert(msgspec.to_builtins(record) | {"config_sha256": ""}, DetectorRecord)
     return hashlib.sha256(json.dumps(typed, sort_keys=True, default=plain_json).encode()).hexdigest()

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
+from msgspec import structs
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -22,8 +23,8 @@ from feature_extractors.detector_record import (
     FIX,
     DetectorRecord,
     SavedDetector,
-    config_checksum,
     read_saved,
+    record_checksum,
 )
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.memory_bank import BankStatistics, MemoryBank
@@ -82,13 +83,12 @@ def save_detector(
         written=datetime.now().astimezone().isoformat(timespec="seconds"),
         versions=package_versions(),
         config=config,
-        config_sha256=config_checksum(config),
         backbone_sha256={modality: extractor.checksums[modality] for modality in config.backbone_names},
         thresholds=detector.thresholds,
         dtype=storage,  # type: ignore[arg-type]
         state_sha256=hashlib.sha256(state).hexdigest(),
     )
-    text = encode_record(record, indent=1)
+    text = encode_record(structs.replace(record, config_sha256=record_checksum(record)), indent=1)
     with writing(folder), atomic_folder(folder) as temporary:
         (temporary / STATE_FILE).write_bytes(state)  # a file of save_file can be read by its owner only
         (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 Source = Literal["validation", "training"]
 TYPICAL_VALUE = 0.05  # normalized score of the median good sample; that of the threshold is 0.5
+LEAST_THRESHOLD = 1e-30  # instead of 0, where good samples score 0, as in a coreset of all their patches
 ROUNDING = 1e-14  # relative rounding error of rate * count: 0.29 * 100 is 28.999…996
 
 logger = logging.getLogger(__name__)
@@ -21,8 +22,8 @@ logger = logging.getLogger(__name__)
 class Thresholds:
     """Decision thresholds and their calibration."""
 
-    image: float  # a sample with a score above is anomalous
-    pixel: float  # a pixel with a value above in the anomaly map is anomalous
+    image: Annotated[float, Meta(gt=0)]  # a sample with a score above is anomalous
+    pixel: Annotated[float, Meta(gt=0)]  # a pixel with a value above in the anomaly map is anomalous
     target_fpr: Annotated[float, Meta(gt=0, lt=1)]  # requested false-alarm rate
     source: Source  # split that the good samples are from
     parts: Annotated[int, Meta(ge=1)]  # number of the good samples
@@ -71,6 +72,7 @@ def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: fl
     rank = max(len(pixels) - _share_of(target_fpr, len(pixels)), 1)
     pixels.partition(rank - 1)
     image, pixel = float(ordered[count - min(max(exceeding, 1), count)]), float(pixels[rank - 1])
+    image, pixel = max(image, LEAST_THRESHOLD), max(pixel, LEAST_THRESHOLD)
     return Thresholds(image, pixel, target_fpr, source, count, typical=float(np.median(ordered)))
 
 

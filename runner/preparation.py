@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -13,21 +14,25 @@ import torch
 
 from dataset import check_files, find_classes, good_folders, index_split
 from feature_extractors.config import DetectorConfig
+from feature_extractors.detector_record import CONFIG_FILE
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.persistence import check_target
 from models.point_ops import check_backend
 from runner.dataset_check import warn_of_raw_scans, warn_of_unfinished_scans
-from runner.finished_classes import FOLDER, class_file
+from runner.finished_classes import class_file
 from runner.saved_detectors import FITTING_FLAGS, Saved, check_layout, read_detectors
 from runner.settings import RunSettings, detector_configs, extraction_config
 from utils.checkpoint_files import check_checkpoint
 from utils.command_line import from_flags
 from utils.distributed import Ranks, broadcast_object, choose_device, is_main, named_device, print_only_if
 from utils.errors import InputError
+from utils.feature_store import SUFFIX
 from utils.precision import choose_precision
 from utils.records import SampleFiles
-from utils.reporting.html_report.report_page import FILE_NAME
-from utils.scans.files import make_folder
+from utils.reporting.html_report.report_page import FILE_NAME as REPORT
+from utils.reporting.results_json import FILE_NAME as RESULTS
+from utils.reporting.tables import FILE_NAMES
+from utils.scans.files import locked, make_folder
 
 
 class ClassFiles(NamedTuple):
@@ -71,10 +76,13 @@ def own_device(name: str, ranks: Ranks) -> torch.device:
         return choose_device(name, ranks.local_rank)
 
 
-def set_up(args: argparse.Namespace, given: Collection[str], device: torch.device) -> tuple[Run, PatchExtractor]:
+def set_up(
+    args: argparse.Namespace, given: Collection[str], device: torch.device, locks: ExitStack
+) -> tuple[Run, PatchExtractor]:
     """Check a run and build its networks, first in rank 0, so that a problem is reported once.
 
-    The other ranks receive the run that rank 0 checked. Raises InputError if a flag or an input file is wrong.
+    The other ranks receive the run that rank 0 checked. `locks` takes the locks of the folders of results. Raises
+    InputError if a flag or an input file is wrong, or another run writes to one of the folders.
     """
     if not is_main():
         run: Run | None = broadcast_object(None)
@@ -83,6 +91,7 @@ def set_up(args: argparse.Namespace, given: Collection[str], device: torch.devic
         return run, _build(run, device)
     try:
         run = prepare(args, given, device)
+        _make_folders(run, locks)
         extractor = _build(run, device)
     except Exception:
         broadcast_object(None)
@@ -101,7 +110,7 @@ def _build(run: Run, device: torch.device) -> PatchExtractor:
 
 
 def prepare(args: argparse.Namespace, given: Collection[str], device: torch.device) -> Run:
-    """Check everything that needs no network, and make the folders of the results."""
+    """Check everything that needs no network."""
     saved = {} if args.load_detector is None else read_detectors(args, given)
     first_class = next(iter(saved.values()), {})
     configs = {method: each.record.config for method, each in first_class.items()} or detector_configs(args)
@@ -118,7 +127,6 @@ def prepare(args: argparse.Namespace, given: Collection[str], device: torch.devi
             for split in splits:
                 warn_of_raw_scans(split)
     warn_of_unfinished_scans(settings.dataset_path, {name: chain(*splits) for name, splits in files.items()})
-    _make_folders(run)
     return run
 
 
@@ -145,23 +153,41 @@ def shown_modalities(settings: RunSettings, modalities: frozenset[str]) -> froze
     return modalities if settings.save_preds is None else modalities | {"rgb"}
 
 
-def _make_folders(run: Run) -> None:
-    """Make all folders of results, so that none fails later."""
-    settings = run.settings
+def _make_folders(run: Run, locks: ExitStack) -> None:
+    """Make and lock all folders of results, and find what is in the way of a file, so that none fails later."""
+    settings, names = run.settings, list(run.files)
+    written: list[tuple[Path, str, list[Path]]] = [(settings.output_dir, "--output_dir", _result_files(run))]
+    if len(run.configs) > 1:
+        written += [(folder, "--output_dir", []) for folder in run.folders(settings.output_dir).values()]
     if settings.save_detector is not None:
-        check_layout(settings.save_detector, run.configs, run.files)
-        for folder in run.folders(settings.save_detector).values():
-            for name in run.files:
-                check_target(folder / name)
-        make_folder(settings.save_detector, "--save_detector")
-    for folder in run.folders(settings.output_dir).values():
-        make_folder(folder, "--output_dir")
-        for path in (folder / FILE_NAME, *(class_file(folder, name) for name in run.files)):
-            if path.is_dir():
-                raise InputError(f"{path} is a folder, but should be a file. Choose another --output_dir.")
-        make_folder(folder / FOLDER, "--output_dir")
+        check_layout(settings.save_detector, run.configs, names)
+        detectors = [folder / name for folder in run.folders(settings.save_detector).values() for name in names]
+        for folder in detectors:
+            check_target(folder)
+        written.append((settings.save_detector, "--save_detector", [folder / CONFIG_FILE for folder in detectors]))
     if settings.save_feature:
-        make_folder(settings.save_feature_path, "--save_feature_path")
+        samples = [(name, file.path) for name in names for file in run.files[name].train]
+        patches = [settings.save_feature_path / name / f"{Path(path).name}{SUFFIX}" for name, path in samples]
+        written.append((settings.save_feature_path, "--save_feature_path", patches))
+    for folder, flag, files in written:
+        locks.enter_context(locked(make_folder(folder, flag), flag, files))
+
+
+def _result_files(run: Run) -> list[Path]:
+    """Paths of all files that a run writes to --output_dir."""
+    paths = [run.settings.output_dir / name for name in FILE_NAMES.values()]
+    for method, folder in run.folders(run.settings.output_dir).items():
+        paths += [folder / RESULTS, folder / REPORT, *(class_file(folder, name) for name in run.files)]
+        if run.settings.saves_predictions(method):
+            tests = [(name, file) for name, files in run.files.items() for file in files.test]
+            paths += chain.from_iterable(image_files(folder, name, file) for name, file in tests)
+    return paths
+
+
+def image_files(folder: Path, class_name: str, file: SampleFiles) -> tuple[Path, Path]:
+    """Paths of the anomaly map and the figure of a test sample."""
+    figure = folder / "pred_maps" / class_name / f"{file.path.removeprefix('test/')}.png"
+    return folder / "anomaly_maps" / class_name / f"{file.path}.tiff", figure
 
 
 def input_checksums(run: Run, extractor: PatchExtractor) -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,12 +26,12 @@ from utils.distributed import Ranks, all_reduce_any, all_reduce_sum, choose_devi
 from utils.errors import InputError
 from utils.feature_store import PatchFileDataset
 from utils.precision import autocast
-from utils.scans.files import make_folder
+from utils.scans.files import atomic_path, locked, make_folder
 
 # Flags that a resumed run cannot change.
 FIXED = ("batch_size", "accum_iter", "seed", "val_fraction", "drop_last_group", "negatives", "uff_pairing", "precision")
 STOPPED = 130  # exit code after Ctrl-C, as in shells
-LAST, BEST = "checkpoint-last.pth", "checkpoint-best.pth"
+LAST, BEST, LOG = "checkpoint-last.pth", "checkpoint-best.pth", "log.txt"
 logger = logging.getLogger(__name__)
 
 
@@ -42,7 +43,9 @@ def run(config: PretrainConfig) -> None:
     device = choose_device(config.device, ranks.local_rank)
     if config.precision == "auto":
         config = replace(config, precision="bf16" if device.type == "cuda" else "fp32")
-    with process_group(ranks, device, config.dist_url):
+    folder = make_folder(config.output_dir, "--output_dir")
+    lock = locked(folder, "--output_dir", [folder / LOG, folder / BEST, folder / LAST, *folder.glob("*.pth")])
+    with lock if ranks.rank == 0 else nullcontext(), process_group(ranks, device, config.dist_url):
         pretrain(config, ranks, device)
 
 
@@ -126,7 +129,7 @@ class Output:
     def __init__(self, trainer: Trainer, model: FeatureFusion, board: Any) -> None:
         self.config, self.optimizer, self.progress = trainer.config, trainer.optimizer, trainer.progress
         self.model, self.board = model, board  # board: SummaryWriter or None
-        self.folder = make_folder(self.config.output_dir, "--output_dir")
+        self.folder = Path(self.config.output_dir)
 
     def save(self, name: str) -> None:
         """Write a checkpoint of the current state."""
@@ -135,19 +138,24 @@ class Output:
             save_checkpoint(self.folder / name, self.model, self.optimizer, self.progress, args)
 
     def end_epoch(self, epoch: int, figures: dict[str, Any]) -> None:
-        """Write the epoch's checkpoints, its line of log.txt, and its summary."""
+        """Write the epoch's line of log.txt, its checkpoints, last the one to resume from, and its summary."""
         validated = {name: value for name, value in figures.items() if name.startswith("val_")}
         merit = validated["val_retrieval"] - validated["val_chance"] if validated else -figures["train_loss"]
         better, self.progress.best = merit > self.progress.best, max(merit, self.progress.best)
-        if self.config.max_steps is None or self.config.is_finished(self.progress):
-            self.save(f"checkpoint-{epoch}.pth")
-        self.save(LAST)
-        if better:
-            self.save(BEST)
         if not is_main():
             return
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures | {"epoch": epoch, "updates": self.progress.updates}) + "\n")
+        updates, path = self.progress.updates, self.folder / LOG
+        line = json.dumps(figures | {"epoch": epoch, "updates": updates}) + "\n"
+        older = path.read_text("utf-8", "backslashreplace").splitlines(keepends=True) if path.exists() else []
+        # A run that was killed before it wrote checkpoint-last.pth repeats the epoch.
+        ending = f'"updates": {updates}}}\n' if self.config.resume else line
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join([each for each in older if not each.endswith(ending)] + [line]), "utf-8")
+        if self.config.max_steps is None or self.config.is_finished(self.progress):
+            self.save(f"checkpoint-{epoch}.pth")
+        if better:
+            self.save(BEST)
+        self.save(LAST)
         for name, value in validated.items():
             if self.board:
                 self.board.add_scalar(name, value, self.progress.epoch * 1000)

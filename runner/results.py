@@ -8,7 +8,7 @@ from pathlib import Path
 from dataset import SampleFiles, original_size, read_rgb
 from feature_extractors.config import DetectorConfig
 from runner.finished_classes import FOLDER, class_file, read_class, write_class
-from runner.preparation import Run
+from runner.preparation import Run, image_files
 from runner.settings import applied_flags
 from utils.distributed import progress_bar
 from utils.errors import escape_controls, show
@@ -87,13 +87,13 @@ class Results:
         return [name for name in self.inputs if any(name not in reports for reports in self.reports.values())]
 
     def finish(self, finished: Mapping[str, Mapping[str, ClassReport]]) -> None:
-        """Publish the rest of `finished`, append the tables to those of earlier runs, and print them."""
+        """Publish the rest of `finished`, add the tables to those of earlier runs, and print them."""
         self.publish({name: finished[name] for name in self.missing()})
         output_dir = self.run.settings.output_dir
         methods = {
             method: {name: reports[name].entry for name in self.inputs} for method, reports in self.reports.items()
         }
-        append_tables(output_dir, methods, sys.argv, self.exact, self.note)
+        append_tables(output_dir, methods, sys.argv, self.exact, self.note, self.run.settings.resume)
         print(f"\n{format_tables(methods, self.exact, self.note)}\n\nwritten to {escape_controls(str(output_dir))}/")
 
 
@@ -115,8 +115,8 @@ def save_predictions(class_name: str, files: list[SampleFiles], results: list[Sa
     pairs = progress_bar(zip(files, results, strict=True), total=len(files), desc="images", unit="sample")
     for file, result in pairs:
         prediction, plane = result.prediction, result.prediction.anomaly_map.numpy()
-        save_anomaly_map(output_dir / "anomaly_maps" / class_name / f"{file.path}.tiff", plane, original_size(file))
-        figure = output_dir / "pred_maps" / class_name / f"{file.path.removeprefix('test/')}.png"
+        anomaly_map, figure = image_files(output_dir, class_name, file)
+        save_anomaly_map(anomaly_map, plane, original_size(file))
         title = f"{class_name}/{file.path}  score {prediction.score:.4g}"
         bank_maps = {bank: bank_map.numpy() for bank, bank_map in prediction.bank_maps.items()}
         save_prediction_figure(figure, read_rgb(file), result.mask.numpy(), bank_maps, plane, scale, title)

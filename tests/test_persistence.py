@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from detector_files import seal
 from safetensors.torch import load_file, save_file
 from tiny_networks import (
     DOUBLE,
@@ -203,7 +204,7 @@ def test_values_that_are_not_finite_are_not_saved(tmp_path: Path, place: str, dt
 def test_thresholds_that_are_not_finite_are_not_saved(tmp_path: Path, field: str) -> None:
     detector = fitted(settings(SINGLE))
     detector.thresholds = replace(THRESHOLDS, **{field: float("nan")})
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(ValueError, match=r"not JSON compliant|> 0\.0"):
         save_detector(detector, tmp_path / "saved")
     assert not list(tmp_path.iterdir())
 
@@ -332,12 +333,11 @@ def test_uff_checkpoint_is_not_needed(saved: Path) -> None:
 
 
 def edit(folder: Path, change: Change) -> None:
-    """Change the record, and update the checksum of its config."""
+    """Change the record, and update its checksum."""
     path = folder / "config.json"
     record = json.loads(path.read_text())
     change(record)
-    if "config_sha256" in record:
-        record["config_sha256"] = hashlib.sha256(json.dumps(record["config"], sort_keys=True).encode()).hexdigest()
+    seal(record)
     path.write_text(json.dumps(record))
 
 
@@ -386,6 +386,8 @@ DAMAGED_CONFIGS: list[tuple[Change, str]] = [
     (lambda record: record["backbone_sha256"].update(rgb=1), "Expected `str`, got `int` at `backbone_sha256[...]`"),
     (lambda record: record["backbone_sha256"].pop("xyz"), "was fitted with other weights of Point_MAE (SHA-256 ''"),
     (lambda record: record["thresholds"].update(image=float("nan")), "NaN is not a finite number"),
+    (lambda record: record["thresholds"].update(image=0), "> 0.0 at `thresholds.image`"),
+    (lambda record: record["thresholds"].update(pixel=-1e-9), "> 0.0 at `thresholds.pixel`"),
     (lambda record: record["thresholds"].update(target_fpr=1.5), "< 1.0 at `thresholds.target_fpr`"),
     (lambda record: record["thresholds"].update(parts=0), ">= 1 at `thresholds.parts`"),
     (lambda record: record["thresholds"].update(source="test"), "Invalid enum value 'test' at `thresholds.source`"),
@@ -404,8 +406,23 @@ def test_damaged_config_is_refused(saved: Path) -> None:
 
 def test_edited_config_is_refused(saved: Path) -> None:
     path = saved / "config.json"
-    path.write_text(path.read_text().replace('"ocsvm_nu": 0.5', '"ocsvm_nu": 0.4'))
-    assert "was changed: its config does not match config_sha256" in refused(saved)
+    intact = json.loads(path.read_text())
+    edits: list[Change] = [
+        lambda record: record["config"].update(ocsvm_nu=0.4),
+        lambda record: record["thresholds"].update(image=1000.0),
+        lambda record: record["thresholds"].update(target_fpr=0.2),
+        lambda record: record.update(thresholds=None),
+        lambda record: record.update(dtype="fp16"),
+        lambda record: record.update(class_name="rope"),
+        lambda record: record.update(config_sha256=""),
+        lambda record: record.pop("config_sha256"),
+    ]
+    for number, change in enumerate(edits):
+        record = json.loads(json.dumps(intact))
+        change(record)
+        assert record != intact, number
+        path.write_text(json.dumps(record))
+        assert "config.json was changed: it does not match its config_sha256" in refused(saved), number
 
 
 def test_integer_for_a_float_setting_is_accepted(tmp_path: Path) -> None:
@@ -473,8 +490,8 @@ def test_folder_at_the_path_of_the_config_is_refused(saved: Path) -> None:
 
 
 def test_parent_folder_is_refused_with_its_detectors(saved: Path) -> None:
-    (saved.parent / ".cookie.tmp").mkdir()  # left by a killed process
-    (saved.parent / ".cookie.tmp/config.json").write_text("{}")
+    (saved.parent / ".cookie.m3dm.tmp").mkdir()  # left by a killed process
+    (saved.parent / ".cookie.m3dm.tmp/config.json").write_text("{}")
     assert "because it has no config.json. Name one of the detectors in it (bagel)." in refused(saved.parent)
 
 
@@ -599,8 +616,8 @@ def test_detector_with_a_damaged_config_may_be_replaced(saved: Path, text: str) 
 def test_interrupted_save_can_be_renamed_back(saved: Path) -> None:
     """The process was killed between its two renames; the next save deletes its leftovers."""
     older = saved.rename(saved.parent / ".bagel.old")
-    other = saved.parent / ".cookie.tmp"
-    for folder in (saved.parent / ".bagel.tmp", other):
+    other = saved.parent / ".cookie.m3dm.tmp"
+    for folder in (saved.parent / ".bagel.m3dm.tmp", other):
         folder.mkdir()
     assert f"Saving it was interrupted. Rename {older} to bagel" in refused(saved)
     save_detector(fitted(settings(SINGLE)), saved)

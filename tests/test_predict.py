@@ -9,6 +9,7 @@ import shutil
 import sys
 import tracemalloc
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +79,8 @@ def fitted(stubs: None, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
 
 def run(*flags: object) -> int:
     """Run the script in this process; return its exit code."""
-    return predict.predict(predict.PredictSettings(**vars(predict.parse_args(list(map(str, flags))))))
+    with ExitStack() as locks:
+        return predict.predict(predict.PredictSettings(**vars(predict.parse_args(list(map(str, flags))))), locks)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *flags: object) -> str:

@@ -12,9 +12,9 @@ from cleaning_runs import ALL, call_script, config_for, contents, run_killed_at,
 from PIL import Image
 
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
-from utils.cleaning.journal import locked
 from utils.errors import InputError
 from utils.preprocessing import find_scans, main, preprocess
+from utils.scans.files import locked
 from utils.scans.organized_pc import read_organized_pc, valid_mask, write_organized_pc
 
 
@@ -183,7 +183,7 @@ def test_invalid_arguments_and_folders_exit_with_2(dataset: Path, tmp_path: Path
 
 
 def test_second_run_on_a_locked_folder_is_refused(dataset: Path) -> None:
-    with locked(dataset), pytest.raises(InputError, match="Another run is preprocessing"):
+    with locked(dataset, "folder"), pytest.raises(InputError, match="Another run is writing to"):
         preprocess(config_for(dataset))
     assert preprocess(config_for(dataset)).done == ALL
 

@@ -209,6 +209,28 @@ def test_heading_names_all_methods(tmp_path: Path) -> None:
         assert text.count("left out of the mean") == 1
 
 
+def test_resumed_run_replaces_its_own_last_table(tmp_path: Path) -> None:
+    """Tables of other values stay, and so do equal ones of a run that was not resumed."""
+    other = {"DINO": {"bagel": CABLE_GLAND}}
+    for methods, resumed, count in [
+        (METHODS, False, 1),
+        (METHODS, True, 1),
+        (other, True, 2),
+        (other, False, 3),
+        (other, True, 3),
+        (METHODS, True, 4),
+    ]:
+        append_tables(tmp_path, methods, COMMAND, False, "a note", resumed)
+        for name in FILES:
+            assert len(read_tables(tmp_path / name)) == count, (methods, resumed)
+
+
+def test_older_table_that_is_not_text_does_not_lose_the_new_one(tmp_path: Path) -> None:
+    (tmp_path / FILES[0]).write_bytes(b"# caf\xe9\n")
+    append_tables(tmp_path, METHODS, COMMAND, False)
+    assert (tmp_path / FILES[0]).read_text().startswith("# caf\\xe9\n\n## ")
+
+
 def test_text_tables_of_several_methods_match_the_files(tmp_path: Path) -> None:
     append_tables(tmp_path, METHODS, COMMAND, True)
     for block, name in zip(format_tables(METHODS, exact_headline=True).split("\n\n"), FILES, strict=True):

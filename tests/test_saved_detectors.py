@@ -1,6 +1,5 @@
 """main.py --save_detector and --load_detector: repeated evaluation in a new process, and refused flags."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import pytest
 import tifffile
 import torch
 from conftest import ROOT
+from detector_files import seal
 from main_runs import (
     RGB_DIM,
     SIDE,
@@ -380,7 +380,7 @@ def detectors(single: tuple[Run, Path], tmp_path: Path) -> Path:
 def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     record = json.loads((folder / "config.json").read_text())
     change(record)
-    record["config_sha256"] = hashlib.sha256(json.dumps(record["config"], sort_keys=True).encode()).hexdigest()
+    seal(record)
     (folder / "config.json").write_text(json.dumps(record))
 
 

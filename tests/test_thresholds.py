@@ -82,11 +82,17 @@ def test_pixel_threshold_is_a_quantile_of_all_good_pixels(target_fpr: float, pix
     assert all((each == old).all() for each, old in zip(maps, before, strict=True))
 
 
+def test_thresholds_are_positive_where_good_samples_score_0() -> None:
+    """A score of 0 stays good, and every score above that a detector can give is anomalous."""
+    thresholds = calibrate([0.0] * 9, [np.zeros((4, 4), np.float32)] * 9, 0.1, "training")
+    assert 0 < thresholds.image == thresholds.pixel < 1e-20
+
+
 def test_pixel_threshold_is_the_smallest_valid_one() -> None:
     """Every rate k / 10 is exact, although (1 - 0.7) * 10 is 3.0000000000000004 in floating point."""
-    pixels = np.arange(10, dtype=np.float32).reshape(2, 5)
+    pixels = np.arange(1, 11, dtype=np.float32).reshape(2, 5)
     for k in range(1, 10):
-        assert calibrate([1.0], [pixels], k / 10, "training").pixel == 9 - k
+        assert calibrate([1.0], [pixels], k / 10, "training").pixel == 10 - k
 
 
 def test_invalid_scores_and_maps_are_refused() -> None:

@@ -5,11 +5,10 @@ their checksums to preprocessing.journal, and only then renames them. The next r
 journal and moves its lines into preprocessing.json, the manifest. A scan in neither record is untouched.
 """
 
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,9 +138,8 @@ class Journal:
         Every rename must be finished.
         """
         with suppress(OSError):
-            for pattern in (f"*/*/*/*/*{TEMPORARY}", ".preprocessing.*.tmp.json"):
-                for path in self.output.glob(pattern):
-                    path.unlink()
+            for path in self.output.glob(f"*/*/*/*/*{TEMPORARY}"):
+                path.unlink()
         content = {"schema": SCHEMA, "settings": self.settings, "scans": dict(sorted(self.done.items()))}
         write_record(self.output / MANIFEST, content, indent=1)
         (self.output / JOURNAL).unlink(missing_ok=True)
@@ -191,19 +189,6 @@ class Journal:
                 f"{self.output} was preprocessed with {changed}. Use the old settings, give another output folder, or "
                 f"restore replaced originals and delete {MANIFEST}."
             )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock `folder` against a second run; InputError if another process holds the lock. It ends with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise InputError(f"Another run is preprocessing {folder}. Wait for it to end.") from None
-    finally:
-        os.close(descriptor)
 
 
 def sha256(*paths: Path) -> str:

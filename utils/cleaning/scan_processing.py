@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils.cleaning.journal import MANIFEST, FileRecord, Journal, Record, Scan, locked, sha256, stamp
+from utils.cleaning.journal import MANIFEST, FileRecord, Journal, Record, Scan, sha256, stamp
 from utils.errors import InputError, problem_of, show
-from utils.scans.files import atomic_path, make_folder, writing
+from utils.scans.files import atomic_path, locked, make_folder, writing
 from utils.scans.images import open_image
 from utils.scans.organized_pc import as_cloud, read_organized_pc, write_organized_pc
 
@@ -46,7 +46,9 @@ def process_scans(
     require_own_folder(scans, journal)
     if not dry_run and not journal.output.is_dir():
         make_folder(journal.output, "output folder")
-    with nullcontext() if dry_run else locked(journal.output):
+    elsewhere = [scan for scan in scans if not scan.is_in(journal.output)]  # in place, a bad file fails its own scan
+    results = (scan.file(journal.output, modality) for scan in elsewhere for modality in scan.sources)
+    with nullcontext() if dry_run else locked(journal.output, "output folder", results):
         if not dry_run:
             journal.read()  # another run may have ended meanwhile
             journal.recover(scans)

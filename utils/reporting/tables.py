@@ -49,24 +49,27 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 
 
 def append_tables(
-    output_dir: Path | str, methods: Methods, command: Sequence[str], exact_headline: bool, note: str | None = None
+    folder: Path, methods: Methods, command: Sequence[str], exact_headline: bool, note: str = "", resumed: bool = False
 ) -> None:
     """Append a table of this run to image_rocauc_, pixel_rocauc_ and aupro_results.md; older tables stay.
 
     `command` stands above each table and `note` below. `exact_headline` puts the exact AU-PRO before the one of 100
-    thresholds.
+    thresholds. A `resumed` run replaces the last table if it holds the same, as one that it wrote before it was killed.
     """
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     for table in _tables(methods, exact_headline, note):
-        path = Path(output_dir) / table.file_name
-        older = path.read_text(encoding="utf-8").rstrip("\n") if path.exists() else f"# {table.title}"
-        lines = [f"## {now} · {_escape(', '.join(methods))}", "", *_fenced(shlex.join(command)), ""]
+        path = folder / table.file_name
+        older = path.read_text("utf-8", "backslashreplace").rstrip("\n") if path.exists() else f"# {table.title}"
+        heading = [f"## {now} · {_escape(', '.join(methods))}", "", *_fenced(shlex.join(command)), ""]
         header, *rows = [f"| {' | '.join(map(_escape, row))} |" for row in table.rows]
-        lines += [header, "|---|" + "---:|" * (len(table.rows[0]) - 1), *rows]
+        lines = [header, "|---|" + "---:|" * (len(table.rows[0]) - 1), *rows]
         for remark in table.remarks:
             lines += ["", _escape(remark)]
+        earlier, _, last = older.rpartition("\n\n## ")
+        if resumed and last.endswith("\n\n" + "\n".join(lines)):
+            older = earlier
         with atomic_path(path) as temporary:
-            text = older + "\n\n" + "\n".join(lines) + "\n"
+            text = older + "\n\n" + "\n".join([*heading, *lines]) + "\n"
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 

@@ -1,12 +1,13 @@
-"""Files of a dataset by stem, atomic writes, and the errors of reading and writing."""
+"""Files of a dataset by stem, locked folders, atomic writes, and the errors of reading and writing."""
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 from unicodedata import normalize
@@ -19,6 +20,8 @@ FILE_SUFFIXES = {"xyz": (".tiff", ".tif"), "rgb": _IMAGE_SUFFIXES, "gt": _IMAGE_
 FOLDERS = {"xyz": ("xyz",), "rgb": ("rgb",), "gt": ("gt", "ground_truth")}  # the first wins; this project writes it
 MAX_BYTES = {"image": 1 << 29, "cloud": 1 << 31}  # of a file of that kind
 GOOD, ALSO_GOOD = "good", ("ok", "normal")  # names of folders of good samples, in upper or lower case
+TEMPORARY = ".m3dm.tmp"  # in the names of unfinished files and folders
+_locks: set[int] = set()  # descriptors of the locked folders
 
 
 def is_good(folder: str) -> bool:
@@ -104,14 +107,55 @@ def make_folder(path: Path | str, flag: str) -> Path:
     return Path(path)
 
 
+def _unlock_in_worker() -> None:
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_unlock_in_worker)  # else a worker might hold a lock longer than its parent
+
+
+@contextmanager
+def locked(folder: Path, flag: str, files: Iterable[Path] = ()) -> Iterator[None]:
+    """Lock an existing folder, which `flag` names, while the block runs; the lock ends with the process at the latest.
+
+    `files` are those that the run will write there. Temporary files of killed runs in their folders are removed.
+    Raises InputError if another run holds the lock, or something is in the way of a file or its folder.
+    """
+    planned = set(files)
+    places = {folder}.union(place for path in planned for place in path.parents if folder in place.parents)
+    descriptor = os.open(folder, os.O_RDONLY)
+    _locks.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"Another run is writing to {folder}. Wait, or choose another {flag}.") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        for path in sorted(planned | places):
+            if path.exists() and not (path.is_dir() if path in places else path.is_file()):
+                kind = "folder" if path in places else "file"
+                raise InputError(f"{path} should be a {kind}, but is not. Move it away, or choose another {flag}.")
+        with suppress(OSError):  # a finished dataset may lie on a read-only disk
+            for path in (path for place in places for path in place.glob(f".*{TEMPORARY}*")):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield
+    finally:
+        if descriptor in _locks:
+            _locks.remove(descriptor)
+            os.close(descriptor)
+
+
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and rename it to `path` if the block succeeds.
 
-    The temporary name keeps the suffix, because libraries choose the format by it. Parent folders are made.
+    The temporary name keeps the suffix, because libraries choose the format by it. It is the same in the next run,
+    which replaces the file of a killed one. Parent folders are made.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}{TEMPORARY}{path.suffix}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -128,7 +172,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     The older folder at `path` is first renamed, and deleted at the end. Parent folders are made.
     """
     path = Path(path)
-    temporary, older = (path.with_name(f".{path.name}.{kind}") for kind in ("tmp", "old"))
+    temporary, older = (path.with_name(f".{path.name}{ending}") for ending in (TEMPORARY, ".old"))
     shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
     temporary.mkdir(parents=True)
     try:
