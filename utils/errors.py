@@ -29,7 +29,8 @@ _SENTENCES = {  # by words in the types and messages of errors of Python, torch 
 _FIXES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free disk space"),
     **dict.fromkeys((errno.EACCES, errno.EPERM), "Allow access to it and its folder"),
-    **{errno.ENAMETOOLONG: "Shorten the names in it", errno.EISDIR: "Move this folder away"},
+    errno.ENAMETOOLONG: "Shorten the names in it",
+    **{errno.EISDIR: "Move this folder away", errno.ENOTDIR: "Move this file away"},
     errno.ELOOP: "Remove the link that leads back to itself",
 }
 
