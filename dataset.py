@@ -27,10 +27,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.errors import InputError
-from utils.records import Sample, SampleFiles
+from utils.records import METERS, CloudForm, Sample, SampleFiles
+from utils.scans.cloud_check import checked_cloud
 from utils.scans.files import ALSO_GOOD, FILE_SUFFIXES, FOLDERS, GOOD, files_by_modality, is_good, subfolders
 from utils.scans.images import defect_mask, defect_share, image_size, open_image, read_image, warn_of
-from utils.scans.organized_pc import as_cloud, check_organized, organized_pc_header, read_organized_pc, resize_nearest
+from utils.scans.organized_pc import check_organized, organized_pc_header, read_organized_pc, resize_nearest
 
 Item = TypeVar("Item", covariant=True)
 
@@ -225,14 +226,21 @@ def read_rgb(files: SampleFiles) -> np.ndarray | None:
     return None if files.rgb is None else read_image(files.rgb)
 
 
-def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_size: int) -> Sample:
+def read_xyz(files: SampleFiles) -> np.ndarray | None:
+    """Read the cloud, (H, W, 3) float32, meters, or None if there is none; errors also as in `checked_cloud`."""
+    return None if files.xyz is None else checked_cloud(files.xyz, read_organized_pc(files.xyz), files.form)
+
+
+def make_sample(
+    path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_size: int, form: CloudForm = METERS
+) -> Sample:
     """Make the sample `path` from arrays in memory, with S = img_size pixels; the aspect ratio is not kept.
 
-    `rgb` is (H, W, 3) uint8; it is resized bicubic (antialiased) and ImageNet-normalized. `xyz` is (H, W, 3) float,
-    meters, camera frame; it is resized by nearest neighbor, and a pixel with a coordinate that is zero, NaN or infinite
-    has no measurement. Either is None if the method does not need it.
+    `rgb` is (H, W, 3) uint8; it is resized bicubic (antialiased) and ImageNet-normalized. `xyz` is (H, W, 3) float
+    of a `form`, by default meters in the camera frame; it is resized by nearest neighbor, and a pixel with a coordinate
+    that is zero, NaN or infinite has no measurement. Either is None if the method does not need it.
 
-    Raises InputError if an array has another shape or type, or a point cloud has no valid point.
+    Raises InputError if an array has another shape or type, or a cloud cannot be right (see `checked_cloud`).
     """
     import torch  # here, because the flag parsers need the class lists above without torch
 
@@ -248,11 +256,7 @@ def make_sample(path: str, rgb: np.ndarray | None, xyz: np.ndarray | None, img_s
         sample = sample._replace(rgb=torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))))
     if xyz is not None:
         check_organized(f"The point cloud of {path}", xyz.shape, xyz.dtype)
-        cloud = resize_nearest(as_cloud(xyz), img_size)
-        if not cloud.numpy().any():
-            problem = f"{path} has no valid point (three finite coordinates, none of them zero)"
-            raise InputError(f"{problem}. Restore the sample from its source and preprocess it again, or remove it.")
-        sample = sample._replace(xyz=cloud)
+        sample = sample._replace(xyz=resize_nearest(checked_cloud(path, xyz, form), img_size))
     return sample
 
 
@@ -261,7 +265,7 @@ class AnomalyDataset:
     """Samples of one split (see `make_sample`), with only the modalities that the method needs.
 
     Samples of the test split have a mask (resized by nearest neighbor) and a label. Reading a sample raises InputError
-    if a file cannot be read or a point cloud has no valid point.
+    if a file cannot be read or a cloud cannot be right.
     """
 
     files: Sequence[SampleFiles]
@@ -280,6 +284,7 @@ class AnomalyDataset:
             read_rgb(files) if "rgb" in self.modalities else None,
             read_organized_pc(files.xyz) if "xyz" in self.modalities and files.xyz else None,
             self.img_size,
+            files.form,
         )
         sample = sample._replace(path=files.path, label=files.label)
         if files.label is None:

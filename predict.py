@@ -19,12 +19,12 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.choices import CLEANING_FLAGS, UNITS
-from utils.command_line import MOST_WORKERS, Parser
+from utils.choices import CLEANING_FLAGS
+from utils.command_line import FLOAT32, MOST_WORKERS, Parser, add_cloud_flags
 from utils.errors import InputError, exit_on_error, show
 from utils.scans.images import MAX_MEGAPIXELS, MEGAPIXELS, set_max_megapixels
 
@@ -43,7 +43,8 @@ class PredictSettings:
     rgb: str | None
     xyz: str | None
     intrinsics: Path | None
-    xyz_unit: str
+    xyz_unit: str | None  # None: that of the detector, as for missing_value
+    missing_value: float | None
     preprocess: bool
     keep_rgb: bool
     mask_unmeasured: bool
@@ -65,9 +66,8 @@ class PredictSettings:
         for flag in CLEANING_FLAGS:
             if getattr(self, flag) and not self.preprocess:
                 raise InputError(f"--{flag} only applies to --preprocess. Give both, or leave it out.")
-        about_clouds = {"preprocess": self.preprocess, "intrinsics": self.intrinsics, "xyz_unit": self.xyz_unit != "m"}
-        for flag, given in about_clouds.items():
-            if given and self.xyz is None:
+        for flag in ("preprocess", "intrinsics", "xyz_unit", "missing_value"):
+            if getattr(self, flag) not in (None, False) and self.xyz is None:
                 raise InputError(f"--{flag} only applies to --xyz. Give both, or leave it out.")
 
     def check_detector(self, detector: "Detector") -> None:
@@ -82,15 +82,15 @@ class PredictSettings:
     def check_files(self, found: "FoundSamples") -> None:
         """Refuse flags that apply to none of the files, and an --output_dir where results could replace other files."""
         from runner.prediction import PREDICTIONS, output_paths
-        from utils.scans.sample_files import DEPTH_SUFFIXES
+        from utils.scans.sample_files import holds_depth
 
-        is_depth = {each.xyz.suffix.lower() in DEPTH_SUFFIXES for each in found.samples if each.xyz is not None}
-        if self.intrinsics is not None and True not in is_depth:
+        clouds = [each.xyz for each in found.samples if each.xyz is not None and self.intrinsics is not None]
+        if clouds and not any(map(holds_depth, clouds)):
             raise InputError(
                 "--intrinsics only applies to depth images, but --xyz has none. Remove it or pass depth images."
             )
-        if self.xyz_unit != "m" and False not in is_depth:
-            raise InputError("--xyz_unit only applies to point clouds. Depth images have a depth_scale instead.")
+        if clouds and (self.xyz_unit or self.missing_value is not None) and all(map(holds_depth, clouds)):
+            raise InputError("--xyz_unit and --missing_value do not apply to depth images. Set their depth_scale.")
         folder = self.output_dir.resolve()
         for files in (*found.samples, *(files for files, _ in found.incomplete)):
             for path in (files.rgb, files.xyz):
@@ -105,13 +105,14 @@ class PredictSettings:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits on --help, --version and wrong flags."""
-    parser = Parser(__doc__, {"batch_size": (1, 1024), "num_workers": (0, MOST_WORKERS), "max_megapixels": MEGAPIXELS})
+    bounds = {"batch_size": (1, 1024), "num_workers": (0, MOST_WORKERS), "max_megapixels": MEGAPIXELS}
+    parser = Parser(__doc__, {**bounds, "missing_value": FLOAT32})
     add = parser.add_argument_group("samples").add_argument
     add("--detector", type=Path, required=True, help="folder of a fitted detector (main.py --save_detector)")
     add("--rgb", help="image, folder of images, or quoted pattern: .png, .jpg, .bmp, .webp, .tif")
     add("--xyz", help="organized point cloud, folder or pattern: .tiff, .npy, .pcd, .ply, or depth .png (--intrinsics)")
     add("--intrinsics", type=Path, help="JSON file with the camera's fx, fy, cx, cy, depth_scale, see docs/DATA.md")
-    add("--xyz_unit", default="m", choices=UNITS, help="unit of the coordinates in point clouds")
+    add_cloud_flags(add, None)
     add("--preprocess", action="store_true", help="first clean raw scans as utils/preprocessing.py does")
     for flag, text in CLEANING_FLAGS.items():
         add(f"--{flag}", action="store_true", help=f"with --preprocess: {text}")
@@ -155,7 +156,9 @@ def predict(settings: PredictSettings, locks: ExitStack) -> int:
     if thresholds is None:
         logger.warning("%s has no thresholds: there are scores but no decisions", settings.detector)
     modalities, size = config.method.modalities, config.img_size
-    reader = SampleReader(found.samples, modalities, size, camera, settings.xyz_unit, rule)
+    given: dict[str, Any] = {"unit": settings.xyz_unit, "missing_value": settings.missing_value}
+    form = replace(detector.clouds, **{name: value for name, value in given.items() if value is not None})
+    reader = SampleReader([each._replace(form=form) for each in found.samples], modalities, size, camera, rule)
     folder = make_folder(settings.output_dir, "--output_dir")
     images = (path for files in found.samples for path in output_paths(folder, files.path))
     locks.enter_context(locked(folder, "--output_dir", images))

@@ -11,6 +11,7 @@ import msgspec
 from feature_extractors.config import DetectorConfig
 from feature_extractors.thresholds import Thresholds
 from utils.errors import InputError
+from utils.records import METERS, CloudForm
 from utils.scans.files import set_aside
 from utils.scans.json_records import MissingRecordError, plain_json, read_record
 
@@ -31,6 +32,7 @@ class DetectorRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     thresholds: Thresholds | None
     dtype: Literal["fp16", "fp32"]  # of the rows of the banks
     state_sha256: str  # of state.safetensors
+    clouds: CloudForm = METERS  # form of raw clouds
     config_sha256: str = ""  # of all other fields of config.json, see record_checksum
 
 

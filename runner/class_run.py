@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from numpy.typing import NDArray
 
-from dataset import AnomalyDataset, load_samples, read_rgb
+from dataset import AnomalyDataset, load_samples, read_rgb, read_xyz
 from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.persistence import restore_detectors, round_banks, save_detector
@@ -31,7 +32,6 @@ from utils.memory import default_memory_budget, peak_memory_mb
 from utils.records import PatchFeatures, Sample, SampleFiles
 from utils.reporting.html_report.class_report import ClassReport, report_class
 from utils.reporting.html_report.gallery import ReadArray
-from utils.scans.organized_pc import read_organized_pc
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ def fit_class(
     detector_dtype = STORAGE_DTYPES[settings.detector_dtype]
     if settings.save_detector is not None:
         for detector in detectors.values():
+            detector.clouds = replace(run.raw_form, distance=files.train[0].form.distance)
             round_banks(detector, detector_dtype)
     if validation is None:
         logger.warning(
@@ -150,8 +151,7 @@ def sample_readers(files: list[SampleFiles], run: Run) -> tuple[ReadArray, ReadA
         return read_rgb(files[number]) if "rgb" in shown else None
 
     def read_cloud(number: int) -> NDArray | None:
-        path = files[number].xyz
-        return read_organized_pc(path) if path is not None and "xyz" in used else None
+        return read_xyz(files[number]) if "xyz" in used else None
 
     return read_image, read_cloud
 

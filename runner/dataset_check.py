@@ -4,20 +4,23 @@ import argparse
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 from tqdm import tqdm
 
-from dataset import check_sample_files, class_folders, find_classes, pair_split, read_rgb
+from dataset import check_sample_files, class_folders, find_classes, pair_split, read_rgb, read_xyz
 from runner.settings import detector_configs, extraction_config
 from utils.cleaning.cloud_cleaning import CleaningRule, shows_table
-from utils.cleaning.journal import Record, Scan, read_manifest, script_of
+from utils.cleaning.journal import MANIFEST, Record, Scan, read_manifest, script_of
 from utils.errors import InputError, escape_controls, show
-from utils.records import SampleFiles
+from utils.records import METERS, CloudForm, SampleFiles
 from utils.reporting.tables import print_columns
 from utils.scans.images import defect_share
-from utils.scans.organized_pc import read_organized_pc, valid_mask
+from utils.scans.organized_pc import valid_mask
 
 Item = TypeVar("Item")
 
@@ -60,15 +63,18 @@ class _SampleReport(NamedTuple):
     raw: bool = False
 
 
-def check_split(class_folder: Path | str, split: str, modalities: frozenset[str], num_workers: int) -> SplitReport:
+def check_split(
+    class_folder: Path | str, split: str, modalities: frozenset[str], num_workers: int, form: CloudForm = METERS
+) -> SplitReport:
     """Decode every file of a split, in `num_workers` threads, and collect contents and problems.
 
-    A missing validation split is not a problem.
+    Clouds have the `form`. A missing validation split is not a problem.
     """
     folder = Path(class_folder)
     if split == "validation" and not (folder / split).is_dir():
         return SplitReport(folder.name, split)
-    files, problems = pair_split(folder, split, modalities)
+    paired, problems = pair_split(folder, split, modalities)
+    files = [each._replace(form=form) for each in paired]
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         checked = pool.map(lambda each: _check_sample(each, modalities), files)
         reports = list(tqdm(checked, total=len(files), desc=escape_controls(f"{folder.name} {split}"), leave=False))
@@ -95,7 +101,7 @@ def _check_sample(files: SampleFiles, modalities: frozenset[str]) -> _SampleRepo
     try:
         check_sample_files(files, modalities)
         image = read_rgb(files) if "rgb" in modalities else None
-        xyz = read_organized_pc(files.xyz) if "xyz" in modalities and files.xyz is not None else None
+        xyz = read_xyz(files) if "xyz" in modalities else None
         share, problem = (0.0, "") if files.label is None else defect_share(files.mask, bool(files.label))
     except InputError as error:
         return str(error)
@@ -104,8 +110,6 @@ def _check_sample(files: SampleFiles, modalities: frozenset[str]) -> _SampleRepo
         assert image is not None, "an indexed sample has the files that the method needs"
         return _SampleReport(image.shape[:2], defect, problem)
     valid = valid_mask(xyz)
-    if not valid.any():
-        return f"{files.xyz} has no valid point. Restore the file from its source."
     z = xyz[..., 2][valid]
     depth = float(z.min()), float(z.max())
     return _SampleReport(xyz.shape[:2], defect, problem, float(valid.mean()), depth, shows_table(xyz, CleaningRule()))
@@ -115,9 +119,12 @@ def print_dataset_check(args: argparse.Namespace) -> bool:
     """Print a table of the splits that the flags of main.py name, then each problem; returns True if there is one."""
     modalities = extraction_config(detector_configs(args)).method.modalities
     chosen = args.classes or class_folders(args.dataset_path)
+    names = find_classes(args.dataset_path, args.dataset_type, chosen)
+    stored, _ = dataset_forms(args)
+    forms = {name: class_form(pair_split(args.dataset_path / name, "train", modalities)[0], stored) for name in names}
     reports = [
-        check_split(args.dataset_path / name, split, modalities, args.num_workers)
-        for name in find_classes(args.dataset_path, args.dataset_type, chosen)
+        check_split(args.dataset_path / name, split, modalities, args.num_workers, form)
+        for name, form in forms.items()
         for split in ("train", "validation", "test")
     ]
     head = ("class", "split", "samples", "defective", "defect pixels", "size", "valid pixels", "depth, m", "cleaned")
@@ -131,14 +138,43 @@ def print_dataset_check(args: argparse.Namespace) -> bool:
     return bool(problems)
 
 
+def dataset_forms(args: argparse.Namespace) -> tuple[CloudForm, CloudForm]:
+    """Form of a dataset's clouds, by the flags of main.py, and their form before preprocessing, as new ones have it.
+
+    Raises InputError if a flag contradicts the manifest of preprocessing, which writes meters.
+    """
+    given = CloudForm(args.xyz_unit, args.missing_value, args.dataset_type != "eyecandies")
+    manifest = None
+    with suppress(InputError):  # `warn_of_unfinished_scans` reports it
+        manifest = read_manifest(args.dataset_path)
+    if manifest is None:
+        return given, given
+    stored = CloudForm(camera_frame=given.camera_frame and script_of(manifest.settings) == "preprocessing")
+    if (given.unit, given.missing_value) != (stored.unit, stored.missing_value):
+        problem = f"{args.dataset_path} is preprocessed ({MANIFEST} is there): in meters, with 0 for missing pixels"
+        raise InputError(f"{problem}. Leave out --xyz_unit and --missing_value.")
+    unit, missing_value = manifest.settings.get("xyz_unit", "m"), manifest.settings.get("missing_value")
+    return stored, replace(stored, unit=unit, missing_value=missing_value)
+
+
+def class_form(samples: Sequence[SampleFiles], form: CloudForm) -> CloudForm:
+    """Add to a `form` the median distance of a few clouds of a class. Faulty ones are reported when they are used."""
+    distances = []
+    for sample in spread(samples):
+        with suppress(InputError):
+            if (cloud := read_xyz(sample._replace(form=form))) is not None:
+                distances.append(np.median(np.linalg.norm(cloud[valid_mask(cloud)], axis=1)))
+    return replace(form, distance=float(np.median(distances))) if distances else form
+
+
 def warn_of_raw_scans(samples: Sequence[SampleFiles]) -> None:
     """Warn if one of a few samples, spread over a split, shows the table under the object, which ruins the results."""
-    paths = [each.xyz for each in spread(samples) if each.xyz is not None]
-    raw = [path for path in paths if shows_table(read_organized_pc(path), CleaningRule())]
+    clouds = [(each.xyz, read_xyz(each)) for each in spread(samples)]
+    raw = [path for path, cloud in clouds if path and cloud is not None and shows_table(cloud, CleaningRule())]
     if raw:
         logger.warning(
             "%s shows the table under the object (%d of %d checked clouds). Clean the scans first: %s %s",
-            *(raw[0], len(raw), len(paths), CLEANING_COMMAND, raw[0].parents[4]),
+            *(raw[0], len(raw), len(clouds), CLEANING_COMMAND, raw[0].parents[4]),
         )
 
 

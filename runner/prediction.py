@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +59,6 @@ class SampleReader:
     modalities: frozenset[str]  # those that the detector uses
     img_size: int  # side of the detector's input, pixels
     camera: Camera | None = None  # of depth images
-    xyz_unit: str = "m"  # of the coordinates, a key of UNITS
     cleaning: CleaningRule | None = None  # of the clouds; None leaves them as they are
 
     @cached_property
@@ -81,7 +80,7 @@ class SampleReader:
     def _read(self, files: SampleFiles) -> LoadedSample:
         image = read_rgb(files)
         image_size = None if image is None else image.shape[:2]
-        xyz = None if files.xyz is None else read_cloud(files.xyz, self.camera, self.xyz_unit, image_size)
+        xyz = None if files.xyz is None else read_cloud(files.xyz, self.camera, image_size, **vars(files.form))
         if image is not None and xyz is not None:
             check_same_view(files.path, image, xyz, same_pixels=self.cleaning is not None)
         view = image if xyz is None else xyz
@@ -97,7 +96,8 @@ class SampleReader:
                 logger.warning("%s is cleaned, but check its overlay: %s", files.xyz, doubt)
             side = len(cloud)
         used = rgb if "rgb" in self.modalities else None, cloud if "xyz" in self.modalities else None
-        sample = make_sample(str(files.xyz or files.rgb), *used, self.img_size)  # errors name this file
+        form = replace(files.form, unit="m", missing_value=None)  # of `cloud`
+        sample = make_sample(str(files.xyz or files.rgb), *used, self.img_size, form)  # errors name this file
         table = files.path in self.checked_for_table and xyz is not None and shows_table(xyz, CleaningRule())
         image = None if image is None else shrink_image(image)  # so that samples in memory are small
         return LoadedSample(files, sample, image=image, size=view.shape[:2], side=side, shows_table=table)

@@ -18,7 +18,7 @@ from feature_extractors.detector_record import CONFIG_FILE
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.persistence import check_target
 from models.point_ops import check_backend
-from runner.dataset_check import warn_of_raw_scans, warn_of_unfinished_scans
+from runner.dataset_check import class_form, dataset_forms, warn_of_raw_scans, warn_of_unfinished_scans
 from runner.finished_classes import class_file
 from runner.saved_detectors import FITTING_FLAGS, Saved, check_layout, read_detectors
 from runner.settings import RunSettings, detector_configs, extraction_config
@@ -28,7 +28,7 @@ from utils.distributed import Ranks, broadcast_object, choose_device, is_main, n
 from utils.errors import InputError
 from utils.feature_store import SUFFIX
 from utils.precision import choose_precision
-from utils.records import SampleFiles
+from utils.records import CloudForm, SampleFiles
 from utils.reporting.html_report.report_page import FILE_NAME as REPORT
 from utils.reporting.results_json import FILE_NAME as RESULTS
 from utils.reporting.tables import FILE_NAMES
@@ -52,6 +52,7 @@ class Run:
     files: Mapping[str, ClassFiles]  # by class
     saved: Saved  # detectors of --load_detector, by class and method; empty where they are fitted
     flags: Mapping[str, Any]  # for results.json
+    raw_form: CloudForm  # of the clouds before preprocessing
 
     @property
     def config(self) -> DetectorConfig:
@@ -119,9 +120,10 @@ def prepare(args: argparse.Namespace, given: Collection[str], device: torch.devi
     settings, config = from_flags(RunSettings, args), extraction_config(configs)
     settings.check_use(config, configs)
     check_backend(config.point_ops, device)
-    files = _index_classes(settings, config.method.modalities)
+    stored, raw = dataset_forms(args)
+    files = _index_classes(settings, config.method.modalities, stored)
     flags = vars(args) | (dict.fromkeys(FITTING_FLAGS) if saved else {})
-    run = Run(settings, configs, files, saved, flags)
+    run = Run(settings, configs, files, saved, flags, raw)
     if "xyz" in config.method.modalities:
         for splits in files.values():
             for split in splits:
@@ -130,8 +132,8 @@ def prepare(args: argparse.Namespace, given: Collection[str], device: torch.devi
     return run
 
 
-def _index_classes(settings: RunSettings, modalities: frozenset[str]) -> dict[str, ClassFiles]:
-    """Files of each class, with checked headers."""
+def _index_classes(settings: RunSettings, modalities: frozenset[str], form: CloudForm) -> dict[str, ClassFiles]:
+    """Files of each class, with checked headers, and clouds of a `form`."""
     indexed = {}
     for name in find_classes(settings.dataset_path, settings.dataset_type, settings.classes):
         folder = settings.dataset_path / name
@@ -141,7 +143,9 @@ def _index_classes(settings: RunSettings, modalities: frozenset[str]) -> dict[st
             train = index_split(folder, "train", modalities)[: settings.max_sample]
             if good_folders(folder / "validation"):
                 validation = index_split(folder, "validation", modalities)
-        indexed[name] = ClassFiles(train, validation, index_split(folder, "test", modalities))
+        splits = train, validation, index_split(folder, "test", modalities)
+        of_class = class_form(train or splits[2], form) if "xyz" in modalities else form
+        indexed[name] = ClassFiles(*([each._replace(form=of_class) for each in split] for split in splits))
     for files in indexed.values():
         check_files(files.train + files.validation, modalities)
         check_files(files.test, shown_modalities(settings, modalities))

@@ -13,7 +13,7 @@ from feature_extractors.config import BANKS, MEMORY_BANKS, METHODS, PROTOCOLS, D
 from models import XYZ_BACKBONES, rgb_spec
 from runner.scheduling import PARALLEL
 from utils.choices import PAIRINGS, POINT_NORMS, POINT_OPS, PRECISIONS, STORAGE_DTYPE_NAMES
-from utils.command_line import MOST_WORKERS, Parser, from_flags
+from utils.command_line import FLOAT32, MOST_WORKERS, Parser, add_cloud_flags, from_flags
 from utils.errors import InputError
 from utils.scans.images import MAX_MEGAPIXELS, MEGAPIXELS
 
@@ -28,7 +28,7 @@ CONCERNS: dict[str, Callable[[Method, Any], bool]] = {
 }
 
 BOUNDS = DetectorConfig.BOUNDS | {
-    **{"max_sample": (1, 10**6), "report_parts": (0, 10_000), "max_megapixels": MEGAPIXELS},
+    **{"max_sample": (1, 10**6), "report_parts": (0, 10_000), "max_megapixels": MEGAPIXELS, "missing_value": FLOAT32},
     **{"target_fpr": (1e-6, 1 - 1e-6), "memory_budget": (1e-6, 10**6), "num_workers": (0, MOST_WORKERS)},
 }
 
@@ -123,6 +123,7 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
     add("--list_backbones", action="store_true", help="print the backbones and their weights, and exit")
     add("--dataset_type", default="mvtec3d", choices=DATASET_CLASSES, help="dataset whose class names are used")
     add("--dataset_path", type=Path, default=Path("datasets/mvtec3d"), help="folder of the class folders")
+    add_cloud_flags(add)
     add("--classes", nargs="+", type=normpath, help="class folders; by default the existing ones of --dataset_type")
     add("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image that is read, millions of pixels")
     add("--max_sample", type=int, default=400, help="fit on the first N training samples")

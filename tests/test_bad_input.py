@@ -149,7 +149,7 @@ def test_bad_files_are_found_before_the_work_starts(
     message = refusal_of_files(capsys, bagels)
     assert str(bagels / "bagel" / file) in message
     assert expected in message
-    assert any(fix in message for fix in ("Restore", "restore", "Copy it again", "Store", "store"))
+    assert any(fix in message for fix in ("Restore", "restore", "Copy it again", "Store", "store", "--intrinsics"))
 
 
 def test_files_of_an_unused_modality_may_be_bad(bagels: Path, tmp_path: Path) -> None:
@@ -454,13 +454,21 @@ def sparse(points: int) -> np.ndarray:
     return xyz
 
 
+def corners() -> np.ndarray:
+    """Cloud with three valid points, in corners of the image."""
+    xyz = np.zeros_like(surface(0))
+    for row, column in ((0, 0), (0, -1), (-1, 0)):
+        xyz[row, column] = surface(0)[row, column]
+    return xyz
+
+
 @pytest.mark.parametrize("file", ["train/good/xyz/001.tiff", "test/hole/xyz/000.tiff"])
 @pytest.mark.parametrize(
     ("xyz", "expected"),
     [
         (sparse(0), ["has no valid point", "Restore"]),
         (np.full((SIDE, SIDE, 3), np.nan, np.float32), ["has no valid point", "Restore"]),
-        (sparse(3), ["has 3 valid points", "FPFH needs at least 4", "Repair the point cloud."]),
+        (corners(), ["has 3 valid points", "FPFH needs at least 4", "Repair the point cloud."]),
     ],
 )
 def test_a_cloud_with_too_few_points_is_named(
@@ -469,7 +477,7 @@ def test_a_cloud_with_too_few_points_is_named(
     write_cloud(bagels / "bagel" / file, xyz)
     flags = ["--method_name", "Point_MAE", "--dataset_path", bagels, *SMALL, "--output_dir", tmp_path / "out"]
     message = refusal(capsys, *flags)
-    assert message.startswith("bagel: ")
+    assert "bagel" in message
     assert file in message or file.replace("xyz/", "").removesuffix(".tiff") in message
     for words in expected:
         assert words in message
@@ -541,8 +549,8 @@ def test_a_call_without_a_dataset_tells_where_to_download_one(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_an_error_during_a_run_is_the_last_line(bagels: Path, tmp_path: Path) -> None:
-    write_cloud(bagels / "bagel/train/good/xyz/001.tiff", sparse(0))
+    write_cloud(bagels / "bagel/train/good/xyz/001.tiff", corners())
     done = process(tmp_path, ROOT / "main.py", "--method_name", "Point_MAE", "--dataset_path", bagels, *SMALL)
     assert done.returncode == 2
-    assert "bagel/train/good/xyz/001.tiff has no valid point" in error_line(done.stderr)
+    assert "bagel: train/good/001 has 3 valid points" in error_line(done.stderr)
     assert "main: bagel: 2 training, 0 validation and 2 test samples" in done.stderr

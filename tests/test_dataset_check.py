@@ -72,10 +72,16 @@ def test_the_report_of_a_split(raw: Path, cleaned: Path) -> None:
         assert (without_clouds.valid, without_clouds.depth, without_clouds.problems) == (None, None, ())
 
 
+def wall(side: int, distance: float = 0.4) -> np.ndarray:
+    """Cloud (side, side, 3) of a wall, in the unit of its distance."""
+    v, u = np.indices((side, side)) + 0.5
+    return np.stack([u / side, v / side, np.ones((side, side))], axis=-1).astype(np.float32) * np.float32(distance)
+
+
 def test_every_problem_is_collected(tmp_path: Path) -> None:
     folder = tmp_path / "parts" / "cookie" / "train" / "good"
     for name in ("000", "001", "002", "003"):
-        write_organized_pc(folder / "xyz" / f"{name}.tiff", np.full((8, 8, 3), 0.4, np.float32))
+        write_organized_pc(folder / "xyz" / f"{name}.tiff", wall(8))
         (folder / "rgb").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(folder / "rgb" / f"{name}.png")
     write_organized_pc(folder / "xyz" / "001.tiff", np.zeros((8, 8, 3), np.float32))
@@ -97,7 +103,7 @@ def test_a_missing_file_hides_no_other_problem(tmp_path: Path) -> None:
     test = tmp_path / "parts/cookie/test"
     for name in ("good/000", "good/001", "hole/000", "hole/001", "hole/002"):
         folder, stem = test / name.split("/")[0], name.split("/")[1]
-        write_organized_pc(folder / f"xyz/{stem}.tiff", np.full((8, 8, 3), 0.4, np.float32))
+        write_organized_pc(folder / f"xyz/{stem}.tiff", wall(8))
         for modality in ("rgb", "gt"):
             (folder / modality).mkdir(exist_ok=True)
             Image.new("RGB", (8, 8)).save(folder / modality / f"{stem}.png")
@@ -271,7 +277,7 @@ def test_the_preview_shows_refused_scans_and_lists_unreadable_ones(
         preprocessing.main([str(root), "--dry_run", "--preview", str(tmp_path / "sheet.png")])
     assert [name.split("/")[0] for name in shown] == ["cookie"] + ["gasket"] * 4
     assert min(shown) > "cookie/test/bump/000"
-    assert ["has a measurement" in pair.reason and pair.clean is None for pair in shown.values()] == [False] + [
+    assert ["has no valid point" in pair.reason and pair.clean is None for pair in shown.values()] == [False] + [
         True
     ] * 4
     left_out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out of the preview: ")]

@@ -83,7 +83,7 @@ def test_a_number_out_of_its_bounds_is_refused(script: str, capsys: pytest.Captu
     for action in numeric_flags(parser):
         low, high = parser.bounds[action.dest]
         above = str(2 * high) if action.type is float else str(int(high) + 1)
-        below = str(low - 1) if action.type is float else str(int(low) - 1)
+        below = str(low - 1 - abs(low)) if action.type is float else str(int(low) - 1)
         for value in (above, below, *(("nan", "inf", "-inf") if action.type is float else ())):
             code = exit_of(script, f"{action.option_strings[0]}={value}")
             usage, error = capsys.readouterr().err.splitlines()

@@ -140,6 +140,25 @@ def test_predictions_match_the_evaluation(fitted: Fitted, tmp_path: Path, method
         assert (line["normalised"] > 0.5) == line["anomalous"]
 
 
+def test_a_detector_remembers_the_form_of_raw_clouds(fitted: Fitted, tmp_path: Path) -> None:
+    shutil.copytree(fitted.data, tmp_path / "data/bagel")
+    for path in tmp_path.rglob("xyz/*"):
+        millimeters = 1000 * read_organized_pc(path)
+        millimeters[:8, :12] = -9999
+        write_organized_pc(path, millimeters)
+    flags = ["--dataset_path", tmp_path / "data", "--classes", "bagel", "--img_size", SIDE, "--num_group", 24]
+    flags += ["--group_size", 12, "--f_coreset", 0.05, "--random_state", 0, "--device", "cpu"]
+    flags += ["--xyz_unit", "mm", "--missing_value", -9999, "--save_detector", tmp_path / "it"]
+    call_main("--method_name", "Point_MAE", *flags, "--output_dir", tmp_path / "results")
+    sample = read_run(tmp_path / "results", "").entry["samples"][0]
+    clouds = tmp_path / "data/bagel" / Path(sample["path"]).parent / "xyz"
+    flags = ["--detector", tmp_path / "it/bagel", "--xyz", clouds, "--device", "cpu"]
+    assert run(*flags, "--output_dir", tmp_path / "a") == 0
+    assert lines_of(tmp_path / "a")[0]["score"] == pytest.approx(sample["score"], rel=1e-6)
+    assert run(*flags, "--output_dir", tmp_path / "b", "--xyz_unit", "m") == 1
+    assert "Give --xyz_unit mm" in lines_of(tmp_path / "b")[0]["error"]
+
+
 def test_prediction_from_arrays_in_python(fitted: Fitted) -> None:
     detector = load_detector(fitted.detectors["DINO+Point_MAE"], "cpu")
     sample = fitted.runs["DINO+Point_MAE"].entry["samples"][1]
@@ -489,7 +508,7 @@ def test_invalid_flags_are_refused(fitted: Fitted, tmp_path: Path, capsys: pytes
         (["--detector", both, *image, *cloud, "--intrinsics", camera], ["--intrinsics only applies to depth images"]),
         (
             ["--detector", both, *image, "--xyz", samples_dir / "rgb", "--intrinsics", camera, "--xyz_unit", "mm"],
-            ["--xyz_unit only applies to point clouds"],
+            ["do not apply to depth images"],
         ),
         (["--detector", rgb, "--rgb", ""], ["--rgb '' names no file"]),
         (["--detector", rgb, "--rgb", tmp_path / "none"], ["none"]),
@@ -601,7 +620,8 @@ def test_raw_scans_are_warned_about(
 def test_failed_cleaning(fitted: Fitted, raw: Path, tmp_path: Path) -> None:
     samples_dir = tmp_path / "samples"
     shutil.copytree(raw / "cookie/test/good", samples_dir)
-    write_organized_pc(samples_dir / "xyz/000.tiff", np.full((224, 204, 3), 0.4, np.float32))  # a bare wall
+    v, u = np.indices((224, 204)) / 1000
+    write_organized_pc(samples_dir / "xyz/000.tiff", np.stack([u, v, np.full(u.shape, 0.4)], axis=-1))  # a bare wall
     with Image.open(samples_dir / "rgb/001.png") as image:
         larger = image.resize((408, 448))
     larger.save(samples_dir / "rgb/001.png")

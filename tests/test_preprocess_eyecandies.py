@@ -31,6 +31,7 @@ from utils.preprocess_eyecandies import (
     preprocess,
     unproject,
 )
+from utils.records import CloudForm
 from utils.scans.organized_pc import read_organized_pc
 
 HEIGHT, WIDTH = 48, 64  # not square, to detect swapped rows and columns
@@ -373,7 +374,8 @@ def test_recorded_samples_converted_by_two_processes(goldens: Path, tmp_path: Pa
             assert np.array_equal(np.asarray(Image.open(files.rgb)), np.asarray(Image.open(f"{before}_image_4.png")))
             if files.mask is not None:
                 assert np.array_equal(np.asarray(Image.open(files.mask)), np.asarray(Image.open(f"{before}_mask.png")))
-    bad, good = AnomalyDataset(test, BOTH, 64)
+    turned = [each._replace(form=CloudForm(camera_frame=False)) for each in test]
+    bad, good = AnomalyDataset(turned, BOTH, 64)
     assert bad.mask is not None and bad.mask.any()
     assert good.mask is not None and not good.mask.any()
     assert bad.xyz is not None and bad.xyz.shape == (3, 64, 64)

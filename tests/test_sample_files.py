@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from msgspec.structs import asdict, replace
 from PIL import Image
 
 from utils.errors import InputError
 from utils.records import SampleFiles
-from utils.scans.depth_camera import OFF_AXIS, Camera, back_project, read_camera, read_depth_png
+from utils.scans.depth_camera import OFF_AXIS, Camera, back_project, read_camera
 from utils.scans.files import atomic_path
-from utils.scans.organized_pc import write_organized_pc
+from utils.scans.organized_pc import as_cloud, organized_pc_header, write_organized_pc
 from utils.scans.point_files import decompress_lzf, read_pcd, read_ply
 from utils.scans.sample_files import (
     CLOUD_SUFFIXES,
@@ -25,6 +26,7 @@ from utils.scans.sample_files import (
     check_same_view,
     cloud_suffixes,
     find_samples,
+    holds_depth,
     read_cloud,
 )
 
@@ -39,7 +41,7 @@ PLY_NAMES = {"u1": "uchar", "u2": "ushort", "u4": "uint", "f4": "float", "f8": "
 
 def cloud() -> np.ndarray:
     """Cloud (H, W, 3) float32 as stored, with every kind of missing point."""
-    xyz = np.random.default_rng(0).uniform(-0.2, 0.8, (H, W, 3)).astype(np.float32)
+    xyz = np.random.default_rng(0).uniform((-0.2, -0.2, 0.2), 0.8, (H, W, 3)).astype(np.float32)
     xyz[0, 1] = np.nan
     xyz[1, 0, 2] = np.inf
     xyz[1, 3] = 0
@@ -178,7 +180,7 @@ def test_pcd_compressed_by_open3d(tmp_path: Path) -> None:
     assert len(content) < big.nbytes / 2
     size = f"WIDTH {big.shape[1]}\nHEIGHT {big.shape[0]}\n"
     path.write_bytes(content.replace(f"WIDTH {big.size // 3}\nHEIGHT 1\n".encode(), size.encode()))
-    np.testing.assert_array_equal(read_cloud(path), np.tile(expected(), (40, 40, 1)))
+    np.testing.assert_array_equal(as_cloud(read_pcd(path)), np.tile(expected(), (40, 40, 1)))
 
 
 @pytest.mark.parametrize("fields", [PLAIN, MIXED])
@@ -220,13 +222,47 @@ def test_tiff(tmp_path: Path, suffix: str) -> None:
     np.testing.assert_array_equal(read_cloud(tmp_path / f"a{suffix}"), expected())
 
 
+def wall(z: float) -> np.ndarray:
+    """Cloud (4, 4, 3) float32 of a wall at a distance `z`, near the axis of the camera."""
+    v, u = np.indices((4, 4))
+    return np.stack([(u + 1) * z / 1000, (v - 7) * z / 1000, np.full((4, 4), z)], axis=-1).astype(np.float32)
+
+
+def test_compressed_tiffs_are_read(tmp_path: Path) -> None:
+    for name, predictor in (("lzw", None), ("zstd", True), ("deflate", True), ("lerc", None), ("packbits", None)):
+        path = tmp_path / f"{name}.tiff"
+        tifffile.imwrite(path, cloud(), photometric="rgb", compression=name, predictor=predictor)
+        np.testing.assert_array_equal(read_cloud(path), expected())
+
+
+@pytest.mark.parametrize("table", ["DECOMPRESSORS", "UNPREDICTORS"])
+def test_a_compression_without_decoder_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    tifffile.imwrite(tmp_path / "a.tiff", cloud(), photometric="rgb", compression="zstd", predictor=True)
+    monkeypatch.setattr(tifffile.TIFF, table, {1: lambda data: data})
+    for read in (read_cloud, organized_pc_header):  # headers are read before a run
+        message = error_of(lambda read=read: read(tmp_path / "a.tiff"))  # type: ignore[misc]
+        assert "pip install imagecodecs, or save it without compression" in message
+
+
+@pytest.mark.parametrize("word", ["1.#QNAN", "-1.#IND00", "1.#INF", "-1.#INF", "-nan(ind)", "NAN(SNAN)", "nan", "-nan"])
+def test_missing_points_as_other_libraries_print_them(tmp_path: Path, word: str) -> None:
+    xyz = np.random.default_rng(0).uniform(0.2, 0.8, (H, W, 3)).astype(np.float32)
+    xyz[1, 1] = np.nan
+    lines = "\n".join(" ".join(word if np.isnan(each) else str(each) for each in point) for point in xyz.reshape(-1, 3))
+    header = pcd_bytes("ascii").split(b"DATA ascii\n")[0] + b"DATA ascii\n"
+    read = read_cloud(write(tmp_path / "a.pcd", header + lines.encode()))
+    np.testing.assert_array_equal(read, np.nan_to_num(xyz, nan=0.0))
+
+
 def test_millimeters(tmp_path: Path) -> None:
-    millimeters = np.full((4, 4, 3), (1.5, -2.25, 480.0), np.float32)
+    millimeters = wall(480.0)
     np.save(tmp_path / "a.npy", millimeters)
     write_organized_pc(tmp_path / "a.tiff", millimeters)
     for name in ("a.npy", "a.tiff"):
         message = error_of(lambda name=name: read_cloud(tmp_path / name))  # type: ignore[misc]
-        assert "480 m" in message and "--xyz_unit mm" in message
+        assert "480 m" in message and "--xyz_unit mm or cm" in message
         read = read_cloud(tmp_path / name, unit="mm")
         np.testing.assert_allclose(read, millimeters / 1000, rtol=1e-6)
     np.save(tmp_path / "b.npy", millimeters * 1000)
@@ -234,28 +270,28 @@ def test_millimeters(tmp_path: Path) -> None:
 
 
 def test_meters_given_as_millimeters_are_refused(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", np.full((4, 4, 3), (0.1, -0.1, 0.5), np.float32))
+    np.save(tmp_path / "a.npy", wall(0.5))
     message = error_of(lambda: read_cloud(tmp_path / "a.npy", unit="mm"))
-    assert "0.0005196 m away" in message and "Leave out --xyz_unit mm" in message
-    np.save(tmp_path / "b.npy", np.full((4, 4, 3), (0.001, 0.001, 0.031), np.float32))
+    assert "0.0005 m away" in message and "Give --xyz_unit m " in message
+    np.save(tmp_path / "b.npy", wall(0.031))
     assert "--xyz_unit" not in error_of(lambda: read_cloud(tmp_path / "b.npy"))
-    np.save(tmp_path / "b.npy", np.full((4, 4, 3), (0.001, 0.001, 0.033), np.float32))
+    np.save(tmp_path / "b.npy", wall(0.033))
     assert read_cloud(tmp_path / "b.npy").shape == (4, 4, 3)
-    Image.fromarray(np.full((H, W), 500, np.uint16)).save(tmp_path / "a.png")
+    Image.fromarray(np.arange(500, 500 + H * W, dtype=np.uint16).reshape(H, W)).save(tmp_path / "a.png")
     message = error_of(lambda: read_cloud(tmp_path / "a.png", replace(CAMERA, depth_scale=1e-6)))
-    assert "Correct the depth_scale" in message
+    assert "Correct the depth_scale" in message and "--xyz_unit" not in message
 
 
 def test_few_far_points_are_accepted(tmp_path: Path) -> None:
-    xyz = np.full((4, 4, 3), 0.5, np.float32)
-    xyz[0, :, 2] = 99
+    xyz = wall(0.5)
+    xyz[0, :, 2] = (99, 80, 70, 60)
     np.save(tmp_path / "a.npy", xyz)
     np.testing.assert_array_equal(read_cloud(tmp_path / "a.npy"), xyz)
 
 
 @pytest.mark.parametrize("huge", [101, -1000, 2e19, 3e38])
 def test_single_huge_coordinate_is_refused(tmp_path: Path, huge: float) -> None:
-    xyz = np.full((4, 4, 3), 0.5, np.float32)
+    xyz = wall(0.5)
     xyz[1, 2, 0] = huge
     np.save(tmp_path / "a.npy", xyz)
     message = error_of(lambda: read_cloud(tmp_path / "a.npy"))
@@ -285,6 +321,33 @@ def test_depth_image_is_back_projected(tmp_path: Path) -> None:
             y = (v - 0.75) * z / 500.0
             by_hand = (0, 0, 0) if (v, u) == (1, 1) else (x, y, z)
             np.testing.assert_array_equal(read[v, u], np.array(by_hand, np.float32))
+
+
+def test_depth_maps_in_other_formats(tmp_path: Path) -> None:
+    depth = np.arange(400, 400 + H * W, dtype=np.uint16).reshape(H, W)
+    Image.fromarray(depth).save(tmp_path / "a.png")
+    tifffile.imwrite(tmp_path / "a.tiff", depth)
+    tifffile.imwrite(tmp_path / "b.tif", depth.astype(np.float32)[..., None])
+    np.save(tmp_path / "a.npy", depth.astype(np.int32))
+    expected = read_cloud(tmp_path / "a.png", CAMERA)
+    for name in ("a.tiff", "b.tif", "a.npy"):
+        np.testing.assert_array_equal(read_cloud(tmp_path / name, CAMERA), expected)
+        assert holds_depth(tmp_path / name)
+        message = error_of(lambda name=name: read_cloud(tmp_path / name))  # type: ignore[misc]
+        assert "If it is a depth map, give predict.py its camera with --intrinsics" in message
+    tifffile.imwrite(tmp_path / "a.tiff", depth[1:])
+    assert f"{H - 1} pixels high, but the intrinsics say {H}" in error_of(
+        lambda: read_cloud(tmp_path / "a.tiff", CAMERA)
+    )
+
+
+def test_clouds_beside_depth_maps(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", cloud())
+    write_organized_pc(tmp_path / "a.tiff", cloud())
+    write(tmp_path / "a.pcd", pcd_bytes("ascii"))
+    for path in tmp_path.iterdir():
+        np.testing.assert_array_equal(read_cloud(path, CAMERA), expected())
+        assert not holds_depth(path)
 
 
 def test_pixels_on_the_camera_axes_are_valid(tmp_path: Path) -> None:
@@ -340,7 +403,7 @@ def test_intrinsics_with_a_byte_order_mark(tmp_path: Path) -> None:
 )
 def test_other_images_are_refused_as_depth(tmp_path: Path, pixels: np.ndarray, expected_text: str) -> None:
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert expected_text in error_of(lambda: read_depth_png(tmp_path / "a.png", CAMERA))
+    assert expected_text in error_of(lambda: read_cloud(tmp_path / "a.png", CAMERA))
 
 
 def test_depth_image_needs_intrinsics_with_its_scale(tmp_path: Path) -> None:
@@ -381,7 +444,7 @@ DAMAGED = {
         "is damaged",
     ),
     "no_width.pcd": (without(pcd_bytes("binary"), f"WIDTH {W}\n".encode()), "WIDTH"),
-    "word_width.pcd": (pcd_bytes("binary").replace(f"WIDTH {W}".encode(), b"WIDTH many"), "many"),
+    "word_width.pcd": (pcd_bytes("binary").replace(f"WIDTH {W}".encode(), b"WIDTH many"), "no correct PCD header"),
     "sizes.pcd": (pcd_bytes("binary").replace(b"SIZE 4 4 4", b"SIZE 4 4"), "header"),
     "strange_size.pcd": (pcd_bytes("binary").replace(b"SIZE 4 4 4", b"SIZE 4 4 3"), "header"),
     "strange_data.pcd": (pcd_bytes("binary").replace(b"DATA binary", b"DATA base64"), "base64.*binary_compressed"),
@@ -390,7 +453,10 @@ DAMAGED = {
     "no_x.pcd": (pcd_bytes("binary").replace(b"COUNT 1 1 1", b"COUNT 0 1 1"), r"0 x \(f4\), .*expected x, y and z"),
     "many.pcd": (pcd_bytes("binary", MIXED).replace(b"COUNT 1", b"COUNT 1" + bytes(22).replace(b"\0", b"0")), "header"),
     "vast.pcd": (pcd_bytes("binary", height=8193, width=8192), "has 8193 x 8192 points.*at most"),
-    "remark.pcd": (pcd_bytes("ascii").rsplit(b"\n", 2)[0] + b"\n# 1 2 3\n", "not a point.*convert string '#'"),
+    "remark.pcd": (
+        pcd_bytes("ascii").rsplit(b"\n", 2)[0] + b"\n# 1 2 3\n",
+        "a line that is not a point of numbers",
+    ),
     "empty.ply": (b"", "not a PLY file"),
     "pcd.ply": (pcd_bytes("binary"), "not a PLY file"),
     "header_only.ply": (ply_bytes("ascii")[:80], "not a PLY file"),

@@ -10,5 +10,5 @@ CLEANING_FLAGS = {  # fields of CleaningRule, with the help of their flags
     "mask_unmeasured": "blacken the image where there is no measurement; by default it keeps its color there",
     "empty_margins": "look for the table along the border of the measured area, not of the image",
 }
-UNITS = {"m": 1.0, "mm": 0.001}  # of coordinates, meters
+UNITS = {"m": 1.0, "mm": 0.001, "cm": 0.01}  # of coordinates, meters
 NEGATIVES = ("local", "global")  # of the contrastive loss: rows of this process, or of all

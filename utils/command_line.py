@@ -3,17 +3,19 @@
 import argparse
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from utils.choices import UNITS
 from utils.errors import TRACEBACK, Bounds, escape_controls, range_problem, show
 
 Settings = TypeVar("Settings")
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_WORKERS = 1024  # threads or processes of a script
+FLOAT32 = (-3.4028235e38, 3.4028235e38)  # bounds of a coordinate
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,6 +83,12 @@ def version() -> str:
     except (OSError, subprocess.CalledProcessError):
         return number
     return f"{number} ({commit})"
+
+
+def add_cloud_flags(add: Callable[..., Any], unit: str | None = "m") -> None:
+    """Add the flags about stored clouds to a parser; `unit` is the default of --xyz_unit."""
+    add("--xyz_unit", default=unit, choices=UNITS, help="unit of the coordinates in point clouds")
+    add("--missing_value", type=float, metavar="Z", help="z of pixels without a measurement, besides 0 and NaN")
 
 
 def from_flags(kind: type[Settings], args: argparse.Namespace, **others: Any) -> Settings:

@@ -29,8 +29,10 @@ from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
 from utils.cleaning.journal import MANIFEST, Journal, Scan
 from utils.cleaning.preview import FORMATS, Pair, check_format, write_preview
 from utils.cleaning.scan_processing import Result, Summary, process_scans, report, write_results
-from utils.command_line import MOST_WORKERS, Parser, from_flags
+from utils.command_line import FLOAT32, MOST_WORKERS, Parser, add_cloud_flags, from_flags
 from utils.errors import InputError, exit_on_error, show
+from utils.records import METERS, CloudForm
+from utils.scans.cloud_check import checked_cloud
 from utils.scans.files import files_by_modality, is_good, make_folder, subfolders
 from utils.scans.images import MAX_MEGAPIXELS, MEGAPIXELS, defect_mask, open_image, read_image, set_max_megapixels
 from utils.scans.organized_pc import read_organized_pc
@@ -48,6 +50,7 @@ class Config:
     workers: int
     dry_run: bool
     preview: Path | None
+    form: CloudForm = METERS
     max_megapixels: int = MAX_MEGAPIXELS
     rule: CleaningRule = field(default_factory=CleaningRule)
 
@@ -60,7 +63,10 @@ class Config:
 
     def journal(self) -> Journal:
         """Record of the scans that are done."""
-        return Journal(self.output, {"version": VERSION, **self.rule.settings()})
+        settings = {"version": VERSION, **self.rule.settings()}
+        if self.form != METERS:  # older manifests have no such keys
+            settings |= {"xyz_unit": self.form.unit, "missing_value": self.form.missing_value}
+        return Journal(self.output, settings)
 
 
 def find_scans(root: Path) -> tuple[list[Scan], dict[str, str]]:
@@ -118,7 +124,8 @@ def _complete_scans(folder: Path, root: Path, failed: dict[str, str]) -> list[Sc
 
 def clean_files(scan: Scan, config: Config) -> Result:
     """Clean one scan and, except in a dry run, write the results; errors as in `clean_scan` and `write_results`."""
-    clean = clean_scan(*_read(scan), config.rule)
+    xyz, rgb, gt = _read(scan)
+    clean = clean_scan(checked_cloud(_source(scan, "xyz"), xyz, config.form), rgb, gt, config.rule)
     if config.dry_run:
         return {}, clean.doubt
     arrays = {"xyz": clean.xyz, "rgb": clean.rgb, "gt": clean.gt}
@@ -161,7 +168,7 @@ def preview(config: Config, path: Path, flagged: Container[str] = ()) -> dict[st
         if scan.name in done or not wanted or len(drawn) == ROWS:
             continue
         try:
-            pairs[scan.name] = _pair(scan, config.rule)
+            pairs[scan.name] = _pair(scan, config)
         except InputError as error:
             left_out[scan.name] = str(error)
     if not pairs:
@@ -172,11 +179,12 @@ def preview(config: Config, path: Path, flagged: Container[str] = ()) -> dict[st
     return left_out
 
 
-def _pair(scan: Scan, rule: CleaningRule) -> Pair:
+def _pair(scan: Scan, config: Config) -> Pair:
     """Read and clean a scan for the preview; InputError if it cannot be read."""
     xyz, rgb, gt = _read(scan)
     try:
-        clean = clean_scan(xyz, rgb, gt, rule)
+        xyz = checked_cloud(_source(scan, "xyz"), xyz, config.form)
+        clean = clean_scan(xyz, rgb, gt, config.rule)
     except InputError as error:
         return Pair(rgb, xyz, None, str(error))
     return Pair(rgb, xyz, clean, clean.doubt)
@@ -197,7 +205,8 @@ def preprocess(config: Config) -> Summary:
 
 def parse_args(argv: Sequence[str] | None) -> Config:
     """Read the flags."""
-    parser = Parser((__doc__ or "").split("\n\n")[0], {"workers": (1, MOST_WORKERS), "max_megapixels": MEGAPIXELS})
+    bounds = {"workers": (1, MOST_WORKERS), "max_megapixels": MEGAPIXELS, "missing_value": FLOAT32}
+    parser = Parser((__doc__ or "").split("\n\n")[0], bounds)
     parser.add_argument("dataset", type=Path, help="folder that holds the classes")
     parser.add_argument("--output_dir", type=Path, help="write here instead of in place; the dataset stays as it is")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one per core")
@@ -208,10 +217,12 @@ def parse_args(argv: Sequence[str] | None) -> Config:
     text = f"first draw scans of each class before and after cleaning ({', '.join(FORMATS)}); all kinds with --dry_run"
     parser.add_argument("--preview", type=Path, metavar="IMAGE", help=text)
     parser.add_argument("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image, millions of pixels")
+    add_cloud_flags(parser.add_argument)
     args = parser.parse_args(argv)
     if args.preview:
         check_format(args.preview)
-    return from_flags(Config, args, rule=from_flags(CleaningRule, args))
+    form = CloudForm(args.xyz_unit, args.missing_value)
+    return from_flags(Config, args, form=form, rule=from_flags(CleaningRule, args))
 
 
 @exit_on_error("interrupted. Run the same command to continue.")

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CloudForm:
+    """Form of the clouds in files, as `utils.scans.cloud_check.checked_cloud` needs it."""
+
+    unit: Literal["m", "mm", "cm"] = "m"
+    missing_value: float | None = None  # z of a pixel without a measurement, beside 0, NaN and infinity
+    camera_frame: bool = True  # x right, y down, z away from the camera; False for converted Eyecandies
+    distance: float | None = None  # median distance of the class from the camera, meters; None: not checked
+
+
+METERS = CloudForm()
 
 
 class SampleFiles(NamedTuple):
@@ -17,6 +31,7 @@ class SampleFiles(NamedTuple):
     xyz: Path | None = None
     mask: Path | None = None
     label: int | None = None  # 1 = defective, 0 = good; test split only
+    form: CloudForm = METERS  # of `xyz`
 
 
 class Sample(NamedTuple):

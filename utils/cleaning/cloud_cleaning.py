@@ -31,7 +31,7 @@ class CleaningRule:
     cluster_eps: float = 0.006  # radius of a point's neighborhood
     cluster_min_points: int = 30  # size of a core point's neighborhood, itself included
     side_multiple: int = 100  # pixels: the padded side is the larger image side rounded up to a multiple
-    max_extent: float = MAX_COORDINATE
+    max_extent: float = MAX_COORDINATE  # of the clouds that `checked_cloud` accepts
     least_support: float = 0.1  # share of the measured border points on the plane; with less, a scan is refused
     min_border: float = 0.25  # share of the border pixels with a measurement; less is doubtful
     min_support: float = 0.5  # share of the measured border points on the plane; no more is doubtful
@@ -62,8 +62,8 @@ def clean_scan(xyz: np.ndarray, rgb: np.ndarray, gt: np.ndarray | None, rule: Cl
     which is only padded. Dtypes stay as given. As in the reference, the image keeps its pixels without a measurement,
     unless `rule.mask_unmeasured` is set.
 
-    Raises InputError if sizes differ, there is no measurement, the coordinates are not in meters, the border shows
-    no plane (see `fit_border_plane`), nothing is left, or a doubt remains with `rule.strict`.
+    Raises InputError if sizes differ, the border shows no plane (see `fit_border_plane`), nothing is left, or a doubt
+    remains with `rule.strict`.
     """
     for name, image in (("image", rgb), ("ground truth", gt)):
         if image is not None and image.shape[:2] != xyz.shape[:2]:
@@ -71,13 +71,6 @@ def clean_scan(xyz: np.ndarray, rgb: np.ndarray, gt: np.ndarray | None, rule: Cl
             problem = f"The {name} is {found} (H x W), the point cloud {expected}"
             raise InputError(f"{problem}. Restore the files from the dataset.")
     measured = valid_mask(xyz)
-    if not measured.any():
-        problem = f"None of the {measured.size} pixels has a measurement"
-        raise InputError(f"{problem}. Restore the xyz file or leave the scan out.")
-    reach = float(np.abs(xyz[measured]).max())
-    if reach > rule.max_extent:
-        problem = f"The coordinates reach {reach:g}, expected meters and at most {rule.max_extent:g}"
-        raise InputError(f"{problem}. Convert them to meters.")
     plane, doubt = fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
     if doubt and rule.strict:
         raise InputError(f"{doubt}. If the scan was cleaned before, take the original one; otherwise leave it out.")

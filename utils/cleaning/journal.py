@@ -140,7 +140,7 @@ class Journal:
         with suppress(OSError):
             for path in self.output.glob(f"*/*/*/*/*{TEMPORARY}"):
                 path.unlink()
-        content = {"schema": SCHEMA, "settings": self.settings, "scans": dict(sorted(self.done.items()))}
+        content = {"schema": SCHEMA, "unit": "m", "settings": self.settings, "scans": dict(sorted(self.done.items()))}
         write_record(self.output / MANIFEST, content, indent=1)
         (self.output / JOURNAL).unlink(missing_ok=True)
         self.renaming = set()

@@ -39,15 +39,17 @@ def read_camera(path: Path) -> Camera:
     return read_record(path, Camera, None, FIX)
 
 
-def read_depth_png(path: Path, camera: Camera) -> np.ndarray:
-    """Read a 16-bit depth image as an organized point cloud, (H, W, 3) float32, meters; 0 means no measurement.
-
-    Raises InputError if the file is no complete PNG, has not one channel of 16 bits, or differs from the camera's size.
-    """
+def read_depth_png(path: Path) -> np.ndarray:
+    """Read a 16-bit depth image, (H, W); InputError if it is no complete PNG, or has not one channel of 16 bits."""
     with open_image(path) as image:
         mode, depth = image.mode, np.asarray(image)
     if not mode.startswith("I"):
         raise InputError(f"{path} holds {mode} pixels, expected one channel of 16 bits. Give the camera's own file.")
+    return depth
+
+
+def cloud_of_depth(path: Path, depth: np.ndarray, camera: Camera) -> np.ndarray:
+    """Back-project the depth map (H, W) of a file; InputError if it differs from the camera's size."""
     for name, found, expected in (("high", depth.shape[0], camera.height), ("wide", depth.shape[1], camera.width)):
         if expected is not None and found != expected:
             raise InputError(f"{path} is {found} pixels {name}, but the intrinsics say {expected}. Give matching ones.")

@@ -31,12 +31,18 @@ def valid_mask(xyz: np.ndarray) -> np.ndarray:
     return valid[..., 0] & valid[..., 1] & valid[..., 2]  # ten times as fast as all(axis=-1)
 
 
-def check_organized(name: Path | str, shape: Sequence[int], dtype: np.dtype | None) -> None:
-    """Raise InputError for an array that is not H x W x 3 floating-point numbers, or has more than MAX_PIXELS."""
-    if len(shape) != 3 or shape[2] != 3 or not all(shape):
-        found = " x ".join(map(str, shape))
-        raise InputError(f"{name} holds an array of {found}, expected H x W x 3. Store x, y and z as the last axis.")
-    if dtype is None or dtype.kind != "f":
+def check_organized(name: Path | str, shape: Sequence[int], dtype: np.dtype | None, depth: bool = False) -> None:
+    """Raise InputError for an array that is not H x W x 3 floating-point numbers, or has more than MAX_PIXELS.
+
+    With `depth`, it may also be a depth map: H x W numbers, or H x W x 1.
+    """
+    is_depth = len(shape) == 2 or tuple(shape[2:]) == (1,)
+    if not all(shape) or (tuple(shape[2:]) != (3,) and not (depth and is_depth)):
+        found, fix = " x ".join(map(str, shape)), "Store x, y and z as the last axis."
+        if is_depth:
+            fix = "If it is a depth map, give predict.py its camera with --intrinsics, or convert it (docs/DATA.md)."
+        raise InputError(f"{name} holds an array of {found}, expected H x W x 3. {fix}")
+    if dtype is None or dtype.kind not in ("fiu" if is_depth else "f"):
         raise InputError(f"{name} holds {dtype} numbers, expected floating-point coordinates. Store float32 meters.")
     if shape[0] * shape[1] > MAX_PIXELS:
         raise InputError(
@@ -49,7 +55,8 @@ def as_cloud(xyz: np.ndarray) -> np.ndarray:
     """Convert `xyz` (..., 3) to float32, with missing pixels (see `valid_mask`) exactly (0, 0, 0)."""
     with np.errstate(over="ignore"):  # a float64 beyond the range of float32 becomes infinite, which is missing
         cloud = xyz.astype(np.float32)
-    return np.where(valid_mask(cloud)[..., None], cloud, np.float32(0))
+    np.copyto(cloud, 0, where=~valid_mask(cloud)[..., None])  # twice as fast as np.where
+    return cloud
 
 
 def organized_pc_header(path: Path | str) -> tuple[int, int]:
@@ -63,14 +70,15 @@ def organized_pc_header(path: Path | str) -> tuple[int, int]:
         return height, width
 
 
-def read_organized_pc(path: Path | str) -> np.ndarray:
-    """Read a tiff of H x W x 3 floats, meters, as an organized point cloud, (H, W, 3) float32.
+def read_organized_pc(path: Path | str, depth: bool = False) -> np.ndarray:
+    """Read a tiff of H x W x 3 floats as an organized point cloud, (H, W, 3) float32, in the unit of the file.
 
-    A pixel with a coordinate that is zero, NaN or infinite becomes (0, 0, 0). Raises InputError as
-    `organized_pc_header`, and where the pixel data cannot be decoded.
+    A pixel with a coordinate that is zero, NaN or infinite becomes (0, 0, 0). With `depth`, a depth map is returned as
+    stored. Raises InputError as `organized_pc_header`, and where the pixel data cannot be decoded.
     """
-    with _open_checked(path) as tif:
-        return as_cloud(tif.series[0].asarray())
+    with _open_checked(path, depth) as tif:
+        array = tif.series[0].asarray()
+    return as_cloud(array) if array.shape[2:] == (3,) else array
 
 
 def write_organized_pc(path: Path | str, xyz: np.ndarray) -> None:
@@ -94,25 +102,28 @@ def resize_nearest(xyz: np.ndarray, size: int) -> Tensor:
 
 
 @contextmanager
-def _open_checked(path: Path | str) -> Iterator[tifffile.TiffFile]:
+def _open_checked(path: Path | str, depth: bool = False) -> Iterator[tifffile.TiffFile]:
     """Open a tiff and check that its header is that of an organized point cloud. Every error becomes an InputError."""
     path = Path(path)
     try:
         with open_file(path, "cloud") as file, tifffile.TiffFile(file) as tif:
-            _check_header(path, tif)
+            _check_header(path, tif, depth)
             yield tif
     except InputError:
         raise
     except Exception as error:  # with damaged bytes the decoder may raise almost anything
-        problem = f"{path} cannot be read as a tiff file ({type(error).__name__}: {error})"
-        raise InputError(f"{problem}. Copy it again from the dataset.") from error
+        raise InputError(f"{path} cannot be read as a tiff file. Copy it again from the dataset.") from error
 
 
-def _check_header(path: Path, tif: tifffile.TiffFile) -> None:
+def _check_header(path: Path, tif: tifffile.TiffFile, depth: bool) -> None:
     series = tif.series[0]
-    check_organized(path, series.shape, series.dtype)
+    check_organized(path, series.shape, series.dtype, depth)
     if len(tif.series) > 1:
         raise InputError(f"{path} holds {len(tif.series)} images, expected one cloud. Store it alone.")
+    first, known = series.keyframe, tifffile.TIFF
+    if first.compression not in known.DECOMPRESSORS or first.predictor not in known.UNPREDICTORS:
+        problem = f"{path} is compressed in a way that cannot be decoded here"
+        raise InputError(f"{problem}. Run pip install imagecodecs, or save it without compression.")
     pages = [page for page in series.pages if page is not None]
     if any(len(page.dataoffsets) != math.prod(page.chunked) or 0 in page.databytecounts for page in pages):
         raise InputError(f"{path} lacks strips or tiles that its header lists. Copy it again from the dataset.")

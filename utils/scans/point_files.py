@@ -5,6 +5,7 @@ are in the order of the pixels, row by row. open3d's readers do not serve: they 
 are cut short with arbitrary numbers, and stop at an infinite coordinate.
 """
 
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from utils.scans.organized_pc import check_organized
 
 AXES = ("x", "y", "z")
 LONGEST_HEADER = 1 << 16  # bytes
+# Missing coordinates as the C library of Windows prints them, such as 1.#QNAN, -1.#IND00, 1.#INF and -nan(ind).
+_NOT_A_NUMBER = re.compile(rb"[-+]?(?:1\.#\w+|nan\(\w*\))", re.IGNORECASE)
 _PCD_TYPES = {"F": "f", "I": "i", "U": "u"}
 _PLY_TYPES = {
     "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1",
@@ -30,14 +33,14 @@ _PLY_TYPES = {
 _Field = tuple[str, str, int]  # name, NumPy's code without byte order ("f4"), count of numbers
 
 
-def read_npy(path: Path) -> np.ndarray:
-    """Read a NumPy array of H x W x 3 floating-point numbers; InputError if it is none, is pickled or cut short."""
+def read_npy(path: Path, depth: bool = False) -> np.ndarray:
+    """Read a NumPy array that `check_organized` accepts; InputError for any other, a pickled one or one cut short."""
     open_file(path, "cloud").close()
     try:
         xyz = open_memmap(path, mode="r")  # reads only this format, and no pickled objects
     except Exception as error:  # with damaged bytes it may raise almost anything
-        raise InputError(f"{path} is no complete .npy array ({error}). Write it again with numpy.save.") from error
-    check_organized(path, xyz.shape, xyz.dtype)
+        raise InputError(f"{path} is no complete .npy array of numbers. Write it again with numpy.save.") from error
+    check_organized(path, xyz.shape, xyz.dtype, depth)
     return np.array(xyz)
 
 
@@ -125,7 +128,8 @@ def _header_errors(path: Path, kind: str) -> Iterator[None]:
     except InputError:
         raise
     except (KeyError, IndexError, ValueError, TypeError, OverflowError, StopIteration) as error:
-        raise InputError(f"{path} has no {kind} header ({error!r}). Export the cloud again.") from error
+        word = f" ({error.args[0]} is missing or unknown)" if isinstance(error, KeyError) else ""
+        raise InputError(f"{path} has no correct {kind} header{word}. Export the cloud again.") from error
 
 
 def _point_type(path: Path, fields: Sequence[_Field], order: str) -> np.dtype:
@@ -152,6 +156,8 @@ def _decode(
 
 def _from_ascii(path: Path, body: bytes, point: np.dtype, number: int) -> np.ndarray:
     """Decode `number` points of type `point` as (number, 3); the other decoders have the same contract."""
+    if b"#" in body or b"(" in body:
+        body = _NOT_A_NUMBER.sub(b"nan", body)
     lines = [line for line in body.decode("utf-8", "replace").splitlines() if line.strip()][:number]
     if len(lines) < number:
         raise _cut_short(path, len(lines), number)
@@ -160,7 +166,7 @@ def _from_ascii(path: Path, body: bytes, point: np.dtype, number: int) -> np.nda
     try:
         return np.loadtxt(lines, usecols=columns, ndmin=2, comments=None).reshape(number, 3)
     except ValueError as error:
-        raise InputError(f"{path} has a line that is not a point ({error}). Export the cloud again.") from error
+        raise InputError(f"{path} has a line that is not a point of numbers. Export the cloud again.") from error
 
 
 def _from_binary(path: Path, body: bytes, point: np.dtype, number: int) -> np.ndarray:

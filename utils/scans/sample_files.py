@@ -9,24 +9,22 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from glob import glob
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unicodedata import normalize
 
 import numpy as np
 
-from utils.choices import UNITS
 from utils.errors import InputError
-from utils.records import SampleFiles
-from utils.scans.depth_camera import Camera, read_depth_png
+from utils.records import CloudForm, SampleFiles
+from utils.scans.cloud_check import checked_cloud
+from utils.scans.depth_camera import Camera, cloud_of_depth, read_depth_png
 from utils.scans.files import FILE_SUFFIXES
-from utils.scans.organized_pc import MAX_COORDINATE, as_cloud, read_organized_pc, valid_mask
+from utils.scans.organized_pc import organized_pc_header, read_organized_pc
 from utils.scans.point_files import read_npy, read_pcd, read_ply
 
 IMAGE_SUFFIXES = FILE_SUFFIXES["rgb"]
 CLOUD_SUFFIXES = (*FILE_SUFFIXES["xyz"], ".npy", ".pcd", ".ply")
-DEPTH_SUFFIXES = (".png",)  # with the intrinsics of the camera
-NEAREST = 0.032  # meters; nearer points are left out (see docs/DATA.md), so no object lies there
-FARTHEST = 20.0  # meters; if an object is farther away, its coordinates have another unit
+DEPTH_SUFFIXES = (".png",)  # of depth images alone; .tiff and .npy hold clouds or depth maps
 ASPECT_TOLERANCE = 0.01
 LONGEST_NAME = 220  # bytes of a stem: a file name has 255, and those of maps and overlays are longer
 
@@ -124,47 +122,40 @@ def _by_stem(given: str, suffixes: Sequence[str], flag: str) -> dict[str, list[P
 
 
 def read_cloud(
-    path: Path, camera: Camera | None = None, unit: str = "m", image_size: tuple[int, int] | None = None
+    path: Path, camera: Camera | None = None, image_size: tuple[int, int] | None = None, **form: Any
 ) -> np.ndarray:
     """Read an organized point cloud in the format that its suffix names.
 
-    `path` is a .tiff, .tif, .npy, .pcd or .ply file, or with the camera that took it a depth .png. The coordinates have
-    the `unit`, a key of UNITS, those of a depth image the scale of its camera. `image_size` is as in `read_ply`.
+    `path` is a .tiff, .tif, .npy, .pcd or .ply file, or with the camera that took it a depth map (see `holds_depth`).
+    `form` are fields of CloudForm, such as unit="mm"; a depth map has the scale of its camera instead of a unit.
+    `image_size` is as in `read_ply`.
 
-    Returns (H, W, 3) float32, meters, camera frame; a pixel without a measurement is exactly (0, 0, 0). Raises
-    InputError if the file cannot be read in its format, or the coordinates cannot be meters.
+    Returns (H, W, 3) float32, meters; a pixel without a measurement is exactly (0, 0, 0). Raises InputError if the file
+    cannot be read in its format, or as `checked_cloud`.
     """
-    suffix = path.suffix.lower()
-    if suffix in DEPTH_SUFFIXES:
-        if camera is None:
-            raise InputError(f"{path} is a depth image. Give the intrinsics of its camera with --intrinsics.")
-        fix = "Correct the depth_scale of its camera."
-        return _in_meters(path, read_depth_png(path, camera), fix, fix)
+    suffix, depth = path.suffix.lower(), camera is not None
+    if suffix in DEPTH_SUFFIXES and not depth:
+        raise InputError(f"{path} is a depth image. Give the intrinsics of its camera with --intrinsics.")
     readers: dict[str, Callable[[Path], np.ndarray]] = {
-        ".npy": read_npy, ".pcd": read_pcd, ".ply": partial(read_ply, image_size=image_size)
+        ".npy": partial(read_npy, depth=depth), ".png": read_depth_png,
+        ".pcd": read_pcd, ".ply": partial(read_ply, image_size=image_size),
     }  # fmt: skip
-    xyz = readers.get(suffix, read_organized_pc)(path)
-    meters = as_cloud(np.multiply(xyz, UNITS[unit], dtype=np.result_type(xyz.dtype, np.float32)))
-    convert = "Convert its coordinates."
-    if unit == "m":
-        return _in_meters(path, meters, "Give --xyz_unit mm if its numbers are millimeters.", convert)
-    return _in_meters(path, meters, convert, f"Leave out --xyz_unit {unit} if its numbers are meters.")
+    array = readers.get(suffix, partial(read_organized_pc, depth=depth))(path)
+    if camera is None or array.shape[2:] == (3,):
+        return checked_cloud(path, array, CloudForm(**form))
+    cloud = cloud_of_depth(path, array.reshape(array.shape[:2]), camera)
+    return checked_cloud(path, cloud, unit_fix="Correct the depth_scale of its camera.")
 
 
-def _in_meters(path: Path, xyz: np.ndarray, fix_if_far: str, fix_if_near: str) -> np.ndarray:
-    """Return `xyz` if its coordinates can be meters, else raise InputError with the fix for too far or too near."""
-    points = xyz[valid_mask(xyz)].astype(np.float64)
-    if not len(points):
-        return xyz
-    middle, reach = float(np.median(np.linalg.norm(points, axis=1))), float(np.abs(points).max())
-    if not NEAREST <= middle <= FARTHEST:
-        problem = f"The median point of {path} is {middle:.4g} m away"
-        fix = fix_if_far if middle > FARTHEST else fix_if_near
-        raise InputError(f"{problem}, expected an object between {NEAREST:g} and {FARTHEST:g} m. {fix}")
-    if reach > MAX_COORDINATE:
-        problem = f"The coordinates of {path} reach {reach:.4g} m, expected at most {MAX_COORDINATE:g}"
-        raise InputError(f"{problem}. Set pixels without a measurement to 0.")
-    return xyz
+def holds_depth(path: Path) -> bool:
+    """Return True for a depth image, and for a .tiff or .npy that holds no cloud but perhaps a depth map."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix in CLOUD_SUFFIXES[:-2]:
+            (read_npy if suffix == ".npy" else organized_pc_header)(path)
+    except InputError:
+        return True
+    return suffix in DEPTH_SUFFIXES
 
 
 def check_same_view(name: str, rgb: np.ndarray, xyz: np.ndarray, same_pixels: bool) -> None:
