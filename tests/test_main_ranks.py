@@ -638,7 +638,7 @@ def resume_flags(base: Sequence[object], alone: Output, out: Path) -> list[objec
 
 
 def assert_nothing_new(out: Path, alone: Output, stdout: str) -> None:
-    """The results of a finished run are printed again and its tables are appended once more."""
+    """The results of a finished run are printed again and its tables stay as they are."""
     for method in METHODS:
         assert results_of(out / method)["classes"] == alone.entries(method)
     assert stdout.splitlines()[:-1] == alone.stdout.splitlines()[:-1]
