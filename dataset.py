@@ -121,7 +121,7 @@ def pair_split(class_folder: Path | str, split: str, modalities: frozenset[str])
         problems.append(f"No test samples in {root}. Expected a folder good and one for each type of defect.")
     for folder in folders:
         if folder.name.casefold() in ALSO_GOOD:
-            logger.warning("The samples of %s count as good, because of its name", folder)
+            logger.warning("The name of %s marks its samples as good. Rename it if they are defective", folder)
         complete, faults = _pair_folder(folder, modalities)
         files += complete
         problems += faults
@@ -171,7 +171,7 @@ def _pair_folder(folder: Path, modalities: frozenset[str]) -> tuple[list[SampleF
 
 
 def _others(folder: Path, modality: str, partners: set[Path]) -> str:
-    """Return the end of the error about missing files: files or folders that may be these, and the fix."""
+    """Return the end of the error about missing files: other files in their place, and the fix."""
     places = [folder / name for name in FOLDERS[modality] if (folder / name).is_dir()] or [folder]
     known = partners | {folder / name for names in FOLDERS.values() for name in names}
     paths = sorted(path for place in places for path in place.iterdir() if path not in known)
@@ -180,14 +180,14 @@ def _others(folder: Path, modality: str, partners: set[Path]) -> str:
         return ". Restore them, or remove their samples."
     listing = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
     expected = f"{modality}/<stem>{FILE_SUFFIXES[modality][0]}"
-    return f", but there is {listing}. Rename or convert it to {expected} if it belongs to them, or remove them."
+    return f" (found: {listing}). Rename or convert to {expected} what belongs to the samples, or remove the samples."
 
 
 def check_files(files: Iterable[SampleFiles], modalities: frozenset[str]) -> None:
     """Check, before a long run, that the files of `modalities` and the ground truth are complete and of equal size.
 
-    Only headers and file ends are read, except of ground truth, so thousands of files take seconds. Ground truth that
-    cannot be right gives a warning, one for each folder. Raises InputError at the first bad sample.
+    Only ground truth is decoded. Of other files, headers and ends are read, so thousands take seconds. Wrong ground
+    truth gives one warning for each folder. Raises InputError at the first bad sample.
     """
     for sample in tqdm(files, desc="Checking files", delay=2, leave=False):
         check_sample_files(sample, modalities)
@@ -227,7 +227,7 @@ def read_rgb(files: SampleFiles) -> np.ndarray | None:
 
 
 def read_xyz(files: SampleFiles) -> np.ndarray | None:
-    """Read the cloud, (H, W, 3) float32, meters, or None if there is none; errors also as in `checked_cloud`."""
+    """Read the cloud, (H, W, 3) float32, meters, or None if there is none; InputError as in `checked_cloud`."""
     return None if files.xyz is None else checked_cloud(files.xyz, read_organized_pc(files.xyz), files.form)
 
 
@@ -237,10 +237,10 @@ def make_sample(
     """Make the sample `path` from arrays in memory, with S = img_size pixels; the aspect ratio is not kept.
 
     `rgb` is (H, W, 3) uint8; it is resized bicubic (antialiased) and ImageNet-normalized. `xyz` is (H, W, 3) float
-    of a `form`, by default meters in the camera frame; it is resized by nearest neighbor, and a pixel with a coordinate
+    in the given `form`, by default meters, camera frame; it is resized by nearest neighbor. A pixel with a coordinate
     that is zero, NaN or infinite has no measurement. Either is None if the method does not need it.
 
-    Raises InputError if an array has another shape or type, or a cloud cannot be right (see `checked_cloud`).
+    Raises InputError if an array has another shape or type, or `checked_cloud` refuses the cloud.
     """
     import torch  # here, because the flag parsers need the class lists above without torch
 
@@ -265,7 +265,7 @@ class AnomalyDataset:
     """Samples of one split (see `make_sample`), with only the modalities that the method needs.
 
     Samples of the test split have a mask (resized by nearest neighbor) and a label. Reading a sample raises InputError
-    if a file cannot be read or a cloud cannot be right.
+    if a file cannot be read or `checked_cloud` refuses the cloud.
     """
 
     files: Sequence[SampleFiles]

@@ -22,7 +22,7 @@ def row(kind: str, script: str, *flags: str) -> tuple[str, str, str, str, str]:
     try:
         with redirect_stderr(stderr), redirect_stdout(io.StringIO()):
             code = str(exit_of(script, *flags))
-    except Exception as error:  # an error that no gate caught would be a traceback
+    except Exception as error:  # would be a traceback
         return kind, script, "1", repr(error), "yes"
     lines = stderr.getvalue().splitlines() or [""]
     return kind, script, code, lines[-1], "yes" if "Traceback" in stderr.getvalue() else "no"

@@ -1,4 +1,4 @@
-"""The check of clouds: tables of good and bad ones, properties over made-up ones, and the forms of a dataset."""
+"""Check of clouds: tables of good and bad clouds, properties of random clouds, and the forms of a dataset."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ from utils.scans.organized_pc import read_organized_pc, write_organized_pc
 
 
 def surface(height: int = 40, width: int = 50, distance: float = 0.5, seed: int = 0) -> np.ndarray:
-    """Cloud (height, width, 3) float32, meters: a wavy surface at a distance, as a camera sees it."""
+    """Cloud (height, width, 3) float32, meters, camera frame: a wavy surface at a distance."""
     rng = np.random.default_rng(seed)
     v, u = np.indices((height, width)) + 0.3  # no pixel on an axis of the camera
     z = distance * (1 + 0.02 * np.sin(u / 5) + rng.normal(0, 1e-3, (height, width)))
@@ -192,7 +192,7 @@ def test_any_bytes_are_a_cloud_or_refused_in_one_sentence(content: bytes) -> Non
 
 @pytest.mark.parametrize("side", [60, 200])
 def test_missing_values_in_stripes_are_found(side: int) -> None:
-    """Regular patterns, whatever the sample of the pixels of a large cloud."""
+    """Regular patterns of missing pixels are found in a random sample of the points."""
     assert 60**2 <= DRAWN < 200**2
     for stripes in (np.s_[::2], np.s_[1::2], np.s_[:, ::8], np.s_[3::16, 3::4]):
         xyz = surface(side, side)

@@ -1,4 +1,4 @@
-"""One list of bad values and faults, applied to every script. A new script is covered by a line in SCRIPTS."""
+"""One list of bad values and faults, applied to every script. To cover a new script, add a line to SCRIPTS."""
 
 import argparse
 import errno
@@ -112,7 +112,7 @@ def raise_(error: BaseException) -> None:
     raise error
 
 
-# Error, and words of the sentence that it becomes.
+# Errors, each with words of its message.
 FAULTS: list[tuple[BaseException, str]] = [
     (InputError("a.png is blue. Paint it."), "error: a.png is blue. Paint it."),
     (OSError(errno.ENOSPC, "No space left on device", "a"), "a cannot be read or written (No space left on device)"),
@@ -126,7 +126,7 @@ FAULTS: list[tuple[BaseException, str]] = [
     (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "There is not enough memory."),
     (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"), "characters that are not UTF-8"),
     (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
-    (RuntimeError("Symlink loop from '/a'"), "A path leads in a circle (Symlink loop from '/a')"),
+    (RuntimeError("Symlink loop from '/a'"), "A link leads back to itself (Symlink loop from '/a')"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "A worker process was killed"),
     (BrokenProcessPool("A process in the process pool was terminated abruptly"), "A worker process was killed"),
 ]

@@ -31,7 +31,7 @@ UFF += ["--val_fraction", "0.3", "--save_steps", "1", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a dataset, its detector, patch files, raw scans, and the names of the files of Eyecandies."""
+    """Folder with a dataset, its detector, patch files, raw scans, and empty files named as in Eyecandies."""
     root = tmp_path_factory.mktemp("inputs")
     write_bagels(root / "data")
     write_samples(root / "patches", 7)
@@ -91,7 +91,7 @@ def test_second_run_is_refused(inputs: Path, tmp_path: Path, name: str) -> None:
     with locked(out, "folder"):
         run = start(name, inputs, out)
     assert run.returncode == 2
-    assert f"error: Another run is writing to {out}. Wait, or choose another " in run.stderr
+    assert f"error: Another run is writing to {out}. Wait for it, or choose another " in run.stderr
     assert "Traceback" not in run.stderr
     assert not list(out.iterdir())
 
@@ -144,7 +144,7 @@ IN_THE_WAY = [
 
 
 @pytest.mark.parametrize(("name", "path", "is_folder"), IN_THE_WAY)
-def test_what_is_in_the_way_is_found_before_the_work(
+def test_obstacles_are_found_before_the_work_starts(
     inputs: Path, tmp_path: Path, name: str, path: str, is_folder: bool
 ) -> None:
     place = tmp_path / "out" / path
@@ -160,7 +160,7 @@ def test_what_is_in_the_way_is_found_before_the_work(
 
 def test_pipe_in_the_way_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "log.txt")
-    with pytest.raises(InputError, match=r"log\.txt should be a file, but is not\."):
+    with pytest.raises(InputError, match=r"log\.txt is not a file\."):
         locked(tmp_path, "--output_dir", [tmp_path / "log.txt"]).__enter__()
 
 
@@ -177,9 +177,8 @@ def test_lock_ends_with_its_process_although_a_worker_lives_on(tmp_path: Path) -
     code = (
         "import os, sys, time; from pathlib import Path; from utils.scans.files import locked\n"
         "with locked(Path(sys.argv[1]), 'folder'):\n"
-        "    worker = os.fork()\n"
-        "    if worker:\n"
-        "        print(worker, flush=True)\n"
+        "    if not os.fork():\n"
+        "        print(os.getpid(), flush=True)\n"  # by the worker, which has closed its copy of the lock
         "    time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -222,7 +221,7 @@ class KilledError(Exception):
 
 @contextmanager
 def killed_at_rename(number: int) -> Iterator[None]:
-    """End the block in place of its rename of this number, from 1."""
+    """End the block instead of its rename with this number, counted from 1."""
     renames, replace = 0, Path.replace
 
     def count(path: Path, target: Path) -> Path:

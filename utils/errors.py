@@ -17,14 +17,14 @@ Bounds = dict[str, tuple[float, float]]  # lowest and highest value of numeric f
 
 TRACEBACK = ContextVar("traceback", default=False)  # set by --debug: print the traceback of an error, too
 
-_MEMORY = "There is not enough memory. Close other programs, or give smaller input, smaller batches or fewer workers."
+_MEMORY = "There is not enough memory. Close other programs, or use smaller input, smaller batches or fewer workers."
 _KILLED = "A worker process was killed, perhaps for lack of memory. Run again with fewer workers."
 _SENTENCES = {  # by words in the types and messages of errors of Python, torch and the system
     **dict.fromkeys(("MemoryError", "out of memory", "not enough memory", "allocate memory"), _MEMORY),
     "Unicode": "A file or its name holds characters that are not UTF-8. Rename it, or save the file as UTF-8.",
     **dict.fromkeys(("DataLoader worker (pid", "process pool"), _KILLED),
     "recursion depth": "A file holds data that is nested too deeply. Restore it from its source.",
-    "Symlink loop": "A path leads in a circle ({}). Remove the link that leads back to itself.",
+    "Symlink loop": "A link leads back to itself ({}). Remove it.",
 }
 _FIXES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free disk space"),
@@ -45,24 +45,24 @@ def escape_controls(text: str) -> str:
 
 
 def show(text: str, stream: TextIO | None = None) -> None:
-    """Print one line on stdout or another stream, with `escape_controls`."""
+    """Print one line on stdout or another stream, with escaped control characters."""
     print(escape_controls(text), file=stream, flush=True)
 
 
 class _EscapedRecord(logging.LogRecord):
-    """Record of a log whose message every handler gets with `escape_controls`."""
+    """Log record whose message has escaped control characters in every handler."""
 
     def getMessage(self) -> str:
         return escape_controls(super().getMessage())
 
 
 def range_problem(value: float, low: float, high: float) -> str:
-    """Problem and fix, to follow the name, of a number outside low ... high, as NaN always is; "" for one inside."""
+    """Problem and fix of a number outside low ... high (NaN always is), as text after its name; "" for one inside."""
     return "" if low <= value <= high else f"is {shortened(value)}. Give a number from {low} to {high}."
 
 
 def system_problem(path: object, action: str, error: OSError) -> str:
-    """Problem and fix of an error of the system while a file is read or written, which `action` says."""
+    """Problem and fix of a system error at a path. `action` is "read" or "written"."""
     if isinstance(error, FileNotFoundError):
         return f"{path} is missing. Restore it from its source, or check the path."
     text = str(error).strip().rpartition("\n")[2]  # an error of a DataLoader's worker ends in the original message
@@ -71,7 +71,7 @@ def system_problem(path: object, action: str, error: OSError) -> str:
 
 
 def problem_of(error: BaseException) -> str | None:
-    """Problem and fix of an error that the user can mend: input, system, memory or text; None for any other."""
+    """Problem and fix of an error that the user can fix: input, system, memory or encoding; None for any other."""
     if isinstance(error, InputError):
         return str(error)
     if not isinstance(error, MemoryError | UnicodeError | RuntimeError | OSError):
@@ -85,10 +85,10 @@ def problem_of(error: BaseException) -> str | None:
 
 @contextmanager
 def exit_on_error(interrupted: str = "interrupted") -> Iterator[None]:
-    """Exit on errors of `problem_of` with code 2, on Ctrl-C with 130, on a closed stdout with 141; decorates each main.
+    """Decorator of each main. Exit with 2 on errors that `problem_of` knows, 130 on Ctrl-C, 141 on a closed stdout.
 
     The problem, or the message `interrupted` after Ctrl-C, is printed on stderr. Both streams accept every character,
-    and logs are escaped.
+    and control characters in logs are escaped.
     """
     TRACEBACK.set(False)
     logging.setLogRecordFactory(_EscapedRecord)

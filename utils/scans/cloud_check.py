@@ -1,4 +1,4 @@
-"""Check of the coordinates of organized point clouds, the same wherever a cloud enters the program."""
+"""Check of the coordinates of organized point clouds, applied wherever a cloud enters the program."""
 
 from pathlib import Path
 
@@ -9,20 +9,20 @@ from utils.errors import InputError
 from utils.records import METERS, CloudForm
 from utils.scans.organized_pc import MAX_COORDINATE, as_cloud
 
-NEAREST = 0.032  # meters; nearer points are left out (see docs/DATA.md), so no object lies there
+NEAREST = 0.032  # meters; point sampling skips nearer points (see docs/DATA.md), so no object lies there
 FARTHEST = 20.0  # meters; if an object is farther away, its coordinates have another unit
 MAX_RATIO = 5.0  # between the median distances of a cloud and of its class
 MAX_SHARE = 0.01  # of the pixels with the same point, and of the points behind the camera
 MIN_DISTINCT = 0.1  # share of the points that differ from one another
-DRAWN = 4_000  # points that stand for a larger cloud
+DRAWN = 4_000  # points that are checked in a larger cloud
 
 
 def checked_cloud(name: Path | str, xyz: np.ndarray, form: CloudForm = METERS, unit_fix: str = "") -> np.ndarray:
     """Convert `xyz` (H, W, 3) float, stored in a `form`, to float32 meters; a missing pixel becomes (0, 0, 0).
 
-    Of a large cloud the same drawn points are checked each time, in a few milliseconds. `unit_fix` is the remedy for
-    another unit; by default that is --xyz_unit. Raises InputError, which names the cloud `name`, if its points cannot
-    be those of a surface, in this unit, at the distance of its class, in front of the camera.
+    A large cloud is checked at a fixed random sample of its points, in a few milliseconds. `unit_fix` is the fix for a
+    wrong unit, by default --xyz_unit. Raises InputError, which names the cloud `name`, if its points form no surface,
+    are too near or too far for this unit or for its class, or lie behind the camera.
     """
     cloud = as_cloud(xyz)
     if form.missing_value is not None:
@@ -41,10 +41,10 @@ def checked_cloud(name: Path | str, xyz: np.ndarray, form: CloudForm = METERS, u
     problem = f"The median point of {name} is {distance:.4g} m away"
     if not NEAREST <= distance <= FARTHEST:
         fitting = " or ".join(unit for unit, scale in UNITS.items() if NEAREST <= stored * scale <= FARTHEST)
-        fix = f"Give --xyz_unit {fitting} if its numbers have that unit." if fitting else "Convert its coordinates."
+        fix = f"Give --xyz_unit {fitting} if that is its unit." if fitting else "Convert its coordinates."
         raise InputError(f"{problem}, expected an object between {NEAREST:g} and {FARTHEST:g} m. {unit_fix or fix}")
     if form.distance is not None and not 1 / MAX_RATIO < distance / form.distance < MAX_RATIO:
-        raise InputError(f"{problem}, those of its class {form.distance:.4g} m. Convert it if it has another unit.")
+        raise InputError(f"{problem}, those of its class {form.distance:.4g} m. Convert it to the unit of the others.")
     if form.unit != "m":
         cloud *= np.float32(UNITS[form.unit])
     reach = float(max(cloud.max(), -cloud.min()))
@@ -54,26 +54,26 @@ def checked_cloud(name: Path | str, xyz: np.ndarray, form: CloudForm = METERS, u
     behind = float((points[:, 2] < 0).mean())
     if form.camera_frame and behind > MAX_SHARE:
         problem = f"{behind:.0%} of the points of {name} lie behind the camera (z below 0)"
-        raise InputError(f"{problem}. Turn the clouds: x to the right, y down, z away from the camera (docs/DATA.md).")
+        raise InputError(f"{problem}. Rotate the clouds: x to the right, y down, z away from the camera.")
     return cloud
 
 
 def _require_surface(name: Path | str, points: np.ndarray, measured: np.ndarray, camera_frame: bool) -> None:
     """Raise InputError if the points (N, 3) of the pixels `measured` (H, W) repeat, or lie in one row or column.
 
-    A point in many pixels marks missing ones. A z in many pixels, as a wall may have, does so if it is behind the
-    camera and most others are not, or if it is too far in any unit.
+    A point in many pixels marks missing ones. A z in many pixels may be that of a wall. It marks missing ones if it is
+    behind the camera and most others are not, or if it is too far in any unit.
     """
     x, y, z = points.T
     in_front = camera_frame and np.median(np.unique(z)) > 0
     impossible = (z < 0) & in_front | (np.abs(z) > MAX_COORDINATE / min(UNITS.values()))
-    identity = np.where(impossible, z, x + np.pi * y + np.e * z)  # equal for equal points, in practice only for these
+    identity = np.where(impossible, z, x + np.pi * y + np.e * z)  # in practice equal only for equal points
     _, first, counts = np.unique(identity, return_index=True, return_counts=True)
     share = float(counts.max() / len(points) * measured.mean())
-    if share > MAX_SHARE and counts.max() > 2 * np.median(counts):  # it alone, not as many as others
-        value = str(np.float32(z[first[counts.argmax()]])).removesuffix(".0")  # shortest that reads back the same
-        problem = f"{share:.0%} of the pixels of {name} hold z = {value}, too many for a measurement"
-        fix = f"Give --missing_value={value} if it marks pixels without one; otherwise restore the file."
+    if share > MAX_SHARE and counts.max() > 2 * np.median(counts):  # the others are rarer
+        value = str(np.float32(z[first[counts.argmax()]])).removesuffix(".0")  # shortest text that reads back the same
+        problem = f"{share:.0%} of the pixels of {name} hold z = {value}, too many for real measurements"
+        fix = f"Give --missing_value={value} if it marks missing pixels; otherwise restore the file."
         raise InputError(f"{problem}. {fix}")
     if len(counts) < MIN_DISTINCT * len(points) or min(measured.any(axis=axis).sum() for axis in (0, 1)) < 2:
         problem = f"The points of {name} are almost all the same, or lie in one row or column of pixels"

@@ -37,7 +37,7 @@ def subfolders(folder: Path) -> list[Path]:
 def files_by_modality(folder: Path) -> dict[str, dict[str, tuple[Path, ...]]]:
     """Return the files in a folder such as test/hole by modality, then by stem; none where a folder does not exist.
 
-    Stems are in Unicode form NFC, so that the same name in another form is a partner. Ground truth may be in `gt` or
+    Stems are in Unicode form NFC, so that names in different forms match. Ground truth may be in `gt` or
     `ground_truth`, and be called <stem>_mask. The caller refuses several files of one stem. Hidden files are left out.
     Raises InputError if a folder cannot be read.
     """
@@ -59,8 +59,8 @@ def _files_by_stem(folder: Path, modality: str) -> dict[str, tuple[Path, ...]]:
 def open_file(path: Path, kind: str) -> BinaryIO:
     """Open a file of a sample for reading. Readers of images, clouds and texts all use this function.
 
-    Raises InputError if `path` is not a regular file, so that no reader waits for a pipe, if the file has more than
-    MAX_BYTES of its kind, or it cannot be opened.
+    Raises InputError if `path` is not a regular file (a reader would wait for a pipe), has more than MAX_BYTES of its
+    kind, or cannot be opened.
     """
     try:
         status = path.stat()
@@ -89,7 +89,7 @@ def cannot_read(path: Path, error: OSError) -> InputError:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a system error of the block, which may name a temporary file or none, into an InputError about `path`."""
+    """Turn a system error in the block, which may name a temporary file or none, into an InputError about `path`."""
     try:
         yield
     except OSError as error:
@@ -112,15 +112,15 @@ def _unlock_in_worker() -> None:
         os.close(_locks.pop())
 
 
-os.register_at_fork(after_in_child=_unlock_in_worker)  # else a worker might hold a lock longer than its parent
+os.register_at_fork(after_in_child=_unlock_in_worker)  # else a worker might keep a lock after its parent has ended
 
 
 @contextmanager
 def locked(folder: Path, flag: str, files: Iterable[Path] = ()) -> Iterator[None]:
-    """Lock an existing folder, which `flag` names, while the block runs; the lock ends with the process at the latest.
+    """Lock an existing folder, given by `flag`, while the block runs; the lock ends with the process at the latest.
 
-    `files` are those that the run will write there. Temporary files of killed runs in their folders are removed.
-    Raises InputError if another run holds the lock, or something is in the way of a file or its folder.
+    `files` are those that the run will write there. Temporary files that killed runs left beside them are removed.
+    Raises InputError if another run holds the lock, or a folder is in the place of a file or the reverse.
     """
     planned = set(files)
     places = {folder}.union(place for path in planned for place in path.parents if folder in place.parents)
@@ -130,13 +130,13 @@ def locked(folder: Path, flag: str, files: Iterable[Path] = ()) -> Iterator[None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"Another run is writing to {folder}. Wait, or choose another {flag}.") from None
+            raise InputError(f"Another run is writing to {folder}. Wait for it, or choose another {flag}.") from None
         except OSError:
             pass  # some network file systems have no locks
         for path in sorted(planned | places):
             if path.exists() and not (path.is_dir() if path in places else path.is_file()):
                 kind = "folder" if path in places else "file"
-                raise InputError(f"{path} should be a {kind}, but is not. Move it away, or choose another {flag}.")
+                raise InputError(f"{path} is not a {kind}. Move it away, or choose another {flag}.")
         with suppress(OSError):  # a finished dataset may lie on a read-only disk
             for path in (path for place in places for path in place.glob(f".*{TEMPORARY}*")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -151,8 +151,8 @@ def locked(folder: Path, flag: str, files: Iterable[Path] = ()) -> Iterator[None
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and rename it to `path` if the block succeeds.
 
-    The temporary name keeps the suffix, because libraries choose the format by it. It is the same in the next run,
-    which replaces the file of a killed one. Parent folders are made.
+    The temporary name keeps the suffix, because libraries choose the format by it. The next run uses the
+    same name, so it replaces the file of a killed run. Parent folders are made.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}{TEMPORARY}{path.suffix}")

@@ -31,7 +31,7 @@ def set_max_megapixels(number: int) -> None:
 
 
 def warn_of(path: Path, problem: str) -> None:
-    """Warn of the problem with a file, if there is one, unless another file of its folder was warned of."""
+    """Log a file's problem, if it has one and no file of its folder was reported before."""
     if problem and path.parent not in _warned_folders:
         _warned_folders.add(path.parent)
         logger.warning("%s Check the other files of its folder, too.", problem)
@@ -43,7 +43,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.mode == "P":  # by way of RGBA: otherwise PIL warns of palettes with transparency
         image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")  # a conversion copies in any case
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert() always copies
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -55,7 +55,7 @@ def read_image(path: Path) -> np.ndarray:
         rgb = np.array(to_rgb(image))
     if has_16_bits and rgb.max() <= 16:  # 12 bits stored in 16
         problem = f"{path} has 16 bits, but uses at most 12, so it is nearly black"
-        warn_of(path, f"{problem}. Scale the values of its folder to the full range, or store 8 bits.")
+        warn_of(path, f"{problem}. Scale the images of its folder to the full range, or store 8 bits.")
     return rgb
 
 
@@ -69,7 +69,7 @@ def shrink_image(image: np.ndarray) -> np.ndarray:
 
 
 def defect_mask(image: Image.Image) -> np.ndarray:
-    """Return a ground truth as (H, W) bool, True for a defect: not zero or black, in lossy formats above half white."""
+    """Return a ground truth as (H, W) bool, True for a defect: above 127 in lossy formats, else not zero or black."""
     if image.format in _LOSSY:
         return np.asarray(image.convert("L")) > 127
     if image.mode == "P":
@@ -91,9 +91,9 @@ def defect_share(path: Path | None, defective: bool) -> tuple[float, str]:
             in_alpha = share in (0, 1) and bool((alpha != alpha.flat[0]).any())
     marked = f"marks {share:.2%} of"
     problems = {
-        "has its content in the transparency, which is ignored. Save it as black and white": in_alpha,
-        "has no defect pixel, but its sample has one. Mark it, or move the sample to good": defective and not share,
-        f"{marked} a good sample as defective. Clear it, or move the sample to its defect": share and not defective,
+        "has its content in its alpha channel, which is ignored. Save it in black and white": in_alpha,
+        "marks no defect in a defective sample. Mark it, or move the sample to good": defective and not share,
+        f"{marked} a good sample as defective. Clear it, or move the sample to a defect": share and not defective,
         f"{marked} the image as defective. Invert it if its background is white, or correct it": share > 0.5,
     }
     return share, next((f"{path} {problem}." for problem, holds in problems.items() if holds), "")
@@ -103,7 +103,7 @@ def defect_share(path: Path | None, defective: bool) -> tuple[float, str]:
 def open_image(path: Path) -> Iterator[Image.Image]:
     """Open an image. PIL's errors, also inside the block, become an InputError that names the file.
 
-    An orientation in the EXIF data is refused: nobody but the user knows if the cloud is turned, too.
+    An orientation in the EXIF data is refused, because only the user knows whether the cloud is rotated as well.
     """
     try:
         with open_file(path, "image") as file, Image.open(file, formats=_FORMATS) as image:
@@ -120,11 +120,11 @@ def open_image(path: Path) -> Iterator[Image.Image]:
 
 def _check_orientation(path: Path, image: Image.Image) -> None:
     orientation = 1
-    with suppress(Exception):  # damaged EXIF data do not matter; the reader of PNGs would decode the image
+    with suppress(Exception):  # damaged EXIF data is ignored; getexif of PNGs would decode the image
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     if orientation in range(2, 9):
-        problem = f"{path} has the EXIF orientation {orientation}: viewers turn or mirror it"
-        raise InputError(f"{problem}. Store its pixels as the cloud has them, and remove the EXIF data.")
+        problem = f"{path} has the EXIF orientation {orientation}, so viewers rotate or mirror it"
+        raise InputError(f"{problem}. Store its pixels in the orientation of the cloud, and remove the EXIF data.")
 
 
 def image_size(path: Path) -> tuple[int, int]:

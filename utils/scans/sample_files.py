@@ -92,7 +92,7 @@ def _problem(name: str, paths: Mapping[str, list[Path]], alone: Mapping[str, lis
             if not alone[kind]:
                 return f"{problem}. Add it, or remove this file."
             listing = ", ".join(alone[kind][:3]) + (", ..." if len(alone[kind]) > 3 else "")
-            return f"{problem}, but there is {listing}. Rename its own one, add it, or remove this file."
+            return f"{problem} (unpaired: {listing}). Rename the right one, add the missing file, or remove this one."
     return ""
 
 
@@ -105,7 +105,7 @@ def _by_stem(given: str, suffixes: Sequence[str], flag: str) -> dict[str, list[P
         matches = glob(given, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
         candidates = path.iterdir() if given and path.is_dir() else map(Path, matches)
         files = sorted(each for each in candidates if not each.name.startswith("."))
-    # Links to nowhere, pipes and folders with such a suffix count, so that each is named when it is read.
+    # Broken links, pipes and folders with such a suffix count, so that reading them names each as a problem.
     fitting = [each for each in files if each.suffix.lower() in suffixes]
     if flag == "--rgb":  # a folder may hold images and clouds
         fitting = [each for each in fitting if each.suffix.lower() not in FILE_SUFFIXES["xyz"]] or fitting
@@ -127,11 +127,11 @@ def read_cloud(
     """Read an organized point cloud in the format that its suffix names.
 
     `path` is a .tiff, .tif, .npy, .pcd or .ply file, or with the camera that took it a depth map (see `holds_depth`).
-    `form` are fields of CloudForm, such as unit="mm"; a depth map has the scale of its camera instead of a unit.
+    `form` holds fields of CloudForm, such as unit="mm"; a depth map has the scale of its camera instead of a unit.
     `image_size` is as in `read_ply`.
 
     Returns (H, W, 3) float32, meters; a pixel without a measurement is exactly (0, 0, 0). Raises InputError if the file
-    cannot be read in its format, or as `checked_cloud`.
+    cannot be read in its format, or `checked_cloud` refuses it.
     """
     suffix, depth = path.suffix.lower(), camera is not None
     if suffix in DEPTH_SUFFIXES and not depth:
@@ -148,7 +148,7 @@ def read_cloud(
 
 
 def holds_depth(path: Path) -> bool:
-    """Return True for a depth image, and for a .tiff or .npy that holds no cloud but perhaps a depth map."""
+    """Return True for a depth image, and for a .tiff or .npy that holds no cloud, so that it may be a depth map."""
     suffix = path.suffix.lower()
     try:
         if suffix in CLOUD_SUFFIXES[:-2]:
