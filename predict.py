@@ -90,7 +90,7 @@ class PredictSettings:
                 "--intrinsics only applies to depth images, but --xyz has none. Remove it or pass depth images."
             )
         if clouds and (self.xyz_unit or self.missing_value is not None) and all(map(holds_depth, clouds)):
-            raise InputError("--xyz_unit and --missing_value do not apply to depth images. Set their depth_scale.")
+            raise InputError("--xyz_unit and --missing_value do not apply to depth images. Use their depth_scale.")
         folder = self.output_dir.resolve()
         for files in (*found.samples, *(files for files, _ in found.incomplete)):
             for path in (files.rgb, files.xyz):
@@ -127,12 +127,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--xyz_checkpoint", type=Path, help="checkpoint of the 3D backbone, instead of a file in --checkpoint_dir")
     add("--batch_size", type=int, help="samples that go through the networks together; by default 4 on CPU, 16 on GPU")
     add("--num_workers", type=int, default=2, help="threads that read files ahead")
-    add("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image that is read, millions of pixels")
+    add("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image that is read, megapixels")
     return parser.parse_args(argv)
 
 
 def predict(settings: PredictSettings, locks: ExitStack) -> int:
-    """Predict all samples, write the predictions, and return the exit code. `locks` takes the lock of --output_dir."""
+    """Predict all samples, write the predictions, and return the exit code. `locks` gets the lock of --output_dir."""
     from tqdm import tqdm
 
     from feature_extractors.persistence import load_detector

@@ -76,8 +76,8 @@ class DetectorConfig:
         InputError: a value is out of its range, or a combination makes no sense.
     """
 
-    BOUNDS: ClassVar[Bounds] = {  # of the flags that are numbers
-        **{"img_size": (3, 2048), "group_size": (1, 1024), "num_group": (3, 8192)},  # 3: points are interpolated
+    BOUNDS: ClassVar[Bounds] = {  # of numeric flags
+        **{"img_size": (3, 2048), "group_size": (1, 1024), "num_group": (3, 8192)},  # points are interpolated from 3
         **{"f_coreset": (1e-6, 1.0), "coreset_eps": (0.001, 0.999), "random_state": (0, 2**32 - 1)},
         **{"asy_memory_bank": (1, 10**6), "ocsvm_nu": (1e-4, 1.0), "ocsvm_maxiter": (1, 10**6)},
         **dict.fromkeys((f"{bank}_{kind}_lambda" for kind in ("s", "smap") for bank in BANKS), (-(10**6), 10**6)),

@@ -156,7 +156,7 @@ def build_extractor(
     """
     needed = config.method.modalities
     rgb = xyz = fusion = None
-    if "xyz" in needed:  # first: it takes little time to build, so that a missing file is found at once
+    if "xyz" in needed:  # first, because it is quick to build, so a missing file is found at once
         settings = {name: getattr(config, name) for name in ("num_group", "group_size", "point_norm", "point_ops")}
         xyz = build_xyz_backbone(config.xyz_backbone_name, checkpoint_dir, checkpoint=xyz_checkpoint, **settings)
     if "rgb" in needed:

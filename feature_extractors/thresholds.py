@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 Source = Literal["validation", "training"]
 TYPICAL_VALUE = 0.05  # normalized score of the median good sample; that of the threshold is 0.5
-LEAST_THRESHOLD = 1e-30  # instead of 0, where good samples score 0, as in a coreset of all their patches
+LEAST_THRESHOLD = 1e-30  # replaces 0, the result if good samples score 0, as with a coreset of all patches
 ROUNDING = 1e-14  # relative rounding error of rate * count: 0.29 * 100 is 28.999…996
 
 logger = logging.getLogger(__name__)

@@ -166,7 +166,7 @@ def _load_jax(model: Any, path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             blocks = {int(number) for number in re.findall(r"encoderblock_(\d+)/", " ".join(archive.namelist()))}
         model.load_pretrained(str(path))
-    except Exception as error:  # damaged bytes make the reader raise anything
+    except Exception as error:  # with damaged bytes the reader may raise anything
         raise InputError(f"{path} cannot be read as JAX ViT weights ({error}). Download it again.") from None
     if left_over := blocks - set(range(len(model.blocks))):  # timm ignores these
         problem = f"{path} does not fit {type(model).__name__} of {len(model.blocks)} blocks"

@@ -139,7 +139,7 @@ def print_dataset_check(args: argparse.Namespace) -> bool:
 
 
 def dataset_forms(args: argparse.Namespace) -> tuple[CloudForm, CloudForm]:
-    """Form of a dataset's clouds, by the flags of main.py, and their form before preprocessing, as new ones have it.
+    """Form of a dataset's clouds, given by flags or its manifest, and of raw clouds, such as those of new samples.
 
     Raises InputError if a flag contradicts the manifest of preprocessing, which writes meters.
     """
@@ -151,14 +151,14 @@ def dataset_forms(args: argparse.Namespace) -> tuple[CloudForm, CloudForm]:
         return given, given
     stored = CloudForm(camera_frame=given.camera_frame and script_of(manifest.settings) == "preprocessing")
     if (given.unit, given.missing_value) != (stored.unit, stored.missing_value):
-        problem = f"{args.dataset_path} is preprocessed ({MANIFEST} is there): in meters, with 0 for missing pixels"
+        problem = f"{args.dataset_path} is preprocessed ({MANIFEST} is there), so its clouds are in meters"
         raise InputError(f"{problem}. Leave out --xyz_unit and --missing_value.")
     unit, missing_value = manifest.settings.get("xyz_unit", "m"), manifest.settings.get("missing_value")
     return stored, replace(stored, unit=unit, missing_value=missing_value)
 
 
 def class_form(samples: Sequence[SampleFiles], form: CloudForm) -> CloudForm:
-    """Add to a `form` the median distance of a few clouds of a class. Faulty ones are reported when they are used."""
+    """Add the median distance of a few clouds of a class to a `form`. Bad clouds are reported when they are used."""
     distances = []
     for sample in spread(samples):
         with suppress(InputError):

@@ -36,7 +36,7 @@ class LoadedSample(NamedTuple):
     files: SampleFiles
     sample: Sample | None = None
     problem: str = ""
-    image: np.ndarray | None = None  # (h, w, 3) uint8, of `shrink_image`, for the overlay
+    image: np.ndarray | None = None  # (h, w, 3) uint8, for the overlay, scaled by `shrink_image`
     size: tuple[int, int] = (0, 0)  # (H, W) of the cloud, or of the image if there is no cloud
     side: int | None = None  # of the cloud, pixels, once cleaning has padded it to a square
     shows_table: bool = False  # True if the cloud is not cleaned; only a few samples are checked
@@ -93,13 +93,13 @@ class SampleReader:
             except InputError as error:
                 raise InputError(f"{files.xyz} cannot be cleaned: {error}") from None
             if doubt:
-                logger.warning("%s is cleaned, but check its overlay: %s", files.xyz, doubt)
+                logger.warning("The table of %s may not have been found: %s. Check its overlay", files.xyz, doubt)
             side = len(cloud)
         used = rgb if "rgb" in self.modalities else None, cloud if "xyz" in self.modalities else None
         form = replace(files.form, unit="m", missing_value=None)  # of `cloud`
         sample = make_sample(str(files.xyz or files.rgb), *used, self.img_size, form)  # errors name this file
         table = files.path in self.checked_for_table and xyz is not None and shows_table(xyz, CleaningRule())
-        image = None if image is None else shrink_image(image)  # so that samples in memory are small
+        image = None if image is None else shrink_image(image)  # keeps samples in memory small
         return LoadedSample(files, sample, image=image, size=view.shape[:2], side=side, shows_table=table)
 
 

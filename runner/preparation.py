@@ -82,7 +82,7 @@ def set_up(
 ) -> tuple[Run, PatchExtractor]:
     """Check a run and build its networks, first in rank 0, so that a problem is reported once.
 
-    The other ranks receive the run that rank 0 checked. `locks` takes the locks of the folders of results. Raises
+    The other ranks receive the run that rank 0 checked. `locks` gets the locks of the result folders. Raises
     InputError if a flag or an input file is wrong, or another run writes to one of the folders.
     """
     if not is_main():
@@ -158,7 +158,7 @@ def shown_modalities(settings: RunSettings, modalities: frozenset[str]) -> froze
 
 
 def _make_folders(run: Run, locks: ExitStack) -> None:
-    """Make and lock all folders of results, and find what is in the way of a file, so that none fails later."""
+    """Make and lock all folders of results, and check that nothing is in the way of a result file."""
     settings, names = run.settings, list(run.files)
     written: list[tuple[Path, str, list[Path]]] = [(settings.output_dir, "--output_dir", _result_files(run))]
     if len(run.configs) > 1:

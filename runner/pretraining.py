@@ -138,7 +138,7 @@ class Output:
             save_checkpoint(self.folder / name, self.model, self.optimizer, self.progress, args)
 
     def end_epoch(self, epoch: int, figures: dict[str, Any]) -> None:
-        """Write the epoch's line of log.txt, its checkpoints, last the one to resume from, and its summary."""
+        """Write the epoch's line of log.txt, its checkpoints (the one to resume from comes last), and its summary."""
         validated = {name: value for name, value in figures.items() if name.startswith("val_")}
         merit = validated["val_retrieval"] - validated["val_chance"] if validated else -figures["train_loss"]
         better, self.progress.best = merit > self.progress.best, max(merit, self.progress.best)

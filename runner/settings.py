@@ -125,7 +125,7 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
     add("--dataset_path", type=Path, default=Path("datasets/mvtec3d"), help="folder of the class folders")
     add_cloud_flags(add)
     add("--classes", nargs="+", type=normpath, help="class folders; by default the existing ones of --dataset_type")
-    add("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image that is read, millions of pixels")
+    add("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image that is read, megapixels")
     add("--max_sample", type=int, default=400, help="fit on the first N training samples")
     add("--load_detector", type=Path, metavar="FOLDER", help="evaluate the detectors saved there, without fitting")
 

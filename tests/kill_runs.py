@@ -1,12 +1,12 @@
-"""Kill the scripts at random moments, let them finish, and compare their results with those of undisturbed runs.
+"""Kill the scripts at random moments, let them finish, and compare their results with those of uninterrupted runs.
 
     python tests/kill_runs.py                        # 10 kills of each script, some minutes
     python tests/kill_runs.py --kills 2 --seed 7 --only uff predict
 
-It kills preprocessing, a fit with --save_detector --save_preds --resume, UFF training and predict.py by SIGKILL, on
-small made-up data. A lot is one to four kills of the same command, which then runs to its end. The values of its
-results must equal those of a run that was not killed, and no temporary file may be left. Times, dates and paths of the
-results do not count. Exit code: 0 all lots are equal, 1 at least one is not.
+It sends SIGKILL to preprocessing, a fit with --save_detector --save_preds --resume, UFF training and predict.py, on
+small synthetic data. A lot is one to four kills of the same command, followed by a run to its end. The result values
+must equal those of a run that was not killed, and no temporary file may be left. Times, dates and paths are ignored.
+Exit code: 0 if all lots are equal, else 1.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Job(NamedTuple):
     """A command that may be killed. Each lot has a new folder, prepared by `prepare`."""
 
     prepare: Callable[[Path], None]
-    command: Callable[[Path], list[str]]  # of a folder, in which it writes to the folder "out"
+    command: Callable[[Path], list[str]]  # takes the new folder; writes to its subfolder "out"
     values: Callable[[Path], dict[str, Any]]  # results by file name
 
 
@@ -53,7 +53,7 @@ class Row(NamedTuple):
     job: str
     kills: int
     lots: int
-    differing: list[str]  # names of files with other values, or temporary ones
+    differing: list[str]  # names of files with different values, and of temporary files
 
 
 def write_raw_scans(folder: Path) -> None:
@@ -218,7 +218,7 @@ def run_job(name: str, kills: int, rng: random.Random, root: Path) -> Row:
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any], folder: Path) -> list[str]:
-    """Names of files that are missing, additional, temporary or of other values."""
+    """Names of files that are missing, additional, temporary or different."""
     names = [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]
     temporary = [each for each in snapshot(folder / "out") if re.search(r"/\.|\.journal$|\.preprocessing$", each)]
     return names + [f"temporary {each}" for each in temporary if each not in names]

@@ -150,7 +150,7 @@ def test_cleaned_object_at_the_border_is_doubtful_and_refused_if_strict(tmp_path
         in preprocess(config).doubtful["rod/train/good/000"]
     )
     failed = preprocess(replace(config, rule=CleaningRule(strict=True), dry_run=False)).failed
-    assert "If the scan was cleaned before, take the original one" in failed["rod/train/good/000"]
+    assert "If the scan was cleaned before, use the original" in failed["rod/train/good/000"]
     assert contents(folder) == before
 
 

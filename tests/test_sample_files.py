@@ -444,7 +444,7 @@ DAMAGED = {
         "is damaged",
     ),
     "no_width.pcd": (without(pcd_bytes("binary"), f"WIDTH {W}\n".encode()), "WIDTH"),
-    "word_width.pcd": (pcd_bytes("binary").replace(f"WIDTH {W}".encode(), b"WIDTH many"), "no correct PCD header"),
+    "word_width.pcd": (pcd_bytes("binary").replace(f"WIDTH {W}".encode(), b"WIDTH many"), "no valid PCD header"),
     "sizes.pcd": (pcd_bytes("binary").replace(b"SIZE 4 4 4", b"SIZE 4 4"), "header"),
     "strange_size.pcd": (pcd_bytes("binary").replace(b"SIZE 4 4 4", b"SIZE 4 4 3"), "header"),
     "strange_data.pcd": (pcd_bytes("binary").replace(b"DATA binary", b"DATA base64"), "base64.*binary_compressed"),
@@ -455,7 +455,7 @@ DAMAGED = {
     "vast.pcd": (pcd_bytes("binary", height=8193, width=8192), "has 8193 x 8192 points.*at most"),
     "remark.pcd": (
         pcd_bytes("ascii").rsplit(b"\n", 2)[0] + b"\n# 1 2 3\n",
-        "a line that is not a point of numbers",
+        "a line that is not a point",
     ),
     "empty.ply": (b"", "not a PLY file"),
     "pcd.ply": (pcd_bytes("binary"), "not a PLY file"),

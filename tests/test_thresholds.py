@@ -83,7 +83,7 @@ def test_pixel_threshold_is_a_quantile_of_all_good_pixels(target_fpr: float, pix
 
 
 def test_thresholds_are_positive_where_good_samples_score_0() -> None:
-    """A score of 0 stays good, and every score above that a detector can give is anomalous."""
+    """A score of 0 stays good, and every positive score that a detector can give is anomalous."""
     thresholds = calibrate([0.0] * 9, [np.zeros((4, 4), np.float32)] * 9, 0.1, "training")
     assert 0 < thresholds.image == thresholds.pixel < 1e-20
 

@@ -7,7 +7,7 @@ POINT_OPS = ("auto", "torch", "triton", "extension")  # backends of the point se
 PAIRINGS = ("aligned", "reference")  # of rgb and xyz patches in UFF training
 CLEANING_FLAGS = {  # fields of CleaningRule, with the help of their flags
     "keep_rgb": "keep the background of the images; only pad them",
-    "mask_unmeasured": "blacken the image where there is no measurement; by default it keeps its color there",
+    "mask_unmeasured": "blacken image pixels without a measurement; by default they keep their color",
     "empty_margins": "look for the table along the border of the measured area, not of the image",
 }
 UNITS = {"m": 1.0, "mm": 0.001, "cm": 0.01}  # of coordinates, meters

@@ -19,7 +19,7 @@ FLOAT32 = (-3.4028235e38, 3.4028235e38)  # bounds of a coordinate
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser with defaults in its help, --version, --debug, bounds of numbers, and errors of two lines."""
+    """ArgumentParser with defaults in its help, --version, --debug, bounds of numbers, and two-line errors."""
 
     def __init__(self, description: str | None, bounds: Bounds | None = None) -> None:
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)

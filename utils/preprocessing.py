@@ -37,7 +37,7 @@ from utils.scans.files import files_by_modality, is_good, make_folder, subfolder
 from utils.scans.images import MAX_MEGAPIXELS, MEGAPIXELS, defect_mask, open_image, read_image, set_max_megapixels
 from utils.scans.organized_pc import read_organized_pc
 
-ROWS = 4  # of a class in the preview, at most
+ROWS = 4  # most scans of a class in the preview
 VERSION = 1  # of the cleaning: raise it when the same scan and rule give another result
 
 
@@ -152,7 +152,7 @@ def _read(scan: Scan) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
 
 
 def preview(config: Config, path: Path, flagged: Container[str] = ()) -> dict[str, str]:
-    """Draw some scans of each class before and after: the first that can be cleaned and, up to ROWS, the `flagged`.
+    """Draw scans of each class before and after cleaning: the first that can be cleaned, then `flagged` ones, to ROWS.
 
     Scans that are cleaned already are not drawn. Refused ones before the first that can be cleaned are drawn as well.
     Returns the reason for each scan that was left out because it cannot be read. Raises InputError if there is no scan
@@ -213,10 +213,10 @@ def parse_args(argv: Sequence[str] | None) -> Config:
     for flag, text in CLEANING_FLAGS.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     parser.add_argument("--strict", action="store_true", help="refuse doubtful scans instead of warning of them")
-    parser.add_argument("--dry_run", action="store_true", help="clean without writing: report what a run would do")
-    text = f"first draw scans of each class before and after cleaning ({', '.join(FORMATS)}); all kinds with --dry_run"
+    parser.add_argument("--dry_run", action="store_true", help="clean without writing, and report what a run would do")
+    text = f"draw scans of each class before and after cleaning ({', '.join(FORMATS)}); --dry_run adds doubtful ones"
     parser.add_argument("--preview", type=Path, metavar="IMAGE", help=text)
-    parser.add_argument("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image, millions of pixels")
+    parser.add_argument("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image, megapixels")
     add_cloud_flags(parser.add_argument)
     args = parser.parse_args(argv)
     if args.preview:

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CloudForm:
-    """Form of the clouds in files, as `utils.scans.cloud_check.checked_cloud` needs it."""
+    """Form of the clouds in files, for `utils.scans.cloud_check.checked_cloud`."""
 
     unit: Literal["m", "mm", "cm"] = "m"
-    missing_value: float | None = None  # z of a pixel without a measurement, beside 0, NaN and infinity
+    missing_value: float | None = None  # z of a pixel without a measurement, besides 0, NaN and infinity
     camera_frame: bool = True  # x right, y down, z away from the camera; False for converted Eyecandies
     distance: float | None = None  # median distance of the class from the camera, meters; None: not checked
 

@@ -33,10 +33,10 @@ class CleaningRule:
     side_multiple: int = 100  # pixels: the padded side is the larger image side rounded up to a multiple
     max_extent: float = MAX_COORDINATE  # of the clouds that `checked_cloud` accepts
     least_support: float = 0.1  # share of the measured border points on the plane; with less, a scan is refused
-    min_border: float = 0.25  # share of the border pixels with a measurement; less is doubtful
-    min_support: float = 0.5  # share of the measured border points on the plane; no more is doubtful
+    min_border: float = 0.25  # share of the border pixels with a measurement; a scan with less is doubtful
+    min_support: float = 0.5  # share of the measured border points on the plane; a scan with at most this is doubtful
     strict: bool = False  # refuse doubtful scans
-    empty_margins: bool = False  # take the border of the measured area instead of the image border
+    empty_margins: bool = False  # use the border of the measured area instead of the image border
     keep_rgb: bool = False  # keep the removed pixels in the image
     mask_unmeasured: bool = False  # set the image to 0 where there is no measurement
 
@@ -62,8 +62,8 @@ def clean_scan(xyz: np.ndarray, rgb: np.ndarray, gt: np.ndarray | None, rule: Cl
     which is only padded. Dtypes stay as given. As in the reference, the image keeps its pixels without a measurement,
     unless `rule.mask_unmeasured` is set.
 
-    Raises InputError if sizes differ, the border shows no plane (see `fit_border_plane`), nothing is left, or a doubt
-    remains with `rule.strict`.
+    Raises InputError if sizes differ, the border shows no plane (see `fit_border_plane`), nothing is left, or the scan
+    is doubtful and `rule.strict` is set.
     """
     for name, image in (("image", rgb), ("ground truth", gt)):
         if image is not None and image.shape[:2] != xyz.shape[:2]:
@@ -73,7 +73,7 @@ def clean_scan(xyz: np.ndarray, rgb: np.ndarray, gt: np.ndarray | None, rule: Cl
     measured = valid_mask(xyz)
     plane, doubt = fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
     if doubt and rule.strict:
-        raise InputError(f"{doubt}. If the scan was cleaned before, take the original one; otherwise leave it out.")
+        raise InputError(f"{doubt}. If the scan was cleaned before, use the original; otherwise leave it out.")
     part = largest_cluster(remove_plane(xyz, plane, rule.plane_distance), rule)
     clean_xyz = np.where(part[..., None], xyz, xyz.dtype.type(0))
     black = np.zeros_like(part) if rule.keep_rgb else measured & ~part
@@ -106,7 +106,7 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
     points = xyz[frame & valid_mask(xyz)].astype(np.float64)
     place = f"within {rule.border} pixels of the {area}"
     measured = f"{len(points)} of the {frame.sum()} pixels {place} have a measurement, expected"
-    original = "If the scan was cleaned before, take the original one"
+    original = "If the scan was cleaned before, use the original"
     if len(points) < rule.fit_sample:
         raise InputError(f"{measured} at least {rule.fit_sample}. {original}; {remedy}.")
     support = _best_support(points, rng, rule)
@@ -131,7 +131,7 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
 
 
 def shows_table(xyz: np.ndarray, rule: CleaningRule) -> bool:
-    """Tell a raw cloud (H, W, 3) from a cleaned one by a table along its border that leaves no doubt."""
+    """Tell a raw cloud (H, W, 3) from a cleaned one: it has an undoubted table along its border."""
     try:
         return not fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)[1]
     except InputError:

@@ -22,12 +22,12 @@ COLUMNS = ("image", "depth", "cleaned image", "cleaned depth")
 
 
 class Pair(NamedTuple):
-    """A scan before and after cleaning; None after it if the scan was refused."""
+    """A scan before and after cleaning; `clean` is None if the scan was refused."""
 
     rgb: np.ndarray  # (H, W, 3) uint8
     xyz: np.ndarray  # (H, W, 3) float32, meters
     clean: CleanScan | None
-    reason: str = ""  # for the refusal or the doubts
+    reason: str = ""  # why the scan was refused or is doubtful
 
 
 def check_format(path: Path) -> None:

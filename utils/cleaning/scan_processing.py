@@ -27,7 +27,7 @@ Outcome = tuple[Scan, Result | str]  # the result, or the reason why the scan fa
 
 
 class Summary(NamedTuple):
-    """Names of scans by outcome, with the reason for each that failed or should be looked at."""
+    """Names of scans by outcome, with the reason for each that failed or is doubtful."""
 
     done: list[str]
     skipped: list[str]
@@ -99,7 +99,7 @@ def _attempt(scan: Scan, process: Process) -> Outcome:
 
 
 def _start_worker(max_pixels: int | None) -> None:
-    """Take over the limit of images, and exit when the main process ends, even if it is killed."""
+    """Set the size limit of images, and exit when the main process ends, even if it is killed."""
     Image.MAX_IMAGE_PIXELS = max_pixels
     main_process = multiprocessing.parent_process()
     assert main_process is not None, "runs in a worker"
@@ -140,7 +140,7 @@ def report(summary: Summary, done: str = "done") -> int:
     for name, reason in summary.failed.items():
         show(f"  {name}: {reason}")
     if summary.doubtful:
-        show(f"warning: look at {len(summary.doubtful)} of them, where the table may not have been found")
+        show(f"warning: the table may not have been found in {len(summary.doubtful)} of them. Check their results")
     for name, doubt in summary.doubtful.items():
         show(f"  {name}: {doubt}.")
     return 1 if summary.failed else 0

@@ -54,7 +54,7 @@ def append_tables(
     """Append a table of this run to image_rocauc_, pixel_rocauc_ and aupro_results.md; older tables stay.
 
     `command` stands above each table and `note` below. `exact_headline` puts the exact AU-PRO before the one of 100
-    thresholds. A `resumed` run replaces the last table if it holds the same, as one that it wrote before it was killed.
+    thresholds. A `resumed` run replaces the last table if both are equal, because the killed run wrote it.
     """
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     for table in _tables(methods, exact_headline, note):

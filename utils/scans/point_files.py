@@ -129,7 +129,7 @@ def _header_errors(path: Path, kind: str) -> Iterator[None]:
         raise
     except (KeyError, IndexError, ValueError, TypeError, OverflowError, StopIteration) as error:
         word = f" ({error.args[0]} is missing or unknown)" if isinstance(error, KeyError) else ""
-        raise InputError(f"{path} has no correct {kind} header{word}. Export the cloud again.") from error
+        raise InputError(f"{path} has no valid {kind} header{word}. Export the cloud again.") from error
 
 
 def _point_type(path: Path, fields: Sequence[_Field], order: str) -> np.dtype:
@@ -166,7 +166,7 @@ def _from_ascii(path: Path, body: bytes, point: np.dtype, number: int) -> np.nda
     try:
         return np.loadtxt(lines, usecols=columns, ndmin=2, comments=None).reshape(number, 3)
     except ValueError as error:
-        raise InputError(f"{path} has a line that is not a point of numbers. Export the cloud again.") from error
+        raise InputError(f"{path} has a line that is not a point. Export the cloud again.") from error
 
 
 def _from_binary(path: Path, body: bytes, point: np.dtype, number: int) -> np.ndarray:
