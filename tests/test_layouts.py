@@ -184,7 +184,7 @@ def test_preprocessing_of_other_layouts_writes_gt(tmp_path: Path) -> None:
 # Paths that are not regular files
 
 IN_PLACE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a link to nowhere": (lambda path: path.symlink_to("/not/mounted/000"), "is missing"),
+    "a broken link": (lambda path: path.symlink_to("/not/mounted/000"), "is missing"),
     "a looping link": (lambda path: path.symlink_to(path.name), "cannot be read"),
     "a pipe": (os.mkfifo, "is a pipe or a device"),
     "a folder": (Path.mkdir, "Is a directory"),
