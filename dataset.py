@@ -108,8 +108,6 @@ def index_split(class_folder: Path | str, split: str, modalities: frozenset[str]
 
 def pair_split(class_folder: Path | str, split: str, modalities: frozenset[str]) -> tuple[list[SampleFiles], list[str]]:
     """Return the complete samples of a split as `index_split` does, and its errors for the others."""
-    if split not in ("train", "validation", "test") or not modalities or not modalities <= {"rgb", "xyz"}:
-        raise ValueError(f"split {split!r} with modalities {sorted(modalities)}: unknown split or modality")
     root = Path(class_folder) / split
     files: list[SampleFiles] = []
     problems: list[str] = []

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.choices import CLEANING_FLAGS
-from utils.command_line import FLOAT32, MOST_WORKERS, Parser, add_cloud_flags
+from utils.command_line import FILE_BOUNDS, MOST_WORKERS, Parser, add_file_flags
 from utils.errors import InputError, exit_on_error, show
-from utils.scans.images import MAX_MEGAPIXELS, MEGAPIXELS, set_max_megapixels
+from utils.scans.images import set_max_megapixels
 
 if TYPE_CHECKING:
     from feature_extractors.detector import Detector
@@ -63,12 +63,11 @@ class PredictSettings:
     def __post_init__(self) -> None:
         if self.rgb is None and self.xyz is None:
             raise InputError("There is nothing to predict. Give --rgb, --xyz or both.")
-        for flag in CLEANING_FLAGS:
-            if getattr(self, flag) and not self.preprocess:
-                raise InputError(f"--{flag} only applies to --preprocess. Give both, or leave it out.")
-        for flag in ("preprocess", "intrinsics", "xyz_unit", "missing_value"):
-            if getattr(self, flag) not in (None, False) and self.xyz is None:
-                raise InputError(f"--{flag} only applies to --xyz. Give both, or leave it out.")
+        needed = dict.fromkeys(CLEANING_FLAGS, "preprocess")
+        needed |= dict.fromkeys(("preprocess", "intrinsics", "xyz_unit", "missing_value"), "xyz")
+        for flag, other in needed.items():
+            if getattr(self, flag) not in (None, False) and getattr(self, other) in (None, False):
+                raise InputError(f"--{flag} only applies to --{other}. Give both, or leave it out.")
 
     def check_detector(self, detector: "Detector") -> None:
         """Refuse files that the detector does not use, and missing ones."""
@@ -105,14 +104,13 @@ class PredictSettings:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits on --help, --version and wrong flags."""
-    bounds = {"batch_size": (1, 1024), "num_workers": (0, MOST_WORKERS), "max_megapixels": MEGAPIXELS}
-    parser = Parser(__doc__, {**bounds, "missing_value": FLOAT32})
+    parser = Parser(__doc__, {**FILE_BOUNDS, "batch_size": (1, 1024), "num_workers": (0, MOST_WORKERS)})
     add = parser.add_argument_group("samples").add_argument
     add("--detector", type=Path, required=True, help="folder of a fitted detector (main.py --save_detector)")
     add("--rgb", help="image, folder of images, or quoted pattern: .png, .jpg, .bmp, .webp, .tif")
     add("--xyz", help="organized point cloud, folder or pattern: .tiff, .npy, .pcd, .ply, or depth .png (--intrinsics)")
     add("--intrinsics", type=Path, help="JSON file with the camera's fx, fy, cx, cy, depth_scale, see docs/DATA.md")
-    add_cloud_flags(add, None)
+    add_file_flags(add, None)
     add("--preprocess", action="store_true", help="first clean raw scans as utils/preprocessing.py does")
     for flag, text in CLEANING_FLAGS.items():
         add(f"--{flag}", action="store_true", help=f"with --preprocess: {text}")
@@ -127,7 +125,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--xyz_checkpoint", type=Path, help="checkpoint of the 3D backbone, instead of a file in --checkpoint_dir")
     add("--batch_size", type=int, help="samples that go through the networks together; by default 4 on CPU, 16 on GPU")
     add("--num_workers", type=int, default=2, help="threads that read files ahead")
-    add("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image that is read, megapixels")
     return parser.parse_args(argv)
 
 
@@ -140,13 +137,13 @@ def predict(settings: PredictSettings, locks: ExitStack) -> int:
     from utils.cleaning.cloud_cleaning import CleaningRule
     from utils.scans.depth_camera import read_camera
     from utils.scans.files import locked, make_folder
-    from utils.scans.sample_files import cloud_suffixes, find_samples
+    from utils.scans.sample_files import find_samples
 
     begin = time.perf_counter()
     rule = CleaningRule(**{flag: getattr(settings, flag) for flag in CLEANING_FLAGS}) if settings.preprocess else None
     set_max_megapixels(settings.max_megapixels)
     camera = None if settings.intrinsics is None else read_camera(settings.intrinsics)
-    found = find_samples(settings.rgb, settings.xyz, cloud_suffixes(camera))
+    found = find_samples(settings.rgb, settings.xyz, depth=camera is not None)
     settings.check_files(found)
     weights: dict[str, Any] = {"checkpoint_dir": settings.checkpoint_dir}
     weights |= {"rgb_checkpoint": settings.rgb_checkpoint, "xyz_checkpoint": settings.xyz_checkpoint}

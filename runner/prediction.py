@@ -20,7 +20,7 @@ from runner.dataset_check import spread
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, crop_padding, shows_table
 from utils.errors import InputError
 from utils.records import Prediction, Sample, SampleFiles
-from utils.reporting.visualization import color_scale, resize_map, save_anomaly_map, save_overlay, threshold_scale
+from utils.reporting.visualization import color_scale, resize_map, save_anomaly_map, save_overlay
 from utils.scans.depth_camera import Camera
 from utils.scans.files import writing
 from utils.scans.images import shrink_image
@@ -82,7 +82,7 @@ class SampleReader:
         image_size = None if image is None else image.shape[:2]
         xyz = None if files.xyz is None else read_cloud(files.xyz, self.camera, image_size, **vars(files.form))
         if image is not None and xyz is not None:
-            check_same_view(files.path, image, xyz, same_pixels=self.cleaning is not None)
+            check_same_view(files.path, image, xyz)
         view = image if xyz is None else xyz
         assert view is not None, "a sample has a file"
         rgb, cloud, side = image, xyz, None
@@ -186,7 +186,7 @@ class PredictionWriter:
         padded = loaded.size if loaded.side is None else (loaded.side, loaded.side)
         plane = crop_padding(resize_map(prediction.anomaly_map.numpy(), padded), loaded.size)
         pixel = None if self.thresholds is None else self.thresholds.pixel
-        scale = color_scale([plane]) if pixel is None else threshold_scale(pixel)
+        scale = color_scale([plane]) if pixel is None else (0.0, 2 * pixel)  # the same for all samples
         map_path, overlay_path = output_paths(self.folder, loaded.files.path)
         save_anomaly_map(map_path, plane, loaded.size)
         save_overlay(overlay_path, loaded.image, plane, scale, pixel)

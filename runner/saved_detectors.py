@@ -36,8 +36,6 @@ def read_detectors(args: argparse.Namespace, given: Collection[str]) -> Saved:
     for name in sorted(set(given).intersection(FITTING_FLAGS)):
         raise InputError(f"--{name} has no effect with --load_detector. Leave it out.")
     root: Path = args.load_detector
-    if not root.is_dir():
-        raise InputError(f"{root} is not a folder. Give the one that --save_detector named.")
     if (root / CONFIG_FILE).is_file():
         raise InputError(f"{root} is a detector itself. Give the folder above it, {root.absolute().parent}.")
     classes = find_classes(args.dataset_path, args.dataset_type, args.classes)

@@ -13,9 +13,8 @@ from feature_extractors.config import BANKS, MEMORY_BANKS, METHODS, PROTOCOLS, D
 from models import XYZ_BACKBONES, rgb_spec
 from runner.scheduling import PARALLEL
 from utils.choices import PAIRINGS, POINT_NORMS, POINT_OPS, PRECISIONS, STORAGE_DTYPE_NAMES
-from utils.command_line import FLOAT32, MOST_WORKERS, Parser, add_cloud_flags, from_flags
+from utils.command_line import FILE_BOUNDS, MOST_WORKERS, Parser, add_file_flags, from_flags
 from utils.errors import InputError
-from utils.scans.images import MAX_MEGAPIXELS, MEGAPIXELS
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +26,8 @@ CONCERNS: dict[str, Callable[[Method, Any], bool]] = {
     "rm_zero_for_project": lambda method, value: method.banks == ("xyz",),
 }
 
-BOUNDS = DetectorConfig.BOUNDS | {
-    **{"max_sample": (1, 10**6), "report_parts": (0, 10_000), "max_megapixels": MEGAPIXELS, "missing_value": FLOAT32},
-    **{"target_fpr": (1e-6, 1 - 1e-6), "memory_budget": (1e-6, 10**6), "num_workers": (0, MOST_WORKERS)},
-}
+BOUNDS = DetectorConfig.BOUNDS | FILE_BOUNDS | {"max_sample": (1, 10**6), "num_workers": (0, MOST_WORKERS)}
+BOUNDS |= {"report_parts": (0, 10_000), "target_fpr": (1e-6, 1 - 1e-6), "memory_budget": (1e-6, 10**6)}
 
 
 @dataclass(frozen=True)
@@ -123,9 +120,8 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
     add("--list_backbones", action="store_true", help="print the backbones and their weights, and exit")
     add("--dataset_type", default="mvtec3d", choices=DATASET_CLASSES, help="dataset whose class names are used")
     add("--dataset_path", type=Path, default=Path("datasets/mvtec3d"), help="folder of the class folders")
-    add_cloud_flags(add)
+    add_file_flags(add)
     add("--classes", nargs="+", type=normpath, help="class folders; by default the existing ones of --dataset_type")
-    add("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image that is read, megapixels")
     add("--max_sample", type=int, default=400, help="fit on the first N training samples")
     add("--load_detector", type=Path, metavar="FOLDER", help="evaluate the detectors saved there, without fitting")
 

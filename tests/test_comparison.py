@@ -247,7 +247,7 @@ def test_an_output_that_is_a_folder_or_an_input_is_refused(
 def test_the_text_is_printed_even_if_the_page_cannot_be_written(runs: tuple[Path, Path], tmp_path: Path) -> None:
     done = call(tmp_path, *runs, output=str(runs[0] / "compare.html"))
     assert done.returncode == 2
-    assert "Choose another --output" in done.stderr
+    assert "compare.html cannot be written (File exists)" in done.stderr
     assert done.stdout == format_comparison(compare(*runs)) + "\n"
 
 

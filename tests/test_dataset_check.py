@@ -17,7 +17,7 @@ from runner import preparation
 from runner.dataset_check import check_split, warn_of_raw_scans, warn_of_unfinished_scans
 from utils import preprocessing
 from utils.cleaning.cloud_cleaning import CleaningRule, CleanScan, clean_scan, shows_table
-from utils.cleaning.preview import Pair, check_format, write_preview
+from utils.cleaning.preview import Pair, write_preview
 from utils.errors import InputError
 from utils.scans.organized_pc import read_organized_pc, write_organized_pc
 from utils.synthetic import Plan, make_dataset
@@ -280,14 +280,13 @@ def test_the_preview_shows_refused_scans_and_lists_unreadable_ones(
     assert ["has no valid point" in pair.reason and pair.clean is None for pair in shown.values()] == [False] + [
         True
     ] * 4
-    left_out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out of the preview: ")]
-    assert "cookie/test/bump/000: " in left_out[0] and "000.png is no complete PNG" in left_out[0]
-    assert len(left_out) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if "cookie/test/bump/000: " in line]
+    assert len(failed) == 1 and "000.png is no complete PNG" in failed[0]
 
     for path in root.rglob("*/rgb/*.png"):
         path.write_bytes(b"no picture")
     problem = call_script(preprocessing.main, root, "--preview", tmp_path / "sheet.png").stderr
-    assert re.search(r"--preview cannot show any scan of .*cookie/test/bump/000: .* no complete PNG", problem)
+    assert re.search(r"--preview cannot show any scan of .*: all are cleaned already, or cannot be read", problem)
     assert not (root / "preprocessing.json").exists()
 
 
@@ -305,7 +304,7 @@ FIRST_BYTES = {
 @pytest.mark.parametrize("name", FIRST_BYTES)
 def test_the_preview_has_the_format_of_its_file_name(tmp_path: Path, name: str) -> None:
     scan = make_scan("bracket", "train/good/000", 64, seed=3)
-    check_format(tmp_path / name)
+    preprocessing.parse_args([str(tmp_path), "--preview", str(tmp_path / name)])
     clean = CleanScan(scan.xyz, scan.rgb, None)
     refused = Pair(scan.rgb, np.zeros_like(scan.xyz), None, "No table.")
     write_preview(tmp_path / name, {"a": Pair(scan.rgb, scan.xyz, clean), "b": refused})
@@ -337,5 +336,5 @@ def test_the_preview_needs_a_scan_that_is_not_cleaned(cleaned: Path, tmp_path: P
     root = tmp_path / "parts"
     shutil.copytree(cleaned, root)
     config = config_for(root)
-    with pytest.raises(InputError, match="All are cleaned already"):
+    with pytest.raises(InputError, match="all are cleaned already"):
         preprocessing.preview(config, tmp_path / "sheet.png")

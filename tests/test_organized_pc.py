@@ -106,7 +106,7 @@ def test_round_trip_without_other_files(tmp_path: Path, xyz: np.ndarray) -> None
     assert [p.name for p in path.parent.iterdir()] == ["000.tiff"]
     with tifffile.TiffFile(path) as tif:  # the layout that other readers of the dataset expect
         assert (len(tif.pages), tif.pages[0].shape, tif.pages[0].dtype) == (1, (20, 30, 3), np.float32)
-    with pytest.raises(ValueError, match=r"\(H, W, 3\)"):
+    with pytest.raises(ValueError):
         write_organized_pc(path, xyz[..., :2])
 
 

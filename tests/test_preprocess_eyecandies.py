@@ -473,8 +473,8 @@ def test_invalid_folders_and_classes_are_refused(published: Path, tmp_path: Path
     before = contents(tmp_path)
     out = tmp_path / "out"
     for root, target, flags, message in [
-        (tmp_path / "none", out, [], r"none is not a folder. Give the folder that holds the classes"),
-        (published / "Confetto/train/data/000_pose.txt", out, [], "is not a folder"),
+        (tmp_path / "none", out, [], r"none holds no <Class>/train/.* Give the folder that holds the classes"),
+        (published / "Confetto/train/data/000_pose.txt", out, [], "holds no <Class>/train/"),
         (published / "Confetto", out, [], "Give the folder that holds the classes"),
         (tmp_path / "empty", out, [], "holds no <Class>/train/data/<number>_depth.png"),
         (published, published, [], "is the dataset itself. Give another folder"),

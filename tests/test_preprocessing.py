@@ -171,7 +171,7 @@ def test_restored_originals_are_cleaned_again_and_foreign_files_refused(dataset:
 
 def test_invalid_arguments_and_folders_exit_with_2(dataset: Path, tmp_path: Path) -> None:
     for args, message in [
-        ([tmp_path / "none"], "is not a folder"),
+        ([tmp_path / "none"], "none holds no <class>/<split>/<defect>/xyz/*.tiff"),
         ([dataset / "bagel"], "Give the folder that holds the classes"),
         ([dataset, "--workers", "0"], "--workers is 0. Give a number from 1 to 1024."),
         ([dataset, "--output_dir", dataset / "bagel/test/hole/rgb/000.png"], "cannot be made"),
@@ -230,17 +230,6 @@ def test_truncated_journal_line_is_ignored(dataset: Path, tmp_path: Path) -> Non
     journal.write_text(journal.read_text()[:-20])
     assert preprocess(config_for(dataset)).done == ALL
     assert contents(dataset) == contents(tmp_path / "expected")
-
-
-def test_the_journal_of_an_older_version_is_left_to_that_version(dataset: Path) -> None:
-    preprocess(config_for(dataset))
-    record = {"xyz": {"source": "0" * 64, "result": "1" * 64, "bytes": 1, "mtime_ns": 1, "sources": [[1, 1]]}}
-    line = json.dumps({"scan": ALL[0], "suffix": ".7.preprocessing", "files": record})
-    (dataset / "preprocessing.journal").write_text(line + "\n")
-    before = contents(dataset)
-    with pytest.raises(InputError, match=r"older version that was interrupted. Finish that run with the older version"):
-        preprocess(config_for(dataset))
-    assert contents(dataset) == before
 
 
 def test_a_half_written_scan_without_its_temporary_files_is_refused_until_restored(

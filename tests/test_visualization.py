@@ -19,7 +19,6 @@ from utils.reporting.visualization import (
     save_anomaly_map,
     save_overlay,
     save_prediction_figure,
-    threshold_scale,
 )
 from utils.scans.images import OVERLAY_SIDE
 
@@ -188,11 +187,6 @@ def overlay(folder: Path, image: np.ndarray | None, anomaly_map: np.ndarray, thr
     save_overlay(folder / "overlay.png", image, anomaly_map, (0.0, 2.0), threshold)
     with Image.open(folder / "overlay.png") as image:
         return np.asarray(image.convert("RGB")).astype(int)
-
-
-@pytest.mark.parametrize(("threshold", "scale"), [(1.5, (0, 3)), (-2.0, (-4, 0)), (0.0, (-1, 1))])
-def test_threshold_is_the_middle_of_the_color_scale(threshold: float, scale: tuple[float, float]) -> None:
-    assert threshold_scale(threshold) == scale
 
 
 def test_overlay_has_the_size_and_gray_values_of_the_image(tmp_path: Path) -> None:

@@ -11,4 +11,5 @@ CLEANING_FLAGS = {  # fields of CleaningRule, with the help of their flags
     "empty_margins": "look for the table along the border of the measured area, not of the image",
 }
 UNITS = {"m": 1.0, "mm": 0.001, "cm": 0.01}  # of coordinates, meters
+MAX_MEGAPIXELS = 64  # of an image, unless --max_megapixels says otherwise
 NEGATIVES = ("local", "global")  # of the contrastive loss: rows of this process, or of all

@@ -8,14 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from utils.choices import UNITS
+from utils.choices import MAX_MEGAPIXELS, UNITS
 from utils.errors import TRACEBACK, Bounds, escape_controls, range_problem, show
 
 Settings = TypeVar("Settings")
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_WORKERS = 1024  # threads or processes of a script
-FLOAT32 = (-3.4028235e38, 3.4028235e38)  # bounds of a coordinate
+FILE_BOUNDS: Bounds = {"missing_value": (-3.4028235e38, 3.4028235e38), "max_megapixels": (1, 4000)}  # float32; PIL
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,10 +85,11 @@ def version() -> str:
     return f"{number} ({commit})"
 
 
-def add_cloud_flags(add: Callable[..., Any], unit: str | None = "m") -> None:
-    """Add the flags about stored clouds to a parser; `unit` is the default of --xyz_unit."""
+def add_file_flags(add: Callable[..., Any], unit: str | None = "m") -> None:
+    """Add the flags about stored clouds and images, which have FILE_BOUNDS; `unit` is the default of --xyz_unit."""
     add("--xyz_unit", default=unit, choices=UNITS, help="unit of the coordinates in point clouds")
     add("--missing_value", type=float, metavar="Z", help="z of pixels without a measurement, besides 0 and NaN")
+    add("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image that is read, megapixels")
 
 
 def from_flags(kind: type[Settings], args: argparse.Namespace, **others: Any) -> Settings:

@@ -3,11 +3,10 @@
 All ranks of a `group` must call a collective together; None is the group of all ranks.
 """
 
-import io
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -156,14 +155,12 @@ def process_group(ranks: Ranks, device: torch.device, dist_url: str = "env://") 
 @contextmanager
 def print_only_if(chosen: bool) -> Iterator[None]:
     """Let only the chosen process print an error, before the ranks connect; the others exit quietly."""
-    if chosen:
+    try:
         yield
-        return
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        try:
-            yield
-        except InputError:
-            raise SystemExit(2) from None
+    except InputError:
+        if chosen:
+            raise
+        raise SystemExit(2) from None
 
 
 def make_groups(count: int) -> tuple[Group | None, int]:

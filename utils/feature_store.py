@@ -182,8 +182,6 @@ class PatchFileDataset(Dataset[tuple[Tensor, Tensor, int]]):
 
 
 def _list_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder. Give the folder that main.py --save_feature_path wrote.")
     # A leading dot marks a file that is being written.
     ours = sorted(path for path in folder.glob(f"*/*{SUFFIX}") if not path.name.startswith("."))
     originals = sorted(folder.glob(f"*{ORIGINAL_SUFFIX}"))

@@ -110,10 +110,8 @@ def find_scans(root: Path, classes: Sequence[str] | None, light: int) -> tuple[l
     """Find the samples of the published layout. Any of its files is enough to find a sample.
 
     Returns the scans as they will be written, and the reason for each unreadable mask and each unreadable split. Raises
-    InputError if `root` is not a folder, a class is not there, or there are no samples at all.
+    InputError if `root` cannot be read, a class is not there, or there are no samples at all.
     """
-    if not root.is_dir():
-        raise InputError(f"{root} is not a folder. Give the folder that holds the classes of Eyecandies.")
     folders = {folder.name: folder for folder in subfolders(root)}
     if unknown := sorted(set(classes or ()) - folders.keys()):
         raise InputError(f"{root} has no class {unknown[0]}. --classes takes {', '.join(folders) or 'nothing here'}.")

@@ -15,6 +15,7 @@ Exit code: 0 all done, 1 some scans failed (listed at the end), 2 bad arguments 
 import os
 import sys
 from collections.abc import Container, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,14 +28,14 @@ import numpy as np
 from utils.choices import CLEANING_FLAGS
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
 from utils.cleaning.journal import MANIFEST, Journal, Scan
-from utils.cleaning.preview import FORMATS, Pair, check_format, write_preview
+from utils.cleaning.preview import FORMATS, Pair, write_preview
 from utils.cleaning.scan_processing import Result, Summary, process_scans, report, write_results
-from utils.command_line import FLOAT32, MOST_WORKERS, Parser, add_cloud_flags, from_flags
+from utils.command_line import FILE_BOUNDS, MOST_WORKERS, Parser, add_file_flags, from_flags
 from utils.errors import InputError, exit_on_error, show
 from utils.records import METERS, CloudForm
 from utils.scans.cloud_check import checked_cloud
 from utils.scans.files import files_by_modality, is_good, make_folder, subfolders
-from utils.scans.images import MAX_MEGAPIXELS, MEGAPIXELS, defect_mask, open_image, read_image, set_max_megapixels
+from utils.scans.images import defect_mask, open_image, read_image, set_max_megapixels
 from utils.scans.organized_pc import read_organized_pc
 
 ROWS = 4  # most scans of a class in the preview
@@ -51,7 +52,6 @@ class Config:
     dry_run: bool
     preview: Path | None
     form: CloudForm = METERS
-    max_megapixels: int = MAX_MEGAPIXELS
     rule: CleaningRule = field(default_factory=CleaningRule)
 
     @property
@@ -73,10 +73,8 @@ def find_scans(root: Path) -> tuple[list[Scan], dict[str, str]]:
     """List the scans under `root`, sorted; hidden folders are left out.
 
     With them comes the reason for each scan that lacks a file and each folder that cannot be read. Raises InputError
-    where `root` is not a folder, cannot be read, or holds no scans in the layout of MVTec 3D-AD.
+    where `root` cannot be read, or holds no scans in the layout of MVTec 3D-AD.
     """
-    if not root.is_dir():
-        raise InputError(f"{root} is not a folder. Give the folder that holds the classes of the dataset.")
     scans: list[Scan] = []
     failed: dict[str, str] = {}
     for folder in subfolders(root):
@@ -151,15 +149,13 @@ def _read(scan: Scan) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         return xyz, rgb, np.asarray(image) if has_ids else defect_mask(image).astype(np.uint8) * 255
 
 
-def preview(config: Config, path: Path, flagged: Container[str] = ()) -> dict[str, str]:
+def preview(config: Config, path: Path, flagged: Container[str] = ()) -> None:
     """Draw scans of each class before and after cleaning: the first that can be cleaned, then `flagged` ones, to ROWS.
 
-    Scans that are cleaned already are not drawn. Refused ones before the first that can be cleaned are drawn as well.
-    Returns the reason for each scan that was left out because it cannot be read. Raises InputError if there is no scan
-    to draw, or the file cannot be written.
+    Scans that are cleaned already or cannot be read are not drawn. Refused ones before the first that can be cleaned
+    are drawn as well. Raises InputError if there is no scan to draw, or the file cannot be written.
     """
     pairs: dict[str, Pair] = {}
-    left_out: dict[str, str] = {}
     done = config.journal().done if config.output == config.dataset else {}
     for scan in sorted(find_scans(config.dataset)[0], key=lambda scan: scan.name in flagged):
         class_name = scan.name.partition("/")[0]
@@ -167,16 +163,13 @@ def preview(config: Config, path: Path, flagged: Container[str] = ()) -> dict[st
         wanted = scan.name in flagged or all(pair.clean is None for pair in drawn)
         if scan.name in done or not wanted or len(drawn) == ROWS:
             continue
-        try:
+        with suppress(InputError):  # the run itself names the files that cannot be read
             pairs[scan.name] = _pair(scan, config)
-        except InputError as error:
-            left_out[scan.name] = str(error)
     if not pairs:
-        reasons = [f"{name}: {reason}" for name, reason in left_out.items()] or ["All are cleaned already."]
-        raise InputError(f"--preview cannot show any scan of {config.dataset}. {reasons[0]}")
+        problem = f"--preview cannot show any scan of {config.dataset}: all are cleaned already, or cannot be read"
+        raise InputError(f"{problem}. Leave it out.")
     make_folder(path.parent, "--preview")
     write_preview(path, dict(sorted(pairs.items())))
-    return left_out
 
 
 def _pair(scan: Scan, config: Config) -> Pair:
@@ -205,8 +198,7 @@ def preprocess(config: Config) -> Summary:
 
 def parse_args(argv: Sequence[str] | None) -> Config:
     """Read the flags."""
-    bounds = {"workers": (1, MOST_WORKERS), "max_megapixels": MEGAPIXELS, "missing_value": FLOAT32}
-    parser = Parser((__doc__ or "").split("\n\n")[0], bounds)
+    parser = Parser((__doc__ or "").split("\n\n")[0], {**FILE_BOUNDS, "workers": (1, MOST_WORKERS)})
     parser.add_argument("dataset", type=Path, help="folder that holds the classes")
     parser.add_argument("--output_dir", type=Path, help="write here instead of in place; the dataset stays as it is")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one per core")
@@ -216,11 +208,11 @@ def parse_args(argv: Sequence[str] | None) -> Config:
     parser.add_argument("--dry_run", action="store_true", help="clean without writing, and report what a run would do")
     text = f"draw scans of each class before and after cleaning ({', '.join(FORMATS)}); --dry_run adds doubtful ones"
     parser.add_argument("--preview", type=Path, metavar="IMAGE", help=text)
-    parser.add_argument("--max_megapixels", type=int, default=MAX_MEGAPIXELS, help="largest image, megapixels")
-    add_cloud_flags(parser.add_argument)
+    add_file_flags(parser.add_argument)
     args = parser.parse_args(argv)
-    if args.preview:
-        check_format(args.preview)
+    if args.preview and args.preview.suffix.lower() not in FORMATS:
+        raise InputError(f"--preview {args.preview} names no image format. End it in one of {', '.join(FORMATS)}.")
+    set_max_megapixels(args.max_megapixels)
     form = CloudForm(args.xyz_unit, args.missing_value)
     return from_flags(Config, args, form=form, rule=from_flags(CleaningRule, args))
 
@@ -229,12 +221,10 @@ def parse_args(argv: Sequence[str] | None) -> Config:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit code."""
     config = parse_args(argv)
-    set_max_megapixels(config.max_megapixels)
     summary = preprocess(config) if config.dry_run else None
     if config.preview:
         flagged = summary.failed | summary.doubtful if summary else ()
-        for name, reason in preview(config, config.preview, flagged).items():
-            show(f"left out of the preview: {name}: {reason}")
+        preview(config, config.preview, flagged)
         show(f"before and after: {config.preview}")
     return report(summary or preprocess(config), "to do" if config.dry_run else "done")
 

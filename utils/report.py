@@ -21,23 +21,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("b", type=Path, metavar="B/results.json", help="results of the run compared with A")
     parser.add_argument("--output", type=Path, default=Path("compare.html"), help="HTML page of the comparison")
     args = parser.parse_args(argv)
-    write_comparison(args.a, args.b, args.output)
-
-
-def write_comparison(a: Path, b: Path, output: Path) -> None:
-    """Print the comparison of two results.json files and write it as a page; InputError for an unusable file."""
     from utils.reporting.comparison import compare, comparison_page, format_comparison
     from utils.reporting.html_report.page import write_page
 
-    if output.is_dir():
-        raise InputError(f"--output {output} is a folder. Name a file in it, such as {output / 'compare.html'}.")
-    if output.resolve() in (a.resolve(), b.resolve()):
-        raise InputError(f"--output {output} would replace one of the two results.json files. Choose another file.")
-    comparison = compare(a, b)
+    if args.output.is_dir():
+        raise InputError(f"--output {args.output} is a folder. Name a file in it, such as compare.html.")
+    if args.output.resolve() in (args.a.resolve(), args.b.resolve()):
+        raise InputError(f"--output {args.output} would replace one of the results.json files. Choose another file.")
+    comparison = compare(args.a, args.b)
     for line in format_comparison(comparison).split("\n"):
         show(line)
-    write_page(output, comparison_page(comparison))
-    print(f"\nwritten to {escape_controls(str(output))}")
+    write_page(args.output, comparison_page(comparison))
+    print(f"\nwritten to {escape_controls(str(args.output))}")
 
 
 if __name__ == "__main__":

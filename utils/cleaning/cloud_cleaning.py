@@ -69,7 +69,7 @@ def clean_scan(xyz: np.ndarray, rgb: np.ndarray, gt: np.ndarray | None, rule: Cl
         if image is not None and image.shape[:2] != xyz.shape[:2]:
             found, expected = (" x ".join(map(str, each.shape[:2])) for each in (image, xyz))
             problem = f"The {name} is {found} (H x W), the point cloud {expected}"
-            raise InputError(f"{problem}. Restore the files from the dataset.")
+            raise InputError(f"{problem}, but cleaning needs the same pixels. Map them to those of the cloud.")
     measured = valid_mask(xyz)
     plane, doubt = fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
     if doubt and rule.strict:

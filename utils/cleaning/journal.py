@@ -80,9 +80,6 @@ def read_manifest(root: Path) -> Manifest | None:
         return None
     except FileNotFoundError:
         return manifest
-    if text.startswith('{"scan": '):
-        problem = f"{root / JOURNAL} is from a run of an older version that was interrupted"
-        raise InputError(f"{problem}. Finish that run with the older version, or {FIX.lower()}.")
     for each in text.split("\n")[:-1]:  # the text after the last line end was cut short
         line = decode_record(each, dict[str, Record], root / JOURNAL, FIX)
         manifest.scans |= line

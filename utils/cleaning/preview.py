@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from utils.cleaning.cloud_cleaning import CleanScan
-from utils.errors import InputError
 from utils.scans.files import atomic_path
 from utils.scans.organized_pc import valid_mask
 
@@ -28,12 +27,6 @@ class Pair(NamedTuple):
     xyz: np.ndarray  # (H, W, 3) float32, meters
     clean: CleanScan | None
     reason: str = ""  # why the scan was refused or is doubtful
-
-
-def check_format(path: Path) -> None:
-    """Raise InputError for a path whose suffix names no format of a contact sheet."""
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(f"--preview {path} names no image format. End it in one of {', '.join(FORMATS)}.")
 
 
 def write_preview(path: Path, pairs: Mapping[str, Pair]) -> None:

@@ -55,12 +55,6 @@ def color_scale(maps: Iterable[NDArray]) -> tuple[float, float]:
     return (lo, hi) if hi > lo else (lo, lo + 1.0)
 
 
-def threshold_scale(threshold: float) -> tuple[float, float]:
-    """Color limits (lo, hi) with a detector's pixel threshold in the middle, the same for all its predictions."""
-    reach = abs(threshold) or 1.0
-    return threshold - reach, threshold + reach
-
-
 def heat_strength(values: NDArray, scale: tuple[float, float]) -> NDArray:
     """Position of values between color limits (lo, hi), from 0 to 1."""
     return np.clip((values - scale[0]) / (scale[1] - scale[0]), 0, 1)
@@ -79,7 +73,7 @@ def save_overlay(
     """Write a PNG without margin or text: the map in heat colors over the gray image.
 
     The PNG has the size of the `image` (H, W, 3) uint8, or without one of the map, after `shrink_image`. The map (h, w)
-    has the same view, `scale` is (lo, hi) of `threshold_scale`. Values above the threshold are outlined, and values far
+    has the same view, `scale` its color limits (lo, hi). Values above the threshold are outlined, and values far
     below it show the image alone; without a threshold the heat begins at lo.
     """
     import matplotlib

@@ -48,14 +48,6 @@ def read_depth_png(path: Path) -> np.ndarray:
     return depth
 
 
-def cloud_of_depth(path: Path, depth: np.ndarray, camera: Camera) -> np.ndarray:
-    """Back-project the depth map (H, W) of a file; InputError if it differs from the camera's size."""
-    for name, found, expected in (("high", depth.shape[0], camera.height), ("wide", depth.shape[1], camera.width)):
-        if expected is not None and found != expected:
-            raise InputError(f"{path} is {found} pixels {name}, but the intrinsics say {expected}. Give matching ones.")
-    return back_project(depth, camera)
-
-
 def back_project(depth: np.ndarray, camera: Camera) -> np.ndarray:
     """Back-project pixels in column u and row v: z = depth * depth_scale, x = (u - cx) z / fx, y = (v - cy) z / fy.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
+from utils.choices import MAX_MEGAPIXELS
 from utils.errors import InputError
 from utils.scans.files import open_file
 
@@ -19,7 +20,6 @@ _END_MARKERS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9
 _TAIL_BYTES = 65536  # some programs append their own data after the end marker
 OVERLAY_SIDE = 1024  # pixels of an overlay at most
 _warned_folders: set[Path] = set()
-MAX_MEGAPIXELS, MEGAPIXELS = 64, (1, 4000)  # default and bounds of --max_megapixels
 Image.MAX_IMAGE_PIXELS = MAX_MEGAPIXELS * 1_000_000
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # open_image reports it
 logger = logging.getLogger(__name__)
@@ -107,7 +107,12 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     """
     try:
         with open_file(path, "image") as file, Image.open(file, formats=_FORMATS) as image:
-            _check_orientation(path, image)
+            orientation = 1
+            with suppress(Exception):  # damaged EXIF data is ignored; getexif of PNGs would decode the image
+                orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+            if orientation in range(2, 9):
+                problem = f"{path} has the EXIF orientation {orientation}, so viewers rotate or mirror it"
+                raise InputError(f"{problem}. Store its pixels in the cloud's orientation, and remove the EXIF data.")
             yield image
     except (InputError, MemoryError):
         raise
@@ -116,15 +121,6 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         raise InputError(f"{problem}. Scale the files of the sample down, or raise --max_megapixels.") from error
     except Exception as error:  # with damaged bytes a decoder may raise almost anything
         raise InputError(f"{path} is no complete PNG, JPEG, BMP, WebP or TIFF. Restore it from its source.") from error
-
-
-def _check_orientation(path: Path, image: Image.Image) -> None:
-    orientation = 1
-    with suppress(Exception):  # damaged EXIF data is ignored; getexif of PNGs would decode the image
-        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    if orientation in range(2, 9):
-        problem = f"{path} has the EXIF orientation {orientation}, so viewers rotate or mirror it"
-        raise InputError(f"{problem}. Store its pixels in the orientation of the cloud, and remove the EXIF data.")
 
 
 def image_size(path: Path) -> tuple[int, int]:

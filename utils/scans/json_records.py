@@ -45,9 +45,7 @@ def decode_record(text: str, kind: type[Record], path: Path, fix: str, schema: i
     """Decode one JSON text, such as a line of the file at `path`; arguments and errors as in `read_record`."""
     try:
         content = json.loads(text, parse_float=_finite, parse_constant=_finite)
-    except RecursionError:
-        raise _damaged(path, "not JSON: too deeply nested", fix) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"not JSON: {error}", fix) from None
     if schema is not None:
         found = content.get("schema") if isinstance(content, dict) else None

@@ -83,8 +83,6 @@ def read_organized_pc(path: Path | str, depth: bool = False) -> np.ndarray:
 
 def write_organized_pc(path: Path | str, xyz: np.ndarray) -> None:
     """Write `xyz` (H, W, 3), meters, as an uncompressed float32 tiff, atomically; folders are made as needed."""
-    if xyz.ndim != 3 or xyz.shape[2] != 3:
-        raise ValueError(f"an organized point cloud is (H, W, 3), got {xyz.shape}")
     with atomic_path(path) as temporary:
         # "rgb" means three interleaved samples per pixel: one image, not one page per row.
         tifffile.imwrite(temporary, xyz.astype(np.float32, copy=False), photometric="rgb")

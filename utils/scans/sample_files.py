@@ -17,7 +17,7 @@ import numpy as np
 from utils.errors import InputError
 from utils.records import CloudForm, SampleFiles
 from utils.scans.cloud_check import checked_cloud
-from utils.scans.depth_camera import Camera, cloud_of_depth, read_depth_png
+from utils.scans.depth_camera import Camera, back_project, read_depth_png
 from utils.scans.files import FILE_SUFFIXES
 from utils.scans.organized_pc import organized_pc_header, read_organized_pc
 from utils.scans.point_files import read_npy, read_pcd, read_ply
@@ -34,19 +34,14 @@ class FoundSamples(NamedTuple):
     incomplete: list[tuple[SampleFiles, str]]  # with the problem of each
 
 
-def cloud_suffixes(camera: Camera | None) -> tuple[str, ...]:
-    """Suffixes of files that can be read as a cloud with this camera, or without one."""
-    return CLOUD_SUFFIXES if camera is None else (*CLOUD_SUFFIXES, *DEPTH_SUFFIXES)
-
-
-def find_samples(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLOUD_SUFFIXES) -> FoundSamples:
+def find_samples(rgb: str | None, xyz: str | None, depth: bool = False) -> FoundSamples:
     """Find the files of samples, paired by stem.
 
     Args:
         rgb: an image, a folder of images or a pattern such as "line/*/image_*.png"; None without images.
         xyz: the same for point clouds. If both are given, a sample needs both. A single image and a single cloud
             need not have the same stem; the sample then has the name of the image.
-        suffixes: of point clouds, see `cloud_suffixes`.
+        depth: whether depth images count as clouds, because their camera is known.
 
     Raises InputError if there is no file, or no sample is complete.
     """
@@ -54,7 +49,7 @@ def find_samples(rgb: str | None, xyz: str | None, suffixes: Sequence[str] = CLO
     if rgb is not None:
         by_kind["image"] = _by_stem(rgb, IMAGE_SUFFIXES, "--rgb")
     if xyz is not None:
-        by_kind["cloud"] = _by_stem(xyz, suffixes, "--xyz")
+        by_kind["cloud"] = _by_stem(xyz, CLOUD_SUFFIXES + (DEPTH_SUFFIXES if depth else ()), "--xyz")
     if rgb and xyz and Path(rgb).is_file() and Path(xyz).is_file():
         by_kind["cloud"] = dict(zip(by_kind["image"], by_kind["cloud"].values(), strict=True))
     found = FoundSamples([], [])
@@ -143,7 +138,12 @@ def read_cloud(
     array = readers.get(suffix, partial(read_organized_pc, depth=depth))(path)
     if camera is None or array.shape[2:] == (3,):
         return checked_cloud(path, array, CloudForm(**form))
-    cloud = cloud_of_depth(path, array.reshape(array.shape[:2]), camera)
+    high, wide = array.shape[:2]
+    expected = (camera.height or high, camera.width or wide)
+    if expected != (high, wide):
+        problem = f"{path} has {high} x {wide} pixels (H x W), the intrinsics say {expected[0]} x {expected[1]}"
+        raise InputError(f"{problem}. Give matching ones.")
+    cloud = back_project(array.reshape(high, wide), camera)
     return checked_cloud(path, cloud, unit_fix="Correct the depth_scale of its camera.")
 
 
@@ -158,16 +158,12 @@ def holds_depth(path: Path) -> bool:
     return suffix in DEPTH_SUFFIXES
 
 
-def check_same_view(name: str, rgb: np.ndarray, xyz: np.ndarray, same_pixels: bool) -> None:
+def check_same_view(name: str, rgb: np.ndarray, xyz: np.ndarray) -> None:
     """Raise InputError for an image (H, W, 3) and a cloud (h, w, 3) of a sample that cannot show the same view.
 
-    With `same_pixels`, as cleaning needs, their sizes must agree, otherwise only their aspect ratios, because both are
-    resized to the same square.
+    Only their aspect ratios must agree, because both are resized to the same square.
     """
     (height, width), (rows, columns) = rgb.shape[:2], xyz.shape[:2]
-    if (height, width) == (rows, columns):
-        return
-    if same_pixels or abs(height * columns - rows * width) > ASPECT_TOLERANCE * rows * width:
-        expected = "the same pixels, which cleaning needs" if same_pixels else "the same view"
+    if abs(height * columns - rows * width) > ASPECT_TOLERANCE * rows * width:
         problem = f"The image of {name} has {height} x {width} pixels (H x W), but its cloud {rows} x {columns}"
-        raise InputError(f"{problem}; expected {expected}. Map the image to the pixels of the cloud.")
+        raise InputError(f"{problem}; expected the same view. Map the image to the pixels of the cloud.")
