@@ -16,6 +16,7 @@ from utils.errors import InputError, escape_controls, exit_on_error, show
 
 @exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
+    """Print the comparison of two results.json files and write it as a page."""
     parser = Parser(__doc__)
     parser.add_argument("a", type=Path, metavar="A/results.json", help="results of the baseline run")
     parser.add_argument("b", type=Path, metavar="B/results.json", help="results of the run compared with A")
