@@ -42,7 +42,8 @@ def save(path: Path, array: np.ndarray, **options: object) -> Path:
 
 def write_sample(folder: Path, stem: str, mask: np.ndarray | None = None) -> None:
     save(folder / f"rgb/{stem}.png", np.full((SIDE, SIDE, 3), 90, np.uint8))
-    write_organized_pc(folder / f"xyz/{stem}.tiff", np.indices((3, SIDE, SIDE)).T * np.float32(0.001) + np.float32(0.4))
+    y, x = np.mgrid[:SIDE, :SIDE] * 0.001 + 0.001
+    write_organized_pc(folder / f"xyz/{stem}.tiff", np.stack([x, y, x + 0.4], axis=-1).astype(np.float32))
     if mask is not None:
         save(folder / f"gt/{stem}.png", mask)
 
