@@ -124,11 +124,11 @@ def prepare(args: argparse.Namespace, given: Collection[str], device: torch.devi
     files = _index_classes(settings, config.method.modalities, stored)
     flags = vars(args) | (dict.fromkeys(FITTING_FLAGS) if saved else {})
     run = Run(settings, configs, files, saved, flags, raw)
+    warn_of_unfinished_scans(settings.dataset_path, {name: chain(*splits) for name, splits in files.items()})
     if "xyz" in config.method.modalities:
         for splits in files.values():
             for split in splits:
                 warn_of_raw_scans(split)
-    warn_of_unfinished_scans(settings.dataset_path, {name: chain(*splits) for name, splits in files.items()})
     return run
 
 

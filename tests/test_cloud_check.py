@@ -258,7 +258,8 @@ def test_forms_of_a_dataset(tmp_path: Path) -> None:
     assert dataset_forms(forms_flags(tmp_path, xyz_unit="mm", missing_value=-1.0)) == (millimeters, millimeters)
     turned = CloudForm(camera_frame=False)
     assert dataset_forms(forms_flags(tmp_path, dataset_type="eyecandies")) == (turned, turned)
-    manifest = {"schema": 1, "unit": "m", "settings": {"xyz_unit": "mm", "missing_value": -1.0}, "scans": {}}
+    manifest = {"schema": 1, "unit": "m", "settings": {"xyz_unit": "mm", "missing_value": -1.0}}
+    manifest["scans"] = {"bagel/train/good/000": {}}
     (tmp_path / "preprocessing.json").write_text(json.dumps(manifest))
     assert dataset_forms(forms_flags(tmp_path)) == (METERS, millimeters)
     for flag in ({"xyz_unit": "mm"}, {"missing_value": -1.0}):
@@ -323,3 +324,40 @@ def test_preprocessing_writes_meters_and_says_so(tmp_path: Path) -> None:
     again = call_script(preprocessing.main, scans, *flags)
     assert again.returncode == 0 and "skipped 3" in again.stdout
     assert "xyz_unit" not in (expected / "preprocessing.json").read_text()
+
+
+@pytest.mark.parametrize("place", [[], ["--output_dir", "out"]], ids=["in place", "elsewhere"])
+def test_flags_that_the_messages_advise_are_accepted_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store(write_dataset(Path("raw")), in_millimeters)
+    flags: list[str] = []
+    for flag in ("--missing_value=-9999", "--xyz_unit mm"):
+        refused = call_script(preprocessing.main, "raw", "--workers", 1, *place, *flags)
+        assert refused.returncode == 1 and refused.stdout.count(flag) == 3
+        flags += flag.split()
+        assert dataset_forms(forms_flags(Path("raw"), xyz_unit="mm"))[0] == CloudForm("mm")
+    assert call_script(preprocessing.main, "raw", "--workers", 1, *place, *flags).returncode == 0
+    other = call_script(preprocessing.main, "raw", "--workers", 1, *place, "--xyz_unit", "mm")
+    assert "with missing_value -9999.0 (now not given). Use" in other.stderr
+
+
+def test_dataset_refused_in_place_is_cleaned_into_another_folder(tmp_path: Path) -> None:
+    root = store(write_dataset(tmp_path / "raw"), in_millimeters)
+    assert call_script(preprocessing.main, root, "--workers", 1).returncode == 1
+    flags = ("--xyz_unit", "mm", "--missing_value=-9999", "--output_dir", tmp_path / "out")
+    assert call_script(preprocessing.main, root, "--workers", 1, *flags).returncode == 0
+
+
+def test_scan_that_preprocessing_left_out_is_explained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = store(write_dataset(tmp_path / "data"), lambda xyz: 1000 * xyz)
+    bad = sorted(root.glob("bagel/train/good/rgb/*"))[0]
+    bad.write_bytes(bad.read_bytes()[:50])
+    assert call_script(preprocessing.main, root, "--workers", 1, "--xyz_unit", "mm").returncode == 1
+    flags = ["--method_name", "Point_MAE", "--xyz_backbone_name", "FPFH", "--output_dir", tmp_path / "out"]
+    failed = call_script(main_script.main, "--dataset_path", root, *flags)
+    assert failed.returncode == 2 and "--xyz_unit mm" in failed.stderr
+    assert "were not preprocessed like the others" in caplog.text
+    failed = call_script(main_script.main, "--dataset_path", root, *flags, "--xyz_unit", "mm")
+    assert "or run utils/preprocessing.py again for samples that it left out." in failed.stderr

@@ -228,7 +228,7 @@ def test_a_run_checks_both_splits_and_the_preprocessing_record(
     raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(raw, tmp_path / "parts")
-    (tmp_path / "parts/preprocessing.json").write_text('{"schema": 1, "settings": {}, "scans": {}}')
+    (tmp_path / "parts/preprocessing.json").write_text('{"schema": 1, "settings": {}, "scans": {"a/train/good/0": {}}}')
 
     def stop(*_: object, **__: object) -> None:
         raise InputError("far enough")

@@ -75,7 +75,9 @@ def test_keep_rgb_only_pads_the_image(dataset: Path) -> None:
 def test_changed_settings_are_refused(dataset: Path) -> None:
     preprocess(config_for(dataset))
     before = contents(dataset)
-    with pytest.raises(InputError, match=r"keep_rgb False \(now True\)\. Use the old settings, give another output"):
+    with pytest.raises(
+        InputError, match=r"keep_rgb not given \(now True\)\. Use the old settings, give another output"
+    ):
         preprocess(config_for(dataset, keep_rgb=True))
     other = replace(config_for(dataset, dry_run=True), rule=CleaningRule(cluster_eps=0.005))
     with pytest.raises(InputError, match=r"cluster_eps 0.006 \(now 0.005\)"):

@@ -27,7 +27,7 @@ import numpy as np
 
 from utils.choices import CLEANING_FLAGS
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
-from utils.cleaning.journal import MANIFEST, Journal, Scan
+from utils.cleaning.journal import MANIFEST, Journal, Scan, read_manifest
 from utils.cleaning.preview import FORMATS, Pair, write_preview
 from utils.cleaning.scan_processing import Result, Summary, process_scans, report, write_results
 from utils.command_line import FILE_BOUNDS, MOST_WORKERS, Parser, add_file_flags, from_flags
@@ -189,7 +189,7 @@ def preprocess(config: Config) -> Summary:
     Raises InputError as `find_scans`, `Journal` and `process_scans`, or where a dataset would be cleaned twice.
     """
     scans, failed = find_scans(config.dataset)
-    if config.output != config.dataset and (config.dataset / MANIFEST).is_file():
+    if config.output != config.dataset and read_manifest(config.dataset):
         problem = f"{config.dataset} is preprocessed already ({MANIFEST} is there)"
         raise InputError(f"{problem}. Give the folder of the original scans.")
     process = partial(clean_files, config=config)

@@ -72,19 +72,19 @@ class Manifest(msgspec.Struct):
 
 
 def read_manifest(root: Path) -> Manifest | None:
-    """Read manifest and journal of a folder; None without a manifest, InputError if one is damaged or too old."""
+    """Read manifest and journal of a folder; None if no scan is in them, InputError if one is damaged or too old."""
     try:
         manifest = read_record(root / MANIFEST, Manifest, SCHEMA, FIX)
         text = (root / JOURNAL).read_text(encoding="ascii", errors="replace")
     except MissingRecordError:
         return None
     except FileNotFoundError:
-        return manifest
+        text = ""
     for each in text.split("\n")[:-1]:  # the text after the last line end was cut short
         line = decode_record(each, dict[str, Record], root / JOURNAL, FIX)
         manifest.scans |= line
         manifest.in_journal |= line.keys()
-    return manifest
+    return manifest if manifest.scans else None
 
 
 def script_of(settings: Mapping[str, Any]) -> str:
@@ -104,9 +104,8 @@ class Journal:
 
     def read(self) -> None:
         """Read manifest and journal again without writing anything; errors as in the constructor."""
-        manifest = read_manifest(self.output)
-        self.is_new = manifest is None
-        manifest = manifest or Manifest(SCHEMA, self.settings, {})
+        self.is_new = not (self.output / MANIFEST).is_file()
+        manifest = read_manifest(self.output) or Manifest(SCHEMA, self.settings, {})
         self._check_settings(manifest.settings)
         self.done, self.renaming = manifest.scans, manifest.in_journal
 
@@ -179,7 +178,8 @@ class Journal:
     def _check_settings(self, found: dict[str, Any]) -> None:
         if (script := script_of(found)) != script_of(self.settings):
             raise InputError(f"{self.output} was written by the other script, utils/{script}.py. Give another folder.")
-        pairs = {key: (found.get(key, False), self.settings.get(key, False)) for key in sorted(self.settings | found)}
+        keys, both = sorted(self.settings | found), (found, self.settings)
+        pairs = {key: [settings.get(key) or "not given" for settings in both] for key in keys}
         changed = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in pairs.items() if old != new)
         if changed:
             raise InputError(
