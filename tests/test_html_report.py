@@ -21,7 +21,7 @@ from report_pages import (
 )
 
 from utils.au_pro import area_to_limit, pro_curve, thin_curve
-from utils.errors import escape_controls
+from utils.errors import InputError, escape_controls
 from utils.metrics import EXACT_LIMITS, PRO_LIMIT
 from utils.reporting.html_report.charts import LEFT, RIGHT, Axis, curve_chart, histogram
 from utils.reporting.html_report.class_report import ClassReport, decide
@@ -375,7 +375,7 @@ def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "write_text", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match=r"report\.html cannot be written \(disk full\)"):
         write_report(tmp_path / "results", record, [one])
     assert (tmp_path / "results/report.html").read_text() == before
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["report.html"]
