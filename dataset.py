@@ -13,7 +13,6 @@ needs no files of the other:
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ from utils.errors import InputError
 from utils.records import METERS, CloudForm, Sample, SampleFiles
 from utils.scans.cloud_check import checked_cloud
 from utils.scans.files import ALSO_GOOD, FILE_SUFFIXES, FOLDERS, GOOD, files_by_modality, is_good, subfolders
-from utils.scans.images import defect_mask, defect_share, image_size, open_image, read_image, warn_of
+from utils.scans.images import defect_mask, defect_share, image_size, open_image, read_image, warn_once
 from utils.scans.organized_pc import check_organized, organized_pc_header, read_organized_pc, resize_nearest
 
 Item = TypeVar("Item", covariant=True)
@@ -48,7 +47,6 @@ _PUBLISHED = {
 }
 _IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
 _IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
-logger = logging.getLogger(__name__)
 
 
 def find_classes(dataset_path: Path | str, dataset_type: str, chosen: Sequence[str] | None = None) -> list[str]:
@@ -112,14 +110,16 @@ def pair_split(class_folder: Path | str, split: str, modalities: frozenset[str])
     files: list[SampleFiles] = []
     problems: list[str] = []
     try:
-        folders = subfolders(root) if split == "test" else good_folders(root) or [root / GOOD]
+        good = [] if split == "test" else good_folders(root) or [root / GOOD]
+        filled = [folder for folder in good if any(files_by_modality(folder).values())]
+        folders = filled or good or subfolders(root)
     except InputError as error:
         return files, [str(error)]
     if not folders:
         problems.append(f"No test samples in {root}. Expected a folder good and one for each type of defect.")
     for folder in folders:
         if folder.name.casefold() in ALSO_GOOD:
-            logger.warning("The name of %s marks its samples as good. Rename it if they are defective", folder)
+            warn_once(folder, f"The name of {folder} marks its samples as good. Rename it if they are defective.")
         complete, faults = _pair_folder(folder, modalities)
         files += complete
         problems += faults
@@ -190,7 +190,8 @@ def check_files(files: Iterable[SampleFiles], modalities: frozenset[str]) -> Non
     for sample in tqdm(files, desc="Checking files", delay=2, leave=False):
         check_sample_files(sample, modalities)
         if sample.mask is not None and sample.label is not None:
-            warn_of(sample.mask, defect_share(sample.mask, bool(sample.label))[1])
+            problem = defect_share(sample.mask, bool(sample.label))[1]
+            warn_once(sample.mask.parent, problem and f"{problem} Check the other files of its folder, too.")
 
 
 def check_sample_files(files: SampleFiles, modalities: frozenset[str]) -> None:

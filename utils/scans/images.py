@@ -30,11 +30,11 @@ def set_max_megapixels(number: int) -> None:
     Image.MAX_IMAGE_PIXELS = number * 1_000_000
 
 
-def warn_of(path: Path, problem: str) -> None:
-    """Log a file's problem, if it has one and no file of its folder was reported before."""
-    if problem and path.parent not in _warned_folders:
-        _warned_folders.add(path.parent)
-        logger.warning("%s Check the other files of its folder, too.", problem)
+def warn_once(folder: Path, problem: str) -> None:
+    """Log a problem of a folder, if it has one and none was reported before."""
+    if problem and folder not in _warned_folders:
+        _warned_folders.add(folder)
+        logger.warning(problem)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -55,7 +55,7 @@ def read_image(path: Path) -> np.ndarray:
         rgb = np.array(to_rgb(image))
     if has_16_bits and rgb.max() <= 16:  # 12 bits stored in 16
         problem = f"{path} has 16 bits, but uses at most 12, so it is nearly black"
-        warn_of(path, f"{problem}. Scale the images of its folder to the full range, or store 8 bits.")
+        warn_once(path.parent, f"{problem}. Scale the images of its folder to the full range, or store 8 bits.")
     return rgb
 
 
