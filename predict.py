@@ -95,7 +95,7 @@ class PredictSettings:
             for path in (files.rgb, files.xyz):
                 if path is not None and folder in (path.resolve().parent, path.parent.resolve()):
                     raise InputError(f"{path} is in --output_dir, where its map could replace it. Choose another one.")
-        if (folder / PREDICTIONS).exists():
+        if self.no_images or (folder / PREDICTIONS).exists():
             return
         for path in (path for files in found.samples for path in output_paths(folder, files.path)):
             if path.exists():
@@ -157,7 +157,7 @@ def predict(settings: PredictSettings, locks: ExitStack) -> int:
     form = replace(detector.clouds, **{name: value for name, value in given.items() if value is not None})
     reader = SampleReader([each._replace(form=form) for each in found.samples], modalities, size, camera, rule)
     folder = make_folder(settings.output_dir, "--output_dir")
-    images = (path for files in found.samples for path in output_paths(folder, files.path))
+    images = (path for each in found.samples if not settings.no_images for path in output_paths(folder, each.path))
     locks.enter_context(locked(folder, "--output_dir", images))
     writer = PredictionWriter(folder, thresholds, not settings.no_images, settings.append)
     records = []

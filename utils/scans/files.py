@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -38,22 +38,24 @@ def files_by_modality(folder: Path) -> dict[str, dict[str, tuple[Path, ...]]]:
     """Return the files in a folder such as test/hole by modality, then by stem; none where a folder does not exist.
 
     Stems are in Unicode form NFC, so that names in different forms match. Ground truth may be in `gt` or
-    `ground_truth`, and be called <stem>_mask. The caller refuses several files of one stem. Hidden files are left out.
-    Raises InputError if a folder cannot be read.
+    `ground_truth`, and be called <stem>_mask, unless a sample has that name. The caller refuses several files of one
+    stem. Hidden files are left out. Raises InputError if a folder cannot be read.
     """
     found: dict[str, dict[str, tuple[Path, ...]]] = {modality: {} for modality in FOLDERS}
     for modality, names in FOLDERS.items():
         for name in names:
-            found[modality] = _files_by_stem(folder / name, modality) | found[modality]
+            found[modality] = _files_by_stem(folder / name, modality, found) | found[modality]
     return found
 
 
-def _files_by_stem(folder: Path, modality: str) -> dict[str, tuple[Path, ...]]:
-    found: dict[str, tuple[Path, ...]] = {}
+def _files_by_stem(folder: Path, modality: str, found: Mapping[str, Container[str]]) -> dict[str, tuple[Path, ...]]:
+    files: dict[str, tuple[Path, ...]] = {}
     for path in _listing(folder, lambda path: path.suffix.lower() in FILE_SUFFIXES[modality]):
-        stem = normalize("NFC", path.stem).removesuffix("_mask" if modality == "gt" else "")
-        found[stem] = (*found.get(stem, ()), path)
-    return found
+        stem = normalize("NFC", path.stem)
+        if modality == "gt" and stem.lower().endswith("_mask") and not any(stem in each for each in found.values()):
+            stem = stem[: -len("_mask")]
+        files[stem] = (*files.get(stem, ()), path)
+    return files
 
 
 def open_file(path: Path, kind: str) -> BinaryIO:
@@ -134,7 +136,7 @@ def locked(folder: Path, flag: str, files: Iterable[Path] = ()) -> Iterator[None
         except OSError:
             pass  # some network file systems have no locks
         for path in sorted(planned | places):
-            if path.exists() and not (path.is_dir() if path in places else path.is_file()):
+            if os.path.lexists(path) and not (path.is_dir() if path in places else path.is_file()):
                 kind = "folder" if path in places else "file"
                 raise InputError(f"{path} is not a {kind}. Move it away, or choose another {flag}.")
         with suppress(OSError):  # a finished dataset may lie on a read-only disk
