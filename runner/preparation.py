@@ -3,10 +3,11 @@
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,9 +127,8 @@ def prepare(args: argparse.Namespace, given: Collection[str], device: torch.devi
     run = Run(settings, configs, files, saved, flags, raw)
     warn_of_unfinished_scans(settings.dataset_path, {name: chain(*splits) for name, splits in files.items()})
     if "xyz" in config.method.modalities:
-        for splits in files.values():
-            for split in splits:
-                warn_of_raw_scans(split)
+        for split in chain(*files.values()):
+            warn_of_raw_scans(split)
     return run
 
 
@@ -161,8 +161,7 @@ def _make_folders(run: Run, locks: ExitStack) -> None:
     """Make and lock all folders of results, and check that nothing is in the way of a result file."""
     settings, names = run.settings, list(run.files)
     written: list[tuple[Path, str, list[Path]]] = [(settings.output_dir, "--output_dir", _result_files(run))]
-    if len(run.configs) > 1:
-        written += [(folder, "--output_dir", []) for folder in run.folders(settings.output_dir).values()]
+    written += [(folder, "--output_dir", []) for folder in run.folders(settings.output_dir).values()]
     if settings.save_detector is not None:
         check_layout(settings.save_detector, run.configs, names)
         detectors = [folder / name for folder in run.folders(settings.save_detector).values() for name in names]
@@ -172,8 +171,14 @@ def _make_folders(run: Run, locks: ExitStack) -> None:
     if settings.save_feature:
         samples = [(name, file.path) for name in names for file in run.files[name].train]
         patches = [settings.save_feature_path / name / f"{Path(path).name}{SUFFIX}" for name, path in samples]
+        for patch, following in pairwise(sorted(patches)):
+            if patch == following:
+                raise InputError(f"Two training samples would be saved as {patch}. Rename one of them.")
         written.append((settings.save_feature_path, "--save_feature_path", patches))
+    merged: dict[str, tuple[Path, str, list[Path]]] = {}  # by real path, so that no folder is locked twice
     for folder, flag, files in written:
+        merged.setdefault(os.path.realpath(folder), (folder, flag, []))[2].extend(files)
+    for folder, flag, files in merged.values():
         locks.enter_context(locked(make_folder(folder, flag), flag, files))
 
 

@@ -74,6 +74,12 @@ LAYOUTS: dict[str, Callable[[Path], object]] = {
     "as published": lambda root: None,
     "ground_truth": lambda root: rename(root, "test/*/gt", lambda path: "ground_truth"),
     "_mask": lambda root: rename(root, "test/*/gt/*", lambda path: f"{path.stem}_mask.png"),
+    "_MASK.PNG": lambda root: rename(root, "test/*/gt/*", lambda path: f"{path.stem}_MASK.PNG"),
+    "stems that end in _mask": lambda root: rename(root, "*/*/*/*", lambda path: f"{path.stem}_mask{path.suffix}"),
+    "masks of stems that end in _mask": lambda root: (
+        rename(root, "*/*/*/*", lambda path: f"{path.stem}_mask{path.suffix}"),
+        rename(root, "test/*/gt/*", lambda path: f"{path.stem}_mask.png"),
+    ),
     "half of ground_truth cleaned into gt": lambda root: (
         (root / "test/hole/ground_truth").mkdir(),
         (root / "test/hole/gt/001.png").rename(root / "test/hole/ground_truth/001_mask.png"),
@@ -116,7 +122,17 @@ def test_folders_that_count_as_good_are_noted(
 ) -> None:
     (bracket / "train/good").rename(bracket / "train" / name)
     assert len(index_split(bracket, "train", BOTH)) == 2
-    assert (f"The name of {bracket}/train/{name} marks its samples as good" in caplog.text) == noted
+    check_split(bracket, "train", BOTH, num_workers=0)
+    assert caplog.text.count(f"The name of {bracket}/train/{name} marks its samples as good") == noted
+
+
+def test_empty_folder_beside_one_of_good_samples_is_left_out(bracket: Path) -> None:
+    (bracket / "train/ok/rgb").mkdir(parents=True)
+    assert len(index_split(bracket, "train", BOTH)) == 2
+    (bracket / "train/ok").rename(bracket / "train/empty")
+    (bracket / "train/good").rename(bracket / "train/ok")
+    (bracket / "train/empty").rename(bracket / "train/good")
+    assert len(index_split(bracket, "train", BOTH)) == 2
 
 
 @pytest.mark.parametrize(

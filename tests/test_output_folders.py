@@ -158,6 +158,46 @@ def test_obstacles_are_found_before_the_work_starts(
     assert not [each for each in (tmp_path / "out").rglob("*") if each.is_file() and each.stat().st_size]
 
 
+def test_broken_link_in_the_way_is_found_before_the_work_starts(inputs: Path, tmp_path: Path) -> None:
+    place = tmp_path / "out/classes"
+    place.parent.mkdir()
+    place.symlink_to(tmp_path / "not mounted")
+    run = start("main.py", inputs, place.parent)
+    assert run.returncode == 2
+    assert f"error: {place} is not a folder. Move it away, or choose another --output_dir." in run.stderr
+
+
+def test_prediction_without_images_ignores_their_names(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "out/000.tiff").mkdir(parents=True)
+    run = start("predict.py", inputs, tmp_path / "out", "--no_images")
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "out/predictions.jsonl").read_text()
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_one_folder_of_several_flags_is_locked_once(inputs: Path, tmp_path: Path, link: bool) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    features = tmp_path / "features" if link else out
+    if link:
+        features.symlink_to(out)
+    run = start("main.py", inputs, out, *FEATURES, features)
+    assert run.returncode == 0, run.stderr
+    assert list((out / "bagel").glob("*.safetensors"))
+    with locked(out, "folder"):
+        run = start("main.py", inputs, tmp_path / "other", *FEATURES, features)
+    assert f"error: Another run is writing to {features}. Wait for it, or choose another --save_feature" in run.stderr
+
+
+def test_samples_of_the_same_patch_file_are_refused(inputs: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(inputs / "data/bagel", tmp_path / "data/bagel")
+    shutil.copytree(data / "train/good", data / "train/ok")
+    out = tmp_path / "out"
+    run = start("features", inputs, out, "--dataset_path", tmp_path / "data")
+    assert run.returncode == 2
+    assert f"error: Two training samples would be saved as {out}/bagel/000.safetensors. Rename one" in run.stderr
+
+
 def test_pipe_in_the_way_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "log.txt")
     with pytest.raises(InputError, match=r"log\.txt is not a file\."):
