@@ -372,6 +372,8 @@ def test_defaults_match_the_original() -> None:
         "inspect_dataset": False,
         "output_dir": Path("results"),
         "report_parts": 24,
+        "xyz_unit": "m",
+        "missing_value": None,
         "max_megapixels": 64,
         "load_detector": None,
         "save_detector": None,
