@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from dataset import check_sample_files, class_folders, find_classes, pair_split, read_rgb, read_xyz
@@ -19,10 +18,9 @@ from utils.cleaning.journal import MANIFEST, Record, Scan, read_manifest, script
 from utils.errors import InputError, escape_controls, show
 from utils.records import METERS, CloudForm, SampleFiles
 from utils.reporting.tables import print_columns
+from utils.scans.cloud_check import class_form, spread
 from utils.scans.images import defect_share
 from utils.scans.organized_pc import valid_mask
-
-Item = TypeVar("Item")
 
 CLEANING_COMMAND = "python utils/preprocessing.py"
 logger = logging.getLogger(__name__)
@@ -158,16 +156,6 @@ def dataset_forms(args: argparse.Namespace) -> tuple[CloudForm, CloudForm]:
     return stored, replace(stored, unit=unit, missing_value=missing_value)
 
 
-def class_form(samples: Sequence[SampleFiles], form: CloudForm) -> CloudForm:
-    """Add the median distance of a few clouds of a class to a `form`. Bad clouds are reported when they are used."""
-    distances = []
-    for sample in spread(samples):
-        with suppress(InputError):
-            if (cloud := read_xyz(sample._replace(form=form))) is not None:
-                distances.append(np.median(np.linalg.norm(cloud[valid_mask(cloud)], axis=1)))
-    return replace(form, distance=float(np.median(distances))) if distances else form
-
-
 def warn_of_raw_scans(samples: Sequence[SampleFiles]) -> None:
     """Warn if one of a few samples, spread over a split, shows the table under the object, which ruins the results."""
     clouds = [(each.xyz, read_xyz(each)) for each in spread(samples)]
@@ -177,12 +165,6 @@ def warn_of_raw_scans(samples: Sequence[SampleFiles]) -> None:
             "%s shows the table under the object (%d of %d checked clouds). Clean the scans first: %s %s",
             *(raw[0], len(raw), len(clouds), CLEANING_COMMAND, raw[0].parents[4]),
         )
-
-
-def spread(items: Sequence[Item], number: int = 5) -> list[Item]:
-    """At most `number` items, evenly spaced from the first to the last."""
-    count = min(number, len(items))
-    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def warn_of_unfinished_scans(dataset_path: Path, files: Mapping[str, Iterable[SampleFiles]]) -> None:

@@ -16,11 +16,11 @@ from dataset import load_samples, make_sample, read_rgb
 from feature_extractors.detector import Detector
 from feature_extractors.pipeline import batches, extract_timed
 from feature_extractors.thresholds import Thresholds
-from runner.dataset_check import spread
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, crop_padding, shows_table
 from utils.errors import InputError
 from utils.records import Prediction, Sample, SampleFiles
 from utils.reporting.visualization import color_scale, resize_map, save_anomaly_map, save_overlay
+from utils.scans.cloud_check import spread
 from utils.scans.depth_camera import Camera
 from utils.scans.files import writing
 from utils.scans.images import shrink_image
@@ -80,7 +80,8 @@ class SampleReader:
     def _read(self, files: SampleFiles) -> LoadedSample:
         image = read_rgb(files)
         image_size = None if image is None else image.shape[:2]
-        xyz = None if files.xyz is None else read_cloud(files.xyz, self.camera, image_size, **vars(files.form))
+        form = files.form if self.cleaning is None else replace(files.form, distance=None)  # that of cleaned clouds
+        xyz = None if files.xyz is None else read_cloud(files.xyz, self.camera, image_size, **vars(form))
         if image is not None and xyz is not None:
             check_same_view(files.path, image, xyz)
         view = image if xyz is None else xyz

@@ -19,7 +19,7 @@ from feature_extractors.detector_record import CONFIG_FILE
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.persistence import check_target
 from models.point_ops import check_backend
-from runner.dataset_check import class_form, dataset_forms, warn_of_raw_scans, warn_of_unfinished_scans
+from runner.dataset_check import dataset_forms, warn_of_raw_scans, warn_of_unfinished_scans
 from runner.finished_classes import class_file
 from runner.saved_detectors import FITTING_FLAGS, Saved, check_layout, read_detectors
 from runner.settings import RunSettings, detector_configs, extraction_config
@@ -33,6 +33,7 @@ from utils.records import CloudForm, SampleFiles
 from utils.reporting.html_report.report_page import FILE_NAME as REPORT
 from utils.reporting.results_json import FILE_NAME as RESULTS
 from utils.reporting.tables import FILE_NAMES
+from utils.scans.cloud_check import class_form
 from utils.scans.files import locked, make_folder
 
 

@@ -15,12 +15,12 @@ from main_runs import write_bagels
 
 import main as main_script
 from dataset import make_sample
-from runner.dataset_check import check_split, class_form, dataset_forms
+from runner.dataset_check import check_split, dataset_forms
 from utils import preprocessing
 from utils.choices import UNITS
 from utils.errors import InputError
 from utils.records import METERS, CloudForm, SampleFiles
-from utils.scans.cloud_check import DRAWN, checked_cloud
+from utils.scans.cloud_check import DRAWN, checked_cloud, class_form
 from utils.scans.organized_pc import read_organized_pc, write_organized_pc
 
 
@@ -361,3 +361,21 @@ def test_scan_that_preprocessing_left_out_is_explained(tmp_path: Path, caplog: p
     assert "were not preprocessed like the others" in caplog.text
     failed = call_script(main_script.main, "--dataset_path", root, *flags, "--xyz_unit", "mm")
     assert "or run utils/preprocessing.py again for samples that it left out." in failed.stderr
+
+
+@pytest.mark.parametrize("place", [[], ["--output_dir", "out"]], ids=["in place", "elsewhere"])
+def test_preprocessing_refuses_the_scan_in_another_unit_every_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store(write_dataset(Path("raw")), lambda xyz: 1000 * xyz)
+    odd = Path("raw/bagel/train/good/xyz/001.tiff")
+    xyz = read_organized_pc(odd) / 10
+    xyz[14:28, 14:30, 2] -= 10  # high enough to be left after cleaning
+    write_organized_pc(odd, xyz)
+    before = odd.read_bytes()
+    for flags in (["--dry_run"], [], []):
+        refused = call_script(preprocessing.main, "raw", *place, "--xyz_unit", "mm", "--workers", 1, *flags)
+        assert refused.returncode == 1 and "failed 1" in refused.stdout
+        assert f"The median point of {odd} is 0.0" in refused.stdout and "those of its class 0." in refused.stdout
+        assert odd.read_bytes() == before

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cleaning_runs import ALL, config_for, write_dataset
+from cleaning_runs import ALL, config_for, write_dataset, write_scan
 from PIL import Image
 
 import main
@@ -275,6 +275,19 @@ def test_wrong_ground_truth_is_reported(bracket: Path, caplog: pytest.LogCapture
     assert [record.getMessage() for record in caplog.records] == [f"{each} {ADVICE}" for each in problems]
     assert len(problems) == bool(expected)
     assert all(problem.startswith(f"{path} ") and expected in problem for problem in problems)
+
+
+@pytest.mark.parametrize("truth", TRUTHS)
+def test_preprocessing_loses_no_ground_truth(tmp_path: Path, caplog: pytest.LogCaptureFixture, truth: str) -> None:
+    array, defective, expected = TRUTHS[truth]
+    folder = tmp_path / f"data/cookie/test/{'hole' if defective else 'good'}"
+    write_scan(folder, "000", 0, with_gt=True)
+    path = save(folder / "gt/000.png", array[np.arange(40)[:, None] * SIDE // 40, np.arange(44) * SIDE // 44])
+    before = path.read_bytes()
+    code = preprocessing.main([str(tmp_path / "data"), "--workers", "1"])
+    refused = "alpha" in expected
+    assert code == int(refused) and (path.read_bytes() == before) == refused
+    assert ("gt/000.png" in caplog.text) == (bool(expected) and not refused)
 
 
 def test_dataset_check_reports_the_share_of_defect_pixels(bracket: Path) -> None:

@@ -33,7 +33,7 @@ from runner.prediction import LoadedSample, Outcome, PredictionWriter, SampleRea
 from utils import preprocessing
 from utils.cleaning.cloud_cleaning import CleaningRule, crop_padding, pad_to_square
 from utils.errors import InputError
-from utils.records import Prediction, SampleFiles
+from utils.records import CloudForm, Prediction, SampleFiles
 from utils.reporting.visualization import resize_map
 from utils.scans.organized_pc import read_organized_pc, write_organized_pc
 from utils.synthetic_data.scanner import make_scan
@@ -615,6 +615,16 @@ def test_raw_scans_are_warned_about(
     assert run(*flags) == 0
     warnings = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
     assert len([each for each in warnings if "shows the table" in each and "--preprocess" in each]) == 1
+
+
+def test_distance_of_the_class_is_that_of_cleaned_clouds(tmp_path: Path) -> None:
+    v, u = np.mgrid[:60, :60] * 1e-3 + 0.01
+    z = np.where((abs(v - 0.04) < 0.01) & (abs(u - 0.04) < 0.01), 0.3, 1.8 + v / 10)
+    write_organized_pc(tmp_path / "part.tiff", np.stack([u, v, z], axis=-1))  # a part in front of a wall
+    for distance, expected in ((0.3, ""), (3.0, "those of its class 3 m")):
+        files = SampleFiles("part", xyz=tmp_path / "part.tiff", form=CloudForm(distance=distance))
+        loaded = SampleReader([files], frozenset({"xyz"}), SIDE, cleaning=CleaningRule())[0]
+        assert (loaded.problem == "") == (expected == "") and expected in loaded.problem
 
 
 def test_failed_cleaning(fitted: Fitted, raw: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def few_border_points(xyz: np.ndarray) -> None:
 
 
 def no_plane(xyz: np.ndarray) -> None:
-    xyz[:] = np.random.default_rng(0).uniform(0.5, 9, xyz.shape)
+    xyz[:] = np.random.default_rng(0).uniform(0.2, 1, xyz.shape)
 
 
 def everything_plane(xyz: np.ndarray) -> None:

@@ -14,7 +14,7 @@ Exit code: 0 all done, 1 some scans failed (listed at the end), 2 bad arguments 
 
 import os
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,10 +32,10 @@ from utils.cleaning.preview import FORMATS, Pair, write_preview
 from utils.cleaning.scan_processing import Result, Summary, process_scans, report, write_results
 from utils.command_line import FILE_BOUNDS, MOST_WORKERS, Parser, add_file_flags, from_flags
 from utils.errors import InputError, exit_on_error, show
-from utils.records import METERS, CloudForm
-from utils.scans.cloud_check import checked_cloud
+from utils.records import METERS, CloudForm, SampleFiles
+from utils.scans.cloud_check import checked_cloud, class_form
 from utils.scans.files import files_by_modality, is_good, make_folder, subfolders
-from utils.scans.images import defect_mask, open_image, read_image, set_max_megapixels
+from utils.scans.images import defect_mask, defect_share, open_image, read_image, set_max_megapixels, warn_of
 from utils.scans.organized_pc import read_organized_pc
 
 ROWS = 4  # most scans of a class in the preview
@@ -120,15 +120,34 @@ def _complete_scans(folder: Path, root: Path, failed: dict[str, str]) -> list[Sc
     return scans
 
 
-def clean_files(scan: Scan, config: Config) -> Result:
-    """Clean one scan and, except in a dry run, write the results; errors as in `clean_scan` and `write_results`."""
+def clean_files(scan: Scan, config: Config, forms: Mapping[str, tuple[CloudForm, CloudForm]]) -> Result:
+    """Clean one scan with the `class_forms` and, except in a dry run, write the results.
+
+    Errors as in `clean_scan` and `write_results`, and where `checked_cloud` refuses the raw or the cleaned cloud.
+    """
+    path, (raw, cleaned) = _source(scan, "xyz"), forms.get(scan.name.partition("/")[0], (config.form, METERS))
     xyz, rgb, gt = _read(scan)
-    clean = clean_scan(checked_cloud(_source(scan, "xyz"), xyz, config.form), rgb, gt, config.rule)
+    clean = clean_scan(checked_cloud(path, xyz, raw), rgb, gt, config.rule)
+    checked_cloud(path, clean.xyz, cleaned)
     if config.dry_run:
         return {}, clean.doubt
     arrays = {"xyz": clean.xyz, "rgb": clean.rgb, "gt": clean.gt}
     written = {name: array for name, array in arrays.items() if array is not None}
     return write_results(scan, written, config.output), clean.doubt
+
+
+def class_forms(scans: Sequence[Scan], config: Config) -> dict[str, tuple[CloudForm, CloudForm]]:
+    """Forms of raw and of cleaned clouds for each unfinished class. One has the distance: of cleaned ones, if any."""
+    done, forms = config.journal().done, {}
+    samples: dict[str, tuple[list[SampleFiles], list[SampleFiles]]] = {}
+    for scan in scans:
+        is_done = scan.name in done
+        path = scan.file(config.output, "xyz") if is_done else scan.sources["xyz"][0]
+        samples.setdefault(scan.name.partition("/")[0], ([], []))[is_done].append(SampleFiles(scan.name, xyz=path))
+    for name, (raw, cleaned) in samples.items():
+        if raw:
+            forms[name] = class_form([] if cleaned else raw, config.form), class_form(cleaned, METERS)
+    return forms
 
 
 def _source(scan: Scan, modality: str) -> Path:
@@ -144,9 +163,15 @@ def _read(scan: Scan) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     rgb = read_image(_source(scan, "rgb"))
     if "gt" not in scan.sources:
         return xyz, rgb, None
-    with open_image(_source(scan, "gt")) as image:  # 8-bit ids as stored, any other form as 0 and 255
+    path = _source(scan, "gt")
+    _, problem = defect_share(path, not is_good(scan.name.split("/")[2]))
+    with open_image(path) as image:  # 8-bit ids as stored, any other form as 0 and 255
         has_ids = image.mode == "L" and image.format == "PNG"
-        return xyz, rgb, np.asarray(image) if has_ids else defect_mask(image).astype(np.uint8) * 255
+        gt = np.asarray(image) if has_ids else defect_mask(image).astype(np.uint8) * 255
+    if "alpha channel" in problem:  # the result has none
+        raise InputError(problem)
+    warn_of(path, problem)
+    return xyz, rgb, gt
 
 
 def preview(config: Config, path: Path, flagged: Container[str] = ()) -> None:
@@ -192,7 +217,7 @@ def preprocess(config: Config) -> Summary:
     if config.output != config.dataset and read_manifest(config.dataset):
         problem = f"{config.dataset} is preprocessed already ({MANIFEST} is there)"
         raise InputError(f"{problem}. Give the folder of the original scans.")
-    process = partial(clean_files, config=config)
+    process = partial(clean_files, config=config, forms=class_forms(scans, config))
     return process_scans(scans, config.journal(), process, config.workers, failed, config.dry_run)
 
 

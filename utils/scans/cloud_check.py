@@ -1,13 +1,19 @@
 """Check of the coordinates of organized point clouds, applied wherever a cloud enters the program."""
 
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from utils.choices import UNITS
 from utils.errors import InputError
-from utils.records import METERS, CloudForm
-from utils.scans.organized_pc import MAX_COORDINATE, as_cloud
+from utils.records import METERS, CloudForm, SampleFiles
+from utils.scans.organized_pc import MAX_COORDINATE, as_cloud, read_organized_pc, valid_mask
+
+Item = TypeVar("Item")
 
 NEAREST = 0.032  # meters; point sampling skips nearer points (see docs/DATA.md), so no object lies there
 FARTHEST = 20.0  # meters; if an object is farther away, its coordinates have another unit
@@ -56,6 +62,22 @@ def checked_cloud(name: Path | str, xyz: np.ndarray, form: CloudForm = METERS, u
         problem = f"{behind:.0%} of the points of {name} lie behind the camera (z below 0)"
         raise InputError(f"{problem}. Rotate the clouds: x to the right, y down, z away from the camera.")
     return cloud
+
+
+def class_form(samples: Sequence[SampleFiles], form: CloudForm) -> CloudForm:
+    """Add the median distance of a few clouds of a class to a `form`. Bad clouds are reported when they are used."""
+    distances = []
+    for path in (sample.xyz for sample in spread(samples) if sample.xyz):
+        with suppress(InputError):
+            cloud = checked_cloud(path, read_organized_pc(path), form)
+            distances.append(np.median(np.linalg.norm(cloud[valid_mask(cloud)], axis=1)))
+    return replace(form, distance=float(np.median(distances))) if distances else form
+
+
+def spread(items: Sequence[Item], number: int = 5) -> list[Item]:
+    """At most `number` items, evenly spaced from the first to the last."""
+    count = min(number, len(items))
+    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def _require_surface(name: Path | str, points: np.ndarray, measured: np.ndarray, camera_frame: bool) -> None:
