@@ -123,7 +123,7 @@ def prepare(args: argparse.Namespace, given: Collection[str], device: torch.devi
     settings.check_use(config, configs)
     check_backend(config.point_ops, device)
     stored, raw = dataset_forms(args)
-    files = _index_classes(settings, config.method.modalities, stored)
+    files = _index_classes(settings, config.method.modalities, stored, saved)
     flags = vars(args) | (dict.fromkeys(FITTING_FLAGS) if saved else {})
     run = Run(settings, configs, files, saved, flags, raw)
     warn_of_unfinished_scans(settings.dataset_path, {name: chain(*splits) for name, splits in files.items()})
@@ -133,8 +133,10 @@ def prepare(args: argparse.Namespace, given: Collection[str], device: torch.devi
     return run
 
 
-def _index_classes(settings: RunSettings, modalities: frozenset[str], form: CloudForm) -> dict[str, ClassFiles]:
-    """Files of each class, with checked headers, and clouds of a `form`."""
+def _index_classes(
+    settings: RunSettings, modalities: frozenset[str], form: CloudForm, saved: Saved
+) -> dict[str, ClassFiles]:
+    """Files of each class, with checked headers, and clouds of a `form` at the distance of `saved` detectors."""
     indexed = {}
     for name in find_classes(settings.dataset_path, settings.dataset_type, settings.classes):
         folder = settings.dataset_path / name
@@ -146,6 +148,8 @@ def _index_classes(settings: RunSettings, modalities: frozenset[str], form: Clou
                 validation = index_split(folder, "validation", modalities)
         splits = train, validation, index_split(folder, "test", modalities)
         of_class = class_form(train or splits[2], form) if "xyz" in modalities else form
+        for detector in saved.get(name, {}).values():
+            of_class = replace(of_class, distance=detector.record.clouds.distance or of_class.distance)
         indexed[name] = ClassFiles(*([each._replace(form=of_class) for each in split] for split in splits))
     for files in indexed.values():
         check_files(files.train + files.validation, modalities)

@@ -50,6 +50,15 @@ def with_z(share: float, z: float) -> np.ndarray:
     return xyz
 
 
+def with_wall(share: float, noise: float, step: float = 1e-6) -> np.ndarray:
+    """A surface, and a wall at 6 m beside it; z is a multiple of `step`."""
+    xyz = surface()
+    z = 6 + np.random.default_rng(0).normal(0, noise, round(share * 2000)) + np.arange(round(share * 2000)) % 40 / 200
+    xyz.reshape(-1, 3)[: len(z), 2] = z
+    xyz[..., 2] = np.round(xyz[..., 2] / step) * step
+    return xyz
+
+
 def repeated_row() -> np.ndarray:
     return np.tile(surface()[:1], (40, 1, 1))
 
@@ -72,6 +81,11 @@ GOOD: dict[str, tuple[np.ndarray, CloudForm]] = {
     "-1 mm given": (filled(0.5, -1, 1000 * surface()), CloudForm("mm", -1)),
     "turned axes": (upside_down(), CloudForm(camera_frame=False)),
     "at the distance of its class": (surface(), CloudForm(distance=0.2)),
+    "far wall": (with_wall(0.3, 0.002), METERS),
+    "far wall of few levels": (with_wall(0.02, 0.001, step=0.1), METERS),
+    "all levels": (with_wall(0, 0, step=0.001), METERS),
+    "near, turned axes": (surface(distance=0.01), CloudForm(camera_frame=False)),
+    "saturated, given": (with_z(0.05, 65.535), CloudForm(missing_value=65.535)),
     "corner and wall": (filled(0.1, 0) + np.float32(0), METERS),
 }
 
@@ -89,6 +103,9 @@ BAD: dict[str, tuple[np.ndarray, CloudForm, str]] = {
     "a point behind": (filled(0.2, (0.005, 0.005, -0.7)), METERS, "--missing_value=-0.7 "),
     "z alone -1": (with_z(0.2, -1), METERS, "--missing_value=-1 "),
     "z alone 3e38": (with_z(0.2, 3e38), METERS, "--missing_value=3e+38 "),
+    "saturated": (with_z(0.05, 65.535), METERS, "5% of the pixels of part.tiff hold z = 65.535, "),
+    "mostly saturated": (with_z(0.7, 10), METERS, "--missing_value=10 "),
+    "saturated mm": (1000 * with_z(0.05, 64), CloudForm("mm"), "--missing_value=64000 "),
     "one point": (filled(1, 0.5), METERS, "almost all the same"),
     "one point and holes": (filled(0.5, 0, filled(1, 0.5)), METERS, "almost all the same"),
     "one row": (filled(0.975, 0), METERS, "one row or column"),

@@ -508,7 +508,7 @@ def test_invalid_flags_are_refused(fitted: Fitted, tmp_path: Path, capsys: pytes
         (["--detector", both, *image, *cloud, "--intrinsics", camera], ["--intrinsics only applies to depth images"]),
         (
             ["--detector", both, *image, "--xyz", samples_dir / "rgb", "--intrinsics", camera, "--xyz_unit", "mm"],
-            ["do not apply to depth images"],
+            ["--xyz_unit does not apply to depth images"],
         ),
         (["--detector", rgb, "--rgb", ""], ["--rgb '' names no file"]),
         (["--detector", rgb, "--rgb", tmp_path / "none"], ["none"]),
@@ -625,6 +625,25 @@ def test_distance_of_the_class_is_that_of_cleaned_clouds(tmp_path: Path) -> None
         files = SampleFiles("part", xyz=tmp_path / "part.tiff", form=CloudForm(distance=distance))
         loaded = SampleReader([files], frozenset({"xyz"}), SIDE, cleaning=CleaningRule())[0]
         assert (loaded.problem == "") == (expected == "") and expected in loaded.problem
+
+
+def test_snippets_of_the_docs_run_with_turned_axes(
+    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    detector = load_detector(fitted.detectors["DINO+Point_MAE"], "cpu")
+    detector.clouds = CloudForm(camera_frame=False, distance=detector.clouds.distance)
+    save_detector(detector, "detectors/bagel")
+    shutil.copytree(fitted.data / "train", "datasets/mvtec3d/bagel/validation")
+    for path in tmp_path.rglob("*.tiff"):
+        write_organized_pc(path, read_organized_pc(path) * np.float32([1, -1, -1]))
+    shutil.copy(path, "part.tiff")
+    shutil.copy(next(tmp_path.rglob("*.png")), "part.png")
+    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/PREDICT.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(compile(snippet, "docs/PREDICT.md", "exec"), {})
+    assert Path("detectors_5_percent/bagel/config.json").is_file()
 
 
 def test_failed_cleaning(fitted: Fitted, raw: Path, tmp_path: Path) -> None:

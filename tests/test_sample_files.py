@@ -338,6 +338,19 @@ def test_depth_maps_in_other_formats(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("value", "scale", "named"), [(-1, 0.001, -0.001), (-1, 1, -1), (65535, 0.001, 65.535)])
+def test_missing_value_that_a_depth_map_is_refused_with_is_accepted(
+    tmp_path: Path, value: int, scale: float, named: float
+) -> None:
+    depth = np.random.default_rng(0).uniform(400, 420, (H, W)).astype(np.float32) * np.float32(0.001 / scale)
+    depth[:, 0] = value
+    np.save(tmp_path / "a.npy", depth)
+    camera = replace(CAMERA, depth_scale=scale)
+    assert f"Give --missing_value={named:g} if" in error_of(lambda: read_cloud(tmp_path / "a.npy", camera))
+    read = read_cloud(tmp_path / "a.npy", camera, missing_value=named)
+    assert not read[:, 0].any() and read[:, 1:].all()
+
+
 def test_clouds_beside_depth_maps(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", cloud())
     write_organized_pc(tmp_path / "a.tiff", cloud())

@@ -221,6 +221,16 @@ def test_evaluation_fits_nothing_and_writes_only_results(
     assert (run.folder / "pred_maps/bagel/hole/000.png").is_file()
 
 
+def test_clouds_are_compared_with_those_of_the_fit(
+    data: Path, single: tuple[Run, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data / "bagel/test", tmp_path / "data/bagel/test")
+    for path in tmp_path.rglob("*.tiff"):
+        tifffile.imwrite(path, 10 * tifffile.imread(path), photometric="rgb")
+    flags = ["--dataset_path", tmp_path / "data", "--load_detector", single[1], "--output_dir", tmp_path / "out"]
+    assert "those of its class 0." in refusal(capsys, *flags)
+
+
 def test_precision_can_be_changed_when_loading(data: Path, single: tuple[Run, Path], tmp_path: Path) -> None:
     fitted, detectors = single
     flags = ["--dataset_path", data, "--classes", "bagel", "--load_detector", detectors, "--point_ops", "torch"]

@@ -35,7 +35,7 @@ from utils.errors import InputError, exit_on_error, show
 from utils.records import METERS, CloudForm, SampleFiles
 from utils.scans.cloud_check import checked_cloud, class_form
 from utils.scans.files import files_by_modality, is_good, make_folder, subfolders
-from utils.scans.images import defect_mask, defect_share, open_image, read_image, set_max_megapixels, warn_of
+from utils.scans.images import defect_mask, defect_share, open_image, read_image, set_max_megapixels, warn_once
 from utils.scans.organized_pc import read_organized_pc
 
 ROWS = 4  # most scans of a class in the preview
@@ -121,10 +121,7 @@ def _complete_scans(folder: Path, root: Path, failed: dict[str, str]) -> list[Sc
 
 
 def clean_files(scan: Scan, config: Config, forms: Mapping[str, tuple[CloudForm, CloudForm]]) -> Result:
-    """Clean one scan with the `class_forms` and, except in a dry run, write the results.
-
-    Errors as in `clean_scan` and `write_results`, and where `checked_cloud` refuses the raw or the cleaned cloud.
-    """
+    """Clean one scan with its `class_forms` and, except in a dry run, write it; errors as in both functions."""
     path, (raw, cleaned) = _source(scan, "xyz"), forms.get(scan.name.partition("/")[0], (config.form, METERS))
     xyz, rgb, gt = _read(scan)
     clean = clean_scan(checked_cloud(path, xyz, raw), rgb, gt, config.rule)
@@ -170,7 +167,7 @@ def _read(scan: Scan) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         gt = np.asarray(image) if has_ids else defect_mask(image).astype(np.uint8) * 255
     if "alpha channel" in problem:  # the result has none
         raise InputError(problem)
-    warn_of(path, problem)
+    warn_once(path.parent, problem)
     return xyz, rgb, gt
 
 

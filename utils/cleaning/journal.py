@@ -104,7 +104,6 @@ class Journal:
 
     def read(self) -> None:
         """Read manifest and journal again without writing anything; errors as in the constructor."""
-        self.is_new = not (self.output / MANIFEST).is_file()
         manifest = read_manifest(self.output) or Manifest(SCHEMA, self.settings, {})
         self._check_settings(manifest.settings)
         self.done, self.renaming = manifest.scans, manifest.in_journal

@@ -113,7 +113,7 @@ def _start_worker(max_pixels: int | None) -> None:
 
 def require_own_folder(scans: list[Scan], journal: Journal) -> None:
     """Raise InputError for an output folder with scans that the script did not write."""
-    if not scans or not journal.is_new or scans[0].is_in(journal.output):
+    if not scans or (journal.output / MANIFEST).is_file() or scans[0].is_in(journal.output):
         return
     found = [*journal.output.glob("*/*/*/xyz/[!.]*"), *journal.output.glob("*/*/*/rgb/[!.]*")]
     if found:

@@ -19,6 +19,7 @@ NEAREST = 0.032  # meters; point sampling skips nearer points (see docs/DATA.md)
 FARTHEST = 20.0  # meters; if an object is farther away, its coordinates have another unit
 MAX_RATIO = 5.0  # between the median distances of a cloud and of its class
 MAX_SHARE = 0.01  # of the pixels with the same point, and of the points behind the camera
+SATURATED = 10.0  # times the median z: no wall behind an object is that far
 MIN_DISTINCT = 0.1  # share of the points that differ from one another
 DRAWN = 4_000  # points that are checked in a larger cloud
 
@@ -45,7 +46,7 @@ def checked_cloud(name: Path | str, xyz: np.ndarray, form: CloudForm = METERS, u
     stored = float(np.median(np.linalg.norm(points, axis=1)))
     distance = stored * UNITS[form.unit]
     problem = f"The median point of {name} is {distance:.4g} m away"
-    if not NEAREST <= distance <= FARTHEST:
+    if not (NEAREST if form.camera_frame else 0) <= distance <= FARTHEST:
         fitting = " or ".join(unit for unit, scale in UNITS.items() if NEAREST <= stored * scale <= FARTHEST)
         fix = f"Give --xyz_unit {fitting} if that is its unit." if fitting else "Convert its coordinates."
         raise InputError(f"{problem}, expected an object between {NEAREST:g} and {FARTHEST:g} m. {unit_fix or fix}")
@@ -84,11 +85,13 @@ def _require_surface(name: Path | str, points: np.ndarray, measured: np.ndarray,
     """Raise InputError if the points (N, 3) of the pixels `measured` (H, W) repeat, or lie in one row or column.
 
     A point in many pixels marks missing ones. A z in many pixels may be that of a wall. It marks missing ones if it is
-    behind the camera and most others are not, or if it is too far in any unit.
+    behind the camera and most others are not, too far in any unit, or the largest z by far, as in a saturated pixel.
     """
     x, y, z = points.T
-    in_front = camera_frame and np.median(np.unique(z)) > 0
-    impossible = (z < 0) & in_front | (np.abs(z) > MAX_COORDINATE / min(UNITS.values()))
+    levels = np.unique(z)
+    in_front = camera_frame and np.median(levels) > 0
+    saturated = z > max(SATURATED * np.median(levels), 2 * levels[-2:][0])  # a wall has several z
+    impossible = (z < 0) & in_front | saturated & in_front | (np.abs(z) > MAX_COORDINATE / min(UNITS.values()))
     identity = np.where(impossible, z, x + np.pi * y + np.e * z)  # in practice equal only for equal points
     _, first, counts = np.unique(identity, return_index=True, return_counts=True)
     share = float(counts.max() / len(points) * measured.mean())

@@ -122,7 +122,8 @@ def read_cloud(
     """Read an organized point cloud in the format that its suffix names.
 
     `path` is a .tiff, .tif, .npy, .pcd or .ply file, or with the camera that took it a depth map (see `holds_depth`).
-    `form` holds fields of CloudForm, such as unit="mm"; a depth map has the scale of its camera instead of a unit.
+    `form` holds fields of CloudForm, such as unit="mm". A depth map has the scale of its camera instead of a unit, and
+    a missing_value in meters.
     `image_size` is as in `read_ply`.
 
     Returns (H, W, 3) float32, meters; a pixel without a measurement is exactly (0, 0, 0). Raises InputError if the file
@@ -144,7 +145,8 @@ def read_cloud(
         problem = f"{path} has {high} x {wide} pixels (H x W), the intrinsics say {expected[0]} x {expected[1]}"
         raise InputError(f"{problem}. Give matching ones.")
     cloud = back_project(array.reshape(high, wide), camera)
-    return checked_cloud(path, cloud, unit_fix="Correct the depth_scale of its camera.")
+    stored = CloudForm(missing_value=form.get("missing_value"))
+    return checked_cloud(path, cloud, stored, unit_fix="Correct the depth_scale of its camera.")
 
 
 def holds_depth(path: Path) -> bool:
