@@ -444,7 +444,8 @@ def test_other_light_in_the_same_target_is_refused(published: Path, tmp_path: Pa
 def test_target_of_the_other_script_is_refused(published: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
-    (target / "preprocessing.json").write_text('{"schema": 1, "settings": {"cluster_eps": 0.006}, "scans": {}}')
+    content = {"schema": 1, "settings": {"cluster_eps": 0.006}, "scans": {"bagel/train/good/000": {}}}
+    (target / "preprocessing.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"out was written by the other script, utils/preprocessing.py. Give another"):
         run(published, target)
     assert sorted(contents(target)) == ["preprocessing.json"]
