@@ -106,8 +106,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits on --help, --version and wrong flags."""
     parser = Parser(__doc__, {**FILE_BOUNDS, "batch_size": (1, 1024), "num_workers": (0, MOST_WORKERS)})
     add = parser.add_argument_group("samples").add_argument
-    text = "folder made by main.py --save_detector; it gives the default --xyz_unit and --missing_value"
-    add("--detector", type=Path, required=True, help=text)
+    add("--detector", type=Path, required=True, help="fitted detector; has defaults of --xyz_unit and --missing_value")
     add("--rgb", help="image, folder of images, or quoted pattern: .png, .jpg, .bmp, .webp, .tif")
     add("--xyz", help="organized point cloud, folder or pattern: .tiff, .npy, .pcd, .ply, or depth .png (--intrinsics)")
     add("--intrinsics", type=Path, help="JSON file with the camera's fx, fy, cx, cy, depth_scale, see docs/DATA.md")

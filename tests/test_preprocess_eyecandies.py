@@ -169,6 +169,8 @@ def test_meters_of_stored_depth() -> None:
     expected = [[0, 2 + 3 / 65535, 2.6], [2 + 3 * 32768 / 65535, 5, 0]]
     np.testing.assert_allclose(meters_of(stored, 2, 5), expected, rtol=1e-14)
     assert meters_of(stored.astype(np.float64), 2, 5).dtype == np.float64
+    expected[1][1] = 0
+    np.testing.assert_allclose(meters_of(stored, 2, 5, missing=65535), expected, rtol=1e-14)
 
 
 def unproject_pixel_by_pixel(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
@@ -431,6 +433,20 @@ def test_light_chooses_the_image_and_nothing_else(published: Path, tmp_path: Pat
         changed = {name for name in found if found[name] != default[name]}
         assert changed == (set() if light == 4 else {n for n in found if "/rgb/" in n} | {"preprocessing.json"})
         assert json.loads(found["preprocessing.json"])["settings"]["light"] == light
+
+
+def test_missing_value_of_the_stored_depth(published: Path, tmp_path: Path) -> None:
+    depth = published / "Confetto/train/data/000_depth.png"
+    stored = np.asarray(Image.open(depth)).astype(np.uint16)
+    middle = np.s_[HEIGHT // 2 - 2 : HEIGHT // 2 + 2, WIDTH // 2]
+    for value, out in ((0, "zero"), (65535, "largest")):
+        stored[middle] = value
+        Image.fromarray(stored).save(depth)
+        assert run(published, tmp_path / out, *(["--missing_value", value] if value else [])) == 0
+    clouds = [(tmp_path / out / "Confetto/train/good/xyz/000.tiff").read_bytes() for out in ("zero", "largest")]
+    assert clouds[0] == clouds[1]
+    with pytest.raises(InputError, match=r"with missing_value 65535 \(now not given\)"):
+        run(published, tmp_path / "largest")
 
 
 def test_other_light_in_the_same_target_is_refused(published: Path, tmp_path: Path) -> None:

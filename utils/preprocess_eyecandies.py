@@ -52,11 +52,12 @@ class Config:
     classes: Sequence[str] | None
     light: int
     workers: int
+    missing_value: int = 0
 
 
-def meters_of(stored: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Convert 16-bit depth (H, W) to float64 meters; 0, a missing measurement, stays 0."""
-    return np.where(stored == 0, 0.0, stored / 65535 * (high - low) + low)
+def meters_of(stored: np.ndarray, low: float, high: float, missing: int = 0) -> np.ndarray:
+    """Convert 16-bit depth (H, W) to float64 meters; 0 and `missing`, which mark missing measurements, become 0."""
+    return np.where(np.isin(stored, (0, missing)), 0.0, stored / 65535 * (high - low) + low)
 
 
 def unproject(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
@@ -148,13 +149,13 @@ def _scan_of(prefix: Path, split: str, light: int) -> Scan:
     return Scan(f"{split}/{defect}/{int(prefix.name):03d}", sources)
 
 
-def convert_files(scan: Scan, target: Path) -> Result:
+def convert_files(scan: Scan, target: Path, missing_value: int = 0) -> Result:
     """Convert one sample and write the results under temporary names.
 
     Raises InputError or OSError if a file cannot be read or written, sizes differ, or the table cannot be found.
     """
     depth, limits, pose = scan.sources["xyz"]
-    arrays = {"xyz": organized_cloud(_read_depth(depth, limits), _read_pose(pose))}
+    arrays = {"xyz": organized_cloud(_read_depth(depth, limits, missing_value), _read_pose(pose))}
     if not arrays["xyz"].any():
         raise InputError(f"Nothing of {depth} lies inside the box on the table. Leave the sample out.")
     arrays["rgb"] = read_image(scan.sources["rgb"][0])
@@ -174,11 +175,13 @@ def preprocess(config: Config) -> Summary:
     if target.resolve() == config.dataset_path.resolve():
         raise InputError(f"--target_dir {target} is the dataset itself. Give another folder.")
     scans, failed = find_scans(config.dataset_path, config.classes, config.light)
-    journal = Journal(target, {"converter": "eyecandies", "version": VERSION, "light": config.light})
-    return process_scans(scans, journal, partial(convert_files, target=target), config.workers, failed)
+    missing = config.missing_value
+    settings = {"converter": "eyecandies", "version": VERSION, "light": config.light, "missing_value": missing}
+    process = partial(convert_files, target=target, missing_value=missing)
+    return process_scans(scans, Journal(target, settings), process, config.workers, failed)
 
 
-def _read_depth(path: Path, limits: Path) -> np.ndarray:
+def _read_depth(path: Path, limits: Path, missing: int) -> np.ndarray:
     try:
         normalization = yaml.safe_load(limits.read_text(encoding="utf-8"))["normalization"]
         low, high = float(normalization["min"]), float(normalization["max"])
@@ -191,7 +194,7 @@ def _read_depth(path: Path, limits: Path) -> np.ndarray:
         stored, mode = np.asarray(image), image.mode
     if not mode.startswith("I"):
         raise InputError(f"{path} holds an image of mode {mode}, expected 16-bit gray. Copy it again from the dataset.")
-    return meters_of(stored.astype(np.float64), low, high)
+    return meters_of(stored.astype(np.float64), low, high, missing)
 
 
 def _read_pose(path: Path) -> np.ndarray:
@@ -212,12 +215,13 @@ def _read_mask(path: Path) -> np.ndarray:
 
 def parse_args(argv: Sequence[str] | None) -> Config:
     """Read the flags."""
-    parser = Parser((__doc__ or "").split("\n\n")[0], {"workers": (1, MOST_WORKERS)})
+    parser = Parser((__doc__ or "").split("\n\n")[0], {"workers": (1, MOST_WORKERS), "missing_value": (0, 65535)})
     parser.add_argument("--dataset_path", type=Path, required=True, help="folder that holds the classes as published")
     parser.add_argument("--target_dir", type=Path, required=True, help="folder for the converted classes")
     parser.add_argument("--classes", nargs="+", type=normpath, help="classes to convert (default: all)")
     parser.add_argument("--light", type=int, default=4, choices=LIGHTS, help="light whose image becomes rgb")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; by default one per core")
+    parser.add_argument("--missing_value", type=int, default=0, help="stored depth of missing pixels, besides 0")
     return Config(**vars(parser.parse_args(argv)))
 
 

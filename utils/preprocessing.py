@@ -128,9 +128,8 @@ def clean_files(scan: Scan, config: Config, forms: Mapping[str, tuple[CloudForm,
     checked_cloud(path, clean.xyz, cleaned)
     if config.dry_run:
         return {}, clean.doubt
-    arrays = {"xyz": clean.xyz, "rgb": clean.rgb, "gt": clean.gt}
-    written = {name: array for name, array in arrays.items() if array is not None}
-    return write_results(scan, written, config.output), clean.doubt
+    arrays = {modality: getattr(clean, modality) for modality in scan.sources}
+    return write_results(scan, arrays, config.output), clean.doubt
 
 
 def class_forms(scans: Sequence[Scan], config: Config) -> dict[str, tuple[CloudForm, CloudForm]]:
@@ -162,13 +161,12 @@ def _read(scan: Scan) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         return xyz, rgb, None
     path = _source(scan, "gt")
     _, problem = defect_share(path, not is_good(scan.name.split("/")[2]))
-    with open_image(path) as image:  # 8-bit ids as stored, any other form as 0 and 255
-        has_ids = image.mode == "L" and image.format == "PNG"
-        gt = np.asarray(image) if has_ids else defect_mask(image).astype(np.uint8) * 255
     if "alpha channel" in problem:  # the result has none
         raise InputError(problem)
     warn_once(path.parent, problem)
-    return xyz, rgb, gt
+    with open_image(path) as image:  # 8-bit ids as stored, any other form as 0 and 255
+        has_ids = image.mode == "L" and image.format == "PNG"
+        return xyz, rgb, np.asarray(image) if has_ids else defect_mask(image).astype(np.uint8) * 255
 
 
 def preview(config: Config, path: Path, flagged: Container[str] = ()) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -12,8 +11,6 @@ from utils.choices import UNITS
 from utils.errors import InputError
 from utils.records import METERS, CloudForm, SampleFiles
 from utils.scans.organized_pc import MAX_COORDINATE, as_cloud, read_organized_pc, valid_mask
-
-Item = TypeVar("Item")
 
 NEAREST = 0.032  # meters; point sampling skips nearer points (see docs/DATA.md), so no object lies there
 FARTHEST = 20.0  # meters; if an object is farther away, its coordinates have another unit
@@ -75,10 +72,10 @@ def class_form(samples: Sequence[SampleFiles], form: CloudForm) -> CloudForm:
     return replace(form, distance=float(np.median(distances))) if distances else form
 
 
-def spread(items: Sequence[Item], number: int = 5) -> list[Item]:
-    """At most `number` items, evenly spaced from the first to the last."""
-    count = min(number, len(items))
-    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
+def spread(samples: Sequence[SampleFiles]) -> list[SampleFiles]:
+    """At most five samples, evenly spaced from the first to the last."""
+    count = min(5, len(samples))
+    return [samples[round(i * (len(samples) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def _require_surface(name: Path | str, points: np.ndarray, measured: np.ndarray, camera_frame: bool) -> None:

@@ -145,8 +145,7 @@ def read_cloud(
         problem = f"{path} has {high} x {wide} pixels (H x W), the intrinsics say {expected[0]} x {expected[1]}"
         raise InputError(f"{problem}. Give matching ones.")
     cloud = back_project(array.reshape(high, wide), camera)
-    stored = CloudForm(missing_value=form.get("missing_value"))
-    return checked_cloud(path, cloud, stored, unit_fix="Correct the depth_scale of its camera.")
+    return checked_cloud(path, cloud, CloudForm(missing_value=form.get("missing_value")), "Correct the depth_scale.")
 
 
 def holds_depth(path: Path) -> bool:
