@@ -85,9 +85,7 @@ class PredictSettings:
 
         clouds = [each.xyz for each in found.samples if each.xyz is not None and self.intrinsics is not None]
         if clouds and not any(map(holds_depth, clouds)):
-            raise InputError(
-                "--intrinsics only applies to depth images, but --xyz has none. Remove it or pass depth images."
-            )
+            raise InputError("--intrinsics only applies to depth images, but --xyz has none. Remove it, or pass some.")
         if clouds and self.xyz_unit and all(map(holds_depth, clouds)):
             raise InputError("--xyz_unit does not apply to depth images. Use their depth_scale.")
         folder = self.output_dir.resolve()

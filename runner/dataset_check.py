@@ -150,8 +150,7 @@ def dataset_forms(args: argparse.Namespace) -> tuple[CloudForm, CloudForm]:
     stored = CloudForm(camera_frame=given.camera_frame and script_of(manifest.settings) == "preprocessing")
     if (given.unit, given.missing_value) != (stored.unit, stored.missing_value):
         problem = f"{args.dataset_path} is preprocessed ({MANIFEST} is there), so its clouds are in meters"
-        again = f"or run utils/{script_of(manifest.settings)}.py again for samples that it left out"
-        raise InputError(f"{problem}. Leave out --xyz_unit and --missing_value, {again}.")
+        raise InputError(f"{problem}. Leave out --xyz_unit and --missing_value, or preprocess the remaining samples.")
     unit, missing_value = manifest.settings.get("xyz_unit", "m"), manifest.settings.get("missing_value")
     return stored, replace(stored, unit=unit, missing_value=missing_value)
 

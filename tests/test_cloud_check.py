@@ -377,7 +377,7 @@ def test_scan_that_preprocessing_left_out_is_explained(tmp_path: Path, caplog: p
     assert failed.returncode == 2 and "--xyz_unit mm" in failed.stderr
     assert "were not preprocessed like the others" in caplog.text
     failed = call_script(main_script.main, "--dataset_path", root, *flags, "--xyz_unit", "mm")
-    assert "or run utils/preprocessing.py again for samples that it left out." in failed.stderr
+    assert "Leave out --xyz_unit and --missing_value, or preprocess the remaining samples." in failed.stderr
 
 
 @pytest.mark.parametrize("place", [[], ["--output_dir", "out"]], ids=["in place", "elsewhere"])

@@ -149,13 +149,13 @@ def _scan_of(prefix: Path, split: str, light: int) -> Scan:
     return Scan(f"{split}/{defect}/{int(prefix.name):03d}", sources)
 
 
-def convert_files(scan: Scan, target: Path, missing_value: int = 0) -> Result:
+def convert_files(scan: Scan, config: Config) -> Result:
     """Convert one sample and write the results under temporary names.
 
     Raises InputError or OSError if a file cannot be read or written, sizes differ, or the table cannot be found.
     """
     depth, limits, pose = scan.sources["xyz"]
-    arrays = {"xyz": organized_cloud(_read_depth(depth, limits, missing_value), _read_pose(pose))}
+    arrays = {"xyz": organized_cloud(_read_depth(depth, limits, config.missing_value), _read_pose(pose))}
     if not arrays["xyz"].any():
         raise InputError(f"Nothing of {depth} lies inside the box on the table. Leave the sample out.")
     arrays["rgb"] = read_image(scan.sources["rgb"][0])
@@ -166,7 +166,7 @@ def convert_files(scan: Scan, target: Path, missing_value: int = 0) -> Result:
         if array.shape[:2] != (height, width):
             found = f"{scan.sources[modality][0]} is {array.shape[0]} x {array.shape[1]}"
             raise InputError(f"{found}, its depth {height} x {width} (H x W). Copy them again from the dataset.")
-    return write_results(scan, arrays, target), ""
+    return write_results(scan, arrays, config.target_dir), ""
 
 
 def preprocess(config: Config) -> Summary:
@@ -175,10 +175,9 @@ def preprocess(config: Config) -> Summary:
     if target.resolve() == config.dataset_path.resolve():
         raise InputError(f"--target_dir {target} is the dataset itself. Give another folder.")
     scans, failed = find_scans(config.dataset_path, config.classes, config.light)
-    missing = config.missing_value
-    settings = {"converter": "eyecandies", "version": VERSION, "light": config.light, "missing_value": missing}
-    process = partial(convert_files, target=target, missing_value=missing)
-    return process_scans(scans, Journal(target, settings), process, config.workers, failed)
+    flags = {"light": config.light, "missing_value": config.missing_value}
+    journal = Journal(target, {"converter": "eyecandies", "version": VERSION} | flags)
+    return process_scans(scans, journal, partial(convert_files, config=config), config.workers, failed)
 
 
 def _read_depth(path: Path, limits: Path, missing: int) -> np.ndarray:
