@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from main_runs import write_bagels
 
 import main as main_script
+import predict
 from dataset import make_sample
 from runner.dataset_check import check_split, dataset_forms
 from utils import preprocessing
@@ -396,3 +397,10 @@ def test_preprocessing_refuses_the_scan_in_another_unit_every_time(
         assert refused.returncode == 1 and "failed 1" in refused.stdout
         assert f"The median point of {odd} is 0.0" in refused.stdout and "those of its class 0." in refused.stdout
         assert odd.read_bytes() == before
+
+
+def test_help_names_the_source_of_the_default_unit(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        predict.parse_args(["--help"])
+    described = " ".join(capsys.readouterr().out.split())
+    assert "fitted detector; has defaults of --xyz_unit and --missing_value" in described
