@@ -144,6 +144,8 @@ def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoin
     Raises:
         InputError: unknown name, img_size that is not a multiple of the patch size, missing or wrong checkpoint.
     """
+    import torch
+
     from models import rgb_backbone
     from utils.checkpoint_files import check_checkpoint
 
@@ -152,6 +154,8 @@ def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoin
         raise InputError(f"{checkpoint} is not used, because the weights of {name} come with pip. Leave it out.")
     if not spec.files.names:
         return spec.build(img_size).eval()
+    with torch.device("meta"):  # refuses a wrong name or size in no time; a large network takes a minute to build
+        spec.build(img_size)
     path = checkpoint or spec.files.find(checkpoint_dir)
     if path is None:
         logger.info("%s is not in %s. Downloading it with timm.", " or ".join(spec.files.names), checkpoint_dir)

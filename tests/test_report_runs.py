@@ -80,7 +80,7 @@ def test_folder_at_the_path_of_a_file_is_refused(
     path = tmp_path / "out" / name
     path.mkdir(parents=True)
     message = refusal(capsys, *SMALL, "--dataset_path", bagels, "--output_dir", tmp_path / "out")
-    assert f"{path} is a folder, but should be a file. Choose another --output_dir." in message
+    assert f"{path} is not a file. Move it away, or choose another --output_dir." in message
     assert list((tmp_path / "out").rglob("*.*")) == [path]
 
 

@@ -410,7 +410,7 @@ def received(name: str, given: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tenso
     """Image that reaches the network of a backbone."""
     seen: list[Tensor] = []
     monkeypatch.setattr(rgb_backbone, "load_vision_transformer", lambda backbone, path: backbone)
-    backbone = build_rgb_backbone(name, Path(), given.shape[-1], Path("not read"))
+    backbone = build_rgb_backbone(name, Path(), given.shape[-1], Path(__file__))
     assert isinstance(backbone, VisionTransformerBackbone)
 
     def keep(rgb: Tensor) -> Tensor:
@@ -491,7 +491,7 @@ def test_listed_grids_and_widths_are_those_of_the_rgb_features(
     monkeypatch.setattr(rgb_backbone, "load_vision_transformer", lambda backbone, path: backbone)
     device = "meta" if RGB_BACKBONES[name].files.names else "cpu"
     with torch.device(device):
-        backbone = build_rgb_backbone(name, Path(), 112, Path("not read") if device == "meta" else None)
+        backbone = build_rgb_backbone(name, Path(), 112, Path(__file__) if device == "meta" else None)
         patches, width = backbone(torch.zeros(1, 3, 112, 112)).shape[1:]
     side = int(patches**0.5)
     assert (listed[name].width, listed[name].grid) == (width, f"{side} x {side}")

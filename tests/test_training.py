@@ -343,7 +343,7 @@ def test_failed_write_keeps_the_older_checkpoint(
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match=r"last\.pth cannot be written \(disk full\)"):
         save_checkpoint(path, *trained, Progress(epoch=1), ARGS)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
