@@ -28,7 +28,7 @@ from tqdm import tqdm
 from utils.errors import InputError
 from utils.records import METERS, CloudForm, Sample, SampleFiles
 from utils.scans.cloud_check import checked_cloud
-from utils.scans.files import ALSO_GOOD, FILE_SUFFIXES, FOLDERS, GOOD, files_by_modality, is_good, subfolders
+from utils.scans.files import FILE_SUFFIXES, FOLDERS, GOOD, check_folder, files_by_modality, is_good, subfolders
 from utils.scans.images import defect_mask, defect_share, image_size, open_image, read_image, warn_once
 from utils.scans.organized_pc import check_organized, organized_pc_header, read_organized_pc, resize_nearest
 
@@ -56,11 +56,8 @@ def find_classes(dataset_path: Path | str, dataset_type: str, chosen: Sequence[s
     published class is missing.
     """
     root = Path(dataset_path)
-    if not root.is_dir():
-        raise InputError(
-            f"{root} is not a folder. Download {_PUBLISHED[dataset_type]}, preprocess it as the README describes, "
-            "and give its folder with --dataset_path."
-        )
+    source = f"Download {_PUBLISHED[dataset_type]}, preprocess it as the README describes"
+    check_folder(root, f"{source}, and give its folder with --dataset_path.")
     found = [path.name for path in subfolders(root)]
     listing = ", ".join(found) or "no folder"
     for name in chosen or ():
@@ -76,19 +73,11 @@ def find_classes(dataset_path: Path | str, dataset_type: str, chosen: Sequence[s
 
 
 def class_folders(dataset_path: Path | str) -> list[str]:
-    """Return the names of all folders of a dataset that hold a split. An unreadable folder is included, to be reported.
-
-    Raises InputError if the dataset itself is unreadable.
-    """
-    names = []
-    for folder in subfolders(Path(dataset_path)):
-        try:
-            splits = {path.name for path in subfolders(folder)}
-        except InputError:
-            splits = {"test"}
-        if splits & {"train", "validation", "test"}:
-            names.append(folder.name)
-    return names
+    """Return the names of all folders of a dataset that hold a split; InputError if a folder is unreadable."""
+    splits = {"train", "validation", "test"}
+    return [
+        folder.name for folder in subfolders(Path(dataset_path)) if splits & {path.name for path in subfolders(folder)}
+    ]
 
 
 def index_split(class_folder: Path | str, split: str, modalities: frozenset[str]) -> list[SampleFiles]:
@@ -105,20 +94,20 @@ def index_split(class_folder: Path | str, split: str, modalities: frozenset[str]
 
 
 def pair_split(class_folder: Path | str, split: str, modalities: frozenset[str]) -> tuple[list[SampleFiles], list[str]]:
-    """Return the complete samples of a split as `index_split` does, and its errors for the others."""
+    """Return the complete samples of a split as `index_split` does, and its errors for the others.
+
+    Raises InputError if a folder is unreadable.
+    """
     root = Path(class_folder) / split
     files: list[SampleFiles] = []
     problems: list[str] = []
-    try:
-        good = [] if split == "test" else good_folders(root) or [root / GOOD]
-        filled = [folder for folder in good if any(files_by_modality(folder).values())]
-        folders = filled or good or subfolders(root)
-    except InputError as error:
-        return files, [str(error)]
+    good = [] if split == "test" else good_folders(root) or [root / GOOD]
+    filled = [folder for folder in good if any(files_by_modality(folder).values())]
+    folders = filled or good or subfolders(root)
     if not folders:
         problems.append(f"No test samples in {root}. Expected a folder good and one for each type of defect.")
     for folder in folders:
-        if folder.name.casefold() in ALSO_GOOD:
+        if is_good(folder.name) and folder.name.casefold() != GOOD:
             warn_once(folder, f"The name of {folder} marks its samples as good. Rename it if they are defective.")
         complete, faults = _pair_folder(folder, modalities)
         files += complete
@@ -133,10 +122,7 @@ def good_folders(split_folder: Path) -> list[Path]:
 
 def _pair_folder(folder: Path, modalities: frozenset[str]) -> tuple[list[SampleFiles], list[str]]:
     split, defect = folder.parent.name, folder.name
-    try:
-        found = files_by_modality(folder)
-    except InputError as error:
-        return [], [str(error)]
+    found = files_by_modality(folder)
     stems = sorted(set().union(*(found[name] for name in modalities)))
     if not stems:
         name = "training" if split == "train" else split

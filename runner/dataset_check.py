@@ -57,8 +57,13 @@ class _SampleReport(NamedTuple):
     defect: float | None = None  # share of defect pixels; None: not defective
     problem: str = ""  # of the ground truth
     valid: float | None = None
-    depth: tuple[float, float] | None = None
+    depth: tuple[float, ...] = ()  # smallest and largest z, meters
     raw: bool = False
+
+
+def _extent(values: Iterable[float | None]) -> tuple[float, float] | None:
+    numbers = [each for each in values if each is not None]
+    return (min(numbers), max(numbers)) if numbers else None
 
 
 def check_split(
@@ -77,18 +82,15 @@ def check_split(
         checked = pool.map(lambda each: _check_sample(each, modalities), files)
         reports = list(tqdm(checked, total=len(files), desc=escape_controls(f"{folder.name} {split}"), leave=False))
     sound = [each for each in reports if isinstance(each, _SampleReport)]
-    valid = [each.valid for each in sound if each.valid is not None]
-    shares = [each.defect for each in sound if each.defect is not None]
-    depths = [each.depth for each in sound if each.depth is not None]
     return SplitReport(
         folder.name,
         split,
         samples=len(files),
         defective=sum(bool(each.label) for each in files),
-        defect=(min(shares), max(shares)) if shares else None,
+        defect=_extent(each.defect for each in sound),
         sizes=tuple(sorted({each.size for each in sound})),
-        valid=(min(valid), max(valid)) if valid else None,
-        depth=(min(near for near, _ in depths), max(far for _, far in depths)) if depths else None,
+        valid=_extent(each.valid for each in sound),
+        depth=_extent(z for each in sound for z in each.depth),
         raw=sum(each.raw for each in sound),
         problems=(*problems, *(text for each in reports if (text := each if isinstance(each, str) else each.problem))),
     )

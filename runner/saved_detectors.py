@@ -10,7 +10,7 @@ from feature_extractors.config import METHODS, DetectorConfig
 from feature_extractors.detector_record import CONFIG_FILE, SavedDetector, read_saved
 from runner.settings import CONCERNS, applied_flags
 from utils.errors import InputError
-from utils.scans.files import set_aside
+from utils.scans.files import check_folder, set_aside
 
 Saved = Mapping[str, Mapping[str, SavedDetector]]  # by class, then by method
 
@@ -36,6 +36,7 @@ def read_detectors(args: argparse.Namespace, given: Collection[str]) -> Saved:
     for name in sorted(set(given).intersection(FITTING_FLAGS)):
         raise InputError(f"--{name} has no effect with --load_detector. Leave it out.")
     root: Path = args.load_detector
+    check_folder(root, "Give the one that --save_detector named.")
     if (root / CONFIG_FILE).is_file():
         raise InputError(f"{root} is a detector itself. Give the folder above it, {root.absolute().parent}.")
     classes = find_classes(args.dataset_path, args.dataset_type, args.classes)

@@ -173,7 +173,7 @@ def test_restored_originals_are_cleaned_again_and_foreign_files_refused(dataset:
 
 def test_invalid_arguments_and_folders_exit_with_2(dataset: Path, tmp_path: Path) -> None:
     for args, message in [
-        ([tmp_path / "none"], "none holds no <class>/<split>/<defect>/xyz/*.tiff"),
+        ([tmp_path / "none"], "none is not a folder. Give the folder that holds the classes of the dataset."),
         ([dataset / "bagel"], "Give the folder that holds the classes"),
         ([dataset, "--workers", "0"], "--workers is 0. Give a number from 1 to 1024."),
         ([dataset, "--output_dir", dataset / "bagel/test/hole/rgb/000.png"], "cannot be made"),

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from PIL import Image
 
 from utils.cleaning import journal, scan_processing
 from utils.cleaning.journal import FileRecord, Journal, Record, Scan
-from utils.errors import InputError
+from utils.errors import InputError, problem_of
 from utils.preprocessing import preprocess
 
 
@@ -268,10 +269,11 @@ def kill_own_process(scan: Scan) -> Record:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_one_sentence_with_the_scans_in_work() -> None:
+def test_a_killed_worker_is_one_sentence() -> None:
     outcomes, scans = [], [Scan(name, {}) for name in "abcdefgh"]
-    with pytest.raises(InputError, match=r"A worker was killed, .*: d, e\. Run again with .*, such as --workers 1\."):
+    with pytest.raises(BrokenProcessPool) as caught:
         outcomes.extend(scan_processing.process_all(scans, kill_own_process, workers=2))
+    assert str(problem_of(caught.value)).startswith("A worker process was killed, perhaps for lack of memory.")
     assert sorted(scan.name for scan, _ in outcomes) == ["a", "b", "c"]
 
 

@@ -27,7 +27,7 @@ from utils.checkpoint_files import read_checkpoint
 from utils.choices import PAIRINGS, STORAGE_DTYPE_NAMES
 from utils.errors import InputError
 from utils.records import PatchFeatures
-from utils.scans.files import atomic_path
+from utils.scans.files import atomic_path, check_folder
 
 SCHEMA = "m3dm-patches/1"
 SUFFIX, ORIGINAL_SUFFIX = ".safetensors", ".pt"
@@ -182,6 +182,7 @@ class PatchFileDataset(Dataset[tuple[Tensor, Tensor, int]]):
 
 
 def _list_files(folder: Path) -> list[Path]:
+    check_folder(folder, "Give the folder that main.py --save_feature_path wrote.")
     # A leading dot marks a file that is being written.
     ours = sorted(path for path in folder.glob(f"*/*{SUFFIX}") if not path.name.startswith("."))
     originals = sorted(folder.glob(f"*{ORIGINAL_SUFFIX}"))

@@ -29,7 +29,7 @@ from utils.cleaning.journal import Journal, Scan
 from utils.cleaning.scan_processing import Result, Summary, process_scans, report, write_results
 from utils.command_line import MOST_WORKERS, Parser
 from utils.errors import InputError, exit_on_error
-from utils.scans.files import cannot_read, subfolders
+from utils.scans.files import check_folder, subfolders
 from utils.scans.images import defect_mask, open_image, read_image
 
 VERSION = 2  # of the conversion: raise it when the same sample gives another result or record
@@ -110,9 +110,10 @@ def organized_cloud(depth: np.ndarray, pose: np.ndarray) -> np.ndarray:
 def find_scans(root: Path, classes: Sequence[str] | None, light: int) -> tuple[list[Scan], dict[str, str]]:
     """Find the samples of the published layout. Any of its files is enough to find a sample.
 
-    Returns the scans as they will be written, and the reason for each unreadable mask and each unreadable split. Raises
-    InputError if `root` cannot be read, a class is not there, or there are no samples at all.
+    Returns the scans as they will be written, and the reason for each unreadable mask. Raises InputError if a class is
+    not there or there are no samples, OSError if a folder cannot be read.
     """
+    check_folder(root, "Give the folder that holds the classes of Eyecandies.")
     folders = {folder.name: folder for folder in subfolders(root)}
     if unknown := sorted(set(classes or ()) - folders.keys()):
         raise InputError(f"{root} has no class {unknown[0]}. --classes takes {', '.join(folders) or 'nothing here'}.")
@@ -120,11 +121,7 @@ def find_scans(root: Path, classes: Sequence[str] | None, light: int) -> tuple[l
     failed: dict[str, str] = {}
     for name, split in itertools.product(sorted(set(classes or folders)), SPLITS):
         data = folders[name] / split / "data"
-        try:
-            found = [_SAMPLE_FILE.fullmatch(path.name) for path in data.iterdir()] if data.is_dir() else []
-        except OSError as error:
-            failed[f"{name}/{SPLITS[split]}"] = str(cannot_read(data, error))
-            continue
+        found = [_SAMPLE_FILE.fullmatch(path.name) for path in data.iterdir()] if data.is_dir() else []
         for number in sorted({match[1] for match in found if match}):
             try:
                 scans.append(_scan_of(data / number, f"{name}/{SPLITS[split]}", light))

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from utils.choices import CLEANING_FLAGS
-from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
+from utils.cleaning.cloud_cleaning import CleaningRule, CleanScan, clean_scan
 from utils.cleaning.journal import MANIFEST, Journal, Scan, read_manifest
 from utils.cleaning.preview import FORMATS, Pair, write_preview
 from utils.cleaning.scan_processing import Result, Summary, process_scans, report, write_results
@@ -34,11 +34,13 @@ from utils.command_line import FILE_BOUNDS, MOST_WORKERS, Parser, add_file_flags
 from utils.errors import InputError, exit_on_error, show
 from utils.records import METERS, CloudForm, SampleFiles
 from utils.scans.cloud_check import checked_cloud, class_form
-from utils.scans.files import files_by_modality, is_good, make_folder, subfolders
+from utils.scans.files import check_folder, files_by_modality, is_good, make_folder, subfolders
 from utils.scans.images import defect_mask, defect_share, open_image, read_image, set_max_megapixels, warn_once
 from utils.scans.organized_pc import read_organized_pc
 
 ROWS = 4  # most scans of a class in the preview
+Forms = Mapping[str, tuple[CloudForm, CloudForm]]  # by class: of raw and of cleaned clouds
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # xyz, rgb, gt
 VERSION = 1  # of the cleaning: raise it when the same scan and rule give another result
 
 
@@ -72,29 +74,19 @@ class Config:
 def find_scans(root: Path) -> tuple[list[Scan], dict[str, str]]:
     """List the scans under `root`, sorted; hidden folders are left out.
 
-    With them comes the reason for each scan that lacks a file and each folder that cannot be read. Raises InputError
-    where `root` cannot be read, or holds no scans in the layout of MVTec 3D-AD.
+    With them comes the reason for each scan that lacks a file. Raises InputError if a folder cannot be read, or there
+    are no scans in the layout of MVTec 3D-AD.
     """
+    check_folder(root, "Give the folder that holds the classes of the dataset.")
     scans: list[Scan] = []
     failed: dict[str, str] = {}
-    for folder in subfolders(root):
-        scans += _scans_below(folder, root, failed)
+    splits = [split for class_folder in subfolders(root) for split in subfolders(class_folder)]
+    for folder in (folder for split in splits for folder in subfolders(split)):
+        scans += _complete_scans(folder, root, failed)
     if not scans and not failed:
         problem = f"{root} holds no <class>/<split>/<defect>/xyz/*.tiff"
         raise InputError(f"{problem}. Give the folder that holds the classes.")
     return scans, failed
-
-
-def _scans_below(folder: Path, root: Path, failed: dict[str, str]) -> list[Scan]:
-    """Return the scans below a folder of a class, split or defect, and put unreadable folders into `failed`."""
-    place = folder.relative_to(root)
-    try:
-        if len(place.parts) == 3:
-            return _complete_scans(folder, root, failed)
-        return [scan for each in subfolders(folder) for scan in _scans_below(each, root, failed)]
-    except InputError as error:
-        failed[place.as_posix()] = str(error)
-        return []
 
 
 def _complete_scans(folder: Path, root: Path, failed: dict[str, str]) -> list[Scan]:
@@ -120,21 +112,29 @@ def _complete_scans(folder: Path, root: Path, failed: dict[str, str]) -> list[Sc
     return scans
 
 
-def clean_files(scan: Scan, config: Config, forms: Mapping[str, tuple[CloudForm, CloudForm]]) -> Result:
+def clean_files(scan: Scan, config: Config, forms: Forms) -> Result:
     """Clean one scan with its `class_forms` and, except in a dry run, write it; errors as in both functions."""
-    path, (raw, cleaned) = _source(scan, "xyz"), forms.get(scan.name.partition("/")[0], (config.form, METERS))
-    xyz, rgb, gt = _read(scan)
-    clean = clean_scan(checked_cloud(path, xyz, raw), rgb, gt, config.rule)
-    checked_cloud(path, clean.xyz, cleaned)
+    _, clean = _clean(scan, _read(scan), config, forms)
     if config.dry_run:
         return {}, clean.doubt
     arrays = {modality: getattr(clean, modality) for modality in scan.sources}
     return write_results(scan, arrays, config.output), clean.doubt
 
 
-def class_forms(scans: Sequence[Scan], config: Config) -> dict[str, tuple[CloudForm, CloudForm]]:
+def _clean(scan: Scan, arrays: Arrays, config: Config, forms: Forms) -> tuple[np.ndarray, CleanScan]:
+    """Return the cloud in meters and the cleaned scan."""
+    path, (raw, cleaned) = _source(scan, "xyz"), forms.get(scan.name.partition("/")[0], (config.form, METERS))
+    xyz, rgb, gt = arrays
+    xyz = checked_cloud(path, xyz, raw)
+    clean = clean_scan(xyz, rgb, gt, config.rule)
+    checked_cloud(path, clean.xyz, cleaned)
+    return xyz, clean
+
+
+def class_forms(scans: Sequence[Scan], config: Config) -> Forms:
     """Forms of raw and of cleaned clouds for each unfinished class. One has the distance: of cleaned ones, if any."""
-    done, forms = config.journal().done, {}
+    done = config.journal().done
+    forms: dict[str, tuple[CloudForm, CloudForm]] = {}
     samples: dict[str, tuple[list[SampleFiles], list[SampleFiles]]] = {}
     for scan in scans:
         is_done = scan.name in done
@@ -154,7 +154,7 @@ def _source(scan: Scan, modality: str) -> Path:
     return files[0]
 
 
-def _read(scan: Scan) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def _read(scan: Scan) -> Arrays:
     xyz = read_organized_pc(_source(scan, "xyz"))
     rgb = read_image(_source(scan, "rgb"))
     if "gt" not in scan.sources:
@@ -177,14 +177,16 @@ def preview(config: Config, path: Path, flagged: Container[str] = ()) -> None:
     """
     pairs: dict[str, Pair] = {}
     done = config.journal().done if config.output == config.dataset else {}
-    for scan in sorted(find_scans(config.dataset)[0], key=lambda scan: scan.name in flagged):
+    scans, _ = find_scans(config.dataset)
+    forms = class_forms(scans, config)
+    for scan in sorted(scans, key=lambda scan: scan.name in flagged):
         class_name = scan.name.partition("/")[0]
         drawn = [pair for name, pair in pairs.items() if name.startswith(f"{class_name}/")]
         wanted = scan.name in flagged or all(pair.clean is None for pair in drawn)
         if scan.name in done or not wanted or len(drawn) == ROWS:
             continue
         with suppress(InputError):  # the run itself names the files that cannot be read
-            pairs[scan.name] = _pair(scan, config)
+            pairs[scan.name] = _pair(scan, config, forms)
     if not pairs:
         problem = f"--preview cannot show any scan of {config.dataset}: all are cleaned already, or cannot be read"
         raise InputError(f"{problem}. Leave it out.")
@@ -192,12 +194,11 @@ def preview(config: Config, path: Path, flagged: Container[str] = ()) -> None:
     write_preview(path, dict(sorted(pairs.items())))
 
 
-def _pair(scan: Scan, config: Config) -> Pair:
+def _pair(scan: Scan, config: Config, forms: Forms) -> Pair:
     """Read and clean a scan for the preview; InputError if it cannot be read."""
-    xyz, rgb, gt = _read(scan)
+    arrays = xyz, rgb, _ = _read(scan)
     try:
-        xyz = checked_cloud(_source(scan, "xyz"), xyz, config.form)
-        clean = clean_scan(xyz, rgb, gt, config.rule)
+        xyz, clean = _clean(scan, arrays, config, forms)
     except InputError as error:
         return Pair(rgb, xyz, None, str(error))
     return Pair(rgb, xyz, clean, clean.doubt)

@@ -18,15 +18,21 @@ from utils.errors import InputError, system_problem
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 FILE_SUFFIXES = {"xyz": (".tiff", ".tif"), "rgb": _IMAGE_SUFFIXES, "gt": _IMAGE_SUFFIXES}
 FOLDERS = {"xyz": ("xyz",), "rgb": ("rgb",), "gt": ("gt", "ground_truth")}  # the first wins; this project writes it
-MAX_BYTES = {"image": 1 << 29, "cloud": 1 << 31}  # of a file of that kind
-GOOD, ALSO_GOOD = "good", ("ok", "normal")  # names of folders of good samples, in upper or lower case
+MAX_BYTES = {"image": 1 << 29, "cloud": 1 << 31, "record": 1 << 31}  # of a file of that kind
+GOOD, _ALSO_GOOD = "good", ("ok", "normal")  # names of folders of good samples, in upper or lower case
 TEMPORARY = ".m3dm.tmp"  # in the names of unfinished files and folders
 _locks: set[int] = set()  # descriptors of the locked folders
 
 
 def is_good(folder: str) -> bool:
     """True for the name of a folder of good samples."""
-    return folder.casefold() in (GOOD, *ALSO_GOOD)
+    return folder.casefold() in (GOOD, *_ALSO_GOOD)
+
+
+def check_folder(folder: Path, fix: str) -> None:
+    """Raise InputError, which ends in `fix`, unless `folder` is a folder."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder. {fix}")
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -73,7 +79,7 @@ def open_file(path: Path, kind: str) -> BinaryIO:
             raise InputError(f"{path} is a pipe or a device, not a file. Move it away and restore the file.")
         return path.open("rb")  # refuses a folder
     except OSError as error:
-        raise cannot_read(path, error) from error
+        raise InputError(system_problem(path, "read", error)) from error
 
 
 def _listing(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
@@ -81,12 +87,7 @@ def _listing(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
         paths = list(folder.iterdir()) if folder.is_dir() else []
         return sorted(path for path in paths if not path.name.startswith(".") and wanted(path))
     except OSError as error:
-        raise cannot_read(folder, error) from error
-
-
-def cannot_read(path: Path, error: OSError) -> InputError:
-    """Return the InputError of a system error while reading `path`."""
-    return InputError(system_problem(path, "read", error))
+        raise InputError(system_problem(folder, "read", error)) from error
 
 
 @contextmanager

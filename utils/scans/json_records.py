@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from utils.errors import InputError, escape_controls
-from utils.scans.files import atomic_path, cannot_read
+from utils.scans.files import atomic_path, open_file
 
 Record = TypeVar("Record")
 
@@ -30,12 +30,11 @@ def read_record(path: Path, kind: type[Record], schema: int | None, fix: str) ->
     Raises MissingRecordError if the file does not exist, and InputError if it cannot be read, is not JSON, has another
     schema, or has a wrong field.
     """
+    if not path.exists():
+        raise MissingRecordError(f"{path} is missing. {fix}.")
     try:
-        text = path.read_text(encoding="utf-8").removeprefix("\ufeff")  # byte order mark of Windows
-    except (FileNotFoundError, NotADirectoryError):
-        raise MissingRecordError(f"{path} is missing. {fix}.") from None
-    except OSError as error:
-        raise cannot_read(path, error) from None
+        with open_file(path, "record") as file:
+            text = file.read().decode().removeprefix("\ufeff")  # byte order mark of Windows
     except UnicodeDecodeError as error:
         raise _damaged(path, f"not JSON: {error.reason}", fix) from None
     return decode_record(text, kind, path, fix, schema)
