@@ -116,7 +116,7 @@ def pair_split(class_folder: Path | str, split: str, modalities: frozenset[str])
 
 
 def good_folders(split_folder: Path) -> list[Path]:
-    """Return the folders of good samples in a split, sorted; usually one. Raises InputError if it is unreadable."""
+    """Return the folders of good samples in a split, sorted; usually one. Raises InputError if it cannot be read."""
     return [folder for folder in subfolders(split_folder) if is_good(folder.name)]
 
 
@@ -164,14 +164,14 @@ def _others(folder: Path, modality: str, partners: set[Path]) -> str:
         return ". Restore them, or remove their samples."
     listing = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
     expected = f"{modality}/<stem>{FILE_SUFFIXES[modality][0]}"
-    return f" (found: {listing}). Rename or convert to {expected} what belongs to the samples, or remove the samples."
+    return f" (found: {listing}). Rename or convert those of the samples to {expected}, or remove the samples."
 
 
 def check_files(files: Iterable[SampleFiles], modalities: frozenset[str]) -> None:
     """Check, before a long run, that the files of `modalities` and the ground truth are complete and of equal size.
 
     Only ground truth is decoded. Of other files, headers and ends are read, so thousands take seconds. Wrong ground
-    truth gives one warning for each folder. Raises InputError at the first bad sample.
+    truth gives one warning per folder. Raises InputError at the first bad sample.
     """
     for sample in tqdm(files, desc="Checking files", delay=2, leave=False):
         check_sample_files(sample, modalities)

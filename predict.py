@@ -87,7 +87,7 @@ class PredictSettings:
         if clouds and not any(map(holds_depth, clouds)):
             raise InputError("--intrinsics only applies to depth images, but --xyz has none. Remove it, or pass some.")
         if clouds and self.xyz_unit and all(map(holds_depth, clouds)):
-            raise InputError("--xyz_unit does not apply to depth images. Use their depth_scale.")
+            raise InputError("--xyz_unit does not apply to depth images. Set depth_scale in --intrinsics instead.")
         folder = self.output_dir.resolve()
         for files in (*found.samples, *(files for files, _ in found.incomplete)):
             for path in (files.rgb, files.xyz):
@@ -104,7 +104,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits on --help, --version and wrong flags."""
     parser = Parser(__doc__, {**FILE_BOUNDS, "batch_size": (1, 1024), "num_workers": (0, MOST_WORKERS)})
     add = parser.add_argument_group("samples").add_argument
-    add("--detector", type=Path, required=True, help="fitted detector; has defaults of --xyz_unit and --missing_value")
+    add("--detector", type=Path, required=True, help="fitted detector; sets defaults of --xyz_unit, --missing_value")
     add("--rgb", help="image, folder of images, or quoted pattern: .png, .jpg, .bmp, .webp, .tif")
     add("--xyz", help="organized point cloud, folder or pattern: .tiff, .npy, .pcd, .ply, or depth .png (--intrinsics)")
     add("--intrinsics", type=Path, help="JSON file with the camera's fx, fy, cx, cy, depth_scale, see docs/DATA.md")

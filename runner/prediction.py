@@ -80,7 +80,7 @@ class SampleReader:
     def _read(self, files: SampleFiles) -> LoadedSample:
         image = read_rgb(files)
         image_size = None if image is None else image.shape[:2]
-        form = files.form if self.cleaning is None else replace(files.form, distance=None)  # that of cleaned clouds
+        form = files.form if self.cleaning is None else replace(files.form, distance=None)  # of cleaned clouds only
         xyz = None if files.xyz is None else read_cloud(files.xyz, self.camera, image_size, **vars(form))
         if image is not None and xyz is not None:
             check_same_view(files.path, image, xyz)

@@ -136,7 +136,7 @@ def prepare(args: argparse.Namespace, given: Collection[str], device: torch.devi
 def _index_classes(
     settings: RunSettings, modalities: frozenset[str], form: CloudForm, saved: Saved
 ) -> dict[str, ClassFiles]:
-    """Files of each class, with checked headers, and clouds of a `form` at the distance of `saved` detectors."""
+    """Files of each class, with checked headers. Clouds have this `form`, and the distance of any `saved` detector."""
     indexed = {}
     for name in find_classes(settings.dataset_path, settings.dataset_type, settings.classes):
         folder = settings.dataset_path / name

@@ -125,9 +125,9 @@ def test_a_missing_split_is_found_before_the_work_starts(
 @pytest.mark.parametrize(
     ("file", "damage", "expected"),
     [
-        ("train/good/rgb/000.png", cut, "is no complete PNG"),
-        ("test/good/rgb/000.png", lambda path: path.write_bytes(b""), "is no complete PNG"),
-        ("test/hole/gt/000.png", cut, "is no complete PNG"),
+        ("train/good/rgb/000.png", cut, "is not a complete PNG"),
+        ("test/good/rgb/000.png", lambda path: path.write_bytes(b""), "is not a complete PNG"),
+        ("test/hole/gt/000.png", cut, "is not a complete PNG"),
         ("test/good/xyz/000.tiff", cut, "cut short"),
         ("test/good/xyz/000.tiff", lambda path: path.write_text("none"), "cannot be read as a tiff file"),
         ("train/good/xyz/001.tiff", lambda path: write_cloud(path, surface(0)[..., 2]), "array of 64 x 64, expected"),
@@ -510,7 +510,7 @@ def test_damage_inside_an_image_is_named(bagels: Path, tmp_path: Path, capsys: p
     data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
     path.write_bytes(data)
     flags = ["--method_name", "DINO", "--dataset_path", bagels, *SMALL, "--output_dir", tmp_path / "out"]
-    assert f"{path} is no complete PNG" in refusal(capsys, *flags)
+    assert f"{path} is not a complete PNG" in refusal(capsys, *flags)
 
 
 @pytest.mark.slow

@@ -403,4 +403,4 @@ def test_help_names_the_source_of_the_default_unit(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         predict.parse_args(["--help"])
     described = " ".join(capsys.readouterr().out.split())
-    assert "fitted detector; has defaults of --xyz_unit and --missing_value" in described
+    assert "fitted detector; sets defaults of --xyz_unit, --missing_value" in described

@@ -255,8 +255,8 @@ def faulty(fault: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             "dust",
             r"^\d% of the 60 measurements .*, expected at least 10%\. If the scan was cleaned before",
         ),
-        ("rgb size", r"The image is 79 x 90 \(H x W\), the point cloud 80 x 90"),
-        ("gt size", r"The ground truth is 80 x 50 \(H x W\), the point cloud 80 x 90"),
+        ("rgb size", r"The image is 79 x 90 \(H x W\), but the point cloud 80 x 90"),
+        ("gt size", r"The ground truth is 80 x 50 \(H x W\), but the point cloud 80 x 90"),
     ],
 )
 def test_clean_scan_names_the_fault(fault: str, message: str) -> None:

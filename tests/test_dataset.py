@@ -254,7 +254,7 @@ def test_checks_read_only_what_is_needed(class_folder: Path) -> None:
     (class_folder / "train/good/rgb/002.png").write_bytes(b"no image")
     samples = index_split(class_folder, "train", XYZ)
     check_files(samples, XYZ)
-    with pytest.raises(InputError, match=r"002.png is no complete PNG, JPEG, BMP, WebP or TIFF. Restore"):
+    with pytest.raises(InputError, match=r"002.png is not a complete PNG, JPEG, BMP, WebP or TIFF. Restore"):
         check_files(samples, BOTH)
 
 
@@ -302,7 +302,7 @@ def test_a_truncated_jpeg_is_refused(tmp_path: Path) -> None:
         lambda: AnomalyDataset([files], RGB, 8)[0],
         lambda: read_rgb(files),
     ):
-        with pytest.raises(InputError, match=r"000.jpg is no complete"):
+        with pytest.raises(InputError, match=r"000.jpg is not a complete"):
             read()
 
 

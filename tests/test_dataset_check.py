@@ -281,7 +281,7 @@ def test_the_preview_shows_refused_scans_and_lists_unreadable_ones(
         True
     ] * 4
     failed = [line for line in capsys.readouterr().out.splitlines() if "cookie/test/bump/000: " in line]
-    assert len(failed) == 1 and "000.png is no complete PNG" in failed[0]
+    assert len(failed) == 1 and "000.png is not a complete PNG" in failed[0]
 
     for path in root.rglob("*/rgb/*.png"):
         path.write_bytes(b"no picture")

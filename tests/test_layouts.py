@@ -149,7 +149,7 @@ def test_empty_folder_beside_one_of_good_samples_is_left_out(bracket: Path) -> N
         ),
         (
             ("train/good/xyz/001.tiff", "train/good/xyz/001.npy"),
-            "(found: xyz/001.npy). Rename or convert to xyz/<stem>.tiff",
+            "(found: xyz/001.npy). Rename or convert those of the samples to xyz/<stem>.tiff",
         ),
         (("train/good/rgb/001.png", "lost.png"), "001.png is missing. Restore them, or remove their samples."),
     ],
@@ -316,7 +316,7 @@ def test_image_formats_and_files_cut_short(tmp_path: Path, suffix: str) -> None:
     assert read_image(path).shape == (40, 60, 3)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     for read in (image_size, read_image):
-        with pytest.raises(InputError, match="no complete"):
+        with pytest.raises(InputError, match="not a complete"):
             read(path)
 
 

@@ -396,7 +396,7 @@ def spoil(samples_dir: Path) -> dict[str, str]:
     (cloud / "008.tiff").unlink()
     return {
         "001": "cut short",
-        "002": "no complete PNG, JPEG",
+        "002": "not a complete PNG, JPEG",
         "003": "no valid point",
         "004": f"{SIDE} x {SIDE} pixels (H x W), but its cloud {SIDE // 2} x {SIDE}",
         "005": "9 valid points",
@@ -657,7 +657,7 @@ def test_failed_cleaning(fitted: Fitted, raw: Path, tmp_path: Path) -> None:
     assert run(*flags_for(fitted, samples_dir, tmp_path / "out"), "--preprocess") == 1
     first, second = lines_of(tmp_path / "out")
     assert "000.tiff cannot be cleaned: " in first["error"]
-    assert "cleaning needs" in second["error"]
+    assert "Map the image to the pixels of the cloud." in second["error"]
 
 
 # Memory

@@ -93,7 +93,7 @@ def test_dry_run_writes_nothing_and_finds_faults(dataset: Path, tmp_path: Path) 
     for output in (None, tmp_path / "out"):
         summary = preprocess(config_for(dataset, output, dry_run=True))
         assert summary.done == ALL[:1]
-        assert summary.failed[ALL[1]].startswith("The image is 41 x 44 (H x W), the point cloud 40 x 44, but")
+        assert summary.failed[ALL[1]].startswith("The image is 41 x 44 (H x W), but the point cloud 40 x 44. ")
         assert "cut short" in summary.failed[ALL[2]]
     assert contents(tmp_path) == before
 

@@ -490,9 +490,9 @@ DAMAGED = {
         "begins with the element face",
     ),
     "no_points.ply": (ply_bytes("ascii").replace(b"element vertex 15", b"element vertex"), "header"),
-    "empty.npy": (b"", "no complete"),
-    "rubbish.npy": (b"\x93NUMPY\x01\x00" + bytes(200), "no complete"),
-    "zip.npy": (b"PK\x03\x04" + bytes(200), "no complete"),
+    "empty.npy": (b"", "not a complete"),
+    "rubbish.npy": (b"\x93NUMPY\x01\x00" + bytes(200), "not a complete"),
+    "zip.npy": (b"PK\x03\x04" + bytes(200), "not a complete"),
     "empty.tiff": (b"", "cannot be read as a tiff"),
 }
 
@@ -520,7 +520,7 @@ def test_ply_without_a_size_is_refused(tmp_path: Path) -> None:
         (np.ones((4, 0, 3), np.float32), "4 x 0 x 3, expected H x W x 3"),
         (np.ones((16, 3), np.float32), "16 x 3, expected H x W x 3"),
         (np.ones((4, 4, 3), np.uint16), "uint16 numbers, expected floating-point"),
-        (np.array([[["a", None, 1]]], dtype=object), "no complete .npy array"),
+        (np.array([[["a", None, 1]]], dtype=object), "not a complete .npy array"),
     ],
 )
 def test_arrays_of_other_shapes_and_types_are_refused(tmp_path: Path, array: np.ndarray, expected_text: str) -> None:
@@ -532,10 +532,10 @@ def test_arrays_of_other_shapes_and_types_are_refused(tmp_path: Path, array: np.
 def test_truncated_and_multiple_arrays_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", cloud())
     content = (tmp_path / "a.npy").read_bytes()
-    assert "no complete" in error_of(lambda: read_cloud(write(tmp_path / "a.npy", content[:-1])))
+    assert "not a complete" in error_of(lambda: read_cloud(write(tmp_path / "a.npy", content[:-1])))
     with (tmp_path / "b.npy").open("wb") as file:
         np.savez(file, cloud(), cloud())
-    assert "no complete" in error_of(lambda: read_cloud(tmp_path / "b.npy"))
+    assert "not a complete" in error_of(lambda: read_cloud(tmp_path / "b.npy"))
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".pcd", ".ply", ".tiff"])

@@ -24,7 +24,7 @@ _FIX = "Download it again, or write it again if it is your own."
 
 
 def check_checkpoint(path: Path) -> None:
-    """Raise InputError unless `path` is a file. A network is built after this check."""
+    """Raise InputError unless `path` is a file; for use before a network is built, which may take a minute."""
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(f"Checkpoint {path} {problem}. Check the path or train it first.")

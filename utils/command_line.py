@@ -15,7 +15,7 @@ Settings = TypeVar("Settings")
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_WORKERS = 1024  # threads or processes of a script
-FILE_BOUNDS: Bounds = {"missing_value": (-3.4028235e38, 3.4028235e38), "max_megapixels": (1, 4000)}  # float32; PIL
+FILE_BOUNDS: Bounds = {"missing_value": (-3.4028235e38, 3.4028235e38), "max_megapixels": (1, 4000)}  # float32 and PIL
 
 
 class Parser(argparse.ArgumentParser):

@@ -57,7 +57,7 @@ class _EscapedRecord(logging.LogRecord):
 
 
 def range_problem(value: float, low: float, high: float) -> str:
-    """Problem and fix of a number outside low ... high (NaN always is), as text after its name; "" for one inside."""
+    """Problem and fix of a number that is NaN or not in low ... high, to follow its name; "" for one in the range."""
     return "" if low <= value <= high else f"is {shortened(value)}. Give a number from {low} to {high}."
 
 

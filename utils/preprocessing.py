@@ -38,7 +38,7 @@ from utils.scans.files import check_folder, files_by_modality, is_good, make_fol
 from utils.scans.images import defect_mask, defect_share, open_image, read_image, set_max_megapixels, warn_once
 from utils.scans.organized_pc import read_organized_pc
 
-ROWS = 4  # most scans of a class in the preview
+ROWS = 4  # of each class in the preview, at most
 Forms = Mapping[str, tuple[CloudForm, CloudForm]]  # by class: of raw and of cleaned clouds
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # xyz, rgb, gt
 VERSION = 1  # of the cleaning: raise it when the same scan and rule give another result
@@ -113,7 +113,7 @@ def _complete_scans(folder: Path, root: Path, failed: dict[str, str]) -> list[Sc
 
 
 def clean_files(scan: Scan, config: Config, forms: Forms) -> Result:
-    """Clean one scan with its `class_forms` and, except in a dry run, write it; errors as in both functions."""
+    """Clean one scan with the forms of its class (see `class_forms`) and, except in a dry run, write the results."""
     _, clean = _clean(scan, _read(scan), config, forms)
     if config.dry_run:
         return {}, clean.doubt
@@ -132,7 +132,7 @@ def _clean(scan: Scan, arrays: Arrays, config: Config, forms: Forms) -> tuple[np
 
 
 def class_forms(scans: Sequence[Scan], config: Config) -> Forms:
-    """Forms of raw and of cleaned clouds for each unfinished class. One has the distance: of cleaned ones, if any."""
+    """Forms of raw and cleaned clouds of each unfinished class. The distance is that of cleaned ones, if any."""
     done = config.journal().done
     forms: dict[str, tuple[CloudForm, CloudForm]] = {}
     samples: dict[str, tuple[list[SampleFiles], list[SampleFiles]]] = {}
@@ -170,7 +170,7 @@ def _read(scan: Scan) -> Arrays:
 
 
 def preview(config: Config, path: Path, flagged: Container[str] = ()) -> None:
-    """Draw scans of each class before and after cleaning: the first that can be cleaned, then `flagged` ones, to ROWS.
+    """Draw up to ROWS scans of each class before and after cleaning: the first that can be cleaned, then `flagged`.
 
     Scans that are cleaned already or cannot be read are not drawn. Refused ones before the first that can be cleaned
     are drawn as well. Raises InputError if there is no scan to draw, or the file cannot be written.

@@ -68,8 +68,8 @@ def clean_scan(xyz: np.ndarray, rgb: np.ndarray, gt: np.ndarray | None, rule: Cl
     for name, image in (("image", rgb), ("ground truth", gt)):
         if image is not None and image.shape[:2] != xyz.shape[:2]:
             found, expected = (" x ".join(map(str, each.shape[:2])) for each in (image, xyz))
-            problem = f"The {name} is {found} (H x W), the point cloud {expected}"
-            raise InputError(f"{problem}, but cleaning needs the same pixels. Map them to those of the cloud.")
+            problem = f"The {name} is {found} (H x W), but the point cloud {expected}"
+            raise InputError(f"{problem}. Map the {name} to the pixels of the cloud.")
     measured = valid_mask(xyz)
     plane, doubt = fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)
     if doubt and rule.strict:
@@ -92,8 +92,8 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
     change. (The reference refits once.) The result does not depend on the samples, which `rng` draws, unless the object
     covers more than about a quarter of the border.
 
-    Returns (4,) float64, the unit normal n, of either sign, and offset d of the plane n . p + d = 0, and the reason to
-    doubt that it is the table, or an empty string. Raises InputError if the border has fewer measurements than a
+    Returns the plane n . p + d = 0 as (4,) float64, unit normal n of either sign and offset d, and the reason to doubt
+    that it is the table, or an empty string. Raises InputError if the border has fewer measurements than a
     sample, as in a cleaned scan, or too few of them lie on the plane.
     """
     area, remedy = "image border", "if its margins are empty, give --empty_margins"
@@ -131,7 +131,7 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
 
 
 def shows_table(xyz: np.ndarray, rule: CleaningRule) -> bool:
-    """Tell a raw cloud (H, W, 3) from a cleaned one: it has an undoubted table along its border."""
+    """True for a raw cloud (H, W, 3): unlike a cleaned one, it has a table along its border, without doubt."""
     try:
         return not fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)[1]
     except InputError:

@@ -48,7 +48,7 @@ def checked_cloud(name: Path | str, xyz: np.ndarray, form: CloudForm = METERS, u
         fix = f"Give --xyz_unit {fitting} if that is its unit." if fitting else "Convert its coordinates."
         raise InputError(f"{problem}, expected an object between {NEAREST:g} and {FARTHEST:g} m. {unit_fix or fix}")
     if form.distance is not None and not 1 / MAX_RATIO < distance / form.distance < MAX_RATIO:
-        raise InputError(f"{problem}, those of its class {form.distance:.4g} m. Convert it to the unit of the others.")
+        raise InputError(f"{problem}, but those of its class {form.distance:.4g} m. Convert it to their unit.")
     if form.unit != "m":
         cloud *= np.float32(UNITS[form.unit])
     reach = float(max(cloud.max(), -cloud.min()))
@@ -81,8 +81,8 @@ def spread(samples: Sequence[SampleFiles]) -> list[SampleFiles]:
 def _require_surface(name: Path | str, points: np.ndarray, measured: np.ndarray, camera_frame: bool) -> None:
     """Raise InputError if the points (N, 3) of the pixels `measured` (H, W) repeat, or lie in one row or column.
 
-    A point in many pixels marks missing ones. A z in many pixels may be that of a wall. It marks missing ones if it is
-    behind the camera and most others are not, too far in any unit, or the largest z by far, as in a saturated pixel.
+    The same point in many pixels marks missing ones. The same z may be that of a wall; it marks missing pixels only if
+    it is behind the camera and most others are not, too far in any unit, or by far the largest (saturated pixels).
     """
     x, y, z = points.T
     levels = np.unique(z)

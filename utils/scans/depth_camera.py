@@ -40,7 +40,7 @@ def read_camera(path: Path) -> Camera:
 
 
 def read_depth_png(path: Path) -> np.ndarray:
-    """Read a 16-bit depth image, (H, W); InputError if it is no complete PNG, or does not have one 16-bit channel."""
+    """Read a 16-bit depth image, (H, W); InputError if it is not a complete PNG with one 16-bit channel."""
     with open_image(path) as image:
         mode, depth = image.mode, np.asarray(image)
     if not mode.startswith("I"):

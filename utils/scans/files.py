@@ -65,7 +65,7 @@ def _files_by_stem(folder: Path, modality: str, found: Mapping[str, Container[st
 
 
 def open_file(path: Path, kind: str) -> BinaryIO:
-    """Open a file of a sample for reading. Readers of images, clouds and texts all use this function.
+    """Open a file of a sample for reading. All readers of images, clouds and records use this function.
 
     Raises InputError if `path` is not a regular file (a reader would wait for a pipe), has more than MAX_BYTES of its
     kind, or cannot be opened.

@@ -93,7 +93,7 @@ def defect_share(path: Path | None, defective: bool) -> tuple[float, str]:
     problems = {
         "has its content in its alpha channel, which is ignored. Save it in black and white": in_alpha,
         "marks no defect in a defective sample. Mark it, or move the sample to good": defective and not share,
-        f"{marked} a good sample as defective. Clear it, or move the sample to a defect": share and not defective,
+        f"{marked} a good sample as defective. Clear it, or move it to a defect folder": share and not defective,
         f"{marked} the image as defective. Invert it if its background is white, or correct it": share > 0.5,
     }
     return share, next((f"{path} {problem}." for problem, holds in problems.items() if holds), "")
@@ -120,7 +120,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         problem = f"{path} has more than {(Image.MAX_IMAGE_PIXELS or 0) / 1e6:g} megapixels"
         raise InputError(f"{problem}. Scale the files of the sample down, or raise --max_megapixels.") from error
     except Exception as error:  # with damaged bytes a decoder may raise almost anything
-        raise InputError(f"{path} is no complete PNG, JPEG, BMP, WebP or TIFF. Restore it from its source.") from error
+        raise InputError(f"{path} is not a complete PNG, JPEG, BMP, WebP or TIFF. Restore the original.") from error
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -39,7 +39,7 @@ def read_npy(path: Path, depth: bool = False) -> np.ndarray:
     try:
         xyz = open_memmap(path, mode="r")  # reads only this format, and no pickled objects
     except Exception as error:  # with damaged bytes it may raise almost anything
-        raise InputError(f"{path} is no complete .npy array of numbers. Write it again with numpy.save.") from error
+        raise InputError(f"{path} is not a complete .npy array of numbers. Write it again with numpy.save.") from error
     check_organized(path, xyz.shape, xyz.dtype, depth)
     return np.array(xyz)
 

@@ -41,7 +41,7 @@ def find_samples(rgb: str | None, xyz: str | None, depth: bool = False) -> Found
         rgb: an image, a folder of images or a pattern such as "line/*/image_*.png"; None without images.
         xyz: the same for point clouds. If both are given, a sample needs both. A single image and a single cloud
             need not have the same stem; the sample then has the name of the image.
-        depth: whether depth images count as clouds, because their camera is known.
+        depth: True if depth images count as clouds, because their camera is known.
 
     Raises InputError if there is no file, or no sample is complete.
     """
@@ -74,7 +74,7 @@ def find_samples(rgb: str | None, xyz: str | None, depth: bool = False) -> Found
 
 
 def _problem(name: str, paths: Mapping[str, list[Path]], alone: Mapping[str, list[str]]) -> str:
-    """Return the problem of a sample with these files by kind or ""; `alone` names the files without a partner."""
+    """Return the problem of a sample with these files by kind, or ""; `alone` names the files without a partner."""
     length = len(os.fsencode(name))
     if length > LONGEST_NAME:
         return f"Its name has {length} bytes, expected at most {LONGEST_NAME}. Rename its files."
@@ -100,7 +100,7 @@ def _by_stem(given: str, suffixes: Sequence[str], flag: str) -> dict[str, list[P
         matches = glob(given, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
         candidates = path.iterdir() if given and path.is_dir() else map(Path, matches)
         files = sorted(each for each in candidates if not each.name.startswith("."))
-    # Broken links, pipes and folders with such a suffix count, so that reading them names each as a problem.
+    # Broken links, pipes and folders with such a suffix count: reading them reports each as a problem.
     fitting = [each for each in files if each.suffix.lower() in suffixes]
     if flag == "--rgb":  # a folder may hold images and clouds
         fitting = [each for each in fitting if each.suffix.lower() not in FILE_SUFFIXES["xyz"]] or fitting
@@ -123,8 +123,7 @@ def read_cloud(
 
     `path` is a .tiff, .tif, .npy, .pcd or .ply file, or with the camera that took it a depth map (see `holds_depth`).
     `form` holds fields of CloudForm, such as unit="mm". A depth map has the scale of its camera instead of a unit, and
-    a missing_value in meters.
-    `image_size` is as in `read_ply`.
+    a missing_value in meters. `image_size` is as in `read_ply`.
 
     Returns (H, W, 3) float32, meters; a pixel without a measurement is exactly (0, 0, 0). Raises InputError if the file
     cannot be read in its format, or `checked_cloud` refuses it.
