@@ -13,7 +13,7 @@ from feature_extractors.thresholds import Thresholds
 from utils.errors import InputError
 from utils.records import METERS, CloudForm
 from utils.scans.files import set_aside
-from utils.scans.json_records import MissingRecordError, plain_json, read_record
+from utils.scans.json_records import plain_json, read_record
 
 SCHEMA = 2
 CONFIG_FILE = "config.json"
@@ -52,11 +52,9 @@ def read_saved(folder: Path | str, *, point_ops: str = "auto", precision: str | 
     if folder.is_file():
         raise InputError(f"{folder} is a file, but a detector is a folder. Give the one around it, {folder.parent}.")
     path = folder / CONFIG_FILE
-    try:
-        record = read_record(path, DetectorRecord, SCHEMA, FIX)
-    except MissingRecordError:
-        fix = _fix_of_missing(folder)
-        raise InputError(f"{folder} is not a detector, because it has no {CONFIG_FILE}. {fix}.") from None
+    if not path.exists():
+        raise InputError(f"{folder} is not a detector, because it has no {CONFIG_FILE}. {_fix_of_missing(folder)}.")
+    record = read_record(path, DetectorRecord, SCHEMA, FIX)
     if record_checksum(record) != record.config_sha256:
         raise InputError(f"{path} was changed: it does not match its config_sha256. {FIX}.")
     config = replace(record.config, point_ops=point_ops, precision=precision or record.config.precision)

@@ -11,7 +11,7 @@ import msgspec
 from utils.errors import InputError, escape_controls
 from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.tables import one_line
-from utils.scans.json_records import MissingRecordError, plain_json, read_record, write_record
+from utils.scans.json_records import plain_json, read_record, write_record
 
 FOLDER = "classes"
 SCHEMA = 1  # of the files of finished classes
@@ -50,10 +50,9 @@ def read_class(output_dir: Path, name: str, flags: Mapping[str, Any], inputs: st
     Raises InputError if the file is damaged or of another version, or was written with other flags or inputs.
     """
     path = class_file(output_dir, name)
-    try:
-        content = read_record(path, FinishedClass, SCHEMA, FIX)
-    except MissingRecordError:
+    if not path.exists():
         return None
+    content = read_record(path, FinishedClass, SCHEMA, FIX)
     then, now = content.flags, _binding(flags)
     differing = [flag for flag in sorted(then.keys() | now.keys()) if then.get(flag) != now.get(flag)]
     if differing:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from utils.errors import InputError
-from utils.scans.json_records import MissingRecordError, decode_record, read_record, write_record
+from utils.scans.json_records import decode_record, read_record, write_record
 
 FIX = "Fit the detector again"
 
@@ -102,7 +102,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_and_unreadable_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(MissingRecordError, match=rf"record\.json is missing\. {FIX}\."):
+    with pytest.raises(InputError, match=rf"record\.json is missing\. {FIX}\."):
         read_record(tmp_path / "record.json", Entry, 2, FIX)
     with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
         read_record(tmp_path, Entry, 2, FIX)

@@ -17,7 +17,7 @@ import msgspec
 
 from utils.errors import InputError
 from utils.scans.files import FILE_SUFFIXES, writing
-from utils.scans.json_records import MissingRecordError, decode_record, encode_record, read_record, write_record
+from utils.scans.json_records import decode_record, encode_record, read_record, write_record
 
 SCHEMA = 1
 MANIFEST = "preprocessing.json"
@@ -73,13 +73,10 @@ class Manifest(msgspec.Struct):
 
 def read_manifest(root: Path) -> Manifest | None:
     """Read manifest and journal of a folder; None if no scan is in them, InputError if one is damaged or too old."""
-    try:
-        manifest = read_record(root / MANIFEST, Manifest, SCHEMA, FIX)
-        text = (root / JOURNAL).read_text(encoding="ascii", errors="replace")
-    except MissingRecordError:
+    if not (root / MANIFEST).exists():
         return None
-    except FileNotFoundError:
-        text = ""
+    manifest = read_record(root / MANIFEST, Manifest, SCHEMA, FIX)
+    text = (root / JOURNAL).read_text("ascii", "replace") if (root / JOURNAL).exists() else ""
     for each in text.split("\n")[:-1]:  # the text after the last line end was cut short
         line = decode_record(each, dict[str, Record], root / JOURNAL, FIX)
         manifest.scans |= line

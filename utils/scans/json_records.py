@@ -16,10 +16,6 @@ from utils.scans.files import atomic_path, open_file
 Record = TypeVar("Record")
 
 
-class MissingRecordError(InputError):
-    """The file does not exist."""
-
-
 def read_record(path: Path, kind: type[Record], schema: int | None, fix: str) -> Record:
     """Read a JSON file into a typed class.
 
@@ -27,11 +23,10 @@ def read_record(path: Path, kind: type[Record], schema: int | None, fix: str) ->
     `schema` is the required value of the file's "schema", None if it has no such field. `fix` is the remedy for a
     missing, damaged or older file: a sentence without its final period.
 
-    Raises MissingRecordError if the file does not exist, and InputError if it cannot be read, is not JSON, has another
-    schema, or has a wrong field.
+    Raises InputError if the file is missing or cannot be read, is not JSON, has another schema, or has a wrong field.
     """
     if not path.exists():
-        raise MissingRecordError(f"{path} is missing. {fix}.")
+        raise InputError(f"{path} is missing. {fix}.")
     try:
         with open_file(path, "record") as file:
             text = file.read().decode().removeprefix("\ufeff")  # byte order mark of Windows
