@@ -61,13 +61,13 @@ def print_information(args: argparse.Namespace) -> None:
 def run_method(args: argparse.Namespace, given: Collection[str]) -> None:
     """Run the methods in this process, which may be one of several; `given` are the flags on the command line."""
     from runner.preparation import own_device, set_up
-    from utils.distributed import find_ranks, log_in_first_process, process_group
+    from utils.distributed import find_ranks, log_on_first_rank, process_group
 
     ranks = find_ranks()
     device = own_device(args.device, ranks)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     with process_group(ranks, device), ExitStack() as locks:
-        log_in_first_process()
+        log_on_first_rank()
         evaluate_classes(*set_up(args, given, device, locks))
 
 
@@ -80,21 +80,14 @@ def evaluate_classes(run: "Run", extractor: "PatchExtractor") -> None:
     from runner.preparation import input_checksums
     from runner.results import Results
     from runner.scheduling import divide_classes
-    from utils.distributed import (
-        broadcast_object,
-        gather_objects,
-        is_main,
-        log_in_first_process,
-        make_groups,
-        world_size,
-    )
+    from utils.distributed import broadcast_object, gather_objects, is_main, log_on_first_rank, make_groups, world_size
 
     results = Results(run, input_checksums(run, extractor))
     unfinished = broadcast_object(results.begin() if is_main() else None)
     costs = {name: float(sum(map(len, run.files[name]))) for name in unfinished}
     divided = divide_classes(run.settings.parallel, costs, world_size())
     group, number = make_groups(len(divided))
-    log_in_first_process(group)
+    log_on_first_rank(group)
     finished = {}
     for name in divided[number]:
         logger.info("%s: %d training, %d validation and %d test samples", name, *map(len, run.files[name]))

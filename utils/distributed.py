@@ -270,7 +270,7 @@ def all_reduce_any(flag: bool, device: torch.device, group: Group | None = None)
     return all_reduce_sum(torch.tensor(int(flag), device=device), group).item() > 0
 
 
-def log_in_first_process(group: Group | None = None) -> None:
+def log_on_first_rank(group: Group | None = None) -> None:
     """Log only errors on all ranks of the group but the first."""
     logging.disable(logging.NOTSET if is_main(group) else logging.WARNING)
 
