@@ -28,7 +28,7 @@ from tqdm import tqdm
 from utils.errors import InputError
 from utils.records import METERS, CloudForm, Sample, SampleFiles
 from utils.scans.cloud_check import checked_cloud
-from utils.scans.files import FILE_SUFFIXES, FOLDERS, GOOD, check_folder, files_by_modality, is_good, subfolders
+from utils.scans.files import FILE_SUFFIXES, GOOD, check_folder, files_by_modality, fix_of_missing, is_good, subfolders
 from utils.scans.images import defect_mask, defect_share, image_size, open_image, read_image, warn_once
 from utils.scans.organized_pc import check_organized, organized_pc_header, read_organized_pc, resize_nearest
 
@@ -104,6 +104,8 @@ def pair_split(class_folder: Path | str, split: str, modalities: frozenset[str])
     good = [] if split == "test" else good_folders(root) or [root / GOOD]
     filled = [folder for folder in good if any(files_by_modality(folder).values())]
     folders = filled or good or subfolders(root)
+    if len(filled) > 1:
+        problems.append(f"{filled[0]} and {filled[1]} both hold good samples. Move these into one folder.")
     if not folders:
         problems.append(f"No test samples in {root}. Expected a folder good and one for each type of defect.")
     for folder in folders:
@@ -140,11 +142,10 @@ def _pair_folder(folder: Path, modalities: frozenset[str]) -> tuple[list[SampleF
         if missing and (name in modalities or (name == "gt" and label == 1)):
             complete.difference_update(missing)
             suffix = next(iter(found[name].values()))[0].suffix if found[name] else FILE_SUFFIXES[name][0]
-            partners = {path for stem in stems for path in found[name].get(stem, ())}
             listing = ", ".join(stem + suffix for stem in missing[:5]) + (", ..." if len(missing) > 5 else "")
             problems.append(
                 f"{len(found[name])} {name} files for {len(stems)} samples in {folder}: {listing} "
-                f"{'is' if len(missing) == 1 else 'are'} missing{_others(folder, name, partners)}"
+                f"{'is' if len(missing) == 1 else 'are'} missing{fix_of_missing(folder, name, found, modalities)}"
             )
     samples = []
     for stem in complete:
@@ -152,19 +153,6 @@ def _pair_folder(folder: Path, modalities: frozenset[str]) -> tuple[list[SampleF
         stored = next(path.stem for path in (xyz, rgb) if path is not None)  # `stem` may be in another Unicode form
         samples.append(SampleFiles(f"{split}/{defect}/{stored}", rgb, xyz, mask, label))
     return sorted(samples, key=lambda files: files.path), problems
-
-
-def _others(folder: Path, modality: str, partners: set[Path]) -> str:
-    """Return the end of the error about missing files: other files in their place, and the fix."""
-    places = [folder / name for name in FOLDERS[modality] if (folder / name).is_dir()] or [folder]
-    known = partners | {folder / name for names in FOLDERS.values() for name in names}
-    paths = sorted(path for place in places for path in place.iterdir() if path not in known)
-    others = [f"{path.parent.name}/{path.name}" for path in paths if not path.name.startswith(".")]
-    if not others:
-        return ". Restore them, or remove their samples."
-    listing = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
-    expected = f"{modality}/<stem>{FILE_SUFFIXES[modality][0]}"
-    return f" (found: {listing}). Rename or convert those of the samples to {expected}, or remove the samples."
 
 
 def check_files(files: Iterable[SampleFiles], modalities: frozenset[str]) -> None:

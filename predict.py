@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from os.path import realpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,14 +89,14 @@ class PredictSettings:
             raise InputError("--intrinsics only applies to depth images, but --xyz has none. Remove it, or pass some.")
         if clouds and self.xyz_unit and all(map(holds_depth, clouds)):
             raise InputError("--xyz_unit does not apply to depth images. Set depth_scale in --intrinsics instead.")
-        folder = self.output_dir.resolve()
+        folder = Path(realpath(self.output_dir))  # unlike resolve(), it accepts a link to itself
         for files in (*found.samples, *(files for files, _ in found.incomplete)):
             for path in (files.rgb, files.xyz):
-                if path is not None and folder in (path.resolve().parent, path.parent.resolve()):
+                if path is not None and folder in (Path(realpath(path)).parent, Path(realpath(path.parent))):
                     raise InputError(f"{path} is in --output_dir, where its map could replace it. Choose another one.")
-        if self.no_images or (folder / PREDICTIONS).exists():
+        if self.no_images or (self.output_dir / PREDICTIONS).exists():
             return
-        for path in (path for files in found.samples for path in output_paths(folder, files.path)):
+        for path in (path for files in found.samples for path in output_paths(self.output_dir, files.path)):
             if path.exists():
                 raise InputError(f"{path} exists, with no {PREDICTIONS} beside it. Choose another --output_dir.")
 

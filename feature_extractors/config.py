@@ -149,7 +149,7 @@ class DetectorConfig:
             if value is not None and (problem := range_problem(value, low, high)):
                 raise InputError(f"--{name} {problem}")
         least = self.xyz_grid + 2  # pooling without padding loses two pixels
-        if self.img_size < least:
+        if self.xyz_grid < 1 or self.img_size < least:
             problem = f"Give at least {least} for {self.xyz_grid} xyz patches a side"
             raise InputError(f"--img_size is {self.img_size}. {problem}.")
 

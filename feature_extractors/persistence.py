@@ -35,7 +35,7 @@ from utils.distributed import choose_device
 from utils.errors import InputError
 from utils.feature_store import STORAGE_DTYPES
 from utils.reporting.results_json import package_versions
-from utils.scans.files import atomic_folder, writing
+from utils.scans.files import atomic_folder, read_bytes, writing
 from utils.scans.json_records import encode_record
 
 STATE_FILE = "state.safetensors"
@@ -212,10 +212,7 @@ def _restore(saved: SavedDetector, extractor: PatchExtractor) -> tuple[Detector,
 
 def _read_state(path: Path, sha256: str) -> State:
     """Tensors of state.safetensors, after a comparison of its checksum with that in config.json."""
-    try:
-        content = path.read_bytes()  # one read, so that the checked bytes are the used ones
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing. {FIX}.") from None
+    content = read_bytes(path, "weights")  # one read, so that the checked bytes are the used ones
     if hashlib.sha256(content).hexdigest() != sha256:
         raise InputError(f"{path} is damaged or of another detector: it does not match {CONFIG_FILE}. {FIX}.")
     try:

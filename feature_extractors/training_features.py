@@ -5,7 +5,6 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from feature_extractors.patch_rows import PatchRows, ShardedRows
 from utils.distributed import Group, all_gather_counts, rank
 from utils.errors import InputError
 from utils.feature_store import to_storage
-from utils.memory import MEMORY_FILE_SYSTEMS, file_system_of
 from utils.records import PatchFeatures
 
 logger = logging.getLogger(__name__)
@@ -104,6 +102,9 @@ class TrainingFeatures:
         self._device = next(iter(patches.values())).device
         needed = {name: self.capacity * each.numel() * self.dtype.itemsize for name, each in patches.items()}
         in_memory = sum(needed.values()) <= FEATURES_SHARE * self.memory_budget * 1e9
+        if not in_memory:
+            place = "the training features go to files in %s. If it is in memory (tmpfs), set TMPDIR to one on a disk"
+            logger.info(place, tempfile.gettempdir())
         for name, each in patches.items():
             shape = (self.capacity, *each.shape)
             if in_memory:
@@ -121,12 +122,6 @@ class TrainingFeatures:
 def _mapped_file(size: int) -> mmap.mmap:
     """Memory map of an unnamed file of `size` bytes; InputError if the disk is too small."""
     folder = tempfile.gettempdir()
-    if file_system_of(Path(folder)) in MEMORY_FILE_SYSTEMS:
-        logger.warning(
-            "the training features go to %s, which is in memory, so --memory_budget has no effect. Set the "
-            "environment variable TMPDIR to a folder on a disk.",
-            folder,
-        )
     with tempfile.TemporaryFile(prefix="m3dm-features-") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, size)  # detects a full disk before the map is written

@@ -4,7 +4,6 @@ import argparse
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from utils.cleaning.journal import MANIFEST, Record, Scan, read_manifest, script
 from utils.errors import InputError, escape_controls, show
 from utils.records import METERS, CloudForm, SampleFiles
 from utils.reporting.tables import print_columns
-from utils.scans.cloud_check import class_form, spread
+from utils.scans.cloud_check import class_distance, spread
 from utils.scans.images import defect_share
 from utils.scans.organized_pc import valid_mask
 
@@ -121,12 +120,12 @@ def print_dataset_check(args: argparse.Namespace) -> bool:
     chosen = args.classes or class_folders(args.dataset_path)
     names = find_classes(args.dataset_path, args.dataset_type, chosen)
     stored, _ = dataset_forms(args)
-    forms = {name: class_form(pair_split(args.dataset_path / name, "train", modalities)[0], stored) for name in names}
-    reports = [
-        check_split(args.dataset_path / name, split, modalities, args.num_workers, form)
-        for name, form in forms.items()
-        for split in ("train", "validation", "test")
-    ]
+    reports = []
+    for folder in (args.dataset_path / name for name in names):
+        train = [each._replace(form=stored) for each in pair_split(folder, "train", modalities)[0]]
+        form = replace(stored, distance=class_distance(train))
+        for split in ("train", "validation", "test"):
+            reports.append(check_split(folder, split, modalities, args.num_workers, form))
     head = ("class", "split", "samples", "defective", "defect pixels", "size", "valid pixels", "depth, m", "cleaned")
     print_columns([(*head, "problems"), *(each.row() for each in reports)])
     if any(each.raw for each in reports):
@@ -141,12 +140,10 @@ def print_dataset_check(args: argparse.Namespace) -> bool:
 def dataset_forms(args: argparse.Namespace) -> tuple[CloudForm, CloudForm]:
     """Form of a dataset's clouds, given by flags or its manifest, and of raw clouds, such as those of new samples.
 
-    Raises InputError if a flag contradicts the manifest of preprocessing, which writes meters.
+    Raises InputError if the manifest of preprocessing, which writes meters, is damaged, or a flag contradicts it.
     """
     given = CloudForm(args.xyz_unit, args.missing_value, args.dataset_type != "eyecandies")
-    manifest = None
-    with suppress(InputError):  # `warn_of_unfinished_scans` reports it
-        manifest = read_manifest(args.dataset_path)
+    manifest = read_manifest(args.dataset_path)
     if manifest is None:
         return given, given
     stored = CloudForm(camera_frame=given.camera_frame and script_of(manifest.settings) == "preprocessing")
@@ -170,11 +167,7 @@ def warn_of_raw_scans(samples: Sequence[SampleFiles]) -> None:
 
 def warn_of_unfinished_scans(dataset_path: Path, files: Mapping[str, Iterable[SampleFiles]]) -> None:
     """Warn of samples that the record of the preprocessing lacks, or whose files are missing or of another size."""
-    try:
-        manifest = read_manifest(dataset_path)
-    except InputError as error:
-        logger.warning("%s", error)
-        return
+    manifest = read_manifest(dataset_path)
     if manifest is None:
         return
     names = [f"{class_name}/{each.path}" for class_name, of_class in files.items() for each in of_class]

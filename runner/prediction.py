@@ -23,7 +23,7 @@ from utils.reporting.visualization import color_scale, resize_map, save_anomaly_
 from utils.scans.cloud_check import spread
 from utils.scans.depth_camera import Camera
 from utils.scans.files import writing
-from utils.scans.images import shrink_image
+from utils.scans.images import shrink_image, warn_once
 from utils.scans.sample_files import check_same_view, read_cloud
 
 PREDICTIONS = "predictions.jsonl"
@@ -39,7 +39,6 @@ class LoadedSample(NamedTuple):
     image: np.ndarray | None = None  # (h, w, 3) uint8, for the overlay, scaled by `shrink_image`
     size: tuple[int, int] = (0, 0)  # (H, W) of the cloud, or of the image if there is no cloud
     side: int | None = None  # of the cloud, pixels, once cleaning has padded it to a square
-    shows_table: bool = False  # True if the cloud is not cleaned; only a few samples are checked
 
 
 class Outcome(NamedTuple):
@@ -81,7 +80,7 @@ class SampleReader:
         image = read_rgb(files)
         image_size = None if image is None else image.shape[:2]
         form = files.form if self.cleaning is None else replace(files.form, distance=None)  # of cleaned clouds only
-        xyz = None if files.xyz is None else read_cloud(files.xyz, self.camera, image_size, **vars(form))
+        xyz = None if files.xyz is None else read_cloud(files.xyz, self.camera, image_size, form)
         if image is not None and xyz is not None:
             check_same_view(files.path, image, xyz)
         view = image if xyz is None else xyz
@@ -99,9 +98,13 @@ class SampleReader:
         used = rgb if "rgb" in self.modalities else None, cloud if "xyz" in self.modalities else None
         form = replace(files.form, unit="m", missing_value=None)  # of `cloud`
         sample = make_sample(str(files.xyz or files.rgb), *used, self.img_size, form)  # errors name this file
-        table = files.path in self.checked_for_table and xyz is not None and shows_table(xyz, CleaningRule())
+        if files.path in self.checked_for_table and files.xyz and xyz is not None and shows_table(xyz, CleaningRule()):
+            problem = f"{files.xyz} shows the table, which the detector takes for a defect"
+            warn_once(
+                files.xyz.parent, f"{problem}. Give --preprocess, or clean the scans with utils/preprocessing.py."
+            )
         image = None if image is None else shrink_image(image)  # keeps samples in memory small
-        return LoadedSample(files, sample, image=image, size=view.shape[:2], side=side, shows_table=table)
+        return LoadedSample(files, sample, image=image, size=view.shape[:2], side=side)
 
 
 def predict_samples(detector: Detector, reader: SampleReader, batch_size: int, num_workers: int) -> Iterator[Outcome]:
@@ -109,13 +112,7 @@ def predict_samples(detector: Detector, reader: SampleReader, batch_size: int, n
 
     Memory holds at most a batch of `batch_size` samples, and two more for each of the `num_workers` threads.
     """
-    warned = False
     for batch in batches(load_samples(reader, num_workers), batch_size):
-        raw = [each.files.xyz for each in batch if each.shows_table]
-        if raw and not warned:
-            warned = True
-            fix = "Give --preprocess, or clean the scans with utils/preprocessing.py"
-            logger.warning("%s shows the table, which the detector takes for a defect. %s", raw[0], fix)
         predicted = iter(_predict_batch(detector, [each for each in batch if each.sample is not None]))
         for loaded in batch:
             yield Outcome(loaded, problem=loaded.problem) if loaded.sample is None else next(predicted)

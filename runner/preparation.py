@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from utils.records import CloudForm, SampleFiles
 from utils.reporting.html_report.report_page import FILE_NAME as REPORT
 from utils.reporting.results_json import FILE_NAME as RESULTS
 from utils.reporting.tables import FILE_NAMES
-from utils.scans.cloud_check import class_form
+from utils.scans.cloud_check import class_distance
 from utils.scans.files import locked, make_folder
 
 
@@ -147,9 +147,11 @@ def _index_classes(
             if good_folders(folder / "validation"):
                 validation = index_split(folder, "validation", modalities)
         splits = train, validation, index_split(folder, "test", modalities)
-        of_class = class_form(train or splits[2], form) if "xyz" in modalities else form
+        stored = [each._replace(form=form) for each in train or splits[2]]
+        distance = class_distance(stored) if "xyz" in modalities else None
         for detector in saved.get(name, {}).values():
-            of_class = replace(of_class, distance=detector.record.clouds.distance or of_class.distance)
+            distance = detector.record.clouds.distance or distance
+        of_class = replace(form, distance=distance)
         indexed[name] = ClassFiles(*([each._replace(form=of_class) for each in split] for split in splits))
     for files in indexed.values():
         check_files(files.train + files.validation, modalities)
@@ -176,9 +178,6 @@ def _make_folders(run: Run, locks: ExitStack) -> None:
     if settings.save_feature:
         samples = [(name, file.path) for name in names for file in run.files[name].train]
         patches = [settings.save_feature_path / name / f"{Path(path).name}{SUFFIX}" for name, path in samples]
-        for patch, following in pairwise(sorted(patches)):
-            if patch == following:
-                raise InputError(f"Two training samples would be saved as {patch}. Rename one of them.")
         written.append((settings.save_feature_path, "--save_feature_path", patches))
     merged: dict[str, tuple[Path, str, list[Path]]] = {}  # by real path, so that no folder is locked twice
     for folder, flag, files in written:

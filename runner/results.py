@@ -15,9 +15,10 @@ from utils.errors import escape_controls, show
 from utils.records import SampleResult
 from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.report_page import write_report
-from utils.reporting.results_json import results_record, write_results
+from utils.reporting.results_json import FILE_NAME, results_record
 from utils.reporting.tables import append_tables, format_tables, result_line
 from utils.reporting.visualization import FUSED, color_scale, save_anomaly_map, save_prediction_figure
+from utils.scans.json_records import write_record
 
 logger = logging.getLogger("main")
 
@@ -69,7 +70,7 @@ class Results:
         for method, config in self.run.configs.items():
             of_method = [self.reports[method][name] for name in self.inputs if name in self.reports[method]]
             record = results_record(sys.argv, self.flags[method], {each.name: each.entry for each in of_method})
-            write_results(self.folders[method], record)
+            write_record(self.folders[method] / FILE_NAME, record, indent=1)
             write_report(self.folders[method], record, of_method, table_note(config))
 
     def _kept(self, name: str) -> dict[str, ClassReport]:

@@ -527,7 +527,13 @@ def test_weights_are_looked_for_before_a_network_is_built(
 ) -> None:
     """A large vision transformer takes a minute to build."""
     (tmp_path / "folder.pth").mkdir()
-    monkeypatch.setattr(models.RgbSpec, "build", lambda *_, **__: pytest.fail("built too early"))
+    built = models.RgbSpec.build
+
+    def check_device(spec: models.RgbSpec, img_size: int) -> object:
+        assert torch.get_default_device().type == "meta", "built too early"
+        return built(spec, img_size)
+
+    monkeypatch.setattr(models.RgbSpec, "build", check_device)
     config = DetectorConfig("DINO+Point_MAE")
     for modality in ("rgb", "xyz"):
         with pytest.raises(InputError, match=re.escape(str(tmp_path / name))):

@@ -21,7 +21,7 @@ from utils import preprocessing
 from utils.choices import UNITS
 from utils.errors import InputError
 from utils.records import METERS, CloudForm, SampleFiles
-from utils.scans.cloud_check import DRAWN, checked_cloud, class_form
+from utils.scans.cloud_check import DRAWN, checked_cloud, class_distance
 from utils.scans.organized_pc import read_organized_pc, write_organized_pc
 
 
@@ -249,10 +249,10 @@ def write_split(root: Path, distances: list[float]) -> list[SampleFiles]:
 
 def test_a_class_has_the_median_distance_of_its_clouds(tmp_path: Path) -> None:
     files = write_split(tmp_path, [0.4, 0.5, 0.9])
-    assert class_form(files, METERS).distance == pytest.approx(0.5, rel=0.1)
-    assert class_form([], METERS) == METERS
+    assert class_distance(files) == pytest.approx(0.5, rel=0.1)
+    assert class_distance([]) is None
     write_organized_pc(files[1].xyz, 0 * surface())  # reported when it is used
-    assert class_form(files[1:2], METERS) == METERS
+    assert class_distance(files[1:2]) is None
 
 
 @pytest.mark.parametrize("odd", [0, 2])
@@ -260,7 +260,9 @@ def test_the_sample_in_another_unit_is_named(tmp_path: Path, odd: int) -> None:
     distances = [0.1, 0.1, 0.1]
     distances[odd] = 10.0  # centimeters
     files = write_split(tmp_path, distances)
-    report = check_split(tmp_path / "bracket", "train", frozenset({"xyz"}), 0, class_form(files, METERS))
+    report = check_split(
+        tmp_path / "bracket", "train", frozenset({"xyz"}), 0, CloudForm(distance=class_distance(files))
+    )
     assert len(report.problems) == 1
     assert f"{odd:03d}.tiff is 10" in report.problems[0] and "those of its class" in report.problems[0]
 

@@ -14,7 +14,8 @@ from report_pages import read_page
 from utils import report
 from utils.errors import InputError
 from utils.reporting.comparison import compare, comparison_page, format_comparison, signed
-from utils.reporting.results_json import read_results, results_record, write_results
+from utils.reporting.results_json import read_results, results_record
+from utils.scans.json_records import write_record
 
 EVIL = "<script>alert(1)</script>"
 
@@ -26,7 +27,7 @@ def metrics(value: float | None, **changed: object) -> dict:
 
 def write(folder: Path, classes: dict, args: dict | None = None, **changed: object) -> Path:
     record = results_record(["main.py"], {"method_name": "DINO", **(args or {})}, classes)
-    write_results(folder, record | changed)
+    write_record(folder / "results.json", record | changed)
     return folder / "results.json"
 
 

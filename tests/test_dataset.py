@@ -254,7 +254,9 @@ def test_checks_read_only_what_is_needed(class_folder: Path) -> None:
     (class_folder / "train/good/rgb/002.png").write_bytes(b"no image")
     samples = index_split(class_folder, "train", XYZ)
     check_files(samples, XYZ)
-    with pytest.raises(InputError, match=r"002.png is not a complete PNG, JPEG, BMP, WebP or TIFF. Restore"):
+    with pytest.raises(
+        InputError, match=r"002.png is not a complete PNG, JPEG, BMP, WebP or TIFF that can be decoded. Restore"
+    ):
         check_files(samples, BOTH)
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from dataset import index_split
 from runner import preparation
-from runner.dataset_check import check_split, warn_of_raw_scans, warn_of_unfinished_scans
+from runner.dataset_check import check_split, print_dataset_check, warn_of_raw_scans, warn_of_unfinished_scans
+from runner.settings import make_parser
 from utils import preprocessing
 from utils.cleaning.cloud_cleaning import CleaningRule, CleanScan, clean_scan, shows_table
 from utils.cleaning.preview import Pair, write_preview
@@ -219,9 +220,6 @@ def test_scans_that_preprocessing_left_out_give_a_warning(
     (root / "preprocessing.json").write_text(json.dumps(record))
     warn_of_unfinished_scans(root, index)
     assert ": python utils/preprocess_eyecandies.py" in caplog.text
-    (root / "preprocessing.json").write_text("{")
-    warn_of_unfinished_scans(root, index)
-    assert "is damaged" in caplog.text
 
 
 def test_a_run_checks_both_splits_and_the_preprocessing_record(
@@ -315,10 +313,10 @@ def test_the_preview_has_the_format_of_its_file_name(tmp_path: Path, name: str) 
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("sheet.txt", r"--preview .*sheet.txt names no image format. End it in one of .png, .jpg, .*, .webp"),
-        ("sheet", "names no image format"),
+        ("sheet.txt", r"--preview .*sheet.txt names no image. End it in one of .png, .jpg, .*, .webp"),
+        ("sheet", "names no image"),
         ("file/sheet.png", r"file cannot be made or written \(File exists\)\. Choose another --preview"),
-        ("folder.png", r"folder.png cannot be written \(Is a directory\)"),
+        ("folder.png", "folder.png names no image"),
     ],
 )
 def test_a_preview_that_cannot_be_written_is_refused_before_anything_is_cleaned(
@@ -330,6 +328,14 @@ def test_a_preview_that_cannot_be_written_is_refused_before_anything_is_cleaned(
     assert result.returncode == 2
     assert re.search(message, result.stderr)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_a_damaged_manifest_is_refused(raw: Path, tmp_path: Path) -> None:
+    root = tmp_path / "parts"
+    shutil.copytree(raw, root)
+    (root / "preprocessing.json").write_text("{")
+    with pytest.raises(InputError, match="preprocessing.json is damaged"):
+        print_dataset_check(make_parser().parse_args(["--dataset_path", str(root), "--inspect_dataset"]))
 
 
 def test_the_preview_needs_a_scan_that_is_not_cleaned(cleaned: Path, tmp_path: Path) -> None:

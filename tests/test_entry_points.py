@@ -149,6 +149,21 @@ def test_faults_end_with_one_sentence(
 
 
 @every_script
+def test_ctrl_c_in_an_import_ends_quietly(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:  # as the compiled module of open3d does
+            raise ImportError("initialization failed") from interrupt
+
+    monkeypatch.setattr(Parser, "parse_args", fail)
+    assert exit_of(script) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+@every_script
 def test_other_errors_keep_their_traceback(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (ValueError("a bug"), RuntimeError("another one")):
         monkeypatch.setattr(Parser, "parse_args", lambda *_, error=error: raise_(error))

@@ -31,7 +31,8 @@ from utils.errors import InputError, escape_controls
 from utils.reporting.html_report import report_page as report_page_module
 from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.report_page import report_page
-from utils.reporting.results_json import results_record, write_results
+from utils.reporting.results_json import results_record
+from utils.scans.json_records import write_record
 
 FLAGS = ARGS | {"img_size": 224, "f_coreset": 0.1, "random_state": None, "rgb_checkpoint": Path("a/b.pth")}
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\u2028"
@@ -125,8 +126,11 @@ def test_report_and_results_of_a_class_read_back_are_byte_equal(tmp_path: Path, 
     assert made_up_page(round_trip(tmp_path, report)) == page
     assert len(samples_of(page)) == len(report.samples)
     record = results_record(COMMAND, ARGS, {report.name: report.entry})
-    write_results(tmp_path / "a", record)
-    write_results(tmp_path / "b", results_record(COMMAND, ARGS, {report.name: round_trip(tmp_path, report).entry}))
+    write_record(tmp_path / "a" / "results.json", record)
+    write_record(
+        tmp_path / "b" / "results.json",
+        results_record(COMMAND, ARGS, {report.name: round_trip(tmp_path, report).entry}),
+    )
     assert (tmp_path / "a/results.json").read_bytes() == (tmp_path / "b/results.json").read_bytes()
 
 

@@ -380,7 +380,10 @@ def assert_refused(capsys: pytest.CaptureFixture[str], lib: Path, out: Path, fla
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data_path", "nowhere"], "nowhere holds no <class>/<stem>"),
+        (
+            ["--data_path", "nowhere"],
+            "nowhere is not a folder. Give the folder that main.py --save_feature_path wrote.",
+        ),
         (["--batch_size", "9"], "8 patch files"),
         (["--drop_last_group", "--accum_iter", "5"], "--accum_iter 4 or less"),
         (["--batch_size", "0"], "--batch_size is 0. Give a number from 1 to 1000000000."),

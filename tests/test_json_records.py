@@ -80,7 +80,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     cases: list[tuple[bytes, str]] = [
         (b"", "is damaged (not JSON: Expecting value"),
         (b"\xff\xfe{}", "is damaged (not JSON: invalid start byte)"),
-        (b"[" * 100_000, "is damaged (not JSON: maximum recursion depth exceeded"),
+        (b"[" * 100_000, "is damaged (nested too deeply)"),
         (b'{"schema": NaN}', "is damaged (not JSON: NaN is not a finite number)"),
         (b'{"schema": 1e999}', "is damaged (not JSON: 1e999 is not a finite number)"),
         (b'{"schema": 2, "note": ' + b"1" * 5000, "is damaged (not JSON: Exceeds the limit"),

@@ -20,9 +20,10 @@ from runner.prediction import SampleReader
 from runner.settings import make_parser
 from utils import preprocessing
 from utils.errors import InputError
+from utils.feature_store import read_header
 from utils.reporting.visualization import save_overlay
 from utils.scans.depth_camera import Camera
-from utils.scans.files import MAX_BYTES, open_file
+from utils.scans.files import MAX_BYTES, open_file, read_bytes
 from utils.scans.images import OVERLAY_SIDE, defect_share, image_size, open_image, read_image, shrink_image
 from utils.scans.organized_pc import write_organized_pc
 from utils.scans.sample_files import find_samples, read_cloud
@@ -151,6 +152,10 @@ def test_empty_folder_beside_one_of_good_samples_is_left_out(bracket: Path) -> N
             ("train/good/xyz/001.tiff", "train/good/xyz/001.npy"),
             "(found: xyz/001.npy). Rename or convert those of the samples to xyz/<stem>.tiff",
         ),
+        (
+            ("train/good/rgb/001.png", "train/good/rgb/image_001.png"),
+            "image_001.tiff is missing (found: xyz/001.tiff). Rename or convert those of the samples to xyz/<stem>.tiff",
+        ),
         (("train/good/rgb/001.png", "lost.png"), "001.png is missing. Restore them, or remove their samples."),
     ],
 )
@@ -212,6 +217,8 @@ READERS: dict[str, Callable[[Path], object]] = {
     "mask.png": lambda path: defect_share(path, True),
     "depth.png": lambda path: read_cloud(path, CAMERA),
     **{f"cloud{suffix}": read_cloud for suffix in (".tiff", ".npy", ".pcd", ".ply")},
+    "patches.safetensors": read_header,
+    "text.txt": lambda path: read_bytes(path, "record"),
 }
 
 

@@ -562,10 +562,18 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {  # file, damage
     "empty yaml": ("info_depth.yaml", lambda path: path.write_text(""), "expected normalization: min, max"),
     "broken yaml": ("info_depth.yaml", lambda path: path.write_text("{a: ["), "expected normalization: min, max"),
     "yaml of bytes": ("info_depth.yaml", lambda path: path.write_bytes(b"\xff\xfe\xfa"), "info_depth.yaml cannot be"),
-    "other yaml": ("info_depth.yaml", lambda path: path.write_text("min: 1\nmax: 2\n"), "(KeyError), expected norm"),
-    "yaml list": ("info_depth.yaml", lambda path: path.write_text("- 1\n- 2\n"), "(TypeError), expected norm"),
-    "no max": ("info_depth.yaml", lambda path: path.write_text("normalization:\n  min: 1\n"), "(KeyError), expected"),
-    "min of words": ("info_depth.yaml", limits("near", 4), "(ValueError), expected normalization"),
+    "other yaml": (
+        "info_depth.yaml",
+        lambda path: path.write_text("min: 1\nmax: 2\n"),
+        "cannot be read, expected norm",
+    ),
+    "yaml list": ("info_depth.yaml", lambda path: path.write_text("- 1\n- 2\n"), "cannot be read, expected norm"),
+    "no max": (
+        "info_depth.yaml",
+        lambda path: path.write_text("normalization:\n  min: 1\n"),
+        "cannot be read, expected",
+    ),
+    "min of words": ("info_depth.yaml", limits("near", 4), "cannot be read, expected normalization"),
     "min = max": ("info_depth.yaml", limits(3, 3), "has the depths 3.0 to 3.0, expected 0 < min < max"),
     "min > max": ("info_depth.yaml", limits(3, 2), "has the depths 3.0 to 2.0, expected 0 < min < max"),
     "min < 0": ("info_depth.yaml", limits(-1, 2), "has the depths -1.0 to 2.0, expected 0 < min < max"),
@@ -628,7 +636,7 @@ def test_yaml_tags_are_not_executed(published: Path, tmp_path: Path, capsys: pyt
     path = published / "Confetto/train/data/000_info_depth.yaml"
     path.write_text(tag)
     assert run(published, tmp_path / "out") == 1
-    assert f"{path} cannot be read (ConstructorError)" in capsys.readouterr().out
+    assert f"{path} cannot be read, expected normalization" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     yaml.unsafe_load(tag)  # proves that the tag works
     assert (tmp_path / "run").exists()

@@ -13,8 +13,9 @@ import pytest
 
 from utils.errors import InputError
 from utils.metrics import EXACT_LIMITS, mean_over_classes
-from utils.reporting.results_json import package_versions, results_record, write_results
+from utils.reporting.results_json import package_versions, results_record
 from utils.reporting.tables import append_tables, format_tables, result_line
+from utils.scans.json_records import write_record
 
 FILES = ("image_rocauc_results.md", "pixel_rocauc_results.md", "aupro_results.md")
 COMMAND = ["main.py", "--method_name", "DINO+Point_MAE"]
@@ -96,7 +97,7 @@ def test_tables_of_two_runs_accumulate(tmp_path: Path) -> None:
         ]
         headings = re.findall(r"^## \d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d · DINO\+Point_MAE$", text, re.MULTILINE)
         assert len(headings) == 2
-        assert text.count(f"\n{shlex.join(COMMAND)}\n") == 2
+        assert text.count(f"\n    {shlex.join(COMMAND)}\n") == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)  # no temporary file is left
 
 
@@ -124,16 +125,12 @@ def test_names_and_commands_cannot_break_a_table(tmp_path: Path) -> None:
     command = ["main.py", "--note", "one | two ``` three\n| four |", os.fsdecode(b"caf\xe9")]
     append_tables(tmp_path, {"x|y": {odd: BAGEL, "rope": BAGEL}}, command, False, "a |\n# b")
     for name in FILES:
-        fenced, after = re.search(
-            r"^(`{4,})text\n(.*?)\n\1$(.*)", (tmp_path / name).read_text(), re.DOTALL | re.MULTILINE
-        ).group(2, 3)
-        assert shlex.split(fenced)[:3] == command[:3]
-        path = tmp_path / f"after_{name}"
-        path.write_text(after)
-        (table,) = read_tables(path)
+        indented = re.findall(r"^    (.*)", (tmp_path / name).read_text(), re.MULTILINE)
+        assert shlex.split("\n".join(indented))[:3] == command[:3]
+        (table,) = read_tables(tmp_path / name)
         assert table[0] == ["Method", "a|b`c\\d <i>*", "rope", "Mean"]
         assert table[1][0].startswith("x|y")
-        assert "\na \\| # b\n" in after
+        assert "\na \\| # b\n" in (tmp_path / name).read_text()
 
 
 def test_every_table_has_the_note(tmp_path: Path) -> None:
@@ -254,7 +251,7 @@ def test_results_file_reads_back_unrounded(tmp_path: Path) -> None:
     samples = [{"path": "test/hole/000", "label": np.int64(1), "score": np.float32(0.1)}]
     classes = {"bagel": {**BAGEL, "image_rocauc": np.float64(1 / 3), "samples": samples}, "rope": NOTHING}
     args = {"dataset_path": Path("datasets"), "seed": 0, "class_name": ("bagel", "rope"), "blr": np.ones(2)}
-    write_results(tmp_path, results_record(COMMAND, args, classes))
+    write_record(tmp_path / "results.json", results_record(COMMAND, args, classes))
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["schema", "command", "args", "versions", "classes", "mean"]
     assert results["schema"] == 1
@@ -271,16 +268,18 @@ def test_results_file_reads_back_unrounded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), np.float32("inf")])
 def test_results_file_refuses_values_that_are_not_finite(tmp_path: Path, bad: float) -> None:
-    write_results(tmp_path, results_record(COMMAND, {}, CLASSES))
+    write_record(tmp_path / "results.json", results_record(COMMAND, {}, CLASSES))
     before = (tmp_path / "results.json").read_text()
     with pytest.raises(ValueError, match="JSON"):
-        write_results(tmp_path, results_record(COMMAND, {}, {"bagel": {**BAGEL, "peak_memory_mb": bad}}))
+        write_record(
+            tmp_path / "results.json", results_record(COMMAND, {}, {"bagel": {**BAGEL, "peak_memory_mb": bad}})
+        )
     assert (tmp_path / "results.json").read_text() == before
 
 
 def test_results_file_refuses_other_types(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="cannot hold a set"):
-        write_results(tmp_path, {"args": {"x": {1}}})
+        write_record(tmp_path / "results.json", {"args": {"x": {1}}})
     assert not (tmp_path / "results.json").exists()
 
 

@@ -101,7 +101,9 @@ def exit_on_error(interrupted: str = "interrupted") -> Iterator[None]:
             yield
         finally:
             _flush_stdout()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ImportError) as error:
+        if isinstance(error, ImportError) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
         show(f"{script}: {interrupted}", sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:

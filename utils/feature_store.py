@@ -27,7 +27,7 @@ from utils.checkpoint_files import read_checkpoint
 from utils.choices import PAIRINGS, STORAGE_DTYPE_NAMES
 from utils.errors import InputError
 from utils.records import PatchFeatures
-from utils.scans.files import atomic_path, check_folder
+from utils.scans.files import atomic_path, check_folder, open_file
 
 SCHEMA = "m3dm-patches/1"
 SUFFIX, ORIGINAL_SUFFIX = ".safetensors", ".pt"
@@ -125,12 +125,13 @@ def read_header(path: Path) -> PatchFile:
     """Read the header of a patch file; InputError if the file is truncated, of another schema or contradicts itself."""
     from safetensors import SafetensorError, safe_open
 
+    open_file(path, "weights").close()
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is truncated or not a patch file ({error}). {_WRITE_AGAIN}") from None
+    except (OSError, SafetensorError):
+        raise InputError(f"{path} is truncated or not a patch file. {_WRITE_AGAIN}") from None
     if metadata.get("schema") != SCHEMA:
         raise InputError(f"{path} has schema {metadata.get('schema')!r}, not {SCHEMA!r}. {_WRITE_AGAIN}")
     try:

@@ -8,19 +8,7 @@ from pathlib import Path
 import torch
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # limit of a container: bytes, or "max"
-MOUNTS = Path("/proc/mounts")  # of Linux
-MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 PROCESS_STATUS = Path("/proc/self/status")  # of Linux
-
-
-def file_system_of(folder: Path) -> str | None:
-    """Type of the file system of a folder, such as "ext4"; None outside of Linux."""
-    if not MOUNTS.is_file():
-        return None
-    path = folder.resolve()
-    mounts = [line.split() for line in MOUNTS.read_text().splitlines()]  # device, folder, type, ...
-    above = [(len(Path(fields[1]).parts), fields[2]) for fields in mounts if path.is_relative_to(fields[1])]
-    return max(above, key=lambda each: each[0])[1] if above else None
 
 
 def default_memory_budget(device: torch.device) -> float:

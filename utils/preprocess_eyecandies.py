@@ -29,7 +29,7 @@ from utils.cleaning.journal import Journal, Scan
 from utils.cleaning.scan_processing import Result, Summary, process_scans, report, write_results
 from utils.command_line import MOST_WORKERS, Parser
 from utils.errors import InputError, exit_on_error
-from utils.scans.files import check_folder, subfolders
+from utils.scans.files import check_folder, read_bytes, subfolders
 from utils.scans.images import defect_mask, open_image, read_image
 
 VERSION = 2  # of the conversion: raise it when the same sample gives another result or record
@@ -178,12 +178,12 @@ def preprocess(config: Config) -> Summary:
 
 
 def _read_depth(path: Path, limits: Path, missing: int) -> np.ndarray:
+    text = read_bytes(limits, "record")
     try:
-        normalization = yaml.safe_load(limits.read_text(encoding="utf-8"))["normalization"]
+        normalization = yaml.safe_load(text)["normalization"]
         low, high = float(normalization["min"]), float(normalization["max"])
-    except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
-        problem = f"{limits} cannot be read ({type(error).__name__}), expected normalization: min, max"
-        raise InputError(f"{problem}. Copy it again.") from None
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError):
+        raise InputError(f"{limits} cannot be read, expected normalization: min, max. Copy it again.") from None
     if not 0 < low < high < np.inf:
         raise InputError(f"{limits} has the depths {low} to {high}, expected 0 < min < max in meters. Copy it again.")
     with open_image(path) as image:
@@ -194,8 +194,9 @@ def _read_depth(path: Path, limits: Path, missing: int) -> np.ndarray:
 
 
 def _read_pose(path: Path) -> np.ndarray:
+    text = read_bytes(path, "record")
     try:
-        pose = np.array([line.split() for line in path.read_text().strip().splitlines()], dtype=np.float64)
+        pose = np.array([line.split() for line in text.strip().splitlines()], dtype=np.float64)
         valid = pose.shape == (4, 4) and np.isfinite(pose).all() and np.linalg.matrix_rank(pose) == 4
     except ValueError:
         valid = False

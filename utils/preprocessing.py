@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,13 +33,21 @@ from utils.cleaning.scan_processing import Result, Summary, process_scans, repor
 from utils.command_line import FILE_BOUNDS, MOST_WORKERS, Parser, add_file_flags, from_flags
 from utils.errors import InputError, exit_on_error, show
 from utils.records import METERS, CloudForm, SampleFiles
-from utils.scans.cloud_check import checked_cloud, class_form
-from utils.scans.files import check_folder, files_by_modality, is_good, make_folder, subfolders
+from utils.scans.cloud_check import checked_cloud, class_distance
+from utils.scans.files import (
+    LONGEST_NAME,
+    check_folder,
+    files_by_modality,
+    fix_of_missing,
+    is_good,
+    make_folder,
+    subfolders,
+)
 from utils.scans.images import defect_mask, defect_share, open_image, read_image, set_max_megapixels, warn_once
 from utils.scans.organized_pc import read_organized_pc
 
 ROWS = 4  # of each class in the preview, at most
-Forms = Mapping[str, tuple[CloudForm, CloudForm]]  # by class: of raw and of cleaned clouds
+Forms = Mapping[str, CloudForm]  # of raw clouds, by class
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # xyz, rgb, gt
 VERSION = 1  # of the cleaning: raise it when the same scan and rule give another result
 
@@ -66,8 +74,10 @@ class Config:
     def journal(self) -> Journal:
         """Record of the scans that are done."""
         settings = {"version": VERSION, **self.rule.settings()}
-        if self.form != METERS:  # older manifests have no such keys
-            settings |= {"xyz_unit": self.form.unit, "missing_value": self.form.missing_value}
+        if self.form.unit != "m":  # older manifests have neither key
+            settings["xyz_unit"] = self.form.unit
+        if self.form.missing_value:
+            settings["missing_value"] = self.form.missing_value
         return Journal(self.output, settings)
 
 
@@ -104,9 +114,12 @@ def _complete_scans(folder: Path, root: Path, failed: dict[str, str]) -> list[Sc
             del sources["gt"]
         stored = next(files[0].stem for files in sources.values() if files)  # `stem` may be in another Unicode form
         scan = Scan(f"{place.as_posix()}/{stored}", sources)
-        missing = [str(scan.file(root, modality)) for modality in sources if not sources[modality]]
+        missing = [modality for modality in sources if not sources[modality]]
         if missing:
-            failed[scan.name] = f"Missing {' and '.join(missing)}. Restore from the dataset or remove the scan."
+            paths = " and ".join(str(scan.file(root, modality)) for modality in missing)
+            failed[scan.name] = f"Missing {paths}{fix_of_missing(folder, missing[0], found, ('xyz', 'rgb'))}"
+        elif len(os.fsencode(stored)) > LONGEST_NAME:
+            failed[scan.name] = f"Its name has more than {LONGEST_NAME} bytes. Rename its files."
         else:
             scans.append(scan)
     return scans
@@ -123,27 +136,24 @@ def clean_files(scan: Scan, config: Config, forms: Forms) -> Result:
 
 def _clean(scan: Scan, arrays: Arrays, config: Config, forms: Forms) -> tuple[np.ndarray, CleanScan]:
     """Return the cloud in meters and the cleaned scan."""
-    path, (raw, cleaned) = _source(scan, "xyz"), forms.get(scan.name.partition("/")[0], (config.form, METERS))
-    xyz, rgb, gt = arrays
-    xyz = checked_cloud(path, xyz, raw)
+    path, (xyz, rgb, gt) = _source(scan, "xyz"), arrays
+    xyz = checked_cloud(path, xyz, forms.get(scan.name.partition("/")[0], config.form))
     clean = clean_scan(xyz, rgb, gt, config.rule)
-    checked_cloud(path, clean.xyz, cleaned)
+    checked_cloud(path, clean.xyz)
     return xyz, clean
 
 
 def class_forms(scans: Sequence[Scan], config: Config) -> Forms:
-    """Forms of raw and cleaned clouds of each unfinished class. The distance is that of cleaned ones, if any."""
-    done = config.journal().done
-    forms: dict[str, tuple[CloudForm, CloudForm]] = {}
-    samples: dict[str, tuple[list[SampleFiles], list[SampleFiles]]] = {}
+    """Forms of the raw clouds of unfinished classes, with the distance of their class."""
+    done, in_place = config.journal().done, config.output == config.dataset
+    classes: dict[str, list[SampleFiles]] = {scan.name.partition("/")[0]: [] for scan in scans if scan.name not in done}
     for scan in scans:
-        is_done = scan.name in done
-        path = scan.file(config.output, "xyz") if is_done else scan.sources["xyz"][0]
-        samples.setdefault(scan.name.partition("/")[0], ([], []))[is_done].append(SampleFiles(scan.name, xyz=path))
-    for name, (raw, cleaned) in samples.items():
-        if raw:
-            forms[name] = class_form([] if cleaned else raw, config.form), class_form(cleaned, METERS)
-    return forms
+        xyz, form = scan.sources["xyz"][0], config.form
+        if in_place and scan.name in done:
+            xyz, form = scan.file(config.output, "xyz"), METERS
+        if (name := scan.name.partition("/")[0]) in classes:
+            classes[name].append(SampleFiles(scan.name, xyz=xyz, form=form))
+    return {name: replace(config.form, distance=class_distance(samples)) for name, samples in classes.items()}
 
 
 def _source(scan: Scan, modality: str) -> Path:
@@ -231,8 +241,8 @@ def parse_args(argv: Sequence[str] | None) -> Config:
     parser.add_argument("--preview", type=Path, metavar="IMAGE", help=text)
     add_file_flags(parser.add_argument)
     args = parser.parse_args(argv)
-    if args.preview and args.preview.suffix.lower() not in FORMATS:
-        raise InputError(f"--preview {args.preview} names no image format. End it in one of {', '.join(FORMATS)}.")
+    if args.preview and (args.preview.suffix.lower() not in FORMATS or args.preview.is_dir()):
+        raise InputError(f"--preview {args.preview} names no image. End it in one of {', '.join(FORMATS)}.")
     set_max_megapixels(args.max_megapixels)
     form = CloudForm(args.xyz_unit, args.missing_value)
     return from_flags(Config, args, form=form, rule=from_flags(CleaningRule, args))

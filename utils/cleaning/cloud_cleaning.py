@@ -31,7 +31,6 @@ class CleaningRule:
     cluster_eps: float = 0.006  # radius of a point's neighborhood
     cluster_min_points: int = 30  # size of a core point's neighborhood, itself included
     side_multiple: int = 100  # pixels: the padded side is the larger image side rounded up to a multiple
-    max_extent: float = MAX_COORDINATE  # of the clouds that `checked_cloud` accepts
     least_support: float = 0.1  # share of the measured border points on the plane; with less, a scan is refused
     min_border: float = 0.25  # share of the border pixels with a measurement; a scan with less is doubtful
     min_support: float = 0.5  # share of the measured border points on the plane; a scan with at most this is doubtful
@@ -43,7 +42,8 @@ class CleaningRule:
     def settings(self) -> dict[str, Any]:
         """Parameters that results depend on, for the manifest; those left out only decide which scans are refused."""
         left_out = {"least_support", "min_border", "min_support", "strict"}
-        return {name: value for name, value in asdict(self).items() if name not in left_out}
+        used = {name: value for name, value in asdict(self).items() if name not in left_out}
+        return {"max_extent": MAX_COORDINATE} | used  # the limit of `checked_cloud`
 
 
 class CleanScan(NamedTuple):

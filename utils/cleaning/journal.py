@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from utils.errors import InputError
-from utils.scans.files import FILE_SUFFIXES, writing
+from utils.scans.files import FILE_SUFFIXES, read_bytes, writing
 from utils.scans.json_records import decode_record, encode_record, read_record, write_record
 
 SCHEMA = 1
@@ -76,8 +76,8 @@ def read_manifest(root: Path) -> Manifest | None:
     if not (root / MANIFEST).exists():
         return None
     manifest = read_record(root / MANIFEST, Manifest, SCHEMA, FIX)
-    text = (root / JOURNAL).read_text("ascii", "replace") if (root / JOURNAL).exists() else ""
-    for each in text.split("\n")[:-1]:  # the text after the last line end was cut short
+    text = read_bytes(root / JOURNAL, "record") if (root / JOURNAL).exists() else b""
+    for each in text.decode("ascii", "replace").split("\n")[:-1]:  # the text after the last line end was cut short
         line = decode_record(each, dict[str, Record], root / JOURNAL, FIX)
         manifest.scans |= line
         manifest.in_journal |= line.keys()

@@ -94,8 +94,11 @@ def process_all(scans: list[Scan], process: Process, workers: int) -> Generator[
 def _attempt(scan: Scan, process: Process) -> Outcome:
     try:
         return scan, process(scan)
-    except (InputError, OSError) as error:
-        return scan, str(problem_of(error))
+    except Exception as error:
+        problem = problem_of(error)
+        if problem is None:
+            raise
+        return scan, problem
 
 
 def _start_worker(max_pixels: int | None) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import msgspec
 
 from utils.errors import InputError
-from utils.scans.json_records import read_record, write_record
+from utils.scans.json_records import read_record
 
 SCHEMA = 1
 FILE_NAME = "results.json"
@@ -56,11 +56,6 @@ def results_record(
         "classes": {name: dict(metrics) for name, metrics in classes.items()},
         "mean": mean_over_classes(classes),
     }
-
-
-def write_results(output_dir: Path | str, record: Mapping[str, Any]) -> None:
-    """Write `results_record` as results.json; errors as in `write_record`."""
-    write_record(Path(output_dir) / FILE_NAME, record, indent=1)
 
 
 def read_results(path: Path) -> Results:

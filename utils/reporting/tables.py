@@ -60,7 +60,8 @@ def append_tables(
     for table in _tables(methods, exact_headline, note):
         path = folder / table.file_name
         older = path.read_text("utf-8", "backslashreplace").rstrip("\n") if path.exists() else f"# {table.title}"
-        heading = [f"## {now} · {_escape(', '.join(methods))}", "", *_fenced(shlex.join(command)), ""]
+        code = [f"    {line}" for line in shlex.join(command).splitlines()]
+        heading = [f"## {now} · {_escape(', '.join(methods))}", "", *code, ""]
         header, *rows = [f"| {' | '.join(map(_escape, row))} |" for row in table.rows]
         lines = [header, "|---|" + "---:|" * (len(table.rows[0]) - 1), *rows]
         for remark in table.remarks:
@@ -123,9 +124,3 @@ def _au_pro_rows(columns: Sequence[Mapping[str, Any]], exact_headline: bool) -> 
 def _escape(text: str) -> str:
     """Escape one line of Markdown, so that nothing ends a table cell or opens code, emphasis or a tag."""
     return re.sub(r"([\\|`*<])", r"\\\1", one_line(text))
-
-
-def _fenced(code: str) -> list[str]:
-    """Lines of a code block whose fence is longer than any run of backticks inside."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
-    return [f"{fence}text", code, fence]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +44,9 @@ def checked_cloud(name: Path | str, xyz: np.ndarray, form: CloudForm = METERS, u
     problem = f"The median point of {name} is {distance:.4g} m away"
     if not (NEAREST if form.camera_frame else 0) <= distance <= FARTHEST:
         fitting = " or ".join(unit for unit, scale in UNITS.items() if NEAREST <= stored * scale <= FARTHEST)
-        fix = f"Give --xyz_unit {fitting} if that is its unit." if fitting else "Convert its coordinates."
-        raise InputError(f"{problem}, expected an object between {NEAREST:g} and {FARTHEST:g} m. {unit_fix or fix}")
+        unit = f"Give --xyz_unit {fitting} if that is the unit of all clouds, or convert this one."
+        fix = unit_fix or (unit if fitting else "Convert its coordinates.")
+        raise InputError(f"{problem}, expected an object between {NEAREST:g} and {FARTHEST:g} m. {fix}")
     if form.distance is not None and not 1 / MAX_RATIO < distance / form.distance < MAX_RATIO:
         raise InputError(f"{problem}, but those of its class {form.distance:.4g} m. Convert it to their unit.")
     if form.unit != "m":
@@ -62,14 +62,14 @@ def checked_cloud(name: Path | str, xyz: np.ndarray, form: CloudForm = METERS, u
     return cloud
 
 
-def class_form(samples: Sequence[SampleFiles], form: CloudForm) -> CloudForm:
-    """Add the median distance of a few clouds of a class to a `form`. Bad clouds are reported when they are used."""
+def class_distance(samples: Sequence[SampleFiles]) -> float | None:
+    """Median distance of a few clouds of a class, meters, or None. Bad clouds are reported when they are used."""
     distances = []
-    for path in (sample.xyz for sample in spread(samples) if sample.xyz):
+    for path, form in ((each.xyz, each.form) for each in spread(samples) if each.xyz):
         with suppress(InputError):
             cloud = checked_cloud(path, read_organized_pc(path), form)
-            distances.append(np.median(np.linalg.norm(cloud[valid_mask(cloud)], axis=1)))
-    return replace(form, distance=float(np.median(distances))) if distances else form
+            distances.append(float(np.median(np.linalg.norm(cloud[valid_mask(cloud)], axis=1))))
+    return float(np.median(distances)) if distances else None
 
 
 def spread(samples: Sequence[SampleFiles]) -> list[SampleFiles]:

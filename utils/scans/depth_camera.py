@@ -18,7 +18,8 @@ from utils.scans.organized_pc import as_cloud
 
 OFF_AXIS = 1e-6  # meters, far below the resolution of a camera
 FIX = 'Write {"fx": .., "fy": .., "cx": .., "cy": .., "depth_scale": meters per unit} into it, without lens distortion'
-Positive = Annotated[float, msgspec.Meta(gt=0)]
+Positive = Annotated[float, msgspec.Meta(ge=1e-9, le=1e9)]
+Pixel = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
 Pixels = Annotated[int, msgspec.Meta(gt=0)]
 
 
@@ -27,8 +28,8 @@ class Camera(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     fx: Positive  # focal lengths and center, pixels
     fy: Positive
-    cx: float
-    cy: float
+    cx: Pixel
+    cy: Pixel
     depth_scale: Positive  # meters per unit of the depth image
     width: Pixels | None = None  # of its images; None: not checked
     height: Pixels | None = None

@@ -18,8 +18,10 @@ from utils.errors import InputError, system_problem
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 FILE_SUFFIXES = {"xyz": (".tiff", ".tif"), "rgb": _IMAGE_SUFFIXES, "gt": _IMAGE_SUFFIXES}
 FOLDERS = {"xyz": ("xyz",), "rgb": ("rgb",), "gt": ("gt", "ground_truth")}  # the first wins; this project writes it
-MAX_BYTES = {"image": 1 << 29, "cloud": 1 << 31, "record": 1 << 31}  # of a file of that kind
+MAX_BYTES = {"image": 1 << 29, "cloud": 1 << 31, "record": 1 << 31, "weights": 1 << 40}  # of a file of that kind
 GOOD, _ALSO_GOOD = "good", ("ok", "normal")  # names of folders of good samples, in upper or lower case
+FilesByModality = dict[str, dict[str, tuple[Path, ...]]]  # by modality, then by stem
+LONGEST_NAME = 220  # bytes of a stem: a file name has 255, and those of temporary files and overlays are longer
 TEMPORARY = ".m3dm.tmp"  # in the names of unfinished files and folders
 _locks: set[int] = set()  # descriptors of the locked folders
 
@@ -40,14 +42,14 @@ def subfolders(folder: Path) -> list[Path]:
     return _listing(folder, Path.is_dir)
 
 
-def files_by_modality(folder: Path) -> dict[str, dict[str, tuple[Path, ...]]]:
+def files_by_modality(folder: Path) -> FilesByModality:
     """Return the files in a folder such as test/hole by modality, then by stem; none where a folder does not exist.
 
     Stems are in Unicode form NFC, so that names in different forms match. Ground truth may be in `gt` or
     `ground_truth`, and be called <stem>_mask, unless a sample has that name. The caller refuses several files of one
     stem. Hidden files are left out. Raises InputError if a folder cannot be read.
     """
-    found: dict[str, dict[str, tuple[Path, ...]]] = {modality: {} for modality in FOLDERS}
+    found: FilesByModality = {modality: {} for modality in FOLDERS}
     for modality, names in FOLDERS.items():
         for name in names:
             found[modality] = _files_by_stem(folder / name, modality, found) | found[modality]
@@ -62,6 +64,24 @@ def _files_by_stem(folder: Path, modality: str, found: Mapping[str, Container[st
             stem = stem[: -len("_mask")]
         files[stem] = (*files.get(stem, ()), path)
     return files
+
+
+def fix_of_missing(folder: Path, modality: str, found: FilesByModality, needed: Iterable[str]) -> str:
+    """End of an error about missing files of a modality: its files that lack a partner, and the fix.
+
+    `found` is from `files_by_modality`. A sample needs files of the modalities `needed`.
+    """
+    stems = set.intersection(*(set(found[each]) for each in needed))
+    partners = {path for stem in stems for path in found[modality].get(stem, ())}
+    places = [folder / name for name in FOLDERS[modality] if (folder / name).is_dir()] or [folder]
+    folders = {name for names in FOLDERS.values() for name in names}
+    paths = sorted(path for place in places for path in place.iterdir() if path not in partners)
+    others = [f"{path.parent.name}/{path.name}" for path in paths if path.name not in folders and path.name[0] != "."]
+    if not others:
+        return ". Restore them, or remove their samples."
+    listing = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+    expected = f"{modality}/<stem>{FILE_SUFFIXES[modality][0]}"
+    return f" (found: {listing}). Rename or convert those of the samples to {expected}, or remove the samples."
 
 
 def open_file(path: Path, kind: str) -> BinaryIO:
@@ -80,6 +100,12 @@ def open_file(path: Path, kind: str) -> BinaryIO:
         return path.open("rb")  # refuses a folder
     except OSError as error:
         raise InputError(system_problem(path, "read", error)) from error
+
+
+def read_bytes(path: Path, kind: str) -> bytes:
+    """Read a file; arguments and errors as in `open_file`."""
+    with open_file(path, kind) as file:
+        return file.read()
 
 
 def _listing(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:

@@ -120,7 +120,10 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         problem = f"{path} has more than {(Image.MAX_IMAGE_PIXELS or 0) / 1e6:g} megapixels"
         raise InputError(f"{problem}. Scale the files of the sample down, or raise --max_megapixels.") from error
     except Exception as error:  # with damaged bytes a decoder may raise almost anything
-        raise InputError(f"{path} is not a complete PNG, JPEG, BMP, WebP or TIFF. Restore the original.") from error
+        fix = "Restore it, or save it as an 8-bit PNG"
+        raise InputError(
+            f"{path} is not a complete PNG, JPEG, BMP, WebP or TIFF that can be decoded. {fix}."
+        ) from error
 
 
 def image_size(path: Path) -> tuple[int, int]:

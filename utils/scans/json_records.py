@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from utils.errors import InputError, escape_controls
-from utils.scans.files import atomic_path, open_file
+from utils.scans.files import atomic_path, read_bytes
 
 Record = TypeVar("Record")
 
@@ -28,8 +28,7 @@ def read_record(path: Path, kind: type[Record], schema: int | None, fix: str) ->
     if not path.exists():
         raise InputError(f"{path} is missing. {fix}.")
     try:
-        with open_file(path, "record") as file:
-            text = file.read().decode().removeprefix("\ufeff")  # byte order mark of Windows
+        text = read_bytes(path, "record").decode().removeprefix("\ufeff")  # byte order mark of Windows
     except UnicodeDecodeError as error:
         raise _damaged(path, f"not JSON: {error.reason}", fix) from None
     return decode_record(text, kind, path, fix, schema)
@@ -40,7 +39,8 @@ def decode_record(text: str, kind: type[Record], path: Path, fix: str, schema: i
     try:
         content = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"not JSON: {error}", fix) from None
+        problem = "nested too deeply" if isinstance(error, RecursionError) else f"not JSON: {error}"
+        raise _damaged(path, problem, fix) from None
     if schema is not None:
         found = content.get("schema") if isinstance(content, dict) else None
         if type(found) is not int:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from utils.errors import InputError
-from utils.scans.files import open_file
+from utils.scans.files import open_file, read_bytes
 from utils.scans.organized_pc import check_organized
 
 AXES = ("x", "y", "z")
@@ -108,8 +108,7 @@ def _parse_ply(path: Path, lines: Sequence[str]) -> tuple[int, list[_Field], tup
 
 def _split_header(path: Path, kind: str, first: bytes, last: bytes) -> tuple[list[str], bytes]:
     """Return the lines of a header, from `first` through the line that begins with `last`, and the bytes after it."""
-    with open_file(path, "cloud") as file:
-        content = file.read()
+    content = read_bytes(path, "cloud")
     lines, start = [], 0
     header = content[:LONGEST_HEADER] if content.startswith(first) else b""
     for line in header.splitlines(keepends=True):

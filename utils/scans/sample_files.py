@@ -9,16 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from glob import glob
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unicodedata import normalize
 
 import numpy as np
 
 from utils.errors import InputError
-from utils.records import CloudForm, SampleFiles
+from utils.records import METERS, CloudForm, SampleFiles
 from utils.scans.cloud_check import checked_cloud
 from utils.scans.depth_camera import Camera, back_project, read_depth_png
-from utils.scans.files import FILE_SUFFIXES
+from utils.scans.files import FILE_SUFFIXES, LONGEST_NAME
 from utils.scans.organized_pc import organized_pc_header, read_organized_pc
 from utils.scans.point_files import read_npy, read_pcd, read_ply
 
@@ -26,7 +26,6 @@ IMAGE_SUFFIXES = FILE_SUFFIXES["rgb"]
 CLOUD_SUFFIXES = (*FILE_SUFFIXES["xyz"], ".npy", ".pcd", ".ply")
 DEPTH_SUFFIXES = (".png",)  # of depth images alone; .tiff and .npy hold clouds or depth maps
 ASPECT_TOLERANCE = 0.01
-LONGEST_NAME = 220  # bytes of a stem: a file name has 255, and those of maps and overlays are longer
 
 
 class FoundSamples(NamedTuple):
@@ -117,7 +116,10 @@ def _by_stem(given: str, suffixes: Sequence[str], flag: str) -> dict[str, list[P
 
 
 def read_cloud(
-    path: Path, camera: Camera | None = None, image_size: tuple[int, int] | None = None, **form: Any
+    path: Path,
+    camera: Camera | None = None,
+    image_size: tuple[int, int] | None = None,
+    form: CloudForm = METERS,
 ) -> np.ndarray:
     """Read an organized point cloud in the format that its suffix names.
 
@@ -137,14 +139,14 @@ def read_cloud(
     }  # fmt: skip
     array = readers.get(suffix, partial(read_organized_pc, depth=depth))(path)
     if camera is None or array.shape[2:] == (3,):
-        return checked_cloud(path, array, CloudForm(**form))
+        return checked_cloud(path, array, form)
     high, wide = array.shape[:2]
     expected = (camera.height or high, camera.width or wide)
     if expected != (high, wide):
         problem = f"{path} has {high} x {wide} pixels (H x W), the intrinsics say {expected[0]} x {expected[1]}"
         raise InputError(f"{problem}. Give matching ones.")
     cloud = back_project(array.reshape(high, wide), camera)
-    return checked_cloud(path, cloud, CloudForm(missing_value=form.get("missing_value")), "Correct the depth_scale.")
+    return checked_cloud(path, cloud, CloudForm(missing_value=form.missing_value), "Correct the depth_scale.")
 
 
 def holds_depth(path: Path) -> bool:
