@@ -334,7 +334,7 @@ def test_a_damaged_manifest_is_refused(raw: Path, tmp_path: Path) -> None:
     root = tmp_path / "parts"
     shutil.copytree(raw, root)
     (root / "preprocessing.json").write_text("{")
-    with pytest.raises(InputError, match="preprocessing.json is damaged"):
+    with pytest.raises(InputError, match=r"preprocessing\.json is damaged"):
         print_dataset_check(make_parser().parse_args(["--dataset_path", str(root), "--inspect_dataset"]))
 
 

@@ -154,7 +154,7 @@ def test_empty_folder_beside_one_of_good_samples_is_left_out(bracket: Path) -> N
         ),
         (
             ("train/good/rgb/001.png", "train/good/rgb/image_001.png"),
-            "image_001.tiff is missing (found: xyz/001.tiff). Rename or convert those of the samples to xyz/<stem>.tiff",
+            "image_001.tiff is missing (found: xyz/001.tiff). Rename or convert those of the samples to xyz/",
         ),
         (("train/good/rgb/001.png", "lost.png"), "001.png is missing. Restore them, or remove their samples."),
     ],
