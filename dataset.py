@@ -110,7 +110,9 @@ def pair_split(class_folder: Path | str, split: str, modalities: frozenset[str])
         problems.append(f"No test samples in {root}. Expected a folder good and one for each type of defect.")
     for folder in folders:
         if is_good(folder.name) and folder.name.casefold() != GOOD:
-            warn_once(folder, f"The name of {folder} marks its samples as good. Rename it if they are defective.")
+            warn_once(
+                "name", folder, f"The name of {folder} marks its samples as good. Rename it if they are defective."
+            )
         complete, faults = _pair_folder(folder, modalities)
         files += complete
         problems += faults
@@ -165,7 +167,7 @@ def check_files(files: Iterable[SampleFiles], modalities: frozenset[str]) -> Non
         check_sample_files(sample, modalities)
         if sample.mask is not None and sample.label is not None:
             problem = defect_share(sample.mask, bool(sample.label))[1]
-            warn_once(sample.mask.parent, problem and f"{problem} Check the other files of its folder, too.")
+            warn_once("truth", sample.mask.parent, problem and f"{problem} Check the other files of its folder, too.")
 
 
 def check_sample_files(files: SampleFiles, modalities: frozenset[str]) -> None:

@@ -100,9 +100,8 @@ class SampleReader:
         sample = make_sample(str(files.xyz or files.rgb), *used, self.img_size, form)  # errors name this file
         if files.path in self.checked_for_table and files.xyz and xyz is not None and shows_table(xyz, CleaningRule()):
             problem = f"{files.xyz} shows the table, which the detector takes for a defect"
-            warn_once(
-                files.xyz.parent, f"{problem}. Give --preprocess, or clean the scans with utils/preprocessing.py."
-            )
+            fix = "Give --preprocess, or clean the scans with utils/preprocessing.py"
+            warn_once("table", files.xyz.parent, f"{problem}. {fix}.")
         image = None if image is None else shrink_image(image)  # keeps samples in memory small
         return LoadedSample(files, sample, image=image, size=view.shape[:2], side=side)
 

@@ -278,6 +278,7 @@ def test_the_preview_shows_refused_scans_and_lists_unreadable_ones(
     assert ["has no valid point" in pair.reason and pair.clean is None for pair in shown.values()] == [False] + [
         True
     ] * 4
+    assert all(pair.xyz.max() < 1 for pair in shown.values())  # also refused clouds are in meters
     failed = [line for line in capsys.readouterr().out.splitlines() if "cookie/test/bump/000: " in line]
     assert len(failed) == 1 and "000.png is not a complete PNG" in failed[0]
 

@@ -178,7 +178,7 @@ def test_dry_run_predicts_the_report_of_the_run(tmp_path: Path, flags: tuple[str
     assert planned.returncode == done.returncode == 1
     assert planned.stdout.replace("to do", "done", 1) == done.stdout
     assert done.stdout.startswith(f"done {3 if flags else 4}, ")
-    assert ("warning: the table may not have been found in 1 scan" in done.stdout) == (not flags)
+    assert ("warning: the table may not have been found in 1 of the scans" in done.stdout) == (not flags)
     assert done.stdout.count("bagel/test/hole/doubtful: ") == 1
 
 

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from utils.choices import CLEANING_FLAGS
-from utils.cleaning.cloud_cleaning import CleaningRule, CleanScan, clean_scan
+from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
 from utils.cleaning.journal import MANIFEST, Journal, Scan, read_manifest
 from utils.cleaning.preview import FORMATS, Pair, write_preview
 from utils.cleaning.scan_processing import Result, Summary, process_scans, report, write_results
@@ -48,7 +48,6 @@ from utils.scans.organized_pc import read_organized_pc
 
 ROWS = 4  # of each class in the preview, at most
 Forms = Mapping[str, CloudForm]  # of raw clouds, by class
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # xyz, rgb, gt
 VERSION = 1  # of the cleaning: raise it when the same scan and rule give another result
 
 
@@ -126,21 +125,18 @@ def _complete_scans(folder: Path, root: Path, failed: dict[str, str]) -> list[Sc
 
 
 def clean_files(scan: Scan, config: Config, forms: Forms) -> Result:
-    """Clean one scan with the forms of its class (see `class_forms`) and, except in a dry run, write the results."""
-    _, clean = _clean(scan, _read(scan), config, forms)
+    """Clean one scan with its `class_forms` and, except in a dry run, write it; errors as in both functions."""
+    xyz, rgb, gt = _read(scan)
+    clean = clean_scan(_in_meters(scan, xyz, config, forms), rgb, gt, config.rule)
+    checked_cloud(_source(scan, "xyz"), clean.xyz)
     if config.dry_run:
         return {}, clean.doubt
     arrays = {modality: getattr(clean, modality) for modality in scan.sources}
     return write_results(scan, arrays, config.output), clean.doubt
 
 
-def _clean(scan: Scan, arrays: Arrays, config: Config, forms: Forms) -> tuple[np.ndarray, CleanScan]:
-    """Return the cloud in meters and the cleaned scan."""
-    path, (xyz, rgb, gt) = _source(scan, "xyz"), arrays
-    xyz = checked_cloud(path, xyz, forms.get(scan.name.partition("/")[0], config.form))
-    clean = clean_scan(xyz, rgb, gt, config.rule)
-    checked_cloud(path, clean.xyz)
-    return xyz, clean
+def _in_meters(scan: Scan, xyz: np.ndarray, config: Config, forms: Forms) -> np.ndarray:
+    return checked_cloud(_source(scan, "xyz"), xyz, forms.get(scan.name.partition("/")[0], config.form))
 
 
 def class_forms(scans: Sequence[Scan], config: Config) -> Forms:
@@ -164,7 +160,7 @@ def _source(scan: Scan, modality: str) -> Path:
     return files[0]
 
 
-def _read(scan: Scan) -> Arrays:
+def _read(scan: Scan) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     xyz = read_organized_pc(_source(scan, "xyz"))
     rgb = read_image(_source(scan, "rgb"))
     if "gt" not in scan.sources:
@@ -173,7 +169,7 @@ def _read(scan: Scan) -> Arrays:
     _, problem = defect_share(path, not is_good(scan.name.split("/")[2]))
     if "alpha channel" in problem:  # the result has none
         raise InputError(problem)
-    warn_once(path.parent, problem)
+    warn_once("truth", path.parent, problem)
     with open_image(path) as image:  # 8-bit ids as stored, any other form as 0 and 255
         has_ids = image.mode == "L" and image.format == "PNG"
         return xyz, rgb, np.asarray(image) if has_ids else defect_mask(image).astype(np.uint8) * 255
@@ -206,9 +202,11 @@ def preview(config: Config, path: Path, flagged: Container[str] = ()) -> None:
 
 def _pair(scan: Scan, config: Config, forms: Forms) -> Pair:
     """Read and clean a scan for the preview; InputError if it cannot be read."""
-    arrays = xyz, rgb, _ = _read(scan)
+    xyz, rgb, gt = _read(scan)
     try:
-        xyz, clean = _clean(scan, arrays, config, forms)
+        xyz = _in_meters(scan, xyz, config, forms)
+        clean = clean_scan(xyz, rgb, gt, config.rule)
+        checked_cloud(_source(scan, "xyz"), clean.xyz)
     except InputError as error:
         return Pair(rgb, xyz, None, str(error))
     return Pair(rgb, xyz, clean, clean.doubt)

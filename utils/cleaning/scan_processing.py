@@ -143,7 +143,7 @@ def report(summary: Summary, done: str = "done") -> int:
     for name, reason in summary.failed.items():
         show(f"  {name}: {reason}")
     if summary.doubtful:
-        show(f"warning: the table may not have been found in {len(summary.doubtful)} scans. Check their results")
+        show(f"warning: the table may not have been found in {len(summary.doubtful)} of the scans. Check their results")
     for name, doubt in summary.doubtful.items():
         show(f"  {name}: {doubt}.")
     return 1 if summary.failed else 0

@@ -85,7 +85,7 @@ def fix_of_missing(folder: Path, modality: str, found: FilesByModality, needed: 
 
 
 def open_file(path: Path, kind: str) -> BinaryIO:
-    """Open a file of a sample for reading. All readers of images, clouds and records use this function.
+    """Open a file for reading. All readers of images, clouds, records and weights use this function.
 
     Raises InputError if `path` is not a regular file (a reader would wait for a pipe), has more than MAX_BYTES of its
     kind, or cannot be opened.
@@ -111,7 +111,7 @@ def read_bytes(path: Path, kind: str) -> bytes:
 def _listing(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
     try:
         paths = list(folder.iterdir()) if folder.is_dir() else []
-        return sorted(path for path in paths if not path.name.startswith(".") and wanted(path))
+        return sorted(path for path in paths if not path.name.startswith((".", "lost+found")) and wanted(path))
     except OSError as error:
         raise InputError(system_problem(folder, "read", error)) from error
 

@@ -19,7 +19,7 @@ _LOSSY = ("JPEG", "MPO", "WEBP")  # a ground truth in these has gray pixels arou
 _END_MARKERS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
 _TAIL_BYTES = 65536  # some programs append their own data after the end marker
 OVERLAY_SIDE = 1024  # pixels of an overlay at most
-_warned_folders: set[Path] = set()
+_warned: set[tuple[str, Path]] = set()
 Image.MAX_IMAGE_PIXELS = MAX_MEGAPIXELS * 1_000_000
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # open_image reports it
 logger = logging.getLogger(__name__)
@@ -30,10 +30,10 @@ def set_max_megapixels(number: int) -> None:
     Image.MAX_IMAGE_PIXELS = number * 1_000_000
 
 
-def warn_once(folder: Path, problem: str) -> None:
-    """Log a problem of a folder, if it has one and none was reported before."""
-    if problem and folder not in _warned_folders:
-        _warned_folders.add(folder)
+def warn_once(kind: str, folder: Path, problem: str) -> None:
+    """Log a problem of a folder, if it has one and none of this kind was logged before."""
+    if problem and (kind, folder) not in _warned:
+        _warned.add((kind, folder))
         logger.warning(problem)
 
 
@@ -55,7 +55,9 @@ def read_image(path: Path) -> np.ndarray:
         rgb = np.array(to_rgb(image))
     if has_16_bits and rgb.max() <= 16:  # 12 bits stored in 16
         problem = f"{path} has 16 bits, but uses at most 12, so it is nearly black"
-        warn_once(path.parent, f"{problem}. Scale the images of its folder to the full range, or store 8 bits.")
+        warn_once(
+            "range", path.parent, f"{problem}. Scale the images of its folder to the full range, or store 8 bits."
+        )
     return rgb
 
 
@@ -93,7 +95,7 @@ def defect_share(path: Path | None, defective: bool) -> tuple[float, str]:
     problems = {
         "has its content in its alpha channel, which is ignored. Save it in black and white": in_alpha,
         "marks no defect in a defective sample. Mark it, or move the sample to good": defective and not share,
-        f"{marked} a good sample as defective. Clear it, or move it to a defect folder": share and not defective,
+        f"{marked} a good sample as defective. Clear it, or move the sample to a defect": share and not defective,
         f"{marked} the image as defective. Invert it if its background is white, or correct it": share > 0.5,
     }
     return share, next((f"{path} {problem}." for problem, holds in problems.items() if holds), "")
@@ -120,7 +122,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         problem = f"{path} has more than {(Image.MAX_IMAGE_PIXELS or 0) / 1e6:g} megapixels"
         raise InputError(f"{problem}. Scale the files of the sample down, or raise --max_megapixels.") from error
     except Exception as error:  # with damaged bytes a decoder may raise almost anything
-        fix = "Restore it, or save it as an 8-bit PNG"
+        fix = "Restore it, or save it again as PNG"
         raise InputError(
             f"{path} is not a complete PNG, JPEG, BMP, WebP or TIFF that can be decoded. {fix}."
         ) from error

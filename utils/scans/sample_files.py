@@ -124,8 +124,8 @@ def read_cloud(
     """Read an organized point cloud in the format that its suffix names.
 
     `path` is a .tiff, .tif, .npy, .pcd or .ply file, or with the camera that took it a depth map (see `holds_depth`).
-    `form` holds fields of CloudForm, such as unit="mm". A depth map has the scale of its camera instead of a unit, and
-    a missing_value in meters. `image_size` is as in `read_ply`.
+    A depth map has the scale of its camera instead of a unit, and a missing_value in meters. `image_size` is as in
+    `read_ply`.
 
     Returns (H, W, 3) float32, meters; a pixel without a measurement is exactly (0, 0, 0). Raises InputError if the file
     cannot be read in its format, or `checked_cloud` refuses it.
