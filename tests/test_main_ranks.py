@@ -412,8 +412,8 @@ if "RANK" in os.environ:
 
 
 def spoil_cloud(data: Path) -> Path:
-    """Write a cloud without a valid point, an error that appears only when it is read."""
-    path = data / "test/good/xyz/000.tiff"
+    """Write a cloud without a valid point into a file that the checks before the run do not read."""
+    path = data / "test/good/xyz/003.tiff"
     path.unlink()
     write_cloud(path, np.zeros((SIDE, SIDE, 3), np.float32))
     return path
