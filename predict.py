@@ -187,8 +187,8 @@ def print_line(record: dict[str, Any], width: int = 0) -> None:
     if "error" in record:
         return show(f"predict.py: {name} could not be predicted: {record['error']}", sys.stderr)
     decision = {True: "anomalous", False: "good", None: "no threshold"}[record["anomalous"]]
-    normalized = "" if record["normalised"] is None else f"{record['normalised']:.3f}"
-    scores = f"{record['score']:12.6g}  {normalized:5}"
+    severity = "" if record["severity"] is None else f"{record['severity']:.2f}"
+    scores = f"{record['score']:12.6g}  {severity:>7}"
     show(f"{name:{width}}  {scores}  {decision:12}  {record['seconds']:.3f} s")
 
 

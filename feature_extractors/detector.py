@@ -10,7 +10,7 @@ from feature_extractors.decision_fusion import DecisionFusion
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.memory_bank import MemoryBank
 from feature_extractors.scoring import anomaly_maps, image_score
-from feature_extractors.thresholds import Thresholds
+from feature_extractors.thresholds import Calibration, Thresholds
 from utils.records import METERS, CloudForm, PatchFeatures, Prediction, Sample
 
 
@@ -23,6 +23,7 @@ class Detector:
     banks: dict[str, MemoryBank]  # in the order of the method's banks
     decision_fusion: DecisionFusion | None = None  # only of methods with SVMs; set once these are fitted
     thresholds: Thresholds | None = None  # set once they are calibrated
+    calibration: Calibration | None = None  # set at the same time, for thresholds of another false-alarm rate
     clouds: CloudForm = METERS  # form of raw clouds, the default of predict.py
 
     def predict(self, sample: Sample) -> Prediction:

@@ -9,13 +9,13 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from feature_extractors.config import DetectorConfig
-from feature_extractors.thresholds import Thresholds
+from feature_extractors.thresholds import Calibration, Thresholds
 from utils.errors import InputError
 from utils.records import METERS, CloudForm
 from utils.scans.files import set_aside
 from utils.scans.json_records import plain_json, read_record
 
-SCHEMA = 2
+SCHEMA = 3
 CONFIG_FILE = "config.json"
 FIX = "Restore the folder from a copy, or fit the detector again with main.py --save_detector"
 
@@ -30,6 +30,7 @@ class DetectorRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     config: DetectorConfig  # its precision is that of the features, never "auto"
     backbone_sha256: dict[str, str]  # checksum of the weights by modality, see models.checkpoints.weights_checksum
     thresholds: Thresholds | None
+    calibration: Calibration | None
     dtype: Literal["fp16", "fp32"]  # of the rows of the banks
     state_sha256: str  # of state.safetensors
     clouds: CloudForm = METERS  # form of raw clouds

@@ -85,6 +85,7 @@ def save_detector(
         config=config,
         backbone_sha256={modality: extractor.checksums[modality] for modality in config.backbone_names},
         thresholds=detector.thresholds,
+        calibration=detector.calibration,
         dtype=storage,  # type: ignore[arg-type]
         state_sha256=hashlib.sha256(state).hexdigest(),
         clouds=detector.clouds,
@@ -207,7 +208,7 @@ def _restore(saved: SavedDetector, extractor: PatchExtractor) -> tuple[Detector,
     prefix = "feature_fusion."
     weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     fusion = FeatureFusion.from_state_dict(weights, path) if config.use_uff else None
-    return Detector(config, extractor, banks, decision, record.thresholds, record.clouds), fusion
+    return Detector(config, extractor, banks, decision, record.thresholds, record.calibration, record.clouds), fusion
 
 
 def _read_state(path: Path, sha256: str) -> State:

@@ -138,10 +138,11 @@ def calibrate_detectors(
     for name, detector in detectors.items():
         with stopwatches[name].measure("calibrate"):
             all_scores, all_maps = gather_objects(scores[name], group), gather_objects(maps.pop(name), group)
-            thresholds = None
+            calibration = None
             if is_main(group):
-                thresholds = calibrate(all_scores, [plane.numpy() for plane in all_maps], target_fpr, source)
-            detector.thresholds = broadcast_object(thresholds, group)
+                calibration = calibrate(all_scores, [plane.numpy() for plane in all_maps], target_fpr, source)
+            detector.calibration = broadcast_object(calibration, group)
+            detector.thresholds = detector.calibration.thresholds(target_fpr)
 
 
 def evaluate(
@@ -205,15 +206,15 @@ def class_entry(detector: Detector, evaluation: Evaluation) -> dict[str, Any]:
     labels, scores = _labels_and_scores(results)
     threshold = asdict(thresholds) if thresholds else {}
     threshold.pop("typical", None)
-    normalized = [thresholds.normalize(score) if thresholds else None for score in scores]
+    severities = [thresholds.severity(score) if thresholds else None for score in scores]
     return {
         **evaluation.metrics,
         **decision_metrics(labels, scores, thresholds.image if thresholds else None),
         "threshold": threshold or None,
         "latency": latency_percentiles(each.seconds for each in results),
         "samples": [
-            {"path": each.path, "label": each.label, "score": each.prediction.score, "normalised": value}
-            for each, value in zip(results, normalized, strict=True)
+            {"path": each.path, "label": each.label, "score": each.prediction.score, "severity": severity}
+            for each, severity in zip(results, severities, strict=True)
         ],
     }
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -11,9 +12,10 @@ from msgspec import Meta
 from numpy.typing import ArrayLike
 
 Source = Literal["validation", "training"]
-TYPICAL_VALUE = 0.05  # normalized score of the median good sample; that of the threshold is 0.5
+Rate = Annotated[float, Meta(gt=0, lt=1)]
 LEAST_THRESHOLD = 1e-30  # replaces 0, the result if good samples score 0, as with a coreset of all patches
 ROUNDING = 1e-14  # relative rounding error of rate * count: 0.29 * 100 is 28.999…996
+TAILS = np.geomspace(1e-6, 0.5, 257).tolist()  # shares of good pixels above the kept pixel values
 
 logger = logging.getLogger(__name__)
 
@@ -24,32 +26,59 @@ class Thresholds:
 
     image: Annotated[float, Meta(gt=0)]  # a sample with a score above is anomalous
     pixel: Annotated[float, Meta(gt=0)]  # a pixel with a value above in the anomaly map is anomalous
-    target_fpr: Annotated[float, Meta(gt=0, lt=1)]  # requested false-alarm rate
+    target_fpr: Rate  # requested false-alarm rate
     source: Source  # split that the good samples are from
     parts: Annotated[int, Meta(ge=1)]  # number of the good samples
     typical: float  # median score of the good samples
 
-    def normalize(self, score: float) -> float:
-        """Score on a scale from 0 to 1 that is comparable between detectors.
+    def severity(self, score: float) -> float | None:
+        """(score - median) / (threshold - median), with the median score of the good samples.
 
-        An increasing logistic curve with 0.5 at the threshold and 0.05 at the median good sample (0.95 if the threshold
-        lies below it). If both coincide, the value is 0 below, 0.5 at and 1 above the threshold.
+        0 is a typical good sample, 1 the threshold, 2 twice as far away; it does not saturate. None if the threshold is
+        not above the median, as with few or equal good samples.
         """
-        spread, above = abs(self.image - self.typical), score - self.image
-        if spread == 0:
-            return 0.5 + 0.5 * ((above > 0) - (above < 0))
-        slope = math.log(1 / TYPICAL_VALUE - 1)
-        return 0.5 + 0.5 * math.tanh(slope * (above / spread) / 2)
+        spread = self.image - self.typical
+        return None if spread <= max(LEAST_THRESHOLD, 1e-12 * self.image) else (score - self.typical) / spread
 
 
-def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: float, source: Source) -> Thresholds:
-    """Choose both thresholds for a false-alarm rate.
+@dataclass(frozen=True)
+class Calibration:
+    """Condensed scores and maps of the good samples, to change the false-alarm rate later."""
 
-    Image: the score of rank ceil((1 - target_fpr)(n + 1)), in ascending order. A new good sample of the same
-    distribution exceeds it with a probability of at most target_fpr (split conformal prediction). If the rank is above
-    n, it is the largest score, with a warning. Pixel: the smallest value that at most target_fpr of all pixels exceed.
+    scores: Annotated[tuple[float, ...], Meta(min_length=1)]  # of the samples, ascending
+    tails: Annotated[tuple[Rate, ...], Meta(min_length=1)]  # shares of all pixels of their maps, ascending
+    pixels: Annotated[tuple[float, ...], Meta(min_length=1)]  # smallest values that at most these shares exceed
+    source: Source
 
-    The n scores and n maps (H, W) float32 are those of good samples of the split `source`; pixels are copied once.
+    def thresholds(self, target_fpr: float) -> Thresholds:
+        """Both thresholds for a false-alarm rate.
+
+        Image: the score of rank ceil((1 - target_fpr)(n + 1)), in ascending order. A new good sample of the same
+        distribution exceeds it with a probability of at most target_fpr (split conformal prediction). If the rank is
+        above n, it is the largest score, with a warning. Pixel: the value that the largest of the `tails` up to
+        target_fpr exceed, or the largest value.
+        """
+        count = len(self.scores)
+        exceeding = _share_of(target_fpr, count + 1)  # n + 1 minus the rank: 0 if n is too small
+        if exceeding == 0:
+            needed = math.ceil(1 / target_fpr * (1 - ROUNDING)) - 1
+            logger.warning(
+                "a false-alarm rate of %g needs %d good samples, but there are %d, which allow %.2g. The image "
+                "threshold is their largest score.",
+                *(target_fpr, needed, count, 1 / (count + 1)),
+            )
+        image = self.scores[count - min(max(exceeding, 1), count)]
+        pixel = self.pixels[max(bisect_right(self.tails, target_fpr) - 1, 0)]
+        median = float(np.median(self.scores))
+        image, pixel = max(image, LEAST_THRESHOLD), max(pixel, LEAST_THRESHOLD)
+        return Thresholds(image, pixel, target_fpr, self.source, count, typical=median)
+
+
+def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: float, source: Source) -> Calibration:
+    """Condense the scores and maps of good samples.
+
+    The n scores and n maps (H, W) float32 are those of good samples of the split `source`; pixels are copied once. The
+    pixel values include the exact one for `target_fpr`.
 
     Raises:
         ValueError: there is no sample, or a score or map is not finite.
@@ -61,19 +90,10 @@ def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: fl
     pixels = np.concatenate([np.ravel(each) for each in maps])
     if not (np.isfinite(ordered).all() and np.isfinite(pixels).all()):
         raise ValueError("a score or an anomaly map of a good sample holds NaN or infinity")
-    exceeding = _share_of(target_fpr, count + 1)  # n + 1 minus the rank: 0 if n is too small
-    if exceeding == 0:
-        needed = math.ceil(1 / target_fpr * (1 - ROUNDING)) - 1
-        logger.warning(
-            "a false-alarm rate of %g needs %d good samples, but there are %d, which allow %.2g. The image threshold "
-            "is their largest score.",
-            *(target_fpr, needed, count, 1 / (count + 1)),
-        )
-    rank = max(len(pixels) - _share_of(target_fpr, len(pixels)), 1)
-    pixels.partition(rank - 1)
-    image, pixel = float(ordered[count - min(max(exceeding, 1), count)]), float(pixels[rank - 1])
-    image, pixel = max(image, LEAST_THRESHOLD), max(pixel, LEAST_THRESHOLD)
-    return Thresholds(image, pixel, target_fpr, source, count, typical=float(np.median(ordered)))
+    tails = sorted({*TAILS, target_fpr})
+    ranks = [max(len(pixels) - _share_of(tail, len(pixels)), 1) - 1 for tail in tails]
+    pixels.partition(sorted(set(ranks)))
+    return Calibration(tuple(ordered.tolist()), tuple(tails), tuple(pixels[ranks].tolist()), source)
 
 
 def _share_of(rate: float, count: int) -> int:  # rounded down

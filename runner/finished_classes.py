@@ -14,7 +14,7 @@ from utils.reporting.tables import one_line
 from utils.scans.json_records import plain_json, read_record, write_record
 
 FOLDER = "classes"
-SCHEMA = 1  # of the files of finished classes
+SCHEMA = 2  # of the files of finished classes
 FIX = "Delete it to compute its class again"
 # Flags that a resumed run may change, because the numbers of a class do not depend on them.
 FREE_FLAGS = (

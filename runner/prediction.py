@@ -168,7 +168,7 @@ class PredictionWriter:
             map_path, overlay_path = self._save_images(outcome.loaded, prediction) if self.images else (None, None)
             record |= {
                 "score": prediction.score,
-                "normalised": None if thresholds is None else thresholds.normalize(prediction.score),
+                "severity": None if thresholds is None else thresholds.severity(prediction.score),
                 "anomalous": None if thresholds is None else prediction.score > thresholds.image,
                 "threshold": None if thresholds is None else thresholds.image,
                 "seconds": outcome.seconds,

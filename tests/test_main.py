@@ -128,7 +128,7 @@ def test_output_files_of_every_method(runs: Runner, method: str) -> None:
     assert list(entry["au_pro_exact"]) == list(results["mean"]["au_pro_exact"]) == LIMITS
 
     assert [sample["path"] for sample in entry["samples"]] == TEST_PATHS
-    assert all(set(sample) == {"path", "label", "score", "normalised"} for sample in entry["samples"])
+    assert all(set(sample) == {"path", "label", "score", "severity"} for sample in entry["samples"])
     labels = [sample["label"] for sample in entry["samples"]]
     assert labels == [int(not path.startswith("test/good/")) for path in TEST_PATHS]
     assert len(set(run.scores)) == len(TEST_PATHS)

@@ -196,7 +196,7 @@ def assert_same_classes(ours: dict[str, Any], expected: dict[str, Any]) -> None:
         assert set(entry) == set(known)
         for key in ("path", "label"):
             assert [sample[key] for sample in entry["samples"]] == [sample[key] for sample in known["samples"]]
-        for key, tolerance in (("score", {"rel": 1e-5}), ("normalised", {"abs": 1e-4})):
+        for key, tolerance in (("score", {"rel": 1e-5}), ("severity", {"abs": 1e-3})):
             scores = [sample[key] for sample in known["samples"]]
             assert [sample[key] for sample in entry["samples"]] == pytest.approx(scores, **tolerance), (name, key)
         for key, value in known["threshold"].items():

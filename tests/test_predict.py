@@ -41,7 +41,7 @@ from utils.synthetic_data.scanner import make_scan
 SIDE = 64
 BOTH = frozenset({"rgb", "xyz"})
 METHODS = ("DINO", "Point_MAE", "DINO+Point_MAE")
-KEYS = ["name", "rgb", "xyz", "score", "normalised", "anomalous", "threshold", "seconds", "map", "overlay"]
+KEYS = ["name", "rgb", "xyz", "score", "severity", "anomalous", "threshold", "seconds", "map", "overlay"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -137,7 +137,7 @@ def test_predictions_match_the_evaluation(fitted: Fitted, tmp_path: Path, method
         threshold = reference.entry["threshold"]["image"]
         assert line["threshold"] == threshold
         assert line["anomalous"] == (line["score"] > threshold)
-        assert (line["normalised"] > 0.5) == line["anomalous"]
+        assert (line["severity"] > 1) == line["anomalous"]
 
 
 def test_a_detector_remembers_the_form_of_raw_clouds(fitted: Fitted, tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_detector_without_thresholds(
     flags = ["--detector", tmp_path / "plain", "--rgb", folder, "--output_dir", tmp_path / "out", "--device", "cpu"]
     assert run(*flags) == 0
     (line,) = lines_of(tmp_path / "out")
-    assert (line["normalised"], line["anomalous"], line["threshold"]) == (None, None, None)
+    assert (line["severity"], line["anomalous"], line["threshold"]) == (None, None, None)
     assert "has no thresholds" in caplog.text
     printed = capsys.readouterr().out
     assert "no threshold" in printed and "anomalous" not in printed

@@ -300,7 +300,7 @@ def test_thresholds_use_the_validation_split_if_present(
         assert {key: value for key, value in vars(saved).items() if key != "typical"} == each
         figures = run.results["classes"][name]
         scores = {sample["label"]: sample["score"] for sample in figures["samples"]}
-        assert [each["normalised"] for each in figures["samples"]] == list(map(saved.normalize, scores.values()))
+        assert [each["severity"] for each in figures["samples"]] == list(map(saved.severity, scores.values()))
         assert figures["recall"] == float(scores[1] > each["image"])
         assert figures["false_alarm_rate"] == float(scores[0] > each["image"])
 

@@ -1,4 +1,4 @@
-"""Thresholds: ranks and quantiles by hand, and the normalized score."""
+"""Thresholds: ranks and quantiles by hand, severity, and other false-alarm rates of a calibration."""
 
 import logging
 import math
@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from feature_extractors.thresholds import Thresholds, calibrate
+from feature_extractors.thresholds import TAILS, Calibration, Thresholds, calibrate
 
 
 def of_scores(scores: list[float], target_fpr: float) -> Thresholds:
-    return calibrate(scores, [np.zeros((2, 2), np.float32)] * len(scores), target_fpr, "validation")
+    maps = [np.zeros((2, 2), np.float32)] * len(scores)
+    return calibrate(scores, maps, target_fpr, "validation").thresholds(target_fpr)
 
 
 NINE = [5.0, 1, 9, 2, 8, 3, 7, 4, 6]  # 1 ... 9, unsorted
@@ -76,7 +77,7 @@ def test_ties_count_as_good() -> None:
 def test_pixel_threshold_is_a_quantile_of_all_good_pixels(target_fpr: float, pixel: float) -> None:
     maps = [np.array([[8, 2], [3, 1]], np.float32), np.array([[7, 4], [5, 6]], np.float32)]
     before = [each.copy() for each in maps]
-    thresholds = calibrate([1.0, 2], maps, target_fpr, "training")
+    thresholds = calibrate([1.0, 2], maps, target_fpr, "training").thresholds(target_fpr)
     assert thresholds.pixel == pixel
     assert np.mean(np.stack(maps) > pixel) <= target_fpr
     assert all((each == old).all() for each, old in zip(maps, before, strict=True))
@@ -84,7 +85,7 @@ def test_pixel_threshold_is_a_quantile_of_all_good_pixels(target_fpr: float, pix
 
 def test_thresholds_are_positive_where_good_samples_score_0() -> None:
     """A score of 0 stays good, and every positive score that a detector can give is anomalous."""
-    thresholds = calibrate([0.0] * 9, [np.zeros((4, 4), np.float32)] * 9, 0.1, "training")
+    thresholds = calibrate([0.0] * 9, [np.zeros((4, 4), np.float32)] * 9, 0.1, "training").thresholds(0.1)
     assert 0 < thresholds.image == thresholds.pixel < 1e-20
 
 
@@ -92,7 +93,7 @@ def test_pixel_threshold_is_the_smallest_valid_one() -> None:
     """Every rate k / 10 is exact, although (1 - 0.7) * 10 is 3.0000000000000004 in floating point."""
     pixels = np.arange(1, 11, dtype=np.float32).reshape(2, 5)
     for k in range(1, 10):
-        assert calibrate([1.0], [pixels], k / 10, "training").pixel == 10 - k
+        assert calibrate([1.0], [pixels], k / 10, "training").thresholds(k / 10).pixel == 10 - k
 
 
 def test_invalid_scores_and_maps_are_refused() -> None:
@@ -105,35 +106,43 @@ def test_invalid_scores_and_maps_are_refused() -> None:
             calibrate(scores, maps, 0.1, "training")
 
 
-# Normalized score
+# Another false-alarm rate
+
+
+def test_another_rate_gives_the_thresholds_of_a_new_calibration() -> None:
+    """The image threshold is equal; the one for pixels belongs to the next smaller share that was kept."""
+    rng = np.random.default_rng(0)
+    scores, maps = rng.exponential(size=50).tolist(), list(rng.exponential(size=(50, 40, 40)).astype(np.float32))
+    kept = calibrate(scores, maps, 0.01, "validation")
+    for rate in (0.001, 0.02, 0.1, 0.3):
+        fresh, changed = calibrate(scores, maps, rate, "validation").thresholds(rate), kept.thresholds(rate)
+        assert changed.image == fresh.image
+        assert rate / 1.06 < np.mean(np.stack(maps) > changed.pixel) <= rate
+        assert changed.pixel >= fresh.pixel
+
+
+def test_a_calibration_is_small() -> None:
+    kept = calibrate([1.0] * 9, [np.zeros((50, 50), np.float32)] * 9, 0.01, "validation")
+    assert len(kept.tails) == len(kept.pixels) == len(TAILS) + 1
+    assert kept == Calibration((1.0,) * 9, kept.tails, (0.0,) * len(kept.pixels), "validation")
+
+
+# Severity
 
 
 def thresholds_at(image: float, typical: float) -> Thresholds:
     return Thresholds(image, 0.5, 0.01, "validation", 10, typical)
 
 
-@pytest.mark.parametrize(("image", "typical"), [(3.0, 1.0), (-1.0, -4.0), (2e-7, 1e-7), (1e9, -1e9)])
-def test_normalize_is_a_logistic_curve_through_two_points(image: float, typical: float) -> None:
+@pytest.mark.parametrize(("image", "typical"), [(3.0, 1.0), (1.0, -4.0), (2e-7, 1e-7), (1e9, -1e9)])
+def test_severity_is_0_at_the_median_and_1_at_the_threshold(image: float, typical: float) -> None:
     thresholds = thresholds_at(image, typical)
-    assert thresholds.normalize(image) == 0.5
-    assert thresholds.normalize(typical) == pytest.approx(0.05)
-    assert thresholds.normalize(2 * image - typical) == pytest.approx(0.95)
-    # by hand: half way from the typical score to the threshold the odds are sqrt(1 / 19)
-    assert thresholds.normalize((image + typical) / 2) == pytest.approx(1 / (1 + math.sqrt(19)))
+    assert thresholds.severity(typical) == 0
+    assert thresholds.severity(image) == 1
+    assert thresholds.severity(2 * image - typical) == pytest.approx(2)
+    assert thresholds.severity(100 * image - 99 * typical) == pytest.approx(100)
 
 
-@pytest.mark.parametrize(("image", "typical"), [(3.0, 1.0), (3.0, 3.0), (0.0, 0.0), (1.0, 3.0), (1 + 2**-52, 1.0)])
-def test_normalize_is_monotonic_and_between_0_and_1(image: float, typical: float) -> None:
-    scores = [-1e308, *np.linspace(-10, 10, 401).tolist(), 1e308]
-    values = [thresholds_at(image, typical).normalize(score) for score in scores]
-    assert all(0 <= value <= 1 for value in values)
-    assert values == sorted(values)
-    assert (values[0], values[-1]) == (0, 1)
-    decisions = [value > 0.5 for value, score in zip(values, scores, strict=True) if score != image]
-    assert decisions == [score > image for score in scores if score != image]
-
-
-def test_constant_scores_give_a_step() -> None:
-    thresholds = of_scores([2.0] * 9, 0.1)
-    assert (thresholds.image, thresholds.typical) == (2, 2)
-    assert [thresholds.normalize(score) for score in (1.999, 2.0, 2.001)] == [0, 0.5, 1]
+@pytest.mark.parametrize(("image", "typical"), [(3.0, 3.0), (1.0, 3.0), (1 + 2**-52, 1.0), (1e-30, 0.0)])
+def test_severity_needs_a_threshold_above_the_median(image: float, typical: float) -> None:
+    assert thresholds_at(image, typical).severity(5.0) is None

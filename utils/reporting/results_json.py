@@ -12,7 +12,7 @@ import msgspec
 from utils.errors import InputError
 from utils.scans.json_records import read_record
 
-SCHEMA = 1
+SCHEMA = 2
 FILE_NAME = "results.json"
 DISTRIBUTIONS = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "open3d", "pillow")
 
