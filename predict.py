@@ -82,13 +82,11 @@ class PredictSettings:
     def check_files(self, found: "FoundSamples") -> None:
         """Refuse flags that apply to none of the files, and an --output_dir where results could replace other files."""
         from runner.prediction import PREDICTIONS, output_paths
-        from utils.scans.sample_files import holds_depth
+        from utils.scans.sample_files import check_camera_flags
 
         clouds = [each.xyz for each in found.samples if each.xyz is not None and self.intrinsics is not None]
-        if clouds and not any(map(holds_depth, clouds)):
-            raise InputError("--intrinsics only applies to depth images, but --xyz has none. Remove it, or pass some.")
-        if clouds and self.xyz_unit and all(map(holds_depth, clouds)):
-            raise InputError("--xyz_unit does not apply to depth images. Set depth_scale in --intrinsics instead.")
+        if clouds:
+            check_camera_flags(clouds, self.xyz_unit)
         folder = Path(realpath(self.output_dir))  # unlike resolve(), it accepts a link to itself
         for files in (*found.samples, *(files for files, _ in found.incomplete)):
             for path in (files.rgb, files.xyz):

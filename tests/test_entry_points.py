@@ -23,6 +23,7 @@ SCRIPTS = {  # module: its shortest valid command
     "fusion_pretrain": [],
     "predict": ["--detector", "d", "--rgb", "a.png"],
     "utils.preprocessing": ["data"],
+    "utils.convert": ["scans", "--output", "parts/bracket/train/good"],
     "utils.preprocess_eyecandies": ["--dataset_path", "data", "--target_dir", "out"],
     "utils.synthetic": ["out"],
     "utils.report": ["a.json", "b.json"],

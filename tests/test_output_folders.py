@@ -20,7 +20,7 @@ from uff_runs import assert_equal_training, log_of, run_main, write_samples
 import fusion_pretrain
 import main
 import predict
-from utils import preprocess_eyecandies, preprocessing
+from utils import convert, preprocess_eyecandies, preprocessing
 from utils.errors import InputError
 from utils.scans import files
 from utils.scans.files import atomic_path, locked
@@ -66,6 +66,10 @@ SCRIPTS: dict[str, tuple[Callable[..., int | None], Callable[[Path, Path], list[
         lambda i, out: ["--data_path", i / "patches", "--output_dir", out, *UFF],
     ),
     "preprocessing.py": (preprocessing.main, lambda i, out: [i / "raw", "--output_dir", out, "--workers", 1]),
+    "convert.py": (
+        convert.main,
+        lambda i, out: [i / "data/bagel/train/good/xyz", "--rgb", i / "data/bagel/train/good/rgb", "--output", out],
+    ),
     "preprocess_eyecandies.py": (
         preprocess_eyecandies.main,
         lambda i, out: ["--dataset_path", i / "candies", "--target_dir", out, "--workers", 1],
@@ -79,6 +83,9 @@ def predict_flags(inputs: Path) -> list[object]:
     return ["--detector", inputs / "detectors/bagel", "--rgb", samples / "rgb", "--xyz", samples / "xyz"]
 
 
+OUT = "train/out"  # convert.py wants the folder of a split
+
+
 def start(name: str, inputs: Path, out: Path, *flags: object) -> "subprocess.CompletedProcess[str]":
     function, flags_for = SCRIPTS[name]
     return call_script(function, *flags_for(inputs, out), *flags)
@@ -86,8 +93,8 @@ def start(name: str, inputs: Path, out: Path, *flags: object) -> "subprocess.Com
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_second_run_is_refused(inputs: Path, tmp_path: Path, name: str) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
+    out = tmp_path / OUT
+    out.mkdir(parents=True)
     with locked(out, "folder"):
         run = start(name, inputs, out)
     assert run.returncode == 2
@@ -104,13 +111,14 @@ LEFT = {
     "predict.py": [".000.m3dm.tmp.tiff"],
     "fusion_pretrain.py": [".checkpoint-7.m3dm.tmp.pth"],
     "preprocessing.py": [".preprocessing.m3dm.tmp.json", "bagel/test/hole/gt/.x.m3dm.tmp.png"],
+    "convert.py": ["xyz/.x.m3dm.tmp.tiff", "rgb/.x.m3dm.tmp.png"],
     "preprocess_eyecandies.py": ["Confetto/train/good/rgb/.x.m3dm.tmp.png"],
 }
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_temporary_files_of_killed_runs_are_removed(inputs: Path, tmp_path: Path, name: str) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / OUT
     for each in (*LEFT[name], "mine/.x.m3dm.tmp.png", ".mine.tmp.png"):
         (out / each).parent.mkdir(parents=True, exist_ok=True)
         (out / each).write_text("")
@@ -139,6 +147,8 @@ IN_THE_WAY = [
     ("fusion_pretrain.py", "checkpoint-1.pth", True),
     ("fusion_pretrain.py", "checkpoint-last.pth", True),
     ("preprocessing.py", "bagel/test/hole/gt", False),
+    ("convert.py", "xyz", False),
+    ("convert.py", "rgb/000.png", True),
     ("preprocess_eyecandies.py", "Confetto/train", False),
 ]
 
@@ -147,15 +157,15 @@ IN_THE_WAY = [
 def test_obstacles_are_found_before_the_work_starts(
     inputs: Path, tmp_path: Path, name: str, path: str, is_folder: bool
 ) -> None:
-    place = tmp_path / "out" / path
+    place = tmp_path / OUT / path
     (place if is_folder else place.parent).mkdir(parents=True)
     if not is_folder:
         place.write_text("")
-    run = start(name, inputs, tmp_path / "out")
+    run = start(name, inputs, tmp_path / OUT)
     assert run.returncode == 2
     assert re.search(f"error: .*{re.escape(str(place))} .*[.] (Move|Choose|Save)", run.stderr), run.stderr
     assert "Traceback" not in run.stderr
-    assert not [each for each in (tmp_path / "out").rglob("*") if each.is_file() and each.stat().st_size]
+    assert not [each for each in (tmp_path / OUT).rglob("*") if each.is_file() and each.stat().st_size]
 
 
 def test_broken_link_in_the_way_is_found_before_the_work_starts(inputs: Path, tmp_path: Path) -> None:

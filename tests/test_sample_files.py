@@ -331,7 +331,7 @@ def test_depth_maps_in_other_formats(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_cloud(tmp_path / name, CAMERA), expected)
         assert holds_depth(tmp_path / name)
         message = error_of(lambda name=name: read_cloud(tmp_path / name))  # type: ignore[misc]
-        assert "If it is a depth map, give predict.py its camera with --intrinsics" in message
+        assert "If it is a depth map, give predict.py or utils/convert.py its camera with --intrinsics" in message
     tifffile.imwrite(tmp_path / "a.tiff", depth[1:])
     assert f"{H - 1} x {W} pixels (H x W), the intrinsics say {H} x {W}" in error_of(
         lambda: read_cloud(tmp_path / "a.tiff", CAMERA)

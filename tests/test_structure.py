@@ -21,7 +21,7 @@ LAYERS = (
 )
 SCRIPTS = [
     *("main.py", "fusion_pretrain.py", "predict.py"),
-    *(f"utils/{name}.py" for name in ("preprocessing", "preprocess_eyecandies", "synthetic", "report")),
+    *(f"utils/{name}.py" for name in ("convert", "preprocessing", "preprocess_eyecandies", "synthetic", "report")),
 ]
 HEAVY = {"torch", "timm", "torchvision", "open3d", "matplotlib", "sklearn", "plotly"}
 READERS_OF_CHECKPOINTS = {"utils/checkpoint_files.py"}

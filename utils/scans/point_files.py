@@ -78,7 +78,11 @@ def read_ply(path: Path, image_size: tuple[int, int] | None = None) -> np.ndarra
         point = _point_type(path, fields, ">" if encoding == "binary_big_endian" else "<")
     size = size or image_size
     if size is None or min(size) < 1 or size[0] * size[1] != number:
-        expected = "num_rows and num_cols in its header" if size is None else f"{size[0]} x {size[1]}, one a pixel"
+        expected = (
+            "num_rows and num_cols in its header, or an image of its size"
+            if size is None
+            else f"{size[0]} x {size[1]}, one a pixel"
+        )
         raise InputError(
             f"{path} holds {number} points, expected {expected}. Export it with a point for each pixel, NaN where there"
             " is no measurement, or as .tiff or .npy of H x W x 3."

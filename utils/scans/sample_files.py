@@ -33,23 +33,27 @@ class FoundSamples(NamedTuple):
     incomplete: list[tuple[SampleFiles, str]]  # with the problem of each
 
 
-def find_samples(rgb: str | None, xyz: str | None, depth: bool = False) -> FoundSamples:
+def find_samples(
+    rgb: str | None, xyz: str | Sequence[str] | None, depth: bool = False, xyz_flag: str = "--xyz"
+) -> FoundSamples:
     """Find the files of samples, paired by stem.
 
     Args:
         rgb: an image, a folder of images or a pattern such as "line/*/image_*.png"; None without images.
-        xyz: the same for point clouds. If both are given, a sample needs both. A single image and a single cloud
-            need not have the same stem; the sample then has the name of the image.
+        xyz: the same for point clouds, or several of these. If both are given, a sample needs both. A single image and
+            a single cloud need not have the same stem; the sample then has the name of the image.
         depth: True if depth images count as clouds, because their camera is known.
+        xyz_flag: name of the flag that gave `xyz`, for errors.
 
     Raises InputError if there is no file, or no sample is complete.
     """
     by_kind: dict[str, dict[str, list[Path]]] = {}
+    clouds = [xyz] if isinstance(xyz, str) else xyz
     if rgb is not None:
-        by_kind["image"] = _by_stem(rgb, IMAGE_SUFFIXES, "--rgb")
-    if xyz is not None:
-        by_kind["cloud"] = _by_stem(xyz, CLOUD_SUFFIXES + (DEPTH_SUFFIXES if depth else ()), "--xyz")
-    if rgb and xyz and Path(rgb).is_file() and Path(xyz).is_file():
+        by_kind["image"] = _by_stem([rgb], IMAGE_SUFFIXES, "--rgb")
+    if clouds is not None:
+        by_kind["cloud"] = _by_stem(clouds, CLOUD_SUFFIXES + (DEPTH_SUFFIXES if depth else ()), xyz_flag)
+    if rgb and clouds and len(clouds) == 1 and Path(rgb).is_file() and Path(clouds[0]).is_file():
         by_kind["cloud"] = dict(zip(by_kind["image"], by_kind["cloud"].values(), strict=True))
     found = FoundSamples([], [])
     paired = set.intersection(*map(set, by_kind.values()))
@@ -79,7 +83,7 @@ def _problem(name: str, paths: Mapping[str, list[Path]], alone: Mapping[str, lis
         return f"Its name has {length} bytes, expected at most {LONGEST_NAME}. Rename its files."
     for kind, files in paths.items():
         if len(files) > 1:
-            return f"{files[0]} and {files[1]} share a stem. Give one folder at a time, or rename one of them."
+            return f"{files[0]} and {files[1]} share a stem. Rename one, or give a pattern for one of them."
         if not files:
             partner = next(others[0] for others in paths.values() if others)
             problem = f"{partner} has no {kind} of the same stem"
@@ -90,15 +94,9 @@ def _problem(name: str, paths: Mapping[str, list[Path]], alone: Mapping[str, lis
     return ""
 
 
-def _by_stem(given: str, suffixes: Sequence[str], flag: str) -> dict[str, list[Path]]:
+def _by_stem(given: Sequence[str], suffixes: Sequence[str], flag: str) -> dict[str, list[Path]]:
     """Return the files that a flag names, by stem, each list sorted; InputError if there are none."""
-    path = Path(given)
-    if path.is_file():
-        files = [path]
-    else:
-        matches = glob(given, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
-        candidates = path.iterdir() if given and path.is_dir() else map(Path, matches)
-        files = sorted(each for each in candidates if not each.name.startswith("."))
+    files = list(dict.fromkeys(path for each in given for path in _named_files(each, flag)))
     # Broken links, pipes and folders with such a suffix count: reading them reports each as a problem.
     fitting = [each for each in files if each.suffix.lower() in suffixes]
     if flag == "--rgb":  # a folder may hold images and clouds
@@ -108,11 +106,24 @@ def _by_stem(given: str, suffixes: Sequence[str], flag: str) -> dict[str, list[P
         found.setdefault(normalize("NFC", each.stem), []).append(each)
     if found:
         return found
+    path = Path(given[0])
+    other = next((each for each in files if each.suffix.lower() not in IMAGE_SUFFIXES), files[0])
+    if flag != "--rgb" and other.suffix.lower() in DEPTH_SUFFIXES:
+        raise InputError(f"{flag} {path} names depth images. Give the intrinsics of their camera with --intrinsics.")
+    raise InputError(f"{flag} {path} names {other.name}, expected {', '.join(suffixes)}. Convert the files.")
+
+
+def _named_files(given: str, flag: str) -> list[Path]:
+    """Return the files that one value of a flag names, sorted, without hidden ones; InputError if there are none."""
+    path = Path(given)
+    if path.is_file():
+        return [path]
+    matches = glob(given, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    candidates = path.iterdir() if given and path.is_dir() else map(Path, matches)
+    files = sorted(each for each in candidates if not each.name.startswith("."))
     if not files:
         raise InputError(f"{flag} {given!r} names no file. Give a file, a folder with files, or a pattern in quotes.")
-    if flag == "--xyz" and files[0].suffix.lower() in DEPTH_SUFFIXES:
-        raise InputError(f"{flag} {path} names depth images. Give the intrinsics of their camera with --intrinsics.")
-    raise InputError(f"{flag} {path} names {files[0].name}, expected {', '.join(suffixes)}. Convert the files.")
+    return files
 
 
 def read_cloud(
@@ -158,6 +169,14 @@ def holds_depth(path: Path) -> bool:
     except InputError:
         return True
     return suffix in DEPTH_SUFFIXES
+
+
+def check_camera_flags(clouds: Sequence[Path], xyz_unit: str | None) -> None:
+    """Raise InputError if --intrinsics, or a unit given beside them, applies to none of the clouds."""
+    if not any(map(holds_depth, clouds)):
+        raise InputError("--intrinsics only applies to depth images, but there are none. Remove it, or pass some.")
+    if xyz_unit and all(map(holds_depth, clouds)):
+        raise InputError("--xyz_unit does not apply to depth images. Set depth_scale in --intrinsics instead.")
 
 
 def check_same_view(name: str, rgb: np.ndarray, xyz: np.ndarray) -> None:
