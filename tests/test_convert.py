@@ -160,7 +160,7 @@ def test_one_image_and_one_cloud_need_no_common_name() -> None:
 
 
 def test_clouds_without_images_are_converted_alone() -> None:
-    Path("scans").mkdir()
+    write_image("scans/preview.png", image_of(0))
     np.save("scans/000.npy", raw_cloud(0))
     stdout, _ = run("scans")
     assert "no images beside the clouds" in stdout[1]

@@ -95,7 +95,7 @@ def find_sources(config: Config) -> FoundSamples:
     incomplete = [*found.incomplete]
     for files in found.samples:
         assert files.xyz is not None, "every sample has a cloud"
-        beside = images.get((files.xyz.parent, normalize("NFC", files.xyz.stem)), [])
+        beside = images.get(_key(files.xyz), [])
         if len(beside) == 1 or not images:
             samples.append(files._replace(rgb=beside[0] if beside else None))
         elif beside:
@@ -106,14 +106,18 @@ def find_sources(config: Config) -> FoundSamples:
 
 
 def _images_beside(clouds: Sequence[Path]) -> dict[tuple[Path, str], list[Path]]:
-    """Return the images in the folders of the clouds, by folder and stem."""
+    """Return the images of the same folder and stem as a cloud, by both."""
     found: dict[tuple[Path, str], list[Path]] = {}
-    used = set(clouds)
+    used, wanted = set(clouds), set(map(_key, clouds))
     for folder in {path.parent for path in clouds}:
         for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in IMAGE_SUFFIXES and path not in used and not path.name.startswith("."):
-                found.setdefault((folder, normalize("NFC", path.stem)), []).append(path)
+            if path.suffix.lower() in IMAGE_SUFFIXES and path not in used and _key(path) in wanted:
+                found.setdefault(_key(path), []).append(path)
     return found
+
+
+def _key(path: Path) -> tuple[Path, str]:
+    return path.parent, normalize("NFC", path.stem)
 
 
 def read_sample(files: SampleFiles, config: Config) -> Arrays:
@@ -164,32 +168,31 @@ def write_sample(name: str, arrays: Mapping[str, np.ndarray], config: Config) ->
 
 def convert(config: Config) -> int:
     """Convert all samples, print the outcome, and return the exit code."""
-    dataset = config.dataset
-    found = find_sources(config)
+    dataset, found = config.dataset, find_sources(config)
     make_folder(config.output, "--output")
+    failed = len(found.incomplete)
+    for files, problem in found.incomplete:
+        _show_problem(files.path, problem)
     results = [config.file(modality, each.path) for each in found.samples for modality in ("xyz", "rgb")]
-    failed = [(files.path, problem) for files, problem in found.incomplete]
-    for name, problem in failed:
-        _show_problem(name, problem)
     with locked(config.output, "--output", results):
         existing = files_by_modality(config.output)
         for files in tqdm(found.samples, unit="sample", leave=False, disable=None):
             try:
                 arrays = new_files(files, read_sample(files, config), existing)
             except InputError as error:
-                failed.append((files.path, str(error)))
+                failed += 1
                 with tqdm.external_write_mode():
-                    _show_problem(*failed[-1])
+                    _show_problem(files.path, str(error))
                 continue
             write_sample(files.path, arrays, config)
     total = len(found.samples) + len(found.incomplete)
-    show(f"converted {total - len(failed)} of {total} samples to {config.output}")
+    show(f"converted {total - failed} of {total} samples to {config.output}")
     if not any(each.rgb for each in found.samples):
         show("There are no images beside the clouds. Methods that use images need them: give --rgb.")
-    if total > len(failed):
+    if failed < total:
         command = f"python utils/preprocessing.py {shlex.quote(str(dataset))}"
         show(f"The clouds are not cleaned. When all samples are converted: {command}")
-    return 1 if failed else 0
+    return int(failed > 0)
 
 
 def _show_problem(name: str, problem: str) -> None:
