@@ -32,6 +32,7 @@ SMALLER: dict[str, list[object]] = {
     "utils/preprocess_eyecandies.py": ["--workers", 1],
 }
 PARSED = {  # word of a command: why the command is not run
+    "make": "it runs all tests, or installs everything first; make itself checks that its targets exist",
     "torchrun": "it starts several processes, which test_main_ranks.py and test_uff_ranks.py do",
     "--watch": "it waits for files until it is stopped, which test_watch.py does",
     "--stdin": "it waits for lines on stdin, which test_watch.py gives",
@@ -87,7 +88,7 @@ def parse(words: list[str], complete: bool = True) -> None:
 
 def run(words: list[str]) -> None:
     """Run a command in this process, or only parse its flags."""
-    if words[0] == "make" or any(word in PARSED for word in words):
+    if any(word in PARSED for word in words):
         return parse(words)
     script, flags = script_of(words)
     main = import_module(script.removesuffix(".py").replace("/", ".")).main
