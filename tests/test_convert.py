@@ -26,7 +26,7 @@ OUTPUT = "parts/bracket/train/good"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run each test in an empty folder, so that paths are relative as on a command line."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(images, "_warned_folders", set())
+    monkeypatch.setattr(images, "_warned", set())
 
 
 def image_of(seed: int) -> np.ndarray:
