@@ -131,7 +131,7 @@ def read_sample(files: SampleFiles, config: Config) -> Arrays:
     (height, width), (rows, columns) = image.shape[:2], xyz.shape[:2]
     if (height, width) != (rows, columns):
         problem = f"{files.rgb} has {height} x {width} pixels (H x W), its cloud {rows} x {columns}"
-        warn_once(files.rgb.parent, f"{problem}. Such images are scaled. Check that both show the same view.")
+        warn_once("size", files.rgb.parent, f"{problem}. Such images are scaled. Check that both show the same view.")
         image = np.asarray(Image.fromarray(image).resize((columns, rows), Image.Resampling.BICUBIC))
     return {"xyz": xyz, "rgb": image}
 
