@@ -111,7 +111,7 @@ def evaluate_class(
     reports = {}
     for method, evaluation in evaluations.items():
         if run.settings.saves_predictions(method):
-            save_predictions(name, files, evaluation.results, folders[method])
+            save_predictions(name, files, evaluation.results, folders[method], detectors[method].thresholds)
         entry = class_entry(detectors[method], evaluation) | {
             "seconds": {stage: max(clock[method][stage] for clock in clocks) for stage in STAGES},
             "peak_memory_mb": max(peaks),

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from feature_extractors.thresholds import Thresholds
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, crop_padding, shows_table
 from utils.errors import InputError
 from utils.records import Prediction, Sample, SampleFiles
-from utils.reporting.visualization import color_scale, resize_map, save_anomaly_map, save_overlay
+from utils.reporting.visualization import FUSED, caption, color_scale, resize_map, save_anomaly_map, save_figure
 from utils.scans.cloud_check import spread
 from utils.scans.depth_camera import Camera
 from utils.scans.files import writing
@@ -165,28 +165,31 @@ class PredictionWriter:
         if prediction is None:
             record["error"] = outcome.problem
         else:
-            map_path, overlay_path = self._save_images(outcome.loaded, prediction) if self.images else (None, None)
             record |= {
                 "score": prediction.score,
                 "severity": None if thresholds is None else thresholds.severity(prediction.score),
                 "anomalous": None if thresholds is None else prediction.score > thresholds.image,
                 "threshold": None if thresholds is None else thresholds.image,
                 "seconds": outcome.seconds,
-                "map": map_path,
-                "overlay": overlay_path,
             }
+            paths = self._save_images(outcome.loaded, prediction, record) if self.images else (None, None)
+            record |= dict(zip(("map", "overlay"), paths, strict=True))
         with writing(self.path), self.path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(record, allow_nan=False, default=str) + "\n")
         return record
 
-    def _save_images(self, loaded: LoadedSample, prediction: Prediction) -> tuple[Path, Path]:
+    def _save_images(self, loaded: LoadedSample, prediction: Prediction, record: Mapping) -> tuple[Path, Path]:
         padded = loaded.size if loaded.side is None else (loaded.side, loaded.side)
         plane = crop_padding(resize_map(prediction.anomaly_map.numpy(), padded), loaded.size)
         pixel = None if self.thresholds is None else self.thresholds.pixel
         scale = color_scale([plane]) if pixel is None else (0.0, 2 * pixel)  # the same for all samples
         map_path, overlay_path = output_paths(self.folder, loaded.files.path)
         save_anomaly_map(map_path, plane, loaded.size)
-        save_overlay(overlay_path, loaded.image, plane, scale, pixel)
+        valid = None
+        if loaded.sample is not None and loaded.sample.xyz is not None:
+            valid = crop_padding(resize_map(loaded.sample.xyz.any(dim=0).numpy(), padded) > 0.5, loaded.size)
+        title = caption(loaded.files.path, record["severity"], record["anomalous"])
+        save_figure(overlay_path, title, loaded.image, plane, {FUSED: scale}, pixel, valid=valid)
         return map_path, overlay_path
 
 

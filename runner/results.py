@@ -5,8 +5,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from dataset import SampleFiles, original_size, read_rgb
+from dataset import SampleFiles, original_size, read_rgb, read_xyz
 from feature_extractors.config import DetectorConfig
+from feature_extractors.thresholds import Thresholds
 from runner.finished_classes import FOLDER, class_file, read_class, write_class
 from runner.preparation import Run, image_files
 from runner.settings import applied_flags
@@ -17,8 +18,9 @@ from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.report_page import write_report
 from utils.reporting.results_json import FILE_NAME, results_record
 from utils.reporting.tables import append_tables, format_tables, result_line
-from utils.reporting.visualization import FUSED, color_scale, save_anomaly_map, save_prediction_figure
+from utils.reporting.visualization import FUSED, caption, color_scale, save_anomaly_map, save_figure
 from utils.scans.json_records import write_record
+from utils.scans.organized_pc import valid_mask
 
 logger = logging.getLogger("main")
 
@@ -107,10 +109,17 @@ def table_note(config: DetectorConfig) -> str:
     return note
 
 
-def save_predictions(class_name: str, files: list[SampleFiles], results: list[SampleResult], output_dir: Path) -> None:
+def save_predictions(
+    class_name: str,
+    files: list[SampleFiles],
+    results: list[SampleResult],
+    output_dir: Path,
+    thresholds: Thresholds | None,
+) -> None:
     """Write the anomaly map of each test sample at the size of its ground truth, and a figure of it."""
     predictions = [result.prediction for result in results]
-    scale = {FUSED: color_scale([prediction.anomaly_map.numpy() for prediction in predictions])}
+    pixel = None if thresholds is None else thresholds.pixel
+    scale = {FUSED: color_scale([prediction.anomaly_map.numpy() for prediction in predictions], pixel)}
     for bank in predictions[0].bank_maps:
         scale[bank] = color_scale([prediction.bank_maps[bank].numpy() for prediction in predictions])
     pairs = progress_bar(zip(files, results, strict=True), total=len(files), desc="images", unit="sample")
@@ -118,6 +127,10 @@ def save_predictions(class_name: str, files: list[SampleFiles], results: list[Sa
         prediction, plane = result.prediction, result.prediction.anomaly_map.numpy()
         anomaly_map, figure = image_files(output_dir, class_name, file)
         save_anomaly_map(anomaly_map, plane, original_size(file))
-        title = f"{class_name}/{file.path}  score {prediction.score:.4g}"
+        cloud = read_xyz(file) if prediction.bank_maps.keys() - {"rgb"} else None
+        severity = None if thresholds is None else thresholds.severity(prediction.score)
+        anomalous = None if thresholds is None else prediction.score > thresholds.image
         bank_maps = {bank: bank_map.numpy() for bank, bank_map in prediction.bank_maps.items()}
-        save_prediction_figure(figure, read_rgb(file), result.mask.numpy(), bank_maps, plane, scale, title)
+        valid = None if cloud is None else valid_mask(cloud)
+        title, mask = caption(f"{class_name}/{file.path}", severity, anomalous), result.mask.numpy()
+        save_figure(figure, title, read_rgb(file), plane, scale, pixel, mask, valid, bank_maps)

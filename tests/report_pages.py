@@ -89,7 +89,13 @@ def entry_of(evaluated: Sequence[SampleResult], threshold: float | None = 0.5, *
     entry, _ = metrics_and_curve(evaluated)
     entry |= {
         "samples": [
-            {"path": sample.path, "label": sample.label, "score": sample.prediction.score} for sample in evaluated
+            {
+                "path": sample.path,
+                "label": sample.label,
+                "score": sample.prediction.score,
+                "severity": None if threshold is None else (sample.prediction.score - 0.3) / (threshold - 0.3),
+            }
+            for sample in evaluated
         ],
         "seconds": {"extract": 20.5, "coreset": 4.0, "fuse": 2.5, "score": 6.0, "metrics": 1.0},
         "peak_memory_mb": 2304.0,
@@ -101,7 +107,7 @@ def entry_of(evaluated: Sequence[SampleResult], threshold: float | None = 0.5, *
         "latency": {"p50": 0.05, "p95": 0.07, "p99": 0.11},
     }
     if threshold is not None:
-        entry["threshold"] = {"image": threshold, "pixel": 1, "target_fpr": 0.01, "source": "validation", "parts": 22}
+        entry["threshold"] = {"image": threshold, "pixel": 1.0, "target_fpr": 0.01, "source": "validation", "parts": 22}
     else:
         entry |= {"threshold": None, "precision": None, "recall": None, "false_alarm_rate": None}
     return entry | changed

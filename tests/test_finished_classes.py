@@ -223,8 +223,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         (valid | {"report": report | {"decision": [0.5]}}, "at `report.decision`"),
         (valid | {"report": report | {"outcomes": {"hit": "3"}}}, "at `report.outcomes[...]`"),
         (valid | {"report": report | {"roc": [[0, None], [0, 1]]}}, "at `report.roc[0][1]`"),
-        (valid | {"report": report | {"good_scores": [None]}}, "at `report.good_scores[0]`"),
-        (valid | {"report": report | {"parts": [3]}}, "at `report.parts[0]`"),
+        (valid | {"report": report | {"samples": [3]}}, "at `report.samples[0]`"),
         (valid | {"report": report | {"entry": {}}}, "does not match its checksum"),
     ]
     for content, expected in cases:
@@ -345,7 +344,7 @@ def test_texts_of_a_forged_file_are_escaped(tmp_path: Path) -> None:
     content = content_of(tmp_path, plain())
     report = content["report"]
     report["decision"][1] = report["entry"]["threshold"]["source"] = EVIL
-    for sample in report["parts"]:
+    for sample in report["samples"]:
         sample |= {
             "path": EVIL,
             "defect": EVIL,

@@ -235,7 +235,7 @@ def test_saved_predictions_have_the_size_of_the_ground_truth(clean_data: Path, r
     for path in images:
         with Image.open(run.folder / path) as image:
             assert image.format == "PNG"
-            assert image.width > 4 * image.height  # image, ground truth, two banks, fused, overlay
+            assert image.width > 4 * image.height  # image, outlines, two banks, fused
             assert np.asarray(image.convert("L")).std() > 10
 
 

@@ -34,7 +34,7 @@ from utils import preprocessing
 from utils.cleaning.cloud_cleaning import CleaningRule, crop_padding, pad_to_square
 from utils.errors import InputError
 from utils.records import CloudForm, Prediction, SampleFiles
-from utils.reporting.visualization import resize_map
+from utils.reporting.visualization import GAP, PANEL, resize_map
 from utils.scans.organized_pc import read_organized_pc, write_organized_pc
 from utils.synthetic_data.scanner import make_scan
 
@@ -335,7 +335,7 @@ def test_predictions_are_written_before_the_next_batch(
 
 
 def test_maps_have_the_size_of_the_cloud(fitted: Fitted, tmp_path: Path) -> None:
-    """The overlay has the size of the image, which may have more pixels."""
+    """The overlay shows the image, which may have more pixels."""
     folder = fitted.data / "test/hole"
     xyz = read_organized_pc(folder / "xyz/000.tiff")[:48]
     image = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
@@ -344,7 +344,7 @@ def test_maps_have_the_size_of_the_cloud(fitted: Fitted, tmp_path: Path) -> None
     assert run(*flags_for(fitted, tmp_path, tmp_path / "out")) == 0
     assert tifffile.imread(tmp_path / "out/a.tiff").shape == (48, 64)
     with Image.open(tmp_path / "out/a_overlay.png") as overlay:
-        assert overlay.size == (128, 96)
+        assert overlay.width == GAP + 3 * (PANEL + GAP)  # image, outlines, map
     assert run(*flags_for(fitted, tmp_path, tmp_path / "out", "DINO")[:-2]) == 0
     assert tifffile.imread(tmp_path / "out/a.tiff").shape == (96, 128)
 
@@ -596,8 +596,7 @@ def test_maps_of_cleaned_scans_align_with_the_raw_pixels(fitted: Fitted, raw: Pa
     whole = resize_map(detector.predict(loaded.sample).anomaly_map.numpy(), (300, 300))
     found = tifffile.imread(tmp_path / "000.tiff")
     np.testing.assert_allclose(found, whole[38 : 38 + 224, 48 : 48 + 204], rtol=1e-4)
-    with Image.open(tmp_path / "000_overlay.png") as overlay:
-        assert overlay.size == (204, 224)
+    assert (tmp_path / "000_overlay.png").is_file()
 
 
 @pytest.mark.parametrize("size", [(5, 9), (7, 4), (100, 99), (100, 100)])

@@ -254,7 +254,7 @@ def test_results_file_reads_back_unrounded(tmp_path: Path) -> None:
     write_record(tmp_path / "results.json", results_record(COMMAND, args, classes))
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["schema", "command", "args", "versions", "classes", "mean"]
-    assert results["schema"] == 1
+    assert results["schema"] == 2
     assert results["command"] == COMMAND
     assert results["args"] == {"dataset_path": "datasets", "seed": 0, "class_name": ["bagel", "rope"], "blr": [1, 1]}
     assert results["versions"] == package_versions()

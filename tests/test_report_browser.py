@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from report_pages import made_up_class, made_up_page, made_up_sample, made_up_samples
+
+from utils.reporting.visualization import PREDICTED, TRUTH
 
 pytest.importorskip("selenium", reason="selenium is not installed: pip install -r requirements-dev.txt")
 
@@ -157,23 +160,33 @@ def test_viewer_steps_through_filtered_samples_only(report: webdriver.Chrome) ->
 
 
 @pytest.mark.slow
+def test_a_dot_opens_its_sample_whatever_the_filters(report: webdriver.Chrome) -> None:
+    Select(report.find_element(By.CSS_SELECTOR, "[data-filter=defect]")).select_by_value("good")
+    report.find_element(By.CSS_SELECTOR, ".dot[data-path='test/hole/001']").click()
+    assert title(report) == "gasket / test/hole/001"
+    assert report.find_element(By.ID, "count").text == "14 of 14 samples"
+
+
+@pytest.mark.slow
 def test_viewer_shows_every_panel(report: webdriver.Chrome) -> None:
     next(card for card in cards(report) if card.text.startswith("miss")).click()
     panels = [each.text for each in report.find_elements(By.CSS_SELECTOR, "#panels figcaption")]
-    assert panels == ["image", "ground truth", "xyz map", "rgb map", "fused map"]
-    assert "score" in report.find_element(By.ID, "viewer-facts").text
+    assert panels == ["image", "outlines", "fused map", "xyz map, own scale", "rgb map, own scale"]
+    facts = report.find_element(By.ID, "viewer-facts").text
+    assert re.search(r"miss · severity 0\.\d\d · ground truth: (hole|stain & dent) · score 0", facts)
+    assert report.find_element(By.CSS_SELECTOR, "dialog .legend").is_displayed()
 
 
 @pytest.mark.slow
 def test_defective_sample_without_marked_pixels_is_not_called_good(report: webdriver.Chrome) -> None:
     def truth(text: str) -> str:
         next(card for card in cards(report) if text in card.text).click()
-        title = report.find_elements(By.CSS_SELECTOR, "#panels figcaption")[1].text
+        facts = report.find_element(By.ID, "viewer-facts").text
         press(report, Keys.ESCAPE)
-        return title
+        return facts.split("ground truth: ")[1].split(" · ")[0]
 
-    assert truth(EVIL) == "ground truth: no marked pixel"
-    assert truth("good/") == "ground truth: good"
+    assert truth(EVIL) == f"{EVIL}, not marked"
+    assert truth("good/") == "good"
 
 
 @pytest.mark.slow
@@ -188,6 +201,12 @@ def test_3d_view_in_colors_of_image_and_score(report: webdriver.Chrome) -> None:
     press(report, "s")
     WebDriverWait(report, 60).until(lambda _: report.find_elements(By.CSS_SELECTOR, "#plot .cbaxis"))
     by_score = drawn(report)
+    assert [each.text for each in report.find_elements(By.CSS_SELECTOR, "#plot .cbaxis text")] == [
+        "0",
+        "threshold",
+        "2",
+    ]
+    assert report.find_element(By.CSS_SELECTOR, "#plot .cbtitle").text == "anomaly map"
     assert by_score.shape == by_image.shape
     assert (np.abs(by_score - by_image).max(axis=2) > 30).mean() > 0.03
     press(report, Keys.ARROW_RIGHT)
@@ -196,6 +215,22 @@ def test_3d_view_in_colors_of_image_and_score(report: webdriver.Chrome) -> None:
     press(report, "3")
     assert not report.find_element(By.ID, "plot").is_displayed()
     assert report.find_elements(By.CSS_SELECTOR, "#plot canvas") == []
+
+
+@pytest.mark.slow
+def test_3d_view_has_outlines_on_the_surface_and_axes_in_millimeters(report: webdriver.Chrome) -> None:
+    next(card for card in cards(report) if card.text.startswith("hit")).click()
+    report.find_element(By.ID, "draw").click()
+    drawn(report)
+    lines = report.execute_script(
+        "return document.getElementById('plot').data.filter((trace) => trace.type === 'scatter3d')"
+        ".map((trace) => [trace.name, trace.line.color, trace.x.filter((x) => x !== null)])"
+    )
+    assert [(name, color) for name, color, _ in lines] == [("predicted", PREDICTED), ("ground truth", TRUTH)]
+    assert all(0.5 < np.ptp(xs) < 60 and np.abs(xs).max() < 42 for _, _, xs in lines)
+    scene = report.execute_script("return document.getElementById('plot').layout.scene")
+    axes = [scene[f"{axis}axis"]["title"]["text"] for axis in "xyz"]
+    assert axes == ["x, mm", "y, mm", "z, mm"]
 
 
 def camera(report: webdriver.Chrome) -> dict[str, np.ndarray]:
@@ -214,7 +249,6 @@ def test_keyboard_rotates_the_3d_view_and_the_next_sample_keeps_it(report: webdr
     plot = report.find_element(By.ID, "plot")
     assert (plot.get_attribute("tabindex"), plot.get_attribute("role")) == ("0", "img")
     assert plot.get_attribute("aria-label")
-    assert "Shift + arrow keys" in report.find_element(By.ID, "space-note").text
     start, position = camera(report), report.find_element(By.ID, "position").text
     press_shifted(Keys.ARROW_RIGHT)
     right = camera(report)
@@ -287,6 +321,19 @@ def test_page_fits_the_width_of_a_phone(report: webdriver.Chrome) -> None:
 
 
 @pytest.mark.slow
+def test_keys_are_explained_only_where_there_are_keys(report: webdriver.Chrome) -> None:
+    cards(report)[0].click()
+    for hover, pointer, expected in (("hover", "fine", True), ("none", "coarse", False)):
+        features = [{"name": "hover", "value": hover}, {"name": "pointer", "value": pointer}]
+        report.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        texts = report.find_elements(By.CLASS_NAME, "keys")
+        assert len(texts) == 2
+        assert [each.is_displayed() for each in texts] == [expected] * 2
+    assert "Shift" not in report.find_element(By.ID, "viewer").text
+    report.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@pytest.mark.slow
 def test_dark_mode_is_dark(report: webdriver.Chrome) -> None:
     def brightness(scheme: str) -> float:
         feature = {"name": "prefers-color-scheme", "value": scheme}
@@ -303,8 +350,13 @@ def test_tables_and_charts_need_no_script(report: webdriver.Chrome) -> None:
     report.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
         report.refresh()
-        assert len([svg for svg in report.find_elements(By.TAG_NAME, "svg") if svg.is_displayed()]) >= 3
-        assert report.find_element(By.CSS_SELECTOR, "table.figures").is_displayed()
+        assert len([dot for dot in report.find_elements(By.CLASS_NAME, "dot") if dot.is_displayed()]) == 15
+        figures = report.find_element(By.CSS_SELECTOR, "table.figures")
+        assert not figures.is_displayed()
+        for summary in report.find_elements(By.TAG_NAME, "summary"):
+            summary.click()
+        assert figures.is_displayed()
+        assert all(svg.is_displayed() for svg in report.find_elements(By.TAG_NAME, "svg"))
         assert "need JavaScript" in report.find_element(By.TAG_NAME, "noscript").text
     finally:
         report.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

@@ -25,8 +25,9 @@ from utils.reporting.html_report.gallery import (
     pack_cloud,
     spread_order,
 )
+from utils.reporting.visualization import MARGIN, NEUTRAL, PREDICTED, TRUTH
 
-AT_HALF = Decision(0.5, "made up")
+AT_HALF = Decision(0.5, "made up", 0.6)
 MAP = np.zeros((SIDE, SIDE), dtype=np.float32)
 
 
@@ -35,6 +36,7 @@ def shown(
 ) -> list:
     return gallery(
         samples,
+        [sample.prediction.score / 0.5 for sample in samples],
         decision,
         limit,
         lambda i: made_up_image(i) if image else None,
@@ -47,16 +49,17 @@ def opened(uri: str) -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("path", "score", "expected"),
+    ("label", "score", "threshold", "expected"),
     [
-        ("test/hole/000", 0.6, HIT),
-        ("test/hole/000", 0.5, MISS),  # a score equal to the threshold is normal
-        ("test/good/000", 0.6, FALSE_ALARM),
-        ("test/good/000", 0.5, CORRECT_PASS),
+        (1, 0.6, 0.5, HIT),
+        (1, 0.5, 0.5, MISS),  # a score equal to the threshold is good
+        (0, 0.6, 0.5, FALSE_ALARM),
+        (0, 0.5, 0.5, CORRECT_PASS),
+        (1, 0.6, None, UNDECIDED),
     ],
 )
-def test_outcomes(path: str, score: float, expected: str) -> None:
-    assert outcome(made_up_sample(path, score), AT_HALF) == expected
+def test_outcomes(label: int, score: float, threshold: float | None, expected: str) -> None:
+    assert outcome(label, score, threshold) == expected
 
 
 # Choice of samples
@@ -120,12 +123,14 @@ def test_view_is_plain_data() -> None:
         view, good = good, view
     json.dumps(view, allow_nan=False)
     assert (view["path"], view["defect"], view["label"], view["score"]) == ("test/hole/007", "hole", 1, 0.7)
+    assert (view["severity"], good["severity"]) == (1.4, 0.4)
     assert (view["outcome"], good["outcome"]) == (HIT, CORRECT_PASS)
-    assert list(view["maps"]) == ["xyz", "rgb", "fused"]
+    assert list(view["maps"]) == ["fused", "xyz", "rgb"]
     assert view["scores"] == {"xyz": 0.35, "rgb": 0.35}
-    assert (view["truth"] is None, good["truth"] is None) == (False, True)
-    for uri in (view["view"]["image"], view["truth"], *view["maps"].values()):
-        assert opened(uri).size == (VIEW_SIDE, VIEW_SIDE)
+    assert (view["truth"], good["truth"]) == (True, False)
+    assert view["bar"] == ["0", "threshold", "2"]
+    for uri in (view["view"]["image"], view["lines"], *view["maps"].values()):
+        assert opened(uri).size == tuple(view["size"]) == (VIEW_SIDE, VIEW_SIDE)
 
 
 def test_the_map_of_a_single_bank_is_shown_once() -> None:
@@ -134,48 +139,58 @@ def test_the_map_of_a_single_bank_is_shown_once() -> None:
     assert view["scores"] == {}
 
 
-def test_views_keep_the_aspect_ratio_of_the_image() -> None:
+def test_views_without_a_cloud_keep_the_aspect_ratio_of_the_image() -> None:
     image = np.zeros((60, 120, 3), dtype=np.uint8)
     image[:, :60, 0] = 255
-    (view,) = gallery([made_up_sample("test/hole/000", 0.7)], AT_HALF, 1, lambda i: image, lambda i: None)
+    samples = [made_up_sample("test/hole/000", 0.7)]
+    (view,) = gallery(samples, [None], AT_HALF, 1, lambda i: image, lambda i: None)
     assert tuple(view["size"]) == (VIEW_SIDE, VIEW_SIDE // 2)
     shot = np.asarray(opened(view["view"]["image"]))
     assert shot[50, 20, 0] > 240 > 15 > shot[50, 200, 0]
-    assert opened(view["maps"]["fused"]).size == opened(view["truth"]).size == (VIEW_SIDE, VIEW_SIDE // 2)
+    assert opened(view["maps"]["fused"]).size == opened(view["lines"]).size == (VIEW_SIDE, VIEW_SIDE // 2)
 
 
-def test_outline_surrounds_the_defect() -> None:
+def test_views_are_cropped_to_the_points_of_the_cloud() -> None:
+    """The disk of image and cloud fills 84 % of the view, and 1 / MARGIN of the crop."""
+    (cropped,) = shown([made_up_sample("test/hole/000", 0.7)], 1)
+    (whole,) = shown([made_up_sample("test/hole/000", 0.7)], 1, cloud=False)
+    for view, share in ((cropped, 1 / MARGIN), (whole, 0.84)):
+        shot = np.asarray(opened(view["view"]["image"]).convert("L"))
+        assert (shot[VIEW_SIDE // 2] > 40).sum() == pytest.approx(share * VIEW_SIDE, abs=6)
+    heat = np.asarray(opened(cropped["maps"]["fused"])).astype(int)
+    assert np.abs(heat[4, 4] - NEUTRAL).max() < 8  # no point there
+
+
+def test_the_outlines_are_those_of_the_map_and_the_ground_truth() -> None:
     sample = made_up_sample("test/hole/000", 0.7)
     mask = np.zeros((SIDE, SIDE), dtype=np.uint8)
     mask[:16, 32:48] = 1  # at the upper edge
-    sample = sample._replace(mask=sample.mask.new_tensor(mask))
-    (view,) = shown([sample], 1)
-    outline = np.asarray(opened(view["truth"]).convert("RGBA"))
+    (view,) = shown([sample._replace(mask=sample.mask.new_tensor(mask))], 1, cloud=False)
+    lines = np.asarray(opened(view["lines"]).convert("RGBA"))
     below, middle = VIEW_SIDE * 16 // SIDE, VIEW_SIDE * 40 // SIDE
-    assert tuple(outline[below - 1, middle]) == tuple(outline[0, middle]) == (0, 229, 255, 255)
-    assert outline[below // 2, middle, 3] == outline[below + 4, middle, 3] == 0
-
-
-def test_defect_of_one_pixel_has_an_outline() -> None:
-    sample = made_up_sample("test/hole/000", 0.7, side=4 * VIEW_SIDE)
-    mask = np.zeros((4 * VIEW_SIDE, 4 * VIEW_SIDE), dtype=np.uint8)
-    mask[400, 401] = 1
-    (view,) = shown([sample._replace(mask=sample.mask.new_tensor(mask))], 1)
-    outline = np.asarray(opened(view["truth"]).convert("RGBA"))
-    assert tuple(outline[100, 100]) == (0, 229, 255, 255)
+    assert tuple(lines[below - 1, middle]) == tuple(lines[0, middle]) == (*bytes.fromhex(TRUTH[1:]), 255)
+    assert lines[below // 2, middle, 3] == 0
+    assert (lines == (*bytes.fromhex(PREDICTED[1:]), 255)).all(axis=2).any()
+    sample = sample._replace(mask=None)  # a class without a test split
+    (view,) = shown([sample], 1, decision=None)
+    assert (view["truth"], view["lines"]) == (False, None)
 
 
 def test_one_color_scale_for_all_samples_of_a_class() -> None:
     weak, strong = made_up_sample("test/hole/000", 0.1), made_up_sample("test/hole/001", 0.9)
-    views = {view["path"]: np.asarray(opened(view["maps"]["fused"])).astype(int) for view in shown([weak, strong], 2)}
-    assert views[strong.path].max() > 1.5 * views[weak.path].max()
+    for decision in (AT_HALF, None):
+        views = {
+            view["path"]: np.asarray(opened(view["maps"]["fused"])).astype(int)
+            for view in shown([weak, strong], 2, decision, cloud=False)
+        }
+        assert views[strong.path].max() > 1.5 * views[weak.path].max()
 
 
 def test_depth_is_shown_without_an_image() -> None:
     (view,) = shown([made_up_sample("test/hole/000", 0.7)], 1, image=False)
     assert view["view"]["name"] == "depth"
     depth = np.asarray(opened(view["view"]["image"]).convert("L")).astype(int)
-    assert depth[VIEW_SIDE // 2, VIEW_SIDE // 2] > depth[VIEW_SIDE // 2, VIEW_SIDE // 6] > depth[2, 2]
+    assert depth[VIEW_SIDE // 2, VIEW_SIDE // 2] > depth[VIEW_SIDE // 2, VIEW_SIDE // 8] > depth[2, 2]
     assert view["cloud"]["colored"] is False
 
 
@@ -189,12 +204,12 @@ def test_nothing_is_read_with_limit_0() -> None:
     def refuse(number: int) -> None:
         raise AssertionError("read")
 
-    assert gallery(made_up_samples(4), AT_HALF, 0, refuse, refuse) == []
+    assert gallery(made_up_samples(4), [None] * 4, AT_HALF, 0, refuse, refuse) == []
 
 
 def test_files_are_read_by_the_index_of_the_sample() -> None:
     samples, read = made_up_samples(8), []
-    views = gallery(samples, AT_HALF, 3, read.append, lambda i: None)  # type: ignore[arg-type, func-returns-value]
+    views = gallery(samples, [None] * 8, AT_HALF, 3, read.append, lambda i: None)  # type: ignore[arg-type, func-returns-value]
     assert [samples[i].path for i in read] == [view["path"] for view in views]
 
 
@@ -206,10 +221,10 @@ def unpacked(cloud: dict) -> dict[str, np.ndarray]:
     whole = np.frombuffer(data, dtype="<i2", count=3 * n).reshape(3, n).T
     planes = 4 if cloud["colored"] else 1
     colors = np.frombuffer(data, dtype=np.uint8, offset=6 * n, count=planes * n).reshape(planes, n)
-    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8, offset=(6 + planes) * n))
+    masks = np.frombuffer(data, dtype=np.uint8, offset=(6 + planes) * n).reshape(2, -1)
+    grid, defect = (np.unpackbits(each)[: np.prod(cloud["grid"])].reshape(cloud["grid"]) for each in masks)
     points = np.array(cloud["origin"]) + cloud["step"] * whole
-    grid = bits[: np.prod(cloud["grid"])].reshape(cloud["grid"])
-    return {"xyz": points / 1000, "score": colors[0], "rgb": colors[1:].T, "grid": grid}
+    return {"xyz": points / 1000, "score": colors[0], "rgb": colors[1:].T, "grid": grid, "defect": defect}
 
 
 def test_packed_cloud_keeps_positions_colors_and_scores() -> None:
@@ -218,10 +233,11 @@ def test_packed_cloud_keeps_positions_colors_and_scores() -> None:
     cloud = np.stack([column * 0.001 - 0.0105, row * 0.001 + 0.001, 0.5 + 0 * row], axis=-1)
     cloud[:10] = 0  # not measured
     image = np.stack([6 * row, 6 * column, 0 * row], axis=-1).astype(np.uint8)
-    packed = pack_cloud(cloud, image, row / side, (0.0, 1.0))
+    packed = pack_cloud(cloud, image, row / side, (0.0, 1.0), row >= 5)
     assert packed is not None
     read = unpacked(packed)
     assert packed["points"] == 30 * side
+    np.testing.assert_array_equal(read["defect"], row >= 10)  # only measured pixels
     found_column, found_row = (read["xyz"][:, :2] * 1000 - [-10.5, 1]).round().astype(int).T
     assert np.abs(read["xyz"] - cloud[found_row, found_column]).max() < 1e-6
     assert (read["rgb"] == image[found_row, found_column]).all()

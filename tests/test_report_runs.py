@@ -63,7 +63,7 @@ def test_reports_of_several_methods_show_the_same_files(bagels: Path, tmp_path: 
         samples = shown(tmp_path / "out" / method)
         assert {sample["view"]["name"] for sample in samples} == {"image"}
         assert all(sample["cloud"] for sample in samples)
-        assert f"<h1>{method}</h1>" in (tmp_path / "out" / method / "report.html").read_text()
+        assert f'<p class="kicker">{method} · ' in (tmp_path / "out" / method / "report.html").read_text()
 
 
 def test_number_of_shown_samples(bagels: Path, tmp_path: Path) -> None:

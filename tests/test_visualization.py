@@ -1,4 +1,4 @@
-"""Anomaly maps, figures and overlays: right pixels in the right places."""
+"""Anomaly maps and figures: right pixels in the right places."""
 
 from pathlib import Path
 
@@ -10,17 +10,21 @@ from PIL import Image
 from utils.reporting.visualization import (
     FUSED,
     GAP,
-    HEAD,
+    NEUTRAL,
     PANEL,
+    PREDICTED,
+    TRUTH,
+    Drawing,
+    bar_labels,
+    caption,
     color_scale,
     heat_colors,
     heat_strength,
+    object_box,
     resize_map,
     save_anomaly_map,
-    save_overlay,
-    save_prediction_figure,
+    save_figure,
 )
-from utils.scans.images import OVERLAY_SIDE
 
 SIDE = 32
 SCALE = {"rgb": (0.0, 1.0), "xyz": (0.0, 2.0), FUSED: (0.0, 1.0)}
@@ -36,13 +40,14 @@ def inputs() -> dict:
         "bank_maps": {name: rng.random((SIDE, SIDE)) for name in ("xyz", "rgb")},
         "anomaly_map": rng.random((SIDE, SIDE)),
         "scale": SCALE,
+        "threshold": 0.9,
         "title": "bagel test/hole/000",
     }
 
 
 def drawn(folder: Path, **changes: object) -> np.ndarray:
     path = folder / "figure.png"
-    save_prediction_figure(path, **{**inputs(), **changes})
+    save_figure(path, **{**inputs(), **changes})
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 
@@ -79,12 +84,20 @@ def test_anomaly_map_keeps_its_axes_at_any_size(tmp_path: Path, size: tuple[int,
     np.testing.assert_allclose(read, np.repeat(read[:, :1], size[1], axis=1), rtol=1e-6)
 
 
-def test_color_scale_spans_the_class_and_ignores_a_hot_pixel() -> None:
+def test_the_middle_of_a_color_scale_is_the_threshold() -> None:
+    maps = [np.linspace(2, 3, 5000).reshape(50, 100), np.linspace(3, 4, 5000).reshape(50, 100)]
+    assert color_scale(maps, 3.25) == pytest.approx((3.0, 3.5))
+    assert bar_labels((3.0, 3.5), 3.25) == ["0", "threshold", "2"]
+
+
+def test_a_color_scale_without_a_threshold_above_the_median_ignores_a_hot_pixel() -> None:
     maps = [np.linspace(2, 3, 5000).reshape(50, 100), np.linspace(3, 4, 5000).reshape(50, 100)]
     maps[1][0, 0] = 1000
-    lo, hi = color_scale(maps)
-    assert lo == 2
-    assert 3.99 < hi <= 4
+    for threshold in (None, 2.5):
+        lo, hi = color_scale(maps, threshold)
+        assert lo == pytest.approx(3, abs=0.01)
+        assert 3.99 < hi <= 4
+        assert bar_labels((lo, hi), threshold) == ["3", "", "4"]
 
 
 def test_color_scale_of_flat_maps_is_usable() -> None:
@@ -94,12 +107,86 @@ def test_color_scale_of_flat_maps_is_usable() -> None:
     assert color_scale([almost_flat]) == (0.0, 3.0)
 
 
+# The drawing
+
+
+def points(*shown: slice, shape: tuple[int, int] = (40, 80)) -> np.ndarray:
+    valid = np.zeros(shape, dtype=bool)
+    valid[shown] = True
+    return valid
+
+
+@pytest.mark.parametrize(
+    ("valid", "view", "expected"),
+    [
+        (None, (40, 80), ((0, 40), (0, 80))),
+        (points(shape=(40, 80)) & False, (40, 80), ((0, 40), (0, 80))),
+        (points(slice(15, 25), slice(30, 50)), (40, 80), ((20 - 11.2, 20 + 11.2), (40 - 11.2, 40 + 11.2))),
+        (points(slice(15, 25), slice(30, 50)), (400, 800), ((88, 312), (288, 512))),  # an image of more pixels
+        (points(slice(0, 40), slice(0, 10)), (40, 80), ((0, 40), (0, 27.4))),  # as far as the view reaches
+    ],
+)
+def test_the_drawn_part_is_a_square_around_the_points(
+    valid: np.ndarray | None, view: tuple[int, int], expected: tuple
+) -> None:
+    assert np.ravel(object_box(valid, view)) == pytest.approx(np.ravel(expected))
+
+
+def test_image_map_and_outlines_of_any_resolution_are_cropped_alike() -> None:
+    valid = points(slice(10, 30), slice(40, 60))
+    image = np.zeros((80, 160, 3), np.uint8)
+    image[40:60, 80:120] = 255  # the lower half of the points
+    plane = np.zeros((20, 40))
+    plane[10:15, 20:30] = 1.0  # likewise
+    drawing = Drawing(image, plane, 0.5, None, valid, side=224)
+    assert drawing.size == (224, 224)
+    shot = drawing.shown_image(image)[..., 0]
+    lines = drawing.lines
+    assert shot[130, 112] > 250 and shot[90, 112] < 5  # the box begins 12 pixels outside of the points
+    rows = np.flatnonzero((lines == 2).any(axis=1))
+    assert abs(rows[0] - 112) <= 6 and abs(rows[-1] - 212) <= 6
+    heat = drawing.heat(plane, (0.0, 1.0))
+    assert (heat[2, 2] == NEUTRAL).all() and (heat[150, 112] > 200).any() and heat[90, 112].max() < 30
+
+
+def test_heat_colors_do_not_depend_on_other_pixels() -> None:
+    calm, wild = np.full((8, 8), 0.9), np.full((8, 8), 0.9)
+    wild[5:] = 40.0
+    first, second = (Drawing(None, each, side=16).heat(each, (0.0, 2.0)) for each in (calm, wild))
+    np.testing.assert_array_equal(first[:8], second[:8])
+
+
+def test_predicted_and_true_defects_have_outlines_of_two_colors() -> None:
+    image = np.full((80, 80, 3), 128, np.uint8)
+    plane, mask = np.full((80, 80), 0.5), np.zeros((80, 80), np.uint8)
+    plane[10:30, 40:70] = 1.5
+    mask[50:60, 10:30] = 1
+    shot = Drawing(image, plane, 1.0, mask, side=80).outlined(image)
+    for color, rows, columns in ((PREDICTED, (10, 29), (40, 69)), (TRUTH, (50, 59), (10, 29))):
+        found = np.nonzero((shot == list(bytes.fromhex(color[1:]))).all(axis=2))
+        assert (found[0].min(), found[0].max()) == rows
+        assert (found[1].min(), found[1].max()) == columns
+    assert (shot[20, 55] == 128).all()
+    at_the_threshold = Drawing(image, plane, 1.5, None, side=80)
+    assert not at_the_threshold.lines.any()
+
+
+def test_the_smallest_defect_and_one_at_the_edge_are_outlined() -> None:
+    mask = np.zeros((900, 900), np.uint8)
+    mask[400, 401] = 1
+    mask[0, 800:] = 1
+    lines = Drawing(None, np.zeros((8, 8)), None, mask, side=225).lines
+    assert lines[100, 100] == 3 and (lines[0, 201:] == 3).all()
+
+
+# Figures
+
+
 def test_figure_has_content_and_the_width_of_its_panels(tmp_path: Path, plain: np.ndarray) -> None:
-    assert plain.shape[0] > 200
+    assert plain.shape[0] > PANEL
     assert len(np.unique(plain.reshape(-1, 3), axis=0)) > 1000
-    per_panel = plain.shape[1] / 6  # image, ground truth, xyz, rgb, fused, overlay
-    assert drawn(tmp_path, mask=None).shape[1] == pytest.approx(5 * per_panel, rel=0.02)
-    assert drawn(tmp_path, image=None).shape[1] == pytest.approx(4 * per_panel, rel=0.02)
+    assert plain.shape[1] == GAP + 5 * (PANEL + GAP)  # image, outlines, xyz, rgb, fused
+    assert drawn(tmp_path, image=None).shape[1] == GAP + 3 * (PANEL + GAP)
 
 
 def test_map_of_a_single_bank_is_not_drawn_twice(tmp_path: Path) -> None:
@@ -116,10 +203,13 @@ def test_map_of_a_single_bank_is_not_drawn_twice(tmp_path: Path) -> None:
         {"image": inputs()["image"][::-1]},
         {"mask": inputs()["mask"].T},
         {"mask": np.zeros((SIDE, SIDE))},
+        {"mask": None},
+        {"valid": inputs()["mask"] > 0},
         {"bank_maps": {name: bank[::-1] for name, bank in inputs()["bank_maps"].items()}},
         {"anomaly_map": inputs()["anomaly_map"][::-1]},
         {"scale": {**SCALE, "rgb": (0.0, 3.0)}},
         {"scale": {**SCALE, FUSED: (0.0, 3.0)}},
+        {"threshold": None},
         {"title": "another"},
     ],
 )
@@ -132,41 +222,32 @@ def test_figures_are_reproducible(tmp_path: Path, plain: np.ndarray) -> None:
     np.testing.assert_array_equal(drawn(tmp_path), plain)
 
 
-def panel(figure: np.ndarray, number: int, height: int = PANEL) -> np.ndarray:
-    """Pixels of a panel, from the left, of a figure."""
-    left = GAP + number * (PANEL + GAP)
-    return figure[HEAD : HEAD + height, left : left + PANEL].astype(int)
-
-
-@pytest.mark.parametrize("image_size", [(48, 48), (30, 60)])
-def test_outline_surrounds_the_defect(tmp_path: Path, image_size: tuple[int, int]) -> None:
-    height = PANEL * image_size[0] // image_size[1]
-    black = np.zeros((*image_size, 3), np.uint8)
-    figure = drawn(tmp_path, image=black, anomaly_map=np.zeros((SIDE, SIDE)))
-    for number in (1, 5):  # ground truth and overlay
-        rows, columns = np.nonzero((panel(figure, number, height) == (0, 229, 255)).all(axis=2))
-        a_pixel = 1.01 * PANEL / SIDE
-        for found, edge, length in (
-            (rows.min(), 4, height), (rows.max(), 12, height), (columns.min(), 16, PANEL), (columns.max(), 24, PANEL)
-        ):  # fmt: skip
-            assert found == pytest.approx(edge / SIDE * length, abs=a_pixel)
-    assert not panel(figure, 0, height).any()
-
-
 def test_image_and_heat_of_each_panel(plain: np.ndarray) -> None:
-    given = inputs()
+    given, top = inputs(), int(np.flatnonzero((plain[:, GAP : GAP + PANEL] != 255).any(axis=(1, 2)))[-1]) - PANEL + 1
+
+    def panel(number: int) -> np.ndarray:
+        left = GAP + number * (PANEL + GAP)
+        return plain[top : top + PANEL, left : left + PANEL].astype(int)
+
     maps = (given["bank_maps"]["xyz"], given["bank_maps"]["rgb"], given["anomaly_map"])
     for number, heat, key in zip((2, 3, 4), maps, ("xyz", "rgb", FUSED), strict=True):
         expected = heat_colors(heat_strength(resize_map(heat, (PANEL, PANEL)), SCALE[key]))
-        assert np.abs(panel(plain, number) - expected).max() <= 1
-    enlarged = np.repeat(np.repeat(given["image"], PANEL // 48, axis=0), PANEL // 48, axis=1)
-    np.testing.assert_array_equal(panel(plain, 0), enlarged)
+        assert np.abs(panel(number) - expected).max() <= 4  # one step of the color map
+    drawing = Drawing(given["image"], given["anomaly_map"], 0.9, given["mask"])
+    np.testing.assert_array_equal(panel(0), drawing.shown_image(given["image"]))
+    np.testing.assert_array_equal(panel(1), drawing.outlined(given["image"]))
 
 
-def test_defect_that_fills_the_image_is_outlined(tmp_path: Path) -> None:
-    everything = drawn(tmp_path, mask=np.ones((SIDE, SIDE), dtype=bool))
-    nothing = drawn(tmp_path, mask=np.zeros((SIDE, SIDE), dtype=bool), image=inputs()["image"])
-    assert (everything != nothing).any()
+@pytest.mark.parametrize(
+    ("severity", "anomalous", "expected"),
+    [
+        (1.234, True, "a: anomalous, severity 1.23 (threshold 1)"),
+        (None, False, "a: good"),
+        (None, None, "a: no threshold"),
+    ],
+)
+def test_caption(severity: float | None, anomalous: bool | None, expected: str) -> None:
+    assert caption("a", severity, anomalous) == expected
 
 
 def test_title_is_plain_text(tmp_path: Path) -> None:
@@ -178,58 +259,3 @@ def test_missing_or_empty_scale_is_refused(tmp_path: Path, scale: dict) -> None:
     with pytest.raises(ValueError, match="color scale of fused"):
         drawn(tmp_path, scale=scale)
     assert not (tmp_path / "figure.png").exists()
-
-
-# Overlays
-
-
-def overlay(folder: Path, image: np.ndarray | None, anomaly_map: np.ndarray, threshold: float | None) -> np.ndarray:
-    save_overlay(folder / "overlay.png", image, anomaly_map, (0.0, 2.0), threshold)
-    with Image.open(folder / "overlay.png") as image:
-        return np.asarray(image.convert("RGB")).astype(int)
-
-
-def test_overlay_has_the_size_and_gray_values_of_the_image(tmp_path: Path) -> None:
-    image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    drawn = overlay(tmp_path, image, np.zeros((8, 8)), None)
-    assert drawn.shape == (60, 90, 3)
-    luma = image @ np.array([0.299, 0.587, 0.114])
-    np.testing.assert_allclose(drawn, np.repeat(luma[..., None], 3, axis=2), atol=2)
-    image = np.full((40, 2 * OVERLAY_SIDE, 3), 100, np.uint8)
-    assert overlay(tmp_path, image, np.zeros((8, 8)), None).shape == (20, OVERLAY_SIDE, 3)
-
-
-def test_overlay_outlines_pixels_above_the_threshold(tmp_path: Path) -> None:
-    image = np.full((80, 80, 3), 128, np.uint8)
-    anomaly_map = np.full((8, 8), 0.5)
-    anomaly_map[1:3, 4:7] = 1.5
-
-    def outline(threshold: float) -> np.ndarray:
-        return (np.abs(overlay(tmp_path, image, anomaly_map, threshold) - (0, 229, 255)) < 3).all(axis=2)
-
-    rows, columns = np.nonzero(outline(1.0))
-    assert abs(rows.min() - 10) <= 2 and abs(rows.max() - 30) <= 2
-    assert abs(columns.min() - 40) <= 2 and abs(columns.max() - 70) <= 2
-    assert not outline(1.0)[15:25, 45:65].any() and not outline(2.0).any()
-
-
-def test_overlay_shows_only_the_image_far_below_the_threshold(tmp_path: Path) -> None:
-    image = np.full((16, 16, 3), 128, np.uint8)
-    for value, shown in ((0.0, 0), (0.79, 0), (1.0, 10), (1.5, 60), (2.0, 100)):  # the scale is 0 to 2
-        drawn = overlay(tmp_path, image, np.full((8, 8), value), 1.0)[8, 8]
-        assert np.abs(drawn - 128).max() >= shown and (shown or (drawn == 128).all()), value
-
-
-def test_overlay_colors_do_not_depend_on_other_pixels(tmp_path: Path) -> None:
-    image = np.full((16, 16, 3), 128, np.uint8)
-    calm, wild = np.full((8, 8), 0.9), np.full((8, 8), 0.9)
-    wild[4:] = 40.0
-    np.testing.assert_array_equal(overlay(tmp_path, image, calm, 1.0)[:4], overlay(tmp_path, image, wild, 1.0)[:4])
-
-
-def test_overlay_without_an_image_is_the_map(tmp_path: Path) -> None:
-    anomaly_map = np.zeros((32, 48))
-    anomaly_map[:, 24:] = 2.0
-    drawn = overlay(tmp_path, None, anomaly_map, None)
-    assert drawn.shape == (32, 48, 3)
-    assert drawn[:, :22].sum(axis=2).max() < 60 and drawn[:, 26:].sum(axis=2).min() > 500

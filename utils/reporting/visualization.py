@@ -1,7 +1,7 @@
-"""Images of predictions: anomaly maps as the official evaluation reads them, overlays, and a figure per sample."""
+"""Images of predictions: maps as the official evaluation reads them, and the one drawing of figures and the report."""
 
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,23 +12,112 @@ from scipy import ndimage
 
 from utils.errors import escape_controls
 from utils.scans.files import atomic_path
-from utils.scans.images import shrink_image
 
 FUSED = "fused"  # key of the fused map in `scale`, beside the names of the banks
 HEAT = "inferno"
-OUTLINE = "#00e5ff"  # cyan is not a heat color, so it shows on image and heat alike
-OVERLAY_OPACITY = 0.85  # at the upper end of the scale
-FAINT = 0.8  # the heat begins at this share of the way from the lower end to the threshold
-PANEL, GAP, HEAD, FOOT = 240, 9, 52, 38  # pixels: width of a panel, between panels, above and below the row
-BAR = 8  # pixels: height of a color bar
+NEUTRAL = 128  # gray of pixels without a point
+PREDICTED, TRUTH = "#ff3ddb", "#00e5ff"  # outlines; no heat colors, so they show on image and heat alike
+LINES = {1: "#000000", 2: PREDICTED, 3: TRUTH}  # colors of `Drawing.lines`
+MARGIN = 1.12  # side of the drawn square, as a multiple of the object's
+PANEL, GAP, LINE = 320, 10, 19  # pixels: side of a panel, space between panels, height of a line of text
+BAR = 9  # pixels: height of a color bar
+
+NEAREST = Image.Resampling.NEAREST
+
+Scale = tuple[float, float]  # values of the lowest and the highest color
 
 
-class _Panel(NamedTuple):
-    title: str
-    image: NDArray | None = None  # (H, W, 3) uint8, at the bottom
-    heat: NDArray | None = None  # (S, S) float, above it
-    limits: tuple[float, float] = (0.0, 1.0)  # of the heat colors
-    outlined: NDArray | None = None  # (S, S) bool, on top
+class Drawing:
+    """Pictures of one sample, cropped to the object and with the same `size` (H, W) of at most `side` pixels a side.
+
+    The image (h, w, 3) uint8, the map (h, w) float, the mask (h, w) with 1 = defect, and the mask `valid` (h, w) of
+    the pixels with a point show the same view in any resolution. All but the map may be None. The object is the box
+    around the valid pixels, else the whole view. Pixels of the object above the threshold are predicted as anomalous.
+    """
+
+    def __init__(
+        self,
+        image: NDArray | None,
+        anomaly_map: NDArray,
+        threshold: float | None = None,
+        mask: NDArray | None = None,
+        valid: NDArray | None = None,
+        side: int = PANEL,
+    ) -> None:
+        self.image, self.anomaly_map, self.threshold, self.mask, self.valid = image, anomaly_map, threshold, mask, valid
+        view = next(each for each in (image, valid, anomaly_map) if each is not None).shape[:2]
+        rows, columns = object_box(valid, view)
+        self.shares = columns[0] / view[1], rows[0] / view[0], columns[1] / view[1], rows[1] / view[0]
+        height, width = rows[1] - rows[0], columns[1] - columns[0]
+        scale = side / max(height, width)
+        self.size = max(1, round(height * scale)), max(1, round(width * scale))
+
+    def resized(self, plane: NDArray, how: Image.Resampling = Image.Resampling.BILINEAR) -> NDArray:
+        """The drawn part of a plane (h, w) or (h, w, 3) of the view, at the drawing's size."""
+        height, width = plane.shape[:2]
+        left, top, right, bottom = self.shares
+        box = left * width, top * height, right * width, bottom * height
+        return np.asarray(Image.fromarray(plane).resize(self.size[::-1], how, box))
+
+    def shown_image(self, image: NDArray) -> NDArray[np.uint8]:
+        return self.resized(image, Image.Resampling.LANCZOS)
+
+    def heat(self, plane: NDArray, scale: Scale) -> NDArray[np.uint8]:
+        """Heat colors (H, W, 3) of a map, and gray where no point was measured."""
+        colors = heat_colors(heat_strength(self.resized(plane.astype(np.float32)), scale))
+        if self.valid is not None:
+            colors[~self.resized(self.valid, NEAREST)] = NEUTRAL
+        return colors
+
+    @cached_property
+    def lines(self) -> NDArray[np.uint8]:
+        """Outlines (H, W) of the predicted and the true defects: keys of LINES, 0 elsewhere."""
+        drawn = np.zeros(self.size, np.uint8)
+        if self.threshold is not None:
+            above = self.resized(self.anomaly_map.astype(np.float32)) > self.threshold
+            _outline(drawn, above if self.valid is None else above & silhouette(self.resized(self.valid, NEAREST)), 2)
+        if self.mask is not None:
+            inside = self.resized((self.mask > 0.5).astype(np.float32), Image.Resampling.BOX)
+            _outline(drawn, inside > 0, 3)  # the smallest defect stays
+        return drawn
+
+    def outlined(self, image: NDArray) -> NDArray[np.uint8]:
+        """The image with the outlines."""
+        colors = self.shown_image(image).copy()
+        for number, color in LINES.items():
+            colors[self.lines == number] = list(bytes.fromhex(color[1:]))
+        return colors
+
+
+def silhouette(valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The valid pixels (H, W), with the gaps between them and the holes in them."""
+    reach = max(1, round(max(valid.shape) / 100))
+    closed = ndimage.binary_closing(np.pad(valid, reach), iterations=reach)[reach:-reach, reach:-reach]
+    return ndimage.binary_fill_holes(closed)
+
+
+def _outline(drawn: NDArray[np.uint8], region: NDArray[np.bool_], number: int) -> None:
+    """Draw the border of a region (H, W), with a dark line around it."""
+    width = max(1, round(max(region.shape) / 100))
+    line = region & ~ndimage.binary_erosion(region, iterations=width)
+    drawn[ndimage.binary_dilation(region, iterations=width) & ~region & (drawn < 2)] = 1
+    drawn[line] = number
+
+
+def object_box(valid: NDArray[np.bool_] | None, view: Sequence[int]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """First and last row and column of the square around the valid pixels, within a view of (H, W) pixels."""
+    if valid is None or not valid.any():
+        return (0, view[0]), (0, view[1])
+    ends = []
+    for axis, length in enumerate(view[:2]):
+        hit = np.flatnonzero(valid.any(axis=1 - axis)) * length / valid.shape[axis]
+        ends.append((hit[0], hit[-1] + length / valid.shape[axis]))
+    reach = MARGIN * max(high - low for low, high in ends) / 2
+    (top, bottom), (left, right) = (
+        (max(0.0, (low + high) / 2 - reach), min(float(length), (low + high) / 2 + reach))
+        for (low, high), length in zip(ends, view, strict=False)
+    )
+    return (top, bottom), (left, right)
 
 
 def resize_map(anomaly_map: NDArray, size: tuple[int, int]) -> NDArray[np.float32]:
@@ -47,16 +136,30 @@ def save_anomaly_map(path: Path | str, anomaly_map: NDArray, size: tuple[int, in
         tifffile.imwrite(temporary, resize_map(anomaly_map, size), photometric="minisblack")
 
 
-def color_scale(maps: Iterable[NDArray]) -> tuple[float, float]:
-    """Color limits (lo, hi) for all maps (S, S) of one class: the lowest value and the 99.9 % quantile."""
+def color_scale(maps: Iterable[NDArray], threshold: float | None = None) -> Scale:
+    """Color limits for all maps (S, S) of a class: from their median to as far above the threshold as it is below.
+
+    The upper limit is the 99.9 % quantile if there is no threshold, or none above the median.
+    """
     values = np.concatenate([np.ravel(each) for each in maps])
-    lo, hi = float(values.min()), float(np.quantile(values, 0.999))
-    hi = hi if hi > lo else float(values.max())  # for maps with only a few different pixels
-    return (lo, hi) if hi > lo else (lo, lo + 1.0)
+    low = float(np.median(values))
+    if threshold is not None and threshold > low:
+        return low, 2 * threshold - low
+    high = float(np.quantile(values, 0.999))
+    high = high if high > low else float(values.max())  # for maps with only a few different pixels
+    return (low, high) if high > low else (low, low + 1.0)
 
 
-def heat_strength(values: NDArray, scale: tuple[float, float]) -> NDArray:
-    """Position of values between color limits (lo, hi), from 0 to 1."""
+def bar_labels(scale: Scale, threshold: float | None) -> list[str]:
+    """Labels of a color bar at its left end, in its middle and at its right end."""
+    low, high = scale
+    if threshold is None or abs((low + high) / 2 - threshold) > 1e-6 * abs(high - low):
+        return [f"{low:.3g}", "", f"{high:.3g}"]
+    return ["0", "threshold", "2"]
+
+
+def heat_strength(values: NDArray, scale: Scale) -> NDArray:
+    """Position of values between the color limits, from 0 to 1."""
     return np.clip((values - scale[0]) / (scale[1] - scale[0]), 0, 1)
 
 
@@ -67,109 +170,85 @@ def heat_colors(strength: NDArray) -> NDArray[np.uint8]:
     return matplotlib.colormaps[HEAT](strength, bytes=True)[..., :3]
 
 
-def save_overlay(
-    path: Path | str, image: NDArray | None, anomaly_map: NDArray, scale: tuple[float, float], threshold: float | None
-) -> None:
-    """Write a PNG without margin or text: the map in heat colors over the gray image.
-
-    The PNG has the size of the `image` (H, W, 3) uint8, or without one of the map, after `shrink_image`. The map (h, w)
-    has the same view, `scale` its color limits (lo, hi). Values above the threshold are outlined, and values far
-    below it show the image alone; without a threshold the heat begins at lo.
-    """
-    import matplotlib
-
-    base = shrink_image(np.zeros(np.shape(anomaly_map), np.uint8) if image is None else image)
-    heat = resize_map(anomaly_map, base.shape[:2])
-    colors = matplotlib.colormaps[HEAT](heat_strength(heat, scale))[..., :3] * 255
-    if image is not None:
-        start = scale[0] if threshold is None else scale[0] + FAINT * (threshold - scale[0])
-        opacity = OVERLAY_OPACITY * heat_strength(heat, (start, scale[1]))[..., None]
-        colors = opacity * colors + (1 - opacity) * _gray(base)
-    if threshold is not None:
-        _outline_pixels(colors, heat > threshold)
-    with atomic_path(path) as temporary:
-        Image.fromarray(colors.round().astype(np.uint8)).save(temporary)
+def caption(name: str, severity: float | None, anomalous: bool | None) -> str:
+    """Line above a figure: the name of the sample, its severity and the decision."""
+    decision = {True: "anomalous", False: "good", None: "no threshold"}[anomalous]
+    return f"{name}: {decision}" + ("" if severity is None else f", severity {severity:.2f} (threshold 1)")
 
 
-def _outline_pixels(colors: NDArray, mask: NDArray[np.bool_]) -> None:
-    """Draw the border of each region of the mask (H, W) into colors (H, W, 3), with a dark line around it."""
-    width = max(2, round(max(mask.shape) / 200))
-    inner = ndimage.binary_erosion(mask, iterations=width)
-    colors[ndimage.binary_dilation(mask, iterations=width) & ~mask] = 0
-    colors[mask & ~inner] = list(bytes.fromhex(OUTLINE[1:]))
+class _Panel(NamedTuple):
+    title: str
+    pixels: NDArray[np.uint8]  # (H, W, 3)
+    labels: Sequence[str] = ()  # of the color bar; none for an image
 
 
-def save_prediction_figure(
+def save_figure(
     path: Path | str,
-    image: NDArray | None,
-    mask: NDArray | None,
-    bank_maps: Mapping[str, NDArray],
-    anomaly_map: NDArray,
-    scale: Mapping[str, tuple[float, float]],
     title: str,
+    image: NDArray | None,
+    anomaly_map: NDArray,
+    scale: Mapping[str, Scale],
+    threshold: float | None = None,
+    mask: NDArray | None = None,
+    valid: NDArray | None = None,
+    bank_maps: Mapping[str, NDArray] | None = None,
 ) -> None:
-    """Write a PNG of panels: image, ground truth, each bank's map, the fused map, and the same over the image.
+    """Write a PNG of panels below a title: the image, the image with outlines, the map of each bank, the fused map.
 
-    The image is (H, W, 3) uint8 of any size, the mask (S, S) with 1 = defect, which is outlined; each may be None. Maps
-    are (S, S) float, those of the banks before decision fusion; a single one equal to the fused map is left out.
-    `scale` has (lo, hi) of each bank and of FUSED, the same for all figures of a class (see `color_scale`). Raises
-    ValueError for a map without a usable scale.
+    Arrays as in `Drawing`. A single bank's map equal to the fused map is left out. `scale` has the limits of each bank
+    and of FUSED, the same for all figures of a class (see `color_scale`). Raises ValueError for a map without a usable
+    scale.
     """
-    same = len(bank_maps) == 1 and all(np.array_equal(each, anomaly_map) for each in bank_maps.values())
-    banks = {} if same else bank_maps
+    banks = bank_maps or {}
+    if len(banks) == 1 and all(np.array_equal(each, anomaly_map) for each in banks.values()):
+        banks = {}
     for name in (*banks, FUSED):
         if name not in scale or not scale[name][0] < scale[name][1]:
             raise ValueError(f"The color scale of {name} is {scale.get(name)}. Pass (lo, hi) with lo below hi.")
 
-    defect = None if mask is None else np.asarray(mask) > 0.5
-    panels = [] if image is None else [_Panel("image", image)]
-    if defect is not None:
-        panels.append(_Panel("ground truth" if defect.any() else "ground truth: good", image, outlined=defect))
-    panels += [_Panel(name, heat=bank_map, limits=scale[name]) for name, bank_map in banks.items()]
-    panels.append(_Panel(f"{FUSED} map" if banks else "anomaly map", heat=anomaly_map, limits=scale[FUSED]))
+    drawing = Drawing(image, anomaly_map, threshold, mask, valid)
+    panels = []
     if image is not None:
-        panels.append(_Panel("overlay", _gray(image), anomaly_map, scale[FUSED], defect))
-
-    figure = _draw(panels, np.shape(anomaly_map if image is None else image)[:2], title)
+        panels = [_Panel("image", drawing.shown_image(image)), _Panel("", drawing.outlined(image))]
+    for name, plane in banks.items():
+        panels.append(_Panel(f"{name} map", drawing.heat(plane, scale[name]), bar_labels(scale[name], None)))
+    labels = bar_labels(scale[FUSED], threshold)
+    panels.append(_Panel(f"{FUSED} map" if banks else "anomaly map", drawing.heat(anomaly_map, scale[FUSED]), labels))
+    legend = [(PREDICTED, "predicted")] if threshold is not None else []
+    legend += [(TRUTH, "ground truth" if (mask > 0.5).any() else "ground truth: good")] if mask is not None else []
     with atomic_path(path) as temporary:
-        figure.save(temporary, compress_level=1)  # in a quarter of the default's time, a quarter larger
+        _draw(panels, title, legend).save(temporary, compress_level=1)  # in a quarter of the default's time
 
 
-def _draw(panels: list[_Panel], size: tuple[int, ...], title: str) -> Image.Image:
-    """All panels in one row, each with the aspect ratio of `size` (H, W), under the title."""
-    height = max(1, round(PANEL * size[0] / size[1]))
-    text, row_width = escape_controls(title), GAP + (PANEL + GAP) * len(panels)
-    large, middle, small = (_font(points) for points in (15, 13, 11))
-    width = max(row_width, 2 * GAP + round(large.getlength(text)))
-    figure = Image.new("RGB", (width, HEAD + height + FOOT), "white")
+def _draw(panels: Sequence[_Panel], title: str, legend: Sequence[tuple[str, str]]) -> Image.Image:
+    """All panels in one row under the title; the panel without a title has the legend in its place."""
+    height, width = panels[0].pixels.shape[:2]
+    column = max(width, PANEL // 2)
+    text, (large, small) = escape_controls(title), (_font(15), _font(12))
+    row = GAP + (column + GAP) * len(panels)
+    top = GAP + 2 * LINE + 6
+    figure = Image.new(
+        "RGB", (max(row, 2 * GAP + round(large.getlength(text))), top + height + BAR + LINE + 9), "white"
+    )
     draw = ImageDraw.Draw(figure)
     draw.text((GAP, 8), text, "black", large)
     for number, panel in enumerate(panels):
-        left, bottom = GAP + number * (PANEL + GAP), HEAD + height
-        draw.text((left + PANEL / 2, HEAD - 6), panel.title, "black", middle, anchor="ms")
-        figure.paste(Image.fromarray(_panel_pixels(panel, (height, PANEL))), (left, HEAD))
-        if panel.image is None and panel.heat is not None:
-            bar = np.tile(heat_colors(np.linspace(0, 1, PANEL)), (BAR, 1, 1))
-            figure.paste(Image.fromarray(bar), (left, bottom + 6))
-            for limit, x, anchor in zip(panel.limits, (left, left + PANEL), ("la", "ra"), strict=True):
-                draw.text((x, bottom + 8 + BAR), f"{limit:.3g}", "black", small, anchor=anchor)
+        left = GAP + number * (column + GAP)
+        figure.paste(Image.fromarray(panel.pixels), (left, top))
+        words = [("black", panel.title)] if panel.title else legend
+        x = left
+        for color, word in words:
+            if panel.title == "":
+                draw.rectangle((x, top - 17, x + 11, top - 6), color, "black")
+                x += 17
+            draw.text((x, top - 5), word, "black", small, anchor="ls")
+            x += round(small.getlength(word)) + 14
+        if panel.labels:
+            bar = np.tile(heat_colors(np.linspace(0, 1, width)), (BAR, 1, 1))
+            figure.paste(Image.fromarray(bar), (left, top + height + 5))
+            for label, share, anchor in zip(panel.labels, (0, 0.5, 1), ("la", "ma", "ra"), strict=True):
+                draw.text((left + share * width, top + height + BAR + 7), label, "black", small, anchor=anchor)
     return figure
-
-
-def _panel_pixels(panel: _Panel, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Image, heat and outline of a panel, one above the other, (H, W, 3) uint8 of `size` (H, W)."""
-    colors = np.zeros((*size, 3))
-    if panel.image is not None:
-        colors = np.array(Image.fromarray(panel.image).resize(size[::-1], Image.Resampling.BOX), dtype=np.float64)
-    if panel.heat is not None:
-        strength = heat_strength(resize_map(panel.heat, size), panel.limits)
-        # Low values let the image show.
-        opacity = np.ones((*size, 1)) if panel.image is None else OVERLAY_OPACITY * strength[..., None]
-        colors = opacity * heat_colors(strength) + (1 - opacity) * colors
-    if panel.outlined is not None:
-        outlined = Image.fromarray(panel.outlined).resize(size[::-1], Image.Resampling.NEAREST)
-        _outline_pixels(colors, np.asarray(outlined))
-    return colors.round().astype(np.uint8)
 
 
 @cache
@@ -178,9 +257,3 @@ def _font(points: int) -> ImageFont.FreeTypeFont:
     import matplotlib
 
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), points)
-
-
-def _gray(image: NDArray) -> NDArray:
-    """Remove the colors of an image (H, W, 3), so that only the heat has colors."""
-    luma = np.asarray(image) @ np.array([0.299, 0.587, 0.114])
-    return np.repeat(luma[..., None], 3, axis=2).round().astype(np.uint8)

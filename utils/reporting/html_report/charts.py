@@ -1,7 +1,8 @@
-"""Charts as inline SVG, colored by the style sheet and readable without a script."""
+"""Charts as inline SVG or HTML, colored by the style sheet and readable without a script."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,9 @@ from utils.reporting.html_report.page import environment
 
 WIDTH, HEIGHT = 340, 240
 LEFT, TOP, RIGHT, FLOOR = 52, 12, 328, 200  # edges of the plot
-MOST_BINS = 28
+SEVERITIES = (-1, 5)  # axis of a strip plot, the same for all classes and runs
+EDGE = 2.0  # percent of the width of a strip plot beside its axis
+GOLDEN = 0.618  # spreads the dots of a row evenly over its height
 
 
 class Axis(NamedTuple):
@@ -40,43 +43,80 @@ def curve_chart(
     return _render(x_axis, y_axis, title, paths=paths, point=(x, y), note=note)
 
 
-def histogram(good: ArrayLike, defective: ArrayLike, threshold: float | None, title: str) -> Markup:
-    """Histogram of the scores of good (G,) and defective (D,) samples, at least one, with a line at the threshold."""
-    scores = {"good": np.asarray(good, dtype=float), "defective": np.asarray(defective, dtype=float)}
-    edges = _edges(np.concatenate([*scores.values(), [] if threshold is None else [threshold]]), threshold)
-    # A score on an edge counts to the left, since a score equal to the threshold is no alarm.
-    counts = {name: np.histogram(-each, -edges[::-1])[0][::-1] for name, each in scores.items()}
-    tallest = max(int(each.max()) for each in counts.values())
-    low, high = float(edges[0]), float(edges[-1])
-    x_axis = Axis(low, high, (low, (low + high) / 2, high), "image score")
-    y_axis = Axis(0, tallest * 1.12, sorted({0, (tallest + 1) // 2, tallest}), "samples")
-    paths = [(name, _bars(edges, each, x_axis, y_axis)) for name, each in counts.items() if each.any()]
+class Dot(NamedTuple):
+    """A sample in a strip plot: its place in percent, and its value."""
+
+    x: float
+    y: float
+    path: str
+    text: str
+
+
+class StripRow(NamedTuple):
+    """The samples of one folder of a split."""
+
+    name: str
+    note: str
+    defective: bool
+    dots: list[Dot]
+
+
+class Strip(NamedTuple):
+    """Strip plot; places are in percent of its width."""
+
+    label: str
+    ticks: list[tuple[float, str]]
+    threshold: float | None
+    rows: list[StripRow]
+
+
+def strip_plot(samples: Sequence[Mapping[str, Any]], threshold: float | None) -> Strip:
+    """A dot for each of the samples of results.json, at least one: at its severity, or at its score without one.
+
+    Each folder has a row, the good samples the first. Severities beyond SEVERITIES are drawn at the edges.
+    """
+    by_severity = all(sample["severity"] is not None for sample in samples)
+    key, marked = ("severity", 1.0) if by_severity else ("score", threshold)
+    scores = [sample["score"] for sample in samples] + ([] if threshold is None else [threshold])
+    low, high = SEVERITIES if by_severity else (min(scores), max(scores))
+    ticks = range(low, high + 1) if by_severity else sorted({low, high, low if marked is None else marked})
+    place = partial(_percent, low=low, high=high)
+    folders: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in sorted(samples, key=lambda sample: sample[key]):
+        folders.setdefault(PurePosixPath(sample["path"]).parent.name, []).append(sample)
+    rows = [
+        StripRow(
+            name,
+            _row_note(group, threshold),
+            bool(group[0]["label"]),
+            [
+                Dot(place(each[key]), round(14 + 72 * ((0.5 + k * GOLDEN) % 1), 1), each["path"], f"{each[key]:.3g}")
+                for k, each in enumerate(group)
+            ],
+        )
+        for name, group in sorted(folders.items(), key=lambda each: (each[1][0]["label"], each[0]))
+    ]
+    label = (
+        "severity: 0 is a typical good sample, 1 the threshold; 5 also stands for more"
+        if by_severity
+        else "image score"
+    )
+    return Strip(
+        label, [(place(tick), f"{tick:.3g}") for tick in ticks], None if marked is None else place(marked), rows
+    )
+
+
+def _percent(value: float, low: float, high: float) -> float:
+    """Place of a value on an axis, percent of the strip plot's width."""
+    span = max(high - low, 1e-12 * max(abs(low), abs(high)), 1e-300)
+    return round(EDGE + (100 - 2 * EDGE) * min(max((value - low) / span, 0.0), 1.0), 2)
+
+
+def _row_note(samples: Sequence[Mapping[str, Any]], threshold: float | None) -> str:
     if threshold is None:
-        return _render(x_axis, y_axis, title, paths=paths)
-    x = float(_across(threshold, x_axis))
-    paths.append(("threshold", f"M{x:.1f} {TOP}V{FLOOR}"))
-    return _render(x_axis, y_axis, title, paths=paths, note=_note(x, TOP + 9, 4))
-
-
-def _edges(values: NDArray, threshold: float | None) -> NDArray:
-    """Edges of equal bins over all values; the threshold is one of them."""
-    low, high = float(values.min()), float(values.max())
-    if high - low <= 1e-12 * max(abs(low), abs(high)):  # equal but for rounding
-        reach = max(0.5, abs(low) / 2)
-        low, high = low - reach, high + reach
-    bins = int(np.clip(2.5 * np.sqrt(values.size), 8, MOST_BINS))
-    step = (high - low) / bins
-    if threshold is None:
-        return np.linspace(low, high, bins + 1)
-    below, above = max(1, math.ceil((threshold - low) / step - 1e-9)), math.ceil((high - threshold) / step - 1e-9)
-    edges = threshold + step * np.arange(-below, above + 1)
-    edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)  # no sample may fall outside by rounding
-    return edges
-
-
-def _bars(edges: NDArray, counts: NDArray, x_axis: Axis, y_axis: Axis) -> str:
-    x, tops = _across(edges, x_axis), _up(counts, y_axis)
-    return "".join(f"M{x[k]:.1f} {FLOOR}V{tops[k]:.1f}h{x[k + 1] - x[k]:.1f}V{FLOOR}Z" for k in np.flatnonzero(counts))
+        return f"{len(samples)} samples"
+    called = sum(sample["score"] > threshold for sample in samples)
+    return f"{called} of {len(samples)} {'found' if samples[0]['label'] else 'false alarms'}"
 
 
 def _note(x: float, y: float, gap: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from utils.au_pro import ThinCurve
 from utils.records import SampleResult
-from utils.reporting.html_report.gallery import Decision, ReadArray, gallery, outcome
+from utils.reporting.html_report.gallery import Decision, ReadArray, gallery, outcome_of
 
 
 class ClassReport(msgspec.Struct, frozen=True):
@@ -22,13 +22,15 @@ class ClassReport(msgspec.Struct, frozen=True):
     outcomes: dict[str, int]  # number of samples of the whole split
     roc: ThinCurve | None
     pro: ThinCurve | None
-    good_scores: list[float]
-    defective_scores: list[float]
-    samples: list[dict[str, Any]] = msgspec.field(name="parts")  # see `gallery`
+    samples: list[dict[str, Any]]  # of the gallery
 
     @property
     def total(self) -> int:
-        return len(self.good_scores) + len(self.defective_scores)
+        return len(self.entry["samples"])
+
+    @property
+    def defective(self) -> int:
+        return sum(sample["label"] for sample in self.entry["samples"])
 
 
 def report_class(
@@ -40,20 +42,22 @@ def report_class(
     read_cloud: ReadArray,
     limit: int,
 ) -> ClassReport:
-    """Condense an evaluation: `entry` of results.json, `pro_curve` of `metrics.evaluate`, the rest as in `gallery`."""
+    """Condense an evaluation: `entry` of results.json, `pro_curve` of `metrics.evaluate`, the rest as in `gallery`.
+
+    The samples are those of the entry, in its order.
+    """
     decision = decide(entry)
     labels = np.array([sample.label for sample in samples])
     scores = np.array([sample.prediction.score for sample in samples])
+    severities = [sample["severity"] for sample in entry["samples"]]
     return ClassReport(
         name,
         dict(entry),
         decision,
-        dict(Counter(outcome(sample, decision) for sample in samples)),
+        dict(Counter(outcome_of(sample, decision) for sample in samples)),
         _roc(labels, scores),
         pro_curve,
-        scores[labels == 0].tolist(),
-        scores[labels == 1].tolist(),
-        gallery(samples, decision, limit, read_rgb, read_cloud),
+        gallery(samples, severities, decision, limit, read_rgb, read_cloud),
     )
 
 
@@ -70,7 +74,7 @@ def decide(entry: Mapping[str, Any]) -> Decision | None:
             source += f", though so few samples allow {lowest:.2g} at best"
         if calibrated["source"] == "training":
             source += "; training samples score low, so expect more false alarms"
-        return Decision(calibrated["image"], source)
+        return Decision(calibrated["image"], source, calibrated["pixel"])
     if entry.get("f1_threshold") is not None:
         return Decision(entry["f1_threshold"], "not calibrated, but the threshold of the best F1 on these samples")
     return None

@@ -4,7 +4,7 @@ import base64
 import gzip
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, zip_longest
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -12,13 +12,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 
 from utils.records import SampleResult
-from utils.reporting.visualization import FUSED, OUTLINE, color_scale, heat_colors, heat_strength
+from utils.reporting.visualization import (
+    FUSED,
+    LINES,
+    Drawing,
+    Scale,
+    bar_labels,
+    color_scale,
+    heat_strength,
+)
 from utils.scans.organized_pc import valid_mask
 
-VIEW_SIDE = 224  # pixels of an image's longer side
+VIEW_SIDE = 280  # pixels of a picture's longer side
 CLOUD_POINTS = 8000  # of a 3D view, at most
 ERROR_SHARE = 0.75  # largest share of wrong samples among those shown, if there are enough others
 HIT, MISS, FALSE_ALARM, CORRECT_PASS = "hit", "miss", "false alarm", "correct pass"
@@ -26,23 +33,27 @@ WRONG = (MISS, FALSE_ALARM)
 UNDECIDED = "no threshold"
 
 ReadArray = Callable[[int], NDArray | None]  # by the number of the sample
-Scales = dict[str, tuple[float, float]]  # color limits by bank
 
 
 class Decision(NamedTuple):
-    """Score above which a sample counts as defective, and the source of this threshold in words."""
+    """Score above which a sample counts as anomalous, and the source of this threshold in words."""
 
     threshold: float
     source: str
+    pixel: float | None = None  # threshold of the anomaly map
 
 
-def outcome(sample: SampleResult, decision: Decision | None) -> str:
-    """Outcome of a sample: hit, miss, false alarm or correct pass."""
-    if decision is None:
+def outcome(label: int, score: float, threshold: float | None) -> str:
+    """Outcome of a sample, 1 = defective: hit, miss, false alarm or correct pass."""
+    if threshold is None:
         return UNDECIDED
-    if sample.prediction.score > decision.threshold:
-        return HIT if sample.label else FALSE_ALARM
-    return MISS if sample.label else CORRECT_PASS
+    if score > threshold:
+        return HIT if label else FALSE_ALARM
+    return MISS if label else CORRECT_PASS
+
+
+def outcome_of(sample: SampleResult, decision: Decision | None) -> str:
+    return outcome(sample.label, sample.prediction.score, None if decision is None else decision.threshold)
 
 
 def choose_samples(samples: Sequence[SampleResult], decision: Decision | None, limit: int) -> list[int]:
@@ -56,7 +67,7 @@ def choose_samples(samples: Sequence[SampleResult], decision: Decision | None, l
     def margin(i: int) -> float:
         return 0.0 if decision is None else abs(samples[i].prediction.score - decision.threshold)
 
-    wrong = [i for i in range(len(samples)) if outcome(samples[i], decision) in WRONG]
+    wrong = [i for i in range(len(samples)) if outcome_of(samples[i], decision) in WRONG]
     wrong.sort(key=lambda i: (-margin(i), samples[i].path))
     others = sorted(set(range(len(samples))) - set(wrong), key=lambda i: (margin(i), samples[i].path))
     wrong = wrong[: max(math.ceil(ERROR_SHARE * limit), limit - len(others))]
@@ -83,63 +94,74 @@ def spread_order(count: int) -> list[int]:
 
 
 def gallery(
-    samples: Sequence[SampleResult], decision: Decision | None, limit: int, read_rgb: ReadArray, read_cloud: ReadArray
+    samples: Sequence[SampleResult],
+    severities: Sequence[float | None],
+    decision: Decision | None,
+    limit: int,
+    read_rgb: ReadArray,
+    read_cloud: ReadArray,
 ) -> list[dict[str, Any]]:
-    """Return at most `limit` of a test split's `samples` as plain data for the page's script, about 115 kB each.
+    """Return at most `limit` of the `samples` as plain data for the page's script, about 130 kB each.
 
     `read_rgb` returns (H, W, 3) uint8 or None; `read_cloud` (H, W, 3) float, meters, invalid pixels exactly 0, or None.
     """
     chosen = choose_samples(samples, decision, limit)
     if not chosen:
         return []
-    scales = {FUSED: _scale([sample.prediction.anomaly_map.numpy() for sample in samples])}
+    pixel = None if decision is None else decision.pixel
+    scales = {FUSED: color_scale([sample.prediction.anomaly_map.numpy() for sample in samples], pixel)}
     for bank in samples[0].prediction.bank_maps:
-        scales[bank] = _scale([sample.prediction.bank_maps[bank].numpy() for sample in samples])
-    return [_view(samples[i], decision, read_rgb(i), read_cloud(i), scales) for i in chosen]
-
-
-def _scale(maps: list[NDArray]) -> tuple[float, float]:
-    """Color limits for all maps of a class; the lower half of the values gets one color, so the rest stands out."""
-    low, high = color_scale(maps)
-    median = float(np.median(np.stack(maps)))
-    return (median, high) if median < high else (low, high)
+        scales[bank] = color_scale([sample.prediction.bank_maps[bank].numpy() for sample in samples])
+    return [
+        {"outcome": outcome_of(samples[i], decision), "severity": severities[i]}
+        | _view(samples[i], pixel, read_rgb(i), read_cloud(i), scales)
+        for i in chosen
+    ]
 
 
 def _view(
-    sample: SampleResult, decision: Decision | None, image: NDArray | None, cloud: NDArray | None, scales: Scales
+    sample: SampleResult,
+    threshold: float | None,
+    image: NDArray | None,
+    cloud: NDArray | None,
+    scales: Mapping[str, Scale],
 ) -> dict[str, Any]:
     fused = sample.prediction.anomaly_map.numpy()
-    height, width = fused.shape if image is None else image.shape[:2]
-    size = max(1, round(VIEW_SIDE * width / max(height, width))), max(1, round(VIEW_SIDE * height / max(height, width)))
+    mask = None if sample.mask is None else sample.mask.numpy()
+    valid = None if cloud is None else valid_mask(cloud)
+    drawing = Drawing(image, fused, threshold, mask, valid, VIEW_SIDE)
     maps = {name: plane.numpy() for name, plane in sample.prediction.bank_maps.items()}
-    maps = maps if len(maps) > 1 else {}  # a single bank's map is the fused map
-    colors = {name: heat_colors(heat_strength(plane, scales[name])) for name, plane in {**maps, FUSED: fused}.items()}
-    heat = {name: Image.fromarray(each).resize(size, Image.Resampling.BILINEAR) for name, each in colors.items()}
+    maps = {FUSED: fused} | (maps if len(maps) > 1 else {})  # a single bank's map is the fused map
+    labels = bar_labels(scales[FUSED], threshold)
     return {
         "path": sample.path,
         "defect": PurePosixPath(sample.path).parent.name,
         "label": sample.label,
         "score": sample.prediction.score,
-        "outcome": outcome(sample, decision),
-        "size": size,
-        "view": _background(image, cloud, size),
-        "truth": _outline(sample.mask.numpy() > 0.5, size),
-        "maps": {name: _data_uri(plane, "JPEG", quality=82) for name, plane in heat.items()},
-        "scores": sample.prediction.bank_scores if maps else {},
-        "cloud": None if cloud is None else pack_cloud(cloud, image, fused, scales[FUSED]),
+        "size": drawing.size[::-1],
+        "view": _background(drawing, image, cloud),
+        "lines": _lines_uri(drawing.lines),
+        "truth": mask is not None and bool((mask > 0.5).any()),
+        "maps": {
+            name: _data_uri(Image.fromarray(drawing.heat(each, scales[name])), "JPEG", quality=82)
+            for name, each in maps.items()
+        },
+        "bar": labels,
+        "scores": sample.prediction.bank_scores if len(maps) > 1 else {},
+        "cloud": None if cloud is None else pack_cloud(cloud, image, fused, scales[FUSED], mask),
     }
 
 
 def pack_cloud(
-    cloud: NDArray, image: NDArray | None, anomaly_map: NDArray, scale: tuple[float, float]
+    cloud: NDArray, image: NDArray | None, anomaly_map: NDArray, scale: Scale, mask: NDArray | None = None
 ) -> dict[str, Any] | None:
-    """Thin a cloud (H, W, 3) on its grid to at most CLOUD_POINTS, and pack it with image and map at the same places.
+    """Thin a cloud (H, W, 3) on its grid to at most CLOUD_POINTS, and pack it with image, map and mask alike.
 
     Returns:
         None if no point is valid, else "points": N; "grid": rows R and columns C; "data": base64 of gzip of x, y, z (N
-        int16 each, little-endian; "origin" + value * "step" is in millimeters), score (N uint8, of which 0 and 255 are
-        the "limits"), if "colored" red, green, blue (N uint8 each), and a mask of the grid (R * C bits, the highest of
-        a byte first).
+        int16 each, little-endian; "origin" + value * "step" is in millimeters), score (N uint8, 0 and 255 at the ends
+        of `scale`), if "colored" red, green, blue (N uint8 each), and two masks of the grid (R * C bits each, the
+        highest of a byte first): the valid pixels and the true defect.
     """
     cloud = _thinned(cloud)
     valid = valid_mask(cloud)
@@ -153,14 +175,14 @@ def pack_cloud(
     planes = [np.rint((points - origin) / step).T.astype("<i2"), np.rint(255 * strength).astype(np.uint8)]
     if image is not None:
         planes.append(_on_grid(image, valid.shape)[valid].T)
-    planes.append(np.packbits(valid))
+    defect = np.zeros_like(valid) if mask is None else _on_grid(mask, valid.shape) > 0.5
+    planes += [np.packbits(valid), np.packbits(defect & valid)]
     packed = gzip.compress(b"".join(np.ascontiguousarray(each).tobytes() for each in planes), 6, mtime=0)
     return {
         "points": len(points),
         "grid": valid.shape,
         "origin": origin.round(3).tolist(),
         "step": step,
-        "limits": list(scale),
         "colored": image is not None,
         "data": base64.b64encode(packed).decode(),
     }
@@ -183,33 +205,26 @@ def _on_grid(plane: NDArray, grid: tuple[int, ...]) -> NDArray:
     return plane[rows][:, columns]
 
 
-def _background(image: NDArray | None, cloud: NDArray | None, size: tuple[int, int]) -> dict[str, str] | None:
+def _background(drawing: Drawing, image: NDArray | None, cloud: NDArray | None) -> dict[str, str] | None:
     """The image, else the depths of the cloud with the nearest point white, else None."""
     if image is not None:
-        shown = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
-        return {"name": "image", "image": _data_uri(shown, "JPEG", quality=82)}
+        return {"name": "image", "image": _data_uri(Image.fromarray(drawing.shown_image(image)), "JPEG", quality=85)}
     if cloud is None or not (valid := valid_mask(cloud)).any():
         return None
     depth = cloud[..., 2]
     low, high = np.quantile(depth[valid], [0.005, 0.995])
     gray = np.where(valid, 255 - 200 * np.clip((depth - low) / max(high - low, 1e-9), 0, 1), 0).astype(np.uint8)
-    shown = Image.fromarray(gray).resize(size, Image.Resampling.BOX)
-    return {"name": "depth", "image": _data_uri(shown, "JPEG", quality=82)}
+    shown = Image.fromarray(drawing.resized(gray, Image.Resampling.BOX))
+    return {"name": "depth", "image": _data_uri(shown, "JPEG", quality=85)}
 
 
-def _outline(mask: NDArray[np.bool_], size: tuple[int, int]) -> str | None:
-    """Borders of the defects as a transparent PNG, with a dark line beside them; None without a defect."""
-    if not mask.any():
+def _lines_uri(lines: NDArray[np.uint8]) -> str | None:
+    """The outlines of a drawing as a transparent PNG; None without an outline."""
+    if not lines.any():
         return None
-    shares = Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BOX)
-    inside = np.pad(np.asarray(shares) > 0, 2)  # the smallest defect stays, and one at the edge is closed there
-    line, dark = (
-        (ndimage.binary_dilation(inside, iterations=k) & ~ndimage.binary_erosion(inside, iterations=k))[2:-2, 2:-2]
-        for k in (1, 2)
-    )
-    palette = Image.fromarray(np.where(line, 1, np.where(dark, 2, 0)).astype(np.uint8)).convert("P")
-    palette.putpalette([0, 0, 0, *bytes.fromhex(OUTLINE[1:]), 0, 0, 0])
-    return _data_uri(palette, "PNG", transparency=bytes([0, 255, 150]))
+    palette = Image.fromarray(lines).convert("P")
+    palette.putpalette([0, 0, 0, *chain.from_iterable(bytes.fromhex(color[1:]) for color in LINES.values())])
+    return _data_uri(palette, "PNG", transparency=bytes([0, 150, 255, 255]))
 
 
 def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,13 +15,13 @@ from markupsafe import Markup
 
 from utils.errors import escape_controls
 from utils.metrics import EXACT_LIMITS, PRO_LIMIT, REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_of_known
-from utils.reporting.html_report.charts import Axis, curve_chart, histogram
+from utils.reporting.html_report.charts import Axis, curve_chart, strip_plot
 from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.gallery import CORRECT_PASS, FALSE_ALARM, HIT, MISS, UNDECIDED, WRONG
 from utils.reporting.html_report.page import asset, render_page, write_page
 from utils.reporting.html_report.published import Published, published_figures
 from utils.reporting.tables import number
-from utils.reporting.visualization import heat_colors
+from utils.reporting.visualization import PREDICTED, TRUTH, heat_colors
 
 FILE_NAME = "report.html"
 PLURALS = {MISS: "misses", FALSE_ALARM: "false alarms", HIT: "hits", CORRECT_PASS: "correct passes"}
@@ -32,6 +32,11 @@ HEADINGS = [
     *((f"AU-PRO {limit}", "exact curve") for limit in EXACT_LIMITS),
     *(("F1", "best"), *((title, "calibrated") for title in CALIBRATED.values())),
 ]
+AREAS = (
+    ("image_rocauc", "I-AUROC", "Chance that a defective sample scores above a good one: 1 is perfect, 0.5 guessing."),
+    ("au_pro", "AU-PRO", "Share of the defects' area that the maps find with few false pixels: 1 is perfect."),
+)
+MOST_NAMES = 4  # of classes in the title
 STAGES = {
     "extract": "features of training, validation and test samples, once for all methods of a run",
     "fuse": "fitting of decision fusion",
@@ -47,6 +52,16 @@ class Cell(NamedTuple):
     less_is_better: bool = False
 
 
+class Tile(NamedTuple):
+    """A number of the run and a sentence that explains it."""
+
+    value: str
+    detail: str  # beside the number, smaller
+    name: str
+    sentence: str
+    kind: str = ""  # style
+
+
 def write_report(
     output_dir: Path | str, record: Mapping[str, Any], classes: Sequence[ClassReport], note: str | None = None
 ) -> None:
@@ -57,38 +72,46 @@ def write_report(
 def report_page(record: Mapping[str, Any], classes: Sequence[ClassReport], note: str | None = None) -> str:
     """Format the report as HTML; `classes` are in the order of `record`, `note` names backbones and protocol."""
     args = record["args"]
-    method = str(args.get("method_name", "?"))
     published = published_figures(args, record["classes"])
     summary = _summary(record, classes, published)
     stages = list(dict.fromkeys(chain.from_iterable(each.entry["seconds"] for each in classes)))
     # Stable: the order within a class stays.
     shown = sorted(_shown_samples(classes), key=lambda sample: sample["outcome"] not in WRONG)
     plotly_source, plotly = _plotly() if any(sample["cloud"] for sample in shown) else ("", "")
+    heat = ["#" + bytes(color).hex() for color in heat_colors(np.linspace(0, 1, 32))]
     return render_page(
         "report.html",
         script=asset("report.js") if shown else "",
         later_scripts=[plotly_source],
         plotly=plotly,
-        title=f"{method}: {', '.join(each.name for each in classes)}",
-        method=method,
+        title=_title(args, classes),
+        method=str(args.get("method_name", "?")),
         args=args,
         note=note,
         now=datetime.now().astimezone(),
         command=shlex.join(map(str, record["command"])),
         versions=", ".join(f"{name} {version}" for name, version in record["versions"].items() if version),
         classes=classes,
+        tiles=_tiles(record["mean"], classes),
         published=published,
         summary=summary,
         any_undefined=any(cell.value is None for cells in summary.values() for cell in cells),
         metrics=HEADINGS,
-        charts=[(_roc_chart(each), _pro_chart(each), _score_chart(each)) for each in classes],
+        strips=[strip_plot(each.entry["samples"], each.decision and each.decision.threshold) for each in classes],
+        charts=[(each.name, _roc_chart(each), _pro_chart(each)) for each in classes],
         plurals=PLURALS,
         exact_limits=EXACT_LIMITS,
         stages=stages,
         stage_remarks=[f"{stage.capitalize()}: {STAGES[stage]}." for stage in stages if stage in STAGES],
         longest=max(sum(each.entry["seconds"].values()) for each in classes) or 1.0,
         any_latency=any(each.entry.get("latency") for each in classes),
-        data={"samples": shown, "heat": ["#" + bytes(color).hex() for color in heat_colors(np.linspace(0, 1, 32))]},
+        legend={
+            **{"predicted": PREDICTED, "truth": TRUTH, "heat": ", ".join(heat[::4] + heat[-1:])},
+            "threshold": any(each.decision is not None and each.decision.pixel is not None for each in classes),
+            "marked": any(sample["truth"] for sample in shown),
+            "measured": any(sample["cloud"] for sample in shown),
+        },
+        data={"samples": shown, "heat": heat, "predicted": PREDICTED, "truth": TRUTH},
         filters={
             "class": list(dict.fromkeys(escape_controls(each.name) for each in classes)),
             "defect": sorted({sample["defect"] for sample in shown}),
@@ -104,6 +127,39 @@ def _plotly() -> tuple[str, str]:
 
     source = get_plotlyjs()
     return source, base64.b64encode(gzip.compress(source.encode(), mtime=0)).decode()
+
+
+def _title(args: Mapping[str, Any], classes: Sequence[ClassReport]) -> str:
+    """The dataset's folder and the classes, or their number."""
+    dataset = PurePath(str(args.get("dataset_path", ""))).name or str(args.get("dataset_type", "?"))
+    names = ", ".join(each.name for each in classes)
+    return f"{dataset}: {names}" if len(classes) <= MOST_NAMES else f"{dataset}: {len(classes)} classes"
+
+
+def _tiles(mean: Mapping[str, Any], classes: Sequence[ClassReport]) -> list[Tile]:
+    """The numbers that tell whether the run is good enough; those that cannot be measured are left out."""
+    total, defective = sum(each.total for each in classes), sum(each.defective for each in classes)
+    good = total - defective
+    misses, alarms = (sum(each.outcomes.get(kind, 0) for each in classes) for kind in (MISS, FALSE_ALARM))
+    undecided = any(each.decision is None for each in classes)
+    splits = " and ".join(
+        sorted({PurePath(sample["path"]).parts[0] for each in classes for sample in each.entry["samples"]})
+    )
+    found = f"{good} good and {defective} defective samples of the {splits} split."
+    if not defective:
+        found = f"Good samples of the {splits} split. Other numbers need defective samples in a test split."
+    tiles = [Tile(str(total), "", "Samples", found)]
+    if defective and not undecided:
+        text = "Defective samples that were called good."
+        tiles.append(Tile(str(misses), f"of {defective}", "Misses", text, "bad" if misses else "fine"))
+    if good and not undecided:
+        text = "Good samples that were called anomalous."
+        tiles.append(Tile(str(alarms), f"of {good}", "False alarms", text, "warn" if alarms else "fine"))
+    of_mean = "" if len(classes) == 1 else " Mean of the classes."
+    for key, name, text in AREAS:
+        if mean[key] is not None:
+            tiles.append(Tile(number(mean[key]), "", name, text + of_mean))
+    return tiles
 
 
 def _shown_samples(classes: Sequence[ClassReport]) -> Iterator[dict[str, Any]]:
@@ -133,8 +189,8 @@ def _cells(metrics: Mapping[str, Any], published: Mapping[str, float]) -> list[C
 def _roc_chart(each: ClassReport) -> Markup | None:
     if each.roc is None:
         return None
-    false_alarms = each.outcomes.get(FALSE_ALARM, 0) / len(each.good_scores)
-    hits = each.outcomes.get(HIT, 0) / len(each.defective_scores)
+    false_alarms = each.outcomes.get(FALSE_ALARM, 0) / (each.total - each.defective)
+    hits = each.outcomes.get(HIT, 0) / each.defective
     point = None if each.decision is None else (false_alarms, hits)
     axis = Axis(0, 1, (0, 0.25, 0.5, 0.75, 1), "false-alarm rate")
     title = f"ROC curve of {each.name}, {number(each.entry['image_rocauc'])}"
@@ -147,12 +203,3 @@ def _pro_chart(each: ClassReport) -> Markup | None:
     areas = ", ".join(f"{number(each.entry['au_pro_exact'][limit])} to {limit}" for limit in EXACT_LIMITS)
     axis = Axis(0, PRO_LIMIT, (0, 0.05, 0.1, 0.2, PRO_LIMIT), "false positive rate of pixels")
     return curve_chart(*each.pro, axis, "mean overlap with regions", f"PRO curve of {each.name}, area {areas}")
-
-
-def _score_chart(each: ClassReport) -> Markup:
-    threshold = None if each.decision is None else each.decision.threshold
-    good, bad = len(each.good_scores), len(each.defective_scores)
-    title = f"Histogram of the scores of {each.name}: {good} good, {bad} defective samples"
-    if threshold is not None:
-        title += f", threshold {threshold:.4g}"
-    return histogram(each.good_scores, each.defective_scores, threshold, title)

@@ -1,10 +1,10 @@
 // The gallery of a report: filters, a viewer for single samples, and a 3D view that is drawn on request.
 const byId = (id) => document.getElementById(id);
-const { samples, heat } = JSON.parse(byId("samples").textContent);
+const { samples, heat, predicted, truth } = JSON.parse(byId("samples").textContent);
 const cards = byId("cards");
 const viewer = byId("viewer");
 const plot = byId("plot");
-const CAMERA = { eye: { x: 0.2, y: -0.6, z: 1.2 }, up: { x: 0, y: 1, z: 0 }, center: { x: 0, y: 0, z: 0 } };
+const CAMERA = { eye: { x: 0.3, y: -1.05, z: 1.2 }, up: { x: 0, y: 1, z: 0 }, center: { x: 0, y: 0, z: 0 } };
 const LIGHT = { diffuse: 0.5, specular: 0.1, roughness: 0.8, fresnel: 0.1 };
 let shown = []; // numbers of the samples that pass the filters
 let current = -1; // position of the viewer in `shown`
@@ -23,13 +23,14 @@ function imageView(sample, source, alt, outlined) {
   const shot = element("span", { className: "shot" });
   shot.style.aspectRatio = `${width} / ${height}`;
   shot.append(element("img", { src: source, alt, width, height, loading: "lazy", decoding: "async" }));
-  if (outlined && sample.truth) {
-    shot.append(element("img", { src: sample.truth, alt: "", width, height, loading: "lazy", decoding: "async" }));
+  if (outlined && sample.lines) {
+    shot.append(element("img", { src: sample.lines, alt: "", width, height, loading: "lazy", decoding: "async" }));
   }
   return shot;
 }
 
 const score = (value, digits = 4) => Number(value.toPrecision(digits)).toString();
+const severity = (sample) => (sample.severity === null ? `score ${score(sample.score)}` : `severity ${sample.severity.toFixed(2)}`);
 
 function outcome(sample) {
   const made = element("span", { className: "outcome", textContent: sample.outcome });
@@ -48,7 +49,7 @@ function card(sample, number) {
     "button",
     { type: "button" },
     pair,
-    element("span", {}, outcome(sample), ` ${score(sample.score)}`),
+    element("span", {}, outcome(sample), ` · ${severity(sample)}`),
     element("span", { className: "card-path", textContent: `${sample.class} · ${sample.path.replace(/^test\//, "")}` }),
   );
   button.addEventListener("click", () => open(shown.indexOf(number)));
@@ -85,6 +86,21 @@ function walkCards(event) {
   if (buttons[target]) buttons[target].focus();
 }
 
+// The dots of the shown samples open them.
+function openFromDots() {
+  const numbers = new Map(samples.map((sample, number) => [`${sample.class}/${sample.path}`, number]));
+  for (const dot of document.querySelectorAll(".dot")) {
+    const number = numbers.get(`${dot.closest(".strip").dataset.class}/${dot.dataset.path}`);
+    if (number === undefined) continue;
+    dot.classList.add("opens");
+    dot.addEventListener("click", () => {
+      for (const select of selects) select.value = "";
+      filter();
+      open(shown.indexOf(number));
+    });
+  }
+}
+
 // Viewer
 
 function panel(sample, title, source, alt, outlined) {
@@ -98,8 +114,9 @@ function panel(sample, title, source, alt, outlined) {
 
 function facts(sample) {
   const banks = Object.entries(sample.scores).map(([name, value]) => `${name} ${score(value)}`);
-  const truth = sample.label ? `defective (${sample.defect})` : "good";
-  return ` · ${truth} · score ${score(sample.score)}` + (banks.length ? ` · of the banks: ${banks.join(", ")}` : "");
+  const truth = sample.label ? `${sample.defect}${sample.truth ? "" : ", not marked"}` : "good";
+  const raw = sample.severity === null ? "" : ` · score ${score(sample.score)}`;
+  return ` · ${severity(sample)} · ground truth: ${truth}${raw}` + (banks.length ? ` · scores of the banks: ${banks.join(", ")}` : "");
 }
 
 function show(position) {
@@ -115,13 +132,13 @@ function show(position) {
   const panels = [];
   if (sample.view) {
     panels.push(panel(sample, sample.view.name, sample.view.image, sample.view.name, false));
-    const unmarked = sample.label ? "ground truth: no marked pixel" : "ground truth: good";
-    const truth = sample.truth ? "ground truth" : unmarked;
-    panels.push(panel(sample, truth, sample.view.image, truth, true));
+    panels.push(panel(sample, "outlines", sample.view.image, "outlines", true));
   }
+  const several = Object.keys(sample.maps).length > 1;
   for (const [name, map] of Object.entries(sample.maps)) {
-    const title = name !== "fused" ? `${name} map` : Object.keys(sample.maps).length > 1 ? "fused map" : "anomaly map";
-    panels.push(panel(sample, title, map, title, !sample.view));
+    const fused = name === "fused";
+    const title = fused ? (several ? "fused map" : "anomaly map") : `${name} map, own scale`;
+    panels.push(panel(sample, title, map, title, fused && !sample.view));
   }
   byId("panels").replaceChildren(...panels);
   byId("space").hidden = !sample.cloud;
@@ -199,16 +216,21 @@ async function unpack(cloud) {
     const [red, green, blue] = [plane(1), plane(2), plane(3)];
     unpacked.image = Array.from(red, (value, i) => `rgb(${value},${green[i]},${blue[i]})`);
   }
+  const [rows, columns] = cloud.grid;
   const bits = new Uint8Array(buffer, (cloud.colored ? 10 : 7) * n);
-  return { ...unpacked, ...surface(unpacked, cloud.grid, bits) };
+  const bit = (pixel, mask) => (bits[mask * Math.ceil((rows * columns) / 8) + (pixel >> 3)] >> (7 - (pixel & 7))) & 1;
+  const at = new Int32Array(rows * columns).fill(-1);
+  const marked = new Uint8Array(n);
+  for (let pixel = 0, point = 0; pixel < at.length; pixel++) {
+    if (!bit(pixel, 0)) continue;
+    marked[point] = bit(pixel, 1);
+    at[pixel] = point++;
+  }
+  return { points: { ...unpacked, ...surface(unpacked, cloud.grid, at) }, at, marked };
 }
 
 // Triangles between neighbors on the cloud's grid, except across gaps and jumps in depth.
-function surface(points, [rows, columns], bits) {
-  const at = new Int32Array(rows * columns).fill(-1);
-  for (let pixel = 0, point = 0; pixel < at.length; pixel++) {
-    if (bits[pixel >> 3] & (128 >> (pixel & 7))) at[pixel] = point++;
-  }
+function surface(points, [rows, columns], at) {
   const apart = (a, b) => Math.hypot(points.x[a] - points.x[b], points.y[a] - points.y[b], points.z[a] - points.z[b]);
   const edges = [];
   for (let pixel = 1; pixel < at.length; pixel++) {
@@ -236,22 +258,66 @@ function surface(points, [rows, columns], bits) {
   return { i, j, k };
 }
 
+// Lines between the outermost points of a region of the surface, a little in front of it.
+function outline(sample, { points, at }, inside, name, color) {
+  const [rows, columns] = sample.cloud.grid;
+  const within = (row, column) => row >= 0 && column >= 0 && row < rows && column < columns && inside(at[row * columns + column]);
+  const edge = (row, column) =>
+    within(row, column) &&
+    !(within(row - 1, column) && within(row + 1, column) && within(row, column - 1) && within(row, column + 1));
+  const line = { x: [], y: [], z: [] };
+  const lift = 0.004 * Math.hypot(...["x", "y"].map((axis) => span(points[axis])));
+  for (let row = 0; row < rows; row++) {
+    for (let column = 0; column < columns; column++) {
+      if (!edge(row, column)) continue;
+      for (const [down, right] of [[0, 1], [1, 0], [1, 1], [1, -1]]) {
+        if (!edge(row + down, column + right)) continue;
+        for (const point of [at[row * columns + column], at[(row + down) * columns + column + right]]) {
+          line.x.push(points.x[point]);
+          line.y.push(points.y[point]);
+          line.z.push(points.z[point] + lift);
+        }
+        for (const axis of ["x", "y", "z"]) line[axis].push(null);
+      }
+    }
+  }
+  return { type: "scatter3d", mode: "lines", ...line, line: { color, width: 6 }, name, hoverinfo: "skip" };
+}
+
+function outlines(sample, unpacked) {
+  const found = [];
+  if (sample.bar[1]) {
+    const above = (point) => point >= 0 && unpacked.points.score[point] > 127;
+    found.push(outline(sample, unpacked, above, "predicted", predicted));
+  }
+  found.push(outline(sample, unpacked, (point) => point >= 0 && unpacked.marked[point], "ground truth", truth));
+  return found.filter((line) => line.x.length);
+}
+
 function colors(sample, points) {
   if (points.image && space.color === "image") return { vertexcolor: points.image, lighting: { ...LIGHT, ambient: 0.7 } };
-  const [low, high] = sample.cloud.limits;
   return {
     intensity: points.score,
     colorscale: heat.map((color, i) => [i / (heat.length - 1), color]),
     cmin: 0,
     cmax: 255,
     lighting: { ...LIGHT, ambient: 0.85, diffuse: 0.3 }, // flatter, so that the colors are those of the bar
-    colorbar: { tickvals: [0, 255], ticktext: [low, high].map((limit) => score(limit, 3)), thickness: 12, len: 0.7, outlinewidth: 0 },
+    colorbar: {
+      title: { text: "anomaly map", side: "top" },
+      tickvals: [0, 127.5, 255],
+      ticktext: sample.bar,
+      ticks: "outside",
+      thickness: 12,
+      len: 0.7,
+      outlinewidth: 0,
+    },
   };
 }
 
+const span = (values) => values.reduce((a, b) => Math.max(a, b)) - values.reduce((a, b) => Math.min(a, b));
+
 function layout(points) {
   const style = getComputedStyle(document.documentElement);
-  const span = (values) => values.reduce((a, b) => Math.max(a, b)) - values.reduce((a, b) => Math.min(a, b));
   const spans = [points.x, points.y, points.z].map((values) => Math.max(span(values), 1e-6));
   const longest = Math.max(...spans);
   const axis = (title) => ({
@@ -264,6 +330,7 @@ function layout(points) {
   });
   return {
     margin: { l: 0, r: 0, t: 0, b: 0 },
+    showlegend: false,
     paper_bgcolor: "rgba(0,0,0,0)",
     font: { color: style.getPropertyValue("--ink") },
     scene: {
@@ -287,11 +354,12 @@ async function draw(sample) {
   try {
     if (!window.Plotly) note.textContent = "Starting the 3D view …";
     await loadLibrary();
-    const points = await unpack(sample.cloud);
+    const unpacked = await unpack(sample.cloud);
+    const { points } = unpacked;
     if (request !== space.drawing) return; // another sample was asked for meanwhile
     const trace = { type: "mesh3d", ...points, ...colors(sample, points), hoverinfo: "skip" };
-    await Plotly.react(plot, [trace], layout(points), { displayModeBar: false, responsive: true });
-    note.textContent = `${sample.cloud.points.toLocaleString("en")} points. Drag or Shift + arrow keys to turn; scroll, pinch or + and − to zoom.`;
+    await Plotly.newPlot(plot, [trace, ...outlines(sample, unpacked)], layout(points), { displayModeBar: false, responsive: true });
+    note.textContent = `${sample.cloud.points.toLocaleString("en")} points. Drag to turn; scroll or pinch to zoom.`;
   } catch (error) {
     note.textContent = `This browser cannot draw it (${error.message}).`;
   }
@@ -356,6 +424,7 @@ function redraw() {
 
 cards.append(...samples.map(card));
 filter();
+openFromDots();
 selects.forEach((select) => select.addEventListener("change", filter));
 cards.addEventListener("keydown", walkCards);
 viewer.addEventListener("keydown", viewerKeys);
