@@ -1,4 +1,4 @@
-"""Compare the results.json files of two runs, class by class.
+"""Compare the results.json files of runs: the arguments and decisions that differ, and the metrics of each class.
 
 python utils/report.py A/results.json B/results.json --output compare.html
 """
@@ -16,20 +16,23 @@ from utils.errors import InputError, escape_controls, exit_on_error, show
 
 @exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the comparison of two results.json files and write it as a page."""
+    """Print the comparison of results.json files and write it as a page."""
     parser = Parser(__doc__)
-    parser.add_argument("a", type=Path, metavar="A/results.json", help="results of the baseline run")
-    parser.add_argument("b", type=Path, metavar="B/results.json", help="results of the run compared with A")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="results.json", help="results of runs, the baseline first"
+    )
     parser.add_argument("--output", type=Path, default=Path("compare.html"), help="HTML page of the comparison")
     args = parser.parse_args(argv)
     from utils.reporting.comparison import compare, comparison_page, format_comparison
     from utils.reporting.html_report.page import write_page
 
+    if len(args.runs) < 2:
+        raise InputError(f"{args.runs[0]} is the only run. Name the results.json of another one as well.")
     if args.output.is_dir():
         raise InputError(f"--output {args.output} is a folder. Name a file in it, such as compare.html.")
-    if args.output.resolve() in (args.a.resolve(), args.b.resolve()):
+    if args.output.resolve() in [path.resolve() for path in args.runs]:
         raise InputError(f"--output {args.output} would replace one of the results.json files. Choose another file.")
-    comparison = compare(args.a, args.b)
+    comparison = compare(args.runs)
     for line in format_comparison(comparison).split("\n"):
         show(line)
     write_page(args.output, comparison_page(comparison))

@@ -19,8 +19,21 @@ DISTRIBUTIONS = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn
 Share = Annotated[float, msgspec.Meta(ge=0, le=1 + 1e-9)]  # an area may exceed 1 by rounding
 
 
+class SampleScore(msgspec.Struct, frozen=True):
+    """Score of a sample of the test split, or of a good sample in a class without one."""
+
+    path: str
+    label: int
+    score: float
+    severity: float | None
+
+
+class ImageThreshold(msgspec.Struct, frozen=True):
+    image: float
+
+
 class ClassResults(msgspec.Struct, frozen=True):
-    """Metrics of one class; None where undefined or, in older files, absent."""
+    """Metrics of one class; None where undefined."""
 
     image_rocauc: Share | None = None
     pixel_rocauc: Share | None = None
@@ -30,7 +43,8 @@ class ClassResults(msgspec.Struct, frozen=True):
     precision: Share | None = None
     recall: Share | None = None
     false_alarm_rate: Share | None = None
-    samples: list[Any] = []
+    threshold: ImageThreshold | None = None
+    samples: list[SampleScore] = []
 
 
 class Results(msgspec.Struct, frozen=True):
