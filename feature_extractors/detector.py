@@ -25,6 +25,7 @@ class Detector:
     thresholds: Thresholds | None = None  # set once they are calibrated
     calibration: Calibration | None = None  # set at the same time, for thresholds of another false-alarm rate
     clouds: CloudForm = METERS  # form of raw clouds, the default of predict.py
+    cleaned: dict[str, bool] | None = None  # flags of the cleaning of the training samples; None: not cleaned
 
     def predict(self, sample: Sample) -> Prediction:
         """Score, larger = more anomalous, and anomaly map (img_size, img_size) of one sample."""

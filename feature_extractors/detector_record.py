@@ -34,6 +34,7 @@ class DetectorRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     dtype: Literal["fp16", "fp32"]  # of the rows of the banks
     state_sha256: str  # of state.safetensors
     clouds: CloudForm = METERS  # form of raw clouds
+    cleaned: dict[str, bool] | None = None  # flags of the cleaning of the training samples; None: not cleaned
     config_sha256: str = ""  # of all other fields of config.json, see record_checksum
 
 

@@ -89,6 +89,7 @@ def save_detector(
         dtype=storage,  # type: ignore[arg-type]
         state_sha256=hashlib.sha256(state).hexdigest(),
         clouds=detector.clouds,
+        cleaned=detector.cleaned,
     )
     text = encode_record(structs.replace(record, config_sha256=record_checksum(record)), indent=1)
     with writing(folder), atomic_folder(folder) as temporary:
@@ -208,7 +209,8 @@ def _restore(saved: SavedDetector, extractor: PatchExtractor) -> tuple[Detector,
     prefix = "feature_fusion."
     weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     fusion = FeatureFusion.from_state_dict(weights, path) if config.use_uff else None
-    return Detector(config, extractor, banks, decision, record.thresholds, record.calibration, record.clouds), fusion
+    kept = record.thresholds, record.calibration, record.clouds, record.cleaned
+    return Detector(config, extractor, banks, decision, *kept), fusion
 
 
 def _read_state(path: Path, sha256: str) -> State:

@@ -23,6 +23,7 @@ from feature_extractors.pipeline import (
     fit_detector,
 )
 from feature_extractors.thresholds import Source
+from runner.dataset_check import cleaning_of
 from runner.preparation import Run, shown_modalities
 from runner.results import save_predictions
 from utils.distributed import Group, find_ranks, gather_objects, is_main, shard_range
@@ -79,7 +80,9 @@ def fit_class(
     }
     detector_dtype = STORAGE_DTYPES[settings.detector_dtype]
     if settings.save_detector is not None:
+        cleaned = cleaning_of(settings.dataset_path, name, files.train)
         for detector in detectors.values():
+            detector.cleaned = cleaned
             detector.clouds = replace(run.raw_form, distance=files.train[0].form.distance)
             round_banks(detector, detector_dtype)
     if validation is None:

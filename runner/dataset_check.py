@@ -4,6 +4,7 @@ import argparse
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,8 @@ from tqdm import tqdm
 
 from dataset import check_sample_files, class_folders, find_classes, pair_split, read_rgb, read_xyz
 from runner.settings import detector_configs, extraction_config
-from utils.cleaning.cloud_cleaning import CleaningRule, shows_table
+from utils.choices import CLEANING_FLAGS
+from utils.cleaning.cloud_cleaning import CleaningRule, is_cleaned, shows_table
 from utils.cleaning.journal import MANIFEST, Record, Scan, read_manifest, script_of
 from utils.errors import InputError, escape_controls, show
 from utils.records import METERS, CloudForm, SampleFiles
@@ -152,6 +154,23 @@ def dataset_forms(args: argparse.Namespace) -> tuple[CloudForm, CloudForm]:
         raise InputError(f"{problem}. Leave out --xyz_unit and --missing_value, or preprocess the remaining samples.")
     unit, missing_value = manifest.settings.get("xyz_unit", "m"), manifest.settings.get("missing_value")
     return stored, replace(stored, unit=unit, missing_value=missing_value)
+
+
+def cleaning_of(dataset_path: Path, class_name: str, samples: Sequence[SampleFiles]) -> dict[str, bool] | None:
+    """Flags of the cleaning of a class's samples, from the manifest of preprocessing; None for samples not cleaned.
+
+    Without a manifest, clouds without measurements along their border count as cleaned with the default flags.
+    """
+    manifest = read_manifest(dataset_path)
+    if manifest is not None and any(f"{class_name}/{each.path}" in manifest.scans for each in samples):
+        cleaned = script_of(manifest.settings) == "preprocessing"
+        return {flag: bool(manifest.settings.get(flag)) for flag in CLEANING_FLAGS} if cleaned else None
+    found = []
+    for each in spread(samples):
+        with suppress(InputError):  # a method of images alone does not need the clouds
+            cloud = read_xyz(each)
+            found.append(cloud is not None and is_cleaned(cloud, CleaningRule()))
+    return dict.fromkeys(CLEANING_FLAGS, False) if found and all(found) else None
 
 
 def warn_of_raw_scans(samples: Sequence[SampleFiles]) -> None:

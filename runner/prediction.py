@@ -1,14 +1,15 @@
 """Prediction of files outside a dataset, in memory that does not grow with their number."""
 
+import csv
 import json
 import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -16,17 +17,22 @@ from dataset import load_samples, make_sample, read_rgb
 from feature_extractors.detector import Detector
 from feature_extractors.pipeline import batches, extract_timed
 from feature_extractors.thresholds import Thresholds
-from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, crop_padding, shows_table
+from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, crop_padding, is_cleaned, shows_table
 from utils.errors import InputError
-from utils.records import Prediction, Sample, SampleFiles
+from utils.records import METERS, CloudForm, Prediction, Sample, SampleFiles
 from utils.reporting.visualization import FUSED, caption, color_scale, resize_map, save_anomaly_map, save_figure
-from utils.scans.cloud_check import spread
 from utils.scans.depth_camera import Camera
-from utils.scans.files import writing
+from utils.scans.files import atomic_path, writing
 from utils.scans.images import shrink_image, warn_once
-from utils.scans.sample_files import check_same_view, read_cloud
+from utils.scans.json_records import encode_record
+from utils.scans.sample_files import check_same_view, read_cloud, stamp_of
 
-PREDICTIONS = "predictions.jsonl"
+SCHEMA = 2  # of the lines of predictions.jsonl
+PREDICTIONS, TABLE = "predictions.jsonl", "predictions.csv"
+COLUMNS = (
+    "schema", "name", "rgb", "xyz", "stamp", "score", "severity", "anomalous", "threshold", "seconds", "map", "overlay",
+    "error",
+)  # fmt: skip
 logger = logging.getLogger(__name__)
 
 
@@ -36,6 +42,7 @@ class LoadedSample(NamedTuple):
     files: SampleFiles
     sample: Sample | None = None
     problem: str = ""
+    stamp: str = ""  # see `stamp_of`, before the files were read
     image: np.ndarray | None = None  # (h, w, 3) uint8, for the overlay, scaled by `shrink_image`
     size: tuple[int, int] = (0, 0)  # (H, W) of the cloud, or of the image if there is no cloud
     side: int | None = None  # of the cloud, pixels, once cleaning has padded it to a square
@@ -58,23 +65,19 @@ class SampleReader:
     modalities: frozenset[str]  # those that the detector uses
     img_size: int  # side of the detector's input, pixels
     camera: Camera | None = None  # of depth images
-    cleaning: CleaningRule | None = None  # of the clouds; None leaves them as they are
-
-    @cached_property
-    def checked_for_table(self) -> frozenset[str]:
-        """Names of a few samples whose clouds are checked for a table; none if they are cleaned here."""
-        needs_cleaning = "xyz" in self.modalities and self.cleaning is None
-        return frozenset(each.path for each in spread(self.files)) if needs_cleaning else frozenset()
+    cleaning: CleaningRule | None = None  # of the clouds that are not clean already; None leaves all as they are
+    tables_refused: bool = False  # refuse a cloud that shows its table, if the detector was fitted without
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> LoadedSample:
         files = self.files[index]
+        stamp = stamp_of(files)
         try:
-            return self._read(files)
+            return self._read(files)._replace(stamp=stamp)
         except InputError as error:
-            return LoadedSample(files, problem=str(error))
+            return LoadedSample(files, problem=str(error), stamp=stamp)
 
     def _read(self, files: SampleFiles) -> LoadedSample:
         image = read_rgb(files)
@@ -86,24 +89,41 @@ class SampleReader:
         view = image if xyz is None else xyz
         assert view is not None, "a sample has a file"
         rgb, cloud, side = image, xyz, None
-        if self.cleaning is not None and xyz is not None:
-            rgb = np.zeros_like(xyz, dtype=np.uint8) if image is None else image
-            try:
-                cloud, rgb, _, doubt = clean_scan(xyz, rgb, None, self.cleaning)
-            except InputError as error:
-                raise InputError(f"{files.xyz} cannot be cleaned: {error}") from None
-            if doubt:
-                logger.warning("The table of %s may not have been found: %s. Check its overlay", files.xyz, doubt)
+        if self.cleaning is not None and self._is_raw(files, xyz, self.cleaning):
+            assert xyz is not None
+            rgb, cloud = _clean(files, image, xyz, self.cleaning)
             side = len(cloud)
+        elif self.tables_refused and xyz is not None and shows_table(xyz, CleaningRule()):
+            problem = f"{files.xyz} shows the table, but the detector was fitted on cleaned samples"
+            raise InputError(f"{problem}. Leave out --no-preprocess, or clean it with utils/preprocessing.py.")
         used = rgb if "rgb" in self.modalities else None, cloud if "xyz" in self.modalities else None
         form = replace(files.form, unit="m", missing_value=None)  # of `cloud`
         sample = make_sample(str(files.xyz or files.rgb), *used, self.img_size, form)  # errors name this file
-        if files.path in self.checked_for_table and files.xyz and xyz is not None and shows_table(xyz, CleaningRule()):
-            problem = f"{files.xyz} shows the table, which the detector takes for a defect"
-            fix = "Give --preprocess, or clean the scans with utils/preprocessing.py"
-            warn_once("table", files.xyz.parent, f"{problem}. {fix}.")
         image = None if image is None else shrink_image(image)  # keeps samples in memory small
         return LoadedSample(files, sample, image=image, size=view.shape[:2], side=side)
+
+    def _is_raw(self, files: SampleFiles, xyz: np.ndarray | None, rule: CleaningRule) -> bool:
+        if files.xyz is None or xyz is None:
+            raise InputError(f"{files.rgb} cannot be cleaned without its cloud. Give the cloud as well.")
+        if not is_cleaned(xyz, rule):
+            return True
+        problem = f"{files.xyz} has no measurements along its border, so it is used as a clean cloud"
+        warn_once("clean", files.xyz.parent, f"{problem}. If it is raw, give --preprocess --empty_margins.")
+        return False
+
+
+def _clean(
+    files: SampleFiles, image: np.ndarray | None, xyz: np.ndarray, rule: CleaningRule
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the image and the cloud of a raw scan without its table, padded to a square."""
+    rgb = np.zeros_like(xyz, dtype=np.uint8) if image is None else image
+    try:
+        clean = clean_scan(xyz, rgb, None, rule)
+    except InputError as error:
+        raise InputError(f"{files.xyz} cannot be cleaned: {error}") from None
+    if clean.doubt:
+        logger.warning("The table of %s may not have been found: %s. Check its overlay", files.xyz, clean.doubt)
+    return clean.rgb, clean.xyz
 
 
 def predict_samples(detector: Detector, reader: SampleReader, batch_size: int, num_workers: int) -> Iterator[Outcome]:
@@ -140,28 +160,48 @@ def _predict_batch(detector: Detector, batch: Sequence[LoadedSample]) -> list[Ou
     return outcomes
 
 
-class PredictionWriter:
-    """Writer of predictions.jsonl, one line of JSON for each sample, and, if `images` is set, of maps and overlays.
+@dataclass(frozen=True)
+class Predictor:
+    """A detector with what it needs to read and predict further samples."""
 
-    The detector's `thresholds` give the decisions and the colors of all overlays. `append` continues an existing file,
-    after removing an incomplete last line. Raises InputError, also from `add`, if a file cannot be written.
+    detector: Detector
+    reader: SampleReader  # without files
+    form: CloudForm = METERS  # of the clouds
+    batch_size: int = 1
+    num_workers: int = 0
+
+    def outcomes(self, files: Sequence[SampleFiles]) -> Iterator[Outcome]:
+        """Predict samples as `predict_samples` does."""
+        reader = replace(self.reader, files=[each._replace(form=self.form) for each in files])
+        return predict_samples(self.detector, reader, self.batch_size, self.num_workers)
+
+
+class PredictionWriter:
+    """Writer of a line of predictions.jsonl and predictions.csv for each sample, and, if `images` is set, of images.
+
+    The `thresholds` give the decisions and the colors of all overlays. `append` continues existing files, after
+    removing an incomplete last line. Raises InputError, also from `add`, if a file cannot be written.
     """
 
     def __init__(self, folder: Path, thresholds: Thresholds | None, images: bool, append: bool = False) -> None:
         self.folder, self.thresholds, self.images = folder, thresholds, images
-        self.path = folder / PREDICTIONS
-        with writing(self.path):
-            content = self.path.read_bytes() if append and self.path.exists() else b""
-            complete = content.rfind(b"\n") + 1
-            if complete < len(content):
+        self.path, self.table = folder / PREDICTIONS, folder / TABLE
+        with writing(self.path), self.path.open("ab+") as lines:
+            lines.seek(0)
+            complete = sum(len(line) for line in lines if line.endswith(b"\n")) if append else 0
+            if append and complete < lines.tell():
                 logger.warning("%s ends in an incomplete line of an interrupted run. It is removed", self.path)
-            with self.path.open("ab") as lines:
-                lines.truncate(complete)
+            lines.truncate(complete)
+        with atomic_path(self.table) as temporary, _open_table(temporary, "w") as file:
+            rows = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            rows.writeheader()
+            rows.writerows(map(_cells, read_predictions(self.path)))
 
     def add(self, outcome: Outcome) -> dict[str, Any]:
         """Write the files and the line of a sample; returns the content of the line."""
         files, prediction, thresholds = outcome.loaded.files, outcome.prediction, self.thresholds
-        record: dict[str, Any] = {"name": files.path, "rgb": files.rgb, "xyz": files.xyz}
+        record: dict[str, Any] = {"schema": SCHEMA, "name": files.path, "rgb": files.rgb, "xyz": files.xyz}
+        record["stamp"] = outcome.loaded.stamp
         if prediction is None:
             record["error"] = outcome.problem
         else:
@@ -175,7 +215,9 @@ class PredictionWriter:
             paths = self._save_images(outcome.loaded, prediction, record) if self.images else (None, None)
             record |= dict(zip(("map", "overlay"), paths, strict=True))
         with writing(self.path), self.path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record, allow_nan=False, default=str) + "\n")
+            lines.write(encode_record(record))
+        with writing(self.table), _open_table(self.table, "a") as file:
+            csv.DictWriter(file, COLUMNS).writerow(_cells(record))
         return record
 
     def _save_images(self, loaded: LoadedSample, prediction: Prediction, record: Mapping) -> tuple[Path, Path]:
@@ -191,6 +233,25 @@ class PredictionWriter:
         title = caption(loaded.files.path, record["severity"], record["anomalous"])
         save_figure(overlay_path, title, loaded.image, plane, {FUSED: scale}, pixel, valid=valid)
         return map_path, overlay_path
+
+
+def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the content of each line of predictions.jsonl, without lines that are not JSON objects."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    yield record
+
+
+def _open_table(path: Path, mode: str) -> IO[str]:
+    return path.open(mode, encoding="utf-8", errors="backslashreplace", newline="")
+
+
+def _cells(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a line of predictions.csv; true and false are written as in JSON."""
+    return {name: json.dumps(value) if isinstance(value, bool) else value for name, value in record.items()}
 
 
 def output_paths(folder: Path, name: str) -> tuple[Path, Path]:

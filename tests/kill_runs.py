@@ -10,6 +10,7 @@ Exit code: 0 if all lots are equal, else 1.
 """
 
 import argparse
+import csv
 import json
 import os
 import random
@@ -35,7 +36,7 @@ CLASSES = ("bagel", "cookie", "dowel")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 # Keys of JSON records whose values differ between two runs of a command, or between two output folders.
 VARYING = {"seconds", "peak_memory_mb", "written", "command", "args", "flags", "map", "overlay"}
-VARYING |= {"latency", "config_sha256", "report_sha256"}
+VARYING |= {"latency", "config_sha256", "report_sha256", "stamp"}
 MOST_IN_LOT = 4
 
 
@@ -98,6 +99,9 @@ def file_values(path: Path) -> Any:
         return ""  # it holds times, and the numbers of results.json
     if path.suffix == ".json":
         return without_varying(json.loads(path.read_text()))
+    if path.suffix == ".csv":
+        rows = csv.DictReader(path.read_text().splitlines())
+        return [without_varying(row | {"rgb": "", "xyz": ""}) for row in rows]
     if path.suffix == ".jsonl":
         return [without_varying(json.loads(line) | {"rgb": "", "xyz": ""}) for line in path.read_text().splitlines()]
     if path.suffix == ".md":  # without the lines of date and command

@@ -403,6 +403,6 @@ def test_preprocessing_refuses_the_scan_in_another_unit_every_time(
 
 def test_help_names_the_source_of_the_default_unit(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        predict.parse_args(["--help"])
+        predict.main(["--help"])
     described = " ".join(capsys.readouterr().out.split())
     assert "fitted detector; sets defaults of --xyz_unit, --missing_value" in described

@@ -14,10 +14,18 @@ from PIL import Image
 
 from dataset import index_split
 from runner import preparation
-from runner.dataset_check import check_split, print_dataset_check, warn_of_raw_scans, warn_of_unfinished_scans
+from runner.dataset_check import (
+    check_split,
+    cleaning_of,
+    print_dataset_check,
+    warn_of_raw_scans,
+    warn_of_unfinished_scans,
+)
 from runner.settings import make_parser
 from utils import preprocessing
+from utils.choices import CLEANING_FLAGS
 from utils.cleaning.cloud_cleaning import CleaningRule, CleanScan, clean_scan, shows_table
+from utils.cleaning.journal import MANIFEST
 from utils.cleaning.preview import Pair, write_preview
 from utils.errors import InputError
 from utils.scans.organized_pc import read_organized_pc, write_organized_pc
@@ -194,6 +202,24 @@ def test_a_raw_scan_among_cleaned_ones_gives_a_warning(
     assert f"{raw}/cookie/test/bump/xyz/000.tiff shows the table" in caplog.text
     assert f"(1 of 5 checked clouds). Clean the scans first: python utils/preprocessing.py {raw}" in caplog.text
     warn_of_raw_scans([])
+
+
+def test_cleaning_of_the_training_samples(raw: Path, cleaned: Path, tmp_path: Path) -> None:
+    """From the manifest, else from the border of the clouds."""
+    default = dict.fromkeys(CLEANING_FLAGS, False)
+    assert cleaning_of(raw, "cookie", index_split(raw / "cookie", "train", BOTH)) is None
+    copy = tmp_path / "cleaned"
+    shutil.copytree(cleaned, copy)
+    samples = index_split(copy / "cookie", "train", BOTH)
+    assert cleaning_of(copy, "cookie", samples) == default
+    manifest = json.loads((copy / MANIFEST).read_text())
+    for settings, expected in (({"keep_rgb": True}, default | {"keep_rgb": True}), ({"converter": "eyecandies"}, None)):
+        changed = manifest | {"settings": manifest["settings"] | settings}
+        (copy / MANIFEST).write_text(json.dumps(changed))
+        assert cleaning_of(copy, "cookie", samples) == expected
+    (copy / MANIFEST).unlink()
+    assert cleaning_of(copy, "cookie", samples) == default
+    assert cleaning_of(copy, "cookie", [each._replace(xyz=None) for each in samples]) is None
 
 
 def test_scans_that_preprocessing_left_out_give_a_warning(

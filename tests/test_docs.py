@@ -124,8 +124,8 @@ def test_flags_in_the_text_exist() -> None:
     known |= flags_of(*(ROOT / "benchmarks").glob("*.py"))
     unknown = []
     for page in pages():
-        for flag in re.findall(r"`(--[a-z]\w*)[^`]*`", CODE.sub("", page.read_text())):
-            if flag not in known:
+        for flag in re.findall(r"`(--[a-z][\w-]*)[^`]*`", CODE.sub("", page.read_text())):
+            if flag.replace("--no-", "--") not in known:
                 unknown.append(f"{page.name}: {flag}")
     assert not unknown
 

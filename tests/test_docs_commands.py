@@ -34,8 +34,8 @@ SMALLER: dict[str, list[object]] = {
 PARSED = {  # word of a command: why the command is not run
     "make": "it runs all tests, or installs everything first; make itself checks that its targets exist",
     "torchrun": "it starts several processes, which test_main_ranks.py and test_uff_ranks.py do",
-    "--watch": "it waits for files until it is stopped, which test_watch.py does",
-    "--stdin": "it waits for lines on stdin, which test_watch.py gives",
+    "--watch": "it waits for files until it is stopped, which test_watching.py does",
+    "--stdin": "it waits for lines on stdin, which test_watching.py gives",
 }
 
 
@@ -136,6 +136,8 @@ def write_files(folder: Path) -> None:
     np.save(folder / "depth.npy", raw_cloud(9)[..., 2])
     camera = {"fx": 500, "fy": 500, "cx": -10, "cy": -10, "depth_scale": 0.001}
     (folder / "camera.json").write_text(json.dumps(camera))
+    for number in (1, 2):
+        record(folder / f"station/part_00{number}.tiff", number)
     for seed in (10, 11):
         record(folder / f"line/{seed}.pcd", seed, image=folder / f"images/{seed}.png")
         record(folder / f"line/{seed}/image_{seed}.pcd", seed)
@@ -212,7 +214,9 @@ def test_flags_of_commands_within_sentences_exist(page: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "number"), PYTHON)
 def test_python_snippets_run(work_folder: Path, page: str, number: int) -> None:
-    exec(compile(blocks(PAGES[page], "python")[number], page, "exec"), {})
+    snippet = blocks(PAGES[page], "python")[number]
+    if not any(f'"{word}"' in snippet for word in PARSED):
+        exec(compile(snippet, page, "exec"), {})
 
 
 def test_wrong_flags_and_unknown_scripts_are_found() -> None:

@@ -1,36 +1,47 @@
 """Prediction of new samples: agreement with main.py, output files, and errors of single samples."""
 
+import csv
 import gc
 import io
 import json
-import logging
 import re
 import shutil
 import sys
 import tracemalloc
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
 import torch
 from conftest import ROOT
-from main_runs import Run, read_run, write_bagels, write_cloud, write_image
 from main_runs import call as call_main
+from main_runs import read_run, write_cloud, write_image
 from PIL import Image
-from tiny_networks import one_thread, stub_fusion, stub_rgb, stub_xyz  # noqa: F401 (one_thread is a fixture)
+from predict_runs import (
+    METHODS,
+    SIDE,
+    Fitted,
+    fitted_fixture,  # noqa: F401 (a fixture)
+    flags_for,
+    lines_of,
+    run,
+    stubs_fixture,  # noqa: F401 (a fixture)
+    write_samples,
+)
+from tiny_networks import one_thread  # noqa: F401 (a fixture)
 
 import predict
 from dataset import AnomalyDataset, index_split, make_sample
-from feature_extractors import extractor as extractor_module
 from feature_extractors.detector import Detector
 from feature_extractors.persistence import load_detector, save_detector
 from runner import prediction
 from runner.prediction import LoadedSample, Outcome, PredictionWriter, SampleReader, predict_samples
 from utils import preprocessing
+from utils.choices import CLEANING_FLAGS
 from utils.cleaning.cloud_cleaning import CleaningRule, crop_padding, pad_to_square
 from utils.errors import InputError
 from utils.records import CloudForm, Prediction, SampleFiles
@@ -38,49 +49,9 @@ from utils.reporting.visualization import GAP, PANEL, resize_map
 from utils.scans.organized_pc import read_organized_pc, write_organized_pc
 from utils.synthetic_data.scanner import make_scan
 
-SIDE = 64
 BOTH = frozenset({"rgb", "xyz"})
-METHODS = ("DINO", "Point_MAE", "DINO+Point_MAE")
-KEYS = ["name", "rgb", "xyz", "score", "severity", "anomalous", "threshold", "seconds", "map", "overlay"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def stubs() -> Iterator[None]:
-    """Tiny networks in place of the published ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extractor_module, "build_rgb_backbone", stub_rgb)
-        patch.setattr(extractor_module, "build_xyz_backbone", stub_xyz)
-        patch.setattr(extractor_module, "build_feature_fusion", stub_fusion)
-        yield
-
-
-class Fitted(NamedTuple):
-    """Dataset of four samples with the detectors and results of main.py."""
-
-    data: Path  # folder of the class
-    detectors: dict[str, Path]  # by method
-    runs: dict[str, Run]
-
-
-@pytest.fixture(scope="module")
-def fitted(stubs: None, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
-    root = tmp_path_factory.mktemp("fitted")
-    write_bagels(root / "data")
-    flags = ["--dataset_path", root / "data", "--classes", "bagel", "--img_size", SIDE, "--num_group", 24]
-    flags += ["--group_size", 12, "--f_coreset", 0.05, "--random_state", 0, "--save_preds", "--device", "cpu"]
-    flags += ["--save_detector", root / "detectors", "--output_dir", root / "results"]
-    call_main("--method_name", *METHODS, *flags)
-    return Fitted(
-        root / "data/bagel",
-        {method: root / "detectors" / method / "bagel" for method in METHODS},
-        {method: read_run(root / "results" / method, "") for method in METHODS},
-    )
-
-
-def run(*flags: object) -> int:
-    """Run the script in this process; return its exit code."""
-    with ExitStack() as locks:
-        return predict.predict(predict.PredictSettings(**vars(predict.parse_args(list(map(str, flags))))), locks)
+KEYS = ["schema", "name", "rgb", "xyz", "stamp"]
+RESULTS = ["score", "severity", "anomalous", "threshold", "seconds", "map", "overlay"]
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
@@ -94,26 +65,6 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
     assert lines[-1].startswith("predict.py: error: ")
     assert [line for line in lines if "error: " in line] == lines[-1:]
     return lines[-1]
-
-
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-
-
-def write_samples(fitted: Fitted, folder: Path, count: int = 5) -> Path:
-    """Write `count` good samples into the folders rgb and xyz."""
-    for i in range(count):
-        for kind, suffix in (("rgb", ".png"), ("xyz", ".tiff")):
-            (folder / kind).mkdir(parents=True, exist_ok=True)
-            shutil.copy(fitted.data / f"train/good/{kind}/00{i % 2}{suffix}", folder / f"{kind}/{i:03d}{suffix}")
-    return folder
-
-
-def flags_for(fitted: Fitted, samples_dir: Path, output: Path, method: str = "DINO+Point_MAE") -> list[object]:
-    return [
-        *("--detector", fitted.detectors[method], "--output_dir", output, "--device", "cpu"),
-        *("--rgb", samples_dir / "rgb", "--xyz", samples_dir / "xyz"),
-    ]
 
 
 # Predictions of a sample
@@ -176,31 +127,29 @@ def docs_snippet(name: str) -> str:
     return next(each for each in snippets if name in each)
 
 
-def test_calibration_snippet_of_the_docs(fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved = fitted.detectors["DINO+Point_MAE"]
-    (tmp_path / "detectors").mkdir()
-    (tmp_path / "detectors/bagel").symlink_to(saved)
-    shutil.copytree(fitted.data / "train", tmp_path / "datasets/mvtec3d/bagel/validation")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(docs_snippet("calibrate_detectors"), "docs/PREDICT.md", "exec"), {})
-    before, after = load_detector(saved, "cpu").thresholds, load_detector("detectors_5_percent/bagel", "cpu").thresholds
-    assert before is not None and after is not None
-    assert (after.target_fpr, after.source, after.parts) == (0.05, "validation", before.parts)
-    assert after.image == pytest.approx(before.image, rel=1e-6)  # the largest score of so few samples
-    assert after.pixel < before.pixel
-
-
+@pytest.mark.parametrize("camera_frame", [True, False])
 def test_prediction_snippet_of_the_docs(
-    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fitted: Fitted,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    camera_frame: bool,
 ) -> None:
-    (tmp_path / "detectors").mkdir()
-    (tmp_path / "detectors/bagel").symlink_to(fitted.detectors["DINO+Point_MAE"])
-    for kind, suffix in (("rgb", ".png"), ("xyz", ".tiff")):
-        shutil.copy(fitted.data / f"test/hole/{kind}/000{suffix}", tmp_path / f"part{suffix}")
     monkeypatch.chdir(tmp_path)
+    detector = load_detector(fitted.detectors["DINO+Point_MAE"], "cpu")
+    detector.clouds = replace(detector.clouds, camera_frame=camera_frame)
+    save_detector(detector, "detectors/bagel")
+    Path("station").mkdir()
+    for number in (1, 2):
+        shutil.copy(fitted.data / "test/hole/rgb/000.png", f"station/part_00{number}.png")
+        xyz = read_organized_pc(fitted.data / "test/hole/xyz/000.tiff")
+        write_cloud(Path(f"station/part_00{number}.tiff"), xyz if camera_frame else xyz * np.float32([1, -1, -1]))
     exec(compile(docs_snippet("make_sample"), "docs/PREDICT.md", "exec"), {})
-    score = float(capsys.readouterr().out.split()[0])
-    assert score == pytest.approx(fitted.runs["DINO+Point_MAE"].entry["samples"][1]["score"], rel=1e-4)
+    scores = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()[::4]]
+    assert len(scores) == 2 and scores[0] == scores[1]
+    if camera_frame:
+        expected = fitted.runs["DINO+Point_MAE"].entry["samples"][1]["score"]
+        assert scores[0] == pytest.approx(expected, rel=1e-4)
 
 
 def test_file_formats_agree(fitted: Fitted, tmp_path: Path) -> None:
@@ -270,10 +219,10 @@ def test_output_of_a_run(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureF
     samples_dir = write_samples(fitted, tmp_path / "samples", 2)
     out = tmp_path / "out"
     assert run(*flags_for(fitted, samples_dir, out)) == 0
-    names = ["000.tiff", "000_overlay.png", "001.tiff", "001_overlay.png", "predictions.jsonl"]
+    names = ["000.tiff", "000_overlay.png", "001.tiff", "001_overlay.png", "predictions.csv", "predictions.jsonl"]
     assert sorted(path.name for path in out.iterdir()) == names
     for line in lines_of(out):
-        assert list(line) == KEYS
+        assert list(line) == [*KEYS, *RESULTS] and line["schema"] == 2
         assert Path(line["rgb"]) == samples_dir / f"rgb/{line['name']}.png"
         assert Path(line["xyz"]) == samples_dir / f"xyz/{line['name']}.tiff"
         assert Path(line["map"]) == out / f"{line['name']}.tiff"
@@ -291,7 +240,7 @@ def test_output_of_a_run(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureF
 def test_no_images_writes_predictions_only(fitted: Fitted, tmp_path: Path) -> None:
     samples_dir = write_samples(fitted, tmp_path / "samples", 2)
     assert run(*flags_for(fitted, samples_dir, tmp_path / "out"), "--no_images") == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions.csv", "predictions.jsonl"]
     assert [(line["map"], line["overlay"]) for line in lines_of(tmp_path / "out")] == [(None, None)] * 2
 
 
@@ -378,6 +327,67 @@ def test_image_of_an_xyz_detector_is_only_drawn(fitted: Fitted, tmp_path: Path) 
     assert overlay != (tmp_path / "out/000_overlay.png").read_bytes()
 
 
+@pytest.mark.parametrize("more", [[], ["--append"]])
+def test_table_of_predictions(fitted: Fitted, tmp_path: Path, more: list[str]) -> None:
+    """predictions.csv has the fields of predictions.jsonl, also after an interrupted run."""
+    samples_dir = write_samples(fitted, tmp_path / "samples", 2)
+    (samples_dir / "xyz/001.tiff").unlink()
+    flags = flags_for(fitted, samples_dir, tmp_path / "out")
+    assert run(*flags) == 1
+    (tmp_path / "out/predictions.csv").write_text("cut sho")
+    assert run(*flags, *more) == 1
+    with (tmp_path / "out/predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = lines_of(tmp_path / "out")
+    assert len(rows) == len(lines) == 2 + 2 * len(more)
+    assert list(rows[0]) == [*KEYS, *RESULTS, "error"]
+    for row, line in zip(rows, lines, strict=True):
+        cells = {name: json.dumps(value) if isinstance(value, bool) else value for name, value in line.items()}
+        assert row == {name: "" if cells.get(name) is None else str(cells[name]) for name in row}
+
+
+def test_exit_code_of_an_anomaly(fitted: Fitted, tmp_path: Path) -> None:
+    samples_dir = write_samples(fitted, tmp_path / "samples", 2)
+    flags = [*flags_for(fitted, samples_dir, tmp_path / "out"), "--no_images", "--fail_on_anomaly"]
+    for threshold, expected in ((1e-20, 3), (1e20, 0)):
+        assert run(*flags, "--image_threshold", threshold) == expected
+    (samples_dir / "xyz/001.tiff").unlink()
+    assert run(*flags, "--image_threshold", 1e-20) == 1
+
+
+# Thresholds of one run
+
+
+def test_thresholds_of_one_run(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples_dir = write_samples(fitted, tmp_path / "samples", 1)
+    flags = flags_for(fitted, samples_dir, tmp_path / "out")
+    detector = load_detector(fitted.detectors["DINO+Point_MAE"], "cpu")
+    assert detector.thresholds is not None and detector.calibration is not None
+    old, half = detector.thresholds, detector.calibration.thresholds(0.5)
+    for more, image, pixel in (
+        (["--target_fpr", 0.5], half.image, half.pixel),
+        (["--image_threshold", 123.0], 123.0, old.pixel),
+        (["--pixel_threshold", 45.0, "--target_fpr", 0.5], half.image, 45.0),
+    ):
+        capsys.readouterr()
+        assert run(*flags, *more) == 0
+        (line,) = lines_of(tmp_path / "out")
+        assert line["threshold"] == image and line["anomalous"] == (line["score"] > image)
+        assert line["severity"] == replace(old, image=image).severity(line["score"])
+        expected = f"image threshold {old.image:.6g}, now {image:.6g}; pixel threshold {old.pixel:.6g}, now {pixel:.6g}"
+        assert capsys.readouterr().out.startswith(expected)
+    assert run(*flags) == 0
+    assert lines_of(tmp_path / "out")[0]["threshold"] == old.image
+    assert "now" not in capsys.readouterr().out
+
+
+def test_a_missing_severity_is_explained(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*flags_for(fitted, write_samples(fitted, tmp_path / "samples", 1), tmp_path / "out"), "--no_images"]
+    assert run(*flags, "--image_threshold", 1e-29) == 0
+    assert lines_of(tmp_path / "out")[0]["severity"] is None
+    assert "(no severity: the threshold is not above the median score" in capsys.readouterr().out
+
+
 # Errors of single samples
 
 
@@ -419,7 +429,7 @@ def test_damaged_samples_do_not_stop_the_others(
     errors = [line for line in captured.err.splitlines() if line.startswith("predict.py: ")]
     assert len(errors) == len(faults)
     for name, expected in faults.items():
-        assert list(lines[name]) == ["name", "rgb", "xyz", "error"]
+        assert list(lines[name]) == [*KEYS, "error"]
         assert expected in lines[name]["error"], lines[name]
         assert "\n" not in lines[name]["error"]
         (sentence,) = [line for line in errors if line.startswith(f"predict.py: {name} could not be predicted: ")]
@@ -484,7 +494,7 @@ def test_no_sample_could_be_predicted(fitted: Fitted, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"nothing")
     flags = ["--detector", fitted.detectors["DINO"], "--rgb", tmp_path / "a.png", "--output_dir", tmp_path / "out"]
     assert run(*flags, "--device", "cpu") == 1
-    assert list(lines_of(tmp_path / "out")[0]) == ["name", "rgb", "xyz", "error"]
+    assert list(lines_of(tmp_path / "out")[0]) == [*KEYS, "error"]
 
 
 def test_invalid_flags_are_refused(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -605,15 +615,64 @@ def test_crop_padding_undoes_padding(size: tuple[int, int]) -> None:
     np.testing.assert_array_equal(crop_padding(pad_to_square(image, 100), size), image)
 
 
-def test_raw_scans_are_warned_about(
-    fitted: Fitted, raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    flags = flags_for(fitted, raw / "cookie/test/good", tmp_path)
-    assert run(*flags, "--preprocess") == 0
-    assert "shows the table" not in caplog.text
+def cleaned_detector(fitted: Fitted, folder: Path, method: str = "DINO+Point_MAE", **flags: bool) -> Path:
+    """Save a copy of a detector whose training samples count as cleaned."""
+    detector = load_detector(fitted.detectors[method], "cpu")
+    detector.cleaned = dict.fromkeys(CLEANING_FLAGS, False) | flags
+    save_detector(detector, folder / "cleaned", class_name="bagel")
+    return folder / "cleaned"
+
+
+def scores_of(*flags: object) -> list[float]:
+    """Scores of a run with these flags; the last one is --output_dir."""
     assert run(*flags) == 0
-    warnings = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
-    assert len([each for each in warnings if "shows the table" in each and "--preprocess" in each]) == 1
+    return [line["score"] for line in lines_of(Path(str(flags[-1])))]
+
+
+@pytest.mark.parametrize("keep_rgb", [False, True])
+def test_a_detector_of_cleaned_samples_cleans_new_ones(
+    fitted: Fitted, raw: Path, tmp_path: Path, keep_rgb: bool
+) -> None:
+    plain = flags_for(fitted, raw / "cookie/test/good", tmp_path)
+    files = [*plain[4:], "--output_dir", tmp_path]
+    cleaned = ["--detector", cleaned_detector(fitted, tmp_path / "detector", keep_rgb=keep_rgb), *files]
+    expected = scores_of(*plain[:2], "--preprocess", *["--keep_rgb"] * keep_rgb, *files)
+    assert scores_of(*cleaned) == expected != scores_of(*plain[:2], *files)
+
+
+@pytest.mark.parametrize("flag", [[], ["--preprocess"]])
+def test_clean_clouds_are_not_cleaned_again(
+    fitted: Fitted, raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, flag: list[str]
+) -> None:
+    assert preprocessing.main([str(raw), "--output_dir", str(tmp_path / "clean"), "--workers", "1"]) == 0
+    plain = flags_for(fitted, tmp_path / "clean/cookie/test/good", tmp_path)
+    files = [*plain[4:], "--output_dir", tmp_path / "out"]
+    cleaned = ["--detector", cleaned_detector(fitted, tmp_path / "detector"), *flag, *files]
+    assert scores_of(*cleaned) == scores_of(*plain[:2], *files)
+    assert caplog.text.count("so it is used as a clean cloud. If it is raw, give --preprocess --empty_margins.") == 1
+
+
+def test_a_table_is_an_error_without_cleaning(fitted: Fitted, raw: Path, tmp_path: Path) -> None:
+    plain = flags_for(fitted, raw / "cookie/test/good", tmp_path)
+    assert run(*plain, "--no_images") == 0  # a detector whose training samples were not cleaned
+    flags = ["--detector", cleaned_detector(fitted, tmp_path / "detector"), *plain[2:], "--no-preprocess"]
+    assert run(*flags) == 1
+    for line in lines_of(tmp_path):
+        assert f"{line['xyz']} shows the table" in line["error"] and "Leave out --no-preprocess" in line["error"]
+
+
+def test_masked_images_need_clouds(
+    fitted: Fitted, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = raw / "cookie/test/good"
+    flags = ["--detector", cleaned_detector(fitted, tmp_path, "DINO"), "--device", "cpu", "--rgb", good / "rgb"]
+    flags += ["--output_dir", tmp_path / "out"]
+    message = refusal(capsys, *flags)
+    assert "was fitted on images that were cleaned by their clouds. Give --xyz as well, or --no-preprocess" in message
+    assert run(*flags, "--xyz", good / "xyz") == 0
+    with_cloud = [line["score"] for line in lines_of(tmp_path / "out")]
+    assert run(*flags, "--no-preprocess") == 0
+    assert with_cloud != [line["score"] for line in lines_of(tmp_path / "out")]
 
 
 def test_distance_of_the_class_is_that_of_cleaned_clouds(tmp_path: Path) -> None:
@@ -624,25 +683,6 @@ def test_distance_of_the_class_is_that_of_cleaned_clouds(tmp_path: Path) -> None
         files = SampleFiles("part", xyz=tmp_path / "part.tiff", form=CloudForm(distance=distance))
         loaded = SampleReader([files], frozenset({"xyz"}), SIDE, cleaning=CleaningRule())[0]
         assert (loaded.problem == "") == (expected == "") and expected in loaded.problem
-
-
-def test_snippets_of_the_docs_run_with_turned_axes(
-    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    detector = load_detector(fitted.detectors["DINO+Point_MAE"], "cpu")
-    detector.clouds = CloudForm(camera_frame=False, distance=detector.clouds.distance)
-    save_detector(detector, "detectors/bagel")
-    shutil.copytree(fitted.data / "train", "datasets/mvtec3d/bagel/validation")
-    for path in tmp_path.rglob("*.tiff"):
-        write_organized_pc(path, read_organized_pc(path) * np.float32([1, -1, -1]))
-    shutil.copy(path, "part.tiff")
-    shutil.copy(next(tmp_path.rglob("*.png")), "part.png")
-    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/PREDICT.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(snippets) == 2
-    for snippet in snippets:
-        exec(compile(snippet, "docs/PREDICT.md", "exec"), {})
-    assert Path("detectors_5_percent/bagel/config.json").is_file()
 
 
 def test_failed_cleaning(fitted: Fitted, raw: Path, tmp_path: Path) -> None:

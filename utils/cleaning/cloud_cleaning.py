@@ -101,8 +101,7 @@ def fit_border_plane(xyz: np.ndarray, rng: np.random.Generator, rule: CleaningRu
         area, remedy = "border of the measured area", "otherwise leave it out"
         rows, columns = (np.flatnonzero(valid_mask(xyz).any(axis=axis)) for axis in (1, 0))
         xyz = xyz[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    frame = np.ones(xyz.shape[:2], dtype=bool)
-    frame[rule.border : -rule.border, rule.border : -rule.border] = False
+    frame = _border_frame(xyz, rule)
     points = xyz[frame & valid_mask(xyz)].astype(np.float64)
     place = f"within {rule.border} pixels of the {area}"
     measured = f"{len(points)} of the {frame.sum()} pixels {place} have a measurement, expected"
@@ -136,6 +135,21 @@ def shows_table(xyz: np.ndarray, rule: CleaningRule) -> bool:
         return not fit_border_plane(xyz, np.random.default_rng(rule.seed), rule)[1]
     except InputError:
         return False
+
+
+def is_cleaned(xyz: np.ndarray, rule: CleaningRule) -> bool:
+    """True for a cloud (H, W, 3) with too few measurements along its border for a table, as in a cleaned scan.
+
+    With `rule.empty_margins` a raw cloud has such a border as well, and the answer is False.
+    """
+    return not rule.empty_margins and int((_border_frame(xyz, rule) & valid_mask(xyz)).sum()) < rule.fit_sample
+
+
+def _border_frame(xyz: np.ndarray, rule: CleaningRule) -> np.ndarray:
+    """Return the mask (H, W) of the pixels within `rule.border` of the image border."""
+    frame = np.ones(xyz.shape[:2], dtype=bool)
+    frame[rule.border : -rule.border, rule.border : -rule.border] = False
+    return frame
 
 
 def remove_plane(xyz: np.ndarray, plane: np.ndarray, distance: float) -> np.ndarray:

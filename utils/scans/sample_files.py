@@ -4,6 +4,7 @@ found = find_samples("images/", "clouds/*.pcd")
 cloud = read_cloud(Path("clouds/017.pcd"))
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -34,7 +35,11 @@ class FoundSamples(NamedTuple):
 
 
 def find_samples(
-    rgb: str | None, xyz: str | Sequence[str] | None, depth: bool = False, xyz_flag: str = "--xyz"
+    rgb: str | None,
+    xyz: str | Sequence[str] | None,
+    depth: bool = False,
+    xyz_flag: str = "--xyz",
+    required: bool = True,
 ) -> FoundSamples:
     """Find the files of samples, paired by stem.
 
@@ -44,16 +49,20 @@ def find_samples(
             a single cloud need not have the same stem; the sample then has the name of the image.
         depth: True if depth images count as clouds, because their camera is known.
         xyz_flag: name of the flag that gave `xyz`, for errors.
+        required: False if files may still come: none of them need exist yet.
 
-    Raises InputError if there is no file, or no sample is complete.
+    Raises InputError if files are `required` and there is none, or no sample is complete; OSError for an unreadable
+    folder.
     """
     by_kind: dict[str, dict[str, list[Path]]] = {}
     clouds = [xyz] if isinstance(xyz, str) else xyz
     if rgb is not None:
-        by_kind["image"] = _by_stem([rgb], IMAGE_SUFFIXES, "--rgb")
+        by_kind["image"] = _by_stem([rgb], IMAGE_SUFFIXES, "--rgb", required)
     if clouds is not None:
-        by_kind["cloud"] = _by_stem(clouds, CLOUD_SUFFIXES + (DEPTH_SUFFIXES if depth else ()), xyz_flag)
-    if rgb and clouds and len(clouds) == 1 and Path(rgb).is_file() and Path(clouds[0]).is_file():
+        suffixes = CLOUD_SUFFIXES + (DEPTH_SUFFIXES if depth else ())
+        by_kind["cloud"] = _by_stem(clouds, suffixes, xyz_flag, required)
+    single = rgb and clouds and len(clouds) == 1 and Path(rgb).is_file() and Path(clouds[0]).is_file()
+    if single and all(by_kind.values()):
         by_kind["cloud"] = dict(zip(by_kind["image"], by_kind["cloud"].values(), strict=True))
     found = FoundSamples([], [])
     paired = set.intersection(*map(set, by_kind.values()))
@@ -70,7 +79,7 @@ def find_samples(
             found.incomplete.append((sample, problem))
         else:
             found.samples.append(sample)
-    if not found.samples:
+    if required and not found.samples:
         sample, problem = found.incomplete[0]
         raise InputError(f"None of {len(found.incomplete)} samples is complete. The first is {sample.path}: {problem}")
     return found
@@ -94,9 +103,9 @@ def _problem(name: str, paths: Mapping[str, list[Path]], alone: Mapping[str, lis
     return ""
 
 
-def _by_stem(given: Sequence[str], suffixes: Sequence[str], flag: str) -> dict[str, list[Path]]:
-    """Return the files that a flag names, by stem, each list sorted; InputError if there are none."""
-    files = list(dict.fromkeys(path for each in given for path in _named_files(each, flag)))
+def _by_stem(given: Sequence[str], suffixes: Sequence[str], flag: str, required: bool) -> dict[str, list[Path]]:
+    """Return the files that a flag names, by stem, each list sorted; InputError if there are none but `required`."""
+    files = list(dict.fromkeys(path for each in given for path in _named_files(each, flag, required)))
     # Broken links, pipes and folders with such a suffix count: reading them reports each as a problem.
     fitting = [each for each in files if each.suffix.lower() in suffixes]
     if flag == "--rgb":  # a folder may hold images and clouds
@@ -104,7 +113,7 @@ def _by_stem(given: Sequence[str], suffixes: Sequence[str], flag: str) -> dict[s
     found: dict[str, list[Path]] = {}
     for each in fitting:
         found.setdefault(normalize("NFC", each.stem), []).append(each)
-    if found:
+    if found or not required:
         return found
     path = Path(given[0])
     other = next((each for each in files if each.suffix.lower() not in IMAGE_SUFFIXES), files[0])
@@ -113,17 +122,30 @@ def _by_stem(given: Sequence[str], suffixes: Sequence[str], flag: str) -> dict[s
     raise InputError(f"{flag} {path} names {other.name}, expected {', '.join(suffixes)}. Convert the files.")
 
 
-def _named_files(given: str, flag: str) -> list[Path]:
-    """Return the files that one value of a flag names, sorted, without hidden ones; InputError if there are none."""
+def _named_files(given: str, flag: str, required: bool) -> list[Path]:
+    """Return the files that one value of a flag names, sorted, without hidden ones; errors as in `_by_stem`."""
     path = Path(given)
     if path.is_file():
         return [path]
     matches = glob(given, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
     candidates = path.iterdir() if given and path.is_dir() else map(Path, matches)
     files = sorted(each for each in candidates if not each.name.startswith("."))
-    if not files:
+    if not files and required:
         raise InputError(f"{flag} {given!r} names no file. Give a file, a folder with files, or a pattern in quotes.")
     return files
+
+
+def stamp_of(files: SampleFiles) -> str:
+    """Identify the image and the cloud of a sample by path, size and time of the last change: 16 hexadecimal digits."""
+    parts: list[object] = []
+    for path in (files.rgb, files.xyz):
+        try:
+            status = None if path is None else path.stat()
+        except OSError:  # such as a broken link
+            status = None
+        place = None if path is None else str(path.absolute())
+        parts.append((place, status and (status.st_size, status.st_mtime_ns)))
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
 
 def read_cloud(
