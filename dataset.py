@@ -23,13 +23,13 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from utils.errors import InputError
+from utils.errors import InputError, warn_once
 from utils.records import METERS, CloudForm, Sample, SampleFiles
+from utils.reporting.progress import progress_bar
 from utils.scans.cloud_check import checked_cloud
 from utils.scans.files import FILE_SUFFIXES, GOOD, check_folder, files_by_modality, fix_of_missing, is_good, subfolders
-from utils.scans.images import defect_mask, defect_share, image_size, open_image, read_image, warn_once
+from utils.scans.images import defect_mask, defect_share, image_size, open_image, read_image
 from utils.scans.organized_pc import check_organized, organized_pc_header, read_organized_pc, resize_nearest
 
 Item = TypeVar("Item", covariant=True)
@@ -107,7 +107,8 @@ def pair_split(class_folder: Path | str, split: str, modalities: frozenset[str])
     if len(filled) > 1:
         problems.append(f"{filled[0]} and {filled[1]} both hold good samples. Move these into one folder.")
     if not folders:
-        problems.append(f"No test samples in {root}. Expected a folder good and one for each type of defect.")
+        missing = "" if root.is_dir() else ", or --classes with the class, which then needs no test split"
+        problems.append(f"No test samples in {root}. Expected a folder good and one for each type of defect{missing}.")
     for folder in folders:
         if is_good(folder.name) and folder.name.casefold() != GOOD:
             warn_once(
@@ -163,7 +164,7 @@ def check_files(files: Iterable[SampleFiles], modalities: frozenset[str]) -> Non
     Only ground truth is decoded. Of other files, headers and ends are read, so thousands take seconds. Wrong ground
     truth gives one warning per folder. Raises InputError at the first bad sample.
     """
-    for sample in tqdm(files, desc="Checking files", delay=2, leave=False):
+    for sample in progress_bar(files, desc="Checking files", unit="sample", delay=2):
         check_sample_files(sample, modalities)
         if sample.mask is not None and sample.label is not None:
             problem = defect_share(sample.mask, bool(sample.label))[1]

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from runner.pretrain_config import PretrainConfig
 from utils.choices import NEGATIVES, PAIRINGS, PRECISIONS
 from utils.command_line import MOST_WORKERS, Parser
-from utils.errors import exit_on_error
+from utils.errors import exit_on_error, start_messages
 
 COUNTS = ("batch_size", "epochs", "accum_iter", "max_steps", "save_steps", "world_size", "xyz_dim", "input_size")
 BOUNDS = {
@@ -78,6 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 @exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     config = PretrainConfig(**vars(parse_args(argv)))
+    start_messages("%(message)s")
     from runner.pretraining import run  # imports torch, which --help does not need
 
     run(config)

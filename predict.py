@@ -26,7 +26,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from runner.predict_settings import PredictSettings, make_parser
-from utils.errors import exit_on_error, show
+from utils.errors import exit_on_error, show, start_messages
 from utils.scans.images import set_max_megapixels
 
 if TYPE_CHECKING:
@@ -105,18 +105,18 @@ def load(settings: PredictSettings, camera: "Camera | None") -> "Predictor":
 
 def predict_found(found: "FoundSamples", predictor: "Predictor", writer: "PredictionWriter", tally: "Tally") -> None:
     """Predict files that are there, and print their lines."""
-    from tqdm import tqdm
-
     from runner.prediction import LoadedSample, Outcome
+    from utils.reporting.progress import progress_bar
     from utils.scans.sample_files import stamp_of
 
     for files, problem in found.incomplete:
         tally.report(writer.add(Outcome(LoadedSample(files, stamp=stamp_of(files)), problem=problem)))
     width = max(len(each.path) for each in found.samples)
     outcomes = predictor.outcomes(found.samples)
-    for outcome in tqdm(outcomes, total=len(found.samples), desc="samples", unit="sample", leave=False, disable=None):
+    progress = progress_bar(outcomes, total=len(found.samples), desc="samples", unit="sample")
+    for outcome in progress:
         record = writer.add(outcome)
-        with tqdm.external_write_mode():
+        with progress.external_write_mode():
             tally.report(record, width)
 
 
@@ -151,7 +151,7 @@ def print_line(record: dict[str, Any], width: int = 0) -> None:
     """Print a sample on one line of stdout in aligned columns, or its problem on stderr."""
     name = record["name"]
     if "error" in record:
-        return show(f"predict.py: {name} could not be predicted: {record['error']}", sys.stderr)
+        return show(f"predict.py: {name} could not be predicted: {record['error']}", sys.stderr, logging.ERROR)
     decision = {True: "anomalous", False: "good", None: "no threshold"}[record["anomalous"]]
     severity = "" if record["severity"] is None else f"{record['severity']:.2f}"
     scores = f"{record['score']:12.6g}  {severity:>7}"
@@ -164,9 +164,10 @@ def print_line(record: dict[str, Any], width: int = 0) -> None:
 @exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, predict, and exit."""
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    args = make_parser(__doc__).parse_args(argv)
+    start_messages()
     with ExitStack() as locks:
-        raise SystemExit(predict(PredictSettings(**vars(make_parser(__doc__).parse_args(argv))), locks))
+        raise SystemExit(predict(PredictSettings(**vars(args)), locks))
 
 
 if __name__ == "__main__":

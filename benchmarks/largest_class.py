@@ -17,7 +17,6 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tqdm import tqdm
 
 from benchmarks.measuring import in_fresh_process, make_parser, write_record
 from benchmarks.workload import SEED, SIZES, TRIPLE, build_networks, detector_config, made_up_samples, varied
@@ -28,6 +27,7 @@ from models.feature_fusion import FeatureFusion
 from utils.feature_store import STORAGE_DTYPES
 from utils.memory import peak_memory_mb
 from utils.records import PatchFeatures
+from utils.reporting.progress import progress_bar
 
 
 def fit_class(args: argparse.Namespace) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def fit_class(args: argparse.Namespace) -> dict[str, Any]:
     start = peak_memory_mb()
     features = TrainingFeatures(args.train, args.memory_budget, STORAGE_DTYPES[args.train_feature_dtype])
     generator = torch.Generator().manual_seed(SEED)
-    for i in tqdm(range(args.train), desc="features", unit="sample", leave=False):
+    for i in progress_bar(range(args.train), desc="features", unit="sample"):
         of_sample = extracted[i % args.distinct]
         if i >= args.distinct:
             of_sample = PatchFeatures(*(None if each is None else varied(each, generator) for each in of_sample))

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from utils.errors import InputError
+from utils.errors import InputError, show
 
 if TYPE_CHECKING:
     from models.feature_fusion import FeatureFusion
@@ -228,8 +228,9 @@ def print_backbones(checkpoint_dir: Path, img_size: int) -> None:
     rows = list_backbones(checkpoint_dir, img_size)
     print_columns([("name", "branch", "width", "grid", "weights"), *[tuple(map(str, row[:5])) for row in rows]])
     published = [f"  {row.name}: {row.published}" for row in rows if row.published]
-    print("\nPublished as:", *published, sep="\n")
-    print("\nAny other timm vision transformer works by its timm name, such as vit_small_patch14_dinov2.lvd142m.")
+    other = "Any other timm vision transformer works by its timm name, such as vit_small_patch14_dinov2.lvd142m."
+    for line in ("", "Published as:", *published, "", other):
+        show(line)
 
 
 def build_feature_fusion(path: Path, *, xyz_dim: int, rgb_dim: int) -> "FeatureFusion":

@@ -16,13 +16,21 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
-from tqdm import tqdm
 
 from models.contrastive import contrastive_loss, retrieval
 from models.feature_fusion import FeatureFusion
 from runner.pretrain_config import FIX_DIVERGENCE, PretrainConfig, Progress
 from runner.training import Trainer, load_checkpoint, make_loader, make_optimizer, save_checkpoint, split_files
-from utils.distributed import Ranks, all_reduce_any, all_reduce_sum, choose_device, find_ranks, is_main, process_group
+from utils.distributed import (
+    Ranks,
+    all_reduce_any,
+    all_reduce_sum,
+    choose_device,
+    find_ranks,
+    is_main,
+    process_group,
+    progress_bar,
+)
 from utils.errors import InputError
 from utils.feature_store import PatchFileDataset
 from utils.precision import autocast
@@ -38,7 +46,7 @@ logger = logging.getLogger(__name__)
 def run(config: PretrainConfig) -> None:
     """Train on the device of this process, connected to the other ranks."""
     ranks = find_ranks(config.local_rank, config.world_size, config.dist_url, config.dist_on_itp)
-    logging.basicConfig(level=logging.INFO if ranks.rank == 0 else logging.ERROR, format="%(message)s")
+    logging.disable(logging.NOTSET if ranks.rank == 0 else logging.WARNING)
     config = config.with_lr(ranks.world_size)
     device = choose_device(config.device, ranks.local_rank)
     if config.precision == "auto":
@@ -71,11 +79,11 @@ def pretrain(config: PretrainConfig, ranks: Ranks, device: torch.device) -> None
         while not config.is_finished(progress):
             epoch, stop = progress.epoch, False
             steps = trainer.train_epoch()
-            bar = tqdm(steps, f"epoch {epoch}", len(loader), initial=progress.batch, disable=not is_main())
+            bar = progress_bar(steps, desc=f"epoch {epoch}", total=len(loader), initial=progress.batch, unit="batch")
             for step in bar:
                 if step.grad_norm is None:
                     continue
-                bar.set_postfix(loss=f"{step.loss:.3f}")
+                bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
                 if board:  # in thousandths of an epoch, so that curves of different batch sizes match
                     for name in ("loss", "lr", "grad_norm"):
                         board.add_scalar(f"train_{name}", getattr(step, name), int(step.epoch * 1000))

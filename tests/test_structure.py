@@ -144,6 +144,18 @@ def test_scripts_in_utils_do_not_search_their_own_folder() -> None:
         assert "sys.path[0] = " in head, path
 
 
+def test_every_script_starts_its_messages() -> None:
+    """Without this call, a script would accept --log_file and write nothing to it."""
+    scripts = [path for path in LAYERED if '__name__ == "__main__"' in SOURCES[path]]
+    assert set(SCRIPTS) <= set(scripts)
+    assert [path for path in scripts if "start_messages(" not in SOURCES[path]] == []
+
+
+def test_one_function_makes_progress_bars() -> None:
+    others = [path for path in LAYERED if "tqdm(" in SOURCES[path] and path != "utils/reporting/progress.py"]
+    assert others == []
+
+
 def test_imports_have_no_side_effects() -> None:
     """Imports parse no argument, print nothing, load no checkpoint, use no GPU and draw no random number."""
     program = f"""

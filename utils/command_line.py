@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from utils.choices import MAX_MEGAPIXELS, UNITS
-from utils.errors import TRACEBACK, Bounds, escape_controls, range_problem, show
+from utils.errors import LOG_FILE, QUIET, TRACEBACK, Bounds, escape_controls, range_problem, show
 
 Settings = TypeVar("Settings")
 
@@ -19,7 +19,7 @@ FILE_BOUNDS: Bounds = {"missing_value": (-3.4028235e38, 3.4028235e38), "max_mega
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser with defaults in its help, --version, --debug, bounds of numbers, and two-line errors."""
+    """ArgumentParser with defaults in its help, the flags of every script, bounds of numbers, and two-line errors."""
 
     def __init__(self, description: str | None, bounds: Bounds | None = None) -> None:
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
@@ -27,6 +27,9 @@ class Parser(argparse.ArgumentParser):
         silent: dict[str, Any] = {"nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
         self.add_argument("--version", action=_Version, help="print the version and exit", **silent)
         self.add_argument("--debug", action=_Debug, help="show the traceback of an error", **silent)
+        self.add_argument("--quiet", action=_Quiet, help="print only warnings and errors", **silent)
+        text = "also append every message to FILE, with date and time"
+        self.add_argument("--log_file", action=_LogFile, metavar="FILE", help=text, **silent | {"nargs": None})
 
     def error(self, message: str) -> NoReturn:
         """Print one line of usage and the problem, and exit with code 2. Of several processes only the first prints."""
@@ -71,18 +74,32 @@ class _Debug(argparse.Action):
         TRACEBACK.set(True)
 
 
+class _Quiet(argparse.Action):
+    def __call__(self, *_: object) -> None:
+        QUIET.set(True)
+
+
+class _LogFile(argparse.Action):
+    def __call__(self, _parser: object, _namespace: object, value: Any, *_: object) -> None:
+        LOG_FILE.set(value)
+
+
 def version() -> str:
     """Version of CITATION.cff, followed by the commit in a git checkout: "1.0.0 (1a2b3c4)"."""
     lines = (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
     number = next(line.removeprefix("version:").strip() for line in lines if line.startswith("version:"))
+    return f"{number} ({found[:7]})" if (found := commit()) else number
+
+
+def commit() -> str | None:
+    """Commit of a git checkout, 40 hexadecimal digits; None elsewhere."""
     if not (ROOT / ".git").exists():
-        return number
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+        return None
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
-        return number
-    return f"{number} ({commit})"
+        return None
 
 
 def add_file_flags(add: Callable[..., Any], unit: str | None = "m") -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.errors import InputError
+from utils.reporting import progress
 
 Item = TypeVar("Item")
 Group = dist.ProcessGroup
@@ -276,5 +277,5 @@ def log_on_first_rank(group: Group | None = None) -> None:
 
 
 def progress_bar(items: Iterable[Item] | None = None, **options: Any) -> "tqdm[Item]":
-    """tqdm with its `options`, on rank 0 only, cleared at the end. Without items, the caller calls `update`."""
-    return tqdm(items, leave=False, disable=not is_main(), **options)
+    """`utils.reporting.progress.progress_bar`, on rank 0 only."""
+    return progress.progress_bar(items, disable=not is_main(), **options)

@@ -1,4 +1,4 @@
-"""Errors that the user can fix, the exit of a script that reports them, and text that is safe for terminals."""
+"""Messages of a script and their log file, errors that the user can fix, and the exit of a script that reports them."""
 
 import errno
 import logging
@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from io import TextIOWrapper
 from pathlib import Path
@@ -16,6 +16,15 @@ from typing import TextIO
 Bounds = dict[str, tuple[float, float]]  # lowest and highest value of numeric flags by name
 
 TRACEBACK = ContextVar("traceback", default=False)  # set by --debug: print the traceback of an error, too
+QUIET = ContextVar("quiet", default=False)  # set by --quiet: print only warnings and errors
+LOG_FILE: ContextVar[str | None] = ContextVar("log_file", default=None)  # set by --log_file
+
+_shown = logging.getLogger("shown")  # gets the lines of `show`, which its only handlers, log files, write
+_shown.setLevel(logging.INFO)
+_shown.propagate = False
+_shown.addHandler(logging.NullHandler())  # without any handler, Python would print warnings again
+_warned: set[tuple[str, object]] = set()  # kinds and subjects of the warnings of this run, see `warn_once`
+_handlers: list[logging.Handler] = []  # of this run
 
 _MEMORY = "There is not enough memory. Close other programs, or use smaller input, smaller batches or fewer workers."
 _KILLED = "A worker process was killed, perhaps for lack of memory. Run again with fewer workers."
@@ -44,9 +53,69 @@ def escape_controls(text: str) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
-def show(text: str, stream: TextIO | None = None) -> None:
-    """Print one line on stdout or another stream, with escaped control characters."""
-    print(escape_controls(text), file=stream, flush=True)
+def show(text: str, stream: TextIO | None = None, level: int = logging.INFO) -> None:
+    """Print one line on stdout or another stream, with escaped control characters; the log file gets it, too.
+
+    --quiet leaves out lines below the `level` of warnings.
+    """
+    text = escape_controls(text)
+    if level >= logging.WARNING or not QUIET.get():
+        print(text, file=stream, flush=True)
+    if text:
+        _shown.log(level, text)
+
+
+def warn_once(kind: str, subject: object, problem: str) -> None:
+    """Log a problem of a subject, such as a folder, if there is one and none of this kind was logged in this run."""
+    if problem and (kind, subject) not in _warned:
+        _warned.add((kind, subject))
+        logging.getLogger(__name__).warning(problem)
+
+
+def start_messages(form: str = "%(name)s: %(message)s") -> None:
+    """Log to stderr in this `form`, and everything that is logged or shown to --log_file, with date and time.
+
+    The main of each script calls it after the flags are parsed; `exit_on_error` ends it. Raises InputError if the log
+    file cannot be written.
+    """
+    _stop_messages()
+    console = logging.StreamHandler()
+    console.setFormatter(logging.Formatter(form))
+    console.setLevel(logging.WARNING if QUIET.get() else logging.INFO)
+    _handlers.append(console)
+    if path := LOG_FILE.get():
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise InputError(system_problem(path, "written", error)) from None
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        _handlers.append(file)
+        _shown.addHandler(file)
+    for handler in _handlers:
+        logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.INFO)
+
+
+def _stop_messages() -> None:
+    _warned.clear()
+    while _handlers:
+        handler = _handlers.pop()
+        logging.getLogger().removeHandler(handler)
+        _shown.removeHandler(handler)
+        with suppress(OSError):  # a full disk
+            handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """Log file that is given up, with a warning, if it cannot be written any more."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        for logger in (logging.getLogger(), _shown):
+            logger.removeHandler(self)
+        problem = system_problem(self.baseFilename, "written", error) if isinstance(error, OSError) else str(error)
+        show(f"warning: {problem} The run continues without it.", sys.stderr, logging.WARNING)
 
 
 class _EscapedRecord(logging.LogRecord):
@@ -104,19 +173,24 @@ def exit_on_error(interrupted: str = "interrupted") -> Iterator[None]:
     except (KeyboardInterrupt, ImportError) as error:
         if isinstance(error, ImportError) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        show(f"{script}: {interrupted}", sys.stderr)
+        show(f"{script}: {interrupted}", sys.stderr, logging.ERROR)
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(141) from None
     except Exception as error:
-        problem = problem_of(error)
+        problem, lines = problem_of(error), "".join(traceback.format_exception(error)).splitlines()
         if problem is None:
+            for line in lines:
+                _shown.error(escape_controls(line))
             raise
-        if TRACEBACK.get():
-            for line in "".join(traceback.format_exception(error)).splitlines():
-                show(line, sys.stderr)
-        show(f"{script}: error: {problem}", sys.stderr)
+        for line in lines if TRACEBACK.get() else ():
+            show(line, sys.stderr, logging.ERROR)
+        show(f"{script}: error: {problem}", sys.stderr, logging.ERROR)
         raise SystemExit(2) from None
+    finally:
+        QUIET.set(False)
+        LOG_FILE.set(None)
+        _stop_messages()
 
 
 def _flush_stdout() -> None:

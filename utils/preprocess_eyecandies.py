@@ -28,7 +28,7 @@ import yaml
 from utils.cleaning.journal import Journal, Scan
 from utils.cleaning.scan_processing import Result, Summary, process_scans, report, write_results
 from utils.command_line import MOST_WORKERS, Parser
-from utils.errors import InputError, exit_on_error
+from utils.errors import InputError, exit_on_error, start_messages
 from utils.scans.files import check_folder, read_bytes, subfolders
 from utils.scans.images import defect_mask, open_image, read_image
 
@@ -225,7 +225,9 @@ def parse_args(argv: Sequence[str] | None) -> Config:
 @exit_on_error("interrupted. Run the same command to continue.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit code."""
-    return report(preprocess(parse_args(argv)))
+    config = parse_args(argv)
+    start_messages("%(message)s")
+    return report(preprocess(config))
 
 
 if __name__ == "__main__":

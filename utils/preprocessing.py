@@ -31,7 +31,7 @@ from utils.cleaning.journal import MANIFEST, Journal, Scan, read_manifest
 from utils.cleaning.preview import FORMATS, Pair, write_preview
 from utils.cleaning.scan_processing import Result, Summary, process_scans, report, write_results
 from utils.command_line import FILE_BOUNDS, MOST_WORKERS, Parser, add_file_flags, from_flags
-from utils.errors import InputError, exit_on_error, show
+from utils.errors import InputError, exit_on_error, show, start_messages, warn_once
 from utils.records import METERS, CloudForm, SampleFiles
 from utils.scans.cloud_check import checked_cloud, class_distance
 from utils.scans.files import (
@@ -43,7 +43,7 @@ from utils.scans.files import (
     make_folder,
     subfolders,
 )
-from utils.scans.images import defect_mask, defect_share, open_image, read_image, set_max_megapixels, warn_once
+from utils.scans.images import defect_mask, defect_share, open_image, read_image, set_max_megapixels
 from utils.scans.organized_pc import read_organized_pc
 
 ROWS = 4  # of each class in the preview, at most
@@ -250,6 +250,7 @@ def parse_args(argv: Sequence[str] | None) -> Config:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit code."""
     config = parse_args(argv)
+    start_messages("%(message)s")
     summary = preprocess(config) if config.dry_run else None
     if config.preview:
         flagged = summary.failed | summary.doubtful if summary else ()

@@ -11,7 +11,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from utils.command_line import Parser
-from utils.errors import InputError, escape_controls, exit_on_error, show
+from utils.errors import InputError, exit_on_error, show, start_messages
 
 
 @exit_on_error()
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("compare.html"), help="HTML page of the comparison")
     args = parser.parse_args(argv)
+    start_messages("%(message)s")
     from utils.reporting.comparison import compare, comparison_page, format_comparison
     from utils.reporting.html_report.page import write_page
 
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for line in format_comparison(comparison).split("\n"):
         show(line)
     write_page(args.output, comparison_page(comparison))
-    print(f"\nwritten to {escape_controls(str(args.output))}")
+    show("")
+    show(f"written to {args.output}")
 
 
 if __name__ == "__main__":

@@ -27,14 +27,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 from scipy import ndimage
-from tqdm import tqdm
 
 if __name__ == "__main__":  # run by path: utils/ itself must not be searched for modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from utils.cleaning.cloud_cleaning import CleaningRule, fit_border_plane
 from utils.command_line import MOST_WORKERS, Parser, from_flags
-from utils.errors import InputError, exit_on_error, show
+from utils.errors import InputError, exit_on_error, show, start_messages
+from utils.reporting.progress import progress_bar
 from utils.scans.files import atomic_path, make_folder
 from utils.scans.organized_pc import read_organized_pc, valid_mask, write_organized_pc
 from utils.synthetic_data.parts import DEFECTS, PARTS, TOP
@@ -87,7 +87,7 @@ def make_dataset(plan: Plan, num_workers: int = 1) -> None:
         make_folder(folder, "OUTPUT_DIR")
     samples, write = plan.samples(), partial(_write_sample, plan)
     with ProcessPoolExecutor(num_workers) as pool:
-        for _ in tqdm(pool.map(write, samples), total=len(samples), unit="sample"):
+        for _ in progress_bar(pool.map(write, samples), total=len(samples), unit="sample"):
             pass
 
 
@@ -168,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--seed", type=int, default=Plan.seed, help="seed of all random numbers")
     add("--num_workers", type=int, default=os.cpu_count() or 1, metavar="N", help="number of processes")
     args = parser.parse_args(argv)
+    start_messages("%(message)s")
     plan = from_flags(Plan, args)
     make_dataset(plan, args.num_workers)
     write_preview(plan.output_dir, plan.classes)

@@ -1,5 +1,6 @@
 """Preprocessing of many scans in several processes, with a journal and a summary."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -13,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from utils.cleaning.journal import MANIFEST, FileRecord, Journal, Record, Scan, sha256, stamp
-from utils.errors import InputError, problem_of, show
+from utils.errors import LOG_FILE, QUIET, InputError, problem_of, show, start_messages
+from utils.reporting.progress import progress_bar
 from utils.scans.files import atomic_path, locked, make_folder, writing
 from utils.scans.images import open_image
 from utils.scans.organized_pc import as_cloud, read_organized_pc, write_organized_pc
@@ -57,7 +58,7 @@ def process_scans(
         if pending and not dry_run:  # a finished dataset may lie on a read-only disk
             journal.save()  # a journal is only read beside a manifest
         with closing(process_all(pending, process, workers)) as outcomes:
-            for scan, outcome in tqdm(outcomes, total=len(pending), unit="scan", disable=None if pending else True):
+            for scan, outcome in progress_bar(outcomes, disable=not pending, total=len(pending), unit="scan"):
                 if isinstance(outcome, str):
                     failed[scan.name] = outcome
                     continue
@@ -80,7 +81,8 @@ def process_all(scans: list[Scan], process: Process, workers: int) -> Generator[
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the workers, which occupy the cores already
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(scans)), context, _start_worker, (Image.MAX_IMAGE_PIXELS,))
+    settings = Image.MAX_IMAGE_PIXELS, QUIET.get(), LOG_FILE.get()
+    pool = ProcessPoolExecutor(min(workers, len(scans)), context, _start_worker, settings)
     try:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # workers inherit it and ignore Ctrl-C
         futures = [pool.submit(attempt, scan) for scan in scans]
@@ -101,9 +103,12 @@ def _attempt(scan: Scan, process: Process) -> Outcome:
         return scan, problem
 
 
-def _start_worker(max_pixels: int | None) -> None:
-    """Set the size limit of images, and exit when the main process ends, even if it is killed."""
+def _start_worker(max_pixels: int | None, quiet: bool, log_file: str | None) -> None:
+    """Take over the settings of the main process, and exit when it ends, even if it is killed."""
     Image.MAX_IMAGE_PIXELS = max_pixels
+    QUIET.set(quiet)
+    LOG_FILE.set(log_file)
+    start_messages("%(message)s")
     main_process = multiprocessing.parent_process()
     assert main_process is not None, "runs in a worker"
 
@@ -139,13 +144,14 @@ def split_scans(scans: list[Scan], journal: Journal) -> tuple[list[Scan], list[s
 
 def report(summary: Summary, done: str = "done") -> int:
     """Print the summary and return the exit code: 0 all done, 1 some scans failed."""
-    print(f"{done} {len(summary.done)}, skipped {len(summary.skipped)} (done before), failed {len(summary.failed)}")
+    show(f"{done} {len(summary.done)}, skipped {len(summary.skipped)} (done before), failed {len(summary.failed)}")
     for name, reason in summary.failed.items():
-        show(f"  {name}: {reason}")
+        show(f"  {name}: {reason}", level=logging.ERROR)
     if summary.doubtful:
-        show(f"warning: the table may not have been found in {len(summary.doubtful)} of the scans. Check their results")
+        problem = f"the table may not have been found in {len(summary.doubtful)} of the scans. Check their results"
+        show(f"warning: {problem}", level=logging.WARNING)
     for name, doubt in summary.doubtful.items():
-        show(f"  {name}: {doubt}.")
+        show(f"  {name}: {doubt}.", level=logging.WARNING)
     return 1 if summary.failed else 0
 
 

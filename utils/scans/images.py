@@ -1,6 +1,5 @@
 """Image files of any mode as RGB images and ground truths."""
 
-import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -11,30 +10,21 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from utils.choices import MAX_MEGAPIXELS
-from utils.errors import InputError
+from utils.errors import InputError, warn_once
 from utils.scans.files import open_file
 
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
 _LOSSY = ("JPEG", "MPO", "WEBP")  # a ground truth in these has gray pixels around its defects
 _END_MARKERS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
 _TAIL_BYTES = 65536  # some programs append their own data after the end marker
-_warned: set[tuple[str, Path]] = set()
 OVERLAY_SIDE = 1024  # pixels of an image that is kept for an overlay, at most
 Image.MAX_IMAGE_PIXELS = MAX_MEGAPIXELS * 1_000_000
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # open_image reports it
-logger = logging.getLogger(__name__)
 
 
 def set_max_megapixels(number: int) -> None:
     """Set the size of the largest image that this process opens."""
     Image.MAX_IMAGE_PIXELS = number * 1_000_000
-
-
-def warn_once(kind: str, folder: Path, problem: str) -> None:
-    """Log a problem of a folder, if it has one and none of this kind was logged before."""
-    if problem and (kind, folder) not in _warned:
-        _warned.add((kind, folder))
-        logger.warning(problem)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
