@@ -4,6 +4,9 @@ import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from dataset import SampleFiles, original_size, read_rgb, read_xyz
 from feature_extractors.config import DetectorConfig
@@ -12,12 +15,12 @@ from runner.finished_classes import FOLDER, class_file, read_class, write_class
 from runner.preparation import Run, image_files
 from runner.settings import applied_flags
 from utils.distributed import progress_bar
-from utils.errors import escape_controls, show
+from utils.errors import show
 from utils.records import SampleResult
 from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.report_page import write_report
-from utils.reporting.results_json import FILE_NAME, results_record
-from utils.reporting.tables import append_tables, format_tables, result_line
+from utils.reporting.results_json import FILE_NAME, origin_of_run, results_record
+from utils.reporting.tables import CSV_NAME, append_tables, format_tables, result_line, write_csv
 from utils.reporting.visualization import FUSED, caption, color_scale, save_anomaly_map, save_figure
 from utils.scans.json_records import write_record
 from utils.scans.organized_pc import valid_mask
@@ -26,10 +29,13 @@ logger = logging.getLogger("main")
 
 
 class Results:
-    """Results of a run, written class by class and published by rank 0. `inputs` are the run's `input_checksums`."""
+    """Results of a run on a device, written class by class and published by rank 0.
 
-    def __init__(self, run: Run, inputs: Mapping[str, str]) -> None:
-        self.run, self.inputs = run, inputs
+    `inputs` are the run's `input_checksums`.
+    """
+
+    def __init__(self, run: Run, inputs: Mapping[str, str], device: torch.device) -> None:
+        self.run, self.inputs, self.origin = run, inputs, origin_of_run(device)
         self.folders = run.folders(run.settings.output_dir)
         self.flags = {method: {**run.flags, **applied_flags(config)} for method, config in run.configs.items()}
         self.exact = run.config.protocol.exact_au_pro
@@ -71,9 +77,18 @@ class Results:
             return
         for method, config in self.run.configs.items():
             of_method = [self.reports[method][name] for name in self.inputs if name in self.reports[method]]
-            record = results_record(sys.argv, self.flags[method], {each.name: each.entry for each in of_method})
+            entries = {each.name: each.entry for each in of_method}
+            record = results_record(sys.argv, self.flags[method], entries, self.origin)
             write_record(self.folders[method] / FILE_NAME, record, indent=1)
             write_report(self.folders[method], record, of_method, table_note(config))
+        write_csv(self.run.settings.output_dir / CSV_NAME, self._entries())
+
+    def _entries(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Published entries of results.json by method and class."""
+        return {
+            method: {name: reports[name].entry for name in self.inputs if name in reports}
+            for method, reports in self.reports.items()
+        }
 
     def _kept(self, name: str) -> dict[str, ClassReport]:
         """Reports of a class by method, from its files; empty if the file of any method is missing."""
@@ -93,11 +108,10 @@ class Results:
         """Publish the rest of `finished`, add the tables to those of earlier runs, and print them."""
         self.publish({name: finished[name] for name in self.missing()})
         output_dir = self.run.settings.output_dir
-        methods = {
-            method: {name: reports[name].entry for name in self.inputs} for method, reports in self.reports.items()
-        }
+        methods = self._entries()
         append_tables(output_dir, methods, sys.argv, self.exact, self.note, self.run.settings.resume)
-        print(f"\n{format_tables(methods, self.exact, self.note)}\n\nwritten to {escape_controls(str(output_dir))}/")
+        for line in ["", *format_tables(methods, self.exact, self.note).splitlines(), "", f"written to {output_dir}/"]:
+            show(line)
 
 
 def table_note(config: DetectorConfig) -> str:

@@ -14,6 +14,7 @@ from main_runs import (
     SIDE,
     SMALL,
     TABLES,
+    WRITTEN,
     XYZ_DIM,
     Run,
     files_below,
@@ -165,7 +166,7 @@ def test_only_features_of_needed_banks_are_extracted() -> None:
 def test_each_method_has_a_folder_and_the_tables_are_above(compare: Comparer) -> None:
     runs = compare()
     folder = runs["DINO"].folder.parent
-    assert files_below(folder) == sorted([*TABLES, *(f"{method}/{name}" for method in ALL for name in METHOD_FILES)])
+    assert files_below(folder) == sorted([*WRITTEN, *(f"{method}/{name}" for method in ALL for name in METHOD_FILES)])
 
 
 def test_tables_have_a_row_for_each_method(compare: Comparer) -> None:
@@ -201,7 +202,7 @@ def test_a_method_named_twice_counts_once(
     single = tmp_path / "single"
     run = read_run(single, printed("--method_name", "DINO", "DINO", *base, "--output_dir", single))
     assert figures(run) == figures(alone("DINO"))
-    assert files_below(single) == sorted([*TABLES, *METHOD_FILES])  # no folder DINO, as for one method
+    assert files_below(single) == sorted([*WRITTEN, *METHOD_FILES])  # no folder DINO, as for one method
 
     stdout = printed("--method_name", "Point_MAE", "DINO", "Point_MAE", *base, "--output_dir", tmp_path / "two")
     assert [row[0] for row in table_rows(tmp_path / "two", TABLES[0])] == ["Method", "Point_MAE", "DINO"]
@@ -227,7 +228,7 @@ def test_predictions_of_the_named_methods_are_saved(
     for method, run in runs.items():
         expected = prediction_files() if method in saved else []
         assert files_below(run.folder) == sorted([*METHOD_FILES, *expected])
-    assert {path for path in files_below(tmp_path) if "/" not in path} == set(TABLES)
+    assert {path for path in files_below(tmp_path) if "/" not in path} == set(WRITTEN)
     maps = [tifffile.imread(tmp_path / method / prediction_files()[1]) for method in saved]
     assert all(plane.shape == (SIDE, SIDE) and np.ptp(plane) > 0 for plane in maps)
     assert len({plane.tobytes() for plane in maps}) == len(maps)  # each method's own

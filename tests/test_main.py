@@ -19,6 +19,7 @@ from main_runs import (
     RGB_DIM,
     SMALL,
     TABLES,
+    WRITTEN,
     XYZ_DIM,
     Run,
     bagels_fixture,  # noqa: F401 (a fixture)
@@ -114,16 +115,17 @@ def uff(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_output_files_of_every_method(runs: Runner, method: str) -> None:
     run = runs("--method_name", method, "--memory_bank", METHODS[method].memory_bank)
     entry, results = run.entry, run.results
-    assert files_below(run.folder) == sorted([*TABLES, "results.json", "report.html", "classes/gasket.json"])
+    assert files_below(run.folder) == sorted([*WRITTEN, "results.json", "report.html", "classes/gasket.json"])
 
-    assert list(results) == ["schema", "command", "args", "versions", "classes", "mean"]
-    assert results["schema"] == 1
+    assert list(results) == ["schema", "command", "args", "versions", "commit", "machine", "classes", "mean"]
+    assert results["schema"] == 2
+    assert results["machine"]["threads"] == torch.get_num_threads()
     assert results["command"][0] == "main.py"
     assert results["command"][-2:] == ["--output_dir", str(run.folder)]
     assert results["args"].items() >= {"method_name": method, "random_state": 0, "output_dir": str(run.folder)}.items()
     assert torch.__version__.startswith(results["versions"]["torch"])
     assert list(results["classes"]) == ["gasket"]
-    assert set(entry) == {*METRICS, "au_pro_exact", *DECISIONS, "samples", "seconds", "peak_memory_mb"}
+    assert set(entry) == {*METRICS, "au_pro_exact", *DECISIONS, "samples", "seconds", "peak_memory_mb", "split"}
     assert set(results["mean"]) == {*METRICS, "au_pro_exact"}
     assert list(entry["au_pro_exact"]) == list(results["mean"]["au_pro_exact"]) == LIMITS
 
@@ -217,7 +219,7 @@ def test_saved_predictions_have_the_size_of_the_ground_truth(clean_data: Path, r
     images = [f"pred_maps/gasket/{path.removeprefix('test/')}.png" for path in TEST_PATHS]
     maps = [f"anomaly_maps/gasket/{path}.tiff" for path in TEST_PATHS]
     assert files_below(run.folder) == sorted(
-        [*TABLES, "results.json", "report.html", "classes/gasket.json", *images, *maps]
+        [*WRITTEN, "results.json", "report.html", "classes/gasket.json", *images, *maps]
     )
 
     planes = [tifffile.imread(run.folder / path) for path in maps]

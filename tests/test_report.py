@@ -1,5 +1,6 @@
 """Result tables and results.json: they can be read back, and older content is kept."""
 
+import csv
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 from utils.errors import InputError
 from utils.metrics import EXACT_LIMITS, mean_over_classes
 from utils.reporting.results_json import package_versions, results_record
-from utils.reporting.tables import append_tables, format_tables, result_line
+from utils.reporting.tables import append_tables, format_tables, result_line, write_csv
 from utils.scans.json_records import write_record
 
 FILES = ("image_rocauc_results.md", "pixel_rocauc_results.md", "aupro_results.md")
@@ -301,3 +302,20 @@ def test_package_versions_do_not_import_the_packages() -> None:
 def test_missing_package_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.reporting.results_json.DISTRIBUTIONS", ("no-such-distribution",))
     assert package_versions()["no-such-distribution"] is None
+
+
+def test_results_csv_has_a_row_for_each_class_and_method(tmp_path: Path) -> None:
+    figures = BAGEL | {"split": "test", "threshold": {"image": 0.5, "source": "validation"}, "samples": [{}, {}]}
+    unmeasured = NOTHING | {"split": "train", "threshold": None, "samples": [{}]}
+    write_csv(
+        tmp_path / "results.csv", {"DINO": {"bagel": figures, 'a "b", c\n': unmeasured}, "Fusion": {"bagel": figures}}
+    )
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["class"], row["method"]) for row in rows] == [
+        ("bagel", "DINO"), ('a "b", c\n', "DINO"), ("bagel", "Fusion"),
+    ]  # fmt: skip
+    assert float(rows[0]["image_rocauc"]) == BAGEL["image_rocauc"]
+    assert float(rows[0]["au_pro_exact_0.05"]) == BAGEL["au_pro_exact"]["0.05"]
+    assert (rows[0]["threshold_image"], rows[0]["threshold_source"], rows[0]["samples"]) == ("0.5", "validation", "2")
+    assert (rows[1]["image_rocauc"], rows[1]["threshold_image"], rows[1]["samples"]) == ("", "", "1")

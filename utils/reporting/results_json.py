@@ -5,15 +5,20 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
+from utils.command_line import commit
 from utils.errors import InputError
 from utils.scans.json_records import read_record
 
+if TYPE_CHECKING:
+    import torch
+
 SCHEMA = 2
 FILE_NAME = "results.json"
+CPU_INFO = Path("/proc/cpuinfo")  # of Linux
 DISTRIBUTIONS = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "open3d", "pillow")
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1 + 1e-9)]  # an area may exceed 1 by rounding
@@ -57,9 +62,12 @@ class Results(msgspec.Struct, frozen=True):
 
 
 def results_record(
-    command: Sequence[str], args: Mapping[str, Any], classes: Mapping[str, Mapping[str, Any]]
+    command: Sequence[str],
+    args: Mapping[str, Any],
+    classes: Mapping[str, Mapping[str, Any]],
+    origin: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Content of results.json."""
+    """Content of results.json; `origin` as in `origin_of_run`."""
     from utils.metrics import mean_over_classes
 
     return {
@@ -67,6 +75,7 @@ def results_record(
         "command": list(command),
         "args": dict(args),
         "versions": package_versions(),
+        **(origin or {}),
         "classes": {name: dict(metrics) for name, metrics in classes.items()},
         "mean": mean_over_classes(classes),
     }
@@ -77,6 +86,20 @@ def read_results(path: Path) -> Results:
     if path.is_dir():
         raise InputError(f"{path} is a folder. Name the {FILE_NAME} in it.")
     return read_record(path, Results, SCHEMA, f"Name a {FILE_NAME} of main.py")
+
+
+def origin_of_run(device: "torch.device") -> dict[str, Any]:
+    """Commit of this project, name of the CPU or GPU, and number of threads."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {"commit": commit(), "machine": {"device": name, "threads": torch.get_num_threads()}}
+
+
+def _cpu_name() -> str:
+    lines = CPU_INFO.read_text("utf-8", "replace").splitlines() if CPU_INFO.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def package_versions() -> dict[str, str | None]:

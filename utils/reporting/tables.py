@@ -1,5 +1,6 @@
 """Result tables of a run, as Markdown files and as aligned text."""
 
+import csv
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -7,13 +8,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.errors import escape_controls
+from utils.errors import escape_controls, show
 from utils.metrics import EXACT_LIMITS, REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_over_classes
 from utils.scans.files import atomic_path
 
 FILE_NAMES = {
     "I-AUROC": "image_rocauc_results.md", "P-AUROC": "pixel_rocauc_results.md", "AU-PRO": "aupro_results.md",
 }  # fmt: skip
+CSV_NAME = "results.csv"
 UNDEFINED = "n/a"
 UNDEFINED_NOTE = f"{UNDEFINED}: undefined without defective or without good data; left out of the mean."
 
@@ -45,7 +47,8 @@ def aligned(rows: Sequence[Sequence[str]], justify: Callable[[str, int], str] = 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:
     """Print rows of cells in columns aligned to the left."""
-    print("\n".join(aligned(rows, str.ljust)))
+    for line in aligned(rows, str.ljust):
+        show(line)
 
 
 def append_tables(
@@ -72,6 +75,31 @@ def append_tables(
         with atomic_path(path) as temporary:
             text = older + "\n\n" + "\n".join([*heading, *lines]) + "\n"
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_csv(path: Path, methods: Methods) -> None:
+    """Write all figures of results.json, a row for each class and method; a cell is empty where one is undefined."""
+    rows = [
+        {"class": name, "method": method, **_flat(entry)}
+        for method, classes in methods.items()
+        for name, entry in classes.items()
+    ]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of a class by column: {"latency": {"p50": 1}} as {"latency_p50": 1}; of samples, the number."""
+    flat: dict[str, Any] = {}
+    for key, value in entry.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}_{inner}": each for inner, each in value.items()}
+        else:
+            flat[key] = len(value) if key == "samples" else value
+    return flat
 
 
 def format_tables(methods: Methods, exact_headline: bool, note: str | None = None) -> str:
