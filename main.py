@@ -7,11 +7,12 @@
     python main.py --method_name DINO Point_MAE DINO+Point_MAE --output_dir results/compared
     python main.py --method_name DINO --save_detector detectors
     python main.py --load_detector detectors
+    python main.py --load_detector detectors --target_fpr 0.02 --save_detector tolerant_detectors
     python main.py --inspect_dataset
     python main.py --list_backbones
 
-It writes image_rocauc_results.md, pixel_rocauc_results.md, aupro_results.md, results.json and report.html to
---output_dir, and with --save_preds also anomaly_maps/ and pred_maps/. Several methods share the features, which are
+It writes image_rocauc_results.md, pixel_rocauc_results.md, aupro_results.md, results.csv, results.json and report.html
+to --output_dir, and with --save_preds also anomaly_maps/ and pred_maps/. Several methods share the features, which are
 extracted once. Each method has a row in the tables and its other files in its own folder, <output_dir>/<method>.
 """
 
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from runner.settings import make_parser
 from utils.command_line import is_first_process
-from utils.errors import exit_on_error
+from utils.errors import exit_on_error, start_messages
 from utils.scans.images import set_max_megapixels
 
 if TYPE_CHECKING:
@@ -37,16 +38,22 @@ logger = logging.getLogger("main")
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, and only then import torch and the modules that need it."""
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args, given = parser.parse_args(argv), parser.given_flags(argv)
+    start_messages()
     set_max_megapixels(args.max_megapixels)
     if args.list_backbones or args.inspect_dataset:
         if is_first_process():
-            print_information(args)
+            print_information(args, given)
+    elif args.load_detector is not None and given & {"save_detector", "target_fpr"}:
+        from runner.saved_detectors import change_thresholds
+
+        if is_first_process():
+            change_thresholds(args, given)
     else:
-        run_method(args, parser.given_flags(argv))
+        run_method(args, given)
 
 
-def print_information(args: argparse.Namespace) -> None:
+def print_information(args: argparse.Namespace, given: Collection[str]) -> None:
     """Print the tables of --list_backbones or --inspect_dataset; exit code 1 if the dataset has problems."""
     if args.list_backbones:
         from models import print_backbones
@@ -54,7 +61,7 @@ def print_information(args: argparse.Namespace) -> None:
         return print_backbones(args.checkpoint_dir, args.img_size)
     from runner.dataset_check import print_dataset_check
 
-    if print_dataset_check(args):
+    if print_dataset_check(args, given):
         raise SystemExit(1)
 
 
@@ -65,7 +72,6 @@ def run_method(args: argparse.Namespace, given: Collection[str]) -> None:
 
     ranks = find_ranks()
     device = own_device(args.device, ranks)
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     with process_group(ranks, device), ExitStack() as locks:
         log_on_first_rank()
         evaluate_classes(*set_up(args, given, device, locks))
@@ -82,7 +88,7 @@ def evaluate_classes(run: "Run", extractor: "PatchExtractor") -> None:
     from runner.scheduling import divide_classes
     from utils.distributed import broadcast_object, gather_objects, is_main, log_on_first_rank, make_groups, world_size
 
-    results = Results(run, input_checksums(run, extractor))
+    results = Results(run, input_checksums(run, extractor), extractor.device)
     unfinished = broadcast_object(results.begin() if is_main() else None)
     costs = {name: float(sum(map(len, run.files[name]))) for name in unfinished}
     divided = divide_classes(run.settings.parallel, costs, world_size())

@@ -7,11 +7,9 @@ saved: config.json keeps checksums of their weights, and loading builds them aga
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 import torch
-from msgspec import structs
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -19,12 +17,15 @@ from torch import Tensor
 from feature_extractors.decision_fusion import DecisionFusion
 from feature_extractors.detector import Detector
 from feature_extractors.detector_record import (
-    CONFIG_FILE,
     FIX,
+    STATE_FILE,
     DetectorRecord,
     SavedDetector,
+    check_target,
+    now,
     read_saved,
-    record_checksum,
+    read_state,
+    write_detector,
 )
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.memory_bank import BankStatistics, MemoryBank
@@ -35,21 +36,8 @@ from utils.distributed import choose_device
 from utils.errors import InputError
 from utils.feature_store import STORAGE_DTYPES
 from utils.reporting.results_json import package_versions
-from utils.scans.files import atomic_folder, read_bytes, writing
-from utils.scans.json_records import encode_record
 
-STATE_FILE = "state.safetensors"
 SVMS = ("score_coef", "map_coef")
-
-
-def check_target(folder: Path | str) -> None:
-    """Check that a detector may be saved in `folder`; InputError if it holds anything but a detector."""
-    folder = Path(folder)
-    found = sorted(folder.iterdir()) if folder.exists() else []
-    names = [path.name for path in found]
-    is_detector = names == [CONFIG_FILE, STATE_FILE] and all(path.is_file() for path in found)
-    if names and not is_detector:
-        raise InputError(f"{folder} is not a detector and holds {', '.join(names[:5])}. Save to another folder.")
 
 
 def round_banks(detector: Detector, dtype: torch.dtype) -> None:
@@ -80,7 +68,7 @@ def save_detector(
     state = save(_checked_state(detector, dtype))
     record = DetectorRecord(
         class_name=class_name or folder.name,
-        written=datetime.now().astimezone().isoformat(timespec="seconds"),
+        written=now(),
         versions=package_versions(),
         config=config,
         backbone_sha256={modality: extractor.checksums[modality] for modality in config.backbone_names},
@@ -91,10 +79,7 @@ def save_detector(
         clouds=detector.clouds,
         cleaned=detector.cleaned,
     )
-    text = encode_record(structs.replace(record, config_sha256=record_checksum(record)), indent=1)
-    with writing(folder), atomic_folder(folder) as temporary:
-        (temporary / STATE_FILE).write_bytes(state)  # a file of save_file can be read by its owner only
-        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+    write_detector(folder, record, state)
 
 
 def load_detector(
@@ -190,8 +175,11 @@ def _check_backbones(saved: SavedDetector, extractor: PatchExtractor) -> None:
 def _restore(saved: SavedDetector, extractor: PatchExtractor) -> tuple[Detector, FeatureFusion | None]:
     """Return a detector, and its UFF or None. The caller puts the UFF into the extractor."""
     record, path = saved.record, saved.folder / STATE_FILE
-    config = record.config
-    state = _read_state(path, record.state_sha256)
+    config, content = record.config, read_state(saved)
+    try:
+        state = load(content)
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a safetensors file ({error}). {FIX}.") from None
     try:
         banks = {
             name: MemoryBank(
@@ -211,14 +199,3 @@ def _restore(saved: SavedDetector, extractor: PatchExtractor) -> tuple[Detector,
     fusion = FeatureFusion.from_state_dict(weights, path) if config.use_uff else None
     kept = record.thresholds, record.calibration, record.clouds, record.cleaned
     return Detector(config, extractor, banks, decision, *kept), fusion
-
-
-def _read_state(path: Path, sha256: str) -> State:
-    """Tensors of state.safetensors, after a comparison of its checksum with that in config.json."""
-    content = read_bytes(path, "weights")  # one read, so that the checked bytes are the used ones
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise InputError(f"{path} is damaged or of another detector: it does not match {CONFIG_FILE}. {FIX}.")
-    try:
-        return load(content)
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a safetensors file ({error}). {FIX}.") from None

@@ -1,4 +1,4 @@
-"""Folders of the detectors that main.py saves, and checks of the detectors that --load_detector reads."""
+"""Folders of the detectors that main.py saves, checks of those that --load_detector reads, and new thresholds."""
 
 import argparse
 from collections.abc import Collection, Iterable, Mapping
@@ -7,14 +7,16 @@ from reprlib import repr as shortened
 
 from dataset import find_classes
 from feature_extractors.config import METHODS, DetectorConfig
-from feature_extractors.detector_record import CONFIG_FILE, SavedDetector, read_saved
+from feature_extractors.detector_record import CONFIG_FILE, SavedDetector, check_target, read_saved, recalibrate
+from feature_extractors.thresholds import warn_of_few_samples
 from runner.settings import CONCERNS, applied_flags
-from utils.errors import InputError
-from utils.scans.files import check_folder, set_aside
+from utils.errors import InputError, show
+from utils.reporting.tables import print_columns
+from utils.scans.files import check_folder, locked, make_folder, set_aside, subfolders
 
 Saved = Mapping[str, Mapping[str, SavedDetector]]  # by class, then by method
 
-FLAT = ""  # key, instead of the method, of a detector saved in <root>/<class> by a run of one method
+FLAT = "."  # key, instead of the method, of a detector saved in <root>/<class> by a run of one method
 # Flags without effect if detectors are loaded.
 FITTING_FLAGS = (
     "max_sample", "fusion_module_path", "save_detector", "detector_dtype", "target_fpr", "save_feature",
@@ -22,6 +24,9 @@ FITTING_FLAGS = (
 )  # fmt: skip
 # Flags that may differ from the fit.
 FREE_FLAGS = {"point_ops", "precision"}
+# Flags of a run that only changes thresholds; the first three are needed.
+THRESHOLD_FLAGS = ("load_detector", "target_fpr", "save_detector", "classes", "method_name")
+SHOWN = ("target_fpr", "image", "pixel")  # of the old and new thresholds
 
 
 def read_detectors(args: argparse.Namespace, given: Collection[str]) -> Saved:
@@ -35,15 +40,66 @@ def read_detectors(args: argparse.Namespace, given: Collection[str]) -> Saved:
     """
     for name in sorted(set(given).intersection(FITTING_FLAGS)):
         raise InputError(f"--{name} has no effect with --load_detector. Leave it out.")
-    root: Path = args.load_detector
-    check_folder(root, "Give the one that --save_detector named.")
-    if (root / CONFIG_FILE).is_file():
-        raise InputError(f"{root} is a detector itself. Give the folder above it, {root.absolute().parent}.")
+    check_folder(args.load_detector, "Give the one that --save_detector named.")
+    _refuse_detector(args.load_detector)
     classes = find_classes(args.dataset_path, args.dataset_type, args.classes)
     saved = {name: _read_class(name, args, given) for name in classes}
     _check_alike(saved)
     _check_flags(args, given, [each.record.config for each in next(iter(saved.values())).values()])
     return saved
+
+
+def change_thresholds(args: argparse.Namespace, given: Collection[str]) -> None:
+    """Save the detectors of --load_detector with thresholds for --target_fpr, and print old and new thresholds.
+
+    The thresholds come from the stored calibration, so neither dataset nor checkpoints are read. Raises InputError for
+    flags without effect, and as `read_detectors` and `check_layout`.
+    """
+    if missing := [name for name in THRESHOLD_FLAGS[:3] if name not in given]:
+        problem = "--load_detector, --target_fpr and --save_detector change thresholds together"
+        raise InputError(f"{problem}, but --{missing[0]} is missing. Give it, or leave out the other two.")
+    for name in sorted(set(given).difference(THRESHOLD_FLAGS)):
+        raise InputError(f"--{name} has no effect on a change of thresholds. Leave it out.")
+    saved, root = _detectors_in(args, given), args.load_detector
+    target: Path = args.save_detector
+    places = {name: [each.folder.relative_to(root) for each in of_class.values()] for name, of_class in saved.items()}
+    check_layout(target, {name: [str(path.parent) for path in paths] for name, paths in places.items()})
+    folders = [target / path for paths in places.values() for path in paths]
+    for folder in folders:
+        check_target(folder)
+    rows: list[tuple[str, ...]] = [("class", "method", "false-alarm rate", "image threshold", "pixel threshold")]
+    counts: dict[str, int] = {}
+    with locked(make_folder(target, "--save_detector"), "--save_detector", [each / CONFIG_FILE for each in folders]):
+        for name, of_class in saved.items():
+            for method, each in of_class.items():
+                new = recalibrate(each, args.target_fpr, target / each.folder.relative_to(root))
+                values = ((getattr(found, key) for found in (each.record.thresholds, new)) for key in SHOWN)
+                rows.append((name, method, *("{:.4g} -> {:.4g}".format(*pair) for pair in values)))
+                counts[name] = new.parts
+    warn_of_few_samples(counts, args.target_fpr)
+    print_columns(rows)
+    show(f"written to {target}/")
+
+
+def _detectors_in(args: argparse.Namespace, given: Collection[str]) -> Saved:
+    """Detectors in --load_detector: those of --classes and --method_name if these are given, else all."""
+    root = args.load_detector
+    check_folder(root, "Give the one that --save_detector named.")
+    _refuse_detector(root)
+    names = dict.fromkeys(path.name for folder in (root, *map(root.joinpath, METHODS)) for path in subfolders(folder))
+    found = [name for name in names if _find(root, name)]
+    if not found:
+        raise InputError(f"{root} holds no detector. Give the folder that --save_detector named.")
+    if unknown := [name for name in args.classes or () if name not in found]:
+        problem = f"{root} holds no detector of {unknown[0]}, only of {', '.join(found)}"
+        raise InputError(f"{problem}. Name these with --classes.")
+    return {name: _read_class(name, args, given) for name in args.classes or found}
+
+
+def _refuse_detector(root: Path) -> None:
+    """Refuse a detector where a folder of detectors is expected."""
+    if (root / CONFIG_FILE).is_file():
+        raise InputError(f"{root} is a detector itself. Give the folder above it, {root.absolute().parent}.")
 
 
 def _read_class(name: str, args: argparse.Namespace, given: Collection[str]) -> dict[str, SavedDetector]:
@@ -67,18 +123,22 @@ def _read_class(name: str, args: argparse.Namespace, given: Collection[str]) -> 
     return detectors
 
 
-def check_layout(root: Path, methods: Collection[str], classes: Iterable[str]) -> None:
+def check_layout(root: Path, places: Mapping[str, Collection[str]]) -> None:
     """Check, before detectors are saved in a folder, that --load_detector will find them there.
 
-    Raises InputError if a class has a detector of the other layout there, or the folder of a method is a detector.
+    `places` are the folders in `root` by class: those of methods, or FLAT alone. Raises InputError if a class has a
+    detector of the other layout there, or `root` or the folder of a method is a detector.
     """
-    several = len(methods) > 1
-    in_the_way = [root / method for method in methods if several and (root / method / CONFIG_FILE).is_file()]
-    for name in classes:
-        in_the_way += [folder for method, folder in _find(root, name).items() if several == (method == FLAT)]
+    _refuse_detector(root)
+    in_the_way: list[tuple[Path, str]] = []
+    for name, folders in places.items():
+        flat = FLAT in folders
+        kind = "several methods" if flat else "one method"
+        in_the_way += [(root / each, kind) for each in folders if not flat and (root / each / CONFIG_FILE).is_file()]
+        in_the_way += [(found, kind) for each, found in _find(root, name).items() if flat != (each == FLAT)]
     if in_the_way:
         raise InputError(
-            f"{in_the_way[0]} holds a detector from a run of {'one method' if several else 'several methods'}, which "
+            f"{in_the_way[0][0]} holds a detector from a run of {in_the_way[0][1]}, which "
             "--load_detector could not tell from this run's. Move it away, or choose another --save_detector."
         )
 
@@ -88,7 +148,7 @@ def _find(root: Path, name: str) -> dict[str, Path]:
 
     A folder counts if it has a config.json, or if its replacement was interrupted.
     """
-    folders = {FLAT: root / name} | {method: root / method / name for method in METHODS}
+    folders = {each: root / each / name for each in (FLAT, *METHODS)}
     return {
         method: folder for method, folder in folders.items() if (folder / CONFIG_FILE).is_file() or set_aside(folder)
     }

@@ -96,7 +96,9 @@ class RunSettings:
 
 def make_parser() -> Parser:
     """The parser of main.py."""
-    parser = Parser("Fit Multi-3D-Memory on the good samples of each class, and test it on the test split.", BOUNDS)
+    parser = Parser(
+        "Fit Multi-3D-Memory on the good samples of each class, and test it if there is a test split.", BOUNDS
+    )
     _add_input_flags(parser.add_argument_group("method and data").add_argument)
     _add_output_flags(parser.add_argument_group("output").add_argument)
     _add_detector_flags(parser.add_argument_group("detector").add_argument)
@@ -123,7 +125,8 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
     add_file_flags(add)
     add("--classes", nargs="+", type=normpath, help="class folders; by default the existing ones of --dataset_type")
     add("--max_sample", type=int, default=400, help="fit on the first N training samples")
-    add("--load_detector", type=Path, metavar="FOLDER", help="evaluate the detectors saved there, without fitting")
+    help_text = "evaluate the detectors saved there, or, with --target_fpr and --save_detector, change thresholds"
+    add("--load_detector", type=Path, metavar="FOLDER", help=help_text)
 
 
 def _add_output_flags(add: Callable[..., Any]) -> None:
@@ -134,7 +137,8 @@ def _add_output_flags(add: Callable[..., Any]) -> None:
     help_text = "save the fitted detectors in FOLDER/<class>, those of several methods in FOLDER/<method>/<class>"
     add("--save_detector", type=Path, metavar="FOLDER", help=help_text)
     add("--detector_dtype", default="fp32", choices=STORAGE_DTYPE_NAMES, help="dtype of the saved memory banks")
-    add("--target_fpr", type=float, default=0.01, help="false-alarm rate that the thresholds are calibrated for")
+    help_text = "false-alarm rate of good samples that the thresholds are calibrated for"
+    add("--target_fpr", type=float, default=0.01, help=help_text)
     add("--resume", action="store_true", help="keep the classes that an interrupted run of the same flags finished")
     add("--save_feature", action="store_true", help="write the training samples' patches for fusion_pretrain.py")
     add("--save_feature_path", type=Path, default=Path("datasets/patch_lib"), help="folder of these patch files")

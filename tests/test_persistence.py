@@ -33,9 +33,9 @@ from tiny_networks import (
 from feature_extractors import extractor as extractor_module
 from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
 from feature_extractors.detector import Detector
-from feature_extractors.detector_record import read_saved
+from feature_extractors.detector_record import check_target, read_saved
 from feature_extractors.memory_bank import BankStatistics, MemoryBank
-from feature_extractors.persistence import check_target, load_detector, restore_detectors, round_banks, save_detector
+from feature_extractors.persistence import load_detector, restore_detectors, round_banks, save_detector
 from feature_extractors.thresholds import Thresholds
 from models.checkpoints import weights_checksum
 from models.fpfh import FpfhBackbone

@@ -42,7 +42,7 @@ from feature_extractors.extractor import PatchExtractor
 from models.feature_fusion import FeatureFusion
 from models.rgb_backbone import VisionTransformerBackbone
 from runner import class_run, preparation
-from runner.saved_detectors import FITTING_FLAGS
+from runner.saved_detectors import FITTING_FLAGS, THRESHOLD_FLAGS
 from runner.settings import applied_flags, detector_configs, make_parser
 
 TINY_VIT = "test_vit.r160_in1k"  # the smallest model of timm
@@ -337,12 +337,12 @@ def test_invalid_target_fpr_is_refused(capsys: pytest.CaptureFixture[str], rate:
     assert f"--target_fpr is {float(rate)}. Give a number from 1e-06 to 0.999999." in message
 
 
-@pytest.mark.parametrize("name", FITTING_FLAGS)
+@pytest.mark.parametrize("name", [name for name in FITTING_FLAGS if name not in THRESHOLD_FLAGS])
 def test_fitting_flags_are_refused_with_load_detector(
     capsys: pytest.CaptureFixture[str], single: tuple[Run, Path], data: Path, name: str
 ) -> None:
     values = {
-        "max_sample": [400], "detector_dtype": ["fp32"], "target_fpr": [0.01], "save_feature": [],
+        "max_sample": [400], "detector_dtype": ["fp32"], "save_feature": [],
         "feature_dtype": ["fp16"], "uff_pairing": ["aligned"], "memory_budget": [1], "train_feature_dtype": ["fp32"],
     }  # fmt: skip
     flags = ["--dataset_path", data, "--load_detector", single[1], f"--{name}", *values.get(name, ["there"])]
