@@ -23,7 +23,7 @@ from feature_extractors.thresholds import Source, calibrate
 from feature_extractors.training_features import TrainingFeatures
 from utils.au_pro import ThinCurve
 from utils.distributed import Group, broadcast_object, gather_objects, is_main, progress_bar
-from utils.metrics import decision_metrics, latency_percentiles
+from utils.metrics import decision_metrics, latency_percentiles, undefined_metrics
 from utils.metrics import evaluate as compute_metrics
 from utils.records import PatchFeatures, Sample, SampleResult
 
@@ -49,11 +49,12 @@ class Stopwatch:
 
 
 class Evaluation(NamedTuple):
-    """Results and metrics of one detector on the test split of a class."""
+    """Results and metrics of one detector on a split of a class."""
 
     results: list[SampleResult]
     metrics: dict[str, Any]  # this and the curve as in utils.metrics.evaluate
     pro_curve: ThinCurve | None
+    split: str = "test"  # that the samples are from; all metrics of another one are None
 
 
 def collect_features(
@@ -151,8 +152,11 @@ def evaluate(
     count: int,
     stopwatches: Mapping[str, Stopwatch] | None = None,
     group: Group | None = None,
+    split: str = "test",
 ) -> dict[str, Evaluation]:
-    """Predict the `count` test samples of this rank with each method's detector, and compute the metrics of the class.
+    """Predict the `count` samples of this rank with each method's detector, and compute the metrics of the class.
+
+    Samples of another `split` than "test" are good and have served to fit or calibrate, so all metrics are None.
 
     Returns evaluations over the samples of all ranks on the first rank of the group, {} on the others. The detectors
     share an extractor; every stopwatch includes its time. Peak memory: (K + 1) * img_size**2 float32 for each sample
@@ -161,8 +165,8 @@ def evaluate(
     stopwatches = stopwatches or {name: Stopwatch() for name in detectors}
     extractor = next(iter(detectors.values())).extractor
     results: dict[str, list[SampleResult]] = {name: [] for name in detectors}
-    # 1. Predictions for the test samples of this rank
-    progress = progress_bar(samples, total=count, desc="test", unit="sample")
+    # 1. Predictions for the samples of this rank
+    progress = progress_bar(samples, total=count, desc=split, unit="sample")
     for batch in batches(progress, extractor.batch_size):
         extracted, seconds = extract_timed(extractor, batch)
         for stopwatch in stopwatches.values():
@@ -176,6 +180,9 @@ def evaluate(
     for name in detectors:
         gathered = gather_objects(results.pop(name), group)
         if is_main(group):
+            if split != "test":
+                evaluations[name] = Evaluation(gathered, undefined_metrics(), None, split)
+                continue
             with stopwatches[name].measure("metrics"):
                 masks = [each.mask.numpy() for each in gathered]
                 maps = [each.prediction.anomaly_map.numpy() for each in gathered]
@@ -207,9 +214,11 @@ def class_entry(detector: Detector, evaluation: Evaluation) -> dict[str, Any]:
     threshold = asdict(thresholds) if thresholds else {}
     threshold.pop("typical", None)
     severities = [thresholds.severity(score) if thresholds else None for score in scores]
+    decides = thresholds is not None and evaluation.split == "test"
     return {
+        "split": evaluation.split,
         **evaluation.metrics,
-        **decision_metrics(labels, scores, thresholds.image if thresholds else None),
+        **decision_metrics(labels, scores, thresholds.image if thresholds and decides else None),
         "threshold": threshold or None,
         "latency": latency_percentiles(each.seconds for each in results),
         "samples": [

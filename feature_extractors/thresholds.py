@@ -3,7 +3,7 @@
 import logging
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -55,23 +55,33 @@ class Calibration:
 
         Image: the score of rank ceil((1 - target_fpr)(n + 1)), in ascending order. A new good sample of the same
         distribution exceeds it with a probability of at most target_fpr (split conformal prediction). If the rank is
-        above n, it is the largest score, with a warning. Pixel: the value that the largest of the `tails` up to
+        above n, it is the largest score, see `needed_samples`. Pixel: the value that the largest of the `tails` up to
         target_fpr exceed, or the largest value.
         """
         count = len(self.scores)
         exceeding = _share_of(target_fpr, count + 1)  # n + 1 minus the rank: 0 if n is too small
-        if exceeding == 0:
-            needed = math.ceil(1 / target_fpr * (1 - ROUNDING)) - 1
-            logger.warning(
-                "a false-alarm rate of %g needs %d good samples, but there are %d, which allow %.2g. The image "
-                "threshold is their largest score.",
-                *(target_fpr, needed, count, 1 / (count + 1)),
-            )
         image = self.scores[count - min(max(exceeding, 1), count)]
         pixel = self.pixels[max(bisect_right(self.tails, target_fpr) - 1, 0)]
         median = float(np.median(self.scores))
         image, pixel = max(image, LEAST_THRESHOLD), max(pixel, LEAST_THRESHOLD)
         return Thresholds(image, pixel, target_fpr, self.source, count, typical=median)
+
+
+def needed_samples(target_fpr: float) -> int:
+    """Least number of good samples that allow a false-alarm rate; with fewer, the largest score is the threshold."""
+    return math.ceil(1 / target_fpr * (1 - ROUNDING)) - 1
+
+
+def warn_of_few_samples(counts: Mapping[str, int], target_fpr: float) -> None:
+    """Name the classes with too few good samples for a false-alarm rate; `counts` are their numbers by class."""
+    needed = needed_samples(target_fpr)
+    if few := {name: count for name, count in counts.items() if count < needed}:
+        logger.warning(
+            "a false-alarm rate of %g needs %d good samples, but there are %s, which allow %.2g. The image threshold "
+            "is their largest score",
+            *(target_fpr, needed, ", ".join(f"{count} of {name}" for name, count in few.items())),
+            1 / (min(few.values()) + 1),
+        )
 
 
 def calibrate(scores: Sequence[float], maps: Sequence[ArrayLike], target_fpr: float, source: Source) -> Calibration:

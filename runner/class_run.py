@@ -1,6 +1,5 @@
-"""One class of a run of main.py: fit its detectors, or load them, and evaluate them on its test split."""
+"""One class of a run of main.py: fit its detectors, or load them, and evaluate them."""
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -33,8 +32,6 @@ from utils.memory import default_memory_budget, peak_memory_mb
 from utils.records import PatchFeatures, Sample, SampleFiles
 from utils.reporting.html_report.class_report import ClassReport, report_class
 from utils.reporting.html_report.gallery import ReadArray
-
-logger = logging.getLogger(__name__)
 
 Detectors = dict[str, Detector]  # by method
 Stopwatches = dict[str, Stopwatch]
@@ -85,12 +82,6 @@ def fit_class(
             detector.cleaned = cleaned
             detector.clouds = replace(run.raw_form, distance=files.train[0].form.distance)
             round_banks(detector, detector_dtype)
-    if validation is None:
-        logger.warning(
-            "%s has no validation/good, so thresholds are calibrated on the training samples. These score low; expect "
-            "more false alarms than --target_fpr",
-            name,
-        )
     source: Source = "training" if validation is None else "validation"
     good = features if validation is None else validation
     calibrate_detectors(detectors, good, settings.target_fpr, source, stopwatches)
@@ -103,11 +94,11 @@ def fit_class(
 def evaluate_class(
     name: str, run: Run, detectors: Detectors, stopwatches: Stopwatches, group: Group | None = None
 ) -> dict[str, ClassReport]:
-    """Score the test split by each detector, and report on it in the first process of the group."""
+    """Score the test split, or else good samples, by each detector; report in the first process of the group."""
     extractor = next(iter(detectors.values())).extractor
-    files = run.files[name].test
+    split, files = run.files[name].evaluated
     samples, count = own_samples(files, run, extractor, group)
-    evaluations = evaluate(detectors, samples, count, stopwatches, group)
+    evaluations = evaluate(detectors, samples, count, stopwatches, group, split)
     peaks = gather_objects([peak_memory_mb(extractor.device)], group)
     clocks = gather_objects([{method: each.seconds for method, each in stopwatches.items()}], group)
     folders = run.folders(run.settings.output_dir)
@@ -146,7 +137,7 @@ def memory_budget(run: Run, device: torch.device) -> float:
 
 
 def sample_readers(files: list[SampleFiles], run: Run) -> tuple[ReadArray, ReadArray]:
-    """Readers of the image and the cloud of a test sample by its number; None for a modality that is not read."""
+    """Readers of the image and the cloud of a sample by its number; None for a modality that is not read."""
     used = run.config.method.modalities
     shown = shown_modalities(run.settings, used)
 

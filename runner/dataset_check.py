@@ -2,22 +2,22 @@
 
 import argparse
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
-from dataset import check_sample_files, class_folders, find_classes, pair_split, read_rgb, read_xyz
+from dataset import DATASET_CLASSES, check_sample_files, class_folders, find_classes, pair_split, read_rgb, read_xyz
 from runner.settings import detector_configs, extraction_config
 from utils.choices import CLEANING_FLAGS
 from utils.cleaning.cloud_cleaning import CleaningRule, is_cleaned, shows_table
 from utils.cleaning.journal import MANIFEST, Record, Scan, read_manifest, script_of
 from utils.errors import InputError, escape_controls, show
 from utils.records import METERS, CloudForm, SampleFiles
+from utils.reporting.progress import progress_bar
 from utils.reporting.tables import print_columns
 from utils.scans.cloud_check import class_distance, spread
 from utils.scans.images import defect_share
@@ -67,6 +67,11 @@ def _extent(values: Iterable[float | None]) -> tuple[float, float] | None:
     return (min(numbers), max(numbers)) if numbers else None
 
 
+def lacks_test(class_folder: Path, chosen: bool) -> bool:
+    """True if a class rightly has no test folder: only one `chosen` by the user, as published classes have one."""
+    return chosen and not os.path.lexists(class_folder / "test")
+
+
 def check_split(
     class_folder: Path | str, split: str, modalities: frozenset[str], num_workers: int, form: CloudForm = METERS
 ) -> SplitReport:
@@ -81,7 +86,8 @@ def check_split(
     files = [each._replace(form=form) for each in paired]
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         checked = pool.map(lambda each: _check_sample(each, modalities), files)
-        reports = list(tqdm(checked, total=len(files), desc=escape_controls(f"{folder.name} {split}"), leave=False))
+        shown = f"{folder.name} {split}"
+        reports = list(progress_bar(checked, total=len(files), desc=escape_controls(shown), unit="sample"))
     sound = [each for each in reports if isinstance(each, _SampleReport)]
     return SplitReport(
         folder.name,
@@ -116,26 +122,34 @@ def _check_sample(files: SampleFiles, modalities: frozenset[str]) -> _SampleRepo
     return _SampleReport(xyz.shape[:2], defect, problem, float(valid.mean()), depth, shows_table(xyz, CleaningRule()))
 
 
-def print_dataset_check(args: argparse.Namespace) -> bool:
-    """Print a table of the splits that the flags of main.py name, then each problem; returns True if there is one."""
+def print_dataset_check(args: argparse.Namespace, given: Container[str] = ()) -> bool:
+    """Print a table of the splits that the flags of main.py name, then each problem; returns True if there is one.
+
+    A dataset without clouds is checked as RGB only, unless --method_name is among the `given` flags.
+    """
     modalities = extraction_config(detector_configs(args)).method.modalities
     chosen = args.classes or class_folders(args.dataset_path)
     names = find_classes(args.dataset_path, args.dataset_type, chosen)
+    found = {path.name for name in names for path in (args.dataset_path / name).glob("*/*/*")}
+    if "method_name" not in given and "rgb" in found and "xyz" not in found:
+        show(f"{args.dataset_path} has no xyz folders: checked as RGB only, for --method_name DINO")
+        modalities = frozenset({"rgb"})
     stored, _ = dataset_forms(args)
     reports = []
     for folder in (args.dataset_path / name for name in names):
         train = [each._replace(form=stored) for each in pair_split(folder, "train", modalities)[0]]
         form = replace(stored, distance=class_distance(train))
-        for split in ("train", "validation", "test"):
+        by_user = bool(args.classes) or folder.name not in DATASET_CLASSES[args.dataset_type]
+        for split in ("train", "validation") if lacks_test(folder, by_user) else ("train", "validation", "test"):
             reports.append(check_split(folder, split, modalities, args.num_workers, form))
     head = ("class", "split", "samples", "defective", "defect pixels", "size", "valid pixels", "depth, m", "cleaned")
     print_columns([(*head, "problems"), *(each.row() for each in reports)])
     if any(each.raw for each in reports):
-        print()
+        show("")
         show(f"Samples with a table along their border are not cleaned. Run {CLEANING_COMMAND} {args.dataset_path}")
     problems = [f"  {each.class_name}: {problem}" for each in reports for problem in each.problems]
-    if problems:
-        print("\nProblems:", *map(escape_controls, problems), sep="\n")
+    for line in ("", "Problems:", *problems) if problems else ():
+        show(line, level=logging.ERROR)
     return bool(problems)
 
 
@@ -173,14 +187,16 @@ def cleaning_of(dataset_path: Path, class_name: str, samples: Sequence[SampleFil
     return dict.fromkeys(CLEANING_FLAGS, False) if found and all(found) else None
 
 
-def warn_of_raw_scans(samples: Sequence[SampleFiles]) -> None:
-    """Warn if one of a few samples, spread over a split, shows the table under the object, which ruins the results."""
-    clouds = [(each.xyz, read_xyz(each)) for each in spread(samples)]
+def warn_of_raw_scans(splits: Iterable[Sequence[SampleFiles]]) -> None:
+    """Warn if one of a few samples of each split shows the table under the object, which ruins the results."""
+    clouds = [(each.xyz, read_xyz(each)) for samples in splits for each in spread(samples)]
     raw = [path for path, cloud in clouds if path and cloud is not None and shows_table(cloud, CleaningRule())]
     if raw:
+        folders = list(dict.fromkeys(str(path.parent) for path in raw))
         logger.warning(
-            "%s shows the table under the object (%d of %d checked clouds). Clean the scans first: %s %s",
-            *(raw[0], len(raw), len(clouds), CLEANING_COMMAND, raw[0].parents[4]),
+            "%d of %d checked clouds show the table under the object, in %s%s. Clean the scans first: %s %s",
+            *(len(raw), len(clouds), ", ".join(folders[:3]), ", ..." if len(folders) > 3 else ""),
+            *(CLEANING_COMMAND, raw[0].parents[4]),
         )
 
 

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -15,13 +16,13 @@ import torch
 
 from dataset import check_files, find_classes, good_folders, index_split
 from feature_extractors.config import DetectorConfig
-from feature_extractors.detector_record import CONFIG_FILE
+from feature_extractors.detector_record import CONFIG_FILE, check_target
 from feature_extractors.extractor import PatchExtractor, build_extractor
-from feature_extractors.persistence import check_target
+from feature_extractors.thresholds import warn_of_few_samples
 from models.point_ops import check_backend
-from runner.dataset_check import dataset_forms, warn_of_raw_scans, warn_of_unfinished_scans
+from runner.dataset_check import dataset_forms, lacks_test, warn_of_raw_scans, warn_of_unfinished_scans
 from runner.finished_classes import class_file
-from runner.saved_detectors import FITTING_FLAGS, Saved, check_layout, read_detectors
+from runner.saved_detectors import FITTING_FLAGS, FLAT, Saved, check_layout, read_detectors
 from runner.settings import RunSettings, detector_configs, extraction_config
 from utils.checkpoint_files import check_checkpoint
 from utils.command_line import from_flags
@@ -32,17 +33,27 @@ from utils.precision import choose_precision
 from utils.records import CloudForm, SampleFiles
 from utils.reporting.html_report.report_page import FILE_NAME as REPORT
 from utils.reporting.results_json import FILE_NAME as RESULTS
-from utils.reporting.tables import FILE_NAMES
+from utils.reporting.tables import CSV_NAME, FILE_NAMES
 from utils.scans.cloud_check import class_distance
 from utils.scans.files import locked, make_folder
 
+logger = logging.getLogger(__name__)
+
 
 class ClassFiles(NamedTuple):
-    """Files of the splits of one class. A run that loads its detectors has no training and validation files."""
+    """Files of the splits of one class; none of a split that the dataset lacks or the run does not read."""
 
     train: list[SampleFiles]
-    validation: list[SampleFiles]  # empty where the dataset has no such split
+    validation: list[SampleFiles]
     test: list[SampleFiles]
+
+    @property
+    def evaluated(self) -> tuple[str, list[SampleFiles]]:
+        """The test split. Without one, the good samples of the validation split, or else of the training split."""
+        if self.test:
+            return "test", self.test
+        split = "validation" if self.validation else "train"
+        return split, [each._replace(label=0) for each in getattr(self, split)]
 
 
 @dataclass(frozen=True)
@@ -126,10 +137,10 @@ def prepare(args: argparse.Namespace, given: Collection[str], device: torch.devi
     files = _index_classes(settings, config.method.modalities, stored, saved)
     flags = vars(args) | (dict.fromkeys(FITTING_FLAGS) if saved else {})
     run = Run(settings, configs, files, saved, flags, raw)
+    warn_of_missing_samples(files, None if saved else settings.target_fpr)
     warn_of_unfinished_scans(settings.dataset_path, {name: chain(*splits) for name, splits in files.items()})
     if "xyz" in config.method.modalities:
-        for split in chain(*files.values()):
-            warn_of_raw_scans(split)
+        warn_of_raw_scans(chain(*files.values()))
     return run
 
 
@@ -139,15 +150,8 @@ def _index_classes(
     """Files of each class, with checked headers. Clouds have this `form`, and the distance of any `saved` detector."""
     indexed = {}
     for name in find_classes(settings.dataset_path, settings.dataset_type, settings.classes):
-        folder = settings.dataset_path / name
-        train: list[SampleFiles] = []
-        validation: list[SampleFiles] = []
-        if settings.load_detector is None:
-            train = index_split(folder, "train", modalities)[: settings.max_sample]
-            if good_folders(folder / "validation"):
-                validation = index_split(folder, "validation", modalities)
-        splits = train, validation, index_split(folder, "test", modalities)
-        stored = [each._replace(form=form) for each in train or splits[2]]
+        splits = _index_class(settings, name, modalities)
+        stored = [each._replace(form=form) for each in splits.train or splits.evaluated[1]]
         distance = class_distance(stored) if "xyz" in modalities else None
         for detector in saved.get(name, {}).values():
             distance = detector.record.clouds.distance or distance
@@ -155,8 +159,41 @@ def _index_classes(
         indexed[name] = ClassFiles(*([each._replace(form=of_class) for each in split] for split in splits))
     for files in indexed.values():
         check_files(files.train + files.validation, modalities)
-        check_files(files.test, shown_modalities(settings, modalities))
+        check_files(files.evaluated[1], shown_modalities(settings, modalities))
     return indexed
+
+
+def _index_class(settings: RunSettings, name: str, modalities: frozenset[str]) -> ClassFiles:
+    """Files of a class that the run reads. With loaded detectors, good samples only replace a missing test split."""
+    folder, fits = settings.dataset_path / name, settings.load_detector is None
+    tested = not lacks_test(folder, chosen=settings.classes is not None)
+    validated = bool(good_folders(folder / "validation"))
+    train: list[SampleFiles] = []
+    validation: list[SampleFiles] = []
+    if fits or not (tested or validated):
+        train = index_split(folder, "train", modalities)[: settings.max_sample]
+    if validated and (fits or not tested):
+        validation = index_split(folder, "validation", modalities)
+    return ClassFiles(train, validation, index_split(folder, "test", modalities) if tested else [])
+
+
+def warn_of_missing_samples(files: Mapping[str, ClassFiles], target_fpr: float | None) -> None:
+    """Say which classes lack a test split or, to be calibrated for `target_fpr`, good samples."""
+    if untested := [name for name, splits in files.items() if not splits.test]:
+        logger.warning(
+            "%s %s no test split, so I-AUROC, P-AUROC, AU-PRO and the rates of right and wrong decisions cannot be "
+            "measured. The report shows good samples instead",
+            *(", ".join(untested), "has" if len(untested) == 1 else "have"),
+        )
+    if target_fpr is None:
+        return
+    if uncalibrated := [name for name, splits in files.items() if not splits.validation]:
+        logger.warning(
+            "%s %s no validation/good, so thresholds are calibrated on the training samples. These score low; expect "
+            "more false alarms than --target_fpr",
+            *(", ".join(uncalibrated), "has" if len(uncalibrated) == 1 else "have"),
+        )
+    warn_of_few_samples({name: len(splits.validation or splits.train) for name, splits in files.items()}, target_fpr)
 
 
 def shown_modalities(settings: RunSettings, modalities: frozenset[str]) -> frozenset[str]:
@@ -170,7 +207,8 @@ def _make_folders(run: Run, locks: ExitStack) -> None:
     written: list[tuple[Path, str, list[Path]]] = [(settings.output_dir, "--output_dir", _result_files(run))]
     written += [(folder, "--output_dir", []) for folder in run.folders(settings.output_dir).values()]
     if settings.save_detector is not None:
-        check_layout(settings.save_detector, run.configs, names)
+        places = list(run.configs) if len(run.configs) > 1 else [FLAT]
+        check_layout(settings.save_detector, dict.fromkeys(names, places))
         detectors = [folder / name for folder in run.folders(settings.save_detector).values() for name in names]
         for folder in detectors:
             check_target(folder)
@@ -188,12 +226,12 @@ def _make_folders(run: Run, locks: ExitStack) -> None:
 
 def _result_files(run: Run) -> list[Path]:
     """Paths of all files that a run writes to --output_dir."""
-    paths = [run.settings.output_dir / name for name in FILE_NAMES.values()]
+    paths = [run.settings.output_dir / name for name in (*FILE_NAMES.values(), CSV_NAME)]
     for method, folder in run.folders(run.settings.output_dir).items():
         paths += [folder / RESULTS, folder / REPORT, *(class_file(folder, name) for name in run.files)]
         if run.settings.saves_predictions(method):
-            tests = [(name, file) for name, files in run.files.items() for file in files.test]
-            paths += chain.from_iterable(image_files(folder, name, file) for name, file in tests)
+            shown = [(name, file) for name, files in run.files.items() for file in files.evaluated[1]]
+            paths += chain.from_iterable(image_files(folder, name, file) for name, file in shown)
     return paths
 
 

@@ -184,11 +184,11 @@ def test_a_missing_dataset_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_raw_scans_give_a_warning(raw: Path, cleaned: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        warn_of_raw_scans(index_split(cleaned / "cookie", "train", BOTH))
+        warn_of_raw_scans([index_split(cleaned / "cookie", "train", BOTH)])
         assert not caplog.records
-        warn_of_raw_scans(index_split(raw / "cookie", "train", BOTH)[:1])
+        warn_of_raw_scans(index_split(raw / name, "train", BOTH)[:1] for name in ("cookie", "gasket"))
     assert len(caplog.records) == 1
-    assert "shows the table under the object" in caplog.text
+    assert "2 of 2 checked clouds show the table under the object" in caplog.text
 
 
 @pytest.mark.parametrize("position", [0, 5, 10])
@@ -198,9 +198,9 @@ def test_a_raw_scan_among_cleaned_ones_gives_a_warning(
     scans = index_split(cleaned / "cookie", "train", BOTH)[:1] * 11
     scans[position] = index_split(raw / "cookie", "test", BOTH)[0]
     with caplog.at_level(logging.WARNING):
-        warn_of_raw_scans(scans)
-    assert f"{raw}/cookie/test/bump/xyz/000.tiff shows the table" in caplog.text
-    assert f"(1 of 5 checked clouds). Clean the scans first: python utils/preprocessing.py {raw}" in caplog.text
+        warn_of_raw_scans([scans])
+    assert f"1 of 5 checked clouds show the table under the object, in {raw}/cookie/test/bump/xyz. " in caplog.text
+    assert f"Clean the scans first: python utils/preprocessing.py {raw}" in caplog.text
     warn_of_raw_scans([])
 
 
@@ -262,7 +262,7 @@ def test_a_run_checks_both_splits_and_the_preprocessing_record(
     with caplog.at_level(logging.WARNING), pytest.raises(SystemExit):
         printed(*flags, "--method_name", "DINO+Point_MAE")
     for split in ("train", "test"):
-        assert f"cookie/{split}/" in "".join(text for text in caplog.messages if "shows the table" in text)
+        assert f"cookie/{split}/" in "".join(text for text in caplog.messages if "show the table" in text)
     assert "9 of 9 samples of " in caplog.text
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from feature_extractors.thresholds import TAILS, Calibration, Thresholds, calibrate
+from feature_extractors.thresholds import TAILS, Calibration, Thresholds, calibrate, warn_of_few_samples
 
 
 def of_scores(scores: list[float], target_fpr: float) -> Thresholds:
@@ -48,13 +48,14 @@ def test_ranks_are_exact_despite_rounding() -> None:
 
 
 def test_too_few_samples_give_the_largest_score_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    assert of_scores(NINE, 0.09).image == 9
     with caplog.at_level(logging.WARNING):
-        assert of_scores(NINE, 0.09).image == 9
-    assert "0.09 needs 11 good samples, but there are 9, which allow 0.1" in caplog.text
+        warn_of_few_samples({"cookie": 11, "bagel": 9, "tire": 10}, 0.09)
+    assert "0.09 needs 11 good samples, but there are 9 of bagel, 10 of tire, which allow 0.1. " in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        of_scores(NINE, 0.1)
-        of_scores(list(range(99)), 0.01)
+        warn_of_few_samples({"bagel": 9}, 0.1)
+        warn_of_few_samples({"bagel": 99}, 0.01)
     assert caplog.text == ""
 
 

@@ -67,6 +67,12 @@ def evaluate(
     return metrics, thin_curve(curve[0], curve[1], PRO_LIMIT) if curve else None
 
 
+def undefined_metrics() -> dict[str, Any]:
+    """The metrics of `evaluate` without samples to measure them on, all None."""
+    areas: dict[str, Any] = dict.fromkeys(("image_rocauc", "pixel_rocauc", "au_pro"))
+    return areas | {"au_pro_exact": dict.fromkeys(EXACT_LIMITS)}
+
+
 def decision_metrics(labels: ArrayLike, scores: ArrayLike, threshold: float | None) -> dict[str, float | None]:
     """Quality of the decision "anomalous if the score is above the threshold", under the keys of results.json.
 
