@@ -13,7 +13,6 @@ from PIL import Image
 
 from dataset import index_split
 from utils import convert, preprocessing
-from utils.scans import images
 from utils.scans.depth_camera import Camera, back_project
 from utils.scans.organized_pc import read_organized_pc, write_organized_pc
 
@@ -26,7 +25,6 @@ OUTPUT = "parts/bracket/train/good"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run each test in an empty folder, so that paths are relative as on a command line."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(images, "_warned", set())
 
 
 def image_of(seed: int) -> np.ndarray:

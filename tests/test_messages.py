@@ -86,6 +86,13 @@ def test_the_log_file_has_every_message(tmp_path: Path, flags: list[str]) -> Non
     assert lines_of(tmp_path / "new/run.log") == 2 * expected  # the second run appends
 
 
+def test_the_log_file_has_errors_of_the_flags(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        preprocessing.main(["nowhere", "--preview", "sheet.txt", "--log_file", str(tmp_path / "run.log")])
+    (line,) = lines_of(tmp_path / "run.log")
+    assert line.startswith("ERROR script.py: error: --preview sheet.txt names no image.")
+
+
 def test_the_log_file_has_the_traceback_of_a_crash(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         script(["--log_file", str(tmp_path / "run.log"), "--steps", "crash"])

@@ -12,6 +12,7 @@ Points and background stay as they are: utils/preprocessing.py cleans the datase
 Exit code: 0 all converted, 1 some could not be converted, 2 bad arguments, or nothing to convert.
 """
 
+import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,11 +26,11 @@ if __name__ == "__main__":
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from utils.command_line import FILE_BOUNDS, Parser, add_file_flags
-from utils.errors import InputError, exit_on_error, show
+from utils.errors import InputError, exit_on_error, show, start_messages, warn_once
 from utils.records import CloudForm, SampleFiles
+from utils.reporting.progress import progress_bar
 from utils.scans.depth_camera import Camera, read_camera
 from utils.scans.files import (
     FILE_SUFFIXES,
@@ -40,7 +41,7 @@ from utils.scans.files import (
     locked,
     make_folder,
 )
-from utils.scans.images import read_image, set_max_megapixels, warn_once
+from utils.scans.images import read_image, set_max_megapixels
 from utils.scans.organized_pc import read_organized_pc, write_organized_pc
 from utils.scans.sample_files import (
     IMAGE_SUFFIXES,
@@ -176,19 +177,21 @@ def convert(config: Config) -> int:
     results = [config.file(modality, each.path) for each in found.samples for modality in ("xyz", "rgb")]
     with locked(config.output, "--output", results):
         existing = files_by_modality(config.output)
-        for files in tqdm(found.samples, unit="sample", leave=False, disable=None):
+        progress = progress_bar(found.samples, unit="sample")
+        for files in progress:
             try:
                 arrays = new_files(files, read_sample(files, config), existing)
             except InputError as error:
                 failed += 1
-                with tqdm.external_write_mode():
+                with progress.external_write_mode():
                     _show_problem(files.path, str(error))
                 continue
             write_sample(files.path, arrays, config)
     total = len(found.samples) + len(found.incomplete)
     show(f"converted {total - failed} of {total} samples to {config.output}")
     if not any(each.rgb for each in found.samples):
-        show("There are no images beside the clouds. Methods that use images need them: give --rgb.")
+        problem = "There are no images beside the clouds. Methods that use images need them: give --rgb."
+        show(problem, level=logging.WARNING)
     if failed < total:
         command = f"python utils/preprocessing.py {shlex.quote(str(dataset))}"
         show(f"The clouds are not cleaned. When all samples are converted: {command}")
@@ -196,7 +199,7 @@ def convert(config: Config) -> int:
 
 
 def _show_problem(name: str, problem: str) -> None:
-    show(f"convert.py: {name} could not be converted: {problem}", sys.stderr)
+    show(f"convert.py: {name} could not be converted: {problem}", sys.stderr, logging.ERROR)
 
 
 def parse_args(argv: Sequence[str] | None) -> Config:
@@ -220,7 +223,9 @@ def parse_args(argv: Sequence[str] | None) -> Config:
 @exit_on_error("interrupted. Run the same command to continue.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit code."""
-    return convert(parse_args(argv))
+    config = parse_args(argv)
+    start_messages("%(message)s")
+    return convert(config)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,6 @@ TRACEBACK = ContextVar("traceback", default=False)  # set by --debug: print the 
 QUIET = ContextVar("quiet", default=False)  # set by --quiet: print only warnings and errors
 LOG_FILE: ContextVar[str | None] = ContextVar("log_file", default=None)  # set by --log_file
 
-_shown = logging.getLogger("shown")  # gets the lines of `show`, which its only handlers, log files, write
-_shown.setLevel(logging.INFO)
-_shown.propagate = False
-_shown.addHandler(logging.NullHandler())  # without any handler, Python would print warnings again
 _warned: set[tuple[str, object]] = set()  # kinds and subjects of the warnings of this run, see `warn_once`
 _handlers: list[logging.Handler] = []  # of this run
 
@@ -61,8 +57,13 @@ def show(text: str, stream: TextIO | None = None, level: int = logging.INFO) -> 
     text = escape_controls(text)
     if level >= logging.WARNING or not QUIET.get():
         print(text, file=stream, flush=True)
-    if text:
-        _shown.log(level, text)
+    _write_log(text, level)
+
+
+def _write_log(text: str, level: int) -> None:
+    """Write a line, if it is not empty, to the log file, if there is one."""
+    for handler in [each for each in _handlers if isinstance(each, _LogFile) and text]:
+        handler.handle(logging.LogRecord("shown", level, "", 0, text, None, None))
 
 
 def warn_once(kind: str, subject: object, problem: str) -> None:
@@ -91,7 +92,6 @@ def start_messages(form: str = "%(name)s: %(message)s") -> None:
             raise InputError(system_problem(path, "written", error)) from None
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         _handlers.append(file)
-        _shown.addHandler(file)
     for handler in _handlers:
         logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(logging.INFO)
@@ -102,7 +102,6 @@ def _stop_messages() -> None:
     while _handlers:
         handler = _handlers.pop()
         logging.getLogger().removeHandler(handler)
-        _shown.removeHandler(handler)
         with suppress(OSError):  # a full disk
             handler.close()
 
@@ -112,8 +111,10 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
-        for logger in (logging.getLogger(), _shown):
-            logger.removeHandler(self)
+        logging.getLogger().removeHandler(self)
+        _handlers.remove(self)
+        with suppress(OSError):
+            self.close()
         problem = system_problem(self.baseFilename, "written", error) if isinstance(error, OSError) else str(error)
         show(f"warning: {problem} The run continues without it.", sys.stderr, logging.WARNING)
 
@@ -178,10 +179,13 @@ def exit_on_error(interrupted: str = "interrupted") -> Iterator[None]:
     except BrokenPipeError:
         raise SystemExit(141) from None
     except Exception as error:
+        if LOG_FILE.get() and not _handlers:  # an error of the flags
+            with suppress(InputError):
+                start_messages()
         problem, lines = problem_of(error), "".join(traceback.format_exception(error)).splitlines()
         if problem is None:
             for line in lines:
-                _shown.error(escape_controls(line))
+                _write_log(escape_controls(line), logging.ERROR)
             raise
         for line in lines if TRACEBACK.get() else ():
             show(line, sys.stderr, logging.ERROR)
