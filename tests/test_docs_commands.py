@@ -92,7 +92,8 @@ def run(words: list[str]) -> None:
         return parse(words)
     script, flags = script_of(words)
     main = import_module(script.removesuffix(".py").replace("/", ".")).main
-    done = call_script(main, *flags, *SMALLER.get(script, []))
+    changes_thresholds = {"--load_detector", "--save_detector"} <= set(flags)  # which is fast and takes no other flags
+    done = call_script(main, *flags, *([] if changes_thresholds else SMALLER.get(script, [])))
     assert done.returncode == 0, f"{shlex.join(words)}: {done.stdout}{done.stderr}"
 
 
