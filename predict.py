@@ -64,7 +64,9 @@ def predict(settings: PredictSettings, locks: ExitStack) -> int:
     folder = make_folder(settings.output_dir, "--output_dir")
     images = (path for each in found.samples if not settings.no_images for path in output_paths(folder, each.path))
     locks.enter_context(locked(folder, "--output_dir", images))
-    writer = PredictionWriter(folder, thresholds, not settings.no_images, settings.append)
+    calibration = predictor.detector.calibration
+    typical = 0.0 if calibration is None else calibration.pixels[-1]  # the median
+    writer = PredictionWriter(folder, thresholds, not settings.no_images, settings.append, typical)
     tally = Tally()
     if settings.stdin:
         with StopSignals() as stop:

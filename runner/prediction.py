@@ -179,12 +179,15 @@ class Predictor:
 class PredictionWriter:
     """Writer of a line of predictions.jsonl and predictions.csv for each sample, and, if `images` is set, of images.
 
-    The `thresholds` give the decisions and the colors of all overlays. `append` continues existing files, after
-    removing an incomplete last line. Raises InputError, also from `add`, if a file cannot be written.
+    The `thresholds` give the decisions, and with `typical`, the map's value at a typical good pixel, the colors of all
+    overlays. `append` continues existing files, after removing an incomplete last line. Raises InputError, also from
+    `add`, if a file cannot be written.
     """
 
-    def __init__(self, folder: Path, thresholds: Thresholds | None, images: bool, append: bool = False) -> None:
-        self.folder, self.thresholds, self.images = folder, thresholds, images
+    def __init__(
+        self, folder: Path, thresholds: Thresholds | None, images: bool, append: bool = False, typical: float = 0.0
+    ) -> None:
+        self.folder, self.thresholds, self.images, self.typical = folder, thresholds, images, typical
         self.path, self.table = folder / PREDICTIONS, folder / TABLE
         with writing(self.path), self.path.open("ab+") as lines:
             lines.seek(0)
@@ -224,7 +227,7 @@ class PredictionWriter:
         padded = loaded.size if loaded.side is None else (loaded.side, loaded.side)
         plane = crop_padding(resize_map(prediction.anomaly_map.numpy(), padded), loaded.size)
         pixel = None if self.thresholds is None else self.thresholds.pixel
-        scale = color_scale([plane]) if pixel is None else (0.0, 2 * pixel)  # the same for all samples
+        scale = color_scale([plane] if pixel is None else [np.array(self.typical)], pixel)
         map_path, overlay_path = output_paths(self.folder, loaded.files.path)
         save_anomaly_map(map_path, plane, loaded.size)
         valid = None

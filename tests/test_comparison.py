@@ -13,7 +13,7 @@ from report_pages import read_page
 
 from utils import report
 from utils.errors import InputError
-from utils.reporting.comparison import MEAN, PRINTED, Row, compare, comparison_page, format_comparison
+from utils.reporting.comparison import PRINTED, Row, compare, comparison_page, format_comparison
 from utils.reporting.results_json import read_results, results_record
 from utils.scans.json_records import write_record
 
@@ -83,9 +83,9 @@ def test_metrics_of_every_class_and_run_with_the_best_marked(runs: tuple[Path, P
         ("foam", "A"): (0.1, False),
         ("foam", "C"): (0.1, False),
         ("tire", "B"): (0.99, False),
-        (MEAN, "A"): (pytest.approx(0.85), True),
-        (MEAN, "B"): (pytest.approx(0.825), False),
-        (MEAN, "C"): (pytest.approx(0.85), True),
+        ("Mean", "A"): (pytest.approx(0.85), True),
+        ("Mean", "B"): (pytest.approx(0.825), False),
+        ("Mean", "C"): (pytest.approx(0.85), True),
     }
     table = blocks_of(format_comparison(comparison))["Metrics, the best of each class with *"]
     assert table[0][:3] == ["I-AUROC", "P-AUROC", "AU-PRO"]
@@ -94,7 +94,7 @@ def test_metrics_of_every_class_and_run_with_the_best_marked(runs: tuple[Path, P
 
 
 def test_a_mean_covers_the_classes_for_which_all_runs_have_a_value(runs: tuple[Path, Path]) -> None:
-    assert metric(compare(runs).rows, 2)[MEAN, "A"] == (0.9, False)  # B has no AU-PRO of rope
+    assert metric(compare(runs).rows, 2)["Mean", "A"] == (0.9, False)  # B has no AU-PRO of rope
 
 
 def test_equal_three_decimals_are_not_marked(tmp_path: Path) -> None:
@@ -133,15 +133,15 @@ def flipped(folder: Path) -> list[Path]:
 
 def test_samples_decided_otherwise_than_in_the_first_run_are_listed(tmp_path: Path) -> None:
     comparison = compare(flipped(tmp_path))
-    assert {flip.sample: flip.texts for flip in comparison.flips} == {
-        "bagel/test/good/000": ["correct pass 0.20", "false alarm 1.20", "correct pass 0.20"],
-        "bagel/test/hole/001": ["miss 0.80", "hit 1.60", "miss 0.80"],
-        "bagel/test/good/002": ["false alarm 1.40", "false alarm 1.40", "correct pass 0.40"],
+    assert {flip.sample: flip.pairs for flip in comparison.flips} == {
+        "bagel/test/good/000": [("correct pass", "0.20"), ("false alarm", "1.20"), ("correct pass", "0.20")],
+        "bagel/test/hole/001": [("miss", "0.80"), ("hit", "1.60"), ("miss", "0.80")],
+        "bagel/test/good/002": [("false alarm", "1.40"), ("false alarm", "1.40"), ("correct pass", "0.40")],
     }
     for text in (format_comparison(comparison), read_page(comparison_page(comparison)).text):
         assert "B decides 2 samples otherwise than A: 1 for the better, 1 for the worse." in text
         assert "C decides 1 sample otherwise than A: 1 for the better, 0 for the worse." in text
-        assert all(flip.texts[1] in text for flip in comparison.flips)
+        assert all(" ".join(flip.pairs[1]) in text for flip in comparison.flips)
 
 
 def test_the_terminal_shows_the_first_of_many_changed_samples(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_equal_runs_have_no_differences(tmp_path: Path) -> None:
 def test_runs_without_a_common_class_are_reported(tmp_path: Path) -> None:
     comparison = compare([write(tmp_path / name, {name: metrics(0.9)}) for name in ("A", "B")])
     assert "The runs share no class." in format_comparison(comparison)
-    assert MEAN not in read_page(comparison_page(comparison)).text
+    assert "Mean" not in read_page(comparison_page(comparison)).text
 
 
 # The page

@@ -21,7 +21,6 @@ HEADINGS = [
     *(("F1", "best"), ("Precision", ""), ("Recall", ""), FALSE_ALARMS),
 ]
 ABSENT = "absent"
-MEAN = "Mean of the classes"
 PRINTED = 20  # changed samples on the terminal; the page has all
 IGNORED = ("output_dir", "save_detector")  # arguments that do not affect the numbers and usually differ
 
@@ -43,9 +42,10 @@ class Flip(NamedTuple):
     severities: list[float | None]  # likewise
 
     @property
-    def texts(self) -> list[str]:
-        pairs = zip(self.outcomes, self.severities, strict=True)
-        return [kind if severity is None else f"{kind} {severity:.2f}" for kind, severity in pairs]
+    def pairs(self) -> list[tuple[str, str]]:
+        """Outcome and severity, as text, by run."""
+        texts = ["" if severity is None else f"{severity:.2f}" for severity in self.severities]
+        return list(zip(self.outcomes, texts, strict=True))
 
 
 class Comparison(NamedTuple):
@@ -70,9 +70,9 @@ def compare(paths: Sequence[Path]) -> Comparison:
         name: {key: _metrics(run.classes[name]) for key, run in results.items() if name in run.classes}
         for name in names
     }
-    if len(names) > 1 and shared:
-        metrics[MEAN] = _means([metrics[name] for name in shared], list(results))
     rows = [row for name, by_run in metrics.items() for row in _rows(name, by_run)]
+    if len(names) > 1 and shared:
+        rows += _rows("Mean", _means([metrics[name] for name in shared], list(results)))
     kept = [k for k in range(len(HEADINGS)) if any(row.values[k] is not None for row in rows)]
     return Comparison(
         {
@@ -179,7 +179,7 @@ def format_comparison(comparison: Comparison) -> str:
     blocks.append(
         ["Arguments that differ", *aligned([["", *runs], *args], str.ljust)] if args else ["No argument differs."]
     )
-    changed = [[one_line(flip.sample), *flip.texts] for flip in flips[:PRINTED]]
+    changed = [[one_line(flip.sample), *(" ".join(pair).strip() for pair in flip.pairs)] for flip in flips[:PRINTED]]
     blocks.append([flip_summary(comparison), *(aligned([["", *runs], *changed], str.ljust) if changed else [])])
     if len(flips) > PRINTED:
         blocks[-1].append(f"… and {len(flips) - PRINTED} more on the page")

@@ -97,9 +97,7 @@ def strip_plot(samples: Sequence[Mapping[str, Any]], threshold: float | None) ->
         for name, group in sorted(folders.items(), key=lambda each: (each[1][0]["label"], each[0]))
     ]
     label = (
-        "severity: 0 is a typical good sample, 1 the threshold; 5 also stands for more"
-        if by_severity
-        else "image score"
+        "severity" if by_severity else "image score; no severity without a threshold above the median of good samples"
     )
     return Strip(
         label, [(place(tick), f"{tick:.3g}") for tick in ticks], None if marked is None else place(marked), rows

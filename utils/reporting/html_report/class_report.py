@@ -25,6 +25,11 @@ class ClassReport(msgspec.Struct, frozen=True):
     samples: list[dict[str, Any]]  # of the gallery
 
     @property
+    def split(self) -> str:
+        """Split of the samples: "test", or, without one, that of the good samples in its place."""
+        return str(self.entry.get("split", "test"))
+
+    @property
     def total(self) -> int:
         return len(self.entry["samples"])
 

@@ -137,25 +137,26 @@ def _title(args: Mapping[str, Any], classes: Sequence[ClassReport]) -> str:
 
 
 def _tiles(mean: Mapping[str, Any], classes: Sequence[ClassReport]) -> list[Tile]:
-    """The numbers that tell whether the run is good enough; those that cannot be measured are left out."""
-    total, defective = sum(each.total for each in classes), sum(each.defective for each in classes)
-    good = total - defective
-    misses, alarms = (sum(each.outcomes.get(kind, 0) for each in classes) for kind in (MISS, FALSE_ALARM))
-    undecided = any(each.decision is None for each in classes)
-    splits = " and ".join(
-        sorted({PurePath(sample["path"]).parts[0] for each in classes for sample in each.entry["samples"]})
-    )
-    found = f"{good} good and {defective} defective samples of the {splits} split."
-    if not defective:
-        found = f"Good samples of the {splits} split. Other numbers need defective samples in a test split."
-    tiles = [Tile(str(total), "", "Samples", found)]
-    if defective and not undecided:
+    """The numbers that tell whether the run is good enough; those that are not measured are left out."""
+    tested = [each for each in classes if each.split == "test"]
+    if not tested:
+        splits = " and ".join(sorted({each.split for each in classes}))
+        text = f"Good samples of the {splits} split. Without a test split, nothing is measured."
+        return [Tile(str(sum(each.total for each in classes)), "", "Samples", text)]
+    defective = sum(each.defective for each in tested)
+    good = sum(each.total for each in tested) - defective
+    misses, alarms = (sum(each.outcomes.get(kind, 0) for each in tested) for kind in (MISS, FALSE_ALARM))
+    left_out = "" if len(tested) == len(classes) else " Classes without one are left out."
+    text = f"{good} good and {defective} defective samples of the test split.{left_out}"
+    tiles = [Tile(str(good + defective), "", "Samples", text)]
+    decided = all(each.decision for each in tested)
+    if defective and decided:
         text = "Defective samples that were called good."
         tiles.append(Tile(str(misses), f"of {defective}", "Misses", text, "bad" if misses else "fine"))
-    if good and not undecided:
+    if good and decided:
         text = "Good samples that were called anomalous."
         tiles.append(Tile(str(alarms), f"of {good}", "False alarms", text, "warn" if alarms else "fine"))
-    of_mean = "" if len(classes) == 1 else " Mean of the classes."
+    of_mean = "" if len(tested) == 1 else " Mean of the classes."
     for key, name, text in AREAS:
         if mean[key] is not None:
             tiles.append(Tile(number(mean[key]), "", name, text + of_mean))

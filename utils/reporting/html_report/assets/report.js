@@ -4,7 +4,7 @@ const { samples, heat, predicted, truth } = JSON.parse(byId("samples").textConte
 const cards = byId("cards");
 const viewer = byId("viewer");
 const plot = byId("plot");
-const CAMERA = { eye: { x: 0.3, y: -1.05, z: 1.2 }, up: { x: 0, y: 1, z: 0 }, center: { x: 0, y: 0, z: 0 } };
+const CAMERA = { eye: { x: 0.33, y: -1.15, z: 1.62 }, up: { x: 0, y: 1, z: 0 }, center: { x: 0, y: 0, z: 0 } };
 const LIGHT = { diffuse: 0.5, specular: 0.1, roughness: 0.8, fresnel: 0.1 };
 let shown = []; // numbers of the samples that pass the filters
 let current = -1; // position of the viewer in `shown`
@@ -338,7 +338,7 @@ function layout(points) {
       aspectratio: { x: spans[0] / longest, y: spans[1] / longest, z: spans[2] / longest },
       xaxis: axis("x, mm"),
       yaxis: axis("y, mm"),
-      zaxis: axis("z, mm"),
+      zaxis: { ...axis("z, mm"), nticks: 3 },
       camera: plot.layout?.scene.camera ?? CAMERA, // it stays where it was turned to
       dragmode: "orbit",
     },
