@@ -144,9 +144,8 @@ def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoin
     Raises:
         InputError: unknown name, img_size that is not a multiple of the patch size, missing or wrong checkpoint.
     """
-    import torch
-
     from models import rgb_backbone
+    from models.checkpoints import WithoutRandomWeights
     from utils.checkpoint_files import check_checkpoint
 
     spec = rgb_spec(name)
@@ -154,8 +153,8 @@ def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoin
         raise InputError(f"{checkpoint} is not used, because the weights of {name} come with pip. Leave it out.")
     if not spec.files.names:
         return spec.build(img_size).eval()
-    with torch.device("meta"):  # refuses a wrong name or size in no time; a large network takes a minute to build
-        spec.build(img_size)
+    with WithoutRandomWeights():
+        backbone = spec.build(img_size)  # first, to refuse a wrong name or size
     path = checkpoint or spec.files.find(checkpoint_dir)
     if path is None:
         logger.info("%s is not in %s. Downloading it with timm.", " or ".join(spec.files.names), checkpoint_dir)
@@ -164,7 +163,7 @@ def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoin
         except OSError as error:
             raise spec.files.missing(checkpoint_dir, f", and timm's download failed ({error})") from None
     check_checkpoint(path)
-    return rgb_backbone.load_vision_transformer(spec.build(img_size), path).eval()
+    return rgb_backbone.load_vision_transformer(backbone, path).eval()
 
 
 def build_xyz_backbone(
@@ -190,11 +189,15 @@ def build_xyz_backbone(
     path = checkpoint or spec.files.find(checkpoint_dir)
     if path is None and spec.files.names:
         raise spec.files.missing(checkpoint_dir)
-    module = spec.build(num_group=num_group, group_size=group_size, point_norm=point_norm, point_ops=point_ops)
-    if path is not None:
-        from models.checkpoints import load_strict, point_transformer_state
+    grouping = {"num_group": num_group, "group_size": group_size, "point_norm": point_norm, "point_ops": point_ops}
+    if path is None:
+        module = spec.build(**grouping)
+    else:
+        from models.checkpoints import WithoutRandomWeights, load_strict, point_transformer_state
         from utils.checkpoint_files import read_checkpoint
 
+        with WithoutRandomWeights():
+            module = spec.build(**grouping)
         load_strict(module, point_transformer_state(read_checkpoint(path), path, spec.prefix, spec.left_out), path)
     return module.eval()
 

@@ -7,10 +7,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from utils.errors import InputError
 
 State = dict[str, Tensor]
+
+
+class WithoutRandomWeights(TorchFunctionMode):
+    """Context in which networks are built without initial weights, for `load_strict`, which sets all of them.
+
+    It skips in-place operations on parameters. Random weights of a large network take seconds.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        changed = args[0] if args else kwargs.get("tensor")  # functions of nn.init pass all by keyword
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.startswith("__")
+        return changed if in_place and isinstance(changed, nn.Parameter) else func(*args, **kwargs)
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:

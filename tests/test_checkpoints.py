@@ -21,10 +21,12 @@ from feature_extractors.extractor import build_extractor
 from models import XYZ_BACKBONES, CheckpointFiles, build_feature_fusion, build_rgb_backbone, build_xyz_backbone
 from models.checkpoints import (
     State,
+    WithoutRandomWeights,
     feature_fusion_state,
     load_strict,
     point_transformer_state,
     vision_transformer_state,
+    weights_checksum,
 )
 from models.feature_fusion import FeatureFusion
 from models.point_transformer import PointTransformer
@@ -521,19 +523,27 @@ def test_files_that_are_no_safetensors_are_named(tmp_path: Path, content: bytes)
     assert "Download it again" in message_of(lambda: read_checkpoint(path), path)
 
 
+def test_no_random_weights_are_drawn_for_a_checkpoint(tmp_path: Path) -> None:
+    """A network that is built without initial weights equals one with them after loading; buffers are set in both."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.LayerNorm(4), nn.MultiheadAttention(4, 2))
+
+    expected, before = build(), torch.get_rng_state()
+    with WithoutRandomWeights():
+        found = build()
+    assert torch.equal(torch.get_rng_state(), before)
+    parameters = {name for name, _ in found.named_parameters()}
+    buffers = {name: value for name, value in found.state_dict().items() if name not in parameters}
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in buffers.items())
+    load_strict(found, expected.state_dict(), tmp_path)
+    assert weights_checksum(found) == weights_checksum(expected)
+
+
 @pytest.mark.parametrize("name", ["absent.pth", "folder.pth"])
-def test_weights_are_looked_for_before_a_network_is_built(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """A large vision transformer takes a minute to build."""
+def test_missing_weights_are_found_before_random_ones_are_drawn(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.pth").mkdir()
-    built = models.RgbSpec.build
-
-    def check_device(spec: models.RgbSpec, img_size: int) -> object:
-        assert torch.get_default_device().type == "meta", "built too early"
-        return built(spec, img_size)
-
-    monkeypatch.setattr(models.RgbSpec, "build", check_device)
+    before = torch.get_rng_state()
     config = DetectorConfig("DINO+Point_MAE")
     for modality in ("rgb", "xyz"):
         with pytest.raises(InputError, match=re.escape(str(tmp_path / name))):
@@ -541,3 +551,4 @@ def test_weights_are_looked_for_before_a_network_is_built(
                 models.build_rgb_backbone(config.rgb_backbone_name, tmp_path, 224, tmp_path / name)
             else:
                 build_extractor(config, tmp_path, None, xyz_checkpoint=tmp_path / name)
+    assert torch.equal(torch.get_rng_state(), before)

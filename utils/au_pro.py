@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage
 
 EIGHT_NEIGHBORS = np.ones((3, 3), dtype=int)
 
@@ -97,6 +96,8 @@ def checked_pixels(masks: Images, anomaly_maps: Images) -> list[tuple[NDArray[np
 
 def _scores_and_weights(masks: Images, anomaly_maps: Images) -> tuple[NDArray, NDArray[np.float64]]:
     """Score (P,) and weight (P,) of all pixels: 1 / size of the pixel's region, 0 in anomaly-free pixels."""
+    from scipy import ndimage
+
     scores, weights = [], []
     for mask, anomaly_map in checked_pixels(masks, anomaly_maps):
         regions, _ = ndimage.label(mask, structure=EIGHT_NEIGHBORS)

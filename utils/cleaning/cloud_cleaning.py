@@ -9,9 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import KDTree
 
 from utils.errors import InputError
 from utils.scans.organized_pc import MAX_COORDINATE, valid_mask
@@ -207,6 +204,8 @@ def cluster_labels(points: np.ndarray, eps: float, min_points: int) -> np.ndarra
     `points` are (N, 3) float64, finite, within a million `eps` (meters) of each other. Returns the (N,) int64 cluster
     number of each point, -1 for noise.
     """
+    from scipy.spatial import KDTree
+
     labels = np.full(len(points), -1)
     if not len(points):
         return labels
@@ -230,6 +229,8 @@ def cluster_labels(points: np.ndarray, eps: float, min_points: int) -> np.ndarra
 
 def _core_labels(points: np.ndarray, cell: np.ndarray, cell_id: np.ndarray, eps: float) -> np.ndarray:
     """Label core points (N, 3) of cells (N, 3) by connected component, numbered in order of their first point."""
+    from scipy.spatial import KDTree
+
     _, first, inverse = np.unique(cell_id, return_index=True, return_inverse=True)
     # Cells three or more apart along an axis are further apart than eps.
     pairs = KDTree(cell[first]).query_pairs(2, p=np.inf, output_type="ndarray")
@@ -252,6 +253,9 @@ def _core_labels(points: np.ndarray, cell: np.ndarray, cell_id: np.ndarray, eps:
 
 def _components(edges: np.ndarray, n: int) -> np.ndarray:
     """Return the component number (n,) of each node of an undirected graph with edges (E, 2)."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_array((np.ones(len(edges), dtype=bool), (edges[:, 0], edges[:, 1])), shape=(n, n))
     return connected_components(graph, directed=False)[1]
 

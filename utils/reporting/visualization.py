@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
 
 from utils.errors import escape_controls
 from utils.scans.files import atomic_path
@@ -91,6 +90,8 @@ class Drawing:
 
 def silhouette(valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """The valid pixels (H, W), with the gaps between them and the holes in them."""
+    from scipy import ndimage
+
     reach = max(1, round(max(valid.shape) / 100))
     closed = ndimage.binary_closing(np.pad(valid, reach), iterations=reach)[reach:-reach, reach:-reach]
     return ndimage.binary_fill_holes(closed)
@@ -98,6 +99,8 @@ def silhouette(valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _outline(drawn: NDArray[np.uint8], region: NDArray[np.bool_], number: int) -> None:
     """Draw the border of a region (H, W), with a dark line around it."""
+    from scipy import ndimage
+
     width = max(1, round(max(region.shape) / 100))
     line = region & ~ndimage.binary_erosion(region, iterations=width)
     drawn[ndimage.binary_dilation(region, iterations=width) & ~region & (drawn < 2)] = 1
