@@ -178,6 +178,24 @@ def test_inspect_dataset_prints_a_row_for_each_class_and_split(raw: Path, cleane
     assert f"python utils/preprocessing.py {raw}" in text
 
 
+def test_a_dataset_without_clouds_is_checked_as_rgb_only(cleaned: Path, tmp_path: Path) -> None:
+    """Unless --method_name asks for clouds, or one class has some."""
+    root = tmp_path / "parts"
+    for path in sorted(cleaned.rglob("*.png")):
+        (root / path.relative_to(cleaned)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / path.relative_to(cleaned))
+    flags = ["--inspect_dataset", "--dataset_path", root]
+    first, _, *rows = printed(*flags).splitlines()
+    assert first == f"{root} has no xyz folders: checked as RGB only, for --method_name DINO"
+    assert rows[0].split() == ["cookie", "train", "2", "0", "300x300", "0"]
+    for change in (["--method_name", "Point_MAE"], []):
+        if not change:
+            shutil.copytree(cleaned / "gasket/train/good/xyz", root / "gasket/train/good/xyz")
+        with pytest.raises(SystemExit) as stop:
+            printed(*flags, *change)
+        assert stop.value.code == 1
+
+
 def test_a_missing_dataset_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere is not a folder" in refusal(capsys, "--inspect_dataset", "--dataset_path", tmp_path / "nowhere")
 

@@ -316,8 +316,8 @@ def test_finished_classes_are_kept_when_a_later_one_fails(
     flags = [*PIP_BACKBONES, *POINTS, "--dataset_path", tmp_path, "--classes", "gasket", "damaged", "--output_dir", out]
     message = refusal(capsys, *flags, "--random_state", 0, "--img_size", 112)
     assert str(cloud) in message
-    assert files_below(out) == ["classes/gasket.json", "report.html", "results.json"]
-    assert ">gasket</h2>" in (out / "report.html").read_text()
+    assert files_below(out) == ["classes/gasket.json", "report.html", "results.csv", "results.json"]
+    assert ": gasket</h1>" in (out / "report.html").read_text()
     results = json.loads((out / "results.json").read_text())
     assert list(results["classes"]) == ["gasket"]
     assert results["classes"]["gasket"]["samples"] == runs(*POINTS).entry["samples"]

@@ -479,6 +479,26 @@ def all_files_are_whole(folder: Path) -> bool:
     return bool(found)
 
 
+def test_processes_share_a_class_without_a_test_split(data: Path, tmp_path: Path) -> None:
+    """The fit, then the detectors that it saved, both on two processes."""
+    link_files(data / "bagel/train", tmp_path / "data/new/train")
+    chosen = ["--dataset_path", tmp_path / "data", "--classes", "new"]
+    flags = [*chosen, *SMALL, "--random_state", 0, "--method_name", "DINO+Point_MAE"]
+    call(*flags, "--output_dir", tmp_path / "alone")
+    saved = ["--save_detector", tmp_path / "detectors"]
+    _, stderr = run_ranks(2, *flags, *saved, "--output_dir", tmp_path / "fitted", "--parallel", "samples")
+    assert stderr.count("new has no test split, so I-AUROC") == 1
+    run_ranks(2, *chosen, "--load_detector", tmp_path / "detectors", "--output_dir", tmp_path / "loaded")
+    expected = results_of(tmp_path / "alone")["classes"]["new"]
+    for name in ("fitted", "loaded"):
+        results = results_of(tmp_path / name)
+        entry = results["classes"]["new"]
+        assert (entry["split"], results["mean"]["image_rocauc"]) == ("train", None)
+        for ours, alone in zip(entry["samples"], expected["samples"], strict=True):
+            assert (ours["path"], ours["label"]) == (alone["path"], 0)
+            assert ours["score"] == pytest.approx(alone["score"], rel=1e-4)
+
+
 # Resume
 
 
