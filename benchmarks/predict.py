@@ -11,6 +11,7 @@ banks are as large as those of --train training samples. The script prints its m
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,7 @@ NETWORKS: dict[str, dict[str, Any]] = {  # differences from the published config
     "tiny": {"rgb_backbone_name": "efficientnet_lite0", "xyz_backbone_name": "FPFH", "img_size": 64, "xyz_grid": 16},
 }
 WARM_UP = 5  # samples that are not timed
+ENDS = ("", "_cpu")  # of the names of times
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> None:
@@ -122,6 +124,22 @@ def run_predict(folder: Path, args: argparse.Namespace, count: int, batch_size: 
     return found
 
 
+def start_up(folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds, and seconds of CPU, until predict.py is ready, and of the import of torch and timm."""
+    predict = ["predict.py", "--detector", folder / "detector", "--checkpoint_dir", folder, "--device", args.device]
+    predict += ["--stdin", "--output_dir", folder / "out"]
+    commands: dict[str, list[object]] = {"imports": ["-c", "import torch, timm"], "ready": predict}
+    found = {}
+    for name, command in commands.items():
+        begin, before = time.perf_counter(), os.times()
+        arguments = [sys.executable, *map(str, command)]
+        subprocess.run(arguments, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, check=True)  # noqa: S603
+        after = os.times()
+        found[name] = time.perf_counter() - begin
+        found[f"{name}_cpu"] = sum(after[2:4]) - sum(before[2:4])
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, "predict")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
@@ -143,6 +161,13 @@ def main(argv: list[str] | None = None) -> None:
             found["cold"] = [run_predict(folder, args, 1, 1) for _ in range(args.repeats)]
             first = sorted(each["first_line"] for each in found["cold"])
             print(f"cold start to the first line: {first[0]:.2f} to {first[-1]:.2f} s in {len(first)} runs")
+            found["ready"] = [start_up(folder, args) for _ in range(args.repeats)]
+            beyond = {end: min(each[f"ready{end}"] - each[f"imports{end}"] for each in found["ready"]) for end in ENDS}
+            ready = min(each["ready"] for each in found["ready"])
+            print(
+                f"ready after {ready:.2f} s, {beyond['']:.2f} s (CPU: {beyond['_cpu']:.2f} s) beyond importing torch "
+                "and timm"
+            )
         for batch_size in (1, args.batch_size) if "latency" in args.stages else ():
             size = batch_size or "default"
             found[f"batch {size}"] = run = run_predict(folder, args, WARM_UP + args.samples, batch_size)
