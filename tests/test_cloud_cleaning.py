@@ -13,6 +13,7 @@ from utils.cleaning.cloud_cleaning import (
     clean_scan,
     cluster_labels,
     fit_border_plane,
+    is_cleaned,
     largest_cluster,
     pad_to_square,
     remove_plane,
@@ -324,6 +325,13 @@ def test_a_dark_table_seen_in_patches_is_removed_without_a_doubt() -> None:
     clean = clean_scan(xyz, np.ones((80, 90, 3), np.uint8), None, RULE)
     assert clean.doubt == ""
     assert np.array_equal(valid_mask(clean.xyz)[10:90, 5:95], part & valid_mask(xyz))
+
+
+def test_a_cleaned_scan_has_no_measurements_along_its_border() -> None:
+    xyz = scan_of_box()
+    clean = clean_scan(xyz, np.zeros((*xyz.shape[:2], 3), np.uint8), None, RULE).xyz
+    assert is_cleaned(clean, RULE) and not is_cleaned(xyz, RULE)
+    assert not is_cleaned(clean, CleaningRule(empty_margins=True))  # a raw scan may have such margins as well
 
 
 def test_empty_margins_move_the_border_to_the_measured_area() -> None:

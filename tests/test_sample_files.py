@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Callable, Sequence
@@ -21,10 +22,12 @@ from utils.scans.organized_pc import as_cloud, organized_pc_header, write_organi
 from utils.scans.point_files import decompress_lzf, read_pcd, read_ply
 from utils.scans.sample_files import (
     LONGEST_NAME,
+    FoundSamples,
     check_same_view,
     find_samples,
     holds_depth,
     read_cloud,
+    stamp_of,
 )
 
 H, W = 3, 5
@@ -662,3 +665,27 @@ def test_names_too_long_for_output_files_are_refused(tmp_path: Path) -> None:
     assert names(found.samples) == [longest]
     ((sample, fault),) = found.incomplete
     assert sample.path == longer and f"{LONGEST_NAME + 1} bytes" in fault
+
+
+def test_a_stamp_identifies_the_files_of_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By path, size and time; the name of the sample and the form of its path do not matter."""
+    image, cloud = write(tmp_path / "a.png", b"image"), write(tmp_path / "a.tiff", b"cloud")
+    stamps = [stamp_of(SampleFiles("a", image, cloud))]
+    monkeypatch.chdir(tmp_path)
+    assert stamp_of(SampleFiles("b", Path("./a.png"), Path("a.tiff"))) == stamps[0]
+    stamps += [stamp_of(SampleFiles("a", image)), stamp_of(SampleFiles("a", None, image))]
+    os.utime(cloud, ns=(0, cloud.stat().st_mtime_ns + 1))
+    stamps.append(stamp_of(SampleFiles("a", image, cloud)))
+    write(image, b"another image")
+    os.utime(image, ns=(0, 0))
+    stamps.append(stamp_of(SampleFiles("a", image, cloud)))
+    image.unlink()
+    stamps.append(stamp_of(SampleFiles("a", image, cloud)))
+    assert len(set(stamps)) == len(stamps) == 6 and all(re.fullmatch("[0-9a-f]{16}", each) for each in stamps)
+
+
+def test_files_that_may_still_come(tmp_path: Path) -> None:
+    assert find_samples(str(tmp_path), str(tmp_path / "*.tiff"), required=False) == FoundSamples([], [])
+    image = write(tmp_path / "a.png", b"")
+    found = find_samples(str(tmp_path), str(tmp_path / "*.tiff"), required=False)
+    assert [files for files, _ in found.incomplete] == [SampleFiles("a", image)] and found.samples == []
