@@ -49,6 +49,7 @@ def script(argv: Sequence[str]) -> None:
         if step == "crash":
             raise KeyError("the crash")
         warn_once("step", "key", f"{step} came first")
+        logging.getLogger("script").info("the same")
 
 
 def lines_of(path: Path) -> list[str]:
@@ -108,10 +109,12 @@ def test_nothing_is_logged_after_the_script(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out == "later\n"
 
 
-def test_a_warning_comes_once_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_message_comes_once_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     for first, second in (("one", "two"), ("three", "four")):
         script(["--steps", first, second])
-        assert [line for line in capsys.readouterr().err.splitlines() if "first" in line] == [f"{first} came first"]
+        lines = capsys.readouterr().err.splitlines()
+        assert [line for line in lines if "first" in line] == [f"{first} came first"]
+        assert lines.count("the same") == 1
 
 
 def test_a_log_file_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -19,6 +20,8 @@ TRACEBACK = ContextVar("traceback", default=False)  # set by --debug: print the 
 QUIET = ContextVar("quiet", default=False)  # set by --quiet: print only warnings and errors
 LOG_FILE: ContextVar[str | None] = ContextVar("log_file", default=None)  # set by --log_file
 
+SHOWN = "shown"  # name of the records of `show` in log files
+KEPT_TEXTS = 1000
 _warned: set[tuple[str, object]] = set()  # kinds and subjects of the warnings of this run, see `warn_once`
 _handlers: list[logging.Handler] = []  # of this run
 
@@ -63,7 +66,7 @@ def show(text: str, stream: TextIO | None = None, level: int = logging.INFO) -> 
 def _write_log(text: str, level: int) -> None:
     """Write a line, if it is not empty, to the log file, if there is one."""
     for handler in [each for each in _handlers if isinstance(each, _LogFile) and text]:
-        handler.handle(logging.LogRecord("shown", level, "", 0, text, None, None))
+        handler.handle(logging.LogRecord(SHOWN, level, "", 0, text, None, None))
 
 
 def warn_once(kind: str, subject: object, problem: str) -> None:
@@ -93,6 +96,7 @@ def start_messages(form: str = "%(name)s: %(message)s") -> None:
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         _handlers.append(file)
     for handler in _handlers:
+        handler.addFilter(_NoRepeats())
         logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(logging.INFO)
 
@@ -104,6 +108,23 @@ def _stop_messages() -> None:
         logging.getLogger().removeHandler(handler)
         with suppress(OSError):  # a full disk
             handler.close()
+
+
+class _NoRepeats(logging.Filter):
+    """Filter that drops a logged text, such as one of each method, if it is among the last KEPT_TEXTS."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: deque[str] = deque(maxlen=KEPT_TEXTS)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if record.name == SHOWN or record.levelno >= logging.ERROR:
+            return True
+        if text in self.seen:
+            return False
+        self.seen.append(text)
+        return True
 
 
 class _LogFile(logging.FileHandler):
