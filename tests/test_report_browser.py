@@ -230,8 +230,13 @@ def test_3d_view_has_outlines_on_the_surface_and_axes_in_millimeters(report: web
     assert [(name, color) for name, color, _ in lines] == [("predicted", PREDICTED), ("ground truth", TRUTH)]
     assert all(0.5 < np.ptp(xs) < 60 and np.abs(xs).max() < 42 for _, _, xs in lines)
     scene = report.execute_script("return document.getElementById('plot').layout.scene")
-    axes = [scene[f"{axis}axis"]["title"]["text"] for axis in "xyz"]
-    assert axes == ["x, mm", "y, mm", "z, mm"]
+    axes = [scene[f"{axis}axis"] for axis in "xyz"]
+    assert [axis["title"]["text"] for axis in axes] == ["x, mm", "y, mm", "z, mm"]
+    # The dome is 84 mm wide and 480.5 to 493 mm away; y and z are drawn upwards and toward the viewer.
+    assert [axis["ticktext"] for axis in axes] == [
+        ["-40", "-20", "0", "20", "40"], ["40", "20", "0", "-20", "-40"], ["490"]
+    ]  # fmt: skip
+    assert axes[1]["tickvals"] == [-40, -20, 0, 20, 40]
 
 
 def camera(report: webdriver.Chrome) -> dict[str, np.ndarray]:

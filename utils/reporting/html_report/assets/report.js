@@ -314,19 +314,31 @@ function colors(sample, points) {
   };
 }
 
-const span = (values) => values.reduce((a, b) => Math.max(a, b)) - values.reduce((a, b) => Math.min(a, b));
+const lowest = (values) => values.reduce((a, b) => Math.min(a, b));
+const span = (values) => values.reduce((a, b) => Math.max(a, b)) - lowest(values);
+
+// Round ticks of an axis, named by the coordinates in the file, of which y and z point the other way.
+function ticks(values, sign, most) {
+  const rough = Math.max(span(values), 1e-6) / most;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [5, 2, 1].map((each) => each * power).find((each) => each <= rough);
+  const first = Math.ceil(lowest(values) / step);
+  const last = Math.floor((lowest(values) + span(values)) / step);
+  const tickvals = Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
+  return { tickvals, ticktext: tickvals.map((tick) => score(sign * tick || 0, 6)) };
+}
 
 function layout(points) {
   const style = getComputedStyle(document.documentElement);
   const spans = [points.x, points.y, points.z].map((values) => Math.max(span(values), 1e-6));
   const longest = Math.max(...spans);
-  const axis = (title) => ({
-    title: { text: title },
+  const axis = (name, sign, most) => ({
+    title: { text: `${name}, mm` },
+    ...ticks(points[name], sign, most),
     color: style.getPropertyValue("--soft"),
     gridcolor: style.getPropertyValue("--line"),
     showbackground: false,
     zeroline: false,
-    nticks: 5,
   });
   return {
     margin: { l: 0, r: 0, t: 0, b: 0 },
@@ -336,9 +348,9 @@ function layout(points) {
     scene: {
       aspectmode: "manual", // true to scale, the longest side filling the view
       aspectratio: { x: spans[0] / longest, y: spans[1] / longest, z: spans[2] / longest },
-      xaxis: axis("x, mm"),
-      yaxis: axis("y, mm"),
-      zaxis: { ...axis("z, mm"), nticks: 3 },
+      xaxis: axis("x", 1, 3),
+      yaxis: axis("y", -1, 3),
+      zaxis: axis("z", -1, spans[2] < longest / 3 ? 1 : 3),
       camera: plot.layout?.scene.camera ?? CAMERA, // it stays where it was turned to
       dragmode: "orbit",
     },
