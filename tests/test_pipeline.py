@@ -398,7 +398,7 @@ def test_evaluate_equals_predict() -> None:
     evaluations = evaluate({"mine": outcome.detector}, iter(test), len(test))
     assert list(evaluations) == ["mine"]
     assert isinstance(evaluations["mine"], Evaluation)
-    results, metrics, curve = evaluations["mine"]
+    results, metrics, curve, _ = evaluations["mine"]
     assert len(results) == len(test)
     for result, sample, prediction in zip(results, test, outcome.predictions, strict=True):
         assert isinstance(result, SampleResult)
@@ -437,7 +437,7 @@ def test_evaluation_of_several_detectors_equals_separate_ones() -> None:
     assert extractor.seen == [sample.path for sample in test]  # once each
     assert list(together) == list(detectors)
     for name, detector in detectors.items():
-        results, metrics, curve = evaluate({name: detector}, iter(test), len(test))[name]
+        results, metrics, curve, _ = evaluate({name: detector}, iter(test), len(test))[name]
         assert (together[name].metrics, together[name].pro_curve) == (metrics, curve)
         assert len(together[name].results) == len(results) == len(test)
         for mine, theirs in zip(together[name].results, results, strict=True):

@@ -48,7 +48,7 @@ def run(configs: tuple[DetectorConfig, ...], group: Group | None, cut: int) -> d
         }
         if not is_main(group):
             continue
-        results, metrics, _ = evaluations[name]
+        results, metrics, *_ = evaluations[name]
         found[name]["metrics"] = metrics
         found[name]["bytes"] = [memory_of(each.prediction) for each in results]
         found[name]["samples"] = [(each.path, each.label) for each in results]
