@@ -22,7 +22,7 @@ HEADINGS = [
 ]
 ABSENT = "absent"
 PRINTED = 20  # changed samples on the terminal; the page has all
-IGNORED = ("output_dir", "save_detector")  # arguments that do not affect the numbers and usually differ
+IGNORED = ("output_dir", "resume", "save_detector")  # arguments that do not affect the numbers and usually differ
 
 
 class Row(NamedTuple):
