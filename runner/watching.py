@@ -4,6 +4,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar
 
@@ -128,7 +129,7 @@ def watch(
             if stop.requested:
                 return
         if not due.samples and not due.incomplete:
-            stop.wait_for(lambda: time.sleep(pause))  # noqa: B023 (called at once)
+            stop.wait_for(partial(time.sleep, pause))
 
 
 class Request(msgspec.Struct, forbid_unknown_fields=True):

@@ -689,3 +689,13 @@ def test_files_that_may_still_come(tmp_path: Path) -> None:
     image = write(tmp_path / "a.png", b"")
     found = find_samples(str(tmp_path), str(tmp_path / "*.tiff"), required=False)
     assert [files for files, _ in found.incomplete] == [SampleFiles("a", image)] and found.samples == []
+
+
+def test_a_cloud_in_a_folder_of_both_is_no_image(tmp_path: Path) -> None:
+    """Also before the first image has come."""
+    cloud = write(tmp_path / "a.tiff", b"")
+    found = find_samples(str(tmp_path), str(tmp_path), required=False)
+    assert [files for files, _ in found.incomplete] == [SampleFiles("a", None, cloud)]
+    assert find_samples(str(tmp_path), None).samples == [SampleFiles("a", cloud)]
+    image = write(tmp_path / "a.png", b"")
+    assert find_samples(str(tmp_path), str(tmp_path)).samples == [SampleFiles("a", image, cloud)]

@@ -23,8 +23,8 @@ from utils.scans.files import FILE_SUFFIXES, LONGEST_NAME
 from utils.scans.organized_pc import organized_pc_header, read_organized_pc
 from utils.scans.point_files import read_npy, read_pcd, read_ply
 
-IMAGE_SUFFIXES = FILE_SUFFIXES["rgb"]
-CLOUD_SUFFIXES = (*FILE_SUFFIXES["xyz"], ".npy", ".pcd", ".ply")
+IMAGE_SUFFIXES, TIFF_SUFFIXES = FILE_SUFFIXES["rgb"], FILE_SUFFIXES["xyz"]
+CLOUD_SUFFIXES = (*TIFF_SUFFIXES, ".npy", ".pcd", ".ply")
 DEPTH_SUFFIXES = (".png",)  # of depth images alone; .tiff and .npy hold clouds or depth maps
 ASPECT_TOLERANCE = 0.01
 
@@ -61,6 +61,10 @@ def find_samples(
     if clouds is not None:
         suffixes = CLOUD_SUFFIXES + (DEPTH_SUFFIXES if depth else ())
         by_kind["cloud"] = _by_stem(clouds, suffixes, xyz_flag, required)
+    if len(by_kind) == 2:  # a .tiff in a folder of both is a cloud, also before the first image comes
+        used = {path for files in by_kind["cloud"].values() for path in files if path.suffix.lower() in TIFF_SUFFIXES}
+        images = {stem: [each for each in files if each not in used] for stem, files in by_kind["image"].items()}
+        by_kind["image"] = {stem: files for stem, files in images.items() if files}
     single = rgb and clouds and len(clouds) == 1 and Path(rgb).is_file() and Path(clouds[0]).is_file()
     if single and all(by_kind.values()):
         by_kind["cloud"] = dict(zip(by_kind["image"], by_kind["cloud"].values(), strict=True))
@@ -109,7 +113,7 @@ def _by_stem(given: Sequence[str], suffixes: Sequence[str], flag: str, required:
     # Broken links, pipes and folders with such a suffix count: reading them reports each as a problem.
     fitting = [each for each in files if each.suffix.lower() in suffixes]
     if flag == "--rgb":  # a folder may hold images and clouds
-        fitting = [each for each in fitting if each.suffix.lower() not in FILE_SUFFIXES["xyz"]] or fitting
+        fitting = [each for each in fitting if each.suffix.lower() not in TIFF_SUFFIXES] or fitting
     found: dict[str, list[Path]] = {}
     for each in fitting:
         found.setdefault(normalize("NFC", each.stem), []).append(each)
