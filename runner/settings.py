@@ -118,7 +118,8 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
     add("--checkpoint_dir", type=Path, default=Path("checkpoints"), help="folder of the backbones' checkpoints")
     add("--rgb_checkpoint", type=Path, help="checkpoint of the RGB backbone, instead of a file in --checkpoint_dir")
     add("--xyz_checkpoint", type=Path, help="checkpoint of the 3D backbone, instead of a file in --checkpoint_dir")
-    add("--inspect_dataset", action="store_true", help="read every file, print a table of the contents, and exit")
+    help_text = "read every file, or images alone without xyz folders, print a table of the contents, and exit"
+    add("--inspect_dataset", action="store_true", help=help_text)
     add("--list_backbones", action="store_true", help="print the backbones and their weights, and exit")
     add("--dataset_type", default="mvtec3d", choices=DATASET_CLASSES, help="dataset whose class names are used")
     add("--dataset_path", type=Path, default=Path("datasets/mvtec3d"), help="folder of the class folders")
