@@ -206,6 +206,7 @@ def test_failed_rename_stops_the_run_and_the_next_continues(
 
 UNPRIVILEGED = """
 import os, sys
+import scipy.spatial
 from PIL import Image
 from utils.preprocessing import main
 Image.preinit()
