@@ -219,10 +219,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         (valid | {"flags": [["name", "gasket"]]}, "Expected `object`, got `array` at `flags`"),
         ({key: value for key, value in valid.items() if key != "report"}, "missing required field `report`"),
         (valid | {"report": report | {"name": 3}}, "at `report.name`"),
-        (valid | {"report": report | {"decision": ["text", "text"]}}, "at `report.decision[0]`"),
-        (valid | {"report": report | {"decision": [0.5]}}, "at `report.decision`"),
-        (valid | {"report": report | {"outcomes": {"hit": "3"}}}, "at `report.outcomes[...]`"),
-        (valid | {"report": report | {"roc": [[0, None], [0, 1]]}}, "at `report.roc[0][1]`"),
+        (valid | {"report": report | {"pro": [[0, None], [0, 1]]}}, "at `report.pro[0][1]`"),
         (valid | {"report": report | {"samples": [3]}}, "at `report.samples[0]`"),
         (valid | {"report": report | {"entry": {}}}, "does not match its checksum"),
     ]
@@ -343,7 +340,7 @@ def test_texts_of_a_forged_file_are_escaped(tmp_path: Path) -> None:
     """All free texts of a file are shown as text, not as markup."""
     content = content_of(tmp_path, plain())
     report = content["report"]
-    report["decision"][1] = report["entry"]["threshold"]["source"] = EVIL
+    report["entry"]["threshold"]["source"] = EVIL
     for sample in report["samples"]:
         sample |= {
             "path": EVIL,

@@ -241,7 +241,7 @@ def test_results_of_older_versions_without_thresholds_have_a_page() -> None:
     for key in ("f1", "f1_threshold", "threshold", "precision", "recall", "false_alarm_rate", "latency"):
         del entry[key]
     assert decide(entry) is None
-    page = made_up_page(replace(made_up_class(limit=0), entry=entry, decision=None))
+    page = made_up_page(replace(made_up_class(limit=0), entry=entry))
     assert "Latency" not in page
     assert rows_of(page, "figures")["gasket"][-1] == "n/a"
 

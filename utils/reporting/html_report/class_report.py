@@ -1,16 +1,14 @@
-"""Report of an evaluated class: metrics, thinned curves, scores, and the shown samples."""
+"""Report of an evaluated class: its entry of results.json, the PRO curve, and the shown samples."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from utils.au_pro import ThinCurve
 from utils.records import SampleResult
-from utils.reporting.html_report.gallery import Decision, ReadArray, gallery, outcome_of
+from utils.reporting.html_report.gallery import Decision, ReadArray, gallery, outcome
 
 
 class ClassReport(msgspec.Struct, frozen=True):
@@ -18,9 +16,6 @@ class ClassReport(msgspec.Struct, frozen=True):
 
     name: str
     entry: dict[str, Any]  # of results.json
-    decision: Decision | None  # None: undefined without defective or without good samples
-    outcomes: dict[str, int]  # number of samples of the whole split
-    roc: ThinCurve | None
     pro: ThinCurve | None
     samples: list[dict[str, Any]]  # of the gallery
 
@@ -37,6 +32,17 @@ class ClassReport(msgspec.Struct, frozen=True):
     def defective(self) -> int:
         return sum(sample["label"] for sample in self.entry["samples"])
 
+    @property
+    def decision(self) -> Decision | None:
+        """Threshold of the class, see `decide`."""
+        return decide(self.entry)
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """Number of samples by outcome."""
+        threshold = self.decision and self.decision.threshold
+        return Counter(outcome(sample["label"], sample["score"], threshold) for sample in self.entry["samples"])
+
 
 def report_class(
     name: str,
@@ -51,19 +57,9 @@ def report_class(
 
     The samples are those of the entry, in its order.
     """
-    decision = decide(entry)
-    labels = np.array([sample.label for sample in samples])
-    scores = np.array([sample.prediction.score for sample in samples])
     severities = [sample["severity"] for sample in entry["samples"]]
-    return ClassReport(
-        name,
-        dict(entry),
-        decision,
-        dict(Counter(outcome_of(sample, decision) for sample in samples)),
-        _roc(labels, scores),
-        pro_curve,
-        gallery(samples, severities, decision, limit, read_rgb, read_cloud),
-    )
+    shown = gallery(samples, severities, decide(entry), limit, read_rgb, read_cloud)
+    return ClassReport(name, dict(entry), pro_curve, shown)
 
 
 def decide(entry: Mapping[str, Any]) -> Decision | None:
@@ -83,12 +79,3 @@ def decide(entry: Mapping[str, Any]) -> Decision | None:
     if entry.get("f1_threshold") is not None:
         return Decision(entry["f1_threshold"], "not calibrated, but the threshold of the best F1 on these samples")
     return None
-
-
-def _roc(labels: NDArray, scores: NDArray) -> ThinCurve | None:
-    from sklearn.metrics import roc_curve
-
-    if labels.all() or not labels.any():
-        return None
-    fprs, tprs, _ = roc_curve(labels, scores)
-    return fprs.tolist(), tprs.tolist()

@@ -145,7 +145,7 @@ def _tiles(mean: Mapping[str, Any], classes: Sequence[ClassReport]) -> list[Tile
         return [Tile(str(sum(each.total for each in classes)), "", "Samples", text)]
     defective = sum(each.defective for each in tested)
     good = sum(each.total for each in tested) - defective
-    misses, alarms = (sum(each.outcomes.get(kind, 0) for each in tested) for kind in (MISS, FALSE_ALARM))
+    misses, alarms = (sum(each.outcomes[kind] for each in tested) for kind in (MISS, FALSE_ALARM))
     left_out = "" if len(tested) == len(classes) else " Classes without one are left out."
     text = f"{good} good and {defective} defective samples of the test split.{left_out}"
     tiles = [Tile(str(good + defective), "", "Samples", text)]
@@ -188,14 +188,18 @@ def _cells(metrics: Mapping[str, Any], published: Mapping[str, float]) -> list[C
 
 
 def _roc_chart(each: ClassReport) -> Markup | None:
-    if each.roc is None:
+    from sklearn.metrics import roc_curve
+
+    good = each.total - each.defective
+    if not good or not each.defective:
         return None
-    false_alarms = each.outcomes.get(FALSE_ALARM, 0) / (each.total - each.defective)
-    hits = each.outcomes.get(HIT, 0) / each.defective
-    point = None if each.decision is None else (false_alarms, hits)
+    samples, point = each.entry["samples"], None
+    rates, hits, _ = roc_curve([sample["label"] for sample in samples], [sample["score"] for sample in samples])
+    if each.decision:
+        point = each.outcomes[FALSE_ALARM] / good, each.outcomes[HIT] / each.defective
     axis = Axis(0, 1, (0, 0.25, 0.5, 0.75, 1), "false-alarm rate")
     title = f"ROC curve of {each.name}, {number(each.entry['image_rocauc'])}"
-    return curve_chart(*each.roc, axis, "share of defective samples found", title, point)
+    return curve_chart(rates, hits, axis, "share of defective samples found", title, point)
 
 
 def _pro_chart(each: ClassReport) -> Markup | None:
