@@ -498,29 +498,29 @@ def test_a_strip_plot_has_a_row_for_each_folder_and_a_dot_for_each_sample() -> N
     assert [(row.name, row.note, row.defective) for row in strip.rows] == [
         ("good", "1 of 2 false alarms", False), ("dent", "0 of 1 found", True), ("hole", "1 of 2 found", True)
     ]  # fmt: skip
+    (first, *_), (second, *_) = strip.rows[2].dots
     assert [dot[2:] for dot in strip.rows[2].dots] == [("test/hole/4", "1"), ("test/hole/0", "2")]
     assert "severity" in strip.label
     ticks = {text: x for x, text in strip.ticks}
     assert list(ticks) == ["-1", "0", "1", "2", "3", "4", "5"]
-    assert strip.threshold == ticks["1"] == strip.rows[2].dots[0].x == pytest.approx((ticks["0"] + ticks["2"]) / 2)
-    assert strip.rows[2].dots[1].x == ticks["2"]
-    assert strip.rows[0].dots[0].x == ticks["0"]
+    assert strip.threshold == ticks["1"] == first == pytest.approx((ticks["0"] + ticks["2"]) / 2)
+    assert second == ticks["2"]
+    assert strip.rows[0].dots[0][0] == ticks["0"]
 
 
 def test_a_strip_plot_shows_extreme_severities_at_its_edges() -> None:
     strip = strip_plot(scored(("hole", 1e9), ("good", -1e9), ("good", 0.0)), 3.0)
-    assert [dot.x for dot in strip.rows[0].dots] == [2.0, 18.0]
-    assert [dot.x for dot in strip.rows[1].dots] == [98.0]
-    assert strip.rows[1].dots[0].text == "1e+09"
+    assert [x for x, *_ in strip.rows[0].dots] == [2.0, 18.0]
+    assert [(x, text) for x, _, _, text in strip.rows[1].dots] == [(98.0, "1e+09")]
 
 
 @pytest.mark.parametrize("threshold", [None, 7.0, 9.0, 1e300])
 def test_a_strip_plot_without_severities_shows_scores(threshold: float | None) -> None:
     strip = strip_plot(scored(("hole", None), ("good", 1.0)), threshold)
     assert "image score" in strip.label
-    assert strip.rows[0].dots[0].text == "3"
+    assert strip.rows[0].dots[0][3] == "3"
     assert (strip.threshold is None) is (threshold is None)
-    assert all(0 <= dot.x <= 100 for row in strip.rows for dot in row.dots)
+    assert all(0 <= x <= 100 for row in strip.rows for x, *_ in row.dots)
     alone = strip_plot(scored(("hole", None)), None)
-    assert alone.rows[0].note == "1 samples"
-    assert alone.rows[0].dots[0].x == 2.0
+    assert alone.rows[0].note == "1 sample"
+    assert 0 <= alone.rows[0].dots[0][0] <= 100
