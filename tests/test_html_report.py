@@ -140,7 +140,7 @@ def test_the_summary_has_every_metric_of_every_class_and_the_mean() -> None:
     assert rows["Mean"][0] == f"{(one.entry['image_rocauc'] + other.entry['image_rocauc']) / 2:.3f}"
     assert rows["Mean"][8] == "0.600"
     head = read_page(re.search("<thead>.*?</thead>", page).group()).text
-    assert "AU-PRO 0.3 100 thresholds" in head
+    assert "AU-PRO 0.3, 100 thresholds" in head
     assert head.count("exact curve") == len(EXACT_LIMITS)
 
 
@@ -218,7 +218,7 @@ def test_calibrated_metrics_without_a_threshold_are_undefined() -> None:
     rows = rows_of(made_up_page(made_up_class(limit=0, threshold=None)), "figures")
     assert rows["gasket"][-3:] == ["n/a"] * 3
     page = made_up_page(made_up_class(limit=0, threshold=None))
-    assert "calibrated metrics without a calibrated threshold" in read_page(page).text
+    assert "Precision, recall and false alarms need a calibrated threshold." in read_page(page).text
     assert "n/a" not in read_page(made_up_page(made_up_class(limit=0))).text
 
 

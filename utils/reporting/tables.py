@@ -19,6 +19,18 @@ CSV_NAME = "results.csv"
 UNDEFINED = "n/a"
 UNDEFINED_NOTE = f"{UNDEFINED}: undefined without defective or without good data; left out of the mean."
 
+# Name and detail of each metric of a class, by its key in results.json.
+HEADINGS = {
+    "image_rocauc": ("I-AUROC", ""),
+    "pixel_rocauc": ("P-AUROC", ""),
+    "au_pro": ("AU-PRO", f"{REFERENCE_LIMIT}, {REFERENCE_THRESHOLDS} thresholds"),
+    **{limit: (f"AU-PRO {limit}", "exact curve") for limit in EXACT_LIMITS},
+    "f1": ("F1", "best threshold"),
+    "precision": ("Precision", "at the threshold"),
+    "recall": ("Recall", "at the threshold"),
+    "false_alarm_rate": ("False alarms", "less is better"),
+}
+
 Classes = Mapping[str, Mapping[str, Any]]  # metrics of utils.metrics.evaluate by class
 Methods = Mapping[str, Classes]  # by method, all of the same classes
 
@@ -32,6 +44,12 @@ class _Table(NamedTuple):
 
 def number(value: float | None) -> str:
     return UNDEFINED if value is None else f"{value:.3f}"
+
+
+def all_metrics(entry: Mapping[str, Any]) -> dict[str, float | None]:
+    """Metrics of a class or of the mean in results.json under the keys of HEADINGS; None where there is no value."""
+    flat = {**entry, **entry["au_pro_exact"]}
+    return {key: flat.get(key) for key in HEADINGS}
 
 
 def one_line(text: str) -> str:

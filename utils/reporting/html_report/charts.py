@@ -83,11 +83,12 @@ def strip_plot(samples: Sequence[Mapping[str, Any]], threshold: float | None) ->
     Each folder has a row, the good samples the first. Severities beyond SEVERITIES are drawn at the edges.
     """
     by_severity = all(sample["severity"] is not None for sample in samples)
+    key, label, marked = "score", NO_SEVERITY, threshold
+    ticks: Sequence[float]
     if by_severity:
         key, label, marked = "severity", "severity", 1.0
-        ticks: Sequence[float] = range(SEVERITIES[0], SEVERITIES[1] + 1)
+        ticks = range(SEVERITIES[0], SEVERITIES[1] + 1)
     else:
-        key, label, marked = "score", NO_SEVERITY, threshold
         scores = [sample["score"] for sample in samples]
         ticks = sorted({min(scores), max(scores)} | ({threshold} if threshold is not None else set()))
 

@@ -14,24 +14,18 @@ import numpy as np
 from markupsafe import Markup
 
 from utils.errors import escape_controls
-from utils.metrics import EXACT_LIMITS, PRO_LIMIT, REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_of_known
+from utils.metrics import EXACT_LIMITS, PRO_LIMIT, mean_of_known
 from utils.reporting.html_report.charts import Axis, curve_chart, strip_plot
 from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.gallery import CORRECT_PASS, FALSE_ALARM, HIT, MISS, UNDECIDED, WRONG
 from utils.reporting.html_report.page import asset, render_page, write_page
 from utils.reporting.html_report.published import Published, published_figures
-from utils.reporting.tables import number
+from utils.reporting.tables import HEADINGS, all_metrics, number
 from utils.reporting.visualization import PREDICTED, TRUTH, heat_colors
 
 FILE_NAME = "report.html"
 PLURALS = {MISS: "misses", FALSE_ALARM: "false alarms", HIT: "hits", CORRECT_PASS: "correct passes"}
-CALIBRATED = {"precision": "Precision", "recall": "Recall", "false_alarm_rate": "False alarms"}
-# Name and detail of the metrics in the summary, in the order of `_cells`.
-HEADINGS = [
-    *(("I-AUROC", ""), ("P-AUROC", ""), (f"AU-PRO {REFERENCE_LIMIT}", f"{REFERENCE_THRESHOLDS} thresholds")),
-    *((f"AU-PRO {limit}", "exact curve") for limit in EXACT_LIMITS),
-    *(("F1", "best"), *((title, "calibrated") for title in CALIBRATED.values())),
-]
+DECISIONS = ("f1", "precision", "recall", "false_alarm_rate")  # metrics that the means of results.json lack
 AREAS = (
     ("image_rocauc", "I-AUROC", "Chance that a defective sample scores above a good one: 1 is perfect, 0.5 guessing."),
     ("au_pro", "AU-PRO", "Share of the defects' area that the maps find with few false pixels: 1 is perfect."),
@@ -96,7 +90,7 @@ def report_page(record: Mapping[str, Any], classes: Sequence[ClassReport], note:
         published=published,
         summary=summary,
         any_undefined=any(cell.value is None for cells in summary.values() for cell in cells),
-        metrics=HEADINGS,
+        metrics=HEADINGS.values(),
         strips=[strip_plot(each.entry["samples"], each.decision and each.decision.threshold) for each in classes],
         charts=[(each.name, _roc_chart(each), _pro_chart(each)) for each in classes],
         plurals=PLURALS,
@@ -177,14 +171,13 @@ def _summary(
     """Cells of each class, and of the mean under the name ""."""
     of_classes = published.classes if published else {}
     rows = {each.name: _cells(each.entry, of_classes.get(each.name, {})) for each in classes}
-    mean = record["mean"] | {key: mean_of_known(each.entry.get(key) for each in classes) for key in ("f1", *CALIBRATED)}
+    mean = record["mean"] | {key: mean_of_known(each.entry.get(key) for each in classes) for key in DECISIONS}
     return rows | {"": _cells(mean, published.mean if published else {})}
 
 
 def _cells(metrics: Mapping[str, Any], published: Mapping[str, float]) -> list[Cell]:
-    cells = [Cell(metrics[key], published.get(key)) for key in ("image_rocauc", "pixel_rocauc", "au_pro")]
-    cells += [Cell(metrics["au_pro_exact"][limit]) for limit in EXACT_LIMITS]
-    return cells + [Cell(metrics.get(key), None, key == "false_alarm_rate") for key in ("f1", *CALIBRATED)]
+    values = all_metrics(metrics)
+    return [Cell(value, published.get(key), key == "false_alarm_rate") for key, value in values.items()]
 
 
 def _roc_chart(each: ClassReport) -> Markup | None:
