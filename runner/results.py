@@ -21,7 +21,7 @@ from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.report_page import write_report
 from utils.reporting.results_json import FILE_NAME, origin_of_run, results_record
 from utils.reporting.tables import CSV_NAME, append_tables, format_tables, result_line, write_csv
-from utils.reporting.visualization import FUSED, caption, color_scale, save_anomaly_map, save_figure
+from utils.reporting.visualization import caption, color_scales, save_anomaly_map, save_figure
 from utils.scans.json_records import write_record
 from utils.scans.organized_pc import valid_mask
 
@@ -133,9 +133,7 @@ def save_predictions(
     """Write the anomaly map of each test sample at the size of its ground truth, and a figure of it."""
     predictions = [result.prediction for result in results]
     pixel = None if thresholds is None else thresholds.pixel
-    scale = {FUSED: color_scale([prediction.anomaly_map.numpy() for prediction in predictions], pixel)}
-    for bank in predictions[0].bank_maps:
-        scale[bank] = color_scale([prediction.bank_maps[bank].numpy() for prediction in predictions])
+    scale = color_scales(predictions, pixel)
     pairs = progress_bar(zip(files, results, strict=True), total=len(files), desc="images", unit="sample")
     for file, result in pairs:
         prediction, plane = result.prediction, result.prediction.anomaly_map.numpy()

@@ -1,7 +1,7 @@
 """Images of predictions: maps as the official evaluation reads them, and the one drawing of figures and the report."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.errors import escape_controls
+from utils.records import Prediction
 from utils.scans.files import atomic_path
 
 FUSED = "fused"  # key of the fused map in `scale`, beside the names of the banks
@@ -29,7 +30,7 @@ Scale = tuple[float, float]  # values of the lowest and the highest color
 class Drawing:
     """Pictures of one sample, cropped to the object and with the same `size` (H, W) of at most `side` pixels a side.
 
-    The image (h, w, 3) uint8, the map (h, w) float, the mask (h, w) with 1 = defect, and the mask `valid` (h, w) of
+    The image (h, w, 3) or (h, w) uint8, the map (h, w) float, the mask (h, w) with 1 = defect, and the mask `valid` (h, w) of
     the pixels with a point show the same view in any resolution. All but the map may be None. The object is the box
     around the valid pixels, else the whole view. Pixels of the object above the threshold are predicted as anomalous.
     """
@@ -58,8 +59,10 @@ class Drawing:
         box = left * width, top * height, right * width, bottom * height
         return np.asarray(Image.fromarray(plane).resize(self.size[::-1], how, box))
 
-    def shown_image(self, image: NDArray) -> NDArray[np.uint8]:
-        return self.resized(image, Image.Resampling.LANCZOS)
+    def picture(self) -> NDArray[np.uint8]:
+        """The image (H, W, 3)."""
+        assert self.image is not None, "there is no image to draw"
+        return self.resized(self.image, Image.Resampling.LANCZOS)
 
     def heat(self, plane: NDArray, scale: Scale) -> NDArray[np.uint8]:
         """Heat colors (H, W, 3) of a map, and gray where no point was measured."""
@@ -68,7 +71,6 @@ class Drawing:
             colors[~self.resized(self.valid, NEAREST)] = NEUTRAL
         return colors
 
-    @cached_property
     def lines(self) -> NDArray[np.uint8]:
         """Outlines (H, W) of the predicted and the true defects: keys of LINES, 0 elsewhere."""
         drawn = np.zeros(self.size, np.uint8)
@@ -80,11 +82,11 @@ class Drawing:
             _outline(drawn, inside > 0, 3)  # the smallest defect stays
         return drawn
 
-    def outlined(self, image: NDArray) -> NDArray[np.uint8]:
+    def outlined(self) -> NDArray[np.uint8]:
         """The image with the outlines."""
-        colors = self.shown_image(image).copy()
+        colors, lines = self.picture().copy(), self.lines()
         for number, color in LINES.items():
-            colors[self.lines == number] = list(bytes.fromhex(color[1:]))
+            colors[lines == number] = list(bytes.fromhex(color[1:]))
         return colors
 
 
@@ -153,10 +155,18 @@ def color_scale(maps: Iterable[NDArray], threshold: float | None = None) -> Scal
     return (low, high) if high > low else (low, low + 1.0)
 
 
+def color_scales(predictions: Sequence[Prediction], threshold: float | None) -> dict[str, Scale]:
+    """Color limits of the fused map, under the key FUSED, and of the map of each bank, as in `color_scale`."""
+    scales = {FUSED: color_scale([each.anomaly_map.numpy() for each in predictions], threshold)}
+    for bank in predictions[0].bank_maps:
+        scales[bank] = color_scale([each.bank_maps[bank].numpy() for each in predictions])
+    return scales
+
+
 def bar_labels(scale: Scale, threshold: float | None) -> list[str]:
-    """Labels of a color bar at its left end, in its middle and at its right end."""
+    """Labels of the color bar of a `color_scale` at its left end, in its middle and at its right end."""
     low, high = scale
-    if threshold is None or abs((low + high) / 2 - threshold) > 1e-6 * abs(high - low):
+    if threshold is None or threshold <= low:
         return [f"{low:.3g}", "", f"{high:.3g}"]
     return ["0", "threshold", "2"]
 
@@ -180,7 +190,7 @@ def caption(name: str, severity: float | None, anomalous: bool | None) -> str:
 
 
 class _Panel(NamedTuple):
-    title: str
+    words: Sequence[tuple[str, str]]  # of the title, each with the color of the square before it, or ""
     pixels: NDArray[np.uint8]  # (H, W, 3)
     labels: Sequence[str] = ()  # of the color bar; none for an image
 
@@ -198,33 +208,27 @@ def save_figure(
 ) -> None:
     """Write a PNG of panels below a title: the image, the image with outlines, the map of each bank, the fused map.
 
-    Arrays as in `Drawing`. A single bank's map equal to the fused map is left out. `scale` has the limits of each bank
-    and of FUSED, the same for all figures of a class (see `color_scale`). Raises ValueError for a map without a usable
-    scale.
+    Arrays as in `Drawing`. The map of a single bank is the fused map, so it is left out. `scale` has the limits of each
+    bank and of FUSED, the same for all figures of a class (see `color_scales`).
     """
-    banks = bank_maps or {}
-    if len(banks) == 1 and all(np.array_equal(each, anomaly_map) for each in banks.values()):
-        banks = {}
-    for name in (*banks, FUSED):
-        if name not in scale or not scale[name][0] < scale[name][1]:
-            raise ValueError(f"The color scale of {name} is {scale.get(name)}. Pass (lo, hi) with lo below hi.")
-
+    banks = bank_maps if bank_maps and len(bank_maps) > 1 else {}
     drawing = Drawing(image, anomaly_map, threshold, mask, valid)
     panels = []
     if image is not None:
-        panels = [_Panel("image", drawing.shown_image(image)), _Panel("", drawing.outlined(image))]
+        legend = [(PREDICTED, "predicted")] if threshold is not None else []
+        if mask is not None:
+            legend.append((TRUTH, "ground truth" if (mask > 0.5).any() else "ground truth: good"))
+        panels = [_Panel([("", "image")], drawing.picture()), _Panel(legend, drawing.outlined())]
     for name, plane in banks.items():
-        panels.append(_Panel(f"{name} map", drawing.heat(plane, scale[name]), bar_labels(scale[name], None)))
-    labels = bar_labels(scale[FUSED], threshold)
-    panels.append(_Panel(f"{FUSED} map" if banks else "anomaly map", drawing.heat(anomaly_map, scale[FUSED]), labels))
-    legend = [(PREDICTED, "predicted")] if threshold is not None else []
-    legend += [(TRUTH, "ground truth" if (mask > 0.5).any() else "ground truth: good")] if mask is not None else []
+        panels.append(_Panel([("", f"{name} map")], drawing.heat(plane, scale[name]), bar_labels(scale[name], None)))
+    heat, labels = drawing.heat(anomaly_map, scale[FUSED]), bar_labels(scale[FUSED], threshold)
+    panels.append(_Panel([("", f"{FUSED} map" if banks else "anomaly map")], heat, labels))
     with atomic_path(path) as temporary:
-        _draw(panels, title, legend).save(temporary, compress_level=1)  # in a quarter of the default's time
+        _draw(panels, title).save(temporary, compress_level=1)  # in a quarter of the default's time
 
 
-def _draw(panels: Sequence[_Panel], title: str, legend: Sequence[tuple[str, str]]) -> Image.Image:
-    """All panels in one row under the title; the panel without a title has the legend in its place."""
+def _draw(panels: Sequence[_Panel], title: str) -> Image.Image:
+    """All panels in one row under the title."""
     height, width = panels[0].pixels.shape[:2]
     column = max(width, PANEL // 2)
     text, (large, small) = escape_controls(title), (_font(15), _font(12))
@@ -238,10 +242,9 @@ def _draw(panels: Sequence[_Panel], title: str, legend: Sequence[tuple[str, str]
     for number, panel in enumerate(panels):
         left = GAP + number * (column + GAP)
         figure.paste(Image.fromarray(panel.pixels), (left, top))
-        words = [("black", panel.title)] if panel.title else legend
         x = left
-        for color, word in words:
-            if panel.title == "":
+        for color, word in panel.words:
+            if color:
                 draw.rectangle((x, top - 17, x + 11, top - 6), color, "black")
                 x += 17
             draw.text((x, top - 5), word, "black", small, anchor="ls")

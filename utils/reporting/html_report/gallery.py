@@ -14,15 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from utils.records import SampleResult
-from utils.reporting.visualization import (
-    FUSED,
-    LINES,
-    Drawing,
-    Scale,
-    bar_labels,
-    color_scale,
-    heat_strength,
-)
+from utils.reporting.visualization import FUSED, LINES, Drawing, Scale, bar_labels, color_scales, heat_strength
 from utils.scans.organized_pc import valid_mask
 
 VIEW_SIDE = 280  # pixels of a picture's longer side
@@ -109,9 +101,7 @@ def gallery(
     if not chosen:
         return []
     pixel = None if decision is None else decision.pixel
-    scales = {FUSED: color_scale([sample.prediction.anomaly_map.numpy() for sample in samples], pixel)}
-    for bank in samples[0].prediction.bank_maps:
-        scales[bank] = color_scale([sample.prediction.bank_maps[bank].numpy() for sample in samples])
+    scales = color_scales([sample.prediction for sample in samples], pixel)
     return [
         {"outcome": outcome_of(samples[i], decision), "severity": severities[i]}
         | _view(samples[i], pixel, read_rgb(i), read_cloud(i), scales)
@@ -129,24 +119,21 @@ def _view(
     fused = sample.prediction.anomaly_map.numpy()
     mask = None if sample.mask is None else sample.mask.numpy()
     valid = None if cloud is None else valid_mask(cloud)
-    drawing = Drawing(image, fused, threshold, mask, valid, VIEW_SIDE)
-    maps = {name: plane.numpy() for name, plane in sample.prediction.bank_maps.items()}
+    name, picture = ("depth", _depths(cloud)) if image is None else ("image", image)
+    drawing = Drawing(picture, fused, threshold, mask, valid, VIEW_SIDE)
+    maps = {bank: plane.numpy() for bank, plane in sample.prediction.bank_maps.items()}
     maps = {FUSED: fused} | (maps if len(maps) > 1 else {})  # a single bank's map is the fused map
-    labels = bar_labels(scales[FUSED], threshold)
     return {
         "path": sample.path,
         "defect": PurePosixPath(sample.path).parent.name,
         "label": sample.label,
         "score": sample.prediction.score,
         "size": drawing.size[::-1],
-        "view": _background(drawing, image, cloud),
-        "lines": _lines_uri(drawing.lines),
+        "view": None if picture is None else {"name": name, "image": _jpeg(drawing.picture())},
+        "lines": _lines_uri(drawing.lines()),
         "truth": mask is not None and bool((mask > 0.5).any()),
-        "maps": {
-            name: _data_uri(Image.fromarray(drawing.heat(each, scales[name])), "JPEG", quality=82)
-            for name, each in maps.items()
-        },
-        "bar": labels,
+        "maps": {bank: _jpeg(drawing.heat(plane, scales[bank])) for bank, plane in maps.items()},
+        "bar": bar_labels(scales[FUSED], threshold),
         "scores": sample.prediction.bank_scores if len(maps) > 1 else {},
         "cloud": None if cloud is None else pack_cloud(cloud, image, fused, scales[FUSED], mask),
     }
@@ -205,17 +192,13 @@ def _on_grid(plane: NDArray, grid: tuple[int, ...]) -> NDArray:
     return plane[rows][:, columns]
 
 
-def _background(drawing: Drawing, image: NDArray | None, cloud: NDArray | None) -> dict[str, str] | None:
-    """The image, else the depths of the cloud with the nearest point white, else None."""
-    if image is not None:
-        return {"name": "image", "image": _data_uri(Image.fromarray(drawing.shown_image(image)), "JPEG", quality=85)}
+def _depths(cloud: NDArray | None) -> NDArray[np.uint8] | None:
+    """Gray image (H, W) of the depths of a cloud (H, W, 3), with the nearest point white; None without a point."""
     if cloud is None or not (valid := valid_mask(cloud)).any():
         return None
     depth = cloud[..., 2]
     low, high = np.quantile(depth[valid], [0.005, 0.995])
-    gray = np.where(valid, 255 - 200 * np.clip((depth - low) / max(high - low, 1e-9), 0, 1), 0).astype(np.uint8)
-    shown = Image.fromarray(drawing.resized(gray, Image.Resampling.BOX))
-    return {"name": "depth", "image": _data_uri(shown, "JPEG", quality=85)}
+    return np.where(valid, 255 - 200 * np.clip((depth - low) / max(high - low, 1e-9), 0, 1), 0).astype(np.uint8)
 
 
 def _lines_uri(lines: NDArray[np.uint8]) -> str | None:
@@ -225,6 +208,10 @@ def _lines_uri(lines: NDArray[np.uint8]) -> str | None:
     palette = Image.fromarray(lines).convert("P")
     palette.putpalette([0, 0, 0, *chain.from_iterable(bytes.fromhex(color[1:]) for color in LINES.values())])
     return _data_uri(palette, "PNG", transparency=bytes([0, 150, 255, 255]))
+
+
+def _jpeg(pixels: NDArray[np.uint8]) -> str:
+    return _data_uri(Image.fromarray(pixels), "JPEG", quality=82)
 
 
 def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:
