@@ -202,7 +202,7 @@ def test_bad_files_are_reported_in_a_line_each_and_the_others_converted() -> Non
         "001": "holds 1716 points, expected 40 x 44, one a pixel",
         "002": "holds 1759 points, but its header says 1760",
         "003": "holds 1760 points, expected 20 x 44",
-        "004": "has no image of the same stem beside it",
+        "004": "004.ply has no image of the same stem",
         "005": "Give --xyz_unit mm or cm",
     }
     lines = sorted(stderr)
@@ -234,7 +234,7 @@ def test_sources_of_one_name_are_refused() -> None:
 def test_two_images_of_one_name_are_refused(copy: str) -> None:
     write_scans(count=1)
     write_image(f"scans/{copy}", image_of(1))
-    _, stderr = run("scans", code=1)
+    _, stderr = run("scans", code=2)
     assert f"scans/{copy}" in stderr[0] and "share a stem" in stderr[0]
     run("scans", "--rgb", "scans/*.png")
 

@@ -81,44 +81,27 @@ class Config:
 
 
 def find_sources(config: Config) -> FoundSamples:
-    """Find the clouds and their images. If only some clouds have an image, the others are incomplete.
+    """Find the clouds and their images; if one cloud has an image beside it, all need one.
 
     Raises InputError as `find_samples`, and for flags about depth images that do not fit the files.
     """
-    found = find_samples(config.rgb, config.sources, config.camera is not None, "SOURCE")
-    clouds = [each.xyz for each in found.samples if each.xyz is not None]
-    if config.camera is not None:
+    depth = config.camera is not None
+    found = find_samples(config.rgb, config.sources, depth, "SOURCE")
+    samples = [*found.samples, *(each for each, _ in found.incomplete)]
+    clouds = [each.xyz for each in samples if each.xyz is not None]
+    if depth:
         check_camera_flags(clouds, None if config.form.unit == "m" else config.form.unit)
-    if config.rgb is not None:
-        return found
-    images = _images_beside(clouds)
-    samples: list[SampleFiles] = []
-    incomplete = [*found.incomplete]
-    for files in found.samples:
-        assert files.xyz is not None, "every sample has a cloud"
-        beside = images.get(_key(files.xyz), [])
-        if len(beside) == 1 or not images:
-            samples.append(files._replace(rgb=beside[0] if beside else None))
-        elif beside:
-            incomplete.append((files, f"{beside[0]} and {beside[1]} share a stem. Remove one, or give --rgb."))
-        else:
-            incomplete.append((files, f"{files.xyz} has no image of the same stem beside it. Add it, or give --rgb."))
-    return FoundSamples(samples, incomplete)
+    images = [] if config.rgb else _images_beside(clouds)
+    return find_samples(images, config.sources, depth, "SOURCE") if images else found
 
 
-def _images_beside(clouds: Sequence[Path]) -> dict[tuple[Path, str], list[Path]]:
-    """Return the images of the same folder and stem as a cloud, by both."""
-    found: dict[tuple[Path, str], list[Path]] = {}
-    used, wanted = set(clouds), set(map(_key, clouds))
-    for folder in {path.parent for path in clouds}:
-        for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in IMAGE_SUFFIXES and path not in used and _key(path) in wanted:
-                found.setdefault(_key(path), []).append(path)
-    return found
-
-
-def _key(path: Path) -> tuple[Path, str]:
-    return path.parent, normalize("NFC", path.stem)
+def _images_beside(clouds: Sequence[Path]) -> list[str]:
+    """Return the images with the folder and the stem of a cloud."""
+    used, folders = set(clouds), {path.parent for path in clouds}
+    wanted = {(path.parent, normalize("NFC", path.stem)) for path in clouds}
+    images = [path for folder in folders for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    beside = [path for path in images if (path.parent, normalize("NFC", path.stem)) in wanted]
+    return [str(path) for path in beside if path not in used]
 
 
 def read_sample(files: SampleFiles, config: Config) -> Arrays:

@@ -35,7 +35,7 @@ class FoundSamples(NamedTuple):
 
 
 def find_samples(
-    rgb: str | None,
+    rgb: str | Sequence[str] | None,
     xyz: str | Sequence[str] | None,
     depth: bool = False,
     xyz_flag: str = "--xyz",
@@ -44,9 +44,10 @@ def find_samples(
     """Find the files of samples, paired by stem.
 
     Args:
-        rgb: an image, a folder of images or a pattern such as "line/*/image_*.png"; None without images.
-        xyz: the same for point clouds, or several of these. If both are given, a sample needs both. A single image and
-            a single cloud need not have the same stem; the sample then has the name of the image.
+        rgb: an image, a folder of images or a pattern such as "line/*/image_*.png", or several of these; None without
+            images.
+        xyz: the same for point clouds. If both are given, a sample needs both. A single image and a single cloud need
+            not have the same stem; the sample then has the name of the image.
         depth: True if depth images count as clouds, because their camera is known.
         xyz_flag: name of the flag that gave `xyz`, for errors.
         required: False if files may still come: none of them need exist yet.
@@ -55,17 +56,17 @@ def find_samples(
     folder.
     """
     by_kind: dict[str, dict[str, list[Path]]] = {}
-    clouds = [xyz] if isinstance(xyz, str) else xyz
-    if rgb is not None:
-        by_kind["image"] = _by_stem([rgb], IMAGE_SUFFIXES, "--rgb", required)
+    images, clouds = ([each] if isinstance(each, str) else each for each in (rgb, xyz))
+    if images is not None:
+        by_kind["image"] = _by_stem(images, IMAGE_SUFFIXES, "--rgb", required)
     if clouds is not None:
         suffixes = CLOUD_SUFFIXES + (DEPTH_SUFFIXES if depth else ())
         by_kind["cloud"] = _by_stem(clouds, suffixes, xyz_flag, required)
     if len(by_kind) == 2:  # a .tiff in a folder of both is a cloud, also before the first image comes
         used = {path for files in by_kind["cloud"].values() for path in files if path.suffix.lower() in TIFF_SUFFIXES}
-        images = {stem: [each for each in files if each not in used] for stem, files in by_kind["image"].items()}
-        by_kind["image"] = {stem: files for stem, files in images.items() if files}
-    single = rgb and clouds and len(clouds) == 1 and Path(rgb).is_file() and Path(clouds[0]).is_file()
+        unused = {stem: [each for each in files if each not in used] for stem, files in by_kind["image"].items()}
+        by_kind["image"] = {stem: files for stem, files in unused.items() if files}
+    single = all(given and len(given) == 1 and Path(given[0]).is_file() for given in (images, clouds))
     if single and all(by_kind.values()):
         by_kind["cloud"] = dict(zip(by_kind["image"], by_kind["cloud"].values(), strict=True))
     found = FoundSamples([], [])
