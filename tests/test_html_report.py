@@ -107,7 +107,7 @@ def test_a_class_without_a_test_split_has_a_page() -> None:
     page = made_up_page(untested_class())
     text = "Good samples of the train split. Without a test split, nothing is measured."
     assert tiles_of(page) == {"Samples": f"5 {text}"}
-    assert "There is no test split" in page and "misses" not in read_page(page).text.split("Samples 5 of 5")[0]
+    assert "There is no test split" in page and "misses" not in read_page(page).text.split("Samples 5 of the 5")[0]
     assert len(samples_of(page)) == page.count('class="dot ') == 5
 
 
@@ -290,7 +290,7 @@ def test_no_published_results_are_shown_for_other_numbers_of_samples(fewer: int)
 def test_the_gallery_has_counts_and_filters() -> None:
     page = made_up_page(made_up_class("gasket", made_up_samples(30), limit=5), made_up_class("bracket", limit=4))
     text = read_page(page).text
-    assert "5 of 30 of gasket, 4 of 12 of bracket." in text
+    assert "5 of the 30 samples of gasket, 4 of the 12 samples of bracket." in text
     shown = samples_of(page)
     assert sorted(sample["class"] for sample in shown) == ["bracket"] * 4 + ["gasket"] * 5
     for name in ("class", "defect", "outcome"):
@@ -496,7 +496,7 @@ def scored(*values: tuple[str, float | None]) -> list[dict]:
 def test_a_strip_plot_has_a_row_for_each_folder_and_a_dot_for_each_sample() -> None:
     strip = strip_plot(scored(("hole", 2.0), ("good", 0.0), ("good", 1.5), ("dent", 0.5), ("hole", 1.0)), 3.0)
     assert [(row.name, row.note, row.defective) for row in strip.rows] == [
-        ("good", "1 of 2 false alarms", False), ("dent", "0 of 1 found", True), ("hole", "1 of 2 found", True)
+        ("good", "false alarms: 1 of 2", False), ("dent", "found: 0 of 1", True), ("hole", "found: 1 of 2", True)
     ]  # fmt: skip
     (first, *_), (second, *_) = strip.rows[2].dots
     assert [dot[2:] for dot in strip.rows[2].dots] == [("test/hole/4", "1"), ("test/hole/0", "2")]

@@ -70,7 +70,7 @@ def test_number_of_shown_samples(bagels: Path, tmp_path: Path) -> None:
     assert len(run_report(tmp_path / "all", bagels, "--method_name", "DINO")) == 2
     assert len(run_report(tmp_path / "one", bagels, "--method_name", "DINO", "--report_parts", 1)) == 1
     assert run_report(tmp_path / "none", bagels, "--method_name", "DINO", "--report_parts", 0) == []
-    assert "1 of 2 of bagel" in (tmp_path / "one" / "report.html").read_text()
+    assert "1 of the 2 samples of bagel" in (tmp_path / "one" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["report.html", "classes/bagel.json"])

@@ -30,9 +30,9 @@ Scale = tuple[float, float]  # values of the lowest and the highest color
 class Drawing:
     """Pictures of one sample, cropped to the object and with the same `size` (H, W) of at most `side` pixels a side.
 
-    The image (h, w, 3) or (h, w) uint8, the map (h, w) float, the mask (h, w) with 1 = defect, and the mask `valid` (h, w) of
-    the pixels with a point show the same view in any resolution. All but the map may be None. The object is the box
-    around the valid pixels, else the whole view. Pixels of the object above the threshold are predicted as anomalous.
+    The image (h, w, 3) or (h, w) uint8, the map (h, w) float, the mask (h, w) with 1 = defect, and the mask `valid`
+    (h, w) of the pixels with a point show the same view in any resolution. All but the map may be None. The object is
+    the box around the valid pixels, else the whole view. Its pixels above the threshold are predicted as anomalous.
     """
 
     def __init__(

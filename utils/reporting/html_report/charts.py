@@ -111,4 +111,4 @@ def _row_note(samples: Sequence[Mapping[str, Any]], threshold: float | None) -> 
     if threshold is None:
         return f"{count} sample{'s' * (count != 1)}"
     called = sum(sample["score"] > threshold for sample in samples)
-    return f"{called} of {count} {'found' if samples[0]['label'] else 'false alarms'}"
+    return f"{'found' if samples[0]['label'] else 'false alarms'}: {called} of {count}"

@@ -191,13 +191,13 @@ def _roc_chart(each: ClassReport) -> Markup | None:
     if each.decision:
         point = each.outcomes[FALSE_ALARM] / good, each.outcomes[HIT] / each.defective
     axis = Axis(0, 1, (0, 0.25, 0.5, 0.75, 1), "false-alarm rate")
-    title = f"ROC curve of {each.name}, {number(each.entry['image_rocauc'])}"
+    title = f"ROC curve of {each.name}, area {number(each.entry['image_rocauc'])}"
     return curve_chart(rates, hits, axis, "share of defective samples found", title, point)
 
 
 def _pro_chart(each: ClassReport) -> Markup | None:
     if each.pro is None:
         return None
-    areas = ", ".join(f"{number(each.entry['au_pro_exact'][limit])} to {limit}" for limit in EXACT_LIMITS)
+    areas = ", ".join(f"{number(each.entry['au_pro_exact'][limit])} up to {limit}" for limit in EXACT_LIMITS)
     axis = Axis(0, PRO_LIMIT, (0, 0.05, 0.1, 0.2, PRO_LIMIT), "false positive rate of pixels")
     return curve_chart(*each.pro, axis, "mean overlap with regions", f"PRO curve of {each.name}, area {areas}")

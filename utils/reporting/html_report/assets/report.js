@@ -22,10 +22,9 @@ function imageView(sample, source, alt, outlined) {
   const [width, height] = sample.size;
   const shot = element("span", { className: "shot" });
   shot.style.aspectRatio = `${width} / ${height}`;
-  shot.append(element("img", { src: source, alt, width, height, loading: "lazy", decoding: "async" }));
-  if (outlined && sample.lines) {
-    shot.append(element("img", { src: sample.lines, alt: "", width, height, loading: "lazy", decoding: "async" }));
-  }
+  const layer = (src, text) => element("img", { src, alt: text, width, height, loading: "lazy", decoding: "async" });
+  shot.append(layer(source, alt));
+  if (outlined && sample.lines) shot.append(layer(sample.lines, ""));
   return shot;
 }
 
@@ -103,20 +102,16 @@ function openFromDots() {
 
 // Viewer
 
-function panel(sample, title, source, alt, outlined) {
-  return element(
-    "figure",
-    {},
-    element("figcaption", {}, element("b", { textContent: title })),
-    imageView(sample, source, alt, outlined),
-  );
+function panel(sample, title, source, outlined) {
+  const caption = element("figcaption", {}, element("b", { textContent: title }));
+  return element("figure", {}, caption, imageView(sample, source, title, outlined));
 }
 
 function facts(sample) {
   const banks = Object.entries(sample.scores).map(([name, value]) => `${name} ${score(value)}`);
   const truth = sample.label ? `${sample.defect}${sample.truth ? "" : ", not marked"}` : "good";
   const raw = sample.severity === null ? "" : ` · score ${score(sample.score)}`;
-  return ` · ${severity(sample)} · ground truth: ${truth}${raw}` + (banks.length ? ` · scores of the banks: ${banks.join(", ")}` : "");
+  return ` · ${severity(sample)} · ground truth: ${truth}${raw}` + (banks.length ? ` · scores of the memory banks: ${banks.join(", ")}` : "");
 }
 
 function show(position) {
@@ -131,14 +126,14 @@ function show(position) {
   byId("next").setAttribute("aria-disabled", String(position === shown.length - 1));
   const panels = [];
   if (sample.view) {
-    panels.push(panel(sample, sample.view.name, sample.view.image, sample.view.name, false));
-    panels.push(panel(sample, "outlines", sample.view.image, "outlines", true));
+    panels.push(panel(sample, sample.view.name, sample.view.image, false));
+    panels.push(panel(sample, "outlines", sample.view.image, true));
   }
   const several = Object.keys(sample.maps).length > 1;
   for (const [name, map] of Object.entries(sample.maps)) {
     const fused = name === "fused";
     const title = fused ? (several ? "fused map" : "anomaly map") : `${name} map, own scale`;
-    panels.push(panel(sample, title, map, title, fused && !sample.view));
+    panels.push(panel(sample, title, map, fused && !sample.view));
   }
   byId("panels").replaceChildren(...panels);
   byId("space").hidden = !sample.cloud;
