@@ -97,7 +97,6 @@ def report_page(record: Mapping[str, Any], classes: Sequence[ClassReport], note:
         exact_limits=EXACT_LIMITS,
         stages=stages,
         stage_remarks=[f"{stage.capitalize()}: {STAGES[stage]}." for stage in stages if stage in STAGES],
-        longest=max(sum(each.entry["seconds"].values()) for each in classes) or 1.0,
         any_latency=any(each.entry.get("latency") for each in classes),
         legend={
             **{"predicted": PREDICTED, "truth": TRUTH, "heat": ", ".join(heat[::4] + heat[-1:])},
@@ -139,17 +138,16 @@ def _tiles(mean: Mapping[str, Any], classes: Sequence[ClassReport]) -> list[Tile
         return [Tile(str(sum(each.total for each in classes)), "", "Samples", text)]
     defective = sum(each.defective for each in tested)
     good = sum(each.total for each in tested) - defective
-    misses, alarms = (sum(each.outcomes[kind] for each in tested) for kind in (MISS, FALSE_ALARM))
     left_out = "" if len(tested) == len(classes) else " Classes without one are left out."
     text = f"{good} good and {defective} defective samples of the test split.{left_out}"
     tiles = [Tile(str(good + defective), "", "Samples", text)]
-    decided = all(each.decision for each in tested)
-    if defective and decided:
-        text = "Defective samples that were called good."
-        tiles.append(Tile(str(misses), f"of {defective}", "Misses", text, "bad" if misses else "fine"))
-    if good and decided:
-        text = "Good samples that were called anomalous."
-        tiles.append(Tile(str(alarms), f"of {good}", "False alarms", text, "warn" if alarms else "fine"))
+    for kind, total, name, text, style in (
+        (MISS, defective, "Misses", "Defective samples that were called good.", "bad"),
+        (FALSE_ALARM, good, "False alarms", "Good samples that were called anomalous.", "warn"),
+    ):
+        if total and all(each.decision for each in tested):
+            count = sum(each.outcomes[kind] for each in tested)
+            tiles.append(Tile(str(count), f"of {total}", name, text, style if count else "fine"))
     of_mean = "" if len(tested) == 1 else " Mean of the classes."
     for key, name, text in AREAS:
         if mean[key] is not None:

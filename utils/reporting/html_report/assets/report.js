@@ -87,10 +87,10 @@ function walkCards(event) {
 
 // The dots of the shown samples open them.
 function openFromDots() {
-  const numbers = new Map(samples.map((sample, number) => [`${sample.class}/${sample.path}`, number]));
   for (const dot of document.querySelectorAll(".dot")) {
-    const number = numbers.get(`${dot.closest(".strip").dataset.class}/${dot.dataset.path}`);
-    if (number === undefined) continue;
+    const name = dot.closest(".strip").dataset.class;
+    const number = samples.findIndex((sample) => sample.class === name && sample.path === dot.dataset.path);
+    if (number < 0) continue;
     dot.classList.add("opens");
     dot.addEventListener("click", () => {
       for (const select of selects) select.value = "";
@@ -156,8 +156,8 @@ function viewerKeys(event) {
   const actions = {
     ShiftArrowLeft: () => moveCamera(-TURN, 0, 1),
     ShiftArrowRight: () => moveCamera(TURN, 0, 1),
-    ShiftArrowUp: () => moveCamera(0, -TURN, 1),
-    ShiftArrowDown: () => moveCamera(0, TURN, 1),
+    ShiftArrowUp: () => moveCamera(0, TURN, 1),
+    ShiftArrowDown: () => moveCamera(0, -TURN, 1),
     "+": () => moveCamera(0, 0, 0.8),
     "-": () => moveCamera(0, 0, 1.25),
     ArrowLeft: () => step(-1),
@@ -378,29 +378,19 @@ async function draw(sample) {
 }
 
 const TURN = Math.PI / 18;
-const cross = (a, b) => ({ x: a.y * b.z - a.z * b.y, y: a.z * b.x - a.x * b.z, z: a.x * b.y - a.y * b.x });
-const sum = (a, b, factor) => ({ x: a.x + factor * b.x, y: a.y + factor * b.y, z: a.z + factor * b.z });
 
-// The vector turned by an angle about an axis at right angles to it.
-function turned(vector, axis, angle) {
-  const along = sum({ x: 0, y: 0, z: 0 }, vector, Math.cos(angle));
-  return sum(along, cross(axis, vector), Math.sin(angle) / Math.hypot(axis.x, axis.y, axis.z));
-}
-
-// Turn the view to the right and upwards by angles, and let the camera stand `distance` times as far away.
+// Turn the view about the vertical axis and upwards by angles, and let the camera stand `distance` times as far away.
 function moveCamera(right, upwards, distance) {
   if (plot.hidden || !plot.layout) return;
-  const { eye, up, center } = plot.layout.scene.camera;
-  let away = sum(eye, center, -1);
-  const across = cross(up, away);
-  const upright = cross(away, across); // as `up`, but at right angles to the view
-  away = turned(turned(away, upright, right), turned(across, upright, right), upwards);
-  const tilted = turned(upright, turned(across, upright, right), upwards);
-  const length = Math.hypot(tilted.x, tilted.y, tilted.z);
-  Plotly.relayout(plot, {
-    "scene.camera.eye": sum(center, away, distance),
-    "scene.camera.up": sum({ x: 0, y: 0, z: 0 }, tilted, 1 / length),
-  });
+  const { eye, center } = plot.layout.scene.camera;
+  const [x, y, z] = ["x", "y", "z"].map((axis) => eye[axis] - center[axis]);
+  const radius = Math.hypot(x, y, z);
+  const azimuth = Math.atan2(x, z) + right;
+  const elevation = Math.max(-1.5, Math.min(1.5, Math.asin(y / radius) + upwards));
+  const away = distance * radius;
+  const [flat, high] = [away * Math.cos(elevation), away * Math.sin(elevation)];
+  const moved = { x: center.x + flat * Math.sin(azimuth), y: center.y + high, z: center.z + flat * Math.cos(azimuth) };
+  Plotly.relayout(plot, { "scene.camera": { ...CAMERA, center, eye: moved } });
 }
 
 function clear() {
