@@ -144,17 +144,6 @@ def test_the_summary_has_every_metric_of_every_class_and_the_mean() -> None:
     assert head.count("exact curve") == len(EXACT_LIMITS)
 
 
-def test_bars_are_proportional_to_their_metric() -> None:
-    page = made_up_page(made_up_class(limit=0, image_rocauc=0.25))
-    assert '<td style="--share:25.0%"><span class="bar more">0.250</span></td>' in page
-
-
-def test_bars_of_metrics_where_less_is_better_are_marked() -> None:
-    page = made_up_page(made_up_class(limit=0, false_alarm_rate=0.125, recall=0.375))
-    assert '<span class="bar less">0.125</span>' in page
-    assert '<span class="bar more">0.375</span>' in page
-
-
 def test_every_class_has_charts_and_counts() -> None:
     each = made_up_class(limit=0)
     page = made_up_page(each, made_up_class("bracket", limit=0))

@@ -38,14 +38,6 @@ STAGES = {
 }
 
 
-class Cell(NamedTuple):
-    """A metric in [0, 1] with a bar."""
-
-    value: float | None
-    published: float | None = None
-    less_is_better: bool = False
-
-
 class Tile(NamedTuple):
     """A number of the run and a sentence that explains it."""
 
@@ -89,7 +81,7 @@ def report_page(record: Mapping[str, Any], classes: Sequence[ClassReport], note:
         tiles=_tiles(record["mean"], classes),
         published=published,
         summary=summary,
-        any_undefined=any(cell.value is None for cells in summary.values() for cell in cells),
+        any_undefined=any(value is None for cells in summary.values() for value, _ in cells),
         metrics=HEADINGS.values(),
         strips=[strip_plot(each.entry["samples"], each.decision and each.decision.threshold) for each in classes],
         charts=[(each.name, _roc_chart(each), _pro_chart(each)) for each in classes],
@@ -165,17 +157,16 @@ def _shown_samples(classes: Sequence[ClassReport]) -> Iterator[dict[str, Any]]:
 
 def _summary(
     record: Mapping[str, Any], classes: Sequence[ClassReport], published: Published | None
-) -> dict[str, list[Cell]]:
-    """Cells of each class, and of the mean under the name ""."""
+) -> dict[str, list[tuple[float | None, float | None]]]:
+    """Metrics of each class, and of the mean under the name "", each with its published value."""
     of_classes = published.classes if published else {}
-    rows = {each.name: _cells(each.entry, of_classes.get(each.name, {})) for each in classes}
+    rows = {each.name: (each.entry, of_classes.get(each.name, {})) for each in classes}
     mean = record["mean"] | {key: mean_of_known(each.entry.get(key) for each in classes) for key in DECISIONS}
-    return rows | {"": _cells(mean, published.mean if published else {})}
-
-
-def _cells(metrics: Mapping[str, Any], published: Mapping[str, float]) -> list[Cell]:
-    values = all_metrics(metrics)
-    return [Cell(value, published.get(key), key == "false_alarm_rate") for key, value in values.items()]
+    rows[""] = (mean, published.mean if published else {})
+    return {
+        name: [(value, known.get(key)) for key, value in all_metrics(entry).items()]
+        for name, (entry, known) in rows.items()
+    }
 
 
 def _roc_chart(each: ClassReport) -> Markup | None:
