@@ -45,17 +45,16 @@ class Drawing:
         side: int = PANEL,
     ) -> None:
         self.image, self.anomaly_map, self.threshold, self.mask, self.valid = image, anomaly_map, threshold, mask, valid
-        view = next(each for each in (image, valid, anomaly_map) if each is not None).shape[:2]
-        rows, columns = object_box(valid, view)
-        self.shares = columns[0] / view[1], rows[0] / view[0], columns[1] / view[1], rows[1] / view[0]
-        height, width = rows[1] - rows[0], columns[1] - columns[0]
+        view = next(each for each in (image, valid, anomaly_map) if each is not None).shape
+        self.box = left, top, right, bottom = object_box(valid)
+        height, width = (bottom - top) * view[0], (right - left) * view[1]
         scale = side / max(height, width)
         self.size = max(1, round(height * scale)), max(1, round(width * scale))
 
     def resized(self, plane: NDArray, how: Image.Resampling = Image.Resampling.BILINEAR) -> NDArray:
         """The drawn part of a plane (h, w) or (h, w, 3) of the view, at the drawing's size."""
         height, width = plane.shape[:2]
-        left, top, right, bottom = self.shares
+        left, top, right, bottom = self.box
         box = left * width, top * height, right * width, bottom * height
         return np.asarray(Image.fromarray(plane).resize(self.size[::-1], how, box))
 
@@ -109,20 +108,17 @@ def _outline(drawn: NDArray[np.uint8], region: NDArray[np.bool_], number: int) -
     drawn[line] = number
 
 
-def object_box(valid: NDArray[np.bool_] | None, view: Sequence[int]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """First and last row and column of the square around the valid pixels, within a view of (H, W) pixels."""
+def object_box(valid: NDArray[np.bool_] | None) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of the square around the valid pixels (H, W), as shares of W and H."""
     if valid is None or not valid.any():
-        return (0, view[0]), (0, view[1])
-    ends = []
-    for axis, length in enumerate(view[:2]):
-        hit = np.flatnonzero(valid.any(axis=1 - axis)) * length / valid.shape[axis]
-        ends.append((hit[0], hit[-1] + length / valid.shape[axis]))
+        return 0, 0, 1, 1
+    ends = [np.flatnonzero(valid.any(axis=1 - axis))[[0, -1]] + (0, 1) for axis in (0, 1)]
     reach = MARGIN * max(high - low for low, high in ends) / 2
     (top, bottom), (left, right) = (
-        (max(0.0, (low + high) / 2 - reach), min(float(length), (low + high) / 2 + reach))
-        for (low, high), length in zip(ends, view, strict=False)
+        (max(0.0, (low + high) / 2 - reach) / length, min(float(length), (low + high) / 2 + reach) / length)
+        for (low, high), length in zip(ends, valid.shape, strict=True)
     )
-    return (top, bottom), (left, right)
+    return left, top, right, bottom
 
 
 def resize_map(anomaly_map: NDArray, size: tuple[int, int]) -> NDArray[np.float32]:
