@@ -114,8 +114,8 @@ class SampleReader:
 
 def _clean(
     files: SampleFiles, image: np.ndarray | None, xyz: np.ndarray, rule: CleaningRule
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the image and the cloud of a raw scan without its table, padded to a square."""
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """Return the image, if there is one, and the cloud of a raw scan without its table, padded to a square."""
     rgb = np.zeros_like(xyz, dtype=np.uint8) if image is None else image
     try:
         clean = clean_scan(xyz, rgb, None, rule)
@@ -123,7 +123,7 @@ def _clean(
         raise InputError(f"{files.xyz} cannot be cleaned: {error}") from None
     if clean.doubt:
         logger.warning("The table of %s may not have been found: %s. Check its overlay", files.xyz, clean.doubt)
-    return clean.rgb, clean.xyz
+    return None if image is None else clean.rgb, clean.xyz
 
 
 def predict_samples(detector: Detector, reader: SampleReader, batch_size: int, num_workers: int) -> Iterator[Outcome]:

@@ -593,6 +593,8 @@ def test_cleaning_equals_preprocessing(raw: Path, tmp_path: Path, flags: list[st
         assert loaded.size == (224, 204) and loaded.side == 300
     (alone,) = SampleReader([files[0]._replace(rgb=None)], frozenset({"xyz"}), SIDE, cleaning=CleaningRule())
     assert torch.equal(alone.sample.xyz, cleaned[0].xyz)  # type: ignore[union-attr, arg-type]
+    (lacking,) = SampleReader([files[0]._replace(rgb=None)], BOTH, SIDE, cleaning=CleaningRule())
+    assert lacking.sample is not None and lacking.sample.rgb is None  # refused by the extractor, not predicted as black
 
 
 def test_maps_of_cleaned_scans_align_with_the_raw_pixels(fitted: Fitted, raw: Path, tmp_path: Path) -> None:
