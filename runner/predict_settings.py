@@ -99,6 +99,8 @@ class PredictSettings:
 
     def thresholds(self, detector: "Detector") -> "Thresholds | None":
         """Thresholds of this run: those of the detector, changed by the flags. Prints both if they differ."""
+        from feature_extractors.thresholds import warn_of_few_samples
+
         old = detector.thresholds
         changes: dict[str, Any] = {"image": self.image_threshold, "pixel": self.pixel_threshold}
         changes = {name: value for name, value in changes.items() if value is not None}
@@ -107,6 +109,8 @@ class PredictSettings:
         if old is None or detector.calibration is None:
             raise InputError(f"{self.detector} was saved without thresholds. Leave out flags that change them.")
         new = old if self.target_fpr is None else detector.calibration.thresholds(self.target_fpr)
+        if self.target_fpr is not None and self.image_threshold is None:
+            warn_of_few_samples({self.detector.name: new.parts}, self.target_fpr)
         new = replace(new, **changes)
         image, pixel = (f"{getattr(old, name):.6g}, now {getattr(new, name):.6g}" for name in ("image", "pixel"))
         show(f"image threshold {image}; pixel threshold {pixel}")

@@ -358,7 +358,9 @@ def test_exit_code_of_an_anomaly(fitted: Fitted, tmp_path: Path) -> None:
 # Thresholds of one run
 
 
-def test_thresholds_of_one_run(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_thresholds_of_one_run(
+    fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     samples_dir = write_samples(fitted, tmp_path / "samples", 1)
     flags = flags_for(fitted, samples_dir, tmp_path / "out")
     detector = load_detector(fitted.detectors["DINO+Point_MAE"], "cpu")
@@ -376,6 +378,10 @@ def test_thresholds_of_one_run(fitted: Fitted, tmp_path: Path, capsys: pytest.Ca
         assert line["severity"] == replace(old, image=image).severity(line["score"])
         expected = f"image threshold {old.image:.6g}, now {image:.6g}; pixel threshold {old.pixel:.6g}, now {pixel:.6g}"
         assert capsys.readouterr().out.startswith(expected)
+    assert caplog.text == ""
+    assert run(*flags, "--target_fpr", 0.01) == 0
+    assert "a false-alarm rate of 0.01 needs 99 good samples" in caplog.text
+    capsys.readouterr()
     assert run(*flags) == 0
     assert lines_of(tmp_path / "out")[0]["threshold"] == old.image
     assert "now" not in capsys.readouterr().out
