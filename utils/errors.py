@@ -73,7 +73,7 @@ def warn_once(kind: str, subject: object, problem: str) -> None:
     """Log a problem of a subject, such as a folder, if there is one and none of this kind was logged in this run."""
     if problem and (kind, subject) not in _warned:
         _warned.add((kind, subject))
-        logging.getLogger(__name__).warning(problem)
+        logging.getLogger("files").warning(problem)
 
 
 def start_messages(form: str = "%(name)s: %(message)s") -> None:
