@@ -122,8 +122,12 @@ class PredictSettings:
         from utils.scans.sample_files import check_camera_flags
 
         for flag, given in (("rgb", self.rgb), ("xyz", self.xyz)):
-            if self.watch and given is not None and not has_magic(given) and not (given and Path(given).exists()):
+            if not self.watch or given is None or has_magic(given):
+                continue
+            if not (given and Path(given).exists()):
                 raise InputError(f"--{flag} {given!r} names nothing to watch. Make the folder, or quote a pattern.")
+            if realpath(given) == realpath(self.output_dir):
+                raise InputError(f"--{flag} is --output_dir, whose maps would be watched, too. Choose another one.")
         self.check_output((*found.samples, *(files for files, _ in found.incomplete)))
         clouds = [each.xyz for each in found.samples if each.xyz is not None and self.intrinsics is not None]
         if clouds:

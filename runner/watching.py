@@ -94,7 +94,7 @@ class WatchedFiles:
             elif not problem and now - since[stamp] >= self.settle:
                 due.samples.append(files)
         self._since = since
-        if there:  # an empty folder may be a network share that is away
+        if found.samples:  # without any, the folder of the images or of the clouds may be a share that is away
             self.done &= there
         return due
 
@@ -117,12 +117,15 @@ def watch(
         begin = time.monotonic()
         due = watched.due(begin)
         check(due.samples)
+        stamps = set(map(stamp_of, due.samples))
         pause = max(LOOK_AGAIN, (time.monotonic() - begin) / LOOK_SHARE)
         for files, problem in due.incomplete:
             record = writer.add(Outcome(LoadedSample(files, stamp=stamp_of(files)), problem=problem))
             watched.done.add(record["stamp"])
             report(record)
         for outcome in predictor.outcomes(due.samples):
+            if outcome.loaded.stamp not in stamps:  # changed while it waited for its turn: it has to settle again
+                continue
             record = writer.add(outcome)
             watched.done.add(record["stamp"])
             report(record)

@@ -110,6 +110,26 @@ def test_a_file_that_is_still_copied_waits(fitted: Fitted, tmp_path: Path) -> No
     assert len(lines) == 1 and "score" in lines[0]
 
 
+def test_a_file_that_changes_before_its_turn_settles_again(
+    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_samples(fitted, tmp_path, 2)
+    content, add = (folder / "xyz/001.tiff").read_bytes(), PredictionWriter.add
+
+    def add_and_copy(self: PredictionWriter, *arguments: Any) -> dict[str, Any]:
+        (folder / "xyz/001.tiff").write_bytes(content[:100])
+        return add(self, *arguments)
+
+    def finish() -> None:
+        (folder / "xyz/001.tiff").write_bytes(content)
+        monkeypatch.setattr(PredictionWriter, "add", add)
+
+    monkeypatch.setattr(PredictionWriter, "add", add_and_copy)
+    more = ("--batch_size", 1, "--num_workers", 0)
+    lines = watch(fitted, folder, nothing, finish, nothing, nothing, more=more)
+    assert [(line["name"], "score" in line) for line in lines] == [("000", True), ("001", True)]
+
+
 def test_a_file_without_partner_is_reported_once_and_predicted_later(
     fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,25 +194,27 @@ def test_what_cannot_be_watched_is_refused(fitted: Fitted, tmp_path: Path) -> No
     detector, rgb, out = fitted.detectors["DINO"], ("--rgb", tmp_path / "rgb"), ("--output_dir", tmp_path / "out")
     for flags, expected in (
         (["--watch", "--rgb", tmp_path / "none"], "none' names nothing to watch"),
+        (["--watch", *rgb, "--output_dir", tmp_path / "rgb"], "--rgb is --output_dir, whose maps would be watched"),
         (["--watch", "--stdin"], "Leave out --rgb, --xyz and --watch"),
         (["--stdin", *rgb], "Leave out --rgb, --xyz and --watch"),
         (["--watch", *rgb, "--fail_on_anomaly"], "--fail_on_anomaly is the exit code"),
     ):
         with pytest.raises(InputError, match=expected):
-            run("--detector", detector, *flags, *out)
+            run("--detector", detector, *out, *flags)
     assert not (tmp_path / "out").exists()
 
 
 def test_memory_of_the_watched_files_does_not_grow(tmp_path: Path) -> None:
-    """Only samples whose files are there are remembered, but an empty folder may be a share that is away."""
+    """Only samples whose files are there are remembered, but folders without samples may be shares that are away."""
     files = [SampleFiles(str(i), tmp_path / f"{i}.png") for i in range(3)]
     found: list[FoundSamples] = []
     watched = WatchedFiles(lambda: found[0], settle=0, partner_timeout=0)
     found[:] = [FoundSamples(files[:2], [])]
     assert watched.due(0).samples == files[:2]
     watched.done |= {stamp_of(each) for each in files[:2]}
-    found[:] = [FoundSamples([], [])]
-    assert watched.due(1) == FoundSamples([], []) and len(watched.done) == 2
+    for away in (FoundSamples([], []), FoundSamples([], [(files[0], "has no cloud")])):
+        found[:] = [away]
+        assert watched.due(1).samples == [] and len(watched.done) == 2
     found[:] = [FoundSamples(files[1:], [])]
     assert watched.due(2).samples == files[2:] and watched.done == {stamp_of(files[1])}
 
