@@ -158,11 +158,12 @@ def _shown_samples(classes: Sequence[ClassReport]) -> Iterator[dict[str, Any]]:
 def _summary(
     record: Mapping[str, Any], classes: Sequence[ClassReport], published: Published | None
 ) -> dict[str, list[tuple[float | None, float | None]]]:
-    """Metrics of each class, and of the mean under the name "", each with its published value."""
+    """Metrics of each class, and of the mean of several under the name "", each with its published value."""
     of_classes = published.classes if published else {}
     rows = {each.name: (each.entry, of_classes.get(each.name, {})) for each in classes}
-    mean = record["mean"] | {key: mean_of_known(each.entry.get(key) for each in classes) for key in DECISIONS}
-    rows[""] = (mean, published.mean if published else {})
+    if len(classes) > 1:
+        mean = record["mean"] | {key: mean_of_known(each.entry.get(key) for each in classes) for key in DECISIONS}
+        rows[""] = (mean, published.mean if published else {})
     return {
         name: [(value, known.get(key)) for key, value in all_metrics(entry).items()]
         for name, (entry, known) in rows.items()
