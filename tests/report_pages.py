@@ -88,6 +88,7 @@ def entry_of(evaluated: Sequence[SampleResult], threshold: float | None = 0.5, *
     """Entry of a class in results.json; threshold None means not calibrated."""
     entry, _ = metrics_and_curve(evaluated)
     entry |= {
+        "split": "test",
         "samples": [
             {
                 "path": sample.path,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from msgspec.structs import replace
 from report_pages import (
     COMMAND,
     entry_of,
@@ -222,17 +221,6 @@ def test_undefined_metrics_are_explained() -> None:
     assert "Precision is also undefined if no sample is called anomalous" in text
     assert each.decision is None
     assert {sample["outcome"] for sample in samples_of(page)} == {UNDECIDED}
-
-
-def test_results_of_older_versions_without_thresholds_have_a_page() -> None:
-    samples = made_up_samples(6)
-    entry = entry_of(samples)
-    for key in ("f1", "f1_threshold", "threshold", "precision", "recall", "false_alarm_rate", "latency"):
-        del entry[key]
-    assert decide(entry) is None
-    page = made_up_page(replace(made_up_class(limit=0), entry=entry))
-    assert "Latency" not in page
-    assert rows_of(page, "figures")["gasket"][-1] == "n/a"
 
 
 # Published results

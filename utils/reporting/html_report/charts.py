@@ -19,7 +19,7 @@ NO_SEVERITY = "image score; there is no severity without a threshold above the m
 
 
 class Axis(NamedTuple):
-    """Limits, ticks and name of an axis."""
+    """Limits, ticks and name of the horizontal axis."""
 
     low: float
     high: float
@@ -31,8 +31,7 @@ def curve_chart(
     xs: ArrayLike, ys: ArrayLike, x_axis: Axis, y_label: str, title: str, point: tuple[float, float] | None = None
 ) -> Markup:
     """A curve (P,), (P,) with y in [0, 1], the area below it, and its point at the threshold."""
-    y_axis = Axis(0, 1, (0, 0.25, 0.5, 0.75, 1), y_label)
-    px, py = _across(np.asarray(xs), x_axis), _up(np.asarray(ys), y_axis)
+    px, py = _across(xs, x_axis), _up(ys)
     line = "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(px, py, strict=True))
     svg = (
         environment()
@@ -40,10 +39,10 @@ def curve_chart(
         .render(
             {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "floor": FLOOR},
             x_axis=x_axis,
-            y_axis=y_axis,
+            y_label=y_label,
             title=title,
             paths=[("area", f"M{px[0]:.1f} {FLOOR}L{line}L{px[-1]:.1f} {FLOOR}Z"), ("curve", f"M{line}")],
-            point=None if point is None else (float(_across(point[0], x_axis)), float(_up(point[1], y_axis))),
+            point=None if point is None else (float(_across(point[0], x_axis)), float(_up(point[1]))),
             across=_across,
             up=_up,
         )
@@ -55,8 +54,8 @@ def _across(values: ArrayLike, axis: Axis) -> NDArray:
     return LEFT + (np.asarray(values) - axis.low) / (axis.high - axis.low) * (RIGHT - LEFT)
 
 
-def _up(values: ArrayLike, axis: Axis) -> NDArray:
-    return FLOOR - (np.asarray(values) - axis.low) / (axis.high - axis.low) * (FLOOR - TOP)
+def _up(values: ArrayLike) -> NDArray:
+    return FLOOR - np.asarray(values) * (FLOOR - TOP)
 
 
 class StripRow(NamedTuple):

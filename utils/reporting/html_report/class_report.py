@@ -20,11 +20,6 @@ class ClassReport(msgspec.Struct, frozen=True):
     samples: list[dict[str, Any]]  # of the gallery
 
     @property
-    def split(self) -> str:
-        """Split of the samples: "test", or, without one, that of the good samples in its place."""
-        return str(self.entry.get("split", "test"))
-
-    @property
     def total(self) -> int:
         return len(self.entry["samples"])
 
@@ -64,7 +59,7 @@ def report_class(
 
 def decide(entry: Mapping[str, Any]) -> Decision | None:
     """Return the calibrated threshold of a class, else the threshold of the best F1, else None."""
-    calibrated = entry.get("threshold")
+    calibrated = entry["threshold"]
     if calibrated is not None:
         source = (
             f"calibrated on {calibrated['parts']} good samples of the {calibrated['source']} split for a false-alarm "
@@ -76,6 +71,6 @@ def decide(entry: Mapping[str, Any]) -> Decision | None:
         if calibrated["source"] == "training":
             source += "; training samples score low, so expect more false alarms"
         return Decision(calibrated["image"], source, calibrated["pixel"])
-    if entry.get("f1_threshold") is not None:
+    if entry["f1_threshold"] is not None:
         return Decision(entry["f1_threshold"], "not calibrated, but the threshold of the best F1 on these samples")
     return None

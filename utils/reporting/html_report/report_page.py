@@ -89,7 +89,6 @@ def report_page(record: Mapping[str, Any], classes: Sequence[ClassReport], note:
         exact_limits=EXACT_LIMITS,
         stages=stages,
         stage_remarks=[f"{stage.capitalize()}: {STAGES[stage]}." for stage in stages if stage in STAGES],
-        any_latency=any(each.entry.get("latency") for each in classes),
         legend={
             **{"predicted": PREDICTED, "truth": TRUTH, "heat": ", ".join(heat[::4] + heat[-1:])},
             "threshold": any(each.decision is not None and each.decision.pixel is not None for each in classes),
@@ -123,9 +122,9 @@ def _title(args: Mapping[str, Any], classes: Sequence[ClassReport]) -> str:
 
 def _tiles(mean: Mapping[str, Any], classes: Sequence[ClassReport]) -> list[Tile]:
     """The numbers that tell whether the run is good enough; those that are not measured are left out."""
-    tested = [each for each in classes if each.split == "test"]
+    tested = [each for each in classes if each.entry["split"] == "test"]
     if not tested:
-        splits = " and ".join(sorted({each.split for each in classes}))
+        splits = " and ".join(sorted({each.entry["split"] for each in classes}))
         text = f"Good samples of the {splits} split. Without a test split, nothing is measured."
         return [Tile(str(sum(each.total for each in classes)), "", "Samples", text)]
     defective = sum(each.defective for each in tested)
@@ -162,7 +161,7 @@ def _summary(
     of_classes = published.classes if published else {}
     rows = {each.name: (each.entry, of_classes.get(each.name, {})) for each in classes}
     if len(classes) > 1:
-        mean = record["mean"] | {key: mean_of_known(each.entry.get(key) for each in classes) for key in DECISIONS}
+        mean = record["mean"] | {key: mean_of_known(each.entry[key] for each in classes) for key in DECISIONS}
         rows[""] = (mean, published.mean if published else {})
     return {
         name: [(value, known.get(key)) for key, value in all_metrics(entry).items()]
