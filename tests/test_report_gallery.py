@@ -219,12 +219,12 @@ def test_files_are_read_by_the_index_of_the_sample() -> None:
 def unpacked(cloud: dict) -> dict[str, np.ndarray]:
     data, n = gzip.decompress(base64.b64decode(cloud["data"])), cloud["points"]
     whole = np.frombuffer(data, dtype="<i2", count=3 * n).reshape(3, n).T
-    planes = 4 if cloud["colored"] else 1
+    planes = 5 if cloud["colored"] else 2
     colors = np.frombuffer(data, dtype=np.uint8, offset=6 * n, count=planes * n).reshape(planes, n)
-    masks = np.frombuffer(data, dtype=np.uint8, offset=(6 + planes) * n).reshape(2, -1)
-    grid, defect = (np.unpackbits(each)[: np.prod(cloud["grid"])].reshape(cloud["grid"]) for each in masks)
+    bits = np.frombuffer(data, dtype=np.uint8, offset=(6 + planes) * n)
+    grid = np.unpackbits(bits)[: np.prod(cloud["grid"])].reshape(cloud["grid"])
     points = np.array(cloud["origin"]) + cloud["step"] * whole
-    return {"xyz": points / 1000, "score": colors[0], "rgb": colors[1:].T, "grid": grid, "defect": defect}
+    return {"xyz": points / 1000, "score": colors[0], "defect": colors[1], "rgb": colors[2:].T, "grid": grid}
 
 
 def test_packed_cloud_keeps_positions_colors_and_scores() -> None:
@@ -233,15 +233,15 @@ def test_packed_cloud_keeps_positions_colors_and_scores() -> None:
     cloud = np.stack([column * 0.001 - 0.0105, row * 0.001 + 0.001, 0.5 + 0 * row], axis=-1)
     cloud[:10] = 0  # not measured
     image = np.stack([6 * row, 6 * column, 0 * row], axis=-1).astype(np.uint8)
-    packed = pack_cloud(cloud, image, row / side, (0.0, 1.0), row >= 5)
+    packed = pack_cloud(cloud, image, row / side, (0.0, 1.0), row >= 15)
     assert packed is not None
     read = unpacked(packed)
     assert packed["points"] == 30 * side
-    np.testing.assert_array_equal(read["defect"], row >= 10)  # only measured pixels
     found_column, found_row = (read["xyz"][:, :2] * 1000 - [-10.5, 1]).round().astype(int).T
     assert np.abs(read["xyz"] - cloud[found_row, found_column]).max() < 1e-6
     assert (read["rgb"] == image[found_row, found_column]).all()
     assert (np.argwhere(read["grid"]) == np.stack([found_row, found_column], axis=1)).all()
+    assert (read["defect"] == (found_row >= 15)).all()
     assert np.abs(read["score"] / 255 - found_row / side).max() < 0.01
 
 

@@ -147,8 +147,8 @@ def pack_cloud(
     Returns:
         None if no point is valid, else "points": N; "grid": rows R and columns C; "data": base64 of gzip of x, y, z (N
         int16 each, little-endian; "origin" + value * "step" is in millimeters), score (N uint8, 0 and 255 at the ends
-        of `scale`), if "colored" red, green, blue (N uint8 each), and two masks of the grid (R * C bits each, the
-        highest of a byte first): the valid pixels and the true defect.
+        of `scale`), true defect (N uint8, 0 or 1), if "colored" red, green, blue (N uint8 each), and the valid pixels
+        of the grid (R * C bits, the highest of a byte first).
     """
     cloud = _thinned(cloud)
     valid = valid_mask(cloud)
@@ -159,11 +159,11 @@ def pack_cloud(
     origin = (low + high) / 2
     step = max(float((high - low).max()) / 65534, 1e-9)
     strength = heat_strength(_on_grid(anomaly_map, valid.shape)[valid], scale)
-    planes = [np.rint((points - origin) / step).T.astype("<i2"), np.rint(255 * strength).astype(np.uint8)]
+    defect = np.zeros(len(points), np.uint8) if mask is None else _on_grid(mask > 0.5, valid.shape)[valid]
+    planes = [np.rint((points - origin) / step).T.astype("<i2"), np.rint(255 * strength).astype(np.uint8), defect]
     if image is not None:
         planes.append(_on_grid(image, valid.shape)[valid].T)
-    defect = np.zeros_like(valid) if mask is None else _on_grid(mask, valid.shape) > 0.5
-    planes += [np.packbits(valid), np.packbits(defect & valid)]
+    planes.append(np.packbits(valid))
     packed = gzip.compress(b"".join(np.ascontiguousarray(each).tobytes() for each in planes), 6, mtime=0)
     return {
         "points": len(points),

@@ -208,20 +208,16 @@ async function unpack(cloud) {
   const plane = (k) => new Uint8Array(buffer, (6 + k) * n, n);
   const unpacked = { x: axis(0, 1), y: axis(1, -1), z: axis(2, -1), score: Array.from(plane(0)) };
   if (cloud.colored) {
-    const [red, green, blue] = [plane(1), plane(2), plane(3)];
+    const [red, green, blue] = [plane(2), plane(3), plane(4)];
     unpacked.image = Array.from(red, (value, i) => `rgb(${value},${green[i]},${blue[i]})`);
   }
   const [rows, columns] = cloud.grid;
-  const bits = new Uint8Array(buffer, (cloud.colored ? 10 : 7) * n);
-  const bit = (pixel, mask) => (bits[mask * Math.ceil((rows * columns) / 8) + (pixel >> 3)] >> (7 - (pixel & 7))) & 1;
-  const at = new Int32Array(rows * columns).fill(-1);
-  const marked = new Uint8Array(n);
+  const bits = new Uint8Array(buffer, (cloud.colored ? 11 : 8) * n);
+  const at = new Int32Array(rows * columns).fill(-1); // point of a pixel
   for (let pixel = 0, point = 0; pixel < at.length; pixel++) {
-    if (!bit(pixel, 0)) continue;
-    marked[point] = bit(pixel, 1);
-    at[pixel] = point++;
+    if ((bits[pixel >> 3] >> (7 - (pixel & 7))) & 1) at[pixel] = point++;
   }
-  return { points: { ...unpacked, ...surface(unpacked, cloud.grid, at) }, at, marked };
+  return { points: { ...unpacked, ...surface(unpacked, cloud.grid, at) }, at, marked: plane(1) };
 }
 
 // Triangles between neighbors on the cloud's grid, except across gaps and jumps in depth.
