@@ -24,8 +24,9 @@ from typing import Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
-from utils.errors import InputError, warn_once
+from utils.errors import InputError
 from utils.records import METERS, CloudForm, Sample, SampleFiles
+from utils.reporting.messages import warn_once
 from utils.reporting.progress import progress_bar
 from utils.scans.cloud_check import checked_cloud
 from utils.scans.files import FILE_SUFFIXES, GOOD, check_folder, files_by_modality, fix_of_missing, is_good, subfolders

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from runner.pretrain_config import PretrainConfig
 from utils.choices import NEGATIVES, PAIRINGS, PRECISIONS
 from utils.command_line import MOST_WORKERS, Parser
-from utils.errors import exit_on_error, start_messages
+from utils.reporting.messages import exit_on_error, start_messages
 
 COUNTS = ("batch_size", "epochs", "accum_iter", "max_steps", "save_steps", "world_size", "xyz_dim", "input_size")
 BOUNDS = {

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from runner.settings import make_parser
 from utils.command_line import is_first_process
-from utils.errors import exit_on_error, start_messages
+from utils.reporting.messages import exit_on_error, start_messages
 from utils.scans.images import set_max_megapixels
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from runner.predict_settings import PredictSettings, make_parser
-from utils.errors import exit_on_error, show, start_messages
+from utils.reporting.messages import exit_on_error, show, start_messages
 from utils.scans.images import set_max_megapixels
 
 if TYPE_CHECKING:

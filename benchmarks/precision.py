@@ -22,8 +22,8 @@ from dataset import AnomalyDataset, index_split, load_samples
 from feature_extractors.config import METHODS, DetectorConfig
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from feature_extractors.pipeline import collect_features, evaluate, fit_detector
-from utils.errors import exit_on_error
 from utils.precision import DTYPES
+from utils.reporting.messages import exit_on_error
 
 METRICS = ("image_rocauc", "pixel_rocauc", "au_pro")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from utils.errors import InputError, show
+from utils.errors import InputError
+from utils.reporting.messages import show
 
 if TYPE_CHECKING:
     from models.feature_fusion import FeatureFusion

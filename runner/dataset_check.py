@@ -15,8 +15,9 @@ from runner.settings import detector_configs, extraction_config
 from utils.choices import CLEANING_FLAGS
 from utils.cleaning.cloud_cleaning import CleaningRule, is_cleaned, shows_table
 from utils.cleaning.journal import MANIFEST, Record, Scan, read_manifest, script_of
-from utils.errors import InputError, escape_controls, show
+from utils.errors import InputError
 from utils.records import METERS, CloudForm, SampleFiles
+from utils.reporting.messages import escape_controls, show
 from utils.reporting.progress import progress_bar
 from utils.reporting.tables import print_columns
 from utils.scans.cloud_check import class_distance, spread

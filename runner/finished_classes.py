@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 
-from utils.errors import InputError, escape_controls
+from utils.errors import InputError
 from utils.reporting.html_report.class_report import ClassReport
+from utils.reporting.messages import escape_controls
 from utils.reporting.tables import one_line
 from utils.scans.json_records import plain_json, read_record, write_record
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from utils.choices import CLEANING_FLAGS
 from utils.command_line import FILE_BOUNDS, MOST_WORKERS, Parser, add_file_flags
-from utils.errors import Bounds, InputError, show
+from utils.errors import Bounds, InputError
+from utils.reporting.messages import show
 
 if TYPE_CHECKING:
     from feature_extractors.detector import Detector

@@ -18,8 +18,9 @@ from feature_extractors.detector import Detector
 from feature_extractors.pipeline import batches, extract_timed
 from feature_extractors.thresholds import Thresholds
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, crop_padding, is_cleaned, shows_table
-from utils.errors import InputError, warn_once
+from utils.errors import InputError
 from utils.records import METERS, CloudForm, Prediction, Sample, SampleFiles
+from utils.reporting.messages import warn_once
 from utils.reporting.visualization import FUSED, caption, color_scale, resize_map, save_anomaly_map, save_figure
 from utils.scans.depth_camera import Camera
 from utils.scans.files import atomic_path, writing

@@ -15,10 +15,10 @@ from runner.finished_classes import FOLDER, class_file, read_class, write_class
 from runner.preparation import Run, image_files
 from runner.settings import applied_flags
 from utils.distributed import progress_bar
-from utils.errors import show
 from utils.records import SampleResult
 from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.report_page import write_report
+from utils.reporting.messages import show
 from utils.reporting.results_json import FILE_NAME, origin_of_run, results_record
 from utils.reporting.tables import CSV_NAME, append_tables, format_tables, result_line, write_csv
 from utils.reporting.visualization import caption, color_scales, save_anomaly_map, save_figure

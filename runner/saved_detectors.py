@@ -10,7 +10,8 @@ from feature_extractors.config import METHODS, DetectorConfig
 from feature_extractors.detector_record import CONFIG_FILE, SavedDetector, check_target, read_saved, recalibrate
 from feature_extractors.thresholds import warn_of_few_samples
 from runner.settings import CONCERNS, applied_flags
-from utils.errors import InputError, show
+from utils.errors import InputError
+from utils.reporting.messages import show
 from utils.reporting.tables import print_columns
 from utils.scans.files import check_folder, locked, make_folder, set_aside, subfolders
 

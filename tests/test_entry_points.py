@@ -16,7 +16,8 @@ from conftest import ROOT
 
 from utils import command_line
 from utils.command_line import Parser
-from utils.errors import InputError, escape_controls, exit_on_error, show
+from utils.errors import InputError
+from utils.reporting.messages import escape_controls, exit_on_error, show
 
 SCRIPTS = {  # module: its shortest valid command
     "main": [],

@@ -28,10 +28,11 @@ from report_pages import (
 from feature_extractors.config import DetectorConfig
 from runner.finished_classes import FREE_FLAGS, SCHEMA, class_file, read_class, write_class
 from runner.settings import applied_flags, make_parser
-from utils.errors import InputError, escape_controls
+from utils.errors import InputError
 from utils.reporting.html_report import report_page as report_page_module
 from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.report_page import report_page
+from utils.reporting.messages import escape_controls
 from utils.reporting.results_json import results_record
 from utils.scans.json_records import write_record
 

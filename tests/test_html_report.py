@@ -21,7 +21,7 @@ from report_pages import (
 )
 
 from utils.au_pro import area_to_limit, pro_curve, thin_curve
-from utils.errors import InputError, escape_controls
+from utils.errors import InputError
 from utils.metrics import EXACT_LIMITS, PRO_LIMIT
 from utils.reporting.html_report.charts import LEFT, RIGHT, Axis, curve_chart, strip_plot
 from utils.reporting.html_report.class_report import ClassReport, decide, report_class
@@ -29,6 +29,7 @@ from utils.reporting.html_report.gallery import CLOUD_POINTS, UNDECIDED, WRONG
 from utils.reporting.html_report.page import ASSETS, asset, environment, script_hash
 from utils.reporting.html_report.published import CLASSES, PAPER_ARGS, TEST_SAMPLES, published_figures
 from utils.reporting.html_report.report_page import write_report
+from utils.reporting.messages import escape_controls
 from utils.reporting.results_json import results_record
 
 PAPER = {

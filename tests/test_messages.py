@@ -24,8 +24,9 @@ from main_runs import (
 
 from utils import preprocessing
 from utils.command_line import Parser
-from utils.errors import InputError, exit_on_error, show, start_messages, warn_once
+from utils.errors import InputError
 from utils.reporting import progress
+from utils.reporting.messages import exit_on_error, show, start_messages, warn_once
 from utils.reporting.progress import progress_bar
 from utils.synthetic import Plan, make_dataset
 

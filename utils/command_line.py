@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from utils.choices import MAX_MEGAPIXELS, UNITS
-from utils.errors import LOG_FILE, QUIET, TRACEBACK, Bounds, escape_controls, range_problem, show
+from utils.errors import Bounds, range_problem
+from utils.reporting.messages import LOG_FILE, QUIET, TRACEBACK, escape_controls, show
 
 Settings = TypeVar("Settings")
 

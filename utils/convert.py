@@ -28,8 +28,9 @@ import numpy as np
 from PIL import Image
 
 from utils.command_line import FILE_BOUNDS, Parser, add_file_flags
-from utils.errors import InputError, exit_on_error, show, start_messages, warn_once
+from utils.errors import InputError
 from utils.records import CloudForm, SampleFiles
+from utils.reporting.messages import exit_on_error, show, start_messages, warn_once
 from utils.reporting.progress import progress_bar
 from utils.scans.depth_camera import Camera, read_camera
 from utils.scans.files import (

@@ -28,7 +28,8 @@ import yaml
 from utils.cleaning.journal import Journal, Scan
 from utils.cleaning.scan_processing import Result, Summary, process_scans, report, write_results
 from utils.command_line import MOST_WORKERS, Parser
-from utils.errors import InputError, exit_on_error, start_messages
+from utils.errors import InputError
+from utils.reporting.messages import exit_on_error, start_messages
 from utils.scans.files import check_folder, read_bytes, subfolders
 from utils.scans.images import defect_mask, open_image, read_image
 

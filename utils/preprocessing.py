@@ -31,8 +31,9 @@ from utils.cleaning.journal import MANIFEST, Journal, Scan, read_manifest
 from utils.cleaning.preview import FORMATS, Pair, write_preview
 from utils.cleaning.scan_processing import Result, Summary, process_scans, report, write_results
 from utils.command_line import FILE_BOUNDS, MOST_WORKERS, Parser, add_file_flags, from_flags
-from utils.errors import InputError, exit_on_error, show, start_messages, warn_once
+from utils.errors import InputError
 from utils.records import METERS, CloudForm, SampleFiles
+from utils.reporting.messages import exit_on_error, show, start_messages, warn_once
 from utils.scans.cloud_check import checked_cloud, class_distance
 from utils.scans.files import (
     LONGEST_NAME,

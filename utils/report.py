@@ -11,7 +11,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from utils.command_line import Parser
-from utils.errors import InputError, exit_on_error, show, start_messages
+from utils.errors import InputError
+from utils.reporting.messages import exit_on_error, show, start_messages
 
 
 @exit_on_error()

@@ -33,7 +33,8 @@ if __name__ == "__main__":  # run by path: utils/ itself must not be searched fo
 
 from utils.cleaning.cloud_cleaning import CleaningRule, fit_border_plane
 from utils.command_line import MOST_WORKERS, Parser, from_flags
-from utils.errors import InputError, exit_on_error, show, start_messages
+from utils.errors import InputError
+from utils.reporting.messages import exit_on_error, show, start_messages
 from utils.reporting.progress import progress_bar
 from utils.scans.files import atomic_path, make_folder
 from utils.scans.organized_pc import read_organized_pc, valid_mask, write_organized_pc

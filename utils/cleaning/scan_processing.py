@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from utils.cleaning.journal import MANIFEST, FileRecord, Journal, Record, Scan, sha256, stamp
-from utils.errors import LOG_FILE, QUIET, InputError, problem_of, show, start_messages
+from utils.errors import InputError, problem_of
+from utils.reporting.messages import LOG_FILE, QUIET, show, start_messages
 from utils.reporting.progress import progress_bar
 from utils.scans.files import atomic_path, locked, make_folder, writing
 from utils.scans.images import open_image

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from utils.errors import QUIET
+from utils.reporting.messages import QUIET
 
 Item = TypeVar("Item")
 

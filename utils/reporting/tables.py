@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.errors import escape_controls, show
 from utils.metrics import EXACT_LIMITS, REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_over_classes
+from utils.reporting.messages import escape_controls, show
 from utils.scans.files import atomic_path
 
 FILE_NAMES = {

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.errors import escape_controls
 from utils.records import Prediction
+from utils.reporting.messages import escape_controls
 from utils.scans.files import atomic_path
 
 FUSED = "fused"  # key of the fused map in `scale`, beside the names of the banks

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from utils.choices import MAX_MEGAPIXELS
-from utils.errors import InputError, warn_once
+from utils.errors import InputError
+from utils.reporting.messages import warn_once
 from utils.scans.files import open_file
 
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from utils.errors import InputError, escape_controls
+from utils.errors import InputError
+from utils.reporting.messages import escape_controls
 from utils.scans.files import atomic_path, read_bytes
 
 Record = TypeVar("Record")

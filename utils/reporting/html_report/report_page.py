@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from utils.errors import escape_controls
 from utils.metrics import EXACT_LIMITS, PRO_LIMIT, mean_of_known
 from utils.reporting.html_report.charts import Axis, curve_chart, strip_plot
 from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.gallery import CORRECT_PASS, FALSE_ALARM, HIT, MISS, UNDECIDED, WRONG
 from utils.reporting.html_report.page import asset, render_page, write_page
 from utils.reporting.html_report.published import Published, published_figures
+from utils.reporting.messages import escape_controls
 from utils.reporting.tables import HEADINGS, all_metrics, number
 from utils.reporting.visualization import PREDICTED, TRUTH, heat_colors
 
