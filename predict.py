@@ -107,15 +107,10 @@ def load(settings: PredictSettings, camera: "Camera | None") -> "Predictor":
 
 def predict_found(found: "FoundSamples", predictor: "Predictor", writer: "PredictionWriter", tally: "Tally") -> None:
     """Predict files that are there, and print their lines."""
-    from runner.prediction import LoadedSample, Outcome
     from utils.reporting.progress import progress_bar
-    from utils.scans.sample_files import stamp_of
 
-    for files, problem in found.incomplete:
-        tally.report(writer.add(Outcome(LoadedSample(files, stamp=stamp_of(files)), problem=problem)))
     width = max(len(each.path) for each in found.samples)
-    outcomes = predictor.outcomes(found.samples)
-    progress = progress_bar(outcomes, total=len(found.samples), desc="samples", unit="sample")
+    progress = progress_bar(predictor.outcomes(found), total=len(found.files), desc="samples", unit="sample")
     for outcome in progress:
         record = writer.add(outcome)
         with progress.external_write_mode():

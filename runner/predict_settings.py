@@ -129,7 +129,7 @@ class PredictSettings:
                 raise InputError(f"--{flag} {given!r} names nothing to watch. Make the folder, or quote a pattern.")
             if realpath(given) == realpath(self.output_dir):
                 raise InputError(f"--{flag} is --output_dir, whose maps would be watched, too. Choose another one.")
-        self.check_output((*found.samples, *(files for files, _ in found.incomplete)))
+        self.check_output(found.files)
         clouds = [each.xyz for each in found.samples if each.xyz is not None and self.intrinsics is not None]
         if clouds:
             check_camera_flags(clouds, self.xyz_unit)

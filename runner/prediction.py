@@ -26,7 +26,7 @@ from utils.scans.depth_camera import Camera
 from utils.scans.files import atomic_path, writing
 from utils.scans.images import shrink_image
 from utils.scans.json_records import encode_record
-from utils.scans.sample_files import check_same_view, read_cloud, stamp_of
+from utils.scans.sample_files import FoundSamples, check_same_view, read_cloud, stamp_of
 
 SCHEMA = 2  # of the lines of predictions.jsonl
 PREDICTIONS, TABLE = "predictions.jsonl", "predictions.csv"
@@ -171,10 +171,12 @@ class Predictor:
     batch_size: int = 1
     num_workers: int = 0
 
-    def outcomes(self, files: Sequence[SampleFiles]) -> Iterator[Outcome]:
-        """Predict samples as `predict_samples` does."""
-        reader = replace(self.reader, files=[each._replace(form=self.form) for each in files])
-        return predict_samples(self.detector, reader, self.batch_size, self.num_workers)
+    def outcomes(self, found: FoundSamples) -> Iterator[Outcome]:
+        """Yield the problems of incomplete samples, then predict the others as `predict_samples` does."""
+        for files, problem in found.incomplete:
+            yield Outcome(LoadedSample(files, stamp=stamp_of(files)), problem=problem)
+        reader = replace(self.reader, files=[each._replace(form=self.form) for each in found.samples])
+        yield from predict_samples(self.detector, reader, self.batch_size, self.num_workers)
 
 
 class PredictionWriter:

@@ -116,14 +116,10 @@ def watch(
     while not stop.requested:
         begin = time.monotonic()
         due = watched.due(begin)
-        check(due.samples)
-        stamps = set(map(stamp_of, due.samples))
+        check(due.files)
+        stamps = set(map(stamp_of, due.files))
         pause = max(LOOK_AGAIN, (time.monotonic() - begin) / LOOK_SHARE)
-        for files, problem in due.incomplete:
-            record = writer.add(Outcome(LoadedSample(files, stamp=stamp_of(files)), problem=problem))
-            watched.done.add(record["stamp"])
-            report(record)
-        for outcome in predictor.outcomes(due.samples):
+        for outcome in predictor.outcomes(due):
             if outcome.loaded.stamp not in stamps:  # changed while it waited for its turn: it has to settle again
                 continue
             record = writer.add(outcome)
@@ -131,7 +127,7 @@ def watch(
             report(record)
             if stop.requested:
                 return
-        if not due.samples and not due.incomplete:
+        if not stamps:
             stop.wait_for(partial(time.sleep, pause))
 
 
@@ -192,5 +188,5 @@ def _answer(
             problem = str(error)
     if problem:
         return writer.add(Outcome(LoadedSample(files), problem=problem))
-    (outcome,) = predictor.outcomes([files])
+    (outcome,) = predictor.outcomes(FoundSamples([files], []))
     return writer.add(outcome)

@@ -183,10 +183,13 @@ def test_a_second_signal_stops_at_once() -> None:
 
 def test_predictions_are_never_watched(fitted: Fitted, tmp_path: Path) -> None:
     folder = write_samples(fitted, tmp_path, 1)
-    flags = ["--detector", fitted.detectors["DINO"], "--device", "cpu", "--settle", 0, "--watch"]
-    with pytest.raises(InputError, match=r"000_overlay\.png is in --output_dir"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watching, "time", Steps(nothing, nothing, nothing))
-        run(*flags, "--rgb", f"{folder}/**/*.png", "--output_dir", folder / "out")
+    images, clouds = ["--rgb", f"{folder}/**/*.png"], ["--xyz", f"{folder}/**/*.tiff", "--partner_timeout", 0]
+    for method, patterns in (("DINO", images), ("DINO+Point_MAE", images + clouds)):
+        flags = ["--detector", fitted.detectors[method], "--device", "cpu", "--settle", 0, "--watch"]
+        with pytest.raises(InputError, match=r"\.png is in --output_dir"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(watching, "time", Steps(nothing, nothing, nothing))
+            run(*flags, *patterns, "--output_dir", folder / "out")
+        shutil.rmtree(folder / "out")
 
 
 def test_what_cannot_be_watched_is_refused(fitted: Fitted, tmp_path: Path) -> None:

@@ -33,6 +33,11 @@ class FoundSamples(NamedTuple):
     samples: list[SampleFiles]  # complete, sorted by name
     incomplete: list[tuple[SampleFiles, str]]  # with the problem of each
 
+    @property
+    def files(self) -> list[SampleFiles]:
+        """All samples."""
+        return [*self.samples, *(files for files, _ in self.incomplete)]
+
 
 def find_samples(
     rgb: str | Sequence[str] | None,
