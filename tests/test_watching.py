@@ -186,7 +186,7 @@ def test_predictions_are_never_watched(fitted: Fitted, tmp_path: Path) -> None:
     images, clouds = ["--rgb", f"{folder}/**/*.png"], ["--xyz", f"{folder}/**/*.tiff", "--partner_timeout", 0]
     for method, patterns in (("DINO", images), ("DINO+Point_MAE", images + clouds)):
         flags = ["--detector", fitted.detectors[method], "--device", "cpu", "--settle", 0, "--watch"]
-        with pytest.raises(InputError, match=r"\.png is in --output_dir"), pytest.MonkeyPatch.context() as patch:
+        with pytest.raises(InputError, match=r"out/000\S* is in --output_dir"), pytest.MonkeyPatch.context() as patch:
             patch.setattr(watching, "time", Steps(nothing, nothing, nothing))
             run(*flags, *patterns, "--output_dir", folder / "out")
         shutil.rmtree(folder / "out")
