@@ -71,7 +71,7 @@ class WatchedFiles:
     def due(self, now: float) -> FoundSamples:
         """List the samples unchanged for `settle` seconds, and incomplete ones unchanged for `partner_timeout`.
 
-        `now` is a time in seconds that grows. Samples are listed again until their stamps are in `done`.
+        `now` is a monotonic time in seconds. Samples are listed again until their stamps are in `done`.
         """
         try:
             found, self._unreadable = self.look(), False
