@@ -31,21 +31,18 @@ def curve_chart(
     xs: ArrayLike, ys: ArrayLike, x_axis: Axis, y_label: str, title: str, point: tuple[float, float] | None = None
 ) -> Markup:
     """A curve (P,), (P,) with y in [0, 1], the area below it, and its point at the threshold."""
+    template = environment().get_template("chart.svg")
     px, py = _across(xs, x_axis), _up(ys)
     line = "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(px, py, strict=True))
-    svg = (
-        environment()
-        .get_template("chart.svg")
-        .render(
-            {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "floor": FLOOR},
-            x_axis=x_axis,
-            y_label=y_label,
-            title=title,
-            paths=[("area", f"M{px[0]:.1f} {FLOOR}L{line}L{px[-1]:.1f} {FLOOR}Z"), ("curve", f"M{line}")],
-            point=None if point is None else (float(_across(point[0], x_axis)), float(_up(point[1]))),
-            across=_across,
-            up=_up,
-        )
+    svg = template.render(
+        {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "floor": FLOOR},
+        x_axis=x_axis,
+        y_label=y_label,
+        title=title,
+        paths=[("area", f"M{px[0]:.1f} {FLOOR}L{line}L{px[-1]:.1f} {FLOOR}Z"), ("curve", f"M{line}")],
+        point=None if point is None else (float(_across(point[0], x_axis)), float(_up(point[1]))),
+        across=_across,
+        up=_up,
     )
     return Markup(svg)  # noqa: S704 (the template has escaped its values)
 

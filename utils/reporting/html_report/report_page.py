@@ -170,11 +170,11 @@ def _summary(
 
 
 def _roc_chart(each: ClassReport) -> Markup | None:
-    from sklearn.metrics import roc_curve
-
     good = each.total - each.defective
     if not good or not each.defective:
         return None
+    from sklearn.metrics import roc_curve
+
     samples, point = each.entry["samples"], None
     rates, hits, _ = roc_curve([sample["label"] for sample in samples], [sample["score"] for sample in samples])
     if each.decision:
