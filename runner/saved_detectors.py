@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Collection, Iterable, Mapping
+from itertools import permutations
 from pathlib import Path
 from reprlib import repr as shortened
 
@@ -25,7 +26,7 @@ FITTING_FLAGS = (
 )  # fmt: skip
 # Flags that may differ from the fit.
 FREE_FLAGS = {"point_ops", "precision"}
-# Flags of a run that only changes thresholds; the first three are needed.
+# Flags of a run that only changes thresholds.
 THRESHOLD_FLAGS = ("load_detector", "target_fpr", "save_detector", "classes", "method_name")
 SHOWN = ("target_fpr", "image", "pixel")  # of the old and new thresholds
 
@@ -56,9 +57,9 @@ def change_thresholds(args: argparse.Namespace, given: Collection[str]) -> None:
     The thresholds come from the stored calibration, so neither dataset nor checkpoints are read. Raises InputError for
     flags without effect, and as `read_detectors` and `check_layout`.
     """
-    if missing := [name for name in THRESHOLD_FLAGS[:3] if name not in given]:
-        problem = "--load_detector, --target_fpr and --save_detector change thresholds together"
-        raise InputError(f"{problem}, but --{missing[0]} is missing. Give it, or leave out the other two.")
+    for name, other in permutations(("target_fpr", "save_detector")):
+        if other not in given:
+            raise InputError(f"With --load_detector, --{name} needs --{other}. Give both, or leave it out.")
     for name in sorted(set(given).difference(THRESHOLD_FLAGS)):
         raise InputError(f"--{name} has no effect on a change of thresholds. Leave it out.")
     saved, root = _detectors_in(args, given), args.load_detector
