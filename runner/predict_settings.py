@@ -103,18 +103,24 @@ class PredictSettings:
         from feature_extractors.thresholds import warn_of_few_samples
 
         old = detector.thresholds
-        changes: dict[str, Any] = {"image": self.image_threshold, "pixel": self.pixel_threshold}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        if self.target_fpr is None and not changes:
-            return old
-        if old is None or detector.calibration is None:
-            raise InputError(f"{self.detector} was saved without thresholds. Leave out flags that change them.")
-        new = old if self.target_fpr is None else detector.calibration.thresholds(self.target_fpr)
-        if self.target_fpr is not None and self.image_threshold is None:
-            warn_of_few_samples({self.detector.name: new.parts}, self.target_fpr)
+        given: dict[str, Any] = {"image": self.image_threshold, "pixel": self.pixel_threshold}
+        changes = {name: value for name, value in given.items() if value is not None}
+        changed = bool(changes) or self.target_fpr is not None
+        if old is None:
+            if changed or self.fail_on_anomaly:
+                raise InputError(f"{self.detector} has no thresholds. Leave out flags that change or need them.")
+            return None
+        new = old
+        if self.target_fpr is not None:
+            if detector.calibration is None:
+                raise InputError(f"{self.detector} has no calibration. Leave out --target_fpr.")
+            new = detector.calibration.thresholds(self.target_fpr)
+            if self.image_threshold is None:
+                warn_of_few_samples({self.detector.name: new.parts}, self.target_fpr)
         new = replace(new, **changes)
-        image, pixel = (f"{getattr(old, name):.6g}, now {getattr(new, name):.6g}" for name in ("image", "pixel"))
-        show(f"image threshold {image}; pixel threshold {pixel}")
+        if changed:
+            image, pixel = (f"{getattr(old, name):.6g}, now {getattr(new, name):.6g}" for name in ("image", "pixel"))
+            show(f"image threshold {image}; pixel threshold {pixel}")
         return new
 
     def check_files(self, found: "FoundSamples") -> None:

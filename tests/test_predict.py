@@ -313,6 +313,9 @@ def test_detector_without_thresholds(
     printed = capsys.readouterr().out
     assert "no threshold" in printed and "anomalous" not in printed
     assert (tmp_path / "out/000_overlay.png").is_file()
+    for more in (["--fail_on_anomaly"], ["--target_fpr", 0.1], ["--image_threshold", 1], ["--pixel_threshold", 1]):
+        with pytest.raises(InputError, match="plain has no thresholds. Leave out flags that change or need them."):
+            run(*flags, *more)
 
 
 def test_image_of_an_xyz_detector_is_only_drawn(fitted: Fitted, tmp_path: Path) -> None:
