@@ -314,7 +314,7 @@ def test_detector_without_thresholds(
     assert "no threshold" in printed and "anomalous" not in printed
     assert (tmp_path / "out/000_overlay.png").is_file()
     for more in (["--fail_on_anomaly"], ["--target_fpr", 0.1], ["--image_threshold", 1], ["--pixel_threshold", 1]):
-        with pytest.raises(InputError, match="plain has no thresholds. Leave out flags that change or need them."):
+        with pytest.raises(InputError, match=r"plain has no thresholds\. Leave out flags"):
             run(*flags, *more)
 
 
