@@ -214,11 +214,11 @@ def class_entry(detector: Detector, evaluation: Evaluation) -> dict[str, Any]:
     threshold = asdict(thresholds) if thresholds else {}
     threshold.pop("typical", None)
     severities = [thresholds.severity(score) if thresholds else None for score in scores]
-    decides = thresholds is not None and evaluation.split == "test"
+    deciding = thresholds if evaluation.split == "test" else None
     return {
         "split": evaluation.split,
         **evaluation.metrics,
-        **decision_metrics(labels, scores, thresholds.image if thresholds and decides else None),
+        **decision_metrics(labels, scores, deciding.image if deciding else None),
         "threshold": threshold or None,
         "latency": latency_percentiles(each.seconds for each in results),
         "samples": [

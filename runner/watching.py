@@ -1,6 +1,5 @@
 """Prediction of samples that come while the detector is loaded: in watched folders, or as lines of a stream."""
 
-import logging
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -13,13 +12,13 @@ import msgspec
 from runner.prediction import SCHEMA, LoadedSample, Outcome, PredictionWriter, Predictor, read_predictions
 from utils.errors import InputError
 from utils.records import SampleFiles
+from utils.reporting.messages import warn_once
 from utils.scans.files import LONGEST_NAME
 from utils.scans.json_records import encode_record
 from utils.scans.sample_files import FoundSamples, stamp_of
 
 LOOK_AGAIN = 0.2  # seconds between two looks at the folders, at least
 LOOK_SHARE = 0.1  # share of the time that looking may take
-logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 T = TypeVar("T")
 
@@ -66,7 +65,6 @@ class WatchedFiles:
         self.look, self.settle, self.partner_timeout = look, settle, partner_timeout
         self.done: set[str] = set()
         self._since: dict[str, float] = {}  # by stamp of a sample that is not done: time when it was first seen
-        self._unreadable = False
 
     def due(self, now: float) -> FoundSamples:
         """List the samples unchanged for `settle` seconds, and incomplete ones unchanged for `partner_timeout`.
@@ -74,11 +72,9 @@ class WatchedFiles:
         `now` is a monotonic time in seconds. Samples are listed again until their stamps are in `done`.
         """
         try:
-            found, self._unreadable = self.look(), False
+            found = self.look()
         except OSError as error:  # such as a network share that is away
-            if not self._unreadable:
-                logger.warning("the watched files cannot be listed (%s). Trying again", error)
-            self._unreadable = True
+            warn_once("unreadable", str(error), f"the watched files cannot be listed ({error}). Trying again")
             return FoundSamples([], [])
         since: dict[str, float] = {}
         there: set[str] = set()
