@@ -17,7 +17,7 @@ FILE_NAMES = {
 }  # fmt: skip
 CSV_NAME = "results.csv"
 UNDEFINED = "n/a"
-UNDEFINED_NOTE = f"{UNDEFINED}: undefined without defective or without good data; left out of the mean."
+UNDEFINED_NOTE = f"{UNDEFINED}: needs good and defective test samples; left out of the mean."
 
 # Name and detail of each metric of a class, by its key in results.json.
 HEADINGS = {
@@ -103,8 +103,8 @@ def write_csv(path: Path, methods: Methods) -> None:
         for name, entry in classes.items()
     ]
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+    with atomic_path(path) as temporary, temporary.open("w", -1, "utf-8", "backslashreplace", newline="") as file:
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
 
