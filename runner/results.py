@@ -105,12 +105,17 @@ class Results:
         return [name for name in self.inputs if any(name not in reports for reports in self.reports.values())]
 
     def finish(self, finished: Mapping[str, Mapping[str, ClassReport]]) -> None:
-        """Publish the rest of `finished`, add the tables to those of earlier runs, and print them."""
+        """Publish the rest of `finished`, add the tables to those of earlier runs, and print them.
+
+        If no class was tested, there is nothing to tabulate.
+        """
         self.publish({name: finished[name] for name in self.missing()})
         output_dir = self.run.settings.output_dir
-        methods = self._entries()
-        append_tables(output_dir, methods, sys.argv, self.exact, self.note, self.run.settings.resume)
-        for line in ["", *format_tables(methods, self.exact, self.note).splitlines(), "", f"written to {output_dir}/"]:
+        methods, lines = self._entries(), [""]
+        if any(entry["split"] == "test" for classes in methods.values() for entry in classes.values()):
+            append_tables(output_dir, methods, sys.argv, self.exact, self.note, self.run.settings.resume)
+            lines += [*format_tables(methods, self.exact, self.note).splitlines(), ""]
+        for line in [*lines, f"written to {output_dir}/"]:
             show(line)
 
 
