@@ -16,7 +16,7 @@ from models.rgb_backbone import VisionTransformerBackbone
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
 from utils.records import Sample
 from utils.scans.organized_pc import resize_nearest
-from utils.synthetic_data.parts import DEFECTS
+from utils.synthetic_data.defects import DEFECTS
 from utils.synthetic_data.scanner import make_scan
 
 METHOD, TRIPLE = "DINO+Point_MAE", "DINO+Point_MAE+Fusion"

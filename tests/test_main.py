@@ -54,7 +54,7 @@ from utils.precision import choose_precision
 from utils.preprocessing import preprocess
 from utils.records import Sample
 from utils.synthetic import Plan, make_dataset
-from utils.synthetic_data.parts import DEFECTS
+from utils.synthetic_data.defects import DEFECTS
 
 Runner = Callable[..., Run]
 

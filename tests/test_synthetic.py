@@ -14,7 +14,9 @@ from scipy import ndimage
 
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
 from utils.synthetic import Plan, main, make_dataset
-from utils.synthetic_data.parts import CELL, DEFECTS, GRID, HOLE_FLOOR, PARTS, TOP, Part, smooth_noise
+from utils.synthetic_data.defects import DEFECTS, HOLE_FLOOR
+from utils.synthetic_data.fields import CELL, GRID, TOP, Part, smooth_noise
+from utils.synthetic_data.parts import PARTS
 from utils.synthetic_data.scanner import (
     DEPTH_CHANGE,
     FIELD_OF_VIEW,
@@ -140,7 +142,7 @@ def test_mask_covers_the_moved_surface(part_class: str, defect: str) -> None:
 def test_every_defect_has_a_mask(part_class: str) -> None:
     for defect in DEFECTS:
         for i in range(2):
-            assert make_scan(part_class, f"test/{defect}/{i:03d}", 64, 3).gt.any(), (defect, i)
+            assert make_scan(part_class, f"test/{defect}/{i:03d}", 64, 3, strength=0.5).gt.any(), (defect, i)
 
 
 def test_effect_of_each_defect_on_height_and_color() -> None:
@@ -166,16 +168,33 @@ def test_effect_of_each_defect_on_height_and_color() -> None:
                 assert 0 <= on_part.min() <= on_part.max() <= 1
 
 
+def test_weak_defects_are_fainter_and_smaller() -> None:
+    for part_class, make in PARTS.items():
+        part = make(np.random.default_rng(0))
+        for name, defect in DEFECTS.items():
+            strong, weak = (defect(part, np.random.default_rng(0), strength) for strength in (1.0, 0.5))
+            case = (part_class, name)
+            for full, half, good in zip(strong, weak, part, strict=True):
+                change, halved = np.abs(full - good), np.abs(half - good)
+                if not change.any():
+                    assert not halved.any(), case
+                    continue
+                assert 0.4 < halved.max() / change.max() < 0.75, case  # a hole is halved relative to the height
+                assert 0.35 < np.count_nonzero(halved) / np.count_nonzero(change) < 0.75, case
+
+
 def test_objects_have_the_expected_size_and_vary() -> None:
-    for make in PARTS.values():
+    elongated, alike = ("carrot", "rope"), ("gasket", "bracket")
+    for part_class, make in PARTS.items():
         first, second = (make(np.random.default_rng(seed)) for seed in (0, 1))
-        width = np.ptp(np.argwhere(first.height), axis=0) * CELL
-        assert (width > 0.08).all()
-        assert (width < 0.12).all()
-        assert 0.015 < first.height.max() < 0.028
+        width = np.sort(np.ptp(np.argwhere(first.height), axis=0) * CELL)
+        assert 0.08 < width[1] < 0.12, part_class
+        assert 0.02 < width[0] < 0.06 if part_class in elongated else width[0] > 0.08, part_class
+        assert 0.015 < first.height.max() < 0.028, part_class
         assert first.height[:, [0, -1]].max() == first.height[[0, -1]].max() == 0
         on_both = (first.height > 0) & (second.height > 0)
-        assert 1e-4 < np.abs(first.height - second.height)[on_both].mean() < 0.001
+        difference = np.abs(first.height - second.height)[on_both].mean()
+        assert 1e-4 < difference < (0.0004 if part_class in alike else 0.004), part_class
         assert first.albedo.shape == (3, GRID, GRID)
 
 

@@ -3,14 +3,16 @@
     python utils/synthetic.py datasets/synthetic                        # three classes, 44 samples each, 400 x 400
     python utils/synthetic.py datasets/tiny --size 224 --train 4 --validation 1 --test_good 2 --test_defective 1
     python utils/synthetic.py datasets/gaskets --classes gasket --size 800 --train 200 --seed 7
+    python utils/synthetic.py datasets/subtle --classes gasket carrot peach rope --defect_strength 0.5
 
 The script writes raw scans (OUTPUT_DIR/<class>/{train,validation,test}/<defect>/{rgb,xyz,gt}/NNN.*, gt in test only)
 and preview.png, a contact sheet. Clean the scans with utils/preprocessing.py like real ones, if they have at least 224
 pixels a side: in smaller ones the cleaning mistakes the borders of a part for noise.
 
 The clouds have the faults of a structured-light scanner: noise, shadows of the projector, and losses at edges and steep
-walls. Dents, bumps and holes hardly show in the image, and stains and contaminations not at all in the cloud. With the
-same library versions, a seed gives the same files, whatever the number of workers and of other samples.
+walls. Dents, bumps and holes hardly show in the image, and stains and contaminations not at all in the cloud. Good
+samples of gasket and bracket are nearly alike; cookie, carrot, peach and rope vary. With the same library versions, a
+seed gives the same files, whatever the number of workers and of other samples.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ from utils.reporting.messages import exit_on_error, show, start_messages
 from utils.reporting.progress import progress_bar
 from utils.scans.files import atomic_path, make_folder
 from utils.scans.organized_pc import read_organized_pc, valid_mask, write_organized_pc
-from utils.synthetic_data.parts import DEFECTS, PARTS, TOP
+from utils.synthetic_data.defects import DEFECTS
+from utils.synthetic_data.fields import TOP
+from utils.synthetic_data.parts import PARTS
 from utils.synthetic_data.scanner import make_scan
 
 if TYPE_CHECKING:
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
 
 COUNTS = dict.fromkeys(("train", "validation", "test_good", "test_defective"), (0, 1000))  # names have three digits
 BOUNDS = {**COUNTS, "size": (64, 2048), "seed": (0, 2**64 - 1)}  # in a smaller image a defect is less than a pixel
+BOUNDS |= {"defect_strength": (0.3, 1.0)}  # fainter defects vanish in the noise
 COLORS = "cividis"  # of the heights in the preview
 
 
@@ -54,11 +59,12 @@ class Plan:
     """Numbers and size of the samples to make, named like the flags. The constructor raises InputError."""
 
     output_dir: Path
-    classes: Sequence[str] = tuple(PARTS)
+    classes: Sequence[str] = ("gasket", "bracket", "cookie")
     train: int = 16
     validation: int = 2
     test_good: int = 8
     test_defective: int = 3  # of each type of defect
+    defect_strength: float = 1.0
     size: int = 400
     seed: int = 0
 
@@ -94,7 +100,7 @@ def make_dataset(plan: Plan, num_workers: int = 1) -> None:
 
 def _write_sample(plan: Plan, sample: tuple[str, str]) -> None:
     part_class, path = sample
-    rgb, xyz, gt = make_scan(part_class, path, plan.size, plan.seed)
+    rgb, xyz, gt = make_scan(part_class, path, plan.size, plan.seed, strength=plan.defect_strength)
     group, stem = (plan.output_dir / part_class / path).parent, Path(path).name
     write_organized_pc(group / "xyz" / f"{stem}.tiff", xyz)
     images = {"rgb": rgb, "gt": gt} if path.startswith("test/") else {"rgb": rgb}
@@ -160,11 +166,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser((__doc__ or "").split("\n\n")[0], {**BOUNDS, "num_workers": (1, MOST_WORKERS)})
     add = parser.add_argument
     add("output_dir", type=Path, metavar="OUTPUT_DIR", help="folder that receives the class folders")
-    add("--classes", nargs="+", default=Plan.classes, metavar="CLASS", help="classes to make")
+    add("--classes", nargs="+", default=Plan.classes, metavar="CLASS", help=f"any of {', '.join(PARTS)}")
     add("--train", type=int, default=Plan.train, metavar="N", help="good samples to train on")
     add("--validation", type=int, default=Plan.validation, metavar="N", help="good samples for validation")
     add("--test_good", type=int, default=Plan.test_good, metavar="N", help="good samples for testing")
     add("--test_defective", type=int, default=Plan.test_defective, metavar="N", help="samples of each type of defect")
+    strength = "factor of the depth, contrast and area of defects"
+    add("--defect_strength", type=float, default=Plan.defect_strength, help=strength)
     add("--size", type=int, default=Plan.size, metavar="PIXELS", help="side of the square images")
     add("--seed", type=int, default=Plan.seed, help="seed of all random numbers")
     add("--num_workers", type=int, default=os.cpu_count() or 1, metavar="N", help="number of processes")

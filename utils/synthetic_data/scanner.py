@@ -13,7 +13,9 @@ from numpy.random import Generator
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from utils.synthetic_data.parts import CELL, DEFECTS, GRID, PARTS, TOP, smooth_noise
+from utils.synthetic_data.defects import DEFECTS
+from utils.synthetic_data.fields import CELL, GRID, TOP, smooth_noise
+from utils.synthetic_data.parts import PARTS
 
 FIELD_OF_VIEW = 0.32  # image width over distance: 16 cm at half a meter; parts are 9 to 10 cm wide
 DISTANCE = 0.5  # meters from the camera to the table
@@ -50,16 +52,16 @@ class View(NamedTuple):
     on_part: np.ndarray  # (S, S) bool, False where the pixel sees the table
 
 
-def make_scan(part_class: str, path: str, size: int, seed: int, damaged: bool = True) -> Scan:
-    """Make one scan of size x size pixels; class, path and seed determine everything.
+def make_scan(part_class: str, path: str, size: int, seed: int, *, strength: float = 1.0, damaged: bool = True) -> Scan:
+    """Make one scan of size x size pixels; the arguments determine everything.
 
     `part_class` is a key of PARTS. `path` is "split/defect/stem", like "test/dent/003", where the defect is "good" or a
-    key of DEFECTS. `damaged` = False leaves out the defect but keeps part, pose and noise.
+    key of DEFECTS, of the given strength. `damaged` = False leaves out the defect but keeps part, pose and noise.
     """
     stream = partial(random_stream, seed, part_class, path)
     defect = path.split("/")[1]
     good = PARTS[part_class](stream("part"))
-    part = DEFECTS[defect](good, stream("defect")) if damaged and defect != "good" else good
+    part = DEFECTS[defect](good, stream("defect"), strength) if damaged and defect != "good" else good
     pose, rays = lay_down(stream("pose")), pixel_rays(size)
     view = look(part.height, pose, rays)
     changed = np.zeros((size, size), bool)
