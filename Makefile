@@ -63,7 +63,7 @@ bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,rounds
 
 # Backbones that need no download: EfficientNet-Lite0 (weights in a pip package) and FPFH (needs none).
-DEMO_FLAGS := --dataset_path $(DEMO)/parts --classes gasket bracket cookie --random_state 0 \
+DEMO_FLAGS := --dataset_path $(DEMO)/parts --classes gasket bracket cookie --seeds 0 \
 	--rgb_backbone_name efficientnet_lite0 --xyz_backbone_name FPFH
 FULL := DINO+Point_MAE+Fusion
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SVM_RANDOM_STATE = 42  # seeds the order of stochastic gradient descent; --random_state does not apply to it
+SVM_RANDOM_STATE = 42  # seeds the order of stochastic gradient descent; --seeds does not apply to it
 
 
 class DecisionFusion(NamedTuple):

@@ -4,7 +4,7 @@ import logging
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class TrainingFeatures:
     ) -> None:
         self.capacity, self.memory_budget, self.dtype = capacity, memory_budget, dtype
         self.empty, self.group, self.count = empty or PatchFeatures(), group, 0
+        self.paths: list[str | None] = []  # of the samples
         self.coresets: dict[tuple[Any, ...], Tensor] = {}  # shared by methods fitted on the same features
         self._arrays: dict[str, Tensor] = {}
         self._maps: dict[str, mmap.mmap] = {}
@@ -78,6 +79,7 @@ class TrainingFeatures:
                 raise InputError(f"The {name} features of {which} hold NaN or infinity as {dtype}. {fix}")
             self._arrays[name][self.count] = stored
             self._release(name)
+        self.paths.append(path)
         self.count += 1
 
     def sample(self, i: int) -> PatchFeatures:
@@ -87,6 +89,14 @@ class TrainingFeatures:
             self._release(name)
             features[name] = array[i].to(self._device, torch.float32)
         return PatchFeatures(**features)
+
+    def subset(self, paths: Collection[str]) -> "TrainingFeatures":
+        """Copy of the samples of this rank that have these paths."""
+        numbers = [number for number, path in enumerate(self.paths) if path in paths]
+        chosen = TrainingFeatures(len(numbers), self.memory_budget, self.dtype, empty=self.empty, group=self.group)
+        for number in numbers:
+            chosen.append(self.sample(number), self.paths[number])
+        return chosen
 
     def rows(self, name: str, samples: int | None = None) -> ShardedRows:
         """Patches (N, C) of the first `samples` samples over all ranks, None for all."""

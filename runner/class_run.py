@@ -22,8 +22,9 @@ from feature_extractors.pipeline import (
     fit_detector,
 )
 from feature_extractors.thresholds import Source
+from runner.class_files import shown_modalities
 from runner.dataset_check import cleaning_of
-from runner.preparation import Run, shown_modalities
+from runner.preparation import Run
 from runner.results import save_predictions
 from utils.distributed import Group, find_ranks, gather_objects, is_main, shard_range
 from utils.errors import InputError
@@ -33,20 +34,20 @@ from utils.records import PatchFeatures, Sample, SampleFiles
 from utils.reporting.html_report.class_report import ClassReport, report_class
 from utils.reporting.html_report.gallery import ReadArray
 
-Detectors = dict[str, Detector]  # by method
+Detectors = dict[str, Detector]  # by fit: a method or, of several seeds, a method and a seed
 Stopwatches = dict[str, Stopwatch]
 
 
 def run_class(name: str, run: Run, extractor: PatchExtractor, group: Group | None = None) -> dict[str, ClassReport]:
     """Fit the detectors of a class, or load them, and evaluate them. The processes of `group` share the samples.
 
-    Returns the report by method; {} in all processes of the group except the first. Raises InputError, with the class
+    Returns the report by fit; {} in all processes of the group except the first. Raises InputError, with the class
     in front, for a file that cannot be used.
     """
     try:
         if run.saved:
             detectors = restore_detectors(run.saved[name], extractor)
-            stopwatches = {method: Stopwatch() for method in detectors}
+            stopwatches = {fit: Stopwatch() for fit in detectors}
         else:
             detectors, stopwatches = fit_class(name, run, extractor, group)
         return evaluate_class(name, run, detectors, stopwatches, group)
@@ -59,36 +60,45 @@ def fit_class(
 ) -> tuple[Detectors, Stopwatches]:
     """Fit, calibrate and, with --save_detector, save the detectors of a class."""
     settings, files, extraction = run.settings, run.files[name], Stopwatch()
+    # 1. Features of the good samples, once for all methods and seeds
     budget = memory_budget(run, extractor.device)
-    # Validation samples come first, so that a broken file does not waste the fit.
+    collect = partial(collect_features, extractor, stopwatch=extraction, memory_budget=budget, group=group)
     validation = None
-    if files.validation:
-        samples, count = own_samples(files.validation, run, extractor, group)
-        validation = collect_features(extractor, samples, count, extraction, memory_budget=budget, group=group)
-    samples, count = own_samples(files.train, run, extractor, group)
-    save = partial(save_patches, name, run) if settings.save_feature else None
-    dtype = STORAGE_DTYPES[settings.train_feature_dtype]
-    features = collect_features(
-        extractor, samples, count, extraction, save, memory_budget=budget, dtype=dtype, group=group
+    if files.validation:  # before the training samples, so that a broken file does not waste their time
+        validation = collect(*own_samples(files.validation, run, extractor, group))
+    features = collect(
+        *own_samples(files.train, run, extractor, group),
+        on_features=partial(save_patches, name, run) if settings.save_feature else None,
+        dtype=STORAGE_DTYPES[settings.train_feature_dtype],
     )
-    stopwatches = {method: Stopwatch(extraction.seconds) for method in run.configs}
-    detectors = {
-        method: fit_detector(config, extractor, features, stopwatches[method]) for method, config in run.configs.items()
-    }
-    detector_dtype = STORAGE_DTYPES[settings.detector_dtype]
-    if settings.save_detector is not None:
-        cleaned = cleaning_of(settings.dataset_path, name, files.train)
-        for detector in detectors.values():
-            detector.cleaned = cleaned
-            detector.clouds = replace(run.raw_form, distance=files.train[0].form.distance)
-            round_banks(detector, detector_dtype)
+    # 2. Memory banks, decision fusion and thresholds
     source: Source = "training" if validation is None else "validation"
-    good = features if validation is None else validation
-    calibrate_detectors(detectors, good, settings.target_fpr, source, stopwatches)
+    stopwatches = {fit: Stopwatch(extraction.seconds) for fit in run.configs}
+    detectors: Detectors = {}
+    for seed, configs in run.seeds.items():
+        own = features.subset(run.draws[name][seed]) if run.draws and len(run.seeds) > 1 else features
+        fitted = {fit: fit_detector(config, extractor, own, stopwatches[fit]) for fit, config in configs.items()}
+        if settings.save_detector is not None:
+            prepare_saving(name, run, fitted)
+        good = own if validation is None else validation
+        calibrate_detectors(fitted, good, settings.target_fpr, source, stopwatches)
+        detectors |= fitted
+    # 3. Files
     if settings.save_detector is not None and is_main(group):
-        for method, folder in run.folders(settings.save_detector).items():
-            save_detector(detectors[method], folder / name, class_name=name, dtype=detector_dtype)
+        dtype = STORAGE_DTYPES[settings.detector_dtype]
+        for fit, folder in run.folders(settings.save_detector).items():
+            save_detector(detectors[fit], folder / name, class_name=name, dtype=dtype)
     return detectors, stopwatches
+
+
+def prepare_saving(name: str, run: Run, detectors: Detectors) -> None:
+    """Add what prediction needs to know about the clouds, and round the banks as their files will."""
+    train = run.files[name].train
+    cleaned = cleaning_of(run.settings.dataset_path, name, train)
+    for detector in detectors.values():
+        detector.cleaned = cleaned
+        detector.clouds = replace(run.raw_form, distance=train[0].form.distance)
+        round_banks(detector, STORAGE_DTYPES[run.settings.detector_dtype])
 
 
 def evaluate_class(
@@ -100,18 +110,21 @@ def evaluate_class(
     samples, count = own_samples(files, run, extractor, group)
     evaluations = evaluate(detectors, samples, count, stopwatches, group, split)
     peaks = gather_objects([peak_memory_mb(extractor.device)], group)
-    clocks = gather_objects([{method: each.seconds for method, each in stopwatches.items()}], group)
+    clocks = gather_objects([{fit: each.seconds for fit, each in stopwatches.items()}], group)
     folders = run.folders(run.settings.output_dir)
     reports = {}
-    for method, evaluation in evaluations.items():
-        if run.settings.saves_predictions(method):
-            save_predictions(name, files, evaluation.results, folders[method], detectors[method].thresholds)
-        entry = class_entry(detectors[method], evaluation) | {
-            "seconds": {stage: max(clock[method][stage] for clock in clocks) for stage in STAGES},
+    for fit, evaluation in evaluations.items():
+        config = run.configs[fit]
+        if run.settings.saves_predictions(config.method_name):
+            save_predictions(name, files, evaluation.results, folders[fit], detectors[fit].thresholds)
+        entry = class_entry(detectors[fit], evaluation) | {
+            "seconds": {stage: max(clock[fit][stage] for clock in clocks) for stage in STAGES},
             "peak_memory_mb": max(peaks),
         }
+        if run.draws:
+            entry["train_samples"] = run.draws[name][config.random_state]
         readers, limit = sample_readers(files, run), run.settings.report_parts
-        reports[method] = report_class(name, entry, evaluation.results, evaluation.pro_curve, *readers, limit)
+        reports[fit] = report_class(name, entry, evaluation.results, evaluation.pro_curve, *readers, limit)
     return reports
 
 

@@ -10,17 +10,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 
-from dataset import check_files, find_classes, good_folders, index_split
 from feature_extractors.config import DetectorConfig
 from feature_extractors.detector_record import CONFIG_FILE, check_target
 from feature_extractors.extractor import PatchExtractor, build_extractor
-from feature_extractors.thresholds import warn_of_few_samples
 from models.point_ops import check_backend
-from runner.dataset_check import dataset_forms, lacks_test, warn_of_raw_scans, warn_of_unfinished_scans
+from runner.class_files import ClassFiles, Draws, index_classes, warn_of_missing_samples
+from runner.dataset_check import dataset_forms, warn_of_raw_scans, warn_of_unfinished_scans
 from runner.finished_classes import class_file
 from runner.saved_detectors import FITTING_FLAGS, FLAT, Saved, check_layout, read_detectors
 from runner.settings import RunSettings, detector_configs, extraction_config
@@ -32,28 +32,12 @@ from utils.feature_store import SUFFIX
 from utils.precision import choose_precision
 from utils.records import CloudForm, SampleFiles
 from utils.reporting.html_report.report_page import FILE_NAME as REPORT
+from utils.reporting.latex import LATEX_NAME
 from utils.reporting.results_json import FILE_NAME as RESULTS
 from utils.reporting.tables import CSV_NAME, FILE_NAMES
-from utils.scans.cloud_check import class_distance
 from utils.scans.files import locked, make_folder
 
 logger = logging.getLogger(__name__)
-
-
-class ClassFiles(NamedTuple):
-    """Files of the splits of one class; none of a split that the dataset lacks or the run does not read."""
-
-    train: list[SampleFiles]
-    validation: list[SampleFiles]
-    test: list[SampleFiles]
-
-    @property
-    def evaluated(self) -> tuple[str, list[SampleFiles]]:
-        """The test split. Without one, the good samples of the validation split, or else of the training split."""
-        if self.test:
-            return "test", self.test
-        split = "validation" if self.validation else "train"
-        return split, [each._replace(label=0) for each in getattr(self, split)]
 
 
 @dataclass(frozen=True)
@@ -61,20 +45,34 @@ class Run:
     """A run whose command line and file headers are checked."""
 
     settings: RunSettings
-    configs: Mapping[str, DetectorConfig]  # by method
-    files: Mapping[str, ClassFiles]  # by class
+    configs: Mapping[str, DetectorConfig]  # by fit, as in `detector_configs`
+    files: Mapping[str, ClassFiles]  # by class; with --few_shot, the training samples of all seeds
+    draws: Mapping[str, Draws]  # by class; empty without --few_shot
     saved: Saved  # detectors of --load_detector, by class and method; empty where they are fitted
     flags: Mapping[str, Any]  # for results.json
     raw_form: CloudForm  # of the clouds before preprocessing
 
     @property
     def config(self) -> DetectorConfig:
-        """Configuration of the feature extraction that all methods share."""
+        """Configuration of the feature extraction that all fits share."""
         return extraction_config(self.configs)
 
+    @property
+    def seeds(self) -> dict[int | None, dict[str, DetectorConfig]]:
+        """Configurations by seed, then by fit. None is the seed of a run without --seeds."""
+        grouped: dict[int | None, dict[str, DetectorConfig]] = {}
+        for fit, config in self.configs.items():
+            grouped.setdefault(config.random_state, {})[fit] = config
+        return grouped
+
     def folders(self, root: Path) -> dict[str, Path]:
-        """Folder of each method's own files: `root`, or a folder in it where several methods run."""
-        return {method: root / method if len(self.configs) > 1 else root for method in self.configs}
+        """Folder of each fit's own files: `root`, or in it <method>, seed_<seed> or seed_<seed>/<method> if several."""
+        folders = {}
+        for seed, configs in self.seeds.items():
+            of_seed = root / f"seed_{seed}" if len(self.seeds) > 1 else root
+            for fit, config in configs.items():
+                folders[fit] = of_seed / config.method_name if len(configs) > 1 else of_seed
+        return folders
 
 
 def own_device(name: str, ranks: Ranks) -> torch.device:
@@ -126,79 +124,29 @@ def _build(run: Run, device: torch.device) -> PatchExtractor:
 def prepare(args: argparse.Namespace, given: Collection[str], device: torch.device) -> Run:
     """Check everything that needs no network."""
     saved = {} if args.load_detector is None else read_detectors(args, given)
+    if args.few_shot is not None and args.seeds is None:
+        if args.resume:
+            problem = "--resume needs the seed that --few_shot drew samples with"
+            raise InputError(f"{problem}. Give it as --seeds; it is the random_state in results.json.")
+        args.seeds = [int(np.random.default_rng().integers(2**32))]
+        logger.info("--few_shot draws training samples with the seed %d", *args.seeds)
     first_class = next(iter(saved.values()), {})
     configs = {method: each.record.config for method, each in first_class.items()} or detector_configs(args)
     precision = choose_precision(extraction_config(configs).precision, device)
     configs = {method: replace(config, precision=precision) for method, config in configs.items()}
     settings, config = from_flags(RunSettings, args), extraction_config(configs)
-    settings.check_use(config, configs)
+    settings.check_use(config, [each.method_name for each in configs.values()])
     check_backend(config.point_ops, device)
     stored, raw = dataset_forms(args)
-    files = _index_classes(settings, config.method.modalities, stored, saved)
+    files, draws = index_classes(settings, config.method.modalities, stored, saved)
     flags = vars(args) | (dict.fromkeys(FITTING_FLAGS) if saved else {})
-    run = Run(settings, configs, files, saved, flags, raw)
-    warn_of_missing_samples(files, None if saved else settings.target_fpr)
+    del flags["seeds"]  # each fit records its own seed as random_state
+    run = Run(settings, configs, files, draws, saved, flags, raw)
+    warn_of_missing_samples(files, None if saved else settings.target_fpr, settings.few_shot)
     warn_of_unfinished_scans(settings.dataset_path, {name: chain(*splits) for name, splits in files.items()})
     if "xyz" in config.method.modalities:
         warn_of_raw_scans(chain(*files.values()))
     return run
-
-
-def _index_classes(
-    settings: RunSettings, modalities: frozenset[str], form: CloudForm, saved: Saved
-) -> dict[str, ClassFiles]:
-    """Files of each class, with checked headers. Clouds have this `form`, and the distance of any `saved` detector."""
-    indexed = {}
-    for name in find_classes(settings.dataset_path, settings.dataset_type, settings.classes):
-        splits = _index_class(settings, name, modalities)
-        stored = [each._replace(form=form) for each in splits.train or splits.evaluated[1]]
-        distance = class_distance(stored) if "xyz" in modalities else None
-        for detector in saved.get(name, {}).values():
-            distance = detector.record.clouds.distance or distance
-        of_class = replace(form, distance=distance)
-        indexed[name] = ClassFiles(*([each._replace(form=of_class) for each in split] for split in splits))
-    for files in indexed.values():
-        check_files(files.train + files.validation, modalities)
-        check_files(files.evaluated[1], shown_modalities(settings, modalities))
-    return indexed
-
-
-def _index_class(settings: RunSettings, name: str, modalities: frozenset[str]) -> ClassFiles:
-    """Files of a class that the run reads. With loaded detectors, good samples only replace a missing test split."""
-    folder, fits = settings.dataset_path / name, settings.load_detector is None
-    tested = not lacks_test(folder, chosen=settings.classes is not None)
-    validated = bool(good_folders(folder / "validation"))
-    train: list[SampleFiles] = []
-    validation: list[SampleFiles] = []
-    if fits or not (tested or validated):
-        train = index_split(folder, "train", modalities)[: settings.max_sample]
-    if validated and (fits or not tested):
-        validation = index_split(folder, "validation", modalities)
-    return ClassFiles(train, validation, index_split(folder, "test", modalities) if tested else [])
-
-
-def warn_of_missing_samples(files: Mapping[str, ClassFiles], target_fpr: float | None) -> None:
-    """Say which classes lack a test split or, to be calibrated for `target_fpr`, good samples."""
-    if untested := [name for name, splits in files.items() if not splits.test]:
-        logger.warning(
-            "%s %s no test split, so I-AUROC, P-AUROC, AU-PRO and the rates of right and wrong decisions cannot be "
-            "measured. The report shows good samples instead",
-            *(", ".join(untested), "has" if len(untested) == 1 else "have"),
-        )
-    if target_fpr is None:
-        return
-    if uncalibrated := [name for name, splits in files.items() if not splits.validation]:
-        logger.warning(
-            "%s %s no validation/good, so thresholds are calibrated on the training samples. These score low; expect "
-            "more false alarms than --target_fpr",
-            *(", ".join(uncalibrated), "has" if len(uncalibrated) == 1 else "have"),
-        )
-    warn_of_few_samples({name: len(splits.validation or splits.train) for name, splits in files.items()}, target_fpr)
-
-
-def shown_modalities(settings: RunSettings, modalities: frozenset[str]) -> frozenset[str]:
-    """Modalities of the test files that are read: the method's, and images if predictions are saved as figures."""
-    return modalities if settings.save_preds is None else modalities | {"rgb"}
 
 
 def _make_folders(run: Run, locks: ExitStack) -> None:
@@ -226,10 +174,10 @@ def _make_folders(run: Run, locks: ExitStack) -> None:
 
 def _result_files(run: Run) -> list[Path]:
     """Paths of all files that a run writes to --output_dir."""
-    paths = [run.settings.output_dir / name for name in (*FILE_NAMES.values(), CSV_NAME)]
-    for method, folder in run.folders(run.settings.output_dir).items():
+    paths = [run.settings.output_dir / name for name in (*FILE_NAMES.values(), CSV_NAME, LATEX_NAME)]
+    for fit, folder in run.folders(run.settings.output_dir).items():
         paths += [folder / RESULTS, folder / REPORT, *(class_file(folder, name) for name in run.files)]
-        if run.settings.saves_predictions(method):
+        if run.settings.saves_predictions(run.configs[fit].method_name):
             shown = [(name, file) for name, files in run.files.items() for file in files.evaluated[1]]
             paths += chain.from_iterable(image_files(folder, name, file) for name, file in shown)
     return paths
@@ -241,13 +189,19 @@ def image_files(folder: Path, class_name: str, file: SampleFiles) -> tuple[Path,
     return folder / "anomaly_maps" / class_name / f"{file.path}.tiff", figure
 
 
-def input_checksums(run: Run, extractor: PatchExtractor) -> dict[str, str]:
-    """Checksum of each class's file names, networks and loaded detectors; --resume refuses a class with another one."""
-    checksums = {}
-    for name, files in run.files.items():
-        paths = [[each.path for each in split] for split in files]
-        saved = sorted(run.saved.get(name, {}).items())
-        detectors = [(method, each.record.config_sha256, each.record.state_sha256) for method, each in saved]
-        inputs = [paths, sorted(extractor.checksums.items()), detectors]
-        checksums[name] = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
-    return checksums
+def input_checksums(run: Run, extractor: PatchExtractor) -> dict[str, dict[str, str]]:
+    """Checksums, by class and fit, of file names, networks and loaded detectors; --resume refuses other ones."""
+    return {
+        name: {fit: _input_checksum(name, config.random_state, run, extractor) for fit, config in run.configs.items()}
+        for name in run.files
+    }
+
+
+def _input_checksum(name: str, seed: int | None, run: Run, extractor: PatchExtractor) -> str:
+    paths = [[each.path for each in split] for split in run.files[name]]
+    if run.draws:
+        paths[0] = run.draws[name][seed]
+    saved = sorted(run.saved.get(name, {}).items())
+    detectors = [(method, each.record.config_sha256, each.record.state_sha256) for method, each in saved]
+    inputs = [paths, sorted(extractor.checksums.items()), detectors]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()

@@ -18,6 +18,7 @@ from utils.distributed import progress_bar
 from utils.records import SampleResult
 from utils.reporting.html_report.class_report import ClassReport
 from utils.reporting.html_report.report_page import write_report
+from utils.reporting.latex import LATEX_NAME, write_latex
 from utils.reporting.messages import show
 from utils.reporting.results_json import FILE_NAME, origin_of_run, results_record
 from utils.reporting.tables import CSV_NAME, append_tables, format_tables, result_line, write_csv
@@ -31,16 +32,18 @@ logger = logging.getLogger("main")
 class Results:
     """Results of a run on a device, written class by class and published by rank 0.
 
-    `inputs` are the run's `input_checksums`.
+    `inputs` are the run's `input_checksums`. Reports are kept by fit, that is by method and seed, and class.
     """
 
-    def __init__(self, run: Run, inputs: Mapping[str, str], device: torch.device) -> None:
+    def __init__(self, run: Run, inputs: Mapping[str, Mapping[str, str]], device: torch.device) -> None:
         self.run, self.inputs, self.origin = run, inputs, origin_of_run(device)
         self.folders = run.folders(run.settings.output_dir)
-        self.flags = {method: {**run.flags, **applied_flags(config)} for method, config in run.configs.items()}
+        self.flags = {fit: {**run.flags, **applied_flags(config)} for fit, config in run.configs.items()}
         self.exact = run.config.protocol.exact_au_pro
-        self.note = table_note(run.config)
-        self.reports: dict[str, dict[str, ClassReport]] = {method: {} for method in run.configs}
+        self.note = table_note(run.config, run.settings.few_shot)
+        if len(run.seeds) > 1:
+            self.note += f" Mean ± sample standard deviation over the seeds {', '.join(map(str, run.seeds))}."
+        self.reports: dict[str, dict[str, ClassReport]] = {fit: {} for fit in run.configs}
 
     def begin(self) -> list[str]:
         """Return the classes to compute. With --resume, publish the others. Delete files of older runs."""
@@ -57,11 +60,11 @@ class Results:
 
     def keep(self, name: str, reports: Mapping[str, ClassReport]) -> None:
         """Write the files of a finished class, for --resume and for rank 0."""
-        for method, report in reports.items():
-            write_class(self.folders[method], report, self.flags[method], self.inputs[name])
+        for fit, report in reports.items():
+            write_class(self.folders[fit], report, self.flags[fit], self.inputs[name][fit])
 
     def publish(self, finished: Mapping[str, Mapping[str, ClassReport]]) -> None:
-        """Print a line for each newly finished class and method, and write results.json and report.html again.
+        """Print a line for each newly finished class and fit, and write results.json and report.html again.
 
         Newly finished classes are those in `finished` and those whose files other groups, or an interrupted run, have
         written. Errors as in `read_class`.
@@ -69,35 +72,36 @@ class Results:
         kept = {name: self._kept(name) for name in self.missing() if name not in finished}
         finished = {**finished, **{name: reports for name, reports in kept.items() if reports}}
         for name, reports in finished.items():
-            for method, report in reports.items():
-                self.reports[method][name] = report
-                label = name if len(self.reports) == 1 else f"{name}, {method}"
+            for fit, report in reports.items():
+                self.reports[fit][name] = report
+                label = name if len(self.reports) == 1 else f"{name}, {fit}"
                 show(result_line(label, report.entry, self.exact))
         if not finished:
             return
-        for method, config in self.run.configs.items():
-            of_method = [self.reports[method][name] for name in self.inputs if name in self.reports[method]]
-            entries = {each.name: each.entry for each in of_method}
-            record = results_record(sys.argv, self.flags[method], entries, self.origin)
-            write_record(self.folders[method] / FILE_NAME, record, indent=1)
-            write_report(self.folders[method], record, of_method, table_note(config))
+        for fit, config in self.run.configs.items():
+            of_fit = [self.reports[fit][name] for name in self.inputs if name in self.reports[fit]]
+            entries = {each.name: each.entry for each in of_fit}
+            record = results_record(sys.argv, self.flags[fit], entries, self.origin)
+            write_record(self.folders[fit] / FILE_NAME, record, indent=1)
+            write_report(self.folders[fit], record, of_fit, table_note(config, self.run.settings.few_shot))
         write_csv(self.run.settings.output_dir / CSV_NAME, self._entries())
 
-    def _entries(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Published entries of results.json by method and class."""
-        return {
-            method: {name: reports[name].entry for name in self.inputs if name in reports}
-            for method, reports in self.reports.items()
-        }
+    def _entries(self) -> dict[str, dict[int | None, dict[str, Any]]]:
+        """Published entries of results.json by method, seed and class."""
+        entries: dict[str, dict[int | None, dict[str, Any]]] = {}
+        for fit, config in self.run.configs.items():
+            of_fit = {name: self.reports[fit][name].entry for name in self.inputs if name in self.reports[fit]}
+            entries.setdefault(config.method_name, {})[config.random_state] = of_fit
+        return entries
 
     def _kept(self, name: str) -> dict[str, ClassReport]:
-        """Reports of a class by method, from its files; empty if the file of any method is missing."""
+        """Reports of a class by fit, from its files; empty if the file of any fit is missing."""
         reports = {}
-        for method, folder in self.folders.items():
-            report = read_class(folder, name, self.flags[method], self.inputs[name])
+        for fit, folder in self.folders.items():
+            report = read_class(folder, name, self.flags[fit], self.inputs[name][fit])
             if report is None:
                 return {}
-            reports[method] = report
+            reports[fit] = report
         return reports
 
     def missing(self) -> list[str]:
@@ -111,18 +115,22 @@ class Results:
         """
         self.publish({name: finished[name] for name in self.missing()})
         output_dir = self.run.settings.output_dir
-        methods, lines = self._entries(), [""]
-        if any(entry["split"] == "test" for classes in methods.values() for entry in classes.values()):
+        lines = [""]
+        if any(files.test for files in self.run.files.values()):
+            methods = self._entries()
             append_tables(output_dir, methods, sys.argv, self.exact, self.note, self.run.settings.resume)
+            write_latex(output_dir / LATEX_NAME, methods, sys.argv, self.exact, self.note)
             lines += [*format_tables(methods, self.exact, self.note).splitlines(), ""]
         for line in [*lines, f"written to {output_dir}/"]:
             show(line)
 
 
-def table_note(config: DetectorConfig) -> str:
-    """Sentences below every table: backbones, protocol, and a missing UFF."""
+def table_note(config: DetectorConfig, few_shot: int | None) -> str:
+    """Sentences below every table: backbones, protocol, --few_shot, and a missing UFF."""
     backbones = ", ".join(f"{modality} {name}" for modality, name in config.backbone_names.items())
     note = f"Backbones: {backbones}. Protocol: {applied_flags(config)['protocol']}."
+    if few_shot is not None:
+        note += f" {few_shot} training samples of each class, drawn at random."
     if "fusion" in config.method.banks and not config.use_uff:
         note += " Without --use_uff the fusion bank holds concatenated features, as in the paper's ablation."
     return note

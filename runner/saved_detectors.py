@@ -21,8 +21,8 @@ Saved = Mapping[str, Mapping[str, SavedDetector]]  # by class, then by method
 FLAT = "."  # key, instead of the method, of a detector saved in <root>/<class> by a run of one method
 # Flags without effect if detectors are loaded.
 FITTING_FLAGS = (
-    "max_sample", "fusion_module_path", "save_detector", "detector_dtype", "target_fpr", "save_feature",
-    "save_feature_path", "feature_dtype", "uff_pairing", "memory_budget", "train_feature_dtype",
+    "max_sample", "few_shot", "seeds", "fusion_module_path", "save_detector", "detector_dtype", "target_fpr",
+    "save_feature", "save_feature_path", "feature_dtype", "uff_pairing", "memory_budget", "train_feature_dtype",
 )  # fmt: skip
 # Flags that may differ from the fit.
 FREE_FLAGS = {"point_ops", "precision"}

@@ -28,6 +28,7 @@ CONCERNS: dict[str, Callable[[Method, Any], bool]] = {
 
 BOUNDS = DetectorConfig.BOUNDS | FILE_BOUNDS | {"max_sample": (1, 10**6), "num_workers": (0, MOST_WORKERS)}
 BOUNDS |= {"report_parts": (0, 10_000), "target_fpr": (1e-6, 1 - 1e-6), "memory_budget": (1e-6, 10**6)}
+BOUNDS |= {"few_shot": (1, 10**6), "seeds": BOUNDS.pop("random_state")}
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class RunSettings:
     dataset_path: Path
     classes: list[str] | None
     max_sample: int
+    few_shot: int | None
+    seeds: list[int] | None
     checkpoint_dir: Path
     rgb_checkpoint: Path | None
     xyz_checkpoint: Path | None
@@ -69,6 +72,11 @@ class RunSettings:
                     f"--save_detector {self.save_detector} and --output_dir {self.output_dir} are the same folder, or "
                     "one is inside the other. Choose separate folders."
                 )
+        several = len(set(self.seeds or ())) > 1
+        if several and self.save_detector is not None:
+            raise InputError("--save_detector saves the detectors of one seed, but --seeds has several. Give one.")
+        if several and self.save_feature and self.few_shot is not None:
+            raise InputError("--save_feature would mix the samples that --few_shot draws for each seed. Give one seed.")
 
     def saves_predictions(self, method: str) -> bool:
         """True if the anomaly maps and figures of a method are written."""
@@ -104,6 +112,7 @@ def make_parser() -> Parser:
     _add_detector_flags(parser.add_argument_group("detector").add_argument)
     _add_machine_flags(parser.add_argument_group("computation").add_argument)
     defaults = applied_flags(DetectorConfig())
+    del defaults["random_state"]  # --seeds
     parser.set_defaults(**defaults | {"method_name": [defaults["method_name"]]})
     return parser
 
@@ -126,6 +135,8 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
     add_file_flags(add)
     add("--classes", nargs="+", type=normpath, help="class folders; by default the existing ones of --dataset_type")
     add("--max_sample", type=int, default=400, help="fit on the first N training samples")
+    help_text = "fit on K of these, drawn at random for each seed and class; without --seeds, a seed is drawn"
+    add("--few_shot", type=int, metavar="K", help=help_text)
     help_text = "evaluate the detectors saved there, or, with --target_fpr and --save_detector, change thresholds"
     add("--load_detector", type=Path, metavar="FOLDER", help=help_text)
 
@@ -156,7 +167,8 @@ def _add_detector_flags(add: Callable[..., Any]) -> None:
     add("--num_group", type=int, help="groups per cloud of the point transformer")
     add("--f_coreset", type=float, help="fraction of the patches that the coreset keeps")
     add("--coreset_eps", type=float, help="distortion allowed to the random projection")
-    add("--random_state", type=int, help="seed of the random projection; without it, every run draws another one")
+    help_text = "seeds of the random projection, a fit for each; without them, every run draws another projection"
+    add("--seeds", type=int, nargs="+", metavar="N", help=help_text)
     add("--asy_memory_bank", type=int, help="build the xyz and fusion banks from the first N samples only")
     add("--rm_zero_for_project", action="store_true", help="leave background patches out of the bank of Point_MAE")
     add("--ocsvm_nu", type=float, help="nu of the one-class SVMs")
@@ -181,7 +193,10 @@ def _add_machine_flags(add: Callable[..., Any]) -> None:
 
 
 def detector_configs(args: argparse.Namespace) -> dict[str, DetectorConfig]:
-    """Configuration of each method. A flag that concerns only some of them keeps its default in the others."""
+    """Configuration of each fit: of each method or, with several --seeds, of each method and seed.
+
+    Names are "DINO" or "DINO, seed 0". A flag that concerns only some of the methods keeps its default in the others.
+    """
     methods = {name: METHODS[name] for name in args.method_name}
     common = {
         "protocol": PROTOCOLS[args.protocol],
@@ -196,11 +211,16 @@ def detector_configs(args: argparse.Namespace) -> dict[str, DetectorConfig]:
             if not concerns(method, value) and any(concerns(other, value) for other in methods.values()):
                 own[flag] = getattr(DetectorConfig, flag)
         configs[name] = from_flags(DetectorConfig, args, **common | own)
-    return configs
+    seeds = list(dict.fromkeys(args.seeds or [None]))
+    return {
+        name if len(seeds) == 1 else f"{name}, seed {seed}": replace(config, random_state=seed)
+        for seed in seeds
+        for name, config in configs.items()
+    }
 
 
 def applied_flags(config: DetectorConfig) -> dict[str, Any]:
-    """Flags that give this configuration: the inverse of `detector_configs`."""
+    """Flags that give this configuration, the inverse of `detector_configs`; its seed is under random_state."""
     flags = dict(vars(config))
     del flags["xyz_grid"]
     lambdas = zip(BANKS, flags.pop("score_lambdas"), flags.pop("map_lambdas"), strict=True)
@@ -211,10 +231,10 @@ def applied_flags(config: DetectorConfig) -> dict[str, Any]:
 
 
 def extraction_config(configs: Mapping[str, DetectorConfig]) -> DetectorConfig:
-    """Configuration whose features serve every method."""
+    """Configuration whose features serve every fit."""
     return replace(
         next(iter(configs.values())),
-        method_name=covering_method(configs),
+        method_name=covering_method(config.method_name for config in configs.values()),
         memory_bank=None,
         use_uff=any(config.use_uff for config in configs.values()),
         asy_memory_bank=None,

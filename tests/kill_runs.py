@@ -83,7 +83,7 @@ def fit_command(folder: Path) -> list[str]:
     return ["main.py", *data, *out, *SMALL_FLAGS, "--save_preds", "--resume"]
 
 
-SMALL_FLAGS = [*map(str, SMALL), "--random_state", "0", "--num_workers", "0", "--report_parts", "1", "--device", "cpu"]
+SMALL_FLAGS = [*map(str, SMALL), "--seeds", "0", "--num_workers", "0", "--report_parts", "1", "--device", "cpu"]
 
 
 def without_varying(value: Any) -> Any:

@@ -22,7 +22,7 @@ from models import rgb_backbone
 PIP_BACKBONES = ["--rgb_backbone_name", "efficientnet_lite0", "--xyz_backbone_name", "FPFH"]
 RGB_DIM, XYZ_DIM = 152, 33  # feature widths of these backbones
 TABLES = ("image_rocauc_results.md", "pixel_rocauc_results.md", "aupro_results.md")
-WRITTEN = (*TABLES, "results.csv")  # files of all methods together
+WRITTEN = (*TABLES, "results.csv", "tables.tex")  # files of all methods together
 METRICS = ("image_rocauc", "pixel_rocauc", "au_pro")
 
 

@@ -43,7 +43,7 @@ def fitted_fixture(stubs: None, tmp_path_factory: pytest.TempPathFactory) -> Fit
     root = tmp_path_factory.mktemp("fitted")
     write_bagels(root / "data")
     flags = ["--dataset_path", root / "data", "--classes", "bagel", "--img_size", SIDE, "--num_group", 24]
-    flags += ["--group_size", 12, "--f_coreset", 0.05, "--random_state", 0, "--save_preds", "--device", "cpu"]
+    flags += ["--group_size", 12, "--f_coreset", 0.05, "--seeds", 0, "--save_preds", "--device", "cpu"]
     flags += ["--save_detector", root / "detectors", "--output_dir", root / "results"]
     call_main("--method_name", *METHODS, *flags)
     return Fitted(

@@ -130,7 +130,7 @@ def test_rgb_checkpoint_is_preferred_to_the_checkpoint_folder(bagels: Path, tmp_
     """--rgb_checkpoint may have any name, and is used even if the folder has a file of the expected name."""
     weights = tmp_path / "weights"
     mine = save_vision_transformer(tmp_path / "mine.bin", TINY_VIT)
-    flags = ["--method_name", "DINO", "--rgb_backbone_name", TINY_VIT, "--img_size", SIDE, "--random_state", 0]
+    flags = ["--method_name", "DINO", "--rgb_backbone_name", TINY_VIT, "--img_size", SIDE, "--seeds", 0]
     flags += ["--dataset_path", bagels, "--checkpoint_dir", weights]
     run = run_into(tmp_path / "named", *flags, "--rgb_checkpoint", mine)
     assert run.results["args"]["rgb_checkpoint"] == str(mine)
@@ -154,7 +154,7 @@ def test_weights_are_downloaded_only_if_the_folder_has_none(
         return cached
 
     monkeypatch.setattr(rgb_backbone, "download_weights", fetch)
-    flags = ["--method_name", "DINO", "--rgb_backbone_name", TINY_VIT, "--img_size", SIDE, "--random_state", 0]
+    flags = ["--method_name", "DINO", "--rgb_backbone_name", TINY_VIT, "--img_size", SIDE, "--seeds", 0]
     flags += ["--dataset_path", bagels, "--checkpoint_dir", tmp_path / "weights"]
     run = run_into(tmp_path / "fetched", *flags)
     assert fetched == [TINY_VIT]
@@ -167,7 +167,7 @@ def test_weights_are_downloaded_only_if_the_folder_has_none(
 @pytest.mark.slow
 def test_xyz_checkpoint_is_preferred_to_the_checkpoint_folder(bagels: Path, tmp_path: Path, point_mae: Path) -> None:
     weights = tmp_path / "weights"
-    flags = ["--method_name", "Point_MAE", *GROUPS, "--img_size", SIDE, "--random_state", 0]
+    flags = ["--method_name", "Point_MAE", *GROUPS, "--img_size", SIDE, "--seeds", 0]
     flags += ["--dataset_path", bagels, "--checkpoint_dir", weights]
     run = run_into(tmp_path / "named", *flags, "--xyz_checkpoint", point_mae)
     assert run.results["args"]["xyz_checkpoint"] == str(point_mae)
@@ -185,7 +185,7 @@ def test_xyz_checkpoint_is_preferred_to_the_checkpoint_folder(bagels: Path, tmp_
 def test_rgb_checkpoint_applies_to_the_methods_with_an_rgb_branch(bagels: Path, tmp_path: Path) -> None:
     mine = save_vision_transformer(tmp_path / "mine.bin", TINY_VIT)
     backbones = ["--rgb_backbone_name", TINY_VIT, "--xyz_backbone_name", "FPFH", "--rgb_checkpoint", mine]
-    flags = [*backbones, "--img_size", SIDE, "--random_state", 0, "--dataset_path", bagels]
+    flags = [*backbones, "--img_size", SIDE, "--seeds", 0, "--dataset_path", bagels]
     stdout = printed("--method_name", "Point_MAE", "DINO", *flags, "--output_dir", tmp_path / "both")
     alone = run_into(tmp_path / "alone", "--method_name", "DINO", *flags)
     assert read_run(tmp_path / "both" / "DINO", stdout).scores == alone.scores
@@ -208,7 +208,7 @@ def test_every_method_runs_with_the_small_vision_transformer(bagels: Path, tmp_p
     torch.manual_seed(0)
     torch.save({"model": FeatureFusion(1152, 384).state_dict()}, weights / "uff.pth")
     flags = ["--rgb_backbone_name", SMALL_VIT, "--checkpoint_dir", weights, "--xyz_checkpoint", point_mae, *GROUPS]
-    flags += ["--img_size", SIDE, "--dataset_path", bagels, "--random_state", 0, "--save_preds", "Fusion"]
+    flags += ["--img_size", SIDE, "--dataset_path", bagels, "--seeds", 0, "--save_preds", "Fusion"]
     flags += ["--use_uff", "--fusion_module_path", weights / "uff.pth"]
     stdout = printed("--method_name", *METHODS, *flags, "--output_dir", tmp_path / "out")
     runs = {method: read_run(tmp_path / "out" / method, stdout) for method in METHODS}

@@ -195,7 +195,7 @@ def test_images_are_checked_if_predictions_are_saved(
         ("--num_workers -1", "--num_workers is -1. Give a number from 0 to 1024."),
         ("--num_group 2", "--num_group is 2. Give a number from 3 to 8192."),
         ("--group_size 0", "--group_size is 0. Give a number from 1 to 1024."),
-        ("--random_state -1", "--random_state is -1. Give a number from 0 to"),
+        ("--seeds -1", "--seeds is -1. Give a number from 0 to"),
         ("--img_size 16", "--img_size is 16. Give at least 58 for"),
         ("--rgb_s_lambda nan", "--rgb_s_lambda is nan. Give a number from -1000000 to 1000000."),
         ("--device meta", "Give auto, cpu, cuda"),
@@ -526,7 +526,7 @@ def test_nan_and_infinity_count_as_missing(tmp_path: Path) -> None:
             if fill is not None:
                 xyz[hole] = fill
             write_cloud(path, xyz)
-        flags = ["--method_name", "Point_MAE", "--dataset_path", root, *SMALL, "--random_state", 0]
+        flags = ["--method_name", "Point_MAE", "--dataset_path", root, *SMALL, "--seeds", 0]
         scores.append(run_into(root / "out", *flags).scores)
     zeros, *missing, complete = scores
     assert missing == [zeros] * 3

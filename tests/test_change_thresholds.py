@@ -41,7 +41,7 @@ def fitted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fitted")
     for name, methods in (("one", METHODS[:1]), ("two", METHODS)):
         flags = ["--method_name", *methods, "--save_detector", folder / name, "--output_dir", folder / "out"]
-        call("--dataset_path", data, *SMALL, "--random_state", 0, *flags)
+        call("--dataset_path", data, *SMALL, "--seeds", 0, *flags)
     return folder
 
 

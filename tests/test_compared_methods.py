@@ -61,7 +61,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
         write_cloud(path, xyz)
     torch.manual_seed(0)
     torch.save({"model": FeatureFusion(XYZ_DIM, RGB_DIM).state_dict()}, folder / "uff.pth")
-    return [*SMALL, "--dataset_path", data, "--random_state", 0, "--fusion_module_path", folder / "uff.pth"]
+    return [*SMALL, "--dataset_path", data, "--seeds", 0, "--fusion_module_path", folder / "uff.pth"]
 
 
 def compare_into(folder: Path, base: list[object], methods: tuple[str, ...], *flags: object) -> dict[str, Run]:

@@ -83,7 +83,7 @@ def clean_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def base(clean_data: Path) -> list[object]:
     """Flags of every run on the gasket class, with a small image size for speed."""
-    return ["--dataset_path", clean_data, "--classes", "gasket", *PIP_BACKBONES, "--random_state", 0, "--img_size", 112]
+    return ["--dataset_path", clean_data, "--classes", "gasket", *PIP_BACKBONES, "--seeds", 0, "--img_size", 112]
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +314,7 @@ def test_finished_classes_are_kept_when_a_later_one_fails(
     tifffile.imwrite(cloud, np.zeros((*PADDED, 3), np.float32), photometric="rgb")
     out = tmp_path / "out"
     flags = [*PIP_BACKBONES, *POINTS, "--dataset_path", tmp_path, "--classes", "gasket", "damaged", "--output_dir", out]
-    message = refusal(capsys, *flags, "--random_state", 0, "--img_size", 112)
+    message = refusal(capsys, *flags, "--seeds", 0, "--img_size", 112)
     assert str(cloud) in message
     assert files_below(out) == ["classes/gasket.json", "report.html", "results.csv", "results.json"]
     assert ": gasket</h1>" in (out / "report.html").read_text()
@@ -351,7 +351,7 @@ def test_defaults_match_the_original() -> None:
         "save_preds": None,  # False in the original; here also names of methods
         "group_size": 128,
         "num_group": 1024,
-        "random_state": None,
+        "seeds": None,  # random_state in the original
         "dataset_type": "mvtec3d",
         "dataset_path": Path("datasets/mvtec3d"),
         "img_size": 224,
@@ -414,7 +414,7 @@ def test_defaults_match_the_original() -> None:
         ("--img_size 448", "img_size", 448),
         ("--f_coreset 0.2", "f_coreset", 0.2),
         ("--coreset_eps 0.5", "coreset_eps", 0.5),
-        ("--random_state 7", "random_state", 7),
+        ("--seeds 7", "random_state", 7),
         ("--asy_memory_bank 3", "asy_memory_bank", 3),
         ("--method_name Point_MAE --rm_zero_for_project", "rm_zero_for_project", True),
         ("--ocsvm_nu 0.1", "ocsvm_nu", 0.1),
@@ -448,7 +448,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (DOUBLE, ["--rgb_smap_lambda", 3], False, True),
         (DOUBLE, ["--img_size", 96], True, True),
         (POINTS, ["--rm_zero_for_project"], True, True),
-        (PROJECTED, ["--random_state", 1], True, True),
+        (PROJECTED, ["--seeds", 1], True, True),
         (DOUBLE, ["--train_feature_dtype", "fp16"], True, True),
         (DOUBLE, ["--memory_budget", 1e-6], False, False),
         (DOUBLE, ["--num_workers", 0], False, False),
@@ -464,7 +464,7 @@ def test_flags_change_scores_or_maps(
 
 
 @pytest.mark.parametrize("flags", [pytest.param(TRIPLE, marks=pytest.mark.slow), DOUBLE, PROJECTED])
-def test_the_same_random_state_gives_the_same_scores(
+def test_the_same_seed_gives_the_same_scores(
     base: list[object], runs: Runner, tmp_path: Path, flags: tuple[object, ...]
 ) -> None:
     again = run_into(tmp_path, *base, *flags)
@@ -546,7 +546,7 @@ def test_torchrun_matches_a_single_process(bagels: Path, tmp_path: Path) -> None
         for folder in ("train/good", "test/good"):
             write_cloud(bagels / f"bagel/{folder}/xyz/{i:03d}.tiff", surface(10 * i + len(folder)))
             shutil.copy(bagels / "bagel/train/good/rgb/001.png", bagels / f"bagel/{folder}/rgb/{i:03d}.png")
-    flags = ["--method_name", "DINO+Point_MAE", *SMALL, "--dataset_path", bagels, "--random_state", 0]
+    flags = ["--method_name", "DINO+Point_MAE", *SMALL, "--dataset_path", bagels, "--seeds", 0]
     alone = run_into(tmp_path / "alone", *flags)
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = process(tmp_path, "-m", *launcher, ROOT / "main.py", *flags, "--output_dir", tmp_path / "shared")
@@ -611,7 +611,7 @@ def assert_finite(run: Run) -> None:
 @pytest.mark.slow
 def test_real_images(real_data: Path, tmp_path: Path) -> None:
     """RGB images of the tires of MVTec 3D-AD; their clouds are not in the test data."""
-    flags = ["--method_name", "DINO", "--rgb_backbone_name", "efficientnet_lite0", "--random_state", 0]
+    flags = ["--method_name", "DINO", "--rgb_backbone_name", "efficientnet_lite0", "--seeds", 0]
     run = run_into(tmp_path, *flags, "--dataset_path", real_data / "mvtec3d_tire_rgb", "--save_preds")
     assert list(run.results["classes"]) == ["tire"]
     labels = [sample["label"] for sample in run.entry["samples"]]
@@ -663,7 +663,7 @@ def test_recorded_run_from_files_to_results(goldens: Path, golden_weights: Path,
 
 def golden_flags(goldens: Path, weights: Path) -> list[object]:
     paths = ["--dataset_path", goldens / "data", "--checkpoint_dir", weights]
-    return [*paths, "--classes", "bagel", "--protocol", "reference", "--random_state", 0]
+    return [*paths, "--classes", "bagel", "--protocol", "reference", "--seeds", 0]
 
 
 def assert_recorded(results: dict[str, Any], method: str, goldens: Path) -> None:

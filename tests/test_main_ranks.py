@@ -112,7 +112,7 @@ def base(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     uff = tmp_path_factory.mktemp("uff") / "uff.pth"
     torch.manual_seed(0)
     torch.save({"model": FeatureFusion(XYZ_DIM, RGB_DIM).state_dict()}, uff)
-    flags = ["--method_name", *METHODS, "--use_uff", "--fusion_module_path", uff, "--random_state", 0, *SMALL]
+    flags = ["--method_name", *METHODS, "--use_uff", "--fusion_module_path", uff, "--seeds", 0, *SMALL]
     return [*flags, "--f_coreset", 0.06, "--dataset_path", data, "--classes", *SAMPLES]
 
 
@@ -485,7 +485,7 @@ def test_processes_share_a_class_without_a_test_split(data: Path, tmp_path: Path
     """The fit, then the detectors that it saved, both on two processes."""
     link_files(data / "bagel/train", tmp_path / "data/new/train")
     chosen = ["--dataset_path", tmp_path / "data", "--classes", "new"]
-    flags = [*chosen, *SMALL, "--random_state", 0, "--method_name", "DINO+Point_MAE"]
+    flags = [*chosen, *SMALL, "--seeds", 0, "--method_name", "DINO+Point_MAE"]
     call(*flags, "--output_dir", tmp_path / "alone")
     saved = ["--save_detector", tmp_path / "detectors"]
     _, stderr = run_ranks(2, *flags, *saved, "--output_dir", tmp_path / "fitted", "--parallel", "samples")
@@ -695,7 +695,7 @@ def test_resume_with_other_flags_is_refused(base: list[object], alone: Output, f
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--random_state", 1], "was computed with random_state 0, now 1. "),
+        (["--seeds", 1], "was computed with random_state 0, now 1. "),
         (["--target_fpr", 0.5, "--img_size", 96], f"was computed with img_size {SIDE}, now 96, target_fpr 0.01, now "),
     ],
 )

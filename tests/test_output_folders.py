@@ -46,7 +46,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def main_flags(inputs: Path) -> list[object]:
     flags = ["--dataset_path", inputs / "data", "--classes", "bagel", "--method_name", "DINO+Point_MAE", *SMALL]
-    return [*flags, "--random_state", 0, "--num_workers", 0, "--report_parts", 0, "--device", "cpu"]
+    return [*flags, "--seeds", 0, "--num_workers", 0, "--report_parts", 0, "--device", "cpu"]
 
 
 # Every script that writes results: its main function, and its flags for the folders of inputs and of results.

@@ -98,7 +98,7 @@ def test_a_detector_remembers_the_form_of_raw_clouds(fitted: Fitted, tmp_path: P
         millimeters[:8, :12] = -9999
         write_organized_pc(path, millimeters)
     flags = ["--dataset_path", tmp_path / "data", "--classes", "bagel", "--img_size", SIDE, "--num_group", 24]
-    flags += ["--group_size", 12, "--f_coreset", 0.05, "--random_state", 0, "--device", "cpu"]
+    flags += ["--group_size", 12, "--f_coreset", 0.05, "--seeds", 0, "--device", "cpu"]
     flags += ["--xyz_unit", "mm", "--missing_value", -9999, "--save_detector", tmp_path / "it"]
     call_main("--method_name", "Point_MAE", *flags, "--output_dir", tmp_path / "results")
     sample = read_run(tmp_path / "results", "").entry["samples"][0]

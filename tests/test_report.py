@@ -14,8 +14,9 @@ import pytest
 
 from utils.errors import InputError
 from utils.metrics import EXACT_LIMITS, mean_over_classes
+from utils.reporting.latex import write_latex
 from utils.reporting.results_json import package_versions, results_record
-from utils.reporting.tables import append_tables, format_tables, result_line, write_csv
+from utils.reporting.tables import Methods, append_tables, format_tables, result_line, write_csv
 from utils.scans.json_records import write_record
 
 FILES = ("image_rocauc_results.md", "pixel_rocauc_results.md", "aupro_results.md")
@@ -57,7 +58,7 @@ def read_tables(path: Path) -> list[list[list[str]]]:
 
 
 def append(folder: Path, classes: dict = CLASSES, exact_headline: bool = False, note: str | None = None) -> None:
-    append_tables(folder, {"DINO+Point_MAE": classes}, COMMAND, exact_headline, note)
+    append_tables(folder, {"DINO+Point_MAE": {None: classes}}, COMMAND, exact_headline, note)
 
 
 def test_one_row_per_method_with_three_decimals(tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_failed_write_keeps_the_older_tables(tmp_path: Path, monkeypatch: pytest
 def test_names_and_commands_cannot_break_a_table(tmp_path: Path) -> None:
     odd = "a|b`c\\d\n<i>*"
     command = ["main.py", "--note", "one | two ``` three\n| four |", os.fsdecode(b"caf\xe9")]
-    append_tables(tmp_path, {"x|y": {odd: BAGEL, "rope": BAGEL}}, command, False, "a |\n# b")
+    append_tables(tmp_path, {"x|y": {0: {odd: BAGEL, "rope": BAGEL}}}, command, False, "a |\n# b")
     for name in FILES:
         indented = re.findall(r"^    (.*)", (tmp_path / name).read_text(), re.MULTILINE)
         assert shlex.split("\n".join(indented))[:3] == command[:3]
@@ -137,8 +138,8 @@ def test_names_and_commands_cannot_break_a_table(tmp_path: Path) -> None:
 def test_every_table_has_the_note(tmp_path: Path) -> None:
     append(tmp_path, note=NOTE)
     assert all((tmp_path / name).read_text().count(NOTE) == 1 for name in FILES)
-    assert format_tables({"DINO": CLASSES}, False, NOTE).count(NOTE) == 3
-    assert NOTE not in format_tables({"DINO": CLASSES}, False)
+    assert format_tables({"DINO": {0: CLASSES}}, False, NOTE).count(NOTE) == 3
+    assert NOTE not in format_tables({"DINO": {0: CLASSES}}, False)
 
 
 def test_undefined_metrics_are_shown_and_explained(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_undefined_metrics_are_shown_and_explained(tmp_path: Path) -> None:
 
 def test_text_tables_match_the_files(tmp_path: Path) -> None:
     append(tmp_path, exact_headline=True)
-    blocks = format_tables({"DINO+Point_MAE": CLASSES}, exact_headline=True).split("\n\n")
+    blocks = format_tables({"DINO+Point_MAE": {0: CLASSES}}, exact_headline=True).split("\n\n")
     assert [block.splitlines()[0] for block in blocks] == ["I-AUROC", "P-AUROC", "AU-PRO"]
     for block, name in zip(blocks, FILES, strict=True):
         lines = block.splitlines()[1:]
@@ -170,7 +171,7 @@ def test_empty_results_are_refused(tmp_path: Path) -> None:
 
 # several methods
 
-METHODS = {"DINO": {"bagel": BAGEL, "rope": NOTHING}, "Point|MAE": {"bagel": CABLE_GLAND, "rope": BAGEL}}
+METHODS = {"DINO": {0: {"bagel": BAGEL, "rope": NOTHING}}, "Point|MAE": {0: {"bagel": CABLE_GLAND, "rope": BAGEL}}}
 
 
 def test_methods_share_a_table(tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_heading_names_all_methods(tmp_path: Path) -> None:
 
 def test_resumed_run_replaces_its_own_last_table(tmp_path: Path) -> None:
     """Tables of other values stay, and so do equal ones of a run that was not resumed."""
-    other = {"DINO": {"bagel": CABLE_GLAND}}
+    other = {"DINO": {0: {"bagel": CABLE_GLAND}}}
     for methods, resumed, count in [
         (METHODS, False, 1),
         (METHODS, True, 1),
@@ -235,6 +236,48 @@ def test_text_tables_of_several_methods_match_the_files(tmp_path: Path) -> None:
     for block, name in zip(format_tables(METHODS, exact_headline=True).split("\n\n"), FILES, strict=True):
         lines = block.splitlines()[1:-1]  # between title and remark
         assert [re.split(r" {2,}", line) for line in lines] == read_tables(tmp_path / name)[0]
+
+
+# several seeds
+
+SEEDS: Methods = {
+    "DINO": {
+        0: {"bagel": NOTHING | {"image_rocauc": 0.9, "pixel_rocauc": 0.5}, "rope": NOTHING | {"image_rocauc": 0.5}},
+        1: {"bagel": NOTHING | {"image_rocauc": 0.8, "pixel_rocauc": None}, "rope": NOTHING | {"image_rocauc": 0.6}},
+        4: {"bagel": NOTHING | {"image_rocauc": 0.7, "pixel_rocauc": None}, "rope": NOTHING | {"image_rocauc": 0.7}},
+    },
+}  # fmt: skip
+
+
+def test_cells_of_several_seeds_are_mean_and_sample_standard_deviation(tmp_path: Path) -> None:
+    append_tables(tmp_path, SEEDS, COMMAND, False)
+    (table,) = read_tables(tmp_path / FILES[0])
+    assert table[1] == ["DINO", "0.800 ± 0.100", "0.600 ± 0.100", "0.700 ± 0.000"]
+    (table,) = read_tables(tmp_path / FILES[1])
+    assert table[1] == ["DINO", "0.500", "n/a", "0.500"]  # of one value there is no deviation
+
+
+def test_results_csv_has_rows_for_seeds_and_their_mean_and_deviation(tmp_path: Path) -> None:
+    rows = csv_rows(tmp_path, SEEDS)
+    assert [(row["class"], row["seed"]) for row in rows] == [
+        (name, seed) for name in ("bagel", "rope") for seed in ("0", "1", "4", "mean", "std")
+    ]
+    of_bagel = [row["image_rocauc"] for row in rows[:5]]
+    assert [float(each) for each in of_bagel] == pytest.approx([0.9, 0.8, 0.7, 0.8, 0.1])
+    assert [row["pixel_rocauc"] for row in rows[:5]] == ["0.5", "", "", "0.5", ""]
+
+
+def test_latex_tables_are_escaped_and_hold_formulas(tmp_path: Path) -> None:
+    odd = r"50%_a&b #$~^{\}"
+    write_latex(tmp_path / "tables.tex", {"x_y": {0: {odd: BAGEL}, 1: {odd: CABLE_GLAND}}}, ["main.py\n"], False, "1 %")
+    text = (tmp_path / "tables.tex").read_text()
+    assert text.startswith("% 'main.py\\n'\n\n\\begin{table}\n")
+    assert text.count(r"\toprule") == text.count(r"\end{tabular}") == len(FILES)
+    assert r"\caption{P-AUROC. 1 \%}" in text
+    name = r"50\%\_a\&b \#\$\textasciitilde{}\textasciicircum{}\{\textbackslash{}\}"
+    assert rf"Method & {name} & Mean \\" in text
+    assert r"x\_y & $0.952 \pm 0.060$ & $0.952 \pm 0.060$ \\" in text
+    assert r"x\_y & $0.994 \pm 0.001$ & $0.994 \pm 0.001$ \\" in text
 
 
 # result line and results.json
@@ -304,16 +347,19 @@ def test_missing_package_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None
     assert package_versions()["no-such-distribution"] is None
 
 
+def csv_rows(folder: Path, methods: Methods) -> list[dict[str, str]]:
+    write_csv(folder / "results.csv", methods)
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_results_csv_has_a_row_for_each_class_and_method(tmp_path: Path) -> None:
     figures = BAGEL | {"split": "test", "threshold": {"image": 0.5, "source": "validation"}, "samples": [{}, {}]}
     unmeasured = NOTHING | {"split": "train", "threshold": None, "samples": [{}]}
-    write_csv(
-        tmp_path / "results.csv", {"DINO": {"bagel": figures, 'a "b", c\n': unmeasured}, "Fusion": {"bagel": figures}}
-    )
-    with (tmp_path / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["class"], row["method"]) for row in rows] == [
-        ("bagel", "DINO"), ('a "b", c\n', "DINO"), ("bagel", "Fusion"),
+    methods = {"DINO": {7: {"bagel": figures, 'a "b", c\n': unmeasured}}, "Fusion": {None: {"bagel": figures}}}
+    rows = csv_rows(tmp_path, methods)
+    assert [(row["class"], row["method"], row["seed"]) for row in rows] == [
+        ("bagel", "DINO", "7"), ('a "b", c\n', "DINO", "7"), ("bagel", "Fusion", ""),
     ]  # fmt: skip
     assert float(rows[0]["image_rocauc"]) == BAGEL["image_rocauc"]
     assert float(rows[0]["au_pro_exact_0.05"]) == BAGEL["au_pro_exact"]["0.05"]

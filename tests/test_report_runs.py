@@ -21,7 +21,7 @@ def shown(folder: Path) -> list[dict]:
 
 
 def run_report(folder: Path, bagels: Path, *flags: object) -> list[dict]:
-    run_into(folder, *SMALL, "--dataset_path", bagels, "--random_state", 0, *flags)
+    run_into(folder, *SMALL, "--dataset_path", bagels, "--seeds", 0, *flags)
     return shown(folder)
 
 

@@ -87,7 +87,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def base(data: Path) -> list[object]:
     """Flags of every fitting run."""
-    return ["--dataset_path", data, *SMALL, "--random_state", 0]
+    return ["--dataset_path", data, *SMALL, "--seeds", 0]
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_arguments_of_an_evaluation_describe_the_detectors(
     for name in applied_flags(config):
         assert args[name] == before[name], name
     assert args["img_size"] == SIDE
-    assert all(args[name] is None for name in FITTING_FLAGS)
+    assert all(args[name] is None for name in FITTING_FLAGS if name != "seeds")
     assert args["load_detector"] == str(detectors)
     assert args["classes"] == ["bagel"]
 
@@ -342,7 +342,7 @@ def test_fitting_flags_are_refused_with_load_detector(
     capsys: pytest.CaptureFixture[str], single: tuple[Run, Path], data: Path, name: str
 ) -> None:
     values = {
-        "max_sample": [400], "detector_dtype": ["fp32"], "save_feature": [],
+        "max_sample": [400], "few_shot": [2], "seeds": [0], "detector_dtype": ["fp32"], "save_feature": [],
         "feature_dtype": ["fp16"], "uff_pairing": ["aligned"], "memory_budget": [1], "train_feature_dtype": ["fp32"],
     }  # fmt: skip
     flags = ["--dataset_path", data, "--load_detector", single[1], f"--{name}", *values.get(name, ["there"])]
@@ -360,7 +360,6 @@ def test_fitting_flags_are_refused_with_load_detector(
         (["--protocol", "corrected"], "reference"),
         (["--img_size", 224], str(SIDE)),
         (["--f_coreset", 0.2], "0.1"),
-        (["--random_state", 1], "0"),
         (["--rgb_s_lambda", 0.2], "0.1"),
         (["--use_uff"], "False"),
         (["--point_norm", "running"], "cloud"),
@@ -375,9 +374,10 @@ def test_contradicting_flags_are_refused(
     assert f" {saved}. Leave it out" in message
 
 
-def test_agreeing_flags_are_accepted(data: Path, single: tuple[Run, Path], base: list[object], tmp_path: Path) -> None:
-    flags = ["--method_name", "DINO+Point_MAE", "--memory_bank", "multiple", "--protocol", "reference"]
-    run = run_into(tmp_path / "out", *base, *flags, "--load_detector", single[1], "--f_coreset", 0.1)
+def test_agreeing_flags_are_accepted(data: Path, single: tuple[Run, Path], tmp_path: Path) -> None:
+    flags: list[object] = ["--method_name", "DINO+Point_MAE", "--memory_bank", "multiple", "--protocol", "reference"]
+    flags += ["--dataset_path", data, *SMALL, "--load_detector", single[1], "--f_coreset", 0.1]
+    run = run_into(tmp_path / "out", *flags)
     assert run.results["classes"]["bagel"]["samples"] == single[0].results["classes"]["bagel"]["samples"]
 
 
@@ -555,7 +555,7 @@ def test_backbone_is_identified_by_its_weights(capsys: pytest.CaptureFixture[str
     save_file({key: value.contiguous() for key, value in weights.items()}, tmp_path / "second.safetensors")
     backbone = ["--rgb_backbone_name", TINY_VIT, "--img_size", SIDE, "--rgb_checkpoint"]
     flags = ["--dataset_path", data, "--classes", "bagel"]
-    keep = ["--method_name", "DINO", "--save_detector", tmp_path / "detectors", "--random_state", 0]
+    keep = ["--method_name", "DINO", "--save_detector", tmp_path / "detectors", "--seeds", 0]
     fitted = run_into(tmp_path / "fitted", *flags, *keep, *backbone, tmp_path / "first.pth")
     flags += ["--load_detector", tmp_path / "detectors", "--rgb_checkpoint"]
     loaded = run_into(tmp_path / "loaded", *flags, tmp_path / "second.safetensors")
@@ -606,7 +606,7 @@ def test_round_trip_of_applied_flags(protocol: str) -> None:
     args = make_parser().parse_args([*line, "--protocol", protocol])
     (config,) = detector_configs(args).values()
     flags = applied_flags(config)
-    assert flags.keys() <= vars(args).keys()
+    assert flags.keys() - vars(args).keys() == {"random_state"}  # of one of --seeds
     again = make_parser().parse_args([])
     vars(again).update(flags | {"method_name": [flags["method_name"]]})
     assert detector_configs(again) == {"DINO+Point_MAE": config}

@@ -43,8 +43,9 @@ class Parser(argparse.ArgumentParser):
         args = super().parse_args(argv, namespace)
         for name, (low, high) in self.bounds.items():
             value = getattr(args, name)
-            if isinstance(value, float | int) and (problem := range_problem(value, low, high)):
-                self.error(f"--{name} {problem}")
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, float | int) and (problem := range_problem(each, low, high)):
+                    self.error(f"--{name} {problem}")
         return args
 
     def given_flags(self, argv: Sequence[str] | None = None) -> frozenset[str]:

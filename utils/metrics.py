@@ -143,3 +143,9 @@ def _or_none(name: str, metric: Callable[..., Any], *arguments: Any) -> Any:
 def mean_of_known(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
+
+
+def deviation_of_known(values: Iterable[float | None]) -> float | None:
+    """Sample standard deviation, with the divisor n - 1; None of fewer than two values."""
+    known = [value for value in values if value is not None]
+    return float(np.std(known, ddof=1)) if len(known) > 1 else None

@@ -1,4 +1,4 @@
-"""Result tables of a run, as Markdown files and as aligned text."""
+"""Result tables of a run, as Markdown files, as aligned text and as CSV."""
 
 import csv
 import re
@@ -8,7 +8,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.metrics import EXACT_LIMITS, REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_over_classes
+from utils.metrics import (
+    EXACT_LIMITS,
+    REFERENCE_LIMIT,
+    REFERENCE_THRESHOLDS,
+    deviation_of_known,
+    mean_of_known,
+    mean_over_classes,
+)
 from utils.reporting.messages import escape_controls, show
 from utils.scans.files import atomic_path
 
@@ -32,10 +39,13 @@ HEADINGS = {
 }
 
 Classes = Mapping[str, Mapping[str, Any]]  # metrics of utils.metrics.evaluate by class
-Methods = Mapping[str, Classes]  # by method, all of the same classes
+# By method and seed, all of the same classes; the seed of a run without --seeds is None.
+Methods = Mapping[str, Mapping[int | None, Classes]]
 
 
-class _Table(NamedTuple):
+class Table(NamedTuple):
+    """A table of one metric, for all output formats."""
+
     file_name: str
     title: str
     rows: list[list[str]]  # header first; cells not escaped
@@ -44,6 +54,12 @@ class _Table(NamedTuple):
 
 def number(value: float | None) -> str:
     return UNDEFINED if value is None else f"{value:.3f}"
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Mean of the known values and, of several, ± their sample standard deviation."""
+    deviation = deviation_of_known(values)
+    return number(mean_of_known(values)) + ("" if deviation is None else f" ± {number(deviation)}")
 
 
 def all_metrics(entry: Mapping[str, Any]) -> dict[str, float | None]:
@@ -78,7 +94,7 @@ def append_tables(
     thresholds. A `resumed` run replaces the last table if both are equal, because the killed run wrote it.
     """
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    for table in _tables(methods, exact_headline, note):
+    for table in result_tables(methods, exact_headline, note):
         path = folder / table.file_name
         older = path.read_text("utf-8", "backslashreplace").rstrip("\n") if path.exists() else f"# {table.title}"
         code = [f"    {line}" for line in shlex.join(command).splitlines()]
@@ -96,12 +112,17 @@ def append_tables(
 
 
 def write_csv(path: Path, methods: Methods) -> None:
-    """Write all figures of results.json, a row for each class and method; a cell is empty where one is undefined."""
-    rows = [
-        {"class": name, "method": method, **_flat(entry)}
-        for method, classes in methods.items()
-        for name, entry in classes.items()
-    ]
+    """Write all figures of results.json, a row for each class, method and seed; undefined ones are empty.
+
+    Several seeds of a class and method are followed by their mean and their sample standard deviation, with "mean" and
+    "std" in place of the seed.
+    """
+    rows = []
+    for method, seeds in methods.items():
+        for name in next(iter(seeds.values())):
+            figures = {seed: _flat(classes[name]) for seed, classes in seeds.items()}
+            labelled: dict[Any, dict[str, Any]] = {**figures, **_summaries(list(figures.values()))}
+            rows += [{"class": name, "method": method, "seed": seed, **row} for seed, row in labelled.items()]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with atomic_path(path) as temporary, temporary.open("w", -1, "utf-8", "backslashreplace", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -110,21 +131,33 @@ def write_csv(path: Path, methods: Methods) -> None:
 
 
 def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures of a class by column: {"latency": {"p50": 1}} as {"latency_p50": 1}; of samples, the number."""
+    """Figures of a class by column: {"latency": {"p50": 1}} as {"latency_p50": 1}; of a list, its length."""
     flat: dict[str, Any] = {}
     for key, value in entry.items():
         if isinstance(value, Mapping):
             flat |= {f"{key}_{inner}": each for inner, each in value.items()}
         else:
-            flat[key] = len(value) if key == "samples" else value
+            flat[key] = len(value) if isinstance(value, list) else value
     return flat
+
+
+def _summaries(figures: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Mean and sample standard deviation of the numbers of several seeds by column; {} of one seed."""
+    if len(figures) < 2:
+        return {}
+    columns = {key: [each.get(key) for each in figures] for key in figures[0]}
+    numbers = {key: values for key, values in columns.items() if not any(isinstance(each, str) for each in values)}
+    return {
+        "mean": {key: mean_of_known(values) for key, values in numbers.items()},
+        "std": {key: deviation_of_known(values) for key, values in numbers.items()},
+    }
 
 
 def format_tables(methods: Methods, exact_headline: bool, note: str | None = None) -> str:
     """Tables of `append_tables` as aligned text for the terminal: I-AUROC, P-AUROC, AU-PRO."""
     return "\n\n".join(
         "\n".join([table.title, *aligned(table.rows), *table.remarks])
-        for table in _tables(methods, exact_headline, note)
+        for table in result_tables(methods, exact_headline, note)
     )
 
 
@@ -135,41 +168,52 @@ def result_line(class_name: str, metrics: Mapping[str, Any], exact_headline: boo
         known = [each["severity"] for each in metrics["samples"] if each["severity"] is not None]
         extent = f"severity {min(known):.2f} to {max(known):.2f}" if known else "no severity"
         return f"{class_name}: not tested; {len(metrics['samples'])} good samples of the {split} split, {extent}"
-    label, headline = _au_pro_rows([metrics], exact_headline)[0]
+    key, label = next(iter(_au_pro_labels(exact_headline).items()))
     return (
         f"{class_name}: I-AUROC {number(metrics['image_rocauc'])}, P-AUROC {number(metrics['pixel_rocauc'])}, "
-        f"AU-PRO {number(headline[0])} ({label})"
+        f"AU-PRO {number(all_metrics(metrics)[key])} ({label})"
     )
 
 
-def _tables(methods: Methods, exact_headline: bool, note: str | None) -> list[_Table]:
-    names = next(iter(methods.values()), {})
+def result_tables(methods: Methods, exact_headline: bool, note: str | None) -> list[Table]:
+    """Tables of I-AUROC, P-AUROC and AU-PRO: a row for each method, a column for each class, and the mean.
+
+    With several seeds a cell is their mean ± sample standard deviation. Arguments as in `append_tables`.
+    """
+    names = [name for seeds in methods.values() for name in next(iter(seeds.values()))]
     if not names:
         raise ValueError("There is no class to tabulate. Pass the metrics of at least one.")
-    columns = {method: [*classes.values(), mean_over_classes(classes)] for method, classes in methods.items()}
-    rows: dict[str, list[list[str]]] = {}
-    for title, key in (("I-AUROC", "image_rocauc"), ("P-AUROC", "pixel_rocauc")):
-        rows[title] = [[method, *(number(each[key]) for each in of_method)] for method, of_method in columns.items()]
-    rows["AU-PRO"] = []
-    areas = [_au_pro_rows(of_method, exact_headline) for of_method in columns.values()]
-    for same_curve in zip(*areas, strict=True):  # all methods of one AU-PRO, then all of the next
-        for method, (label, values) in zip(columns, same_curve, strict=True):
-            rows["AU-PRO"].append([f"{method}, {label}", *map(number, values)])
-    header = ["Method", *map(one_line, names), "Mean"]
+    header = ["Method", *map(one_line, dict.fromkeys(names)), "Mean"]
     tables = []
-    for title, of_metric in rows.items():
+    for title, labels in (
+        ("I-AUROC", {"image_rocauc": ""}),
+        ("P-AUROC", {"pixel_rocauc": ""}),
+        ("AU-PRO", _au_pro_labels(exact_headline)),
+    ):
+        rows = [
+            [f"{method}, {label}" if label else method, *_cells(seeds, key)]
+            for key, label in labels.items()
+            for method, seeds in methods.items()
+        ]
         remarks = [one_line(note)] if note else []
-        if any(UNDEFINED in row[1:] for row in of_metric):
+        if any(UNDEFINED in row[1:] for row in rows):
             remarks.append(UNDEFINED_NOTE)
-        tables.append(_Table(FILE_NAMES[title], title, [header, *of_metric], remarks))
+        tables.append(Table(FILE_NAMES[title], title, [header, *rows], remarks))
     return tables
 
 
-def _au_pro_rows(columns: Sequence[Mapping[str, Any]], exact_headline: bool) -> list[tuple[str, list[float | None]]]:
-    """Label and values by column of each AU-PRO, the headline first."""
-    published = f"limit {REFERENCE_LIMIT}, {REFERENCE_THRESHOLDS} thresholds", [each["au_pro"] for each in columns]
-    exact = [(f"limit {key}, exact curve", [each["au_pro_exact"][key] for each in columns]) for key in EXACT_LIMITS]
-    return [exact[0], published, *exact[1:]] if exact_headline else [published, *exact]
+def _cells(seeds: Mapping[int | None, Classes], key: str) -> list[str]:
+    """A metric of each class, and its mean over the classes."""
+    runs = [[*classes.values(), mean_over_classes(classes)] for classes in seeds.values()]
+    return [spread([all_metrics(entry)[key] for entry in column]) for column in zip(*runs, strict=True)]
+
+
+def _au_pro_labels(exact_headline: bool) -> dict[str, str]:
+    """Limit and curve of each AU-PRO by its key in `all_metrics`, the headline first."""
+    labels = {"au_pro": f"limit {REFERENCE_LIMIT}, {REFERENCE_THRESHOLDS} thresholds"}
+    labels |= {limit: f"limit {limit}, exact curve" for limit in EXACT_LIMITS}
+    headline = EXACT_LIMITS[0] if exact_headline else "au_pro"
+    return {headline: labels[headline]} | labels
 
 
 def _escape(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 PAPER_ARGS = {
     "dataset_type": "mvtec3d", "protocol": "reference", "precision": "fp32", "train_feature_dtype": "fp32",
     "rgb_backbone_name": "vit_base_patch8_224_dino", "xyz_backbone_name": "Point_MAE",
-    "rgb_checkpoint": None, "xyz_checkpoint": None,
+    "rgb_checkpoint": None, "xyz_checkpoint": None, "few_shot": None,
     "point_norm": "cloud", "img_size": 224, "group_size": 128, "num_group": 1024,
     "f_coreset": 0.1, "coreset_eps": 0.9, "asy_memory_bank": None, "rm_zero_for_project": False,
     "ocsvm_nu": 0.5, "ocsvm_maxiter": 1000,
