@@ -5,15 +5,18 @@
         --fusion_module_path checkpoints/checkpoint-2.pth
     python main.py --method_name DINO --dataset_path my_dataset --classes bracket --output_dir results/bracket
     python main.py --method_name DINO Point_MAE DINO+Point_MAE --output_dir results/compared
+    python main.py --method_name DINO --few_shot 5 --seeds 0 1 2 --output_dir results/few_shot_5
     python main.py --method_name DINO --save_detector detectors
     python main.py --load_detector detectors
     python main.py --load_detector detectors --target_fpr 0.02 --save_detector tolerant_detectors
     python main.py --inspect_dataset
     python main.py --list_backbones
 
-It writes image_rocauc_results.md, pixel_rocauc_results.md, aupro_results.md, results.csv, results.json and report.html
-to --output_dir, and with --save_preds also anomaly_maps/ and pred_maps/. Several methods share the features, which are
-extracted once. Each method has a row in the tables and its other files in its own folder, <output_dir>/<method>.
+It writes image_rocauc_results.md, pixel_rocauc_results.md, aupro_results.md, tables.tex, results.csv, results.json and
+report.html to --output_dir, and with --save_preds also anomaly_maps/ and pred_maps/. Several methods and seeds share
+the features, which are extracted once. Each method has a row in the tables and its other files in its own folder,
+<output_dir>/<method>. Each of several seeds has a folder, <output_dir>/seed_<seed>, and the tables show mean and
+standard deviation.
 """
 
 import argparse

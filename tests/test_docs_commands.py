@@ -125,7 +125,7 @@ def record(cloud: Path, seed: int, unit: float = 1.0, image: Path | None = None)
 def write_files(folder: Path) -> None:
     """Write the datasets and recordings that the pages name. Stems differ between folders, except images and scans."""
     for root, defect in (("datasets/mvtec3d/bagel", "hole"), ("parts/bracket", "dent")):
-        for place, count in (("train/good", 4), ("validation/good", 2), ("test/good", 1), (f"test/{defect}", 1)):
+        for place, count in (("train/good", 5), ("validation/good", 2), ("test/good", 1), (f"test/{defect}", 1)):
             for seed in range(count):
                 write_scan(folder / root / place, f"{seed:03d}", seed, with_gt=False)
         write_image(
