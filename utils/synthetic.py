@@ -35,7 +35,7 @@ if __name__ == "__main__":  # run by path: utils/ itself must not be searched fo
 
 from utils.cleaning.cloud_cleaning import CleaningRule, fit_border_plane
 from utils.command_line import MOST_WORKERS, Parser, from_flags
-from utils.errors import InputError
+from utils.errors import Bounds, InputError
 from utils.reporting.messages import exit_on_error, show, start_messages
 from utils.reporting.progress import progress_bar
 from utils.scans.files import atomic_path, make_folder
@@ -49,8 +49,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COUNTS = dict.fromkeys(("train", "validation", "test_good", "test_defective"), (0, 1000))  # names have three digits
-BOUNDS = {**COUNTS, "size": (64, 2048), "seed": (0, 2**64 - 1)}  # in a smaller image a defect is less than a pixel
-BOUNDS |= {"defect_strength": (0.3, 1.0)}  # fainter defects vanish in the noise
+BOUNDS: Bounds = {
+    **COUNTS,
+    "defect_strength": (0.3, 1.0),  # weaker defects vanish in the noise
+    "size": (64, 2048),  # in a smaller image a defect is less than a pixel
+    "seed": (0, 2**64 - 1),
+}
 COLORS = "cividis"  # of the heights in the preview
 
 
