@@ -34,6 +34,7 @@ SMALLER: dict[str, list[object]] = {
 PARSED = {  # word of a command: why the command is not run
     "make": "it runs all tests, or installs everything first; make itself checks that its targets exist",
     "torchrun": "it starts several processes, which test_main_ranks.py and test_uff_ranks.py do",
+    "runner.reproduce": "it takes many steps, which test_reproduce.py does",
     "--watch": "it waits for files until it is stopped, which test_watching.py does",
     "--stdin": "it waits for lines on stdin, which test_watching.py gives",
 }
@@ -61,7 +62,8 @@ def commands_in_text(page: Path) -> Iterator[list[str]]:
 
 def script_of(words: list[str]) -> tuple[str, list[str]]:
     """Path of the Python script that a command starts, perhaps by a launcher, and its flags."""
-    words = ["utils/report.py" if word == "utils.report" else word for word in words]
+    modules = {"utils.report": "utils/report.py", "runner.reproduce": "runner/reproduce.py"}  # started with -m
+    words = [modules.get(word, word) for word in words]
     script = next((word for word in words if word.endswith(".py")), "")
     assert (ROOT / script).is_file(), f"no script of this project: {shlex.join(words)}"
     return script, words[words.index(script) + 1 :]

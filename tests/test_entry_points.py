@@ -28,6 +28,7 @@ SCRIPTS = {  # module: its shortest valid command
     "utils.preprocess_eyecandies": ["--dataset_path", "data", "--target_dir", "out"],
     "utils.synthetic": ["out"],
     "utils.report": ["a.json", "b.json"],
+    "runner.reproduce": ["--dataset_path", "data"],
 }
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -64,7 +65,7 @@ def numeric_flags(parser: Parser) -> list[argparse.Action]:
 
 
 def test_every_script_is_listed() -> None:
-    paths = [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py")]
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py"), *ROOT.glob("runner/*.py")]
     scripts = {path for path in paths if 'if __name__ == "__main__":\n' in path.read_text()}
     assert {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in scripts} == set(SCRIPTS)
 
@@ -76,7 +77,8 @@ def test_every_number_has_bounds_that_its_default_keeps(script: str) -> None:
     for action in numeric_flags(parser):
         low, high = parser.bounds[action.dest]
         assert math.isfinite(low) and math.isfinite(high)
-        assert action.default is None or low <= action.default <= high, action.dest
+        defaults = action.default if isinstance(action.default, list) else [action.default]
+        assert all(value is None or low <= value <= high for value in defaults), action.dest
 
 
 @every_script

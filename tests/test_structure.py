@@ -20,7 +20,7 @@ LAYERS = (
     ("utils",),
 )
 SCRIPTS = [
-    *("main.py", "fusion_pretrain.py", "predict.py"),
+    *("main.py", "fusion_pretrain.py", "predict.py", "runner/reproduce.py"),
     *(f"utils/{name}.py" for name in ("convert", "preprocessing", "preprocess_eyecandies", "synthetic", "report")),
 ]
 HEAVY = {"torch", "timm", "torchvision", "open3d", "matplotlib", "sklearn", "plotly"}

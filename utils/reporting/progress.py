@@ -24,7 +24,8 @@ class _Lines(tqdm):
             return True
         values = self.format_dict
         count, total, elapsed = values["n"], values["total"], values["elapsed"]
-        text = f"{count} of {total} {self.unit}s" if total else f"{count} {self.unit}s"
+        units = self.unit if self.unit == "%" else f"{self.unit}s"
+        text = f"{count} of {total} {units}" if total else f"{count} {units}"
         text += f", {self.format_interval(elapsed)} elapsed"
         if total and count > self.initial:
             text += f", {self.format_interval((total - count) * elapsed / (count - self.initial))} left"

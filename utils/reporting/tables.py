@@ -98,11 +98,11 @@ def append_tables(
         path = folder / table.file_name
         older = path.read_text("utf-8", "backslashreplace").rstrip("\n") if path.exists() else f"# {table.title}"
         code = [f"    {line}" for line in shlex.join(command).splitlines()]
-        heading = [f"## {now} · {_escape(', '.join(methods))}", "", *code, ""]
-        header, *rows = [f"| {' | '.join(map(_escape, row))} |" for row in table.rows]
+        heading = [f"## {now} · {escape_markdown(', '.join(methods))}", "", *code, ""]
+        header, *rows = [f"| {' | '.join(map(escape_markdown, row))} |" for row in table.rows]
         lines = [header, "|---|" + "---:|" * (len(table.rows[0]) - 1), *rows]
         for remark in table.remarks:
-            lines += ["", _escape(remark)]
+            lines += ["", escape_markdown(remark)]
         earlier, _, last = older.rpartition("\n\n## ")
         if resumed and last.endswith("\n\n" + "\n".join(lines)):
             older = earlier
@@ -216,6 +216,6 @@ def _au_pro_labels(exact_headline: bool) -> dict[str, str]:
     return {headline: labels[headline]} | labels
 
 
-def _escape(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Escape one line of Markdown, so that nothing ends a table cell or opens code, emphasis or a tag."""
     return re.sub(r"([\\|`*<])", r"\\\1", one_line(text))
