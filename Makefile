@@ -3,6 +3,7 @@
 # make test-slow  the other tests: benchmarks, several processes, a browser, whole runs
 # make lint    ruff and mypy
 # make browser  a headless browser, for the tests of report.html (with apt, as root)
+# make paper   the paper's tables, from DATASET (unpacked) and CHECKPOINTS (a folder); PAPER_FLAGS adds flags
 # make bench   time of every stage beside its plain form, and of the small steps; run it on an idle machine
 # All but browser first set up .venv; a second call installs nothing.
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 APT_PACKAGES := libusb-1.0-0 libgl1 libegl1 libx11-6 libudev1 libidn2-0 libgomp1
 
-.PHONY: demo test test-slow browser lint bench setup clean
+.PHONY: demo paper test test-slow browser lint bench setup clean
 
 setup: $(VENV)/.installed
 
@@ -81,6 +82,11 @@ demo: setup
 	@echo "the report:           $(DEMO)/compared/$(FULL)/report.html"
 	@echo "images of results:    $(DEMO)/compared/$(FULL)/pred_maps/<class>/<defect>/<stem>.png"
 	@echo "tables, all metrics:  $(DEMO)/compared/*.md, $(DEMO)/compared/<method>/results.json"
+
+CHECKPOINTS ?= checkpoints
+
+paper: setup
+	$(BIN)/python -m runner.reproduce --dataset_path "$(DATASET)" --checkpoint_dir "$(CHECKPOINTS)" $(PAPER_FLAGS)
 
 clean:
 	rm -rf $(VENV) $(DEMO)
