@@ -61,7 +61,7 @@ def print_information(args: argparse.Namespace, given: Collection[str]) -> None:
     if args.list_backbones:
         from models import print_backbones
 
-        return print_backbones(args.checkpoint_dir, args.img_size)
+        return print_backbones(args.checkpoint_dir, args.img_size, args.rgb_backbone_name, args.rgb_layers)
     from runner.dataset_check import print_dataset_check
 
     if print_dataset_check(args, given):

@@ -12,7 +12,7 @@ from torch import Tensor
 from feature_extractors import reference
 from feature_extractors.config import DetectorConfig
 from models.point_transformer import PointTransformer
-from models.rgb_backbone import VisionTransformerBackbone
+from models.rgb_backbone import RgbBackbone
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
 from utils.records import Sample
 from utils.scans.organized_pc import resize_nearest
@@ -47,7 +47,7 @@ SIZES = {
 class Networks(NamedTuple):
     """Both backbones, in evaluation mode, on the CPU."""
 
-    rgb: VisionTransformerBackbone
+    rgb: RgbBackbone
     xyz: PointTransformer
 
 
@@ -55,7 +55,7 @@ def build_networks(size: Size) -> Networks:
     """Both backbones with the same random weights at each call."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        rgb = VisionTransformerBackbone(size.timm_name, size.img_size)
+        rgb = RgbBackbone(size.timm_name, size.img_size)
         xyz = PointTransformer(size.num_group, size.group_size, size.width, size.depth, size.heads, size.width)
     return Networks(rgb.eval(), xyz.eval())
 

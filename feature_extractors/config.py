@@ -86,6 +86,7 @@ class DetectorConfig:
     method_name: str = "DINO+Point_MAE+Fusion"
     memory_bank: str | None = None  # None: the one that the method needs
     rgb_backbone_name: str = "vit_base_patch8_224_dino"
+    rgb_layers: tuple[int, ...] | None = None  # ascending; None: the network's default, see models.rgb_backbone
     xyz_backbone_name: str = "Point_MAE"
     use_uff: bool = False
     protocol: Protocol = field(default_factory=Protocol)
@@ -148,6 +149,9 @@ class DetectorConfig:
             value = getattr(self, name, None)  # the weights of scores and maps are tuples here
             if value is not None and (problem := range_problem(value, low, high)):
                 raise InputError(f"--{name} {problem}")
+        layers = self.rgb_layers or (0,)
+        if list(layers) != sorted(set(layers)) or layers[0] < 0:
+            raise InputError(f"--rgb_layers is {' '.join(map(str, layers))}. Give different numbers from 0, ascending.")
         least = self.xyz_grid + 2  # pooling without padding loses two pixels
         if self.xyz_grid < 1 or self.img_size < least:
             problem = f"Give at least {least} for {self.xyz_grid} xyz patches a side"

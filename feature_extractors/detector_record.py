@@ -16,7 +16,7 @@ from utils.records import METERS, CloudForm
 from utils.scans.files import atomic_folder, read_bytes, set_aside, writing
 from utils.scans.json_records import encode_record, plain_json, read_record
 
-SCHEMA = 3
+SCHEMA = 4
 CONFIG_FILE, STATE_FILE = "config.json", "state.safetensors"
 FIX = "Restore the folder from a copy, or fit the detector again with main.py --save_detector"
 

@@ -160,7 +160,8 @@ def build_extractor(
         settings = {name: getattr(config, name) for name in ("num_group", "group_size", "point_norm", "point_ops")}
         xyz = build_xyz_backbone(config.xyz_backbone_name, checkpoint_dir, checkpoint=xyz_checkpoint, **settings)
     if "rgb" in needed:
-        rgb = build_rgb_backbone(config.rgb_backbone_name, checkpoint_dir, config.img_size, rgb_checkpoint)
+        name, layers = config.rgb_backbone_name, config.rgb_layers
+        rgb = build_rgb_backbone(name, checkpoint_dir, config.img_size, rgb_checkpoint, layers)
     if config.use_uff and fusion_module_path is not None and xyz is not None and rgb is not None:
         fusion = build_feature_fusion(fusion_module_path, xyz_dim=xyz.embed_dim, rgb_dim=rgb.embed_dim)
     return PatchExtractor(config, rgb, xyz, fusion, device)

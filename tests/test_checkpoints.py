@@ -25,12 +25,12 @@ from models.checkpoints import (
     feature_fusion_state,
     load_strict,
     point_transformer_state,
-    vision_transformer_state,
+    rgb_state,
     weights_checksum,
 )
 from models.feature_fusion import FeatureFusion
 from models.point_transformer import PointTransformer
-from models.rgb_backbone import VisionTransformerBackbone, load_vision_transformer
+from models.rgb_backbone import RgbBackbone, load_weights
 from utils.checkpoint_files import read_checkpoint
 from utils.errors import InputError
 
@@ -112,7 +112,7 @@ def test_published_point_transformer_is_read_completely(
 @pytest.mark.golden
 def test_published_dino_is_read_completely(golden_weights: Path) -> None:
     backbone = build_rgb_backbone("vit_base_patch8_224_dino", golden_weights, 224)
-    assert isinstance(backbone, VisionTransformerBackbone)
+    assert isinstance(backbone, RgbBackbone)
     published = read_checkpoint(golden_weights / "dino_vitbase8_pretrain.pth")
     assert backbone.model.state_dict().keys() == published.keys()
     for key, value in backbone.model.state_dict().items():
@@ -140,7 +140,7 @@ def test_files_of_other_models_are_refused(golden_weights: Path) -> None:
     assert "has no key that starts with 'transformer_q.'" in message_of(lambda: point_state("Point_Bert", mae), mae)
     message_of(lambda: point_state("Point_MAE", fusion), fusion)
     message_of(lambda: build_feature_fusion(mae, xyz_dim=1152, rgb_dim=768), mae)
-    message_of(lambda: load_vision_transformer(VisionTransformerBackbone("vit_tiny_patch16_224", 32), fusion), fusion)
+    message_of(lambda: load_weights(RgbBackbone("vit_tiny_patch16_224", 32), fusion), fusion)
     widths = message_of(lambda: build_feature_fusion(fusion, xyz_dim=33, rgb_dim=768), fusion)
     assert "1152 (xyz) and 768 (rgb) wide, but the backbones give 33 and 768" in widths
 
@@ -186,19 +186,18 @@ def assert_read_back(written: State, read: State) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
 @pytest.mark.parametrize("container", [None, "state_dict", "teacher"])
-def test_vision_transformer_keys(tmp_path: Path, prefix: str, container: str | None) -> None:
+def test_rgb_keys(tmp_path: Path, prefix: str, container: str | None) -> None:
     written = weights()
     state = {f"{prefix}{key}": value for key, value in written.items()}
-    state |= {f"{prefix}head.weight": torch.ones(1), "head.last_layer.weight_v": torch.ones(1)}
     torch.save({container: state, "epoch": 100} if container else state, tmp_path / "file.pth")
-    found = vision_transformer_state(read_checkpoint(tmp_path / "file.pth"), tmp_path / "file.pth")
+    found = rgb_state(read_checkpoint(tmp_path / "file.pth"), tmp_path / "file.pth")
     assert found.keys() == written.keys()
     assert all(torch.equal(found[key], value) for key, value in written.items())
 
 
 def test_the_teacher_is_preferred_to_the_student(tmp_path: Path) -> None:
     torch.save({"student": weights(1), "teacher": weights(0)}, tmp_path / "file.pth")
-    found = vision_transformer_state(read_checkpoint(tmp_path / "file.pth"), tmp_path / "file.pth")
+    found = rgb_state(read_checkpoint(tmp_path / "file.pth"), tmp_path / "file.pth")
     assert torch.equal(found["linear.weight"], weights(0)["linear.weight"])
 
 
@@ -387,7 +386,7 @@ def test_many_keys_are_counted_instead_of_listed() -> None:
 def test_vision_transformer_keys_that_do_not_fit_are_named(
     tmp_path: Path, key: str, replacement: Tensor | None, expected: str
 ) -> None:
-    backbone = VisionTransformerBackbone("vit_tiny_patch16_224", 32)
+    backbone = RgbBackbone("vit_tiny_patch16_224", 32)
     state = backbone.model.state_dict()
     if replacement is None:
         del state[key]
@@ -395,7 +394,7 @@ def test_vision_transformer_keys_that_do_not_fit_are_named(
         state[key] = replacement
     path = tmp_path / "dino.pth"
     torch.save(state, path)
-    assert expected in message_of(lambda: load_vision_transformer(backbone, path), path)
+    assert expected in message_of(lambda: load_weights(backbone, path), path)
 
 
 def test_feature_fusion_keys_that_do_not_fit_are_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from feature_extractors.alignment import align_to_patches, valid_pixels
 from models import build_feature_fusion, build_rgb_backbone, build_xyz_backbone
 from models.point_ops import three_nn_interpolate, three_nn_weights_expanded
 from models.point_transformer import PointFeatures, PointTransformer
-from models.rgb_backbone import VisionTransformerBackbone
+from models.rgb_backbone import RgbBackbone
 from utils.feature_store import resize_patches
 from utils.records import Sample
 
@@ -119,14 +119,14 @@ def xyz_patches(running: PointRun, sample: Sample) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def rgb_backbone(golden_weights: Path) -> VisionTransformerBackbone:
+def rgb_backbone(golden_weights: Path) -> RgbBackbone:
     module = build_rgb_backbone("vit_base_patch8_224_dino", golden_weights, 224)
-    assert isinstance(module, VisionTransformerBackbone)
+    assert isinstance(module, RgbBackbone)
     return module
 
 
 @pytest.fixture(scope="module")
-def rgb_run(rgb_backbone: VisionTransformerBackbone, sample: Sample) -> RgbRun:
+def rgb_run(rgb_backbone: RgbBackbone, sample: Sample) -> RgbRun:
     taps = {"patch_embed": rgb_backbone.model.patch_embed}
     taps |= {f"block{i}": block for i, block in enumerate(rgb_backbone.model.blocks)}
     assert sample.rgb is not None

