@@ -298,6 +298,7 @@ def test_smooth_noise_is_smooth_and_of_unit_deviation() -> None:
         (["--test_defective", "5000"], "--test_defective is 5000"),
         (["--train", "0", "--validation", "0", "--test_good", "0", "--test_defective", "0"], "nothing to make"),
         (["--seed", "-3"], "--seed is -3"),
+        (["--defect_strength", "0.1"], "--defect_strength is 0.1"),
         (["--num_workers", "0"], "--num_workers is 0"),
     ],
 )
