@@ -1,7 +1,7 @@
 """Tables of a reproduction: our metrics of each method and class beside the published ones, and their difference."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -9,7 +9,7 @@ from utils.metrics import REFERENCE_LIMIT, REFERENCE_THRESHOLDS, mean_of_known
 from utils.reporting.html_report.page import render_page
 from utils.reporting.html_report.published import Published, published_figures
 from utils.reporting.results_json import Results
-from utils.reporting.tables import aligned, escape_markdown, number, spread
+from utils.reporting.tables import Table, aligned, escape_markdown, number, spread
 
 METRICS = {  # titles by key in results.json
     "image_rocauc": "I-AUROC",
@@ -19,42 +19,26 @@ METRICS = {  # titles by key in results.json
 Runs = Mapping[str, Sequence[Results]]  # by method, one run for each seed
 
 
-class Row(NamedTuple):
-    """Cells of one method: "ours", "published" or the "difference"."""
-
-    method: str
-    kind: str
-    cells: list[str]  # of each class, and of the mean last
-
-
-class Table(NamedTuple):
-    """All methods in one metric."""
-
-    title: str
-    header: list[str]  # the classes and "Mean"
-    rows: list[Row]
-
-
 def paper_tables(runs: Runs) -> list[Table]:
     """I-AUROC, P-AUROC and AU-PRO of runs with the same classes.
 
-    Published figures have rows only where `published_figures` knows them for the settings and samples of the run.
+    Each method has a row of our figures. Rows of the published ones and of the difference follow where
+    `published_figures` knows some for the settings and samples of the run.
     """
     classes = list(next(iter(runs.values()))[0].classes)
     published = published_of(runs)
     tables = []
     for key, title in METRICS.items():
-        rows = []
+        rows = [["Method", "", *classes, "Mean"]]
         for method, of_seeds in runs.items():
-            ours = [_column(of_seeds, name, key) for name in classes]
+            ours = [[getattr(run.classes[name], key) for run in of_seeds] for name in classes]
             ours.append([mean_of_known(of_seed) for of_seed in zip(*ours, strict=True)])
-            rows.append(Row(method, "ours", [spread(values) for values in ours]))
+            rows.append([method, "ours", *map(spread, ours)])
             if known := published.get(method):
                 figures = [known.classes[name].get(key) for name in classes] + [known.mean.get(key)]
-                rows.append(Row(method, "published", ["" if value is None else number(value) for value in figures]))
-                pairs = zip(ours, figures, strict=True)
-                rows.append(Row(method, "difference", [_difference(values, value) for values, value in pairs]))
-        tables.append(Table(title, [*classes, "Mean"], rows))
+                rows.append(["", "published", *("" if value is None else number(value) for value in figures)])
+                rows.append(["", "difference", *map(_difference, ours, figures)])
+        tables.append(Table("", title, rows, []))
     return tables
 
 
@@ -66,11 +50,6 @@ def published_of(runs: Runs) -> dict[str, Published]:
         if figures := published_figures(first.args, entries):
             found[method] = figures
     return found
-
-
-def _column(of_seeds: Sequence[Results], name: str, key: str) -> list[float | None]:
-    """Values of a metric in one class, one for each seed."""
-    return [getattr(run.classes[name], key) for run in of_seeds]
 
 
 def _difference(values: Sequence[float | None], published: float | None) -> str:
@@ -96,15 +75,15 @@ def remarks(runs: Runs, seeds: Sequence[int]) -> list[str]:
 
 def tables_text(tables: Sequence[Table]) -> str:
     """Tables as aligned text for the terminal."""
-    return "\n\n".join("\n".join([table.title, *aligned(_grid(table))]) for table in tables)
+    return "\n\n".join("\n".join([table.title, *aligned(table.rows)]) for table in tables)
 
 
 def tables_markdown(tables: Sequence[Table], notes: Sequence[str], command: str) -> str:
     """Tables, notes and the command as Markdown."""
     blocks = ["# Reproduction of the paper's tables"]
     for table in tables:
-        head, *rows = [f"| {' | '.join(map(escape_markdown, row))} |" for row in _grid(table)]
-        blocks += [f"## {table.title}", "\n".join([head, "|---|---|" + "---:|" * len(table.header), *rows])]
+        head, *rows = [f"| {' | '.join(map(escape_markdown, row))} |" for row in table.rows]
+        blocks += [f"## {table.title}", "\n".join([head, "|---|---|" + "---:|" * (len(table.rows[0]) - 2), *rows])]
     code = "\n".join(f"    {line}" for line in command.splitlines())
     return "\n\n".join([*blocks, *map(escape_markdown, notes), code]) + "\n"
 
@@ -113,10 +92,3 @@ def tables_page(tables: Sequence[Table], notes: Sequence[str], command: str) -> 
     """Tables, notes and the command as a page of HTML."""
     title = "Reproduction of the paper's tables"
     return render_page("paper.html", title=title, tables=tables, notes=notes, command=command)
-
-
-def _grid(table: Table) -> list[list[str]]:
-    """Header and rows; a method is named in the first of its rows."""
-    names = [row.method if row.kind == "ours" else "" for row in table.rows]
-    rows = [[name, row.kind, *row.cells] for name, row in zip(names, table.rows, strict=True)]
-    return [["Method", "", *table.header], *rows]
