@@ -367,6 +367,7 @@ def test_defaults_match_the_original() -> None:
     added = {
         "memory_bank": None,  # "multiple" in the original; None picks the bank mode of the method
         "classes": None,
+        "few_shot": None,
         "checkpoint_dir": Path("checkpoints"),
         "rgb_checkpoint": None,
         "xyz_checkpoint": None,

@@ -236,6 +236,19 @@ def test_results_match_a_single_process(shared: SharedRun, alone: Output) -> Non
         }
 
 
+def test_few_shot_runs_of_several_seeds_match_a_single_process(data: Path, tmp_path: Path) -> None:
+    """Both processes have samples, but only one has those that seed 0 draws."""
+    flags = [*SMALL, "--dataset_path", data, "--classes", "bagel", "--method_name", METHODS[1], "--f_coreset", 0.06]
+    flags += ["--few_shot", 3, "--seeds", 0, 1, "--report_parts", 0]
+    call(*flags, "--output_dir", tmp_path / "one")
+    run_ranks(2, *flags, "--output_dir", tmp_path / "two")
+    assert files_below(tmp_path / "two") == files_below(tmp_path / "one")
+    for seed in (0, 1):
+        ours, expected = (results_of(tmp_path / run / f"seed_{seed}")["classes"] for run in ("two", "one"))
+        assert ours["bagel"]["train_samples"] == expected["bagel"]["train_samples"]
+        assert_same_classes(ours, expected)
+
+
 def test_output_files_match_a_single_process(shared: SharedRun, alone: Output) -> None:
     assert files_below(shared.output.folder) == files_below(alone.folder)
     assert all_files_are_whole(shared.output.folder)

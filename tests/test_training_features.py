@@ -57,6 +57,19 @@ def together(name: str, samples: int = SAMPLES) -> Tensor:
     return torch.cat([getattr(sample, name) for sample in made_up()[:samples]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_subset_has_the_samples_of_some_paths(place: str, dtype: torch.dtype) -> None:
+    collected = TrainingFeatures(SAMPLES, BUDGETS[place], dtype)
+    for number, sample in enumerate(made_up()):
+        collected.append(sample, f"{number}")
+    subset = collected.subset(["4", "1", "of another rank"])
+    assert len(subset) == subset.capacity == 2
+    for name in ("xyz", "rgb"):
+        expected = torch.cat([getattr(collected.sample(number), name) for number in (1, 4)])
+        assert torch.equal(torch.cat(list(subset.rows(name).shard.split(3))), expected)
+    assert len(collected.subset([])) == 0
+
+
 def test_samples_and_rows_equal_the_appended_ones(features: TrainingFeatures) -> None:
     for i, sample in enumerate(made_up()):
         kept = features.sample(i)

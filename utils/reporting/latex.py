@@ -54,4 +54,5 @@ def _escape(text: str) -> str:
     found = re.fullmatch(r"([\d.]+) ± ([\d.]+)", text)
     if found:
         return rf"${found[1]} \pm {found[2]}$"
-    return "".join(SPECIAL.get(each, each) for each in escape_controls(text))
+    escaped = "".join(SPECIAL.get(each, each) for each in escape_controls(text))
+    return escaped.replace("--", "-{}-")  # LaTeX would print a dash

@@ -121,8 +121,8 @@ def write_csv(path: Path, methods: Methods) -> None:
     for method, seeds in methods.items():
         for name in next(iter(seeds.values())):
             figures = {seed: _flat(classes[name]) for seed, classes in seeds.items()}
-            labelled: dict[Any, dict[str, Any]] = {**figures, **_summaries(list(figures.values()))}
-            rows += [{"class": name, "method": method, "seed": seed, **row} for seed, row in labelled.items()]
+            labeled: dict[Any, dict[str, Any]] = {**figures, **_summaries(list(figures.values()))}
+            rows += [{"class": name, "method": method, "seed": seed, **row} for seed, row in labeled.items()]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with atomic_path(path) as temporary, temporary.open("w", -1, "utf-8", "backslashreplace", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -180,10 +180,11 @@ def result_tables(methods: Methods, exact_headline: bool, note: str | None) -> l
 
     With several seeds a cell is their mean ± sample standard deviation. Arguments as in `append_tables`.
     """
-    names = [name for seeds in methods.values() for name in next(iter(seeds.values()))]
+    seeds_of_first = next(iter(methods.values()), {})
+    names = next(iter(seeds_of_first.values()), {})
     if not names:
         raise ValueError("There is no class to tabulate. Pass the metrics of at least one.")
-    header = ["Method", *map(one_line, dict.fromkeys(names)), "Mean"]
+    header = ["Method", *map(one_line, names), "Mean"]
     tables = []
     for title, labels in (
         ("I-AUROC", {"image_rocauc": ""}),
