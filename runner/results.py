@@ -83,7 +83,10 @@ class Results:
             entries = {each.name: each.entry for each in of_fit}
             record = results_record(sys.argv, self.flags[fit], entries, self.origin)
             write_record(self.folders[fit] / FILE_NAME, record, indent=1)
-            write_report(self.folders[fit], record, of_fit, table_note(config, self.run.settings.few_shot))
+            note = table_note(config, self.run.settings.few_shot)
+            if len(self.run.seeds) > 1:
+                note += f" Seed {config.random_state}."
+            write_report(self.folders[fit], record, of_fit, note)
         write_csv(self.run.settings.output_dir / CSV_NAME, self._entries())
 
     def _entries(self) -> dict[str, dict[int | None, dict[str, Any]]]:

@@ -154,6 +154,11 @@ def test_tables_hold_mean_and_deviation_of_the_seeds(seeded: Seeded) -> None:
     assert (folder / "tables.tex").read_text().count(r"\pm") > 3
 
 
+def test_each_report_names_its_seed(seeded: Seeded) -> None:
+    for name, run in seeded.runs.items():
+        assert f" Protocol: reference. Seed {name[5]}." in (run.folder / "report.html").read_text(), name
+
+
 def test_each_result_is_printed_with_method_and_seed(seeded: Seeded) -> None:
     lines = seeded.runs["seed_0/DINO"].stdout.splitlines()
     fits = [f"{method}, seed {seed}" for seed in (0, 7) for method in METHODS]
