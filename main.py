@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def print_information(args: argparse.Namespace, given: Collection[str]) -> None:
     """Print the tables of --list_backbones or --inspect_dataset; exit code 1 if the dataset has problems."""
     if args.list_backbones:
-        from models import print_backbones
+        from models.listing import print_backbones
 
         return print_backbones(args.checkpoint_dir, args.img_size, args.rgb_backbone_name, args.rgb_layers)
     from runner.dataset_check import print_dataset_check

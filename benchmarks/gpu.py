@@ -33,7 +33,6 @@ from feature_extractors.memory_bank import MemoryBank, mean_and_std
 from models.contrastive import contrastive_loss
 from models.feature_fusion import FeatureFusion
 from models.point_ops import farthest_point_sample, knn
-from models.rgb_backbone import RgbBackbone
 from runner.pretrain_config import PretrainConfig, Progress
 from runner.training import Trainer, make_loader, make_optimizer
 from utils.distributed import Ranks, choose_device
@@ -81,7 +80,7 @@ def time_extraction(bench: Bench, extractors: dict[str, PatchExtractor], samples
         bench.time(f"neighbors of a cloud, {backend}", partial(knn, centers, points, config.group_size, backend))
     for precision, extractor in extractors.items():
         rgb, xyz = extractor.rgb_backbone, extractor.xyz_backbone
-        assert isinstance(rgb, RgbBackbone)
+        assert rgb is not None
         assert xyz is not None
         with autocast(bench.device, precision):
             flops = count_flops(partial(rgb, images))

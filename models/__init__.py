@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.errors import InputError
-from utils.reporting.messages import show
 
 if TYPE_CHECKING:
     from models.feature_fusion import FeatureFusion
@@ -70,23 +69,16 @@ class XyzSpec(NamedTuple):
         return network(**self.settings, **(grouping if self.grouped else {}))
 
 
-class BackboneRow(NamedTuple):
-    """A row of --list_backbones."""
-
-    name: str
-    modality: str
-    width: int
-    grid: str  # rgb: "28 x 28" patches; xyz: "every group" or "every point"
-    weights: str  # the path found, "absent", or the reason that no file is needed
-    published: str  # file names and source; empty where no file is needed
-
-
 def _dino(stem: str) -> CheckpointFiles:
     return CheckpointFiles((f"{stem}.pth",), f"https://dl.fbaipublicfiles.com/dino/{stem}/{stem}.pth")
 
 
 def _augreg(stem: str) -> CheckpointFiles:
     return CheckpointFiles((f"{stem}.npz",), f"https://storage.googleapis.com/vit_models/augreg/{stem}.npz")
+
+
+def _torchvision(stem: str) -> CheckpointFiles:
+    return CheckpointFiles((f"{stem}.pth",), f"https://download.pytorch.org/models/{stem}.pth")
 
 
 _B8_IN21K = "B_8-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0"
@@ -98,13 +90,8 @@ RGB_BACKBONES = {
     "vit_base_patch8_224": RgbSpec("vit_base_patch8_224.augreg_in21k_ft_in1k", _augreg(_B8_IN1K)),
     "vit_base_patch8_224_in21k": RgbSpec("vit_base_patch8_224.augreg_in21k", _augreg(_B8_IN21K)),
     "vit_small_patch8_224_dino": RgbSpec("vit_small_patch8_224.dino", _dino("dino_deitsmall8_pretrain")),
-    # The network, weights and stages of PatchCore (Roth et al., CVPR 2022).
-    "wide_resnet50_2": RgbSpec(
-        "wide_resnet50_2.tv_in1k",
-        CheckpointFiles(
-            ("wide_resnet50_2-95faca4d.pth",), "https://download.pytorch.org/models/wide_resnet50_2-95faca4d.pth"
-        ),
-    ),
+    # Network and weights of PatchCore (Roth et al., CVPR 2022).
+    "wide_resnet50_2": RgbSpec("wide_resnet50_2.tv_in1k", _torchvision("wide_resnet50_2-95faca4d")),
     "efficientnet_lite0": RgbSpec(
         "tf_efficientnet_lite0",
         CheckpointFiles((), "with pip"),
@@ -228,46 +215,6 @@ def build_xyz_backbone(
             module = spec.build(**grouping)
         load_strict(module, point_transformer_state(read_checkpoint(path), path, spec.prefix, spec.left_out), path)
     return module.eval()
-
-
-def list_backbones(
-    checkpoint_dir: Path, img_size: int, chosen: str = "", layers: Sequence[int] | None = None
-) -> list[BackboneRow]:
-    """Rows of --list_backbones: each named backbone, and the RGB backbone `chosen`, of these layers.
-
-    Reads no weights and downloads nothing.
-    """
-    import torch
-
-    from models.rgb_backbone import cached_weights
-
-    rows = []
-    for name in dict.fromkeys((*RGB_BACKBONES, *filter(None, [chosen]))):
-        rgb = rgb_spec(name)
-        with torch.device("meta"):  # shapes without memory
-            network = rgb.build(img_size, layers if name == chosen else None)
-        found = rgb.files.find(checkpoint_dir) or cached_weights(rgb.timm_name) if rgb.files.names else rgb.files.source
-        grid = f"{network.grid_size} x {network.grid_size}"
-        rows.append(BackboneRow(name, "rgb", network.embed_dim, grid, str(found or "absent"), str(rgb.files)))
-    for name, xyz in XYZ_BACKBONES.items():
-        with torch.device("meta"):
-            width = xyz.build().embed_dim
-        found = xyz.files.find(checkpoint_dir) if xyz.files.names else xyz.files.source
-        grid = "every group" if xyz.grouped else "every point"
-        rows.append(BackboneRow(name, "xyz", width, grid, str(found or "absent"), str(xyz.files)))
-    return rows
-
-
-def print_backbones(checkpoint_dir: Path, img_size: int, chosen: str, layers: Sequence[int] | None) -> None:
-    """Print the table of --list_backbones, and the sources of the weights; arguments as in `list_backbones`."""
-    from utils.reporting.tables import print_columns
-
-    rows = list_backbones(checkpoint_dir, img_size, chosen, layers)
-    print_columns([("name", "branch", "width", "grid", "weights"), *[tuple(map(str, row[:5])) for row in rows]])
-    published = [f"  {row.name}: {row.published}" for row in rows if row.published]
-    other = "Any other network of timm works by its name there, such as vit_small_patch14_dinov2.lvd142m."
-    for line in ("", "Published as:", *published, "", other):
-        show(line)
 
 
 def build_feature_fusion(path: Path, *, xyz_dim: int, rgb_dim: int) -> "FeatureFusion":

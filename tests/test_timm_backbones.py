@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from models import (
     RGB_BACKBONES,
     XYZ_BACKBONES,
-    BackboneRow,
     build_rgb_backbone,
     build_xyz_backbone,
     checkpoints,
-    list_backbones,
     rgb_backbone,
     rgb_spec,
 )
 from models.fpfh import FpfhBackbone
+from models.listing import BackboneRow, list_backbones
 from models.rgb_backbone import RgbBackbone, cached_weights, load_weights
 from utils import checkpoint_files
 from utils.errors import InputError
