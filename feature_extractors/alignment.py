@@ -6,10 +6,12 @@ poolings together are a sparse matrix P (grid**2, N). A pooling window is a rect
 of a row's weight and a column's. (P A) g gives the patches without the paper's feature plane (C, S, S).
 """
 
+import math
 from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.point_ops import three_nn_weights, three_nn_weights_expanded
@@ -57,6 +59,17 @@ def align_to_patches(
     entries = patch[:, :, None] * len(centers) + nearest[:, None, :]  # (N, K, 3) flat positions in (grid**2, G)
     mixing.index_add_(0, entries.flatten(), (weight[:, :, None] * alpha[:, None, :]).flatten().to(mixing.dtype))
     return mixing.view(grid**2, len(centers)) @ features
+
+
+def near_points(xyz_patches: Tensor, grid: int) -> Tensor:
+    """(grid**2,) bool, row-major: patches of another grid that hold a point of the cloud, or one within a patch.
+
+    From the xyz patches (n, C) of the cloud, row-major over a square grid, exactly 0 where there is no point.
+    """
+    side = math.isqrt(len(xyz_patches))
+    occupied = (xyz_patches != 0).any(dim=1).float().view(1, 1, side, side)
+    reached = F.max_pool2d(occupied, 3, stride=1, padding=1)
+    return F.adaptive_max_pool2d(reached, grid).flatten() > 0
 
 
 def pooling_weights(valid: Tensor, grid: int, masked: bool) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str,
     Each rank holds the patches of its own samples, and every rank gets a copy of the banks. Raises InputError if the
     configuration drops background patches from the xyz bank and there are no others.
     """
-    rows = {name: features.rows(name, config.samples_of(name)) for name in config.method.banks}
+    rows = {name: features.rows(name, config.samples_of(name), config.has_foreground) for name in config.method.banks}
     if "xyz" in rows and config.drops_background:
         rows["xyz"] = _without_background(rows["xyz"], config)
     # 1. Statistics: mean and standard deviation that normalize each bank
@@ -34,9 +34,11 @@ def build_banks(config: DetectorConfig, features: TrainingFeatures) -> dict[str,
     banks = {}
     for name, raw in rows.items():
         selected = statistics[name].normalize(raw.take(picks[name]))  # (K, C)
+        owners = raw.samples(picks[name], features.total(config.samples_of(name)))  # (K,)
         if name == "xyz":
-            selected = _with_background_row(selected, statistics[name], config)
-        banks[name] = MemoryBank(selected, statistics[name])
+            selected, owners = _with_background_row(selected, owners, statistics[name], config)
+        bank = MemoryBank(selected, statistics[name], owners=owners)
+        banks[name] = bank.with_spacing() if config.protocol.local_spacing else bank
         logger.info("%s bank: %d of %d patches", name, len(banks[name]), len(raw))
     return banks
 
@@ -87,11 +89,15 @@ def _select(
     return picks
 
 
-def _with_background_row(xyz: Tensor, statistics: BankStatistics, config: DetectorConfig) -> Tensor:
-    """Selected xyz patches (K, C), followed by a row for the background if the configuration adds one."""
+def _with_background_row(
+    xyz: Tensor, owners: Tensor, statistics: BankStatistics, config: DetectorConfig
+) -> tuple[Tensor, Tensor]:
+    """Selected xyz patches (K, C) and their owners, followed by a row for the background if one is added."""
     zero = xyz.new_zeros(1, xyz.shape[1])
+    of_nobody = owners.new_full((1,), -1)
     if config.drops_background:
-        return torch.cat([xyz, statistics.normalize(zero)])
+        return torch.cat([xyz, statistics.normalize(zero)]), torch.cat([owners, of_nobody])
     if config.method.zero_row:  # zero after normalization is the mean patch, not the background
-        return torch.cat([xyz[(xyz != 0).all(dim=1)], zero])
-    return xyz
+        kept = (xyz != 0).all(dim=1)
+        return torch.cat([xyz[kept], zero]), torch.cat([owners[kept], of_nobody])
+    return xyz, owners

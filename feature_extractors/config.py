@@ -53,7 +53,9 @@ def covering_method(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Corrections to the published code. False: as published; True: corrected."""
+    """Changes to the published computation. False: as published; True: changed."""
+
+    # Corrections
 
     own_statistics: bool = False  # mean and std of each bank, instead of the method's rule
     own_coreset_size: bool = False  # f_coreset of each bank's own size, instead of the size of the xyz coreset
@@ -63,9 +65,19 @@ class Protocol:
     exact_distances: bool = False  # by direct differences, instead of expanded fp32 squares, which lose digits
     masked_pooling: bool = False  # pad the border and average valid pixels only, instead of plain pooling
     exact_au_pro: bool = False  # headline AU-PRO from the exact curve, instead of 100 thresholds
+    # Extensions
+    foreground: bool = False  # where there is a cloud, only patches near a point enter the banks and the map
+    local_spacing: bool = False  # distances in the map relative to how far apart the rows of the bank are there
+    noise_units: bool = False  # banks compared in units of their noise on good samples, and the largest taken
+    top_score: bool = False  # image score: mean of the highest pixels, instead of PatchCore's weighted patch
 
 
-PROTOCOLS = {"reference": Protocol(), "corrected": Protocol(**{each.name: True for each in fields(Protocol)})}
+EXTENSIONS = ("foreground", "local_spacing", "noise_units", "top_score")
+PROTOCOLS = {
+    "reference": Protocol(),
+    "corrected": Protocol(**{each.name: each.name not in EXTENSIONS for each in fields(Protocol)}),
+    "extended": Protocol(**{each.name: True for each in fields(Protocol)}),
+}
 
 
 @dataclass(frozen=True)
@@ -123,13 +135,26 @@ class DetectorConfig:
         """True if the xyz bank is built without background patches, and one background row is appended."""
         return self.protocol.drop_background or self.rm_zero_for_project
 
+    @property
+    def has_foreground(self) -> bool:
+        """True if patches far from the cloud are left out of all banks and of the map."""
+        return self.protocol.foreground and "xyz" in self.method.modalities
+
+    @property
+    def decision_fusion(self) -> str:
+        """Fusion of several banks: "none" (of one bank), "sum", "svm", or "noise" (sum in units of their noise)."""
+        several = len(self.method.banks) > 1
+        return "noise" if self.protocol.noise_units and several else self.method.fusion
+
     def samples_of(self, bank: str) -> int | None:
         """Number of training samples of a bank, None for all."""
         return None if bank == "rgb" else self.asy_memory_bank
 
     @property
     def lambdas_of_banks(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Factors of scores and factors of maps, in the order of the method's banks."""
+        """Factors of scores and factors of maps, in the order of the method's banks; 1 in units of noise."""
+        if self.decision_fusion == "noise":
+            return ((1.0,) * len(self.method.banks),) * 2
         places = [BANKS.index(name) for name in self.method.banks]
         return tuple(self.score_lambdas[k] for k in places), tuple(self.map_lambdas[k] for k in places)
 

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NOISE_TAIL = 0.01  # share of the pixels
+LEAST_NOISE = 1e-12  # replaces 0, as among equal samples
 SVM_RANDOM_STATE = 42  # seeds the order of stochastic gradient descent; --seeds does not apply to it
 
 
@@ -14,17 +16,24 @@ class DecisionFusion(NamedTuple):
     """Linear one-class SVMs: D_a for scores, D_s for pixels. Plain form: `reference.one_class_svm`.
 
     The anomaly score of a vector x is score_samples(x) = coef . x, larger = more anomalous, without the SVM's offset.
+    With `largest`, it is the largest of the products instead of their sum; coef is then from `fit_noise_units`.
     """
 
     score_coef: np.ndarray  # (K,) float64, on the K banks' scores
     map_coef: np.ndarray  # (K,) float64, on the K banks' maps, pixel by pixel
     score_lambdas: tuple[float, ...]  # factors of the banks' scores
     map_lambdas: tuple[float, ...]
+    largest: bool = False
 
     def fuse(self, scores: Sequence[Tensor | float], maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Score () float64 and map (H, W) float32 from the K scores and maps (H, W) of one sample, on their device."""
-        score = _weighted_sum(scores, self.score_lambdas, self.score_coef)
-        return score, _weighted_sum(maps, self.map_lambdas, self.map_coef).float()
+        score = self._combine(scores, self.score_lambdas, self.score_coef)
+        return score, self._combine(maps, self.map_lambdas, self.map_coef).float()
+
+    def _combine(self, values: Sequence[Tensor | float], lambdas: tuple[float, ...], coef: np.ndarray) -> Tensor:
+        factors = zip(values, lambdas, coef.tolist(), strict=True)  # Python numbers reach a GPU without a transfer
+        terms = torch.stack([torch.as_tensor(value, dtype=torch.float64) * factor * c for value, factor, c in factors])
+        return terms.amax(dim=0) if self.largest else terms.sum(dim=0)
 
 
 def fit_decision_fusion(
@@ -46,16 +55,28 @@ def fit_decision_fusion(
     return DecisionFusion(score_coef, map_coef, score_lambdas, map_lambdas)
 
 
+def fit_noise_units(scores: Sequence[Sequence[float]], maps: Sequence[Sequence[Tensor]]) -> DecisionFusion:
+    """Divide each bank by its noise, measured on N good samples whose own patches are not in it; take the largest bank.
+
+    From K scores and K maps (H, W) of each sample. The noise of scores is their median, that of maps the value that
+    NOISE_TAIL of the pixels exceed, without those that are 0, the background.
+    """
+    of_scores = [float(np.median(of_bank)) for of_bank in zip(*scores, strict=True)]
+    of_maps = [_noise_of_map(torch.stack(of_bank).numpy()) for of_bank in zip(*maps, strict=True)]
+    score_coef, map_coef = (1 / np.maximum(noise, LEAST_NOISE) for noise in (of_scores, of_maps))
+    ones = (1.0,) * len(of_scores)
+    return DecisionFusion(score_coef, map_coef, ones, ones, largest=True)
+
+
+def _noise_of_map(pixels: np.ndarray) -> float:
+    foreground = pixels[pixels > 0]
+    return float(np.quantile(foreground, 1 - NOISE_TAIL)) if foreground.size else 0.0
+
+
 def _weighted(values: Sequence[float] | Sequence[np.ndarray], lambdas: tuple[float, ...]) -> np.ndarray:
     """K scalars or (H, W) planes times their factors, stacked to (..., K) float64."""
     planes = [np.asarray(value, dtype=np.float64) * factor for value, factor in zip(values, lambdas, strict=True)]
     return np.stack(planes, axis=-1)
-
-
-def _weighted_sum(values: Sequence[Tensor | float], lambdas: tuple[float, ...], coef: np.ndarray) -> Tensor:
-    factors = zip(values, lambdas, coef.tolist(), strict=True)  # Python numbers reach a GPU without a transfer
-    terms = [torch.as_tensor(value, dtype=torch.float64) * factor * c for value, factor, c in factors]
-    return torch.stack(terms).sum(dim=0)
 
 
 def _fit_one_class(rows: np.ndarray, nu: float, max_iter: int) -> np.ndarray:

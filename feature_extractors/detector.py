@@ -1,15 +1,17 @@
 """The fitted detector: memory banks and decision fusion over an extractor."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from feature_extractors.alignment import near_points
 from feature_extractors.config import DetectorConfig
 from feature_extractors.decision_fusion import DecisionFusion
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.memory_bank import MemoryBank
-from feature_extractors.scoring import anomaly_maps, image_score
+from feature_extractors.scoring import anomaly_maps, image_score, top_scores
 from feature_extractors.thresholds import Calibration, Thresholds
 from utils.records import METERS, CloudForm, PatchFeatures, Prediction, Sample
 
@@ -55,14 +57,34 @@ class Detector:
         planes = [plane.clone() for plane in maps.cpu()]
         return dict(zip(self.banks, scores.tolist(), strict=True)), dict(zip(self.banks, planes, strict=True))
 
+    def without(self, sample: int) -> "Detector":
+        """The detector with banks without the patches of a training sample, see MemoryBank.without."""
+        return replace(self, banks={name: bank.without(sample) for name, bank in self.banks.items()})
+
     def _score_banks(self, features: PatchFeatures, expanded: str) -> tuple[Tensor, Tensor]:
         """Scores (K,) float64 and maps (K, img_size, img_size) float32; `expanded` as in MemoryBank.nearest."""
-        method, protocol = self.config.method, self.config.protocol
-        divisor = 1.0 if protocol.unscaled_scores else method.score_divisor
-        scores, distances = [], []
-        for name, bank in self.banks.items():
-            patches = bank.statistics.normalize(getattr(features, name))
-            nearest, index = bank.nearest(patches, "nowhere" if protocol.exact_distances else expanded)
-            scores.append(image_score(patches, nearest, index, bank, divisor, method.weight_epsilon))
-            distances.append(nearest)
-        return torch.stack(scores), anomaly_maps(distances, self.config.img_size, protocol.float_blur)
+        size, protocol = self.config.img_size, self.config.protocol
+        scores, distances = zip(*(self._score_bank(name, features, expanded) for name in self.banks), strict=True)
+        maps = anomaly_maps(distances, size, protocol.float_blur)
+        if self.config.has_foreground:
+            maps = maps * self._foreground(features, size**2).view(size, size)
+        return top_scores(maps) if protocol.top_score else torch.stack(scores), maps
+
+    def _score_bank(self, name: str, features: PatchFeatures, expanded: str) -> tuple[Tensor | None, Tensor]:
+        """Image score () float64 of a bank, None where the map gives it, and distances (P,) of the patches."""
+        config, bank, protocol = self.config, self.banks[name], self.config.protocol
+        patches = bank.statistics.normalize(getattr(features, name))
+        near: Tensor | int = self._foreground(features, len(patches)) if config.has_foreground else 1
+        relative = None if bank.spacing is None else bank.relative_distances(patches) * near
+        if relative is not None and protocol.top_score:
+            return None, relative
+        nearest, index = bank.nearest(patches, "nowhere" if protocol.exact_distances else expanded)
+        nearest = nearest * near
+        divisor = 1.0 if protocol.unscaled_scores else config.method.score_divisor
+        score = image_score(patches, nearest, index, bank, divisor, config.method.weight_epsilon)
+        return score, nearest if relative is None else relative
+
+    def _foreground(self, features: PatchFeatures, patches: int) -> Tensor:
+        """(patches,) bool, row-major over a square grid: True near a point of the cloud."""
+        assert features.xyz is not None
+        return near_points(features.xyz, math.isqrt(patches))

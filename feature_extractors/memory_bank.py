@@ -17,6 +17,8 @@ MAX_DIFFERENCE_ENTRIES, MAX_DIFFERENCE_ENTRIES_ON_GPU = 1 << 24, 1 << 26
 # that lose most of their digits this way (d^2 is below CANCELLING times |q|^2 + |r|^2), or all.
 EXPANDED = ("nowhere", "cancelling", "everywhere")
 CANCELLING = 2.0**-9
+# Rows that a relative distance is a mean over; rows that a spacing is a mean over, and its least share of the mean one.
+NEAREST_ROWS, SPACING_NEIGHBORS, LEAST_SPACING = 3, 10, 0.01
 
 
 class BankStatistics(NamedTuple):
@@ -40,10 +42,22 @@ def mean_and_std(rows: Tensor | ShardedRows, step: int = CHUNK) -> BankStatistic
 
 
 class MemoryBank:
-    """Normalized patches `rows` (N, D) float32, and the `statistics` by which callers normalize the queries."""
+    """Normalized patches `rows` (N, D) float32, and the `statistics` by which callers normalize the queries.
 
-    def __init__(self, rows: Tensor, statistics: BankStatistics | None = None) -> None:
+    `spacing` (N,) float32 is the distance between rows around each of them, see `with_spacing`. `owners` (N,) int64 are
+    the numbers of the training samples that the rows are from, -1 for an added row; only a fit knows them.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        statistics: BankStatistics | None = None,
+        *,
+        spacing: Tensor | None = None,
+        owners: Tensor | None = None,
+    ) -> None:
         self.rows, self.statistics = rows, statistics or BankStatistics()
+        self.spacing, self.owners = spacing, owners
         self._center = rows.mean(dim=0)
         centered = rows - self._center  # products of smaller numbers have smaller rounding errors
         self._norms = centered.square().sum(dim=1)
@@ -62,6 +76,31 @@ class MemoryBank:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def without(self, sample: int) -> "MemoryBank":
+        """The bank without the rows of a training sample, or all of it if there are no others."""
+        assert self.owners is not None
+        others = self.owners != sample
+        if not others.any():
+            return self
+        spacing = None if self.spacing is None else self.spacing[others]
+        return MemoryBank(self.rows[others], self.statistics, spacing=spacing)
+
+    def with_spacing(self) -> "MemoryBank":
+        """The bank with the mean distance of each row to the SPACING_NEIGHBORS rows nearest to it.
+
+        Where rows are equal or there is only one, the spacing is at least LEAST_SPACING of the mean spacing, or 1.
+        """
+        neighbors = min(SPACING_NEIGHBORS, len(self) - 1)
+        found = []
+        for block in self.rows.split(self._queries_at_once(self.rows.device)):
+            centered = block - self._center
+            squared = torch.add(self._norms, self._products(centered), alpha=-2).add_(centered.square().sum(1)[:, None])
+            nearest = squared.clamp_min_(0).topk(neighbors + 1, dim=1, largest=False).values  # with the row itself
+            found.append(nearest.sqrt()[:, 1:].sum(dim=1) / max(neighbors, 1))
+        spacing = torch.cat(found)
+        least = LEAST_SPACING * float(spacing.mean()) or 1.0
+        return MemoryBank(self.rows, self.statistics, spacing=spacing.clamp_min(least), owners=self.owners)
 
     def nearest(self, queries: Tensor, expanded: str = "nowhere") -> tuple[Tensor, Tensor]:
         """Nearest bank row of each query, without the full distance matrix. Fast form of `reference.nearest_rows`.
@@ -89,6 +128,24 @@ class MemoryBank:
             again = (distance.square() < CANCELLING * norms).nonzero()[:, 0]
             distance[again], index[again] = self._nearest_expanded(distinct[again])
         return distance[inverse], index[inverse]
+
+    def relative_distances(self, queries: Tensor) -> Tensor:
+        """Distances (M,) of normalized queries (M, D) relative to the spacing of the bank around each of them.
+
+        The geometric mean of |q - r| / sqrt(spacing of r) over the NEAREST_ROWS rows r nearest to a query q, so that it
+        is 0 for a row of the bank. The rows are found by products alone: of nearly equal ones any may be taken.
+        """
+        assert self.spacing is not None
+        distinct, inverse = distinct_rows(queries)
+        step = self._queries_at_once(queries.device)
+        step = min(step, QUERIES_AT_ONCE_ON_CPU) if queries.device.type == "cpu" else step
+        found = []
+        for block in distinct.split(step):
+            partial = torch.add(self._norms, self._products(block - self._center), alpha=-2)  # |q - r|^2 - |q|^2
+            index = partial.topk(min(NEAREST_ROWS, len(self)), dim=1, largest=False).indices  # (m, k)
+            distance = torch.stack([(block - self.rows[row]).square_().sum(dim=1).sqrt() for row in index.T], dim=1)
+            found.append((distance / self.spacing[index].sqrt()).log().mean(dim=1).exp())
+        return torch.cat(found)[inverse]
 
     def neighbors(self, row: int | Tensor, k: int) -> Tensor:
         """Indices (k,), or fewer in a smaller bank, of the rows nearest to a row of the bank, itself included.

@@ -121,6 +121,16 @@ class ShardedRows:
             total += chunk.sum(dim=0, dtype=torch.float64)
         return all_reduce_sum(total, self.group) / self.total
 
+    def samples(self, index: Tensor, count: int) -> Tensor:
+        """Numbers (K,) of the samples that the rows at an index (K,) are from; all rows are from `count` samples."""
+        assert isinstance(self.shard, PatchRows)
+        position, mine = self.locate(index)
+        stored = all_gather_counts(len(self.shard.stored), self.group)
+        kept = self.shard.kept
+        numbers = torch.zeros_like(index)
+        numbers[position] = sum(stored[: rank(self.group)]) + (mine if kept is None else kept.to(mine.device)[mine])
+        return all_reduce_sum(numbers, self.group) // (sum(stored) // count)
+
 
 def as_sharded(rows: Tensor | ShardedRows) -> ShardedRows:
     """`rows` themselves, or a tensor (N, D) of this process as ShardedRows."""

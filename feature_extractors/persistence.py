@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from feature_extractors.config import DetectorConfig
 from feature_extractors.decision_fusion import DecisionFusion
 from feature_extractors.detector import Detector
 from feature_extractors.detector_record import (
@@ -37,7 +38,7 @@ from utils.errors import InputError
 from utils.feature_store import STORAGE_DTYPES
 from utils.reporting.results_json import package_versions
 
-SVMS = ("score_coef", "map_coef")
+COEFS = ("score_coef", "map_coef")
 
 
 def round_banks(detector: Detector, dtype: torch.dtype) -> None:
@@ -47,7 +48,7 @@ def round_banks(detector: Detector, dtype: torch.dtype) -> None:
     """
     for name, bank in detector.banks.items():
         rows = _rows_in(dtype, name, bank).to(bank.rows.dtype)
-        detector.banks[name] = MemoryBank(rows, bank.statistics)
+        detector.banks[name] = MemoryBank(rows, bank.statistics, spacing=bank.spacing)
 
 
 def save_detector(
@@ -139,8 +140,10 @@ def _checked_state(detector: Detector, dtype: torch.dtype) -> State:
     for name, bank in detector.banks.items():
         state[f"banks.{name}.rows"] = _rows_in(dtype, name, bank).cpu().contiguous()
         state[f"banks.{name}.statistics"] = torch.tensor(list(bank.statistics), dtype=torch.float64)
+        if bank.spacing is not None:
+            state[f"banks.{name}.spacing"] = bank.spacing.cpu()
     if detector.decision_fusion is not None:
-        for key in SVMS:
+        for key in COEFS:
             state[f"decision_fusion.{key}"] = torch.tensor(getattr(detector.decision_fusion, key), dtype=torch.float64)
     if detector.config.use_uff and detector.extractor.feature_fusion is not None:
         weights = detector.extractor.feature_fusion.state_dict()
@@ -181,17 +184,12 @@ def _restore(saved: SavedDetector, extractor: PatchExtractor) -> tuple[Detector,
     except SafetensorError as error:
         raise InputError(f"{path} is not a safetensors file ({error}). {FIX}.") from None
     try:
-        banks = {
-            name: MemoryBank(
-                state[f"banks.{name}.rows"].to(extractor.device).float(),
-                BankStatistics(*state[f"banks.{name}.statistics"].tolist()),
-            )
-            for name in config.method.banks
-        }
+        banks = {name: _restore_bank(name, state, config, extractor.device) for name in config.method.banks}
         decision = None
-        if config.method.fusion == "svm":
-            score_coef, map_coef = (state[f"decision_fusion.{key}"].numpy() for key in SVMS)
-            decision = DecisionFusion(score_coef, map_coef, *config.lambdas_of_banks)
+        if config.decision_fusion in ("svm", "noise"):
+            score_coef, map_coef = (state[f"decision_fusion.{key}"].numpy() for key in COEFS)
+            largest = config.decision_fusion == "noise"
+            decision = DecisionFusion(score_coef, map_coef, *config.lambdas_of_banks, largest)
     except KeyError as error:
         raise InputError(f"{path} lacks {error}. {FIX}.") from None
     prefix = "feature_fusion."
@@ -199,3 +197,10 @@ def _restore(saved: SavedDetector, extractor: PatchExtractor) -> tuple[Detector,
     fusion = FeatureFusion.from_state_dict(weights, path) if config.use_uff else None
     kept = record.thresholds, record.calibration, record.clouds, record.cleaned
     return Detector(config, extractor, banks, decision, *kept), fusion
+
+
+def _restore_bank(name: str, state: State, config: DetectorConfig, device: torch.device) -> MemoryBank:
+    """Bank from the tensors of state.safetensors; KeyError if one is missing."""
+    rows, statistics = state[f"banks.{name}.rows"], BankStatistics(*state[f"banks.{name}.statistics"].tolist())
+    spacing = state[f"banks.{name}.spacing"].to(device) if config.protocol.local_spacing else None
+    return MemoryBank(rows.to(device).float(), statistics, spacing=spacing)

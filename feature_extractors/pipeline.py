@@ -16,13 +16,14 @@ from torch import Tensor
 
 from feature_extractors.banks import build_banks
 from feature_extractors.config import DetectorConfig
-from feature_extractors.decision_fusion import DecisionFusion, fit_decision_fusion
+from feature_extractors.decision_fusion import DecisionFusion, fit_decision_fusion, fit_noise_units
 from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.thresholds import Source, calibrate
 from feature_extractors.training_features import TrainingFeatures
 from utils.au_pro import ThinCurve
 from utils.distributed import Group, broadcast_object, gather_objects, is_main, progress_bar
+from utils.errors import InputError
 from utils.metrics import decision_metrics, latency_percentiles, undefined_metrics
 from utils.metrics import evaluate as compute_metrics
 from utils.records import PatchFeatures, Sample, SampleResult
@@ -92,21 +93,35 @@ def fit_detector(
     # 1. Memory banks M: statistics, coreset, normalized rows
     with stopwatch.measure("coreset"):
         detector = Detector(config, extractor, build_banks(config, features))
-    # 2. Decision fusion: one-class SVMs D_a and D_s of the scores phi and maps psi of the same samples
-    if config.method.fusion == "svm":
+    # 2. Decision fusion D_a and D_s, from the scores phi and maps psi of the same samples
+    if config.decision_fusion in ("svm", "noise"):
         with stopwatch.measure("fuse"):
             detector.decision_fusion = _fit_decision_fusion(detector, features)
     return detector
 
 
 def _fit_decision_fusion(detector: Detector, features: TrainingFeatures) -> DecisionFusion:
-    """Fit the SVMs to the training samples of all ranks, on the first rank."""
+    """Fit decision fusion to the training samples of all ranks, on the first rank.
+
+    One-class SVMs see each sample against all of the banks. For units of noise its own patches are left out of them.
+    Raises InputError for units of noise if there is only one sample.
+    """
     config, group = detector.config, features.group
-    results = [detector.bank_results(each) for each in progress_bar(features, desc="decision fusion", unit="sample")]
+    noise, total = config.decision_fusion == "noise", features.total()
+    if noise and total < 2:
+        raise InputError(
+            "--protocol extended compares the training samples with each other, but there is only one. Give at least "
+            "two, or use --protocol corrected."
+        )
+    results = []
+    for number, each in enumerate(progress_bar(features, desc="decision fusion", unit="sample"), features.first):
+        results.append((detector.without(number) if noise else detector).bank_results(each))
     scores = gather_objects([list(bank_scores.values()) for bank_scores, _ in results], group)
     maps = gather_objects([list(bank_maps.values()) for _, bank_maps in results], group)
     fusion = None
-    if is_main(group):
+    if is_main(group) and noise:
+        fusion = fit_noise_units(scores, maps)
+    elif is_main(group):
         lambdas = config.lambdas_of_banks
         fusion = fit_decision_fusion(scores, maps, *lambdas, config.ocsvm_nu, config.ocsvm_maxiter)
     return broadcast_object(fusion, group)

@@ -13,6 +13,7 @@ from torch import Tensor
 from feature_extractors.memory_bank import MemoryBank
 
 REWEIGHTING_NEIGHBORS = 3  # rows nearest to m*, including m* itself
+TOP_SHARE = 0.01  # of the pixels of a map, see top_scores
 BLUR_SIGMA = 4.0
 BLUR_TRUNCATE = 4.0  # radius of the float Gaussian, in units of sigma; SciPy's default
 # PIL's 8-bit blur of sigma 4, see box_blur.
@@ -46,6 +47,13 @@ def image_score(
     # Numerator and denominator are divided by exp(|f* - m*| / sqrt(D)), which could overflow.
     total = torch.exp((to_neighbors - to_m_star) / root).sum() + epsilon * torch.exp(-to_m_star / root)
     return ((1.0 - 1.0 / total) * to_m_star)[0]
+
+
+def top_scores(maps: Tensor) -> Tensor:
+    """Image scores (K,) float64 of maps (K, H, W): the mean of the highest TOP_SHARE of the pixels of each."""
+    pixels = maps.flatten(1)
+    highest = pixels.topk(max(1, int(TOP_SHARE * pixels.shape[1])), dim=1).values
+    return highest.double().mean(dim=1)
 
 
 def anomaly_maps(distances: Sequence[Tensor], size: int, float_blur: bool = False) -> Tensor:

@@ -1,6 +1,7 @@
 """Raw patch features of the training samples: in memory if the budget allows, else in memory-mapped files."""
 
 import logging
+import math
 import mmap
 import os
 import tempfile
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from feature_extractors.alignment import near_points
 from feature_extractors.config import BANKS
 from feature_extractors.patch_rows import PatchRows, ShardedRows
 from utils.distributed import Group, all_gather_counts, rank
@@ -58,6 +60,16 @@ class TrainingFeatures:
         return (self.sample(i) for i in range(self.count))
 
     @property
+    def first(self) -> int:
+        """Number of the first sample of this rank among those of all ranks."""
+        return sum(all_gather_counts(self.count, self.group)[: rank(self.group)])
+
+    def total(self, samples: int | None = None) -> int:
+        """Number of samples over all ranks, of the first `samples` ones."""
+        total = sum(all_gather_counts(self.count, self.group))
+        return total if samples is None else min(total, samples)
+
+    @property
     def on_disk(self) -> bool:
         return bool(self._maps)
 
@@ -98,15 +110,27 @@ class TrainingFeatures:
             chosen.append(self.sample(number), self.paths[number])
         return chosen
 
-    def rows(self, name: str, samples: int | None = None) -> ShardedRows:
-        """Patches (N, C) of the first `samples` samples over all ranks, None for all."""
+    def rows(self, name: str, samples: int | None = None, foreground: bool = False) -> ShardedRows:
+        """Patches (N, C) of the first `samples` samples over all ranks, None for all.
+
+        With `foreground`, only those near a point of the cloud, see alignment.near_points.
+        """
         if samples is not None:
-            before = all_gather_counts(self.count, self.group)[: rank(self.group)]
-            samples = max(0, samples - sum(before))
+            samples = max(0, samples - self.first)
         if not self._arrays:
             return ShardedRows(PatchRows(getattr(self.empty, name)), self.group)
-        stored = self._arrays[name][: self.count][:samples].flatten(0, 1)
-        return ShardedRows(PatchRows(stored, self._device, lambda: self._release(name)), self.group)
+        stored = self._arrays[name][: self.count][:samples]
+        kept = self._foreground(len(stored), math.isqrt(stored.shape[1])).to(stored.device) if foreground else None
+        rows = PatchRows(stored.flatten(0, 1), self._device, lambda: self._release(name), kept)
+        return ShardedRows(rows, self.group)
+
+    def _foreground(self, samples: int, grid: int) -> Tensor:
+        """Indices of the patches near a point, among the `grid**2` patches each of the first samples of this rank."""
+        near = torch.zeros(samples, grid**2, dtype=torch.bool)
+        for mask, xyz in zip(near, self._arrays["xyz"], strict=False):
+            mask[:] = near_points(xyz.to(self._device, torch.float32), grid)
+            self._release("xyz")
+        return near.flatten().nonzero()[:, 0]
 
     def _allocate(self, patches: dict[str, Tensor]) -> None:
         self._device = next(iter(patches.values())).device

@@ -164,7 +164,8 @@ def _add_output_flags(add: Callable[..., Any]) -> None:
 
 def _add_detector_flags(add: Callable[..., Any]) -> None:
     """Flags that become a DetectorConfig and have its defaults."""
-    add("--protocol", choices=PROTOCOLS, help="reference: as published; corrected: with the README's corrections")
+    help_text = "reference: as published; corrected: with the README's corrections; extended: beyond the paper"
+    add("--protocol", choices=PROTOCOLS, help=help_text)
     add("--point_norm", choices=POINT_NORMS, help="BatchNorm statistics: cloud (its own) or running (the checkpoint's)")
     add("--img_size", type=int, help="side that images and clouds are resized to, pixels")
     add("--group_size", type=int, help="points per group of the point transformer")
@@ -178,8 +179,8 @@ def _add_detector_flags(add: Callable[..., Any]) -> None:
     add("--ocsvm_nu", type=float, help="nu of the one-class SVMs")
     add("--ocsvm_maxiter", type=int, help="maximum number of epochs of the one-class SVMs")
     for bank in BANKS:
-        add(f"--{bank}_s_lambda", type=float, help=f"factor of the {bank} score in decision fusion")
-        add(f"--{bank}_smap_lambda", type=float, help=f"factor of the {bank} map in decision fusion")
+        add(f"--{bank}_s_lambda", type=float, help=f"factor of the {bank} score in decision fusion by SVMs")
+        add(f"--{bank}_smap_lambda", type=float, help=f"factor of the {bank} map in decision fusion by SVMs")
 
 
 def _add_machine_flags(add: Callable[..., Any]) -> None:

@@ -1,6 +1,6 @@
 """Tables of methods and protocols, defaults, and refused configurations."""
 
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import FrozenInstanceError, replace
 from itertools import combinations
 
 import pytest
@@ -76,15 +76,27 @@ def test_the_covering_method_has_the_banks_of_any_methods_and_no_more() -> None:
             assert found == needed or (found == set(BANKS) and {"fusion"} < needed)
 
 
-def test_reference_turns_every_correction_off_and_corrected_turns_it_on() -> None:
-    assert list(PROTOCOLS) == ["reference", "corrected"]
+CORRECTIONS = (
+    *("own_statistics", "own_coreset_size", "drop_background", "unscaled_scores", "float_blur"),
+    *("exact_distances", "masked_pooling", "exact_au_pro"),
+)
+EXTENSIONS = ("foreground", "local_spacing", "noise_units", "top_score")
+
+
+def test_each_protocol_turns_its_fields_on() -> None:
+    assert list(PROTOCOLS) == ["reference", "corrected", "extended"]
     assert PROTOCOLS["reference"] == DetectorConfig().protocol
-    assert not any(vars(PROTOCOLS["reference"]).values())
-    assert all(vars(PROTOCOLS["corrected"]).values())
-    assert tuple(field.name for field in fields(Protocol)) == (
-        *("own_statistics", "own_coreset_size", "drop_background", "unscaled_scores", "float_blur"),
-        *("exact_distances", "masked_pooling", "exact_au_pro"),
+    fields_on = {name: [field for field, on in vars(protocol).items() if on] for name, protocol in PROTOCOLS.items()}
+    expected = {"reference": [], "corrected": [*CORRECTIONS], "extended": [*CORRECTIONS, *EXTENSIONS]}
+    assert fields_on == expected
+
+
+def test_units_of_noise_replace_the_fusion_of_several_banks() -> None:
+    found = {name: DetectorConfig(method_name=name, protocol=Protocol(noise_units=True)) for name in METHODS}
+    assert {name: config.decision_fusion for name, config in found.items()} == (
+        dict.fromkeys(SINGLE, "none") | dict.fromkeys(MULTIPLE, "noise")
     )
+    assert found["DINO+Point_MAE"].lambdas_of_banks == ((1.0, 1.0), (1.0, 1.0))
 
 
 def test_defaults_are_the_flags_of_the_original() -> None:

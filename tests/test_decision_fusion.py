@@ -7,7 +7,7 @@ from torch import Tensor
 
 from feature_extractors import reference
 from feature_extractors.config import DetectorConfig
-from feature_extractors.decision_fusion import DecisionFusion, fit_decision_fusion
+from feature_extractors.decision_fusion import DecisionFusion, fit_decision_fusion, fit_noise_units
 
 SCORE_LAMBDAS, MAP_LAMBDAS = (1.0, 0.1, 2.0), (0.5, 0.2, 1.0)
 NU, MAX_ITER = 0.5, 1000
@@ -65,6 +65,24 @@ def test_fuse_by_hand() -> None:
     score, plane = fuse(fusion, [5.0, 20.0], [torch.tensor([[2.0, 4.0, 0.0]]), torch.tensor([[0.1, 0.0, 1.0]])])
     assert score == pytest.approx(2 * 5 + 3 * 0.1 * 20)
     torch.testing.assert_close(plane, torch.tensor([[1.0 - 1.0, 2.0, -10.0]]))
+
+
+def test_units_of_noise_by_hand() -> None:
+    """The first bank's noise is 2 in scores and 10 in maps, the second's 4 and 1; a pixel of 0 is background."""
+    loud, quiet = torch.full((2, 50), 10.0), torch.full((2, 50), 1.0)
+    quiet[:, :25] = 0.0
+    outlier = torch.cat([loud[:, :49], torch.tensor([[10.0], [1000.0]])], dim=1)
+    maps = [[loud, quiet], [loud, quiet], [outlier, quiet]]
+    fusion = fit_noise_units([[1.0, 4.0], [2.0, 5.0], [9.0, 3.0]], maps)
+    score, plane = fuse(fusion, [6.0, 8.0], [torch.tensor([[5.0, 20.0, 0.0]]), torch.tensor([[2.0, 0.0, 0.0]])])
+    assert score == pytest.approx(6 / 2)  # not 8 / 4
+    torch.testing.assert_close(plane, torch.tensor([[2.0, 2.0, 0.0]]))
+
+
+def test_banks_without_noise_have_finite_weights() -> None:
+    fusion = fit_noise_units([[0.0, 0.0]], [[torch.zeros(2, 2)] * 2])
+    assert np.isfinite(fusion.score_coef).all()
+    assert np.isfinite(fusion.map_coef).all()
 
 
 def test_scores_may_be_numbers() -> None:

@@ -236,6 +236,33 @@ def test_neighbors_among_copies_have_the_lowest_indices() -> None:
     assert MemoryBank(torch.ones(40, 3)).neighbors(20, 3).tolist() == [0, 1, 2]
 
 
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize(("rows", "neighbors"), [(40, 10), (5, 4), (2, 1)])
+def test_spacing_is_the_mean_distance_to_the_nearest_rows(rows: int, neighbors: int) -> None:
+    bank = MemoryBank(random_rows(rows, 6, seed=3) + 50).with_spacing()
+    distances = torch.cdist(bank.rows.double(), bank.rows.double()).sort(dim=1).values[:, 1 : neighbors + 1]
+    assert bank.spacing is not None
+    torch.testing.assert_close(bank.spacing.double(), distances.mean(dim=1), rtol=1e-4, atol=0)
+
+
+def test_spacing_is_never_zero() -> None:
+    """The ten nearest rows of eleven equal ones are at distance 0; the mean spacing is 120 / 12."""
+    spacing = MemoryBank(torch.tensor([[0.0]] * 11 + [[120.0]])).with_spacing().spacing
+    assert spacing.tolist() == pytest.approx([0.1] * 11 + [120.0], rel=1e-4)
+    assert MemoryBank(torch.zeros(3, 2)).with_spacing().spacing.tolist() == [1.0, 1.0, 1.0]
+    assert MemoryBank(torch.ones(1, 2)).with_spacing().spacing.tolist() == [1.0]
+
+
+def test_bank_without_a_sample() -> None:
+    rows, owners = random_rows(5, 3, seed=1), torch.tensor([0, 1, 1, 0, -1])
+    bank = MemoryBank(rows, BankStatistics(1.0, 2.0), owners=owners).with_spacing()
+    others = bank.without(1)
+    assert torch.equal(others.rows, rows[[0, 3, 4]])
+    assert torch.equal(others.spacing, bank.spacing[[0, 3, 4]])
+    assert others.statistics == bank.statistics
+    assert len(MemoryBank(rows[:2], owners=torch.tensor([7, 7])).without(7)) == 2
+
+
 @pytest.mark.parametrize("step", [1, 7, 40, 1 << 14])
 def test_chunked_mean_and_std(step: int) -> None:
     rows = 3.0 + 2.0 * random_rows(40, 11, 4)

@@ -294,7 +294,7 @@ def test_fast_routines_name_plain_forms_that_exist() -> None:
     assert [name for name in named if not hasattr(reference, name)] == []
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", ["reference", "corrected"])
 @pytest.mark.parametrize("name", METHODS)
 def test_detector_equals_the_plain_form(name: str, protocol: str) -> None:
     config = settings(name, protocol=PROTOCOLS[protocol], use_uff="fusion" in METHODS[name].banks)

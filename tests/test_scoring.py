@@ -19,6 +19,7 @@ from feature_extractors.scoring import (
     box_blur,
     gaussian_blur,
     image_score,
+    top_scores,
 )
 
 
@@ -140,6 +141,16 @@ def test_blur_of_a_batch_matches_pil_and_scipy(height: int, width: int) -> None:
         assert torch.equal(blurred, pil_blur(levels[None])[0].float().div(255) * plane.max())
     for plane, blurred in zip(planes, gaussian_blur(planes, float_blur=True), strict=True):
         np.testing.assert_allclose(blurred, gaussian_filter(plane.numpy(), BLUR_SIGMA, mode="nearest"), rtol=1e-6)
+
+
+def test_top_scores_by_hand() -> None:
+    """The mean of the two highest of 200 pixels; of fewer than 100, the highest."""
+    maps = torch.zeros(2, 10, 20)
+    maps[0, 3, 4:6], maps[1, 0, 0] = torch.tensor([4.0, 8.0]), 1.0
+    scores = top_scores(maps)
+    assert scores.dtype == torch.float64
+    assert scores.tolist() == [6.0, 0.5]
+    assert top_scores(maps[:, :4]).tolist() == [8.0, 1.0]
 
 
 def test_maps_of_several_banks_match_single_ones() -> None:

@@ -52,13 +52,18 @@ EFFECTS_OF_PROTOCOL = {
     "exact_distances": {"score", "map"},
     "masked_pooling": {"score", "map"},
     "exact_au_pro": set(),  # affects only the report
+    "foreground": {"score", "map"},
+    "local_spacing": {"map"},
+    "noise_units": {"score", "map"},
+    "top_score": {"score"},
 }
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Protocol)])
 def test_effect_of_each_protocol_row(field: str) -> None:
-    alone = replace(settings(), protocol=Protocol(**{field: True}))
-    assert changes(run(settings()), run(alone)) == EFFECTS_OF_PROTOCOL[field]
+    base = settings(xyz_grid=16) if field == "foreground" else settings()  # all of 8 x 8 patches are near a point
+    alone = replace(base, protocol=Protocol(**{field: True}))
+    assert changes(run(base), run(alone)) == EFFECTS_OF_PROTOCOL[field]
 
 
 # field: (base settings, another value)
