@@ -20,6 +20,7 @@ from utils.scans.json_records import encode_record, read_record, write_record
 
 RECORD, LOG = "steps.json", "log.txt"  # files in the folder of the run
 SCHEMA = 1  # of RECORD
+BAR = "{desc}: {percentage:.0f}%|{bar}| {elapsed} elapsed, {remaining} left"
 SHOWN_LINES = 10  # of the output of a step that failed
 
 
@@ -54,7 +55,8 @@ def run_steps(steps: Sequence[Step], folder: Path, settings: Mapping[str, Any]) 
     record = _read(folder, settings)
     before = [step for step in steps if step.name in record.finished]
     first = sum(step.share for step in before)
-    with progress_bar(total=sum(step.share for step in steps), initial=first, unit="%") as bar:
+    total = sum(step.share for step in steps)
+    with progress_bar(total=total, initial=first, unit="%", bar_format=BAR) as bar:
         for number, step in enumerate(steps, 1):
             if step in before:
                 continue
