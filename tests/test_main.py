@@ -369,7 +369,6 @@ def test_defaults_match_the_original() -> None:
         "classes": None,
         "few_shot": None,
         "checkpoint_dir": Path("checkpoints"),
-        "few_shot": None,
         "rgb_layers": None,
         "rgb_checkpoint": None,
         "xyz_checkpoint": None,
