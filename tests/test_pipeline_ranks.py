@@ -26,6 +26,7 @@ RUNS: dict[str, tuple[DetectorConfig, ...]] = {
     "first samples": (settings(TRIPLE, asy_memory_bank=2),),
     "no background": (settings(SINGLE, rm_zero_for_project=True),),
     "all patches": (settings("DINO", f_coreset=1.0),),
+    "foreground": (settings(TRIPLE, protocol=PROTOCOLS["extended"], xyz_grid=16, asy_memory_bank=3),),
 }
 
 
