@@ -137,10 +137,8 @@ class MemoryBank:
         """
         assert self.spacing is not None
         distinct, inverse = distinct_rows(queries)
-        step = self._queries_at_once(queries.device)
-        step = min(step, QUERIES_AT_ONCE_ON_CPU) if queries.device.type == "cpu" else step
         found = []
-        for block in distinct.split(step):
+        for block in self._blocks(distinct):
             partial = torch.add(self._norms, self._products(block - self._center), alpha=-2)  # |q - r|^2 - |q|^2
             index = partial.topk(min(NEAREST_ROWS, len(self)), dim=1, largest=False).indices  # (m, k)
             distance = torch.stack([(block - self.rows[row]).square_().sum(dim=1).sqrt() for row in index.T], dim=1)
@@ -157,9 +155,7 @@ class MemoryBank:
 
     def _nearest_exact(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """`nearest` of distinct queries (M, D), by direct differences, block by block."""
-        step = self._queries_at_once(queries.device)
-        step = min(step, QUERIES_AT_ONCE_ON_CPU) if queries.device.type == "cpu" else step
-        found = [self._nearest_in_block(block) for block in queries.split(step)]
+        found = [self._nearest_in_block(block) for block in self._blocks(queries)]
         return torch.cat([distance for distance, _ in found]), torch.cat([index for _, index in found])
 
     def _nearest_expanded(self, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,6 +164,11 @@ class MemoryBank:
         blocks = queries.split(self._queries_at_once(queries.device))
         found = [_expanded_distances(block, rows).min(dim=1) for block in blocks]
         return torch.cat([distance for distance, _ in found]), torch.cat([index for _, index in found])
+
+    def _blocks(self, queries: Tensor) -> tuple[Tensor, ...]:
+        """Queries in blocks, on a CPU small enough for its cache."""
+        step = self._queries_at_once(queries.device)
+        return queries.split(min(step, QUERIES_AT_ONCE_ON_CPU) if queries.device.type == "cpu" else step)
 
     def _queries_at_once(self, device: torch.device) -> int:
         """Queries whose products with all rows fit in a block."""

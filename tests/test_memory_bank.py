@@ -253,6 +253,17 @@ def test_spacing_is_never_zero() -> None:
     assert MemoryBank(torch.ones(1, 2)).with_spacing().spacing.tolist() == [1.0]
 
 
+@pytest.mark.usefixtures("chunks")
+def test_relative_distances_by_hand() -> None:
+    """Rows at 0, 2, 5 and 100; the third nearest row to a query counts as much as the nearest."""
+    spacing = torch.tensor([4.0, 1.0, 9.0, 16.0])
+    bank = MemoryBank(torch.tensor([[0.0], [2.0], [5.0], [100.0]]), spacing=spacing)
+    relative = bank.relative_distances(torch.tensor([[-1.0], [2.0], [104.0]]))
+    first = (1 / 2 * 3 / 1 * 6 / 3) ** (1 / 3)  # distances 1, 3, 6
+    last = (4 / 4 * 99 / 3 * 102 / 1) ** (1 / 3)
+    assert relative.tolist() == pytest.approx([first, 0.0, last], rel=1e-5)
+
+
 def test_bank_without_a_sample() -> None:
     rows, owners = random_rows(5, 3, seed=1), torch.tensor([0, 1, 1, 0, -1])
     bank = MemoryBank(rows, BankStatistics(1.0, 2.0), owners=owners).with_spacing()
