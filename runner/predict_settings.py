@@ -166,7 +166,7 @@ def make_parser(description: str | None) -> Parser:
     add("--preprocess", action=argparse.BooleanOptionalAction, help=text)
     for flag, text in CLEANING_FLAGS.items():
         add(f"--{flag}", action="store_true", help=f"with --preprocess: {text}")
-    add = parser.add_argument_group("samples that come later").add_argument
+    add = parser.add_argument_group("new samples as they arrive").add_argument
     add("--watch", action="store_true", help="predict new files of --rgb and --xyz, too, until Ctrl-C or SIGTERM")
     add("--settle", type=float, default=1.0, help="with --watch: seconds that a sample's files must be unchanged")
     text = "with --watch: seconds until an image without cloud, or the reverse, is reported"
