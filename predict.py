@@ -56,7 +56,7 @@ def predict(settings: PredictSettings, locks: ExitStack) -> int:
     settings.check_files(found)
     watched = WatchedFiles(look, settings.settle, settings.partner_timeout)
     if settings.watch:
-        watched.due(time.monotonic())  # so that the time of loading counts for --settle
+        watched.due(time.monotonic())  # so that the time spent loading counts for --settle
     predictor = load(settings, camera)
     thresholds = settings.thresholds(predictor.detector)
     if thresholds is None:
@@ -106,7 +106,7 @@ def load(settings: PredictSettings, camera: "Camera | None") -> "Predictor":
 
 
 def predict_found(found: "FoundSamples", predictor: "Predictor", writer: "PredictionWriter", tally: "Tally") -> None:
-    """Predict files that are there, and print their lines."""
+    """Predict the files that were found, and print a line for each sample."""
     from utils.reporting.progress import progress_bar
 
     width = max(len(each.path) for each in found.samples)
@@ -119,7 +119,7 @@ def predict_found(found: "FoundSamples", predictor: "Predictor", writer: "Predic
 
 @dataclass
 class Tally:
-    """Numbers of samples."""
+    """Numbers of predicted, anomalous and failed samples."""
 
     predicted: int = 0
     anomalous: int = 0

@@ -69,7 +69,7 @@ def _extent(values: Iterable[float | None]) -> tuple[float, float] | None:
 
 
 def lacks_test(class_folder: Path, chosen: bool) -> bool:
-    """True if a class rightly has no test folder: only one `chosen` by the user, as published classes have one."""
+    """True if a class has no test folder and needs none. Only a class `chosen` by the user needs none."""
     return chosen and not os.path.lexists(class_folder / "test")
 
 
@@ -172,7 +172,7 @@ def dataset_forms(args: argparse.Namespace) -> tuple[CloudForm, CloudForm]:
 
 
 def cleaning_of(dataset_path: Path, class_name: str, samples: Sequence[SampleFiles]) -> dict[str, bool] | None:
-    """Flags of the cleaning of a class's samples, from the manifest of preprocessing; None for samples not cleaned.
+    """Cleaning flags of a class's samples, from the manifest of preprocessing; None if they were not cleaned.
 
     Without a manifest, clouds without measurements along their border count as cleaned with the default flags.
     """

@@ -1,4 +1,4 @@
-"""Folders of the detectors that main.py saves, checks of those that --load_detector reads, and new thresholds."""
+"""Saved detectors of main.py: their folders, the checks of --load_detector, and new thresholds."""
 
 import argparse
 from collections.abc import Collection, Iterable, Mapping

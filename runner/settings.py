@@ -118,7 +118,7 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
     add("--checkpoint_dir", type=Path, default=Path("checkpoints"), help="folder of the backbones' checkpoints")
     add("--rgb_checkpoint", type=Path, help="checkpoint of the RGB backbone, instead of a file in --checkpoint_dir")
     add("--xyz_checkpoint", type=Path, help="checkpoint of the 3D backbone, instead of a file in --checkpoint_dir")
-    help_text = "read every file, or images alone without xyz folders, print a table of the contents, and exit"
+    help_text = "check every file (images alone if there are no xyz folders), print a table, and exit"
     add("--inspect_dataset", action="store_true", help=help_text)
     add("--list_backbones", action="store_true", help="print the backbones and their weights, and exit")
     add("--dataset_type", default="mvtec3d", choices=DATASET_CLASSES, help="dataset whose class names are used")
@@ -126,7 +126,7 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
     add_file_flags(add)
     add("--classes", nargs="+", type=normpath, help="class folders; by default the existing ones of --dataset_type")
     add("--max_sample", type=int, default=400, help="fit on the first N training samples")
-    help_text = "evaluate the detectors saved there, or, with --target_fpr and --save_detector, change thresholds"
+    help_text = "evaluate the detectors saved there; with --target_fpr and --save_detector, change their thresholds"
     add("--load_detector", type=Path, metavar="FOLDER", help=help_text)
 
 

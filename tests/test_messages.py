@@ -1,4 +1,4 @@
-"""Messages of the scripts: --quiet, --log_file, warnings once a run, and progress without a terminal."""
+"""Messages of the scripts: --quiet, --log_file, warnings that are not repeated, and progress without a terminal."""
 
 import json
 import logging

@@ -25,7 +25,7 @@ from tiny_networks import one_thread  # noqa: F401 (a fixture, of the module's r
 from feature_extractors.detector_record import read_saved
 
 CLASSES = ("tested", "validated", "new")
-NOTHING = "no test split, so I-AUROC, P-AUROC, AU-PRO and the rates of right and wrong decisions cannot be measured"
+NOTHING = "no test split, so I-AUROC, P-AUROC, AU-PRO, precision, recall and false-alarm rate cannot be measured"
 
 
 @pytest.fixture(scope="module")

@@ -27,15 +27,15 @@ class Row(NamedTuple):
 
     class_name: str
     run: str
-    cells: list[tuple[str, bool]]  # value, and whether no other run exceeds it and some differ
+    cells: list[tuple[str, bool]]  # value, and True if it is the best and not all are equal
 
 
 class Comparison(NamedTuple):
-    """Runs A, B, C, …"""
+    """Comparison of runs, which are named A, B, C, …"""
 
     runs: dict[str, str]  # file and method by letter
     args: dict[str, list[str]]  # arguments and versions that differ, as text, by run
-    # Outcome and severity by run of each sample, named by class and path, that a later run decides otherwise than A.
+    # By class and path of the samples that a run decides differently from A: outcome and severity in each run.
     flips: dict[str, list[tuple[str, str]]]
     headings: list[tuple[str, str]]  # name and detail of each metric
     rows: list[Row]  # class by class, and the mean last
@@ -82,7 +82,7 @@ def _means(classes: Sequence[Mapping[str, Metrics]], runs: Sequence[str]) -> dic
 
 
 def _rows(name: str, table: Mapping[str, Metrics], keys: Sequence[str]) -> list[Row]:
-    """A row for each run; the best of a metric is marked unless three decimals show no difference."""
+    """A row for each run; the best value of a metric is marked if three decimals show a difference."""
     best = {}
     for key in keys:
         known = sorted(value for row in table.values() if (value := row[key]) is not None)
@@ -167,6 +167,6 @@ def format_comparison(comparison: Comparison) -> str:
     table = [["", "", *(name for name, _ in comparison.headings)]]
     for row in comparison.rows:
         table.append([one_line(row.class_name), row.run, *(text + ("*" if best else " ") for text, best in row.cells)])
-    blocks.append(["Metrics, the best of each class with *", *aligned(table)])
+    blocks.append(["Metrics, with * for the best of each class", *aligned(table)])
     blocks += [[remark] for remark in comparison.remarks]
     return "\n\n".join("\n".join(block) for block in blocks)

@@ -28,7 +28,7 @@ HEADINGS = {
     "f1": ("F1", "best threshold"),
     "precision": ("Precision", "at the threshold"),
     "recall": ("Recall", "at the threshold"),
-    "false_alarm_rate": ("False alarms", "less is better"),
+    "false_alarm_rate": ("False alarms", "lower is better"),
 }
 
 Classes = Mapping[str, Mapping[str, Any]]  # metrics of utils.metrics.evaluate by class
@@ -110,7 +110,7 @@ def write_csv(path: Path, methods: Methods) -> None:
 
 
 def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures of a class by column: {"latency": {"p50": 1}} as {"latency_p50": 1}; of samples, the number."""
+    """Figures of a class by column: {"latency": {"p50": 1}} as {"latency_p50": 1}; for samples, their number."""
     flat: dict[str, Any] = {}
     for key, value in entry.items():
         if isinstance(value, Mapping):

@@ -40,7 +40,7 @@ def check_organized(name: Path | str, shape: Sequence[int], dtype: np.dtype | No
     if not all(shape) or (tuple(shape[2:]) != (3,) and not (depth and is_depth)):
         found, fix = " x ".join(map(str, shape)), "Store x, y and z as the last axis."
         if is_depth:
-            fix = "If it is a depth map, give predict.py or utils/convert.py its camera with --intrinsics."
+            fix = "If it is a depth map, give predict.py or utils/convert.py its --intrinsics."
         raise InputError(f"{name} holds an array of {found}, expected H x W x 3. {fix}")
     if dtype is None or dtype.kind not in ("fiu" if is_depth else "f"):
         raise InputError(f"{name} holds {dtype} numbers, expected floating-point coordinates. Store float32 meters.")

@@ -85,7 +85,7 @@ function walkCards(event) {
   if (buttons[target]) buttons[target].focus();
 }
 
-// The dots of the shown samples open them.
+// A click on the dot of a shown sample opens the sample.
 function openFromDots() {
   for (const dot of document.querySelectorAll(".dot")) {
     const name = dot.closest(".strip").dataset.class;
@@ -213,7 +213,7 @@ async function unpack(cloud) {
   }
   const [rows, columns] = cloud.grid;
   const bits = new Uint8Array(buffer, (cloud.colored ? 11 : 8) * n);
-  const at = new Int32Array(rows * columns).fill(-1); // point of a pixel
+  const at = new Int32Array(rows * columns).fill(-1); // number of each pixel's point, or -1
   for (let pixel = 0, point = 0; pixel < at.length; pixel++) {
     if ((bits[pixel >> 3] >> (7 - (pixel & 7))) & 1) at[pixel] = point++;
   }
@@ -308,7 +308,7 @@ function colors(sample, points) {
 const lowest = (values) => values.reduce((a, b) => Math.min(a, b));
 const span = (values) => values.reduce((a, b) => Math.max(a, b)) - lowest(values);
 
-// Round ticks of an axis, named by the coordinates in the file, of which y and z point the other way.
+// Round ticks of an axis, labeled with the coordinates in the file. The plot negates y and z, so their `sign` is -1.
 function ticks(values, sign, most) {
   const rough = Math.max(span(values), 1e-6) / most;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -375,7 +375,7 @@ async function draw(sample) {
 
 const TURN = Math.PI / 18;
 
-// Turn the view about the vertical axis and upwards by angles, and let the camera stand `distance` times as far away.
+// Turn the view to the right and up by angles in radians, and multiply the distance of the camera by `distance`.
 function moveCamera(right, upwards, distance) {
   if (plot.hidden || !plot.layout) return;
   const { eye, center } = plot.layout.scene.camera;
