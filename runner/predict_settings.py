@@ -129,9 +129,9 @@ class PredictSettings:
         from utils.scans.sample_files import check_camera_flags
 
         for flag, given in (("rgb", self.rgb), ("xyz", self.xyz)):
-            if not self.watch or given is None or has_magic(given):
+            if not self.watch or given is None:
                 continue
-            if not (given and Path(given).exists()):
+            if not given or not (has_magic(given) or Path(given).exists()):
                 raise InputError(f"--{flag} {given!r} does not exist. Create the folder, or quote a pattern.")
             if realpath(given) == realpath(self.output_dir):
                 raise InputError(f"--{flag} is --output_dir, so its maps would be watched too. Separate them.")

@@ -195,9 +195,11 @@ def test_predictions_are_never_watched(fitted: Fitted, tmp_path: Path) -> None:
 def test_what_cannot_be_watched_is_refused(fitted: Fitted, tmp_path: Path) -> None:
     write_samples(fitted, tmp_path, 1)
     detector, rgb, out = fitted.detectors["DINO"], ("--rgb", tmp_path / "rgb"), ("--output_dir", tmp_path / "out")
+    odd = (tmp_path / "xyz").rename(tmp_path / "line [1]")
     for flags, expected in (
         (["--watch", "--rgb", tmp_path / "none"], "none' does not exist. Create the folder"),
         (["--watch", *rgb, "--output_dir", tmp_path / "rgb"], "is --output_dir, so its maps would be watched too"),
+        (["--watch", "--rgb", odd, "--output_dir", odd], "is --output_dir, so its maps would be watched too"),
         (["--watch", "--stdin"], "Leave out --rgb, --xyz and --watch"),
         (["--stdin", *rgb], "Leave out --rgb, --xyz and --watch"),
         (["--watch", *rgb, "--fail_on_anomaly"], "--fail_on_anomaly has no effect with --watch"),
