@@ -110,7 +110,7 @@ def predict_found(found: "FoundSamples", predictor: "Predictor", writer: "Predic
     from utils.reporting.progress import progress_bar
 
     width = max(len(each.path) for each in found.samples)
-    progress = progress_bar(predictor.outcomes(found), total=len(found.files), desc="samples", unit="sample")
+    progress = progress_bar(predictor.outcomes(found), total=len(found.files), unit="sample")
     for outcome in progress:
         record = writer.add(outcome)
         with progress.external_write_mode():
@@ -138,7 +138,7 @@ class Tally:
 
     def summary(self, seconds: float, decided: bool) -> str:
         """Sentence about the run; `decided` is False without thresholds."""
-        text = f"{self.predicted} samples predicted in {seconds:.1f} s"
+        text = f"{self.predicted} sample{'s' * (self.predicted != 1)} predicted in {seconds:.1f} s"
         if decided:
             text += f": {self.anomalous} anomalous, {self.predicted - self.anomalous} good"
         return text + (f"; {self.failed} could not be predicted" if self.failed else "")

@@ -110,12 +110,14 @@ class Results:
         If no class was tested, there is nothing to tabulate.
         """
         self.publish({name: finished[name] for name in self.missing()})
-        output_dir = self.run.settings.output_dir
+        settings = self.run.settings
         methods, lines = self._entries(), [""]
         if any(entry["split"] == "test" for classes in methods.values() for entry in classes.values()):
-            append_tables(output_dir, methods, sys.argv, self.exact, self.note, self.run.settings.resume)
+            append_tables(settings.output_dir, methods, sys.argv, self.exact, self.note, settings.resume)
             lines += [*format_tables(methods, self.exact, self.note).splitlines(), ""]
-        for line in [*lines, f"written to {output_dir}/"]:
+        if settings.save_detector is not None:
+            lines.append(f"detectors saved in {settings.save_detector}/")
+        for line in [*lines, f"written to {settings.output_dir}/"]:
             show(line)
 
 

@@ -134,7 +134,8 @@ def result_line(class_name: str, metrics: Mapping[str, Any], exact_headline: boo
     if split != "test":
         known = [each["severity"] for each in metrics["samples"] if each["severity"] is not None]
         extent = f"severity {min(known):.2f} to {max(known):.2f}" if known else "no severity"
-        return f"{class_name}: not tested; {len(metrics['samples'])} good samples of the {split} split, {extent}"
+        count = len(metrics["samples"])
+        return f"{class_name}: not tested; {count} good sample{'s' * (count != 1)} of the {split} split, {extent}"
     label, headline = _au_pro_rows([metrics], exact_headline)[0]
     return (
         f"{class_name}: I-AUROC {number(metrics['image_rocauc'])}, P-AUROC {number(metrics['pixel_rocauc'])}, "
