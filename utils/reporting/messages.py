@@ -69,7 +69,7 @@ def start_messages(form: str = "%(name)s: %(message)s") -> None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            raise InputError(system_problem(path, "written", error)) from None
+            raise InputError(f"--log_file {path} cannot be written ({error.strerror}). Name another file.") from None
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         _handlers.append(file)
     for handler in _handlers:
