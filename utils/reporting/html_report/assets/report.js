@@ -217,20 +217,26 @@ async function unpack(cloud) {
   for (let pixel = 0, point = 0; pixel < at.length; pixel++) {
     if ((bits[pixel >> 3] >> (7 - (pixel & 7))) & 1) at[pixel] = point++;
   }
-  return { points: { ...unpacked, ...surface(unpacked, cloud.grid, at) }, at, marked: plane(1) };
+  const close = closeness(unpacked, cloud.grid[1], at);
+  return { points: { ...unpacked, ...surface(cloud.grid, at, close) }, at, close, marked: plane(1) };
 }
 
-// Triangles between neighbors on the cloud's grid, except across gaps and jumps in depth.
-function surface(points, [rows, columns], at) {
+// Test of two neighbors on the cloud's grid, false across a jump in depth.
+function closeness(points, columns, at) {
   const apart = (a, b) => Math.hypot(points.x[a] - points.x[b], points.y[a] - points.y[b], points.z[a] - points.z[b]);
   const edges = [];
   for (let pixel = 1; pixel < at.length; pixel++) {
     if (pixel % columns && at[pixel - 1] >= 0 && at[pixel] >= 0) edges.push(apart(at[pixel - 1], at[pixel]));
   }
   const longest = 6 * (edges.sort((a, b) => a - b)[edges.length >> 1] || 0);
+  return (a, b) => apart(a, b) <= longest;
+}
+
+// Triangles between close neighbors.
+function surface([rows, columns], at, close) {
   const [i, j, k] = [[], [], []];
   const add = (a, b, c) => {
-    if (Math.min(a, b, c) < 0 || Math.max(apart(a, b), apart(b, c), apart(c, a)) > longest) return;
+    if (Math.min(a, b, c) < 0 || !(close(a, b) && close(b, c) && close(c, a))) return;
     i.push(a);
     j.push(b);
     k.push(c);
@@ -250,7 +256,7 @@ function surface(points, [rows, columns], at) {
 }
 
 // Lines between the outermost points of a region of the surface, a little in front of it.
-function outline(sample, { points, at }, inside, name, color) {
+function outline(sample, { points, at, close }, inside, name, color) {
   const [rows, columns] = sample.cloud.grid;
   const within = (row, column) => row >= 0 && column >= 0 && row < rows && column < columns && inside(at[row * columns + column]);
   const edge = (row, column) =>
@@ -263,7 +269,9 @@ function outline(sample, { points, at }, inside, name, color) {
       if (!edge(row, column)) continue;
       for (const [down, right] of [[0, 1], [1, 0], [1, 1], [1, -1]]) {
         if (!edge(row + down, column + right)) continue;
-        for (const point of [at[row * columns + column], at[(row + down) * columns + column + right]]) {
+        const ends = [at[row * columns + column], at[(row + down) * columns + column + right]];
+        if (!close(...ends)) continue;
+        for (const point of ends) {
           line.x.push(points.x[point]);
           line.y.push(points.y[point]);
           line.z.push(points.z[point] + lift);
