@@ -175,7 +175,7 @@ def test_inspect_dataset_prints_a_row_for_each_class_and_split(raw: Path, cleane
     assert text.splitlines()[1].split() == ["cookie", "train", "2", "0", "300x300", "0"]  # size of the images
     text = printed("--inspect_dataset", "--dataset_path", raw, "--classes", "gasket")
     assert "not 7" in text
-    assert f"python utils/preprocessing.py {raw}" in text
+    assert f"python utils/preprocessing.py '{raw}'" in text
 
 
 def test_a_dataset_without_clouds_is_checked_as_rgb_only(cleaned: Path, tmp_path: Path) -> None:
