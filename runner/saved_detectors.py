@@ -57,9 +57,7 @@ def change_thresholds(args: argparse.Namespace, given: Collection[str]) -> None:
     flags without effect, and as `read_detectors` and `check_layout`.
     """
     if not {"target_fpr", "save_detector"} <= set(given):
-        raise InputError(
-            "With --load_detector, --target_fpr and --save_detector need each other. Give both or neither."
-        )
+        raise InputError("With --load_detector, --target_fpr and --save_detector only work together. Give both.")
     for name in sorted(set(given).difference(THRESHOLD_FLAGS)):
         raise InputError(f"--{name} has no effect on a change of thresholds. Leave it out.")
     saved, root = _detectors_in(args, given), args.load_detector
