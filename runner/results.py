@@ -115,9 +115,8 @@ class Results:
         if any(entry["split"] == "test" for classes in methods.values() for entry in classes.values()):
             append_tables(settings.output_dir, methods, sys.argv, self.exact, self.note, settings.resume)
             lines += [*format_tables(methods, self.exact, self.note).splitlines(), ""]
-        if settings.save_detector is not None:
-            lines.append(f"detectors saved in {settings.save_detector}/")
-        for line in [*lines, f"written to {settings.output_dir}/"]:
+        detectors = f", detectors to {settings.save_detector}/" if settings.save_detector else ""
+        for line in [*lines, f"written to {settings.output_dir}/{detectors}"]:
             show(line)
 
 
