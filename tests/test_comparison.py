@@ -110,6 +110,10 @@ def test_fewer_false_alarms_are_the_best(tmp_path: Path) -> None:
     assert metric(compare([a, b]).rows, 0) == {("bagel", "A"): ("0.100", True), ("bagel", "B"): ("0.200", False)}
 
 
+def test_runs_after_z_have_two_letters(runs: tuple[Path, Path]) -> None:
+    assert list(compare([runs[0]] * 28).runs)[24:] == ["Y", "Z", "AA", "AB"]
+
+
 def test_arguments_and_versions_that_differ_come_first(runs: tuple[Path, Path]) -> None:
     text = format_comparison(compare(runs))
     table = blocks_of(text)["Arguments that differ"]

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 import msgspec
 
-from utils.errors import InputError
 from utils.metrics import mean_of_known
 from utils.reporting.html_report.gallery import UNDECIDED, WRONG, outcome
 from utils.reporting.html_report.page import render_page
@@ -44,9 +44,8 @@ class Comparison(NamedTuple):
 
 def compare(paths: Sequence[Path]) -> Comparison:
     """Compare results.json files; errors as in `read_results`."""
-    if len(paths) > len(ascii_uppercase):
-        raise InputError(f"{len(paths)} runs are too many for one table. Name at most {len(ascii_uppercase)}.")
-    results = dict(zip(ascii_uppercase, map(read_results, paths), strict=False))
+    letters = map("".join, product(["", *ascii_uppercase], ascii_uppercase))  # A to Z, AA to ZZ
+    results = dict(zip(letters, map(read_results, paths), strict=False))
     names = list(dict.fromkeys(name for run in results.values() for name in run.classes))
     shared = [name for name in names if all(name in run.classes for run in results.values())]
     metrics = {
