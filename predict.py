@@ -151,7 +151,7 @@ def print_line(record: dict[str, Any], width: int = 0) -> None:
         return show(f"predict.py: {name} could not be predicted: {record['error']}", sys.stderr, logging.ERROR)
     decision = {True: "anomalous", False: "good", None: "no threshold"}[record["anomalous"]]
     severity, remark = record["severity"], ""
-    number = f"score {record['score']:.6g}" if severity is None else f"severity {severity:8.2f}"
+    number = f"score {record['score']:.6g}" if severity is None else f"severity {severity:z8.2f}"
     if severity is None and record["threshold"] is not None:
         remark = "  (no severity: the threshold is not above the median score of the good calibration samples)"
     show(f"{name:{width}}  {number:17}  {decision:12}  {record['seconds']:.3f} s{remark}")

@@ -108,7 +108,7 @@ def _outcomes(entry: ClassResults | None) -> dict[str, tuple[str, str]]:
     if entry is None:
         return {}
     threshold = entry.threshold.image if entry.threshold else None
-    severities = ["" if each.severity is None else f"{each.severity:.2f}" for each in entry.samples]
+    severities = ["" if each.severity is None else f"{each.severity:z.2f}" for each in entry.samples]
     kinds = [outcome(each.label, each.score, threshold) for each in entry.samples]
     return {each.path: pair for each, pair in zip(entry.samples, zip(kinds, severities, strict=True), strict=True)}
 

@@ -133,7 +133,7 @@ def result_line(class_name: str, metrics: Mapping[str, Any], exact_headline: boo
     split = metrics.get("split", "test")
     if split != "test":
         known = [each["severity"] for each in metrics["samples"] if each["severity"] is not None]
-        extent = f"severity {min(known):.2f} to {max(known):.2f}" if known else "no severity"
+        extent = f"severity {min(known):z.2f} to {max(known):z.2f}" if known else "no severity"
         count = len(metrics["samples"])
         return f"{class_name}: not tested; {count} good sample{'s' * (count != 1)} of the {split} split, {extent}"
     label, headline = _au_pro_rows([metrics], exact_headline)[0]

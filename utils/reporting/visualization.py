@@ -182,7 +182,7 @@ def heat_colors(strength: NDArray) -> NDArray[np.uint8]:
 def caption(name: str, severity: float | None, anomalous: bool | None) -> str:
     """Line above a figure: the name of the sample, its severity and the decision."""
     decision = {True: "anomalous", False: "good", None: "no threshold"}[anomalous]
-    return f"{name}: {decision}" + ("" if severity is None else f", severity {severity:.2f} (threshold 1)")
+    return f"{name}: {decision}" + ("" if severity is None else f", severity {severity:z.2f} (threshold 1)")
 
 
 class _Panel(NamedTuple):

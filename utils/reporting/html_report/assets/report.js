@@ -29,7 +29,8 @@ function imageView(sample, source, alt, outlined) {
 }
 
 const score = (value, digits = 4) => Number(value.toPrecision(digits)).toString();
-const severity = (sample) => (sample.severity === null ? `score ${score(sample.score)}` : `severity ${sample.severity.toFixed(2)}`);
+const rounded = (number) => number.toFixed(2).replace(/^-0\.00$/, "0.00");
+const severity = (sample) => (sample.severity === null ? `score ${score(sample.score)}` : `severity ${rounded(sample.severity)}`);
 
 function outcome(sample) {
   const made = element("span", { className: "outcome", textContent: sample.outcome });
