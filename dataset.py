@@ -108,8 +108,8 @@ def pair_split(class_folder: Path | str, split: str, modalities: frozenset[str])
     if len(filled) > 1:
         problems.append(f"{filled[0]} and {filled[1]} both hold good samples. Move these into one folder.")
     if not folders:
-        missing = "" if root.is_dir() else ", or --classes with the class, which then needs no test split"
-        problems.append(f"No test samples in {root}. Expected a folder good and one for each type of defect{missing}.")
+        fix = "" if root.is_dir() else " A class that --classes names needs no test split."
+        problems.append(f"No test samples in {root}. Expected a folder good and one for each type of defect.{fix}")
     for folder in folders:
         if is_good(folder.name) and folder.name.casefold() != GOOD:
             warn_once(

@@ -56,7 +56,7 @@ def predict(settings: PredictSettings, locks: ExitStack) -> int:
     settings.check_files(found)
     watched = WatchedFiles(look, settings.settle, settings.partner_timeout)
     if settings.watch:
-        watched.due(time.monotonic())  # so that the time of loading counts for --settle
+        watched.due(time.monotonic())  # so that the time spent loading counts for --settle
     predictor = load(settings, camera)
     thresholds = settings.thresholds(predictor.detector)
     if thresholds is None:
@@ -106,11 +106,11 @@ def load(settings: PredictSettings, camera: "Camera | None") -> "Predictor":
 
 
 def predict_found(found: "FoundSamples", predictor: "Predictor", writer: "PredictionWriter", tally: "Tally") -> None:
-    """Predict files that are there, and print their lines."""
+    """Predict the files that were found, and print a line for each sample."""
     from utils.reporting.progress import progress_bar
 
     width = max(len(each.path) for each in found.samples)
-    progress = progress_bar(predictor.outcomes(found), total=len(found.files), desc="samples", unit="sample")
+    progress = progress_bar(predictor.outcomes(found), total=len(found.files), unit="sample")
     for outcome in progress:
         record = writer.add(outcome)
         with progress.external_write_mode():
@@ -119,7 +119,7 @@ def predict_found(found: "FoundSamples", predictor: "Predictor", writer: "Predic
 
 @dataclass
 class Tally:
-    """Numbers of samples."""
+    """Numbers of predicted, anomalous and failed samples."""
 
     predicted: int = 0
     anomalous: int = 0
@@ -138,7 +138,7 @@ class Tally:
 
     def summary(self, seconds: float, decided: bool) -> str:
         """Sentence about the run; `decided` is False without thresholds."""
-        text = f"{self.predicted} samples predicted in {seconds:.1f} s"
+        text = f"{self.predicted} sample{'s' * (self.predicted != 1)} predicted in {seconds:.1f} s"
         if decided:
             text += f": {self.anomalous} anomalous, {self.predicted - self.anomalous} good"
         return text + (f"; {self.failed} could not be predicted" if self.failed else "")
@@ -151,7 +151,7 @@ def print_line(record: dict[str, Any], width: int = 0) -> None:
         return show(f"predict.py: {name} could not be predicted: {record['error']}", sys.stderr, logging.ERROR)
     decision = {True: "anomalous", False: "good", None: "no threshold"}[record["anomalous"]]
     severity, remark = record["severity"], ""
-    number = f"score {record['score']:.6g}" if severity is None else f"severity {severity:8.2f}"
+    number = f"score {record['score']:.6g}" if severity is None else f"severity {severity:z8.2f}"
     if severity is None and record["threshold"] is not None:
         remark = "  (no severity: the threshold is not above the median score of the good calibration samples)"
     show(f"{name:{width}}  {number:17}  {decision:12}  {record['seconds']:.3f} s{remark}")

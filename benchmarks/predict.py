@@ -49,7 +49,7 @@ NETWORKS: dict[str, dict[str, Any]] = {  # differences from the published config
     "tiny": {"rgb_backbone_name": "efficientnet_lite0", "xyz_backbone_name": "FPFH", "img_size": 64, "xyz_grid": 16},
 }
 WARM_UP = 5  # samples that are not timed
-ENDS = ("", "_cpu")  # of the names of times
+ENDS = ("", "_cpu")  # of the keys of wall-clock and CPU seconds
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> None:
@@ -125,7 +125,7 @@ def run_predict(folder: Path, args: argparse.Namespace, count: int, batch_size: 
 
 
 def start_up(folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds, and seconds of CPU, until predict.py is ready, and of the import of torch and timm."""
+    """Wall-clock and CPU seconds until predict.py is ready, and of importing torch and timm alone."""
     predict = ["predict.py", "--detector", folder / "detector", "--checkpoint_dir", folder, "--device", args.device]
     predict += ["--stdin", "--output_dir", folder / "out"]
     commands: dict[str, list[object]] = {"imports": ["-c", "import torch, timm"], "ready": predict}

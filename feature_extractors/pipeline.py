@@ -55,7 +55,7 @@ class Evaluation(NamedTuple):
     results: list[SampleResult]
     metrics: dict[str, Any]  # this and the curve as in utils.metrics.evaluate
     pro_curve: ThinCurve | None
-    split: str = "test"  # that the samples are from; all metrics of another one are None
+    split: str = "test"  # split of the samples; without a test split, all metrics are None
 
 
 def collect_features(

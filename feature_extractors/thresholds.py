@@ -68,12 +68,12 @@ class Calibration:
 
 
 def needed_samples(target_fpr: float) -> int:
-    """Least number of good samples that allow a false-alarm rate; with fewer, the largest score is the threshold."""
+    """Smallest number of good samples for a false-alarm rate; with fewer, the largest score is the threshold."""
     return math.ceil(1 / target_fpr * (1 - ROUNDING)) - 1
 
 
 def warn_of_few_samples(counts: Mapping[str, int], target_fpr: float) -> None:
-    """Name the classes with too few good samples for a false-alarm rate; `counts` are their numbers by class."""
+    """Warn of classes with too few good samples for a false-alarm rate; `counts` has their number by class."""
     needed = needed_samples(target_fpr)
     if few := {name: count for name, count in counts.items() if count < needed}:
         logger.warning(

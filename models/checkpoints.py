@@ -15,14 +15,14 @@ State = dict[str, Tensor]
 
 
 class WithoutRandomWeights(TorchFunctionMode):
-    """Context in which networks are built without initial weights, for `load_strict`, which sets all of them.
+    """Context that builds networks without random initial weights, because `load_strict` sets all weights anyway.
 
-    It skips in-place operations on parameters. Random weights of a large network take seconds.
+    It skips in-place operations on parameters. Initializing a large network takes seconds.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        changed = args[0] if args else kwargs.get("tensor")  # functions of nn.init pass all by keyword
+        changed = args[0] if args else kwargs.get("tensor")  # nn.init passes all arguments by keyword
         name = getattr(func, "__name__", "")
         in_place = name.endswith("_") and not name.startswith("__")
         return changed if in_place and isinstance(changed, nn.Parameter) else func(*args, **kwargs)

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class ClassFiles(NamedTuple):
-    """Files of the splits of one class; none of a split that the dataset lacks or the run does not read."""
+    """Files of one class by split; empty for a split that the dataset lacks or the run does not read."""
 
     train: list[SampleFiles]
     validation: list[SampleFiles]
@@ -80,7 +80,7 @@ def draw_samples(class_name: str, paths: Sequence[str], count: int, seed: int) -
 
 
 def _index_class(settings: RunSettings, name: str, modalities: frozenset[str]) -> ClassFiles:
-    """Files of a class that the run reads. With loaded detectors, good samples only replace a missing test split."""
+    """Files of a class that the run reads. With loaded detectors, good samples are read only without a test split."""
     folder, fits = settings.dataset_path / name, settings.load_detector is None
     tested = not lacks_test(folder, chosen=settings.classes is not None)
     validated = bool(good_folders(folder / "validation"))
@@ -96,10 +96,10 @@ def _index_class(settings: RunSettings, name: str, modalities: frozenset[str]) -
 def warn_of_missing_samples(
     files: Mapping[str, ClassFiles], target_fpr: float | None, few_shot: int | None = None
 ) -> None:
-    """Say which classes lack a test split or, to be calibrated for `target_fpr`, good samples."""
+    """Warn of classes without a test split and, unless `target_fpr` is None, with too few samples for calibration."""
     if untested := [name for name, splits in files.items() if not splits.test]:
         logger.warning(
-            "%s %s no test split, so I-AUROC, P-AUROC, AU-PRO and the rates of right and wrong decisions cannot be "
+            "%s %s no test split, so I-AUROC, P-AUROC, AU-PRO, precision, recall and false-alarm rate cannot be "
             "measured. The report shows good samples instead",
             *(", ".join(untested), "has" if len(untested) == 1 else "have"),
         )

@@ -1,4 +1,4 @@
-"""One class of a run of main.py: fit its detectors, or load them, and evaluate them."""
+"""Fit or load the detectors of one class in a run of main.py, and evaluate them."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -104,7 +104,7 @@ def prepare_saving(name: str, run: Run, detectors: Detectors) -> None:
 def evaluate_class(
     name: str, run: Run, detectors: Detectors, stopwatches: Stopwatches, group: Group | None = None
 ) -> dict[str, ClassReport]:
-    """Score the test split, or else good samples, by each detector; report in the first process of the group."""
+    """Evaluate each detector on the test split or, without one, on good samples; reports on the first rank only."""
     extractor = next(iter(detectors.values())).extractor
     split, files = run.files[name].evaluated
     samples, count = own_samples(files, run, extractor, group)

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,7 +25,6 @@ from utils.scans.cloud_check import class_distance, spread
 from utils.scans.images import defect_share
 from utils.scans.organized_pc import valid_mask
 
-CLEANING_COMMAND = "python utils/preprocessing.py"
 logger = logging.getLogger(__name__)
 
 
@@ -69,7 +69,7 @@ def _extent(values: Iterable[float | None]) -> tuple[float, float] | None:
 
 
 def lacks_test(class_folder: Path, chosen: bool) -> bool:
-    """True if a class rightly has no test folder: only one `chosen` by the user, as published classes have one."""
+    """True if a class has no test folder and needs none. Only a class `chosen` by the user needs none."""
     return chosen and not os.path.lexists(class_folder / "test")
 
 
@@ -147,11 +147,15 @@ def print_dataset_check(args: argparse.Namespace, given: Container[str] = ()) ->
     print_columns([(*head, "problems"), *(each.row() for each in reports)])
     if any(each.raw for each in reports):
         show("")
-        show(f"Samples with a table along their border are not cleaned. Run {CLEANING_COMMAND} {args.dataset_path}")
+        show(f"Samples with a table along their border are not cleaned. Run {_cleaning(args.dataset_path)}")
     problems = [f"  {each.class_name}: {problem}" for each in reports for problem in each.problems]
     for line in ("", "Problems:", *problems) if problems else ():
         show(line, level=logging.ERROR)
     return bool(problems)
+
+
+def _cleaning(dataset_path: Path) -> str:
+    return f"python utils/preprocessing.py {shlex.quote(str(dataset_path))}"
 
 
 def dataset_forms(args: argparse.Namespace) -> tuple[CloudForm, CloudForm]:
@@ -172,7 +176,7 @@ def dataset_forms(args: argparse.Namespace) -> tuple[CloudForm, CloudForm]:
 
 
 def cleaning_of(dataset_path: Path, class_name: str, samples: Sequence[SampleFiles]) -> dict[str, bool] | None:
-    """Flags of the cleaning of a class's samples, from the manifest of preprocessing; None for samples not cleaned.
+    """Cleaning flags of a class's samples, from the manifest of preprocessing; None if they were not cleaned.
 
     Without a manifest, clouds without measurements along their border count as cleaned with the default flags.
     """
@@ -195,9 +199,9 @@ def warn_of_raw_scans(splits: Iterable[Sequence[SampleFiles]]) -> None:
     if raw:
         folders = list(dict.fromkeys(str(path.parent) for path in raw))
         logger.warning(
-            "%d of %d checked clouds show the table under the object, in %s%s. Clean the scans first: %s %s",
+            "%d of %d checked clouds show the table under the object, in %s%s. Clean the scans first: %s",
             *(len(raw), len(clouds), ", ".join(folders[:3]), ", ..." if len(folders) > 3 else ""),
-            *(CLEANING_COMMAND, raw[0].parents[4]),
+            _cleaning(raw[0].parents[4]),
         )
 
 

@@ -64,7 +64,7 @@ class PredictSettings:
         if not self.stdin and not given:
             raise InputError("There is nothing to predict. Give --rgb, --xyz or both.")
         if self.fail_on_anomaly and (self.stdin or self.watch):
-            raise InputError("--fail_on_anomaly is the exit code of a run that ends by itself. Leave it out.")
+            raise InputError("--fail_on_anomaly has no effect with --watch or --stdin. Leave it out.")
         needed = dict.fromkeys(CLEANING_FLAGS, "preprocess")
         if not self.stdin:
             needed |= dict.fromkeys(("preprocess", "intrinsics", "xyz_unit", "missing_value"), "xyz")
@@ -82,7 +82,7 @@ class PredictSettings:
                 raise InputError(f"{self.detector} ({method}) uses {modality} files. Give --{modality} as well.")
         cleans = self.cleaning_flags(detector) is not None
         if self.xyz is None and cleans:
-            problem = f"{self.detector} ({method}) was fitted on images that were cleaned by their clouds"
+            problem = f"{self.detector} ({method}) was fitted on images that were cleaned with their clouds"
             raise InputError(f"{problem}. Give --xyz as well, or --no-preprocess if the images are cleaned already.")
         if self.xyz is not None and "xyz" not in modalities and not cleans:
             raise InputError(f"--xyz is not used: {self.detector} ({method}) uses images alone. Leave it out.")
@@ -93,7 +93,7 @@ class PredictSettings:
         return replace(detector.clouds, **{name: value for name, value in given.items() if value is not None})
 
     def cleaning_flags(self, detector: "Detector") -> dict[str, bool] | None:
-        """Flags of the cleaning of new samples, or None if they are not cleaned."""
+        """Cleaning flags for new samples; None if they are not cleaned."""
         if self.preprocess is False or (self.preprocess is None and detector.cleaned is None):
             return None
         return {flag: getattr(self, flag) or (detector.cleaned or {}).get(flag, False) for flag in CLEANING_FLAGS}
@@ -129,12 +129,12 @@ class PredictSettings:
         from utils.scans.sample_files import check_camera_flags
 
         for flag, given in (("rgb", self.rgb), ("xyz", self.xyz)):
-            if not self.watch or given is None or has_magic(given):
+            if not self.watch or given is None:
                 continue
-            if not (given and Path(given).exists()):
-                raise InputError(f"--{flag} {given!r} names nothing to watch. Make the folder, or quote a pattern.")
+            if not given or not (has_magic(given) or Path(given).exists()):
+                raise InputError(f"--{flag} {given!r} does not exist. Create the folder, or quote a pattern.")
             if realpath(given) == realpath(self.output_dir):
-                raise InputError(f"--{flag} is --output_dir, whose maps would be watched, too. Choose another one.")
+                raise InputError(f"--{flag} is --output_dir, so its maps would be watched too. Separate them.")
         self.check_output(found.files)
         clouds = [each.xyz for each in found.samples if each.xyz is not None and self.intrinsics is not None]
         if clouds:
@@ -143,21 +143,21 @@ class PredictSettings:
             return
         for path in (path for files in found.samples for path in output_paths(self.output_dir, files.path)):
             if path.exists():
-                raise InputError(f"{path} exists, with no {PREDICTIONS} beside it. Choose another --output_dir.")
+                raise InputError(f"{path} exists, but not {PREDICTIONS} beside it. Choose another --output_dir.")
 
     def check_output(self, samples: "Iterable[SampleFiles]") -> None:
         """Refuse files in --output_dir."""
         folder = Path(realpath(self.output_dir))  # unlike resolve(), it accepts a link to itself
         for path in (path for files in samples for path in (files.rgb, files.xyz) if path is not None):
             if folder in (Path(realpath(path)).parent, Path(realpath(path.parent))):
-                raise InputError(f"{path} is in --output_dir, where its map could replace it. Choose another one.")
+                raise InputError(f"{path} is in --output_dir, where its map could replace it. Choose another folder.")
 
 
 def make_parser(description: str | None) -> Parser:
     """Make the parser of predict.py; it exits on --help, --version and wrong flags."""
     parser = Parser(description, BOUNDS)
     add = parser.add_argument_group("samples").add_argument
-    add("--detector", type=Path, required=True, help="fitted detector; sets defaults of --xyz_unit, --missing_value")
+    add("--detector", type=Path, required=True, help="saved detector; sets defaults of --xyz_unit and --missing_value")
     add("--rgb", help="image, folder of images, or quoted pattern: .png, .jpg, .bmp, .webp, .tif")
     add("--xyz", help="organized point cloud, folder or pattern: .tiff, .npy, .pcd, .ply, or depth .png (--intrinsics)")
     add("--intrinsics", type=Path, help="JSON file with the camera's fx, fy, cx, cy, depth_scale, see docs/DATA.md")
@@ -166,12 +166,12 @@ def make_parser(description: str | None) -> Parser:
     add("--preprocess", action=argparse.BooleanOptionalAction, help=text)
     for flag, text in CLEANING_FLAGS.items():
         add(f"--{flag}", action="store_true", help=f"with --preprocess: {text}")
-    add = parser.add_argument_group("samples that come later").add_argument
-    add("--watch", action="store_true", help="predict new files of --rgb and --xyz, too, until Ctrl-C or SIGTERM")
+    add = parser.add_argument_group("new samples as they arrive").add_argument
+    add("--watch", action="store_true", help="also predict new files in --rgb and --xyz, until Ctrl-C or SIGTERM")
     add("--settle", type=float, default=1.0, help="with --watch: seconds that a sample's files must be unchanged")
-    text = "with --watch: seconds until an image without cloud, or the reverse, is reported"
+    text = "with --watch: seconds until an image without a cloud, or a cloud without an image, is reported"
     add("--partner_timeout", type=float, default=60.0, help=text)
-    add("--stdin", action="store_true", help="predict the files that lines of JSON name, and answer with lines of JSON")
+    add("--stdin", action="store_true", help="read requests as lines of JSON from stdin, and answer with lines of JSON")
     add = parser.add_argument_group("decision").add_argument
     add("--target_fpr", type=float, help="false-alarm rate of this run's thresholds, from the detector's calibration")
     add("--image_threshold", type=float, help="score above which a sample is anomalous, in this run")
@@ -182,7 +182,7 @@ def make_parser(description: str | None) -> Parser:
     add("--append", action="store_true", help="add to existing predictions instead of replacing them")
     add("--no_images", action="store_true", help="write neither maps nor overlays")
     add = parser.add_argument_group("computation").add_argument
-    add("--device", default="auto", help="cpu, cuda, or cuda:<number>; auto takes a GPU where there is one")
+    add("--device", default="auto", help="cpu, cuda, or cuda:<number>; auto takes a GPU if there is one")
     add("--checkpoint_dir", type=Path, default=Path("checkpoints"), help="folder of the backbones' checkpoints")
     add("--rgb_checkpoint", type=Path, help="checkpoint of the RGB backbone, instead of a file in --checkpoint_dir")
     add("--xyz_checkpoint", type=Path, help="checkpoint of the 3D backbone, instead of a file in --checkpoint_dir")

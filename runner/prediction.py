@@ -67,7 +67,7 @@ class SampleReader:
     img_size: int  # side of the detector's input, pixels
     camera: Camera | None = None  # of depth images
     cleaning: CleaningRule | None = None  # of the clouds that are not clean already; None leaves all as they are
-    tables_refused: bool = False  # refuse a cloud that shows its table, if the detector was fitted without
+    tables_refused: bool = False  # refuse clouds that show their table, because the detector was fitted without
 
     def __len__(self) -> int:
         return len(self.files)
@@ -163,7 +163,7 @@ def _predict_batch(detector: Detector, batch: Sequence[LoadedSample]) -> list[Ou
 
 @dataclass(frozen=True)
 class Predictor:
-    """A detector with what it needs to read and predict further samples."""
+    """Detector with a reader and settings, to predict any number of samples."""
 
     detector: Detector
     reader: SampleReader  # without files
@@ -180,11 +180,11 @@ class Predictor:
 
 
 class PredictionWriter:
-    """Writer of a line of predictions.jsonl and predictions.csv for each sample, and, if `images` is set, of images.
+    """Writer of predictions.jsonl and predictions.csv, with a line for each sample, and with `images` of its images.
 
-    The `thresholds` give the decisions, and with `typical`, the map's value at a typical good pixel, the colors of all
-    overlays. `append` continues existing files, after removing an incomplete last line. Raises InputError, also from
-    `add`, if a file cannot be written.
+    `thresholds` give the decisions. With `typical`, the map's value at a typical good pixel, they also give the colors
+    of all overlays. `append` continues existing files, after removing an incomplete last line. Raises InputError, also
+    from `add`, if a file cannot be written.
     """
 
     def __init__(

@@ -117,14 +117,15 @@ class Results:
         If no class was tested, there is nothing to tabulate.
         """
         self.publish({name: finished[name] for name in self.missing()})
-        output_dir = self.run.settings.output_dir
+        settings = self.run.settings
         lines = [""]
         if any(files.test for files in self.run.files.values()):
             methods = self._entries()
-            append_tables(output_dir, methods, sys.argv, self.exact, self.note, self.run.settings.resume)
-            write_latex(output_dir / LATEX_NAME, methods, sys.argv, self.exact, self.note)
+            append_tables(settings.output_dir, methods, sys.argv, self.exact, self.note, settings.resume)
+            write_latex(settings.output_dir / LATEX_NAME, methods, sys.argv, self.exact, self.note)
             lines += [*format_tables(methods, self.exact, self.note).splitlines(), ""]
-        for line in [*lines, f"written to {output_dir}/"]:
+        detectors = f", detectors to {settings.save_detector}/" if settings.save_detector else ""
+        for line in [*lines, f"written to {settings.output_dir}/{detectors}"]:
             show(line)
 
 

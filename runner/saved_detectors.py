@@ -1,8 +1,7 @@
-"""Folders of the detectors that main.py saves, checks of those that --load_detector reads, and new thresholds."""
+"""Saved detectors of main.py: their folders, the checks of --load_detector, and new thresholds."""
 
 import argparse
 from collections.abc import Collection, Iterable, Mapping
-from itertools import permutations
 from pathlib import Path
 from reprlib import repr as shortened
 
@@ -57,9 +56,8 @@ def change_thresholds(args: argparse.Namespace, given: Collection[str]) -> None:
     The thresholds come from the stored calibration, so neither dataset nor checkpoints are read. Raises InputError for
     flags without effect, and as `read_detectors` and `check_layout`.
     """
-    for name, other in permutations(("target_fpr", "save_detector")):
-        if other not in given:
-            raise InputError(f"With --load_detector, --{name} needs --{other}. Give both, or leave it out.")
+    if not {"target_fpr", "save_detector"} <= set(given):
+        raise InputError("With --load_detector, --target_fpr and --save_detector only work together. Give both.")
     for name in sorted(set(given).difference(THRESHOLD_FLAGS)):
         raise InputError(f"--{name} has no effect on a change of thresholds. Leave it out.")
     saved, root = _detectors_in(args, given), args.load_detector

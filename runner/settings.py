@@ -131,7 +131,7 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
     add("--checkpoint_dir", type=Path, default=Path("checkpoints"), help="folder of the backbones' checkpoints")
     add("--rgb_checkpoint", type=Path, help="checkpoint of the RGB backbone, instead of a file in --checkpoint_dir")
     add("--xyz_checkpoint", type=Path, help="checkpoint of the 3D backbone, instead of a file in --checkpoint_dir")
-    help_text = "read every file, or images alone without xyz folders, print a table of the contents, and exit"
+    help_text = "check every file (images alone if there are no xyz folders), print a table, and exit"
     add("--inspect_dataset", action="store_true", help=help_text)
     add("--list_backbones", action="store_true", help="print the backbones and their weights, and exit")
     add("--dataset_type", default="mvtec3d", choices=DATASET_CLASSES, help="dataset whose class names are used")
@@ -141,7 +141,7 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
     add("--max_sample", type=int, default=400, help="fit on the first N training samples")
     help_text = "fit on K of these, drawn at random for each seed and class; without --seeds, a seed is drawn"
     add("--few_shot", type=int, metavar="K", help=help_text)
-    help_text = "evaluate the detectors saved there, or, with --target_fpr and --save_detector, change thresholds"
+    help_text = "evaluate the detectors saved there; with --target_fpr and --save_detector, change their thresholds"
     add("--load_detector", type=Path, metavar="FOLDER", help=help_text)
 
 

@@ -1,4 +1,4 @@
-"""Prediction of samples that come while the detector is loaded: in watched folders, or as lines of a stream."""
+"""Prediction of new samples as they arrive: in watched folders, or as lines of a stream."""
 
 import signal
 import time
@@ -17,8 +17,8 @@ from utils.scans.files import LONGEST_NAME
 from utils.scans.json_records import encode_record
 from utils.scans.sample_files import FoundSamples, stamp_of
 
-LOOK_AGAIN = 0.2  # seconds between two looks at the folders, at least
-LOOK_SHARE = 0.1  # share of the time that looking may take
+LOOK_AGAIN = 0.2  # least seconds between two listings of the folders
+LOOK_SHARE = 0.1  # largest share of the time spent on listing them
 Record = dict[str, Any]
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class StopSignals:
             signal.signal(each, handler)
 
     def wait_for(self, function: Callable[[], T]) -> T | None:
-        """Call a function that waits. A signal ends it, and the result is None."""
+        """Call a blocking function. A signal ends it, and the result is None."""
         try:
             self._waiting = True
             return None if self.requested else function()
@@ -55,10 +55,10 @@ class StopSignals:
 
 
 class WatchedFiles:
-    """New samples in folders, each once by its stamp (see `stamp_of`).
+    """New samples in folders, recognized by their stamps (see `stamp_of`).
 
-    `look` lists the files, and `done` has the stamps of predicted samples. Memory grows with the samples whose files
-    are there, not with those that were there.
+    `look` lists the files, and `done` has the stamps of predicted samples. Memory grows with the files in the folders,
+    not with all files so far.
     """
 
     def __init__(self, look: Callable[[], FoundSamples], settle: float, partner_timeout: float) -> None:
@@ -73,7 +73,7 @@ class WatchedFiles:
         """
         try:
             found = self.look()
-        except OSError as error:  # such as a network share that is away
+        except OSError as error:  # such as an unavailable network share
             warn_once("unreadable", str(error), f"the watched files cannot be listed ({error}). Trying again")
             return FoundSamples([], [])
         since: dict[str, float] = {}
@@ -90,7 +90,7 @@ class WatchedFiles:
             elif not problem and now - since[stamp] >= self.settle:
                 due.samples.append(files)
         self._since = since
-        if found.samples:  # without any, the folder of the images or of the clouds may be a share that is away
+        if found.samples:  # if there are none, a folder may be on an unavailable network share
             self.done &= there
         return due
 
@@ -108,7 +108,7 @@ def watch(
     report: Callable[[Record], None],
     stop: StopSignals,
 ) -> None:
-    """Predict the samples that come, and report their records, until `stop`. `check` raises for refused files."""
+    """Predict new samples and report their records until `stop`. `check` raises InputError for refused files."""
     while not stop.requested:
         begin = time.monotonic()
         due = watched.due(begin)
@@ -116,7 +116,7 @@ def watch(
         stamps = set(map(stamp_of, due.files))
         pause = max(LOOK_AGAIN, (time.monotonic() - begin) / LOOK_SHARE)
         for outcome in predictor.outcomes(due):
-            if outcome.loaded.stamp not in stamps:  # changed while it waited for its turn: it has to settle again
+            if outcome.loaded.stamp not in stamps:  # changed since it was listed: it must settle again
                 continue
             record = writer.add(outcome)
             watched.done.add(record["stamp"])
@@ -135,7 +135,7 @@ class Request(msgspec.Struct, forbid_unknown_fields=True):
     xyz: str | None = None
 
     def files(self) -> SampleFiles:
-        """Files of the sample, whose name may still be refused by `name_problem`."""
+        """Files of the sample; `problem` may still refuse its name."""
         rgb, xyz = (None if path is None else Path(path) for path in (self.rgb, self.xyz))
         return SampleFiles(self.name or next((path.stem for path in (rgb, xyz) if path is not None), ""), rgb, xyz)
 
@@ -147,7 +147,7 @@ class Request(msgspec.Struct, forbid_unknown_fields=True):
         if any("\0" in text for text in (name, self.rgb or "", self.xyz or "")):
             return "The request holds a NUL character. Remove it."
         if "/" in name or name in ("", ".", "..") or len(name.encode()) > LONGEST_NAME:
-            return f"The name is no file name of at most {LONGEST_NAME} bytes. Send another one."
+            return f"The name is not a file name of at most {LONGEST_NAME} bytes. Send another one."
         return ""
 
 
@@ -175,7 +175,7 @@ def _answer(
         request = msgspec.json.decode(line, type=Request)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         example = '{"name": "part", "rgb": "part.png", "xyz": "part.tiff"}'
-        return {"schema": SCHEMA, "name": None, "error": f"The line is no request ({error}). Send {example}."}
+        return {"schema": SCHEMA, "name": None, "error": f"The line is not a request ({error}). Send {example}."}
     files, problem = request.files(), request.problem()
     if not problem:
         try:

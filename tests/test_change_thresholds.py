@@ -152,8 +152,8 @@ def test_wrong_flags_are_refused(fitted: Path, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "file").touch()
     shutil.copytree(fitted / "one", tmp_path / "other")
     cases: list[tuple[list[object], str]] = [
-        ([*one, *rate], "With --load_detector, --target_fpr needs --save_detector. Give both, or leave it out."),
-        ([*one, *target], "With --load_detector, --save_detector needs --target_fpr. Give both, or leave it out."),
+        ([*one, *rate], "--target_fpr and --save_detector only work together. Give both."),
+        ([*one, *target], "--target_fpr and --save_detector only work together. Give both."),
         ([*one, *rate, *target, "--max_sample", 3], "--max_sample has no effect on a change of thresholds. Leave it"),
         ([*one, *rate, *target, "--classes", "tire"], "holds no detector of tire, only of bagel, cookie."),
         ([*one, *rate, *target, "--classes", "../one/bagel"], "holds no detector of ../one/bagel, only of"),

@@ -405,4 +405,4 @@ def test_help_names_the_source_of_the_default_unit(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         predict.main(["--help"])
     described = " ".join(capsys.readouterr().out.split())
-    assert "fitted detector; sets defaults of --xyz_unit, --missing_value" in described
+    assert "saved detector; sets defaults of --xyz_unit and --missing_value" in described

@@ -87,7 +87,7 @@ def test_metrics_of_every_class_and_run_with_the_best_marked(runs: tuple[Path, P
         ("Mean", "B"): ("0.825", False),
         ("Mean", "C"): ("0.850", True),
     }
-    table = blocks_of(format_comparison(comparison))["Metrics, the best of each class with *"]
+    table = blocks_of(format_comparison(comparison))["Metrics, with * for the best of each class"]
     assert table[0][:3] == ["I-AUROC", "P-AUROC", "AU-PRO"]
     assert table[2] == ["bagel", "B", *["0.950*"] * 7]
     assert not any("Precision" in heading for heading, _ in comparison.headings)  # no run has it
@@ -108,6 +108,10 @@ def test_fewer_false_alarms_are_the_best(tmp_path: Path) -> None:
         for name, rate in (("A", 0.1), ("B", 0.2))
     )
     assert metric(compare([a, b]).rows, 0) == {("bagel", "A"): ("0.100", True), ("bagel", "B"): ("0.200", False)}
+
+
+def test_runs_after_z_have_two_letters(runs: tuple[Path, Path]) -> None:
+    assert list(compare([runs[0]] * 28).runs)[24:] == ["Y", "Z", "AA", "AB"]
 
 
 def test_arguments_and_versions_that_differ_come_first(runs: tuple[Path, Path]) -> None:
@@ -248,7 +252,7 @@ def test_a_file_that_is_no_results_file_is_refused(tmp_path: Path) -> None:
 def test_a_single_run_is_refused(runs: tuple[Path, Path], tmp_path: Path) -> None:
     done = call(tmp_path, runs[0])
     assert done.returncode == 2
-    assert "is the only run. Name the results.json of another one as well." in done.stderr
+    assert "is the only run. Add the results.json of another run." in done.stderr
 
 
 def test_a_missing_file_ends_the_command_with_one_line(runs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_bad_files_are_reported_in_a_line_each_and_the_others_converted() -> Non
     stdout, stderr = run("scans", code=1)
     assert stdout[0] == f"converted 1 of 6 samples to {OUTPUT}"
     expected = {
-        "001": "holds 1716 points, expected 40 x 44, one a pixel",
+        "001": "holds 1716 points, expected 40 x 44, one for each pixel",
         "002": "holds 1759 points, but its header says 1760",
         "003": "holds 1760 points, expected 20 x 44",
         "004": "004.ply has no image of the same stem",
@@ -249,8 +249,8 @@ def test_two_images_of_one_name_are_refused(copy: str) -> None:
         (["scans", "--intrinsics", "nothing.json"], "nothing.json is missing"),
         (["scans/*.npy", "--intrinsics", "camera.json"], "--intrinsics only applies to depth images"),
         (["depth", "--intrinsics", "camera.json", "--xyz_unit", "mm"], "--xyz_unit does not apply to depth images"),
-        (["scans", "--output", "parts"], "--output parts is no folder of a split"),
-        (["scans", "--output", "/train/good"], "--output /train/good is no folder of a split"),
+        (["scans", "--output", "parts"], "--output parts is not in the folder of a split"),
+        (["scans", "--output", "/train/good"], "--output /train/good is not in the folder of a split"),
     ],
 )
 def test_bad_arguments_end_the_run_before_it_starts(flags: list[str], expected: str) -> None:

@@ -38,7 +38,7 @@ BOTH = frozenset({"rgb", "xyz"})
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Raw scans of two classes, 224 pixels a side."""
-    root = tmp_path_factory.mktemp("raw") / "parts"
+    root = tmp_path_factory.mktemp("raw") / "my parts"
     make_dataset(Plan(root, ("cookie", "gasket"), train=2, validation=0, test_good=1, test_defective=1, size=224))
     return root
 
@@ -175,7 +175,7 @@ def test_inspect_dataset_prints_a_row_for_each_class_and_split(raw: Path, cleane
     assert text.splitlines()[1].split() == ["cookie", "train", "2", "0", "300x300", "0"]  # size of the images
     text = printed("--inspect_dataset", "--dataset_path", raw, "--classes", "gasket")
     assert "not 7" in text
-    assert f"python utils/preprocessing.py {raw}" in text
+    assert f"python utils/preprocessing.py '{raw}'" in text
 
 
 def test_a_dataset_without_clouds_is_checked_as_rgb_only(cleaned: Path, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_raw_scan_among_cleaned_ones_gives_a_warning(
     with caplog.at_level(logging.WARNING):
         warn_of_raw_scans([scans])
     assert f"1 of 5 checked clouds show the table under the object, in {raw}/cookie/test/bump/xyz. " in caplog.text
-    assert f"Clean the scans first: python utils/preprocessing.py {raw}" in caplog.text
+    assert f"Clean the scans first: python utils/preprocessing.py '{raw}'" in caplog.text
     warn_of_raw_scans([])
 
 

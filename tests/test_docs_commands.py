@@ -45,7 +45,7 @@ def shell_blocks(page: Path) -> list[str]:
 
 
 def commands_in(block: str) -> Iterator[list[str]]:
-    """Words of each command of a block, without comments, redirections and what follows a pipe."""
+    """Words of each command of a block, without comments and without all that follows a redirection or a pipe."""
     for line in block.replace("\\\n", " ").splitlines():
         words = shlex.split(line.removeprefix("$ "), comments=True)
         end = next((i for i, word in enumerate(words) if word in ("|", ">", ">>", "<", "&", "&&", "||")), len(words))

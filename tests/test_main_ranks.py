@@ -257,7 +257,7 @@ def test_output_files_match_a_single_process(shared: SharedRun, alone: Output) -
 def test_each_result_is_printed_once(shared: SharedRun, alone: Output) -> None:
     """The first process prints all results, then the tables; only classes that run side by side may change order."""
     lines, expected = ([line for line in output.stdout.splitlines() if line] for output in (shared.output, alone))
-    assert lines[-1] == f"written to {shared.output.folder / 'out'}/"
+    assert lines[-1] == f"written to {shared.output.folder}/out/, detectors to {shared.output.folder}/detectors/"
     results = len(SAMPLES) * len(METHODS)
     assert [line.split(":")[0] for line in expected[:results]] == [f"{name}, {m}" for name in SAMPLES for m in METHODS]
     assert sorted(lines[:results]) == sorted(expected[:results])
@@ -676,7 +676,7 @@ def assert_nothing_new(out: Path, alone: Output, stdout: str) -> None:
     for method in METHODS:
         assert results_of(out / method)["classes"] == alone.entries(method)
     assert stdout.splitlines()[:-1] == alone.stdout.splitlines()[:-1]
-    assert stdout.splitlines()[-1] == f"written to {out}/"
+    assert stdout.splitlines()[-1] == f"written to {out}/, detectors to {alone.folder}/detectors/"
     for name in TABLES:
         assert table_rows(out, name) == table_rows(alone.folder / "out", name)  # replaced, not appended
 

@@ -1,4 +1,4 @@
-"""Messages of the scripts: --quiet, --log_file, warnings once a run, and progress without a terminal."""
+"""Messages of the scripts: --quiet, --log_file, warnings that are not repeated, and progress without a terminal."""
 
 import json
 import logging
@@ -122,7 +122,7 @@ def test_a_log_file_that_cannot_be_written_is_refused(tmp_path: Path, capsys: py
     with pytest.raises(SystemExit) as stop:
         script(["--log_file", str(tmp_path)])
     assert stop.value.code == 2
-    assert f"script.py: error: {tmp_path} cannot be written (Is a directory)." in capsys.readouterr().err
+    assert f"script.py: error: --log_file {tmp_path} cannot be written (Is a directory)." in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not DISK_FULL.exists(), reason="this system has no /dev/full")

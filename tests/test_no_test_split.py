@@ -25,7 +25,7 @@ from tiny_networks import one_thread  # noqa: F401 (a fixture, of the module's r
 from feature_extractors.detector_record import read_saved
 
 CLASSES = ("tested", "validated", "new")
-NOTHING = "no test split, so I-AUROC, P-AUROC, AU-PRO and the rates of right and wrong decisions cannot be measured"
+NOTHING = "no test split, so I-AUROC, P-AUROC, AU-PRO, precision, recall and false-alarm rate cannot be measured"
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_metrics_without_a_test_split_are_null_and_left_out_of_the_means(fitted:
 
 def test_good_samples_stand_in_for_test_samples(fitted: Run) -> None:
     entries = fitted.results["classes"]
-    assert "validated: not tested; 1 good samples of the validation split, no severity" in fitted.stdout
+    assert "validated: not tested; 1 good sample of the validation split, no severity" in fitted.stdout
     assert "new: not tested; 2 good samples of the train split, severity -1.00 to 1.00" in fitted.stdout
     paths = {name: [sample["path"] for sample in entries[name]["samples"]] for name in CLASSES}
     assert paths["validated"] == ["validation/good/000"]

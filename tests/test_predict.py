@@ -679,7 +679,7 @@ def test_masked_images_need_clouds(
     flags = ["--detector", cleaned_detector(fitted, tmp_path, "DINO"), "--device", "cpu", "--rgb", good / "rgb"]
     flags += ["--output_dir", tmp_path / "out"]
     message = refusal(capsys, *flags)
-    assert "was fitted on images that were cleaned by their clouds. Give --xyz as well, or --no-preprocess" in message
+    assert "was fitted on images that were cleaned with their clouds. Give --xyz as well, or --no-preprocess" in message
     assert run(*flags, "--xyz", good / "xyz") == 0
     with_cloud = [line["score"] for line in lines_of(tmp_path / "out")]
     assert run(*flags, "--no-preprocess") == 0

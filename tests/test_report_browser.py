@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import report_pages
 from PIL import Image
-from report_pages import made_up_class, made_up_page, made_up_sample, made_up_samples
+from report_pages import SIDE, made_up_class, made_up_page, made_up_sample, made_up_samples
 
 from utils.reporting.visualization import PREDICTED, TRUTH
 
@@ -216,6 +217,29 @@ def test_3d_view_in_colors_of_image_and_score(report: webdriver.Chrome) -> None:
     press(report, "3")
     assert not report.find_element(By.ID, "plot").is_displayed()
     assert report.find_elements(By.CSS_SELECTOR, "#plot canvas") == []
+
+
+@pytest.mark.slow
+def test_3d_outlines_do_not_cross_a_jump_in_depth(
+    browser: webdriver.Chrome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defective = made_up_sample("test/hole/000", 1.0)
+    step = int(np.flatnonzero(defective.mask.any(dim=1)).mean())  # row that divides the defect
+    row, column = np.mgrid[:SIDE, :SIDE]
+    cloud = np.stack([0.001 * column - 0.03, 0.001 * row - 0.03, np.where(row < step, 0.5, 0.54)], axis=-1)
+    monkeypatch.setattr(report_pages, "made_up_cloud", lambda _: cloud.astype(np.float32))
+    (tmp_path / "report.html").write_text(made_up_page(made_up_class("gasket", [defective])))
+    browser.get((tmp_path / "report.html").as_uri())
+    cards(browser)[0].click()
+    browser.find_element(By.ID, "draw").click()
+    drawn(browser)
+    traces = browser.execute_script(
+        "return document.getElementById('plot').data.filter((trace) => trace.type === 'scatter3d')"
+    )
+    assert {"predicted", "ground truth"} == {trace["name"] for trace in traces}
+    for trace in traces:
+        heights = np.array([z for z in trace["z"] if z is not None]).reshape(-1, 2)
+        assert np.ptp(heights) > 39 and np.ptp(heights, axis=1).max() < 1
 
 
 @pytest.mark.slow

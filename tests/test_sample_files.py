@@ -334,7 +334,7 @@ def test_depth_maps_in_other_formats(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_cloud(tmp_path / name, CAMERA), expected)
         assert holds_depth(tmp_path / name)
         message = error_of(lambda name=name: read_cloud(tmp_path / name))  # type: ignore[misc]
-        assert "If it is a depth map, give predict.py or utils/convert.py its camera with --intrinsics" in message
+        assert "If it is a depth map, give predict.py or utils/convert.py its --intrinsics" in message
     tifffile.imwrite(tmp_path / "a.tiff", depth[1:])
     assert f"{H - 1} x {W} pixels (H x W), the intrinsics say {H} x {W}" in error_of(
         lambda: read_cloud(tmp_path / "a.tiff", CAMERA)
@@ -692,7 +692,7 @@ def test_files_that_may_still_come(tmp_path: Path) -> None:
 
 
 def test_a_cloud_in_a_folder_of_both_is_no_image(tmp_path: Path) -> None:
-    """Also before the first image has come."""
+    """Even before the first image has arrived."""
     cloud = write(tmp_path / "a.tiff", b"")
     found = find_samples(str(tmp_path), str(tmp_path), required=False)
     assert [files for files, _ in found.incomplete] == [SampleFiles("a", None, cloud)]

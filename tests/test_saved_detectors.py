@@ -163,7 +163,9 @@ def test_loaded_detectors_give_the_results_of_the_fitting_run(
         assert again["seconds"]["coreset"] == again["seconds"]["fuse"] == again["seconds"]["calibrate"] == 0
         assert again["seconds"]["extract"] > 0
     assert loaded.results["mean"] == fitted.results["mean"]
-    assert loaded.stdout.splitlines()[:-1] == fitted.stdout.splitlines()[:-1]
+    *lines, places = fitted.stdout.splitlines()
+    assert loaded.stdout.splitlines()[:-1] == lines
+    assert places.endswith(f", detectors to {detectors}/")
 
 
 def test_arguments_of_an_evaluation_describe_the_detectors(

@@ -1,4 +1,4 @@
-"""Samples that come while the detector is loaded: in watched folders, and as lines of a stream."""
+"""Prediction of new samples as they arrive: in watched folders, and as lines of a stream."""
 
 import io
 import json
@@ -36,7 +36,7 @@ from utils.scans.sample_files import FoundSamples, stamp_of
 
 
 class Steps:
-    """Clock of the watching loop. Each pause takes one second and begins with the next step; the last one stops it."""
+    """Clock of the watching loop. Each pause takes one second and starts with the next step; the last one stops it."""
 
     def __init__(self, *steps: Callable[[], object]) -> None:
         self.steps, self.now = list(steps), time.monotonic()
@@ -195,12 +195,14 @@ def test_predictions_are_never_watched(fitted: Fitted, tmp_path: Path) -> None:
 def test_what_cannot_be_watched_is_refused(fitted: Fitted, tmp_path: Path) -> None:
     write_samples(fitted, tmp_path, 1)
     detector, rgb, out = fitted.detectors["DINO"], ("--rgb", tmp_path / "rgb"), ("--output_dir", tmp_path / "out")
+    odd = (tmp_path / "xyz").rename(tmp_path / "line [1]")
     for flags, expected in (
-        (["--watch", "--rgb", tmp_path / "none"], "none' names nothing to watch"),
-        (["--watch", *rgb, "--output_dir", tmp_path / "rgb"], "--rgb is --output_dir, whose maps would be watched"),
+        (["--watch", "--rgb", tmp_path / "none"], "none' does not exist. Create the folder"),
+        (["--watch", *rgb, "--output_dir", tmp_path / "rgb"], "is --output_dir, so its maps would be watched too"),
+        (["--watch", "--rgb", odd, "--output_dir", odd], "is --output_dir, so its maps would be watched too"),
         (["--watch", "--stdin"], "Leave out --rgb, --xyz and --watch"),
         (["--stdin", *rgb], "Leave out --rgb, --xyz and --watch"),
-        (["--watch", *rgb, "--fail_on_anomaly"], "--fail_on_anomaly is the exit code"),
+        (["--watch", *rgb, "--fail_on_anomaly"], "--fail_on_anomaly has no effect with --watch"),
     ):
         with pytest.raises(InputError, match=expected):
             run("--detector", detector, *out, *flags)
@@ -208,7 +210,7 @@ def test_what_cannot_be_watched_is_refused(fitted: Fitted, tmp_path: Path) -> No
 
 
 def test_memory_of_the_watched_files_does_not_grow(tmp_path: Path) -> None:
-    """Only samples whose files are there are remembered, but folders without samples may be shares that are away."""
+    """Only existing samples are remembered. A folder without any may be on an unavailable share, and forgets none."""
     files = [SampleFiles(str(i), tmp_path / f"{i}.png") for i in range(3)]
     found: list[FoundSamples] = []
     watched = WatchedFiles(lambda: found[0], settle=0, partner_timeout=0)
@@ -269,17 +271,17 @@ def test_bad_lines_are_answered_and_the_loop_goes_on(fitted: Fitted, tmp_path: P
     folder = write_samples(fitted, tmp_path, 1)
     rgb, xyz = f"{folder}/rgb/000.png", f"{folder}/xyz/000.tiff"
     cases: list[tuple[object, str | None, str]] = [
-        (b"no JSON", None, "The line is no request"),
-        (b"", None, "The line is no request"),
-        (b"[" * 10**5, None, "The line is no request"),
-        (b'{"name": "\xff"}', None, "The line is no request"),
+        (b"no JSON", None, "The line is not a request"),
+        (b"", None, "The line is not a request"),
+        (b"[" * 10**5, None, "The line is not a request"),
+        (b'{"name": "\xff"}', None, "The line is not a request"),
         ([1], None, "Expected `object`"),
         ({"rgb": 1}, None, "Expected `str | null`, got `int`"),
         ({"nmae": "a", "rgb": rgb}, None, "unknown field `nmae`"),
         ({"name": "a"}, "a", 'neither "rgb" nor "xyz"'),
         ({"name": "a", "rgb": rgb}, "a", "has no xyz file"),
-        ({"name": "../a", "rgb": rgb, "xyz": xyz}, "../a", "no file name"),
-        ({"name": "a" * 300, "rgb": rgb, "xyz": xyz}, "a" * 300, "no file name"),
+        ({"name": "../a", "rgb": rgb, "xyz": xyz}, "../a", "not a file name"),
+        ({"name": "a" * 300, "rgb": rgb, "xyz": xyz}, "a" * 300, "not a file name"),
         ({"name": "a", "rgb": "\0", "xyz": xyz}, "a", "NUL"),
         ({"name": "a", "rgb": f"{folder}/rgb", "xyz": xyz}, "a", "cannot be read (Is a directory)"),
         ({"rgb": f"{folder}/none.png", "xyz": xyz}, "none", "none.png is missing"),
@@ -332,7 +334,7 @@ def test_driver_of_the_docs(at_work: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 @pytest.mark.slow
 def test_signals_end_a_watching_process(at_work: Path) -> None:
-    """SIGTERM and Ctrl-C end it well, and after SIGKILL the next run goes on."""
+    """SIGTERM and Ctrl-C end it cleanly, and after SIGKILL the next run continues."""
     command = [sys.executable, "predict.py", "--detector", "detectors/bagel", "--rgb", "new", "--watch", "--append"]
     (at_work / "new").mkdir()
     for number, (sent, code) in enumerate(((signal.SIGTERM, 0), (signal.SIGKILL, -9), (signal.SIGINT, 0)), 1):

@@ -5,10 +5,10 @@
     python utils/convert.py depth/ --rgb color/ --intrinsics camera.json --output parts/bracket/train/good
 
 SOURCE is an organized point cloud (.tiff, .npy, .pcd, .ply) or, with --intrinsics, a depth image (.png, .tiff, .npy).
-Each becomes xyz/<stem>.tiff (float32, meters) in --output, and its image rgb/<stem>.png. The image has the same stem.
-It lies beside the source, or in --rgb. An image of another size than its cloud is scaled to the pixels of the cloud.
+Each becomes xyz/<stem>.tiff (float32, meters) in --output. The image with the same stem, beside the source or in --rgb,
+becomes rgb/<stem>.png. An image of another size than its cloud is scaled to the pixels of the cloud.
 
-Points and background stay as they are: utils/preprocessing.py cleans the dataset. No existing file is replaced.
+Clouds are not cleaned: utils/preprocessing.py does that afterwards. No existing file is replaced.
 Exit code: 0 all converted, 1 some could not be converted, 2 bad arguments, or nothing to convert.
 """
 
@@ -69,10 +69,10 @@ class Config:
 
     @property
     def dataset(self) -> Path:
-        """Folder of the classes; InputError if the output is no <dataset>/<class>/<split>/<defect>."""
+        """Folder of the classes; InputError if the output is not <dataset>/<class>/<split>/<defect>."""
         folders = (self.output if len(self.output.parents) > 2 else self.output.absolute()).parents
         if len(folders) < 3 or folders[0].name not in SPLITS:
-            problem = f"--output {self.output} is no folder of a split ({', '.join(SPLITS)})"
+            problem = f"--output {self.output} is not in the folder of a split ({', '.join(SPLITS)})"
             raise InputError(f"{problem}. Give <dataset>/<class>/<split>/<defect>, such as parts/bracket/train/good.")
         return folders[2]
 
@@ -106,7 +106,7 @@ def _images_beside(clouds: Sequence[Path]) -> list[str]:
 
 
 def read_sample(files: SampleFiles, config: Config) -> Arrays:
-    """Read a cloud and its image, at the size of the cloud; InputError if they cannot be read or show other views."""
+    """Read a cloud and its image, at the size of the cloud; InputError if they cannot be read or differ in view."""
     assert files.xyz is not None, "every sample has a cloud"
     if files.rgb is None:
         return {"xyz": read_cloud(files.xyz, config.camera, form=config.form)}
@@ -178,7 +178,7 @@ def convert(config: Config) -> int:
         show(problem, level=logging.WARNING)
     if failed < total:
         command = f"python utils/preprocessing.py {shlex.quote(str(dataset))}"
-        show(f"The clouds are not cleaned. When all samples are converted: {command}")
+        show(f"The clouds are not cleaned. Once all samples are converted, run {command}")
     return int(failed > 0)
 
 

@@ -1,4 +1,4 @@
-"""Errors that the user can fix, and their sentences."""
+"""Errors that the user can fix, and their messages."""
 
 import errno
 from reprlib import repr as shortened

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from utils.reporting.html_report.page import write_page
 
     if len(args.runs) < 2:
-        raise InputError(f"{args.runs[0]} is the only run. Name the results.json of another one as well.")
+        raise InputError(f"{args.runs[0]} is the only run. Add the results.json of another run.")
     if args.output.is_dir():
         raise InputError(f"--output {args.output} is a folder. Name a file in it, such as compare.html.")
     if args.output.resolve() in [path.resolve() for path in args.runs]:

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 import msgspec
 
-from utils.errors import InputError
 from utils.metrics import mean_of_known
 from utils.reporting.html_report.gallery import UNDECIDED, WRONG, outcome
 from utils.reporting.html_report.page import render_page
@@ -27,15 +27,15 @@ class Row(NamedTuple):
 
     class_name: str
     run: str
-    cells: list[tuple[str, bool]]  # value, and whether no other run exceeds it and some differ
+    cells: list[tuple[str, bool]]  # value, and True if it is the best and not all are equal
 
 
 class Comparison(NamedTuple):
-    """Runs A, B, C, …"""
+    """Comparison of runs, which are named A, B, C, …"""
 
     runs: dict[str, str]  # file and method by letter
     args: dict[str, list[str]]  # arguments and versions that differ, as text, by run
-    # Outcome and severity by run of each sample, named by class and path, that a later run decides otherwise than A.
+    # By class and path of the samples that a run decides differently from A: outcome and severity in each run.
     flips: dict[str, list[tuple[str, str]]]
     headings: list[tuple[str, str]]  # name and detail of each metric
     rows: list[Row]  # class by class, and the mean last
@@ -44,9 +44,8 @@ class Comparison(NamedTuple):
 
 def compare(paths: Sequence[Path]) -> Comparison:
     """Compare results.json files; errors as in `read_results`."""
-    if len(paths) > len(ascii_uppercase):
-        raise InputError(f"{len(paths)} runs are too many for one table. Name at most {len(ascii_uppercase)}.")
-    results = dict(zip(ascii_uppercase, map(read_results, paths), strict=False))
+    letters = map("".join, product(["", *ascii_uppercase], ascii_uppercase))  # A to Z, AA to ZZ
+    results = dict(zip(letters, map(read_results, paths), strict=False))
     names = list(dict.fromkeys(name for run in results.values() for name in run.classes))
     shared = [name for name in names if all(name in run.classes for run in results.values())]
     metrics = {
@@ -82,7 +81,7 @@ def _means(classes: Sequence[Mapping[str, Metrics]], runs: Sequence[str]) -> dic
 
 
 def _rows(name: str, table: Mapping[str, Metrics], keys: Sequence[str]) -> list[Row]:
-    """A row for each run; the best of a metric is marked unless three decimals show no difference."""
+    """A row for each run; the best value of a metric is marked if three decimals show a difference."""
     best = {}
     for key in keys:
         known = sorted(value for row in table.values() if (value := row[key]) is not None)
@@ -109,7 +108,7 @@ def _outcomes(entry: ClassResults | None) -> dict[str, tuple[str, str]]:
     if entry is None:
         return {}
     threshold = entry.threshold.image if entry.threshold else None
-    severities = ["" if each.severity is None else f"{each.severity:.2f}" for each in entry.samples]
+    severities = ["" if each.severity is None else f"{each.severity:z.2f}" for each in entry.samples]
     kinds = [outcome(each.label, each.score, threshold) for each in entry.samples]
     return {each.path: pair for each, pair in zip(entry.samples, zip(kinds, severities, strict=True), strict=True)}
 
@@ -167,6 +166,6 @@ def format_comparison(comparison: Comparison) -> str:
     table = [["", "", *(name for name, _ in comparison.headings)]]
     for row in comparison.rows:
         table.append([one_line(row.class_name), row.run, *(text + ("*" if best else " ") for text, best in row.cells)])
-    blocks.append(["Metrics, the best of each class with *", *aligned(table)])
+    blocks.append(["Metrics, with * for the best of each class", *aligned(table)])
     blocks += [[remark] for remark in comparison.remarks]
     return "\n\n".join("\n".join(block) for block in blocks)

@@ -47,7 +47,7 @@ def _write_log(text: str, level: int) -> None:
 
 
 def warn_once(kind: str, subject: object, problem: str) -> None:
-    """Log a problem of a subject, such as a folder, if there is one and none of this kind was logged in this run."""
+    """Log a problem of a subject, such as a folder, unless it is "" or one of this kind was logged in this run."""
     if problem and (kind, subject) not in _warned:
         _warned.add((kind, subject))
         logging.getLogger("files").warning(problem)
@@ -69,7 +69,7 @@ def start_messages(form: str = "%(name)s: %(message)s") -> None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            raise InputError(system_problem(path, "written", error)) from None
+            raise InputError(f"--log_file {path} cannot be written ({error.strerror}). Name another file.") from None
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         _handlers.append(file)
     for handler in _handlers:
@@ -88,7 +88,7 @@ def _stop_messages() -> None:
 
 
 class _NoRepeats(logging.Filter):
-    """Filter that drops a logged text, such as one of each method, if it is among the last KEPT_TEXTS."""
+    """Filter that drops a repeated text, such as a warning of each method, if it is among the last KEPT_TEXTS."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class _NoRepeats(logging.Filter):
 
 
 class _LogFile(logging.FileHandler):
-    """Log file that is given up, with a warning, if it cannot be written any more."""
+    """Log file that closes, with a warning, when it can no longer be written."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]

@@ -35,7 +35,7 @@ HEADINGS = {
     "f1": ("F1", "best threshold"),
     "precision": ("Precision", "at the threshold"),
     "recall": ("Recall", "at the threshold"),
-    "false_alarm_rate": ("False alarms", "less is better"),
+    "false_alarm_rate": ("False alarms", "lower is better"),
 }
 
 Classes = Mapping[str, Mapping[str, Any]]  # metrics of utils.metrics.evaluate by class
@@ -131,7 +131,7 @@ def write_csv(path: Path, methods: Methods) -> None:
 
 
 def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures of a class by column: {"latency": {"p50": 1}} as {"latency_p50": 1}; of a list, its length."""
+    """Figures of a class by column: {"latency": {"p50": 1}} as {"latency_p50": 1}; for a list, its length."""
     flat: dict[str, Any] = {}
     for key, value in entry.items():
         if isinstance(value, Mapping):
@@ -166,8 +166,9 @@ def result_line(class_name: str, metrics: Mapping[str, Any], exact_headline: boo
     split = metrics.get("split", "test")
     if split != "test":
         known = [each["severity"] for each in metrics["samples"] if each["severity"] is not None]
-        extent = f"severity {min(known):.2f} to {max(known):.2f}" if known else "no severity"
-        return f"{class_name}: not tested; {len(metrics['samples'])} good samples of the {split} split, {extent}"
+        extent = f"severity {min(known):z.2f} to {max(known):z.2f}" if known else "no severity"
+        count = len(metrics["samples"])
+        return f"{class_name}: not tested; {count} good sample{'s' * (count != 1)} of the {split} split, {extent}"
     key, label = next(iter(_au_pro_labels(exact_headline).items()))
     return (
         f"{class_name}: I-AUROC {number(metrics['image_rocauc'])}, P-AUROC {number(metrics['pixel_rocauc'])}, "

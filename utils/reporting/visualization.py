@@ -1,4 +1,4 @@
-"""Images of predictions: maps as the official evaluation reads them, and the one drawing of figures and the report."""
+"""Images of predictions: maps as the official evaluation reads them, and drawings for figures and the report."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -16,7 +16,7 @@ from utils.scans.files import atomic_path
 FUSED = "fused"  # key of the fused map in `scale`, beside the names of the banks
 HEAT = "inferno"
 NEUTRAL = 128  # gray of pixels without a point
-PREDICTED, TRUTH = "#ff3ddb", "#00e5ff"  # outlines; no heat colors, so they show on image and heat alike
+PREDICTED, TRUTH = "#ff3ddb", "#00e5ff"  # outlines; visible on images and on heat colors
 LINES = {1: "#000000", 2: PREDICTED, 3: TRUTH}  # colors of `Drawing.lines`
 MARGIN = 1.12  # side of the drawn square, as a multiple of the object's
 PANEL, GAP, LINE = 320, 10, 19  # pixels: side of a panel, space between panels, height of a line of text
@@ -28,11 +28,11 @@ Scale = tuple[float, float]  # values of the lowest and the highest color
 
 
 class Drawing:
-    """Pictures of one sample, cropped to the object and with the same `size` (H, W) of at most `side` pixels a side.
+    """Images of one sample, cropped to the object, of the same `size` (H, W) with sides of at most `side` pixels.
 
     The image (h, w, 3) or (h, w) uint8, the map (h, w) float, the mask (h, w) with 1 = defect, and the mask `valid`
     (h, w) of the pixels with a point show the same view in any resolution. All but the map may be None. The object is
-    the box around the valid pixels, else the whole view. Its pixels above the threshold are predicted as anomalous.
+    the box around the valid pixels, else the whole view. Pixels whose map is above `threshold` are outlined.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Drawing:
             _outline(drawn, above if self.valid is None else above & silhouette(self.resized(self.valid, NEAREST)), 2)
         if self.mask is not None:
             inside = self.resized((self.mask > 0.5).astype(np.float32), Image.Resampling.BOX)
-            _outline(drawn, inside > 0, 3)  # the smallest defect stays
+            _outline(drawn, inside > 0, 3)  # keeps even the smallest defect
         return drawn
 
     def outlined(self) -> NDArray[np.uint8]:
@@ -90,7 +90,7 @@ class Drawing:
 
 
 def silhouette(valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The valid pixels (H, W), with the gaps between them and the holes in them."""
+    """The valid pixels (H, W), with small gaps between them closed and holes filled."""
     from scipy import ndimage
 
     reach = max(1, round(max(valid.shape) / 100))
@@ -138,7 +138,7 @@ def save_anomaly_map(path: Path | str, anomaly_map: NDArray, size: tuple[int, in
 
 
 def color_scale(maps: Iterable[NDArray], threshold: float | None = None) -> Scale:
-    """Color limits for all maps (S, S) of a class: from their median to as far above the threshold as it is below.
+    """Color limits for all maps (S, S) of a class. The lower is their median, and the threshold is in the middle.
 
     The upper limit is the 99.9 % quantile if there is no threshold, or none above the median.
     """
@@ -182,7 +182,7 @@ def heat_colors(strength: NDArray) -> NDArray[np.uint8]:
 def caption(name: str, severity: float | None, anomalous: bool | None) -> str:
     """Line above a figure: the name of the sample, its severity and the decision."""
     decision = {True: "anomalous", False: "good", None: "no threshold"}[anomalous]
-    return f"{name}: {decision}" + ("" if severity is None else f", severity {severity:.2f} (threshold 1)")
+    return f"{name}: {decision}" + ("" if severity is None else f", severity {severity:z.2f} (threshold 1)")
 
 
 class _Panel(NamedTuple):
@@ -220,7 +220,7 @@ def save_figure(
     heat, labels = drawing.heat(anomaly_map, scale[FUSED]), bar_labels(scale[FUSED], threshold)
     panels.append(_Panel([("", f"{FUSED} map" if banks else "anomaly map")], heat, labels))
     with atomic_path(path) as temporary:
-        _draw(panels, title).save(temporary, compress_level=1)  # in a quarter of the default's time
+        _draw(panels, title).save(temporary, compress_level=1)  # takes a quarter of the time of the default
 
 
 def _draw(panels: Sequence[_Panel], title: str) -> Image.Image:

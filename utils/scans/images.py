@@ -18,7 +18,7 @@ _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
 _LOSSY = ("JPEG", "MPO", "WEBP")  # a ground truth in these has gray pixels around its defects
 _END_MARKERS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
 _TAIL_BYTES = 65536  # some programs append their own data after the end marker
-OVERLAY_SIDE = 1024  # pixels of an image that is kept for an overlay, at most
+OVERLAY_SIDE = 1024  # pixels: longest side of an image that is kept for an overlay
 Image.MAX_IMAGE_PIXELS = MAX_MEGAPIXELS * 1_000_000
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # open_image reports it
 

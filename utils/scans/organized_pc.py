@@ -40,7 +40,7 @@ def check_organized(name: Path | str, shape: Sequence[int], dtype: np.dtype | No
     if not all(shape) or (tuple(shape[2:]) != (3,) and not (depth and is_depth)):
         found, fix = " x ".join(map(str, shape)), "Store x, y and z as the last axis."
         if is_depth:
-            fix = "If it is a depth map, give predict.py or utils/convert.py its camera with --intrinsics."
+            fix = "If it is a depth map, give predict.py or utils/convert.py its --intrinsics."
         raise InputError(f"{name} holds an array of {found}, expected H x W x 3. {fix}")
     if dtype is None or dtype.kind not in ("fiu" if is_depth else "f"):
         raise InputError(f"{name} holds {dtype} numbers, expected floating-point coordinates. Store float32 meters.")
@@ -110,7 +110,7 @@ def _open_checked(path: Path | str, depth: bool = False) -> Iterator[tifffile.Ti
     except InputError:
         raise
     except Exception as error:  # with damaged bytes the decoder may raise almost anything
-        raise InputError(f"{path} cannot be read as a tiff file. Copy it again from the dataset.") from error
+        raise InputError(f"{path} cannot be read as a tiff file. Copy it again from its source.") from error
 
 
 def _check_header(path: Path, tif: tifffile.TiffFile, depth: bool) -> None:
@@ -124,10 +124,10 @@ def _check_header(path: Path, tif: tifffile.TiffFile, depth: bool) -> None:
         raise InputError(f"{problem}. Run pip install imagecodecs, or save it without compression.")
     pages = [page for page in series.pages if page is not None]
     if any(len(page.dataoffsets) != math.prod(page.chunked) or 0 in page.databytecounts for page in pages):
-        raise InputError(f"{path} lacks strips or tiles that its header lists. Copy it again from the dataset.")
+        raise InputError(f"{path} lacks strips or tiles that its header lists. Copy it again from its source.")
     end = max(o + n for page in pages for o, n in zip(page.dataoffsets, page.databytecounts, strict=True))
     if series.dataoffset is not None:  # its pages follow one another, and share the first one's header
         end = series.dataoffset + series.nbytes
     size = path.stat().st_size
     if size < end:
-        raise InputError(f"{path} is cut short, with {size} of {end} bytes. Copy it again from the dataset.")
+        raise InputError(f"{path} is cut short, with {size} of {end} bytes. Copy it again from its source.")

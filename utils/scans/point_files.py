@@ -81,7 +81,7 @@ def read_ply(path: Path, image_size: tuple[int, int] | None = None) -> np.ndarra
         expected = (
             "num_rows and num_cols in its header, or an image of its size"
             if size is None
-            else f"{size[0]} x {size[1]}, one a pixel"
+            else f"{size[0]} x {size[1]}, one for each pixel"
         )
         raise InputError(
             f"{path} holds {number} points, expected {expected}. Export it with a point for each pixel, NaN where there"

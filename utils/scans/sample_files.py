@@ -55,7 +55,7 @@ def find_samples(
             not have the same stem; the sample then has the name of the image.
         depth: True if depth images count as clouds, because their camera is known.
         xyz_flag: name of the flag that gave `xyz`, for errors.
-        required: False if files may still come: none of them need exist yet.
+        required: False if files may still arrive, so that none need exist yet.
 
     Raises InputError if files are `required` and there is none, or no sample is complete; OSError for an unreadable
     folder.
@@ -67,7 +67,7 @@ def find_samples(
     if clouds is not None:
         suffixes = CLOUD_SUFFIXES + (DEPTH_SUFFIXES if depth else ())
         by_kind["cloud"] = _by_stem(clouds, suffixes, xyz_flag, required)
-    if len(by_kind) == 2:  # a .tiff in a folder of both is a cloud, also before the first image comes
+    if len(by_kind) == 2:  # a .tiff in a folder of both is a cloud, even before the first image arrives
         used = {path for files in by_kind["cloud"].values() for path in files if path.suffix.lower() in TIFF_SUFFIXES}
         unused = {stem: [each for each in files if each not in used] for stem, files in by_kind["image"].items()}
         by_kind["image"] = {stem: files for stem, files in unused.items() if files}
@@ -102,7 +102,7 @@ def _problem(name: str, paths: Mapping[str, list[Path]], alone: Mapping[str, lis
         return f"Its name has {length} bytes, expected at most {LONGEST_NAME}. Rename its files."
     for kind, files in paths.items():
         if len(files) > 1:
-            return f"{files[0]} and {files[1]} share a stem. Rename one, or give a pattern for one of them."
+            return f"{files[0]} and {files[1]} share a stem. Rename one, or give a pattern that leaves one out."
         if not files:
             partner = next(others[0] for others in paths.values() if others)
             problem = f"{partner} has no {kind} of the same stem"

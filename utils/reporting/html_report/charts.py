@@ -13,7 +13,7 @@ from utils.reporting.html_report.page import environment
 WIDTH, HEIGHT = 340, 240
 LEFT, TOP, RIGHT, FLOOR = 52, 12, 328, 200  # edges of the plot
 SEVERITIES = (-1, 5)  # axis of a strip plot, the same for all classes and runs
-EDGE = 2.0  # percent of the width of a strip plot beside its axis
+EDGE = 2.0  # margin on both sides of the axis, percent of the width of a strip plot
 GOLDEN = 0.618  # spreads the dots of a row evenly over its height
 NO_SEVERITY = "image score; there is no severity without a threshold above the median of good samples"
 
@@ -74,9 +74,9 @@ class Strip(NamedTuple):
 
 
 def strip_plot(samples: Sequence[Mapping[str, Any]], threshold: float | None) -> Strip:
-    """A dot for each of the samples of results.json, at least one: at its severity, or at its score without one.
+    """Strip plot of samples of results.json, at least one: a dot at the severity, or at the score without severities.
 
-    Each folder has a row, the good samples the first. Severities beyond SEVERITIES are drawn at the edges.
+    Each folder has a row, with the good samples first. Severities beyond SEVERITIES are drawn at the edges.
     """
     by_severity = all(sample["severity"] is not None for sample in samples)
     key, label, marked = "score", NO_SEVERITY, threshold

@@ -17,7 +17,7 @@ from utils.records import SampleResult
 from utils.reporting.visualization import FUSED, LINES, Drawing, Scale, bar_labels, color_scales, heat_strength
 from utils.scans.organized_pc import valid_mask
 
-VIEW_SIDE = 280  # pixels of a picture's longer side
+VIEW_SIDE = 280  # pixels: longer side of a drawing
 CLOUD_POINTS = 8000  # of a 3D view, at most
 ERROR_SHARE = 0.75  # largest share of wrong samples among those shown, if there are enough others
 HIT, MISS, FALSE_ALARM, CORRECT_PASS = "hit", "miss", "false alarm", "correct pass"
@@ -36,7 +36,7 @@ class Decision(NamedTuple):
 
 
 def outcome(label: int, score: float, threshold: float | None) -> str:
-    """Outcome of a sample, 1 = defective: hit, miss, false alarm or correct pass."""
+    """Outcome of a sample with a label, 1 = defective: hit, miss, false alarm or correct pass."""
     if threshold is None:
         return UNDECIDED
     if score > threshold:

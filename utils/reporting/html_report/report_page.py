@@ -27,7 +27,7 @@ FILE_NAME = "report.html"
 PLURALS = {MISS: "misses", FALSE_ALARM: "false alarms", HIT: "hits", CORRECT_PASS: "correct passes"}
 DECISIONS = ("f1", "precision", "recall", "false_alarm_rate")  # metrics that the means of results.json lack
 AREAS = (
-    ("image_rocauc", "I-AUROC", "Chance that a defective sample scores above a good one: 1 is perfect, 0.5 guessing."),
+    ("image_rocauc", "I-AUROC", "Chance that a defective sample scores above a good one: 1 is perfect, 0.5 is random."),
     ("au_pro", "AU-PRO", "Share of the defects' area that the maps find with few false pixels: 1 is perfect."),
 )
 MOST_NAMES = 4  # of classes in the title
@@ -121,7 +121,7 @@ def _title(args: Mapping[str, Any], classes: Sequence[ClassReport]) -> str:
 
 
 def _tiles(mean: Mapping[str, Any], classes: Sequence[ClassReport]) -> list[Tile]:
-    """The numbers that tell whether the run is good enough; those that are not measured are left out."""
+    """Tiles of the most important numbers; those that were not measured are left out."""
     tested = [each for each in classes if each.entry["split"] == "test"]
     if not tested:
         splits = " and ".join(sorted({each.entry["split"] for each in classes}))

@@ -29,7 +29,8 @@ function imageView(sample, source, alt, outlined) {
 }
 
 const score = (value, digits = 4) => Number(value.toPrecision(digits)).toString();
-const severity = (sample) => (sample.severity === null ? `score ${score(sample.score)}` : `severity ${sample.severity.toFixed(2)}`);
+const rounded = (number) => number.toFixed(2).replace(/^-0\.00$/, "0.00");
+const severity = (sample) => (sample.severity === null ? `score ${score(sample.score)}` : `severity ${rounded(sample.severity)}`);
 
 function outcome(sample) {
   const made = element("span", { className: "outcome", textContent: sample.outcome });
@@ -85,7 +86,7 @@ function walkCards(event) {
   if (buttons[target]) buttons[target].focus();
 }
 
-// The dots of the shown samples open them.
+// A click on the dot of a shown sample opens the sample.
 function openFromDots() {
   for (const dot of document.querySelectorAll(".dot")) {
     const name = dot.closest(".strip").dataset.class;
@@ -213,24 +214,30 @@ async function unpack(cloud) {
   }
   const [rows, columns] = cloud.grid;
   const bits = new Uint8Array(buffer, (cloud.colored ? 11 : 8) * n);
-  const at = new Int32Array(rows * columns).fill(-1); // point of a pixel
+  const at = new Int32Array(rows * columns).fill(-1); // number of each pixel's point, or -1
   for (let pixel = 0, point = 0; pixel < at.length; pixel++) {
     if ((bits[pixel >> 3] >> (7 - (pixel & 7))) & 1) at[pixel] = point++;
   }
-  return { points: { ...unpacked, ...surface(unpacked, cloud.grid, at) }, at, marked: plane(1) };
+  const close = closeness(unpacked, cloud.grid[1], at);
+  return { points: { ...unpacked, ...surface(cloud.grid, at, close) }, at, close, marked: plane(1) };
 }
 
-// Triangles between neighbors on the cloud's grid, except across gaps and jumps in depth.
-function surface(points, [rows, columns], at) {
+// Test of two neighbors on the cloud's grid, false across a jump in depth.
+function closeness(points, columns, at) {
   const apart = (a, b) => Math.hypot(points.x[a] - points.x[b], points.y[a] - points.y[b], points.z[a] - points.z[b]);
   const edges = [];
   for (let pixel = 1; pixel < at.length; pixel++) {
     if (pixel % columns && at[pixel - 1] >= 0 && at[pixel] >= 0) edges.push(apart(at[pixel - 1], at[pixel]));
   }
   const longest = 6 * (edges.sort((a, b) => a - b)[edges.length >> 1] || 0);
+  return (a, b) => apart(a, b) <= longest;
+}
+
+// Triangles between close neighbors.
+function surface([rows, columns], at, close) {
   const [i, j, k] = [[], [], []];
   const add = (a, b, c) => {
-    if (Math.min(a, b, c) < 0 || Math.max(apart(a, b), apart(b, c), apart(c, a)) > longest) return;
+    if (Math.min(a, b, c) < 0 || !(close(a, b) && close(b, c) && close(c, a))) return;
     i.push(a);
     j.push(b);
     k.push(c);
@@ -250,7 +257,7 @@ function surface(points, [rows, columns], at) {
 }
 
 // Lines between the outermost points of a region of the surface, a little in front of it.
-function outline(sample, { points, at }, inside, name, color) {
+function outline(sample, { points, at, close }, inside, name, color) {
   const [rows, columns] = sample.cloud.grid;
   const within = (row, column) => row >= 0 && column >= 0 && row < rows && column < columns && inside(at[row * columns + column]);
   const edge = (row, column) =>
@@ -263,7 +270,9 @@ function outline(sample, { points, at }, inside, name, color) {
       if (!edge(row, column)) continue;
       for (const [down, right] of [[0, 1], [1, 0], [1, 1], [1, -1]]) {
         if (!edge(row + down, column + right)) continue;
-        for (const point of [at[row * columns + column], at[(row + down) * columns + column + right]]) {
+        const ends = [at[row * columns + column], at[(row + down) * columns + column + right]];
+        if (!close(...ends)) continue;
+        for (const point of ends) {
           line.x.push(points.x[point]);
           line.y.push(points.y[point]);
           line.z.push(points.z[point] + lift);
@@ -308,7 +317,7 @@ function colors(sample, points) {
 const lowest = (values) => values.reduce((a, b) => Math.min(a, b));
 const span = (values) => values.reduce((a, b) => Math.max(a, b)) - lowest(values);
 
-// Round ticks of an axis, named by the coordinates in the file, of which y and z point the other way.
+// Round ticks of an axis, labeled with the coordinates in the file. The plot negates y and z, so their `sign` is -1.
 function ticks(values, sign, most) {
   const rough = Math.max(span(values), 1e-6) / most;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -375,7 +384,7 @@ async function draw(sample) {
 
 const TURN = Math.PI / 18;
 
-// Turn the view about the vertical axis and upwards by angles, and let the camera stand `distance` times as far away.
+// Turn the view to the right and up by angles in radians, and multiply the distance of the camera by `distance`.
 function moveCamera(right, upwards, distance) {
   if (plot.hidden || !plot.layout) return;
   const { eye, center } = plot.layout.scene.camera;
