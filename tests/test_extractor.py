@@ -56,7 +56,7 @@ def test_only_the_needed_networks_are_built(
     stubs = {"rgb_backbone": stub_rgb, "xyz_backbone": stub_xyz, "feature_fusion": stub_fusion}
     for kind, stub in stubs.items():
         monkeypatch.setattr(extractor_module, f"build_{kind}", building(kind, stub))
-    config = settings(method_name, use_uff=use_uff, point_norm="running")
+    config = settings(method_name, use_uff=use_uff, point_norm="running", rgb_layers=(2, 5))
     files = {"rgb_checkpoint": Path("mine/rgb.pth"), "xyz_checkpoint": Path("mine/xyz.pth")} if given else {}
     extractor = build_extractor(config, Path("weights"), Path("folder/uff.pth"), **files)
 
@@ -65,7 +65,7 @@ def test_only_the_needed_networks_are_built(
     expected: dict[str, tuple[object, ...]] = {}
     if method_name != "Point_MAE":
         rgb_checkpoint = files.get("rgb_checkpoint")
-        expected["rgb_backbone"] = ("vit_base_patch8_224_dino", Path("weights"), SIZE, rgb_checkpoint, {})
+        expected["rgb_backbone"] = ("vit_base_patch8_224_dino", Path("weights"), SIZE, rgb_checkpoint, (2, 5), {})
     if method_name != "DINO":
         expected["xyz_backbone"] = ("Point_MAE", Path("weights"), numbers)
     if use_uff:
