@@ -1,10 +1,10 @@
-"""Accuracy of the protocols, and of each field beyond `corrected`, on synthetic samples and on real pictures.
+"""Accuracy of the protocols, and of each field beyond `corrected`, on synthetic samples and on real images.
 
-    python benchmarks/accuracy.py --set choosing       # to choose by: half of the seeds, without the class HELD_OUT
-    python benchmarks/accuracy.py                      # with those to confirm the choice: other seeds, all classes
-    python benchmarks/accuracy.py --set --pictures ../mvtec3d_tire_rgb     # only the rgb bank, on real pictures
+    python benchmarks/accuracy.py --set choosing       # to choose fields: half of the seeds, without the class HELD_OUT
+    python benchmarks/accuracy.py                      # also to confirm the choice: other seeds, all classes
+    python benchmarks/accuracy.py --set --images ../mvtec3d_tire_rgb    # only real images, with the rgb bank
 
-Synthetic samples have weak defects and are cleaned like real ones. Pictures are read from
+Synthetic samples have weak defects and are cleaned like real ones. Images are read from
 FOLDER/<class>/{train,validation,test}. The backbones are EfficientNet-Lite0 and FPFH, which need no download. Features
 and results are kept in --work_dir, and the same command continues an interrupted run. After a change of the protocols,
 remove results.jsonl there; after a change of the features, remove the whole folder. The script prints the Markdown
@@ -35,9 +35,9 @@ from utils.reporting.progress import progress_bar
 from utils.scans.files import subfolders
 from utils.synthetic_data.parts import PARTS
 
-HELD_OUT = "rope"  # class that no choice was made by
+HELD_OUT = "rope"  # class left out when choosing
 SETS = ("choosing", "confirming")
-PICTURE_SIZES = (224, 448)
+IMAGE_SIZES = (224, 448)
 
 Values = list[float]  # in the order of METRICS
 
@@ -47,9 +47,9 @@ def make_trials(args: Any) -> list[Trial]:
     synthetic = [Trial(name, args.img_size, seed) for seed in range(args.seeds) for name in args.classes]
     trials = [each for each in synthetic if each.set_name in args.set]
     trials = [each for each in trials if each.set_name == "confirming" or each.class_name != HELD_OUT]
-    if args.pictures is not None:
-        names = [folder.name for folder in subfolders(args.pictures)]
-        trials += [Trial(name, size, pictures=args.pictures) for name in names for size in PICTURE_SIZES]
+    if args.images is not None:
+        names = [folder.name for folder in subfolders(args.images)]
+        trials += [Trial(name, size, images=args.images) for name in names for size in IMAGE_SIZES]
     return trials
 
 
@@ -76,7 +76,7 @@ def plan_measurements(args: Any, trials: Sequence[Trial]) -> list[Measurement]:
     """All measurements: the named protocols with every method, the variants of single fields with the full one."""
     planned = []
     for trial in trials:
-        methods = args.methods if trial.pictures is None else [RGB]
+        methods = args.methods if trial.images is None else [RGB]
         for name, protocol in make_variants().items():
             if name in (args.variants or [name]):
                 of_variant = methods if name in PROTOCOLS else [trial.full_method]
@@ -123,18 +123,18 @@ def fit_and_test(measurement: Measurement, features: Features, masks: Tensor, la
 
 
 def print_tables(results: dict[Key, Values], planned: Sequence[Measurement]) -> None:
-    """Print the tables of each set of synthetic samples, and of each class of pictures and input size."""
+    """Print the tables of each set of synthetic samples, and of each class of images and input size."""
     methods = list(dict.fromkeys(method for each in planned for method in each.methods))
     variants = list(dict.fromkeys(each.variant for each in planned))
     protocols = [name for name in variants if name in PROTOCOLS]
     trials = list(dict.fromkeys(each.trial for each in planned))
     for name in dict.fromkeys(each.set_name for each in trials):
         group = [each for each in trials if each.set_name == name]
-        if group[0].pictures is not None:
+        if group[0].images is not None:
             print(f"\n## {name}\n\n{means_table(results, group, [RGB], variants)}")
             continue
         print(f"\n## {name}\n\n{means_table(results, group, methods, protocols)}")
-        print(f"\n{FULL} minus `reference`:\n\n{differences_table(results, group, FULL, variants)}")
+        print(f"\n{FULL}, difference from `reference`:\n\n{differences_table(results, group, FULL, variants)}")
         for protocol in protocols[1:]:
             print(f"\nThe same by class, `{protocol}`:\n\n{classes_table(results, group, FULL, protocol)}")
 
@@ -142,7 +142,7 @@ def print_tables(results: dict[Key, Values], planned: Sequence[Measurement]) -> 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--set", nargs="*", choices=SETS, default=SETS, help="synthetic trials")
+    add("--set", nargs="*", choices=SETS, default=SETS, help="sets of synthetic trials; --set alone leaves them out")
     add("--classes", nargs="+", choices=PARTS, default=tuple(PARTS), help="synthetic classes")
     add("--seeds", type=int, default=6, help="number of seeds; even ones are for choosing, odd ones for confirming")
     add("--img_size", type=int, default=224, help="side of the input of synthetic samples, pixels")
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--methods", nargs="+", choices=METHODS, default=("Point_MAE", RGB, FULL), help="methods of the named protocols"
     )
     add("--variants", nargs="+", choices=make_variants(), help="protocols to measure; all by default")
-    add("--pictures", type=Path, metavar="FOLDER", help="dataset of real pictures")
+    add("--images", type=Path, metavar="FOLDER", help="dataset of real images")
     add("--work_dir", type=Path, default=Path("results/accuracy"), help="folder of features and results")
     args = parser.parse_args(argv)
     start_messages("%(message)s")

@@ -21,7 +21,7 @@ from utils.synthetic import Plan, make_dataset
 FULL, RGB = "DINO+Point_MAE+Fusion", "DINO"
 EXTRACTION_FIELDS = ("exact_distances", "masked_pooling")  # fields of Protocol that change the features
 SCAN_SIZE, DEFECT_STRENGTH = 300, 0.7
-COUNTS = {"train": 16, "validation": 4, "test_good": 12, "test_defective": 2}  # of each of six types of defect
+COUNTS = {"train": 16, "validation": 4, "test_good": 12, "test_defective": 2}  # test_defective: of each type of defect
 SPLITS = ("train", "validation", "test")
 STORED = tuple(name for name in PatchFeatures._fields if name != "fusion")
 
@@ -35,17 +35,17 @@ class Trial:
     class_name: str
     img_size: int
     seed: int | None = None  # of synthetic samples
-    pictures: Path | None = None  # dataset folder of real pictures
+    images: Path | None = None  # dataset folder of real images
 
     @property
     def name(self) -> str:
         """Name of its files, and key of its results."""
-        return f"{self.class_name}-{'pictures' if self.seed is None else self.seed}-{self.img_size}"
+        return f"{self.class_name}-{'images' if self.seed is None else self.seed}-{self.img_size}"
 
     @property
     def full_method(self) -> str:
         """Method with all banks that the samples allow."""
-        return FULL if self.pictures is None else RGB
+        return FULL if self.images is None else RGB
 
     @property
     def set_name(self) -> str:
@@ -66,13 +66,13 @@ def detector_config(trial: Trial, method: str, protocol: Protocol) -> DetectorCo
 
 
 def extract(trial: Trial, protocols: Sequence[Protocol], work_dir: Path) -> None:
-    """Write the features of a trial for each of the protocols, unless they are there."""
+    """Write the features of a trial for each of the protocols, unless they exist."""
     wanted = {features_path(trial, each, work_dir): each for each in protocols}
     missing = {path: protocol for path, protocol in wanted.items() if not path.exists()}
     if not missing:
         return
     with tempfile.TemporaryDirectory() as folder:
-        root = trial.pictures or make_samples(trial, Path(folder))
+        root = trial.images or make_samples(trial, Path(folder))
         for path, protocol in missing.items():
             with atomic_path(path) as temporary:
                 save_file(extract_class(trial, protocol, root / trial.class_name), temporary)

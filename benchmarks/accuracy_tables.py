@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.accuracy_features import Trial
 
-BASE = "reference"  # protocol that the others are compared to
+BASE = "reference"  # protocol that the others are compared with
 METRICS = ("I-AUROC", "P-AUROC", "AU-PRO 0.3", "AU-PRO 0.01")
 
 Key = tuple[str, str, str]  # name of a trial, method, variant of the protocol
@@ -30,13 +30,13 @@ def means_table(results: Results, trials: Sequence[Trial], methods: Sequence[str
 
 
 def differences_table(results: Results, trials: Sequence[Trial], method: str, variants: Sequence[str]) -> str:
-    """Mean difference of each variant to `reference` in the same trial, with its standard error."""
+    """Mean difference of each variant from `reference` in the same trial, with its standard error."""
     rows: Rows = {(variant,): _differences(results, trials, method, variant) for variant in variants if variant != BASE}
     return _table(("protocol",), {name: cells for name, cells in rows.items() if cells})
 
 
 def classes_table(results: Results, trials: Sequence[Trial], method: str, variant: str) -> str:
-    """Mean difference of a variant to `reference` in each class, with its standard error over the seeds."""
+    """Mean difference of a variant from `reference` in each class, with its standard error over the seeds."""
     names = list(dict.fromkeys(each.class_name for each in trials))
     groups: dict[tuple[str, ...], list[Trial]] = {
         (name,): [each for each in trials if each.class_name == name] for name in names
@@ -52,7 +52,7 @@ def values_of(results: Results, trials: Sequence[Trial], method: str, variant: s
 
 
 def _differences(results: Results, trials: Sequence[Trial], method: str, variant: str) -> list[str]:
-    """Cells of a row of differences to BASE; none without a trial that was measured with both."""
+    """Cells of a row of differences from BASE; [] if no trial was measured with both."""
     both = [t for t in trials if (t.name, method, variant) in results and (t.name, method, BASE) in results]
     difference = values_of(results, both, method, variant) - values_of(results, both, method, BASE)
     return [_with_error(column) for column in difference.T] if both else []

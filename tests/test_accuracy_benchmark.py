@@ -19,8 +19,8 @@ from utils.synthetic_data.parts import PARTS
 FULL = accuracy_features.FULL
 
 
-def test_what_confirms_a_choice_is_not_used_to_make_it() -> None:
-    args = argparse.Namespace(seeds=6, classes=list(PARTS), img_size=224, pictures=None)
+def test_confirming_trials_are_not_used_for_choosing() -> None:
+    args = argparse.Namespace(seeds=6, classes=list(PARTS), img_size=224, images=None)
     by_set = {}
     for name in accuracy.SETS:
         args.set = [name]
