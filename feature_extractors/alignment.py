@@ -62,9 +62,10 @@ def align_to_patches(
 
 
 def near_points(xyz_patches: Tensor, grid: int) -> Tensor:
-    """(grid**2,) bool, row-major: patches of another grid that hold a point of the cloud, or one within a patch.
+    """Patches near a point of the cloud: (grid**2,) bool, row-major.
 
-    From the xyz patches (n, C) of the cloud, row-major over a square grid, exactly 0 where there is no point.
+    They hold a point or are next to an xyz patch with one. `xyz_patches` (n, C) are row-major over a square grid, which
+    may differ, and exactly 0 where there is no point.
     """
     side = math.isqrt(len(xyz_patches))
     occupied = (xyz_patches != 0).any(dim=1).float().view(1, 1, side, side)

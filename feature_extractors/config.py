@@ -67,8 +67,8 @@ class Protocol:
     exact_au_pro: bool = False  # headline AU-PRO from the exact curve, instead of 100 thresholds
     # Extensions
     foreground: bool = False  # where there is a cloud, only patches near a point enter the banks and the map
-    local_spacing: bool = False  # distances in the map relative to how far apart the rows of the bank are there
-    noise_units: bool = False  # banks compared in units of their noise on good samples, and the largest taken
+    local_spacing: bool = False  # distances in the map relative to the spacing of the nearby rows of the bank
+    noise_units: bool = False  # largest of the banks, in units of their noise on good samples, instead of SVMs
     top_score: bool = False  # image score: mean of the highest pixels, instead of PatchCore's weighted patch
 
 
@@ -142,7 +142,7 @@ class DetectorConfig:
 
     @property
     def decision_fusion(self) -> str:
-        """Fusion of several banks: "none" (of one bank), "sum", "svm", or "noise" (sum in units of their noise)."""
+        """Fusion of several banks: "none" (a single bank), "sum", "svm", or "noise" (largest, in units of noise)."""
         several = len(self.method.banks) > 1
         return "noise" if self.protocol.noise_units and several else self.method.fusion
 
@@ -152,7 +152,7 @@ class DetectorConfig:
 
     @property
     def lambdas_of_banks(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Factors of scores and factors of maps, in the order of the method's banks; 1 in units of noise."""
+        """Factors of scores and factors of maps, in the order of the method's banks; 1 for "noise"."""
         if self.decision_fusion == "noise":
             return ((1.0,) * len(self.method.banks),) * 2
         places = [BANKS.index(name) for name in self.method.banks]
@@ -176,7 +176,7 @@ class DetectorConfig:
                 raise InputError(f"--{name} {problem}")
         layers = self.rgb_layers or (0,)
         if list(layers) != sorted(set(layers)) or layers[0] < 0:
-            raise InputError(f"--rgb_layers is {' '.join(map(str, layers))}. Give different numbers from 0, ascending.")
+            raise InputError(f"--rgb_layers is {' '.join(map(str, layers))}. Give ascending numbers from 0.")
         least = self.xyz_grid + 2  # pooling without padding loses two pixels
         if self.xyz_grid < 1 or self.img_size < least:
             problem = f"Give at least {least} for {self.xyz_grid} xyz patches a side"

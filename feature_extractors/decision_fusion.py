@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NOISE_TAIL = 0.01  # share of the pixels
-LEAST_NOISE = 1e-12  # replaces 0, as among equal samples
-SVM_RANDOM_STATE = 42  # seeds the order of stochastic gradient descent; --seeds does not apply to it
+NOISE_TAIL = 0.01  # share of the pixels above the noise of a map
+LEAST_NOISE = 1e-12  # replaces 0, the noise of identical samples
+SVM_RANDOM_STATE = 42  # seeds the order of stochastic gradient descent; --seeds does not change it
 
 
 class DecisionFusion(NamedTuple):
@@ -56,10 +56,11 @@ def fit_decision_fusion(
 
 
 def fit_noise_units(scores: Sequence[Sequence[float]], maps: Sequence[Sequence[Tensor]]) -> DecisionFusion:
-    """Divide each bank by its noise, measured on N good samples whose own patches are not in it; take the largest bank.
+    """Fusion that divides each bank's scores and maps by their noise and takes the largest.
 
-    From K scores and K maps (H, W) of each sample. The noise of scores is their median, that of maps the value that
-    NOISE_TAIL of the pixels exceed, without those that are 0, the background.
+    `scores` and `maps` hold K scores and K maps (H, W) of each of N good samples, from banks without the sample's own
+    patches. The noise of scores is their median. The noise of maps is the value that NOISE_TAIL of their pixels exceed;
+    pixels that are 0 are background and do not count.
     """
     of_scores = [float(np.median(of_bank)) for of_bank in zip(*scores, strict=True)]
     of_maps = [_noise_of_map(torch.stack(of_bank).numpy()) for of_bank in zip(*maps, strict=True)]

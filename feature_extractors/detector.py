@@ -58,7 +58,7 @@ class Detector:
         return dict(zip(self.banks, scores.tolist(), strict=True)), dict(zip(self.banks, planes, strict=True))
 
     def without(self, sample: int) -> "Detector":
-        """The detector with banks without the patches of a training sample, see MemoryBank.without."""
+        """Copy with banks that lack the patches of a training sample, see MemoryBank.without."""
         return replace(self, banks={name: bank.without(sample) for name, bank in self.banks.items()})
 
     def _score_banks(self, features: PatchFeatures, expanded: str) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ class Detector:
         return top_scores(maps) if protocol.top_score else torch.stack(scores), maps
 
     def _score_bank(self, name: str, features: PatchFeatures, expanded: str) -> tuple[Tensor | None, Tensor]:
-        """Image score () float64 of a bank, None where the map gives it, and distances (P,) of the patches."""
+        """Image score () float64 of a bank, None if it comes from the map, and distances (P,) of the patches."""
         config, bank, protocol = self.config, self.banks[name], self.config.protocol
         patches = bank.statistics.normalize(getattr(features, name))
         near: Tensor | int = self._foreground(features, len(patches)) if config.has_foreground else 1

@@ -17,8 +17,9 @@ MAX_DIFFERENCE_ENTRIES, MAX_DIFFERENCE_ENTRIES_ON_GPU = 1 << 24, 1 << 26
 # that lose most of their digits this way (d^2 is below CANCELLING times |q|^2 + |r|^2), or all.
 EXPANDED = ("nowhere", "cancelling", "everywhere")
 CANCELLING = 2.0**-9
-# Rows that a relative distance is a mean over; rows that a spacing is a mean over, and its least share of the mean one.
-NEAREST_ROWS, SPACING_NEIGHBORS, LEAST_SPACING = 3, 10, 0.01
+NEAREST_ROWS = 3  # averaged in a relative distance
+SPACING_NEIGHBORS = 10  # averaged in the spacing of a row
+LEAST_SPACING = 0.01  # share of the mean spacing
 
 
 class BankStatistics(NamedTuple):
@@ -44,8 +45,8 @@ def mean_and_std(rows: Tensor | ShardedRows, step: int = CHUNK) -> BankStatistic
 class MemoryBank:
     """Normalized patches `rows` (N, D) float32, and the `statistics` by which callers normalize the queries.
 
-    `spacing` (N,) float32 is the distance between rows around each of them, see `with_spacing`. `owners` (N,) int64 are
-    the numbers of the training samples that the rows are from, -1 for an added row; only a fit knows them.
+    `spacing` (N,) float32 is the mean distance of each row to its neighbors, see `with_spacing`. `owners` (N,) int64
+    are the numbers of the training samples that the rows are from, -1 for an added row; they are not saved.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class MemoryBank:
         return len(self.rows)
 
     def without(self, sample: int) -> "MemoryBank":
-        """The bank without the rows of a training sample, or all of it if there are no others."""
+        """Copy without the rows of a training sample; the whole bank if there are no others."""
         assert self.owners is not None
         others = self.owners != sample
         if not others.any():
@@ -87,9 +88,9 @@ class MemoryBank:
         return MemoryBank(self.rows[others], self.statistics, spacing=spacing)
 
     def with_spacing(self) -> "MemoryBank":
-        """The bank with the mean distance of each row to the SPACING_NEIGHBORS rows nearest to it.
+        """Copy with the spacing of each row: its mean distance to the SPACING_NEIGHBORS nearest rows.
 
-        Where rows are equal or there is only one, the spacing is at least LEAST_SPACING of the mean spacing, or 1.
+        To avoid 0 at equal rows, it is at least LEAST_SPACING of the mean spacing; 1 if all rows are equal.
         """
         neighbors = min(SPACING_NEIGHBORS, len(self) - 1)
         found = []
@@ -132,8 +133,8 @@ class MemoryBank:
     def relative_distances(self, queries: Tensor) -> Tensor:
         """Distances (M,) of normalized queries (M, D) relative to the spacing of the bank around each of them.
 
-        The geometric mean of |q - r| / sqrt(spacing of r) over the NEAREST_ROWS rows r nearest to a query q, so that it
-        is 0 for a row of the bank. The rows are found by products alone: of nearly equal ones any may be taken.
+        The geometric mean of |q - r| / sqrt(spacing of r) over the NEAREST_ROWS rows r nearest to a query q; 0 for a
+        row of the bank. The rows are found by rounded products, so any of nearly equally distant ones may be taken.
         """
         assert self.spacing is not None
         distinct, inverse = distinct_rows(queries)

@@ -122,7 +122,7 @@ class ShardedRows:
         return all_reduce_sum(total, self.group) / self.total
 
     def samples(self, index: Tensor, count: int) -> Tensor:
-        """Numbers (K,) of the samples that the rows at an index (K,) are from; all rows are from `count` samples."""
+        """Sample numbers (K,) of the rows at an index (K,); all rows are from `count` samples."""
         assert isinstance(self.shard, PatchRows)
         position, mine = self.locate(index)
         stored = all_gather_counts(len(self.shard.stored), self.group)

@@ -103,8 +103,8 @@ def fit_detector(
 def _fit_decision_fusion(detector: Detector, features: TrainingFeatures) -> DecisionFusion:
     """Fit decision fusion to the training samples of all ranks, on the first rank.
 
-    One-class SVMs see each sample against all of the banks. For units of noise its own patches are left out of them.
-    Raises InputError for units of noise if there is only one sample.
+    One-class SVMs use the scores of each sample against the whole banks; units of noise, against banks without its own
+    patches. Raises InputError for units of noise if there is only one sample.
     """
     config, group = detector.config, features.group
     noise, total = config.decision_fusion == "noise", features.total()

@@ -65,7 +65,7 @@ class TrainingFeatures:
         return sum(all_gather_counts(self.count, self.group)[: rank(self.group)])
 
     def total(self, samples: int | None = None) -> int:
-        """Number of samples over all ranks, of the first `samples` ones."""
+        """Number of samples over all ranks, at most `samples`."""
         total = sum(all_gather_counts(self.count, self.group))
         return total if samples is None else min(total, samples)
 

@@ -41,7 +41,7 @@ class RgbSpec(NamedTuple):
     timm_name: str  # in timm 1.0
     files: CheckpointFiles
     model_file: str = ""  # "module.Class" of the pip package that holds the weights, instead of files
-    own_normalization: bool = False  # images are normalized as in the network's training, instead of by ImageNet
+    own_normalization: bool = False  # images are normalized as in training, instead of as for ImageNet
     averages: bool = False  # features are averaged over 3x3 neighborhoods in every protocol
 
     def build(self, img_size: int, layers: Sequence[int] | None = None) -> "RgbBackbone":

@@ -23,7 +23,7 @@ class BackboneRow(NamedTuple):
 def list_backbones(
     checkpoint_dir: Path, img_size: int, chosen: str = "", layers: Sequence[int] | None = None
 ) -> list[BackboneRow]:
-    """Rows of --list_backbones: each named backbone, and the RGB backbone `chosen`, of these layers.
+    """Rows of --list_backbones: each named backbone, and the RGB backbone `chosen` with these layers.
 
     Reads no weights and downloads nothing.
     """
@@ -55,6 +55,6 @@ def print_backbones(checkpoint_dir: Path, img_size: int, chosen: str, layers: Se
     rows = list_backbones(checkpoint_dir, img_size, chosen, layers)
     print_columns([("name", "branch", "width", "grid", "weights"), *[tuple(map(str, row[:5])) for row in rows]])
     published = [f"  {row.name}: {row.published}" for row in rows if row.published]
-    other = "Any other network of timm works by its name there, such as vit_small_patch14_dinov2.lvd142m."
+    other = "Any other timm network works by its timm name, such as vit_small_patch14_dinov2.lvd142m."
     for line in ("", "Published as:", *published, "", other):
         show(line)

@@ -17,7 +17,7 @@ from utils.checkpoint_files import read_checkpoint
 from utils.errors import InputError
 
 HUB_FILE = "model.safetensors"  # name of the weights of every timm model on the Hugging Face hub
-STRIDES = (8, 16)  # of the stages that are taken by default, as in PatchCore
+STRIDES = (8, 16)  # of the default stages, as in PatchCore
 
 
 class RgbBackbone(nn.Module):
@@ -26,9 +26,9 @@ class RgbBackbone(nn.Module):
     It maps (B, 3, S, S) float32, ImageNet-normalized, to (B, grid_size**2, embed_dim), row-major. Feature maps of
     several layers are resized to the finest of their grids and concatenated, as in PatchCore (Roth et al., CVPR 2022).
 
-    A network of a single stride, such as a plain vision transformer, has its blocks as layers: the patch tokens after a
-    block, through the final norm, without class and register tokens. Other networks have the stages of timm's
-    `features_only`.
+    The layers of a network with a single stride, such as a plain vision transformer, are its blocks: the patch tokens
+    after a block, through the final norm, without class and register tokens. The layers of other networks are the
+    stages of timm's `features_only`.
 
     Args:
         timm_name: name in timm 1.0, such as "vit_base_patch8_224.dino".
@@ -70,7 +70,7 @@ class RgbBackbone(nn.Module):
 
     @torch.no_grad()
     def _measure(self, img_size: int) -> tuple[int, int]:
-        """Number of patches and their width, found without computing anything."""
+        """Number of patches and their width, from shapes alone."""
         tensors = {name: each.to("meta") for name, each in (*self.named_parameters(), *self.named_buffers())}
         try:
             with torch.device("meta"):
@@ -95,7 +95,7 @@ class RgbBackbone(nn.Module):
         return torch.cat(planes, dim=1).flatten(2).transpose(1, 2).contiguous()  # (B, C, g, g) -> (B, g**2, C)
 
 
-_REFUSALS = (AttributeError, TypeError, ValueError, AssertionError, RuntimeError)  # of timm's networks
+_REFUSALS = (AttributeError, TypeError, ValueError, AssertionError, RuntimeError)  # raised by timm's networks
 
 
 def _create(timm_name: str, img_size: int) -> tuple[Any, list[int]]:

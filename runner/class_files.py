@@ -70,11 +70,11 @@ def index_classes(
 def draw_samples(class_name: str, paths: Sequence[str], count: int, seed: int) -> list[str]:
     """Draw `count` of the training samples at random, in their order. A larger `count` includes the same samples.
 
-    Raises InputError if there are not so many.
+    Raises InputError if there are fewer.
     """
     if len(paths) < count:
         problem = f"{class_name} has {len(paths)} training samples to draw from, fewer than --few_shot {count}"
-        raise InputError(f"{problem}. Give a smaller number, or raise --max_sample if that is smaller.")
+        raise InputError(f"{problem}. Give a smaller number, or raise --max_sample if it is the limit.")
     order = np.random.default_rng([seed, *class_name.encode("utf-8", "surrogateescape")]).permutation(len(paths))
     return [paths[number] for number in sorted(order[:count])]
 

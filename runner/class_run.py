@@ -92,7 +92,7 @@ def fit_class(
 
 
 def prepare_saving(name: str, run: Run, detectors: Detectors) -> None:
-    """Add what prediction needs to know about the clouds, and round the banks as their files will."""
+    """Note the cleaning and form of the clouds for prediction, and round the banks to the dtype of their files."""
     train = run.files[name].train
     cleaned = cleaning_of(run.settings.dataset_path, name, train)
     for detector in detectors.values():

@@ -66,7 +66,7 @@ class Run:
         return grouped
 
     def folders(self, root: Path) -> dict[str, Path]:
-        """Folder of each fit's own files: `root`, or in it <method>, seed_<seed> or seed_<seed>/<method> if several."""
+        """Folder of each fit's files: `root`; of several methods or seeds, <method>, seed_<seed> or both below it."""
         folders = {}
         for seed, configs in self.seeds.items():
             of_seed = root / f"seed_{seed}" if len(self.seeds) > 1 else root
@@ -126,7 +126,7 @@ def prepare(args: argparse.Namespace, given: Collection[str], device: torch.devi
     saved = {} if args.load_detector is None else read_detectors(args, given)
     if args.few_shot is not None and args.seeds is None:
         if args.resume:
-            problem = "--resume needs the seed that --few_shot drew samples with"
+            problem = "--resume needs the seed of the --few_shot draw"
             raise InputError(f"{problem}. Give it as --seeds; it is the random_state in results.json.")
         args.seeds = [int(np.random.default_rng().integers(2**32))]
         logger.info("--few_shot draws training samples with the seed %d", *args.seeds)

@@ -4,7 +4,7 @@
     python -m runner.reproduce --dataset_path Eyecandies --dataset_type eyecandies --seeds 0 1 2
     python -m runner.reproduce --dataset_path mvtec3d -- --classes bagel --device cuda:1    # flags of main.py
 
-It checks dataset and checkpoints, cleans the scans, and takes the three steps of the README with all six methods.
+It checks dataset and checkpoints, cleans the scans, and runs the three steps of the README with all six methods.
 paper.html and paper.md in --output_dir show our figures beside the published ones. Each step is a process that writes
 to log.txt. After an interruption, the same command continues with the unfinished step.
 """
@@ -37,7 +37,7 @@ from utils.scans.files import locked, make_folder
 
 PAGE, MARKDOWN = "paper.html", "paper.md"
 DATA, PATCHES, UFF = "data", "patch_lib", "uff"  # folders of the steps' results in --output_dir
-RESULTS = {False: "results_without_uff", True: "results_with_uff"}  # by: the method has a fusion bank
+RESULTS = {False: "results_without_uff", True: "results_with_uff"}  # key: the methods have a fusion bank
 EPOCHS = 3
 UFF_CHECKPOINT = f"checkpoint-{EPOCHS - 1}.pth"
 UFF_FLAGS = ("--accum_iter", 16, "--lr", 0.003, "--batch_size", 16, "--epochs", EPOCHS)
@@ -86,7 +86,7 @@ def check_input(config: Config) -> None:
     if problems:
         count = "problem is" if len(problems) == 1 else f"{len(problems)} problems are"
         raise InputError(
-            f"The input is incomplete; the {count} listed above. Solve them and run the same command again."
+            f"The input is incomplete; the {count} listed above. Complete it and run the same command again."
         )
 
 
@@ -96,7 +96,7 @@ def _dataset_problems(config: Config) -> list[str]:
         return [f"{root} is not a folder. Unpack the dataset there, or check the path."]
     problems = []
     if missing := [name for name in config.classes if not (root / name).is_dir()]:
-        fix = "Unpack them, or name those that are there after two hyphens: -- --classes NAME"
+        fix = "Unpack them, or name the others after two hyphens: -- --classes NAME"
         problems.append(f"{root} lacks the classes {', '.join(missing)}. {fix}.")
     for folder in (root / name for name in config.classes if name not in missing):
         if is_published_eyecandies(folder):
@@ -217,11 +217,11 @@ def write_tables(config: Config, command: str) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> Config:
-    """Read the flags; exits or raises InputError if those of this script or of main.py are wrong."""
+    """Read the flags; exits or raises InputError if a flag of this script or of main.py is wrong."""
     parser = Parser(__doc__, {"seeds": DetectorConfig.BOUNDS["random_state"]})
     add = parser.add_argument
     add("--dataset_path", type=Path, required=True, help="unpacked dataset, raw or cleaned")
-    add("--dataset_type", default="mvtec3d", choices=DATASET_CLASSES, help="which of the datasets it is")
+    add("--dataset_type", default="mvtec3d", choices=DATASET_CLASSES, help="type of the dataset")
     add("--checkpoint_dir", type=Path, default=Path("checkpoints"), help="folder of the backbones' checkpoints")
     add("--seeds", type=int, nargs="+", default=[0], help="seeds of the coresets; the tables show mean and deviation")
     add("--output_dir", type=Path, default=Path("paper"), help="folder of the results of all steps")
@@ -229,7 +229,7 @@ def parse_args(argv: Sequence[str] | None) -> Config:
     args = parser.parse_args(argv)
     config = from_flags(Config, args, seeds=list(dict.fromkeys(args.seeds)))
     if given := make_parser().given_flags(config.main_flags) & SET_HERE:
-        raise InputError(f"--{min(given)} is set by this script. Remove it after the two hyphens.")
+        raise InputError(f"--{min(given)} is set by this script. Remove it from the flags after the two hyphens.")
     return config
 
 

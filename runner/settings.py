@@ -122,8 +122,8 @@ def make_parser() -> Parser:
 def _add_input_flags(add: Callable[..., Any]) -> None:
     add("--method_name", nargs="+", choices=METHODS, help="banks and their fusion; several methods share the features")
     add("--memory_bank", choices=MEMORY_BANKS, help="single or multiple banks; by default what the method needs")
-    add("--rgb_backbone_name", metavar="NAME", help="network of the RGB branch: any of timm, see --list_backbones")
-    help_text = "its layers, from 0: blocks of a ViT, else stages; by default the last block, or strides 8 and 16"
+    add("--rgb_backbone_name", metavar="NAME", help="network of the RGB branch: any timm network, see --list_backbones")
+    help_text = "its layers, from 0: blocks of a plain ViT, else stages; default: the last block, or strides 8 and 16"
     add("--rgb_layers", nargs="+", type=int, metavar="N", help=help_text)
     add("--xyz_backbone_name", choices=XYZ_BACKBONES, help="network of the 3D branch")
     add("--use_uff", action="store_true", help="fuse patches with the trained UFF; without it, concatenate them")
@@ -139,7 +139,9 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
     add_file_flags(add)
     add("--classes", nargs="+", type=normpath, help="class folders; by default the existing ones of --dataset_type")
     add("--max_sample", type=int, default=400, help="fit on the first N training samples")
-    help_text = "fit on K of these, drawn at random for each seed and class; without --seeds, a seed is drawn"
+    help_text = (
+        "fit on K training samples, drawn at random for each class and seed; without --seeds, the seed is random"
+    )
     add("--few_shot", type=int, metavar="K", help=help_text)
     help_text = "evaluate the detectors saved there; with --target_fpr and --save_detector, change their thresholds"
     add("--load_detector", type=Path, metavar="FOLDER", help=help_text)
@@ -172,7 +174,7 @@ def _add_detector_flags(add: Callable[..., Any]) -> None:
     add("--num_group", type=int, help="groups per cloud of the point transformer")
     add("--f_coreset", type=float, help="fraction of the patches that the coreset keeps")
     add("--coreset_eps", type=float, help="distortion allowed to the random projection")
-    help_text = "seeds of the random projection, a fit for each; without them, every run draws another projection"
+    help_text = "seeds of the random projection and --few_shot, a fit for each; without them, projections vary by run"
     add("--seeds", type=int, nargs="+", metavar="N", help=help_text)
     add("--asy_memory_bank", type=int, help="build the xyz and fusion banks from the first N samples only")
     add("--rm_zero_for_project", action="store_true", help="leave background patches out of the bank of Point_MAE")
@@ -200,7 +202,7 @@ def _add_machine_flags(add: Callable[..., Any]) -> None:
 def detector_configs(args: argparse.Namespace) -> dict[str, DetectorConfig]:
     """Configuration of each fit: of each method or, with several --seeds, of each method and seed.
 
-    Names are "DINO" or "DINO, seed 0". A flag that concerns only some of the methods keeps its default in the others.
+    Keys are "DINO" or "DINO, seed 0". A flag that concerns only some of the methods keeps its default in the others.
     """
     methods = {name: METHODS[name] for name in args.method_name}
     common = {

@@ -66,7 +66,7 @@ def listed(*flags: object) -> tuple[dict[str, list[str]], dict[str, str]]:
     assert header == ["name", "branch", "width", "grid", "weights"]
     title, *lines = sources.splitlines()
     assert title == "Published as:"
-    assert rest.startswith("Any other network of timm")
+    assert rest.startswith("Any other timm network works")
     published = dict(line.strip().split(": ", 1) for line in lines)
     return {name: rest for name, *rest in rows}, published
 

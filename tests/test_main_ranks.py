@@ -365,7 +365,7 @@ def fitted_before(entries: dict[str, Any]) -> dict[str, Any]:
 def test_backbones_are_listed_once() -> None:
     stdout, _ = run_ranks(2, "--list_backbones")
     assert len([line for line in stdout.splitlines() if line.startswith("name ")]) == 1
-    assert stdout.count("Any other timm vision transformer works") == 1
+    assert stdout.count("Any other timm network works") == 1
     assert len(re.findall("^vit_base_patch8_224_dino ", stdout, re.MULTILINE)) == 1
 
 

@@ -22,7 +22,7 @@ def run(method: str, value: float | None, missing: int = 0, names: tuple[str, ..
 
 
 def rows_of(runs: Runs, table: int = 0) -> dict[str, list[str]]:
-    """Cells of the rows of a table by "method kind"."""
+    """Cells of the rows of a table by "method row"."""
     rows, method = {}, ""
     for name, kind, *cells in paper_tables(runs)[table].rows[1:]:
         method = name or method

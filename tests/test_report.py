@@ -254,7 +254,7 @@ def test_cells_of_several_seeds_are_mean_and_sample_standard_deviation(tmp_path:
     (table,) = read_tables(tmp_path / FILES[0])
     assert table[1] == ["DINO", "0.800 ± 0.100", "0.600 ± 0.100", "0.700 ± 0.000"]
     (table,) = read_tables(tmp_path / FILES[1])
-    assert table[1] == ["DINO", "0.500", "n/a", "0.500"]  # of one value there is no deviation
+    assert table[1] == ["DINO", "0.500", "n/a", "0.500"]  # one value has no deviation
 
 
 def test_results_csv_has_rows_for_seeds_and_their_mean_and_deviation(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_missing_dataset_and_split_are_reported(tmp_path: Path, capsys: pytest.C
 
 def test_flags_of_main_are_checked_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flags, problem in (
-        (["--output_dir", "x"], "--output_dir is set by this script. Remove it after the two hyphens."),
+        (["--output_dir", "x"], "--output_dir is set by this script. Remove it from the flags after the two hyphens."),
         (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
         (["--img_size", "2"], "--img_size is 2."),
     ):

@@ -339,7 +339,7 @@ def test_efficientnet_grid_follows_img_size(img_size: int) -> None:
 
 @torch.no_grad()
 def test_efficientnet_features_keep_their_recorded_values(tmp_path: Path) -> None:
-    """They were recorded from the class of its own that this network once had."""
+    """The values were recorded with an earlier version of the backbone."""
     features = build_rgb_backbone("efficientnet_lite0", tmp_path, 100)(noise(100, seed=100))[0]
     recorded = torch.tensor(RECORDED)
     torch.testing.assert_close(features[[0, 20, 168]][:, [0, 39, 40, 151]], recorded, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Layers of RGB backbones, and networks of timm that are no plain vision transformers, in every script."""
+"""Layers of RGB backbones, and timm networks that are not plain vision transformers, in every script."""
 
 import json
 import sys

@@ -249,7 +249,7 @@ def test_few_shot_without_a_seed_draws_and_records_one(base: list[object], tmp_p
 
 REFUSALS = {
     "--save_detector x --seeds 0 1": "--save_detector saves the detectors of one seed, but --seeds has several. Give",
-    "--few_shot 2 --resume": "--resume needs the seed that --few_shot drew samples with. Give it as --seeds;",
+    "--few_shot 2 --resume": "--resume needs the seed of the --few_shot draw. Give it as --seeds;",
     "--few_shot 2 --seeds 0 1 --save_feature": "--save_feature would mix the samples that --few_shot draws for each",
     "--few_shot 7": "bagel has 6 training samples to draw from, fewer than --few_shot 7. Give a smaller number",
     "--few_shot 3 --max_sample 2": "bagel has 2 training samples to draw from, fewer than --few_shot 3. Give a smaller",

@@ -146,6 +146,6 @@ def mean_of_known(values: Iterable[float | None]) -> float | None:
 
 
 def deviation_of_known(values: Iterable[float | None]) -> float | None:
-    """Sample standard deviation, with the divisor n - 1; None of fewer than two values."""
+    """Sample standard deviation, with the divisor n - 1; None for fewer than two values."""
     known = [value for value in values if value is not None]
     return float(np.std(known, ddof=1)) if len(known) > 1 else None

@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--validation", type=int, default=Plan.validation, metavar="N", help="good samples for validation")
     add("--test_good", type=int, default=Plan.test_good, metavar="N", help="good samples for testing")
     add("--test_defective", type=int, default=Plan.test_defective, metavar="N", help="samples of each type of defect")
-    strength = "factor of the depth, contrast and area of defects"
+    strength = "factor on the depth, contrast and area of defects"
     add("--defect_strength", type=float, default=Plan.defect_strength, help=strength)
     add("--size", type=int, default=Plan.size, metavar="PIXELS", help="side of the square images")
     add("--seed", type=int, default=Plan.seed, help="seed of all random numbers")

@@ -18,7 +18,7 @@ SPECIAL = {
 
 
 def write_latex(path: Path, methods: Methods, command: Sequence[str], exact_headline: bool, note: str = "") -> None:
-    """Write the tables of a run; a run replaces those of the last one. Arguments as in `append_tables`."""
+    """Write the tables of a run, in place of those of the run before. Arguments as in `append_tables`."""
     comment = f"% {one_line(escape_controls(shlex.join(command)))}"
     tables = [_latex(table) for table in result_tables(methods, exact_headline, note)]
     with atomic_path(path) as temporary:

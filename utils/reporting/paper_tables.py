@@ -22,8 +22,8 @@ Runs = Mapping[str, Sequence[Results]]  # by method, one run for each seed
 def paper_tables(runs: Runs) -> list[Table]:
     """I-AUROC, P-AUROC and AU-PRO of runs with the same classes.
 
-    Each method has a row of our figures. Rows of the published ones and of the difference follow where
-    `published_figures` knows some for the settings and samples of the run.
+    Each method has a row of our figures. Rows with the published figures and the difference follow if
+    `published_figures` has some for the settings and samples of the run.
     """
     classes = list(next(iter(runs.values()))[0].classes)
     published = published_of(runs)

@@ -1,4 +1,4 @@
-"""Steps of a long run: a process each, with a log file, one progress bar for all, and a record of the finished ones."""
+"""Steps of a long run, each in its own process, with one log file, one progress bar and a record of finished steps."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ SHOWN_LINES = 10  # of the output of a step that failed
 
 
 class Step(NamedTuple):
-    """A command to run. Its finished share is the number of files that match `pattern` in `folder`, of `total`."""
+    """A command to run. Its finished share: files in `folder` that match `pattern`, divided by `total`."""
 
     name: str
     share: int  # rough share of the time of all steps, percent

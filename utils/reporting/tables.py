@@ -57,7 +57,7 @@ def number(value: float | None) -> str:
 
 
 def spread(values: Sequence[float | None]) -> str:
-    """Mean of the known values and, of several, ± their sample standard deviation."""
+    """Mean of the known values and, if there are several, ± their sample standard deviation."""
     deviation = deviation_of_known(values)
     return number(mean_of_known(values)) + ("" if deviation is None else f" ± {number(deviation)}")
 
@@ -142,7 +142,7 @@ def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _summaries(figures: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Mean and sample standard deviation of the numbers of several seeds by column; {} of one seed."""
+    """Mean and sample standard deviation over several seeds of the numbers by column; {} for one seed."""
     if len(figures) < 2:
         return {}
     columns = {key: [each.get(key) for each in figures] for key in figures[0]}

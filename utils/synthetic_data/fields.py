@@ -1,4 +1,4 @@
-"""Height fields and colors of synthetic parts on a grid in the part frame, and what they are made of.
+"""Height fields and colors of synthetic parts on a grid in the part frame, and the functions that build them.
 
 Part frame: u and v on the table, height above it; meters. Row i of a grid lies at v = (i - (GRID - 1) / 2) * CELL,
 column j at u = (j - (GRID - 1) / 2) * CELL. Colors are linear reflectances, red, green, blue. Good parts vary a

@@ -82,7 +82,7 @@ def carrot(rng: Generator) -> Part:
     across = (v - middle) / (1.25 * radius * round_ends + 1e-6)
     arch = np.sqrt(np.clip(1 - across**2, 0, None))
     crease = np.zeros((GRID, GRID), np.float32)
-    for _ in range(16):  # each runs across a part of the width only
+    for _ in range(16):  # each spans only some of the width
         place, side, strength = rng.uniform(0.03, 0.95), rng.uniform(-0.9, 0.9), rng.uniform(0.4, 1)
         wavy = along - place + 0.002 * np.sin(4 * across + rng.uniform(0, 2 * np.pi))
         crease += strength * bell(wavy * length / 0.0008) * bell((across - side) / rng.uniform(0.4, 1.2))
