@@ -79,10 +79,10 @@ class MemoryBank:
         return len(self.rows)
 
     def without(self, sample: int) -> "MemoryBank":
-        """Copy without the rows of a training sample; the whole bank if there are no others."""
+        """Copy without the rows of a training sample; the bank itself if no other sample has any."""
         assert self.owners is not None
         others = self.owners != sample
-        if not others.any():
+        if not (self.owners[others] >= 0).any():  # an added row alone is no bank
             return self
         spacing = None if self.spacing is None else self.spacing[others]
         return MemoryBank(self.rows[others], self.statistics, spacing=spacing)

@@ -271,7 +271,12 @@ def test_bank_without_a_sample() -> None:
     assert torch.equal(others.rows, rows[[0, 3, 4]])
     assert torch.equal(others.spacing, bank.spacing[[0, 3, 4]])
     assert others.statistics == bank.statistics
-    assert len(MemoryBank(rows[:2], owners=torch.tensor([7, 7])).without(7)) == 2
+
+
+def test_bank_of_a_single_sample_keeps_its_rows() -> None:
+    for owners in ([7, 7], [7, 7, -1]):
+        bank = MemoryBank(random_rows(len(owners), 3, seed=1), owners=torch.tensor(owners))
+        assert bank.without(7) is bank
 
 
 @pytest.mark.parametrize("step", [1, 7, 40, 1 << 14])
