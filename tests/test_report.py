@@ -270,12 +270,12 @@ def test_results_csv_has_rows_for_seeds_and_their_mean_and_deviation(tmp_path: P
 def test_latex_tables_are_escaped_and_hold_formulas(tmp_path: Path) -> None:
     odd = r"50%_a&b #$~^{\}"
     write_latex(
-        tmp_path / "tables.tex", {"x_y": {0: {odd: BAGEL}, 1: {odd: CABLE_GLAND}}}, ["main.py\n"], False, "1 % --a"
+        tmp_path / "tables.tex", {"x_y": {0: {odd: BAGEL}, 1: {odd: CABLE_GLAND}}}, ["main.py\n"], False, "1 % ---a"
     )
     text = (tmp_path / "tables.tex").read_text()
     assert text.startswith("% 'main.py\\n'\n\n\\begin{table}\n")
     assert text.count(r"\toprule") == text.count(r"\end{tabular}") == len(FILES)
-    assert r"\caption{P-AUROC. 1 \% -{}-a}" in text
+    assert r"\caption{P-AUROC. 1 \% -{}-{}-a}" in text
     name = r"50\%\_a\&b \#\$\textasciitilde{}\textasciicircum{}\{\textbackslash{}\}"
     assert rf"Method & {name} & Mean \\" in text
     assert r"x\_y & $0.952 \pm 0.060$ & $0.952 \pm 0.060$ \\" in text

@@ -55,4 +55,4 @@ def _escape(text: str) -> str:
     if found:
         return rf"${found[1]} \pm {found[2]}$"
     escaped = "".join(SPECIAL.get(each, each) for each in escape_controls(text))
-    return escaped.replace("--", "-{}-")  # LaTeX would print a dash
+    return re.sub("-(?=-)", "-{}", escaped)  # LaTeX would print a dash
