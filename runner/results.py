@@ -137,7 +137,7 @@ def table_note(config: DetectorConfig, few_shot: int | None) -> str:
     backbones = ", ".join(f"{modality} {name}" for modality, name in names.items())
     note = f"Backbones: {backbones}. Protocol: {applied_flags(config)['protocol']}."
     if few_shot is not None:
-        note += f" {few_shot} training samples of each class, drawn at random."
+        note += f" Fitted on {few_shot} of the training samples of each class, drawn at random."
     if "fusion" in config.method.banks and not config.use_uff:
         note += " Without --use_uff the fusion bank holds concatenated features, as in the paper's ablation."
     return note

@@ -209,7 +209,7 @@ def test_few_shot_records_and_uses_its_draw(base: list[object], tmp_path: Path, 
         assert run.entry["train_samples"] == drawn
         assert run.entry["threshold"]["parts"] == 2
         assert run.results["args"].items() >= {"few_shot": 2, "random_state": 5}.items()
-    assert "2 training samples of each class, drawn at random." in (tmp_path / TABLES[0]).read_text()
+    assert "Fitted on 2 of the training samples of each class, drawn at random." in (tmp_path / TABLES[0]).read_text()
 
 
 def test_each_seed_of_few_shot_uses_its_own_draw(base: list[object], tmp_path: Path, extracted: list[str]) -> None:
