@@ -1,4 +1,4 @@
-"""The extended protocol against a plain form of it, and what its steps do."""
+"""The extended protocol against a plain form of it, and the effects of its steps."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -125,7 +125,7 @@ def plain_results(config: DetectorConfig, banks: Mapping[str, Bank], patches: Pa
 
 
 def plain_foreground(xyz: Tensor, grid: int) -> Tensor:
-    """(grid**2,) bool: patches that hold, or lie within one xyz patch of, a patch with a point."""
+    """Patches that hold a point or are next to an xyz patch with one: (grid**2,) bool."""
     side = math.isqrt(len(xyz))
     occupied = np.pad((xyz != 0).any(dim=1).view(side, side).numpy(), 1)
     reached = np.array([[occupied[i : i + 3, j : j + 3].any() for j in range(side)] for i in range(side)])
