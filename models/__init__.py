@@ -42,7 +42,7 @@ class RgbSpec(NamedTuple):
     files: CheckpointFiles
     model_file: str = ""  # "module.Class" of the pip package that holds the weights, instead of files
     own_normalization: bool = False  # images are normalized as in training, instead of as for ImageNet
-    averages: bool = False  # features are averaged over 3x3 neighborhoods in every protocol
+    averages: bool = False  # features are averaged over 3x3 neighborhoods
 
     def build(self, img_size: int, layers: Sequence[int] | None = None) -> "RgbBackbone":
         """Build the network for square images with a side of `img_size` pixels; for `layers` see RgbBackbone."""
@@ -90,8 +90,8 @@ RGB_BACKBONES = {
     "vit_base_patch8_224": RgbSpec("vit_base_patch8_224.augreg_in21k_ft_in1k", _augreg(_B8_IN1K)),
     "vit_base_patch8_224_in21k": RgbSpec("vit_base_patch8_224.augreg_in21k", _augreg(_B8_IN21K)),
     "vit_small_patch8_224_dino": RgbSpec("vit_small_patch8_224.dino", _dino("dino_deitsmall8_pretrain")),
-    # Network and weights of PatchCore (Roth et al., CVPR 2022).
-    "wide_resnet50_2": RgbSpec("wide_resnet50_2.tv_in1k", _torchvision("wide_resnet50_2-95faca4d")),
+    # PatchCore's setting (Roth et al., CVPR 2022).
+    "wide_resnet50_2": RgbSpec("wide_resnet50_2.tv_in1k", _torchvision("wide_resnet50_2-95faca4d"), averages=True),
     "efficientnet_lite0": RgbSpec(
         "tf_efficientnet_lite0",
         CheckpointFiles((), "with pip"),

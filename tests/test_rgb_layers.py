@@ -133,8 +133,8 @@ def test_averaging_comes_before_resizing() -> None:
     assert not torch.allclose(plain(noise(64)), averaged(noise(64)), rtol=1e-2)
 
 
-def test_only_efficientnet_lite0_averages_in_every_protocol() -> None:
-    assert [name for name, spec in RGB_BACKBONES.items() if spec.averages] == ["efficientnet_lite0"]
+def test_networks_that_average() -> None:
+    assert [name for name, spec in RGB_BACKBONES.items() if spec.averages] == ["wide_resnet50_2", "efficientnet_lite0"]
 
 
 # Weights
