@@ -14,7 +14,7 @@ tables of docs/ACCURACY.md.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.accuracy_features import FULL, RGB, Features, Trial, detector_config, extract, read_features
 from benchmarks.accuracy_tables import Key, classes_table, differences_table, means_table
-from feature_extractors.config import METHODS, PROTOCOLS, Protocol
+from feature_extractors.config import EXTENSIONS, METHODS, PROTOCOLS, Protocol
 from feature_extractors.extractor import build_extractor
 from feature_extractors.pipeline import fit_detector
 from feature_extractors.training_features import TrainingFeatures
@@ -55,11 +55,9 @@ def make_trials(args: Any) -> list[Trial]:
 
 def make_variants() -> dict[str, Protocol]:
     """Protocols by name: the named ones, and each field beyond `corrected` switched on alone and left out alone."""
-    corrected, extended = PROTOCOLS["corrected"], PROTOCOLS.get("extended", PROTOCOLS["corrected"])
-    added = [each.name for each in fields(Protocol) if getattr(extended, each.name) != getattr(corrected, each.name)]
     variants = dict(PROTOCOLS)
-    variants |= {f"corrected + {name}": replace(corrected, **{name: getattr(extended, name)}) for name in added}
-    variants |= {f"extended - {name}": replace(extended, **{name: getattr(corrected, name)}) for name in added}
+    variants |= {f"corrected + {name}": replace(PROTOCOLS["corrected"], **{name: True}) for name in EXTENSIONS}
+    variants |= {f"extended - {name}": replace(PROTOCOLS["extended"], **{name: False}) for name in EXTENSIONS}
     return variants
 
 
