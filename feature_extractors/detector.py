@@ -1,7 +1,7 @@
 """The fitted detector: memory banks and decision fusion over an extractor."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,28 +51,35 @@ class Detector:
         )
 
     @torch.inference_mode()
-    def bank_results(self, features: PatchFeatures) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Image score and anomaly map (img_size, img_size) of each bank, on the CPU, for fitting decision fusion."""
-        scores, maps = self._score_banks(features, "everywhere")
+    def bank_results(
+        self, features: PatchFeatures, left_out: int | None = None
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Image score and anomaly map (img_size, img_size) of each bank, on the CPU, for fitting decision fusion.
+
+        The banks are used without the patches of the training sample `left_out`. Peak memory: a copy of one bank.
+        """
+        scores, maps = self._score_banks(features, "everywhere", left_out)
         planes = [plane.clone() for plane in maps.cpu()]
         return dict(zip(self.banks, scores.tolist(), strict=True)), dict(zip(self.banks, planes, strict=True))
 
-    def without(self, sample: int) -> "Detector":
-        """Copy with banks that lack the patches of a training sample, see MemoryBank.without."""
-        return replace(self, banks={name: bank.without(sample) for name, bank in self.banks.items()})
-
-    def _score_banks(self, features: PatchFeatures, expanded: str) -> tuple[Tensor, Tensor]:
+    def _score_banks(
+        self, features: PatchFeatures, expanded: str, left_out: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Scores (K,) float64 and maps (K, img_size, img_size) float32; `expanded` as in MemoryBank.nearest."""
         size, protocol = self.config.img_size, self.config.protocol
-        scores, distances = zip(*(self._score_bank(name, features, expanded) for name in self.banks), strict=True)
+        results = [self._score_bank(name, features, expanded, left_out) for name in self.banks]
+        scores, distances = zip(*results, strict=True)
         maps = anomaly_maps(distances, size, protocol.float_blur)
         if self.config.has_foreground:
             maps = maps * self._foreground(features, size**2).view(size, size)
         return top_scores(maps) if protocol.top_score else torch.stack(scores), maps
 
-    def _score_bank(self, name: str, features: PatchFeatures, expanded: str) -> tuple[Tensor | None, Tensor]:
+    def _score_bank(
+        self, name: str, features: PatchFeatures, expanded: str, left_out: int | None
+    ) -> tuple[Tensor | None, Tensor]:
         """Image score () float64 of a bank, None if it comes from the map, and distances (P,) of the patches."""
-        config, bank, protocol = self.config, self.banks[name], self.config.protocol
+        config, protocol = self.config, self.config.protocol
+        bank = self.banks[name] if left_out is None else self.banks[name].without(left_out)
         patches = bank.statistics.normalize(getattr(features, name))
         near: Tensor | int = self._foreground(features, len(patches)) if config.has_foreground else 1
         relative = None if bank.spacing is None else bank.relative_distances(patches) * near

@@ -115,7 +115,7 @@ def _fit_decision_fusion(detector: Detector, features: TrainingFeatures) -> Deci
         )
     results = []
     for number, each in enumerate(progress_bar(features, desc="decision fusion", unit="sample"), features.first):
-        results.append((detector.without(number) if noise else detector).bank_results(each))
+        results.append(detector.bank_results(each, left_out=number if noise else None))
     scores = gather_objects([list(bank_scores.values()) for bank_scores, _ in results], group)
     maps = gather_objects([list(bank_maps.values()) for _, bank_maps in results], group)
     fusion = None
