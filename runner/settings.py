@@ -28,7 +28,7 @@ CONCERNS: dict[str, Callable[[Method, Any], bool]] = {
 
 BOUNDS = DetectorConfig.BOUNDS | FILE_BOUNDS | {"max_sample": (1, 10**6), "num_workers": (0, MOST_WORKERS)}
 BOUNDS |= {"report_parts": (0, 10_000), "target_fpr": (1e-6, 1 - 1e-6), "memory_budget": (1e-6, 10**6)}
-BOUNDS |= {"few_shot": (1, 10**6), "seeds": BOUNDS.pop("random_state")}
+BOUNDS |= {"few_shot": (1, 10**6), "rgb_layers": (0, 1000), "seeds": BOUNDS.pop("random_state")}
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ def test_images_are_checked_if_predictions_are_saved(
         ("--method_name Point_MAE --rgb_layers 2", "--rgb_layers is not used: Point_MAE has no rgb branch"),
         ("--method_name DINO --rgb_layers 3 2", "--rgb_layers is 3 2. Give ascending numbers from 0."),
         ("--method_name DINO --rgb_layers 2 2", "--rgb_layers is 2 2. Give ascending numbers from 0."),
-        ("--method_name DINO --rgb_layers -1 2", "--rgb_layers is -1 2. Give ascending numbers from 0."),
+        ("--method_name DINO --rgb_layers -1 2", "--rgb_layers is -1. Give a number from 0 to 1000."),
         ("--xyz_backbone_name PointNet", "argument --xyz_backbone_name: invalid choice: 'PointNet'"),
         ("--memory_bank many", "argument --memory_bank: invalid choice: 'many'"),
         ("--protocol mine", "argument --protocol: invalid choice: 'mine'"),
