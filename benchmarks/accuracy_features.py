@@ -89,7 +89,7 @@ def make_samples(trial: Trial, folder: Path) -> Path:
     raw, clean = folder / "raw", folder / "clean"
     sizes = {**COUNTS, "size": SCAN_SIZE, "seed": trial.seed}
     make_dataset(Plan(raw, (trial.class_name,), defect_strength=DEFECT_STRENGTH, **sizes), num_workers=2)
-    preprocessing.main([str(raw), "--output_dir", str(clean), "--workers", "1", "--quiet"])
+    preprocessing.preprocess(preprocessing.parse_args([str(raw), "--output_dir", str(clean), "--workers", "1"]))
     return clean
 
 

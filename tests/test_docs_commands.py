@@ -35,6 +35,7 @@ PARSED = {  # word of a command: why the command is not run
     "make": "it runs all tests, or installs everything first; make itself checks that its targets exist",
     "torchrun": "it starts several processes, which test_main_ranks.py and test_uff_ranks.py do",
     "runner.reproduce": "it takes many steps, which test_reproduce.py does",
+    "benchmarks/accuracy.py": "it takes over an hour; test_accuracy_benchmark.py runs small trials",
     "--watch": "it waits for files until it is stopped, which test_watching.py does",
     "--stdin": "it waits for lines on stdin, which test_watching.py gives",
 }
