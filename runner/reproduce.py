@@ -247,5 +247,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for each in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores SIGINT, and so would the steps
+        signal.signal(each, signal.default_int_handler)
     main()

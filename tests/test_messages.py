@@ -142,7 +142,7 @@ def test_a_quiet_run_of_main_logs_its_results(bagels: Path, tmp_path: Path, caps
     printed = capsys.readouterr()
     assert printed.out == ""
     assert [line.split(":")[0] for line in printed.err.splitlines()] == [
-        *("runner.preparation", "feature_extractors.thresholds", "runner.dataset_check"),
+        *("runner.class_files", "feature_extractors.thresholds", "runner.dataset_check"),
     ]
     lines = lines_of(tmp_path / "run.log")
     for start in ("INFO bagel, DINO: I-AUROC ", "INFO bagel, Point_MAE: I-AUROC ", f"INFO written to {tmp_path}/out/"):

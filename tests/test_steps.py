@@ -57,7 +57,8 @@ def test_an_interruption_reaches_the_process_once_and_waits_for_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = (
-        "import pathlib, time\n"
+        "import pathlib, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which is ignored in the background of a shell
         "try:\n    pathlib.Path('started').touch(); time.sleep(60)\n"
         "except KeyboardInterrupt:\n    time.sleep(0.3); print('ended')\n"
     )
