@@ -488,6 +488,8 @@ def all_files_are_whole(folder: Path) -> bool:
             load_file(path)
         elif path.suffix == ".csv":
             assert len({line.count(",") for line in path.read_text().splitlines()}) == 1
+        elif path.suffix == ".tex":
+            assert path.read_text().endswith("\\end{table}\n")
         else:
             assert path.name in TABLES
             assert table_rows(path.parent, path.name)
