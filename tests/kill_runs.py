@@ -37,6 +37,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 # Keys of JSON records whose values differ between two runs of a command, or between two output folders.
 VARYING = {"seconds", "peak_memory_mb", "written", "command", "args", "flags", "map", "overlay"}
 VARYING |= {"latency", "config_sha256", "report_sha256", "stamp"}
+TIMES = ("seconds_", "latency_")  # starts of columns of results.csv
 MOST_IN_LOT = 4
 
 
@@ -101,11 +102,12 @@ def file_values(path: Path) -> Any:
         return without_varying(json.loads(path.read_text()))
     if path.suffix == ".csv":
         rows = csv.DictReader(path.read_text().splitlines())
-        return [without_varying(row | {"rgb": "", "xyz": ""}) for row in rows]
+        values = [{key: each for key, each in row.items() if not key.startswith(TIMES)} for row in rows]
+        return [without_varying(row | {"rgb": "", "xyz": ""}) for row in values]
     if path.suffix == ".jsonl":
         return [without_varying(json.loads(line) | {"rgb": "", "xyz": ""}) for line in path.read_text().splitlines()]
     if path.suffix == ".md":  # without the lines of date and command
-        return re.sub(r"## \d{4}-\S+ \S+|^main\.py .*|^\S*main\.py .*", "", path.read_text(), flags=re.MULTILINE)
+        return re.sub(r"## \d{4}-\S+ \S+|^ *\S*main\.py .*", "", path.read_text(), flags=re.MULTILINE)
     if path.suffix == ".pth":
         checkpoint = read(path)
         return {name: flat(checkpoint[name]) for name in ("model", "optimizer", "epoch")}
