@@ -106,8 +106,8 @@ def file_values(path: Path) -> Any:
         return [without_varying(row | {"rgb": "", "xyz": ""}) for row in values]
     if path.suffix == ".jsonl":
         return [without_varying(json.loads(line) | {"rgb": "", "xyz": ""}) for line in path.read_text().splitlines()]
-    if path.suffix == ".md":  # without the lines of date and command
-        return re.sub(r"## \d{4}-\S+ \S+|^ *\S*main\.py .*", "", path.read_text(), flags=re.MULTILINE)
+    if path.suffix in (".md", ".tex"):  # without the lines of date and command
+        return re.sub(r"## \d{4}-\S+ \S+|^%? *\S*main\.py .*", "", path.read_text(), flags=re.MULTILINE)
     if path.suffix == ".pth":
         checkpoint = read(path)
         return {name: flat(checkpoint[name]) for name in ("model", "optimizer", "epoch")}
