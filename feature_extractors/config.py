@@ -56,7 +56,6 @@ class Protocol:
     """Changes to the published computation. False: as published; True: changed."""
 
     # Corrections
-
     own_statistics: bool = False  # mean and std of each bank, instead of the method's rule
     own_coreset_size: bool = False  # f_coreset of each bank's own size, instead of the size of the xyz coreset
     drop_background: bool = False  # xyz bank with a single background row
