@@ -274,6 +274,16 @@ class AnomalyDataset:
         return sample._replace(mask=torch.from_numpy(np.array(defect)[None]))
 
 
+def read_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield items, of which a thread produces the next one meanwhile."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1, thread_name_prefix="read_ahead") as thread:
+        pending = thread.submit(next, iterator, end)
+        while (item := pending.result()) is not end:
+            pending = thread.submit(next, iterator, end)
+            yield item  # type: ignore[misc]
+
+
 class Indexed(Protocol[Item]):
     """Items by number; any thread may read them."""
 

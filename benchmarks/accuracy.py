@@ -111,7 +111,7 @@ def fit_and_test(measurement: Measurement, features: Features, masks: Tensor, la
     found = {}
     for method in methods:
         detector = fit_detector(detector_config(trial, method, protocol), extractor, training)
-        predictions = [detector.predict_features(each) for each in features["test"]]
+        predictions = detector.predict_features(features["test"])
         scores, maps = [each.score for each in predictions], [each.anomaly_map.numpy() for each in predictions]
         metrics, _ = evaluate(labels.numpy(), scores, masks.numpy(), maps)
         exact = metrics["au_pro_exact"]

@@ -110,13 +110,9 @@ def time_prediction(bench: Bench, detector: Detector, samples: list[Sample]) -> 
     """Time the scoring of given features, and of a sample from main memory and back."""
     features, precision = detector.extractor.extract(samples), detector.extractor.precision
 
-    def score(extracted: list[PatchFeatures]) -> None:
-        for each in extracted:
-            detector.predict_features(each)
-
-    bench.time(f"score and map, {precision}", partial(score, features), pieces=len(samples))
+    bench.time(f"score and map, {precision}", partial(detector.predict_features, features), pieces=len(samples))
     name = f"a sample from image and cloud to map, {precision}"
-    seconds = bench.time(name, lambda: score(detector.extractor.extract(samples)), pieces=len(samples))
+    seconds = bench.time(name, partial(detector.predict_batch, samples), pieces=len(samples))
     bench.steps[f"samples per second, {precision}"] = {"rate": 1 / seconds}
     print(f"{f'samples per second, {precision}':44}{1 / seconds:12.1f}")
 

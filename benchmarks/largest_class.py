@@ -26,7 +26,6 @@ from feature_extractors.training_features import TrainingFeatures
 from models.feature_fusion import FeatureFusion
 from utils.feature_store import STORAGE_DTYPES
 from utils.memory import peak_memory_mb
-from utils.records import PatchFeatures
 from utils.reporting.progress import progress_bar
 
 
@@ -44,7 +43,8 @@ def fit_class(args: argparse.Namespace) -> dict[str, Any]:
     for i in progress_bar(range(args.train), desc="features", unit="sample"):
         of_sample = extracted[i % args.distinct]
         if i >= args.distinct:
-            of_sample = PatchFeatures(*(None if each is None else varied(each, generator) for each in of_sample))
+            patches = {name: getattr(of_sample, name) for name in config.method.banks}
+            of_sample = of_sample._replace(**{name: varied(each, generator) for name, each in patches.items()})
         features.append(of_sample)
     stopwatch = Stopwatch()
     detector = fit_detector(config, extractor, features, stopwatch)

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks import workload
 from benchmarks.measuring import PRODUCT_SIDE, count_flops, matrix_product, median_seconds
 from feature_extractors import reference
-from feature_extractors.alignment import align_to_patches
+from feature_extractors.alignment import align_to_patches, pack_clouds
 from feature_extractors.coreset import select_coreset
 from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
@@ -77,7 +77,7 @@ def feature_rows(size: workload.Size, samples: list[Sample], precisions: list[st
         fast[precision] = PatchExtractor(config, *workload.build_networks(size))
     points, xyz = workload.valid_points(samples[0]), cast(Tensor, samples[0].xyz)
     images = [sample.rgb for sample in samples if sample.rgb is not None]
-    ((groups, centers),) = networks.xyz.group([points])
+    (groups,), (centers,) = networks.xyz.group([points])
     tokens, position = plain["xyz"].encoder(groups), plain["xyz"].pos_embed(centers)
     found = PointFeatures(*plain["xyz"](points))
     count = len(samples)
@@ -99,7 +99,7 @@ def feature_rows(size: workload.Size, samples: list[Sample], precisions: list[st
         "group encoder": {"plain": partial(plain["xyz"].encoder, groups)},
         "point transformer": {"plain": partial(through_blocks, plain["xyz"], tokens, position)},
         "point search": {"plain": point_search, "fp32": partial(networks.xyz.group, [points])},
-        "alignment": {"plain": alignment, "fp32": partial(align_to_patches, found, xyz, size.xyz_grid)},
+        "alignment": {"plain": alignment, "fp32": lambda: align_to_patches([found], pack_clouds([xyz]), size.xyz_grid)},
         "features of a sample": {"plain": partial(features, 1)},
         f"features of {count} samples": {"plain": partial(features, count)},
     }
@@ -156,7 +156,7 @@ def scoring_row(size: workload.Size, queries: Tensor, bank: Tensor, repeats: int
     plain_bank = {"xyz": reference.Bank(bank, 0.0, 1.0)}
     works: dict[str, Work] = {
         "plain": partial(reference.score_banks, config, plain_bank, {"xyz": queries}),
-        "fp32": partial(detector.predict_features, PatchFeatures(xyz=queries)),
+        "fp32": partial(detector.predict_features, [PatchFeatures(xyz=queries)]),
         "cdist + min": partial(reference.nearest_rows, queries, bank),
     }
     flops = dict.fromkeys(works, workload.distance_flops(len(queries), len(bank), bank.shape[1]))

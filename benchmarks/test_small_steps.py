@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.workload import SIZES, made_up_samples, valid_points
 from feature_extractors import reference
-from feature_extractors.alignment import align_to_patches
+from feature_extractors.alignment import align_to_patches, pack_clouds
 from feature_extractors.scoring import anomaly_maps
 from models.point_ops import farthest_point_sample, knn
 from models.point_transformer import PointFeatures
@@ -58,11 +58,11 @@ STEPS: dict[str, dict[str, Any]] = {
         "plain": lambda each: reference.knn(each.features.centers, each.points, SIZE.group_size),
     },
     "alignment": {
-        "fast": lambda each: align_to_patches(each.features, each.xyz, SIZE.xyz_grid),
+        "fast": lambda each: align_to_patches([each.features], pack_clouds([each.xyz]), SIZE.xyz_grid),
         "plain": lambda each: plain_alignment(each.features, each.xyz),
     },
     "anomaly map": {
-        "fast": lambda each: anomaly_maps([each.distances], SIZE.img_size)[0],
+        "fast": lambda each: anomaly_maps([each.distances[None]], SIZE.img_size)[0],
         "plain": lambda each: reference.anomaly_map(each.distances, SIZE.img_size),
     },
 }

@@ -7,15 +7,48 @@ of a row's weight and a column's. (P A) g gives the patches without the paper's 
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from models.point_ops import three_nn_weights, three_nn_weights_expanded
 from models.point_transformer import PointFeatures
+from utils.memory import upload
+
+
+class Clouds(NamedTuple):
+    """Valid points of a batch of B organized clouds of S x S pixels, filled up with zeros to the largest cloud."""
+
+    points: Tensor  # (B, N, 3) float32, meters
+    pixels: Tensor  # (B, N) int64, place of each point: row * S + column
+    counts: list[int]  # valid points of each cloud
+    size: int  # S
+
+    def each(self) -> list[Tensor]:
+        """Valid points (N_b, 3) of each cloud."""
+        return [points[:count] for points, count in zip(self.points, self.counts, strict=True)]
+
+    @property
+    def is_point(self) -> Tensor:
+        """(B, N) bool, False where a point fills up."""
+        number = torch.arange(self.points.shape[1], device=self.points.device)
+        return number < upload(torch.tensor(self.counts), self.points.device)[:, None]
+
+
+def pack_clouds(planes: Sequence[Tensor], device: torch.device | str = "cpu") -> Clouds:
+    """Valid points of organized clouds (3, S, S) float32, meters, on the CPU, where the host knows their numbers."""
+    valid = [valid_pixels(xyz) for xyz in planes]
+    points = [xyz[:, where].T for xyz, where in zip(planes, valid, strict=True)]
+    pixels = [where.flatten().nonzero()[:, 0] for where in valid]
+    padded, places = (upload(pad_sequence(each, batch_first=True), device) for each in (points, pixels))
+    return Clouds(padded, places, [len(each) for each in points], planes[0].shape[-1])
 
 
 def valid_pixels(xyz: Tensor) -> Tensor:
@@ -24,8 +57,8 @@ def valid_pixels(xyz: Tensor) -> Tensor:
 
 
 def align_to_patches(
-    point_features: PointFeatures,
-    xyz: Tensor,
+    point_features: Sequence[PointFeatures],
+    clouds: Clouds,
     grid: int,
     *,
     exact_distances: bool = False,
@@ -35,69 +68,86 @@ def align_to_patches(
     """Interpolate to every valid point, project to the pixels, pool to the patch grid.
 
     Args:
-        point_features: of G centers, or of the N valid points themselves.
-        xyz: (3, S, S) float32, meters, invalid pixels exactly 0, with N valid points.
+        point_features: of each cloud, of G centers, or of the valid points themselves.
+        clouds: the valid points of B clouds.
         exact_distances: interpolate with direct differences instead of expanded squares.
         masked: average only pixels with a point, and pad the first pooling, AvgPool2d(3, stride 1), by one pixel; the
             second is AdaptiveAvgPool2d(grid). Otherwise the background counts as zero.
 
     Returns:
-        (grid**2, C), row-major; a patch without a valid point is exactly 0.
+        (B, grid**2, C), row-major; a patch without a valid point is exactly 0.
     """
-    valid = valid_pixels(xyz)
-    patch, weight = pooling_weights(valid, grid, masked)  # (N, K) each
-    features, centers = point_features
-    if centers is None:
-        pooled = features.new_zeros(grid**2, features.shape[1])
-        for k in range(patch.shape[1]):
-            pooled.index_add_(0, patch[:, k], weight[:, k, None].to(features.dtype) * features)
-        return pooled
-    points = xyz[:, valid].T.contiguous()  # (N, 3)
+    patch, weight = pooling_weights(clouds, grid, masked)  # (B, N, K) each
+    sample = torch.arange(len(patch), device=patch.device)[:, None, None]
+    flat = sample * grid**2 + patch  # in the patches of all samples
+    width, dtype = point_features[0].features.shape[1], point_features[0].features.dtype
+    weight = weight.to(dtype)
+    if point_features[0].centers is None:
+        features = pad_sequence([each.features for each in point_features], batch_first=True)  # (B, N, C)
+        pooled = features.new_zeros(len(patch) * grid**2, width)
+        for k in range(patch.shape[2]):
+            pooled.index_add_(0, flat[..., k].flatten(), (weight[..., k, None] * features).flatten(0, 1))
+        return pooled.view(len(patch), grid**2, width)
+    features = torch.stack([each.features for each in point_features])  # (B, G, C)
+    centers = torch.stack([each.centers for each in point_features if each.centers is not None])  # (B, G, 3)
+    groups = centers.shape[1]
     interpolation = three_nn_weights if exact_distances else three_nn_weights_expanded
-    alpha, nearest = (each[0] for each in interpolation(points[None], centers[None], point_ops))  # (N, 3) each
-    mixing = features.new_zeros(grid**2 * len(centers))
-    entries = patch[:, :, None] * len(centers) + nearest[:, None, :]  # (N, K, 3) flat positions in (grid**2, G)
-    mixing.index_add_(0, entries.flatten(), (weight[:, :, None] * alpha[:, None, :]).flatten().to(mixing.dtype))
-    return mixing.view(grid**2, len(centers)) @ features
+    alpha, nearest = interpolation(clouds.points, centers, point_ops)  # (B, N, 3) each
+    mixing = features.new_zeros(len(patch) * grid**2 * groups)
+    entries = flat[..., None] * groups + nearest[:, :, None]  # (B, N, K, 3) flat positions in (B, grid**2, G)
+    mixing.index_add_(0, entries.flatten(), (weight[..., None] * alpha[:, :, None].to(dtype)).flatten())
+    return mixing.view(len(patch), grid**2, groups) @ features
 
 
-def near_points(xyz_patches: Tensor, grid: int) -> Tensor:
+def occupied_patches(xyz: Tensor, grid: int, masked: bool) -> Tensor:
+    """(grid**2,) bool, row-major: patches of xyz (3, S, S) with a valid point; for `masked` see align_to_patches."""
+    pooling = torch.from_numpy(_axis_pooling(xyz.shape[-1], grid, masked))
+    return (pooling.T @ valid_pixels(xyz).double() @ pooling).flatten() > 0
+
+
+def near_points(occupied: Tensor, grid: int) -> Tensor:
     """Patches near a point of the cloud: (grid**2,) bool, row-major.
 
-    They hold a point or are next to an xyz patch with one. `xyz_patches` (n, C) are row-major over a square grid, which
-    may differ, and exactly 0 where there is no point.
+    They hold a point or are next to an xyz patch with one. `occupied` (n,) bool are the xyz patches with a point,
+    row-major over a square grid, which may differ.
     """
-    side = math.isqrt(len(xyz_patches))
-    occupied = (xyz_patches != 0).any(dim=1).float().view(1, 1, side, side)
-    reached = F.max_pool2d(occupied, 3, stride=1, padding=1)
+    side = math.isqrt(len(occupied))
+    reached = F.max_pool2d(occupied.float().view(1, 1, side, side), 3, stride=1, padding=1)
     return F.adaptive_max_pool2d(reached, grid).flatten() > 0
 
 
-def pooling_weights(valid: Tensor, grid: int, masked: bool) -> tuple[Tensor, Tensor]:
-    """Patches (N, K) int64 that each of the N True pixels of valid (S, S) contributes to, and weights (N, K) float32.
+def pooling_weights(clouds: Clouds, grid: int, masked: bool) -> tuple[Tensor, Tensor]:
+    """Patches (B, N, K) int64 that each point contributes to, and weights (B, N, K) float32.
 
-    Unused entries have weight 0. For `masked` see align_to_patches.
+    Unused entries, and those of points that fill up, have weight 0. For `masked` see align_to_patches.
     """
-    bins, shares = _axis_pooling(len(valid), grid, masked, valid.device)
-    row, column = valid.nonzero(as_tuple=True)
-    patch = (bins[row][:, :, None] * grid + bins[column][:, None, :]).flatten(1)
-    weight = (shares[row][:, :, None] * shares[column][:, None, :]).flatten(1)
+    bins, shares = _axis_bins(clouds.size, grid, masked, clouds.pixels.device)
+    row, column = clouds.pixels // clouds.size, clouds.pixels % clouds.size
+    patch = (bins[row][..., :, None] * grid + bins[column][..., None, :]).flatten(2)
+    weight = (shares[row][..., :, None] * shares[column][..., None, :]).flatten(2) * clouds.is_point[..., None]
     if masked:
-        total = weight.new_zeros(grid**2).index_add_(0, patch.flatten(), weight.flatten())
-        weight = weight / total.clamp_min(torch.finfo(weight.dtype).tiny)[patch]
+        total = weight.new_zeros(len(patch), grid**2).scatter_add_(1, patch.flatten(1), weight.flatten(1))
+        total = total.gather(1, patch.flatten(1)).view_as(weight)
+        weight = weight / total.clamp_min_(torch.finfo(weight.dtype).tiny)
     return patch, weight.float()
 
 
 @lru_cache(maxsize=8)
-def _axis_pooling(size: int, grid: int, masked: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Both poolings along one axis: for each of `size` pixels its bins (size, m) int64 and shares (size, m) float64."""
+def _axis_pooling(size: int, grid: int, masked: bool) -> NDArray[np.float64]:
+    """Both poolings along one axis: share (size, grid) of each of `size` pixels in each bin."""
     first = (np.abs(np.subtract.outer(np.arange(size), np.arange(size))) <= 1) / 3  # the mean of three pixels
     kept = first if masked else first[1:-1]  # without padding there are no windows around the border pixels
     second = np.zeros((grid, len(kept)))
     for i in range(grid):  # the bins of AdaptiveAvgPool: floor of the start, ceiling of the end
         start, stop = i * len(kept) // grid, -(-(i + 1) * len(kept) // grid)
         second[i, start:stop] = 1 / (stop - start)
-    pooling = (second @ kept).T  # (size, grid)
+    return (second @ kept).T
+
+
+@lru_cache(maxsize=8)
+def _axis_bins(size: int, grid: int, masked: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The bins (size, m) int64 of each pixel in `_axis_pooling`, and its shares (size, m) float64."""
+    pooling = _axis_pooling(size, grid, masked)
     width = int((pooling > 0).sum(axis=1).max())
     bins = np.argsort(-pooling, axis=1, kind="stable")[:, :width]
     shares = np.take_along_axis(pooling, bins, axis=1)

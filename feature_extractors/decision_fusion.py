@@ -25,14 +25,14 @@ class DecisionFusion(NamedTuple):
     map_lambdas: tuple[float, ...]
     largest: bool = False
 
-    def fuse(self, scores: Sequence[Tensor | float], maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Score () float64 and map (H, W) float32 from the K scores and maps (H, W) of one sample, on their device."""
+    def fuse(self, scores: Sequence[Tensor], maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Scores (B,) float64 and maps (B, H, W) float32 from the scores and maps of K banks, on their device."""
         score = self._combine(scores, self.score_lambdas, self.score_coef)
         return score, self._combine(maps, self.map_lambdas, self.map_coef).float()
 
-    def _combine(self, values: Sequence[Tensor | float], lambdas: tuple[float, ...], coef: np.ndarray) -> Tensor:
+    def _combine(self, values: Sequence[Tensor], lambdas: tuple[float, ...], coef: np.ndarray) -> Tensor:
         factors = zip(values, lambdas, coef.tolist(), strict=True)  # Python numbers reach a GPU without a transfer
-        terms = torch.stack([torch.as_tensor(value, dtype=torch.float64) * factor * c for value, factor, c in factors])
+        terms = torch.stack([value.double() * factor * c for value, factor, c in factors])
         return terms.amax(dim=0) if self.largest else terms.sum(dim=0)
 
 

@@ -1,7 +1,9 @@
 """The fitted detector: memory banks and decision fusion over an extractor."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +13,29 @@ from feature_extractors.config import DetectorConfig
 from feature_extractors.decision_fusion import DecisionFusion
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.memory_bank import MemoryBank
-from feature_extractors.scoring import anomaly_maps, image_score, top_scores
+from feature_extractors.scoring import anomaly_maps, image_scores, top_scores
 from feature_extractors.thresholds import Calibration, Thresholds
+from utils.memory import read_back, upload
 from utils.records import METERS, CloudForm, PatchFeatures, Prediction, Sample
+
+BATCH_ON_CPU = 1  # samples scored together: their products stay in the cache; a GPU takes all it is given
+
+
+class Batch(NamedTuple):
+    """B samples that are scored together."""
+
+    features: Sequence[PatchFeatures]
+    expanded: str  # as in MemoryBank.search
+    left_out: Tensor | None  # (B,) int64, as in MemoryBank.search
+    bounded: bool  # as in MemoryBank.search
+
+
+class BankResult(NamedTuple):
+    """Results of one bank for B samples."""
+
+    scores: Tensor | None  # (B,) float64
+    distances: Tensor  # (B, P) float32
+    complete: Tensor  # () bool, as in MemoryBank.search
 
 
 @dataclass(eq=False)
@@ -31,67 +53,119 @@ class Detector:
 
     def predict(self, sample: Sample) -> Prediction:
         """Score, larger = more anomalous, and anomaly map (img_size, img_size) of one sample."""
-        return self.predict_features(self.extractor(sample))
+        return self.predict_batch([sample])[0]
 
-    @torch.inference_mode()
-    def predict_features(self, features: PatchFeatures) -> Prediction:
-        """`predict` from the patch features of a sample."""
-        # 1. phi and psi: score and map of each bank
-        scores, maps = self._score_banks(features, "cancelling")
-        # 2. D_a and D_s: one score and one map
-        if self.decision_fusion is not None:
-            score, fused = self.decision_fusion.fuse(list(scores), list(maps))
-        else:  # "sum", or a single bank
-            score, fused = scores.sum(), maps.sum(dim=0)
-        *bank_scores, score = torch.cat([scores, score[None]]).tolist()  # one transfer from the device
-        # Cloned, because a view would keep all maps in memory, and be pickled with all of them.
-        *bank_maps, fused = (plane.clone() for plane in torch.cat([maps, fused[None]]).cpu())
-        return Prediction(
-            score, fused, dict(zip(self.banks, bank_scores, strict=True)), dict(zip(self.banks, bank_maps, strict=True))
-        )
+    def predict_batch(self, samples: Sequence[Sample]) -> list[Prediction]:
+        """Predictions for some samples, ideally `extractor.batch_size` of them; the same as one by one up to rounding.
 
-    @torch.inference_mode()
-    def bank_results(
-        self, features: PatchFeatures, left_out: int | None = None
-    ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Image score and anomaly map (img_size, img_size) of each bank, on the CPU, for fitting decision fusion.
-
-        The banks are used without the patches of the training sample `left_out`. Peak memory: a copy of one bank.
+        Raises InputError as PatchExtractor.prepare does.
         """
-        scores, maps = self._score_banks(features, "everywhere", left_out)
-        planes = [plane.clone() for plane in maps.cpu()]
-        return dict(zip(self.banks, scores.tolist(), strict=True)), dict(zip(self.banks, planes, strict=True))
+        return self.predict_features(self.extractor.extract(samples))
 
-    def _score_banks(
-        self, features: PatchFeatures, expanded: str, left_out: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Scores (K,) float64 and maps (K, img_size, img_size) float32; `expanded` as in MemoryBank.nearest."""
+    def predict_features(self, features: Sequence[PatchFeatures]) -> list[Prediction]:
+        """`predict_batch` from the patch features of the samples."""
+        return [
+            Prediction(
+                scores[-1],
+                maps[-1],
+                dict(zip(self.banks, scores[:-1], strict=True)),
+                dict(zip(self.banks, maps[:-1], strict=True)),
+            )
+            for scores, maps in self._results(features, "cancelling", fused=True)
+        ]
+
+    def bank_results(
+        self, features: Sequence[PatchFeatures], left_out: Sequence[int] | None = None
+    ) -> list[tuple[list[float], list[Tensor]]]:
+        """Image scores and anomaly maps (img_size, img_size) of the banks, on the CPU, for fitting decision fusion.
+
+        The banks are used without the patches of the training samples `left_out`, one for each sample.
+        """
+        return self._results(features, "everywhere", left_out)
+
+    @torch.inference_mode()
+    def _results(
+        self,
+        features: Sequence[PatchFeatures],
+        expanded: str,
+        left_out: Sequence[int] | None = None,
+        fused: bool = False,
+    ) -> list[tuple[list[float], list[Tensor]]]:
+        """Scores and maps of each sample on the CPU: of each bank, and last, if `fused`, of decision fusion."""
+        device, results = self.extractor.device, []
+        on_cpu = device.type == "cpu"
+        step = BATCH_ON_CPU if on_cpu else max(1, len(features))
+        for begin in range(0, len(features), step):
+            part = slice(begin, begin + step)
+            samples = None if left_out is None else upload(torch.tensor(left_out[part]), device)
+            batch = Batch(features[part], expanded, samples, bounded=not on_cpu)
+            scores, maps, complete = read_back(*self._score(batch, fused))  # the host waits for a GPU once
+            if not complete:  # rare
+                scores, maps, _ = read_back(*self._score(batch._replace(bounded=False), fused))
+            for of_sample, planes in zip(scores.T.tolist(), maps.unbind(1), strict=True):
+                # Cloned, because a view would keep all maps in memory, and be pickled with all of them.
+                results.append((of_sample, [plane.clone() for plane in planes]))
+        return results
+
+    def _score(self, batch: Batch, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores (K, B) float64, maps (K, B, img_size, img_size) float32, and () bool: all searches were complete."""
+        # 1. phi and psi: scores and maps of each bank
         size, protocol = self.config.img_size, self.config.protocol
-        results = [self._score_bank(name, features, expanded, left_out) for name in self.banks]
-        scores, distances = zip(*results, strict=True)
+        results = [self._score_bank(name, batch) for name in self.banks]
+        distances, complete = [each.distances for each in results], torch.stack([each.complete for each in results])
         maps = anomaly_maps(distances, size, protocol.float_blur)
         if self.config.has_foreground:
-            maps = maps * self._foreground(features, size**2).view(size, size)
-        return top_scores(maps) if protocol.top_score else torch.stack(scores), maps
+            maps = maps * self._foreground(batch, size**2).view(-1, size, size)
+        of_banks = [each.scores for each in results if each.scores is not None]
+        scores = top_scores(maps) if protocol.top_score else torch.stack(of_banks)
+        if not fused:
+            return scores, maps, complete.all()
+        # 2. D_a and D_s: one score and one map
+        if self.decision_fusion is not None:
+            score, plane = self.decision_fusion.fuse(list(scores), list(maps))
+        else:  # "sum", or a single bank
+            score, plane = scores.sum(dim=0), maps.sum(dim=0)
+        return torch.cat([scores, score[None]]), torch.cat([maps, plane[None]]), complete.all()
 
-    def _score_bank(
-        self, name: str, features: PatchFeatures, expanded: str, left_out: int | None
-    ) -> tuple[Tensor | None, Tensor]:
-        """Image score () float64 of a bank, None if it comes from the map, and distances (P,) of the patches."""
-        config, protocol = self.config, self.config.protocol
-        bank = self.banks[name] if left_out is None else self.banks[name].without(left_out)
-        patches = bank.statistics.normalize(getattr(features, name))
-        near: Tensor | int = self._foreground(features, len(patches)) if config.has_foreground else 1
-        relative = None if bank.spacing is None else bank.relative_distances(patches) * near
-        if relative is not None and protocol.top_score:
-            return None, relative
-        nearest, index = bank.nearest(patches, "nowhere" if protocol.exact_distances else expanded)
-        nearest = nearest * near
+    def _score_bank(self, name: str, batch: Batch) -> BankResult:
+        """Image scores of a bank, unless they come from the maps, and distances of the patches."""
+        config, protocol, bank = self.config, self.config.protocol, self.banks[name]
+        patches = bank.statistics.normalize(torch.stack([getattr(each, name) for each in batch.features]))  # (B, P, D)
+        queries, sample, place = _distinct(name, batch, patches)
+        left_out = None if batch.left_out is None else batch.left_out[sample]
+        near: Tensor | int = self._foreground(batch, patches.shape[1]) if config.has_foreground else 1
+        relative = None
+        if bank.spacing is not None:
+            relative = bank.relative_distances(queries, left_out)[place] * near
+            if protocol.top_score:
+                return BankResult(None, relative, torch.ones((), dtype=torch.bool, device=queries.device))
+        expanded = "nowhere" if protocol.exact_distances else batch.expanded
+        found = bank.search(queries, expanded, left_out, batch.bounded)
+        nearest, index = found.distance[place] * near, found.row[place]
         divisor = 1.0 if protocol.unscaled_scores else config.method.score_divisor
-        score = image_score(patches, nearest, index, bank, divisor, config.method.weight_epsilon)
-        return score, nearest if relative is None else relative
+        scores = image_scores(patches, nearest, index, bank, divisor, config.method.weight_epsilon, batch.left_out)
+        return BankResult(scores, nearest if relative is None else relative, found.complete)
 
-    def _foreground(self, features: PatchFeatures, patches: int) -> Tensor:
-        """(patches,) bool, row-major over a square grid: True near a point of the cloud."""
-        assert features.xyz is not None
-        return near_points(features.xyz, math.isqrt(patches))
+    def _foreground(self, batch: Batch, patches: int) -> Tensor:
+        """(B, patches) bool, row-major over a square grid: True near a point of the cloud."""
+        near = [near_points(each.occupied, math.isqrt(patches)) for each in batch.features if each.occupied is not None]
+        return upload(torch.stack(near), self.extractor.device)
+
+
+def _distinct(name: str, batch: Batch, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches (M, D) to search for, out of (B, P, D), the samples (M,) they are of, and the place (B, P) of each patch.
+
+    All xyz patches without a point are equal, so only one of each sample is searched for.
+    """
+    occupied = torch.ones(patches.shape[:2], dtype=torch.bool)
+    if name == "xyz":
+        for row, each in zip(occupied, batch.features, strict=True):
+            if each.occupied is not None:
+                row[:] = each.occupied
+    searched = occupied.clone()
+    searched.scatter_(1, occupied.int().argmin(dim=1, keepdim=True), True)  # the first without a point
+    number = (searched.flatten().cumsum(dim=0) - 1).view_as(searched)
+    background = number.gather(1, occupied.int().argmin(dim=1, keepdim=True))
+    place, kept = torch.where(occupied, number, background), searched.flatten().nonzero()[:, 0]
+    place, kept = (upload(each, patches.device) for each in (place, kept))
+    return patches.flatten(0, 1)[kept], kept // patches.shape[1], place

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from copy import copy
+from itertools import chain, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from feature_extractors.alignment import align_to_patches, valid_pixels
+from feature_extractors.alignment import Clouds, align_to_patches, occupied_patches, pack_clouds
 from feature_extractors.config import DetectorConfig
 from models import build_feature_fusion, build_rgb_backbone, build_xyz_backbone
 from models.checkpoints import weights_checksum
@@ -17,10 +19,20 @@ from models.point_transformer import PointBackbone, PointFeatures, PointTransfor
 from models.rgb_backbone import RgbBackbone
 from utils.errors import InputError
 from utils.feature_store import resize_patches
+from utils.memory import upload
 from utils.precision import autocast, choose_precision, round_weights, without_tf32
 from utils.records import PatchFeatures, Sample
 
 BATCH_ON_CPU, BATCH_ON_GPU = 4, 16  # samples that pass through the networks together
+
+
+class Inputs(NamedTuple):
+    """Batch of B samples on the device. What the method does not need is None or empty."""
+
+    images: Tensor | None  # (B, 3, S, S)
+    clouds: list[Clouds]  # in the batches that pass through the 3D backbone
+    occupied: list[Tensor]  # as in PatchFeatures
+    copied: torch.cuda.Event | None  # end of the copies to a GPU
 
 
 class PatchExtractor:
@@ -41,7 +53,10 @@ class PatchExtractor:
         self.config = config
         self.device = torch.device(device)
         self.precision = choose_precision(config.precision, self.device)
-        self.batch_size = BATCH_ON_CPU if self.device.type == "cpu" else BATCH_ON_GPU
+        on_gpu = self.device.type == "cuda"
+        self.batch_size = BATCH_ON_GPU if on_gpu else BATCH_ON_CPU
+        # Streams of copies and of the RGB backbone, beside the current one.
+        self._copies, self._beside = (torch.cuda.Stream(self.device) if on_gpu else None for _ in range(2))
         # Saved detectors and finished classes refer to the weights before rounding.
         networks = {"rgb": rgb_backbone, "xyz": xyz_backbone, "fusion": feature_fusion}
         self.checksums = {name: weights_checksum(network) for name, network in networks.items() if network is not None}
@@ -75,69 +90,104 @@ class PatchExtractor:
         """Extract the features of one sample; see `extract`."""
         return self.extract([sample])[0]
 
-    @torch.inference_mode()
     def extract(self, samples: Sequence[Sample]) -> list[PatchFeatures]:
-        """Extract the features of some samples, ideally `batch_size` of them.
+        """Extract the features of some samples, ideally `batch_size` of them; raises InputError as `prepare` does."""
+        return self.extract_prepared(self.prepare(samples))
 
-        On a CPU both backbones run at the same time: each leaves cores idle between its matrix products. Raises
-        InputError if a modality is missing, or a cloud has fewer valid points than the 3D backbone needs.
+    def prepare(self, samples: Sequence[Sample]) -> Inputs:
+        """Copy samples to the device, on a GPU from pinned memory and beside its other work.
+
+        Raises InputError if a modality is missing, or a cloud has fewer valid points than the 3D backbone needs.
+        """
+        images, clouds, occupied = None, [], []
+        with torch.cuda.stream(self._copies):
+            if self.rgb_backbone is not None:
+                images = upload(torch.stack([self._given(sample, "rgb") for sample in samples]), self.device)
+            if self.xyz_backbone is not None:
+                planes = [self._given(sample, "xyz") for sample in samples]  # (3, S, S) each
+                # One at a time on a CPU, where batches gain nothing, so results do not depend on batch composition.
+                step = 1 if self._copies is None else len(planes)
+                clouds = [pack_clouds(planes[i : i + step], self.device) for i in range(0, len(planes), step)]
+                self._check_counts(samples, [count for batch in clouds for count in batch.counts])
+                grid, masked = self.config.xyz_grid, self.config.protocol.masked_pooling
+                occupied = [occupied_patches(xyz, grid, masked) for xyz in planes]
+        return Inputs(images, clouds, occupied, None if self._copies is None else self._copies.record_event())
+
+    @torch.inference_mode()
+    def extract_prepared(self, inputs: Inputs) -> list[PatchFeatures]:
+        """Extract the features of the samples that `prepare` has copied.
+
+        Both backbones run at the same time. On a CPU each leaves cores idle between its matrix products, on a GPU the
+        sampling of points does.
         """
         with ThreadPoolExecutor(1) as thread:
-            pending = thread.submit(self._rgb_patches, samples)
-            if self.device.type != "cpu":
-                wait([pending])  # until its kernels are queued; a GPU runs them one after the other anyway
-            xyz = self._xyz_patches(samples)  # (3136, C_xyz) each
-            rgb = pending.result()  # (784, C_rgb) each
-        fused = "fusion" in self.config.method.banks
-        fusion = map(self._fuse, xyz, rgb) if fused else [None] * len(samples)  # (3136, C_xyz + C_rgb) each
-        return [PatchFeatures(*each) for each in zip(rgb, xyz, fusion, strict=True)]
+            self._wait_for_copies(inputs)
+            pending = thread.submit(self._rgb_patches, inputs.images)
+            if self._beside is not None:
+                wait([pending])  # until its kernels are queued
+            xyz = [self._xyz_patches(clouds) for clouds in inputs.clouds]  # (b, 3136, C_xyz) each
+            rgb = pending.result()  # (B, 784, C_rgb)
+        if self._beside is not None and rgb is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._beside)
+            rgb.record_stream(torch.cuda.current_stream(self.device))
+        fusion: list[Tensor] = []
+        if "fusion" in self.config.method.banks and rgb is not None:
+            pairs = zip(xyz, rgb.split([len(batch) for batch in xyz]), strict=True)
+            fusion = [self._fuse(*pair) for pair in pairs]  # (b, 3136, C_xyz + C_rgb) each
+        columns = [() if rgb is None else rgb, chain(*xyz), chain(*fusion), inputs.occupied]
+        return [PatchFeatures(*each) for each in zip_longest(*columns)]
+
+    def _wait_for_copies(self, inputs: Inputs) -> None:
+        """Let both streams wait for the copies to a GPU, and keep their memory until both have used it."""
+        if self._beside is None or inputs.copied is None:
+            return
+        packed = [tensor for clouds in inputs.clouds for tensor in (clouds.points, clouds.pixels)]
+        for stream in (torch.cuda.current_stream(self.device), self._beside):
+            stream.wait_event(inputs.copied)
+            for tensor in packed if inputs.images is None else [inputs.images, *packed]:
+                tensor.record_stream(stream)
 
     @torch.inference_mode()  # needed in each thread
-    def _rgb_patches(self, samples: Sequence[Sample]) -> Sequence[Tensor | None]:
-        if self.rgb_backbone is None:
-            return [None] * len(samples)
-        images = torch.stack([self._given(sample, "rgb") for sample in samples])  # (B, 3, S, S)
-        with autocast(self.device, self.precision), without_tf32():
-            return list(self.rgb_backbone(images).float())
+    def _rgb_patches(self, images: Tensor | None) -> Tensor | None:
+        if self.rgb_backbone is None or images is None:
+            return None
+        with torch.cuda.stream(self._beside), autocast(self.device, self.precision), without_tf32():
+            return self.rgb_backbone(images).float()
 
-    def _xyz_patches(self, samples: Sequence[Sample]) -> Sequence[Tensor | None]:
-        if self.xyz_backbone is None:
-            return [None] * len(samples)
-        planes = [self._given(sample, "xyz") for sample in samples]  # (3, S, S) each
-        clouds = [xyz[:, valid_pixels(xyz)].T.contiguous() for xyz in planes]  # (N, 3) each
-        least = self.xyz_backbone.min_points
-        for sample, points in zip(samples, clouds, strict=True):
-            if len(points) < least:
-                grouped = isinstance(self.xyz_backbone, PointTransformer)
-                lower = ", or fit with lower --num_group and --group_size" if grouped else ""
-                size, name = self.config.img_size, self.config.xyz_backbone_name
-                problem = f"{sample.path} has {len(points)} valid points at {size}x{size}, but {name} needs at least"
-                raise InputError(f"{problem} {least}. Repair the point cloud{lower}.")
-        # One at a time on a CPU, where batches gain nothing, so results do not depend on batch composition.
-        batches = [[points] for points in clouds] if self.device.type == "cpu" else [clouds]
+    def _xyz_patches(self, clouds: Clouds) -> Tensor:
+        assert self.xyz_backbone is not None
         with autocast(self.device, self.precision):
-            found = [of_cloud for batch in batches for of_cloud in self.xyz_backbone(batch)]
+            found = self.xyz_backbone(clouds.each())
         grid, protocol, point_ops = self.config.xyz_grid, self.config.protocol, self.config.point_ops
         switches = {"exact_distances": protocol.exact_distances, "masked": protocol.masked_pooling}
-        return [
-            align_to_patches(PointFeatures(features.float(), centers), xyz, grid, point_ops=point_ops, **switches)
-            for (features, centers), xyz in zip(found, planes, strict=True)
-        ]
+        features = [PointFeatures(each.features.float(), each.centers) for each in found]
+        return align_to_patches(features, clouds, grid, point_ops=point_ops, **switches)
 
-    def _fuse(self, xyz: Tensor | None, rgb: Tensor | None) -> Tensor:
-        assert xyz is not None and rgb is not None
-        rgb = resize_patches(rgb, self.config.xyz_grid)  # (784, C_rgb) -> (3136, C_rgb)
+    def _fuse(self, xyz: Tensor, rgb: Tensor) -> Tensor:
+        rgb = resize_patches(rgb, self.config.xyz_grid)  # (b, 784, C_rgb) -> (b, 3136, C_rgb)
         if self.feature_fusion is None:
-            return torch.cat([xyz, rgb], dim=1)
+            return torch.cat([xyz, rgb], dim=2)
         with autocast(self.device, self.precision):
             return self.feature_fusion.fuse(xyz, rgb).float()
 
+    def _check_counts(self, samples: Sequence[Sample], counts: Sequence[int]) -> None:
+        """Raise InputError if a sample has fewer valid points than the 3D backbone needs."""
+        assert self.xyz_backbone is not None
+        least = self.xyz_backbone.min_points
+        for sample, count in zip(samples, counts, strict=True):
+            if count < least:
+                grouped = isinstance(self.xyz_backbone, PointTransformer)
+                lower = ", or fit with lower --num_group and --group_size" if grouped else ""
+                size, name = self.config.img_size, self.config.xyz_backbone_name
+                problem = f"{sample.path} has {count} valid points at {size}x{size}, but {name} needs at least"
+                raise InputError(f"{problem} {least}. Repair the point cloud{lower}.")
+
     def _given(self, sample: Sample, modality: str) -> Tensor:
-        """The (3, S, S) plane of a modality, on the device."""
+        """The (3, S, S) plane of a modality."""
         plane: Tensor | None = getattr(sample, modality)
         if plane is None:
             raise InputError(f"{sample.path} has no {modality} file, but {self.config.method_name} needs it. Add it.")
-        return plane.to(self.device)
+        return plane
 
 
 def build_extractor(

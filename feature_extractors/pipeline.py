@@ -14,11 +14,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from dataset import read_ahead
 from feature_extractors.banks import build_banks
 from feature_extractors.config import DetectorConfig
 from feature_extractors.decision_fusion import DecisionFusion, fit_decision_fusion, fit_noise_units
 from feature_extractors.detector import Detector
-from feature_extractors.extractor import PatchExtractor
+from feature_extractors.extractor import Inputs, PatchExtractor
 from feature_extractors.thresholds import Source, calibrate
 from feature_extractors.training_features import TrainingFeatures
 from utils.au_pro import ThinCurve
@@ -74,13 +75,14 @@ def collect_features(
     `on_features` is called with each sample and its features. The keyword-only arguments are those of TrainingFeatures.
     """
     collected = TrainingFeatures(count, memory_budget, dtype, empty=extractor.no_patches, group=group)
-    with (stopwatch or Stopwatch()).measure("extract"):
-        progress = progress_bar(samples, total=count, desc="features", unit="sample")
-        for batch in batches(progress, extractor.batch_size):
-            for sample, features in zip(batch, extractor.extract(batch), strict=True):
+    progress = progress_bar(total=count, desc="features", unit="sample")
+    with (stopwatch or Stopwatch()).measure("extract"), progress:
+        for batch, inputs in _read_batches(extractor, samples):
+            for sample, features in zip(batch, extractor.extract_prepared(inputs), strict=True):
                 if on_features is not None:
                     on_features(sample, features)
                 collected.append(features, sample.path)
+            progress.update(len(batch))
     return collected
 
 
@@ -113,11 +115,15 @@ def _fit_decision_fusion(detector: Detector, features: TrainingFeatures) -> Deci
             "--protocol extended compares the training samples with each other, but there is only one. Give at least "
             "two, or use --protocol corrected."
         )
+    numbers = iter(range(features.first, total))
     results = []
-    for number, each in enumerate(progress_bar(features, desc="decision fusion", unit="sample"), features.first):
-        results.append(detector.bank_results(each, left_out=number if noise else None))
-    scores = gather_objects([list(bank_scores.values()) for bank_scores, _ in results], group)
-    maps = gather_objects([list(bank_maps.values()) for _, bank_maps in results], group)
+    with progress_bar(total=len(features), desc="decision fusion", unit="sample") as progress:
+        for batch in batches(features, detector.extractor.batch_size):
+            own = list(islice(numbers, len(batch)))
+            results += detector.bank_results(batch, left_out=own if noise else None)
+            progress.update(len(batch))
+    scores = gather_objects([bank_scores for bank_scores, _ in results], group)
+    maps = gather_objects([bank_maps for _, bank_maps in results], group)
     fusion = None
     if is_main(group) and noise:
         fusion = fit_noise_units(scores, maps)
@@ -144,12 +150,12 @@ def calibrate_detectors(
     scores: dict[str, list[float]] = {name: [] for name in detectors}
     maps: dict[str, list[Tensor]] = {name: [] for name in detectors}
     # 1. Predictions for the good samples of this rank
-    for each in features:
+    for batch in batches(features, next(iter(detectors.values())).extractor.batch_size):
         for name, detector in detectors.items():
             with stopwatches[name].measure("calibrate"):
-                prediction = detector.predict_features(each)
-            scores[name].append(prediction.score)
-            maps[name].append(prediction.anomaly_map)
+                predictions = detector.predict_features(batch)
+            scores[name] += [each.score for each in predictions]
+            maps[name] += [each.anomaly_map for each in predictions]
     # 2. Thresholds from the predictions of all ranks
     for name, detector in detectors.items():
         with stopwatches[name].measure("calibrate"):
@@ -181,15 +187,13 @@ def evaluate(
     extractor = next(iter(detectors.values())).extractor
     results: dict[str, list[SampleResult]] = {name: [] for name in detectors}
     # 1. Predictions for the samples of this rank
-    progress = progress_bar(samples, total=count, desc=split, unit="sample")
-    for batch in batches(progress, extractor.batch_size):
-        extracted, seconds = extract_timed(extractor, batch)
-        for stopwatch in stopwatches.values():
-            stopwatch.seconds["extract"] += seconds
-        for sample, features in zip(batch, extracted, strict=True):
+    with progress_bar(total=count, desc=split, unit="sample") as progress:
+        for batch, inputs in _read_batches(extractor, samples):
+            features, seconds = extract_timed(extractor, inputs)
             for name, detector in detectors.items():
-                result = _predict_timed(detector, sample, features, seconds / len(batch), stopwatches[name])
-                results[name].append(result)
+                stopwatches[name].seconds["extract"] += seconds
+                results[name] += _predict_timed(detector, batch, features, seconds, stopwatches[name])
+            progress.update(len(batch))
     # 2. Metrics over the samples of all ranks
     evaluations = {}
     for name in detectors:
@@ -206,10 +210,16 @@ def evaluate(
     return evaluations
 
 
-def extract_timed(extractor: PatchExtractor, batch: Sequence[Sample]) -> tuple[list[PatchFeatures], float]:
+def _read_batches(extractor: PatchExtractor, samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], Inputs]]:
+    """Batches of samples, and the same on the extractor's device; for a GPU, the next one is made ready meanwhile."""
+    pairs = ((batch, extractor.prepare(batch)) for batch in batches(samples, extractor.batch_size))
+    return read_ahead(pairs) if extractor.device.type == "cuda" else pairs
+
+
+def extract_timed(extractor: PatchExtractor, inputs: Inputs) -> tuple[list[PatchFeatures], float]:
     """Features of a batch, and the seconds spent."""
     begin = time.perf_counter()
-    extracted = extractor.extract(batch)
+    extracted = extractor.extract_prepared(inputs)
     if extractor.device.type == "cuda":
         torch.cuda.synchronize(extractor.device)  # so that scoring is timed without the extraction
     return extracted, time.perf_counter() - begin
@@ -244,15 +254,24 @@ def class_entry(detector: Detector, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _predict_timed(
-    detector: Detector, sample: Sample, features: PatchFeatures, extraction: float, stopwatch: Stopwatch
-) -> SampleResult:
-    if sample.label is None or sample.mask is None:
-        raise ValueError(f"{sample.path} has no label or no mask. Pass samples of the test split.")
+    detector: Detector,
+    batch: Sequence[Sample],
+    features: Sequence[PatchFeatures],
+    extraction: float,
+    stopwatch: Stopwatch,
+) -> list[SampleResult]:
+    """Results of a batch whose features took `extraction` seconds; each sample has an equal share of the time."""
     begin = time.perf_counter()
-    prediction = detector.predict_features(features)
+    predictions = detector.predict_features(features)
     seconds = time.perf_counter() - begin
     stopwatch.seconds["score"] += seconds
-    return SampleResult(sample.path, sample.label, sample.mask[0], prediction, extraction + seconds)
+    share = (extraction + seconds) / len(batch)
+    results = []
+    for sample, prediction in zip(batch, predictions, strict=True):
+        if sample.label is None or sample.mask is None:
+            raise ValueError(f"{sample.path} has no label or no mask. Pass samples of the test split.")
+        results.append(SampleResult(sample.path, sample.label, sample.mask[0], prediction, share))
+    return results
 
 
 def _labels_and_scores(results: Sequence[SampleResult]) -> tuple[list[int], list[float]]:

@@ -1,4 +1,4 @@
-"""Image score and anomaly map of each bank, on the device of the patches, without waiting for a GPU."""
+"""Image scores and anomaly maps of each bank, on the device of the patches, without waiting for a GPU."""
 
 import math
 from collections.abc import Sequence
@@ -24,49 +24,58 @@ BOX_WEIGHT = 2130440  # of each pixel of the box
 EDGE_WEIGHT = 932068  # of the pixel on either side of the box
 
 
-def image_score(
-    patches: Tensor, distances: Tensor, index: Tensor, bank: MemoryBank, divisor: float = 1.0, epsilon: float = 0.0
+def image_scores(
+    patches: Tensor,
+    distances: Tensor,
+    index: Tensor,
+    bank: MemoryBank,
+    divisor: float = 1.0,
+    epsilon: float = 0.0,
+    left_out: Tensor | None = None,
 ) -> Tensor:
-    """Image score phi = eta |f* - m*| of PatchCore (Roth et al., CVPR 2022, Eq. 7). Plain: `reference.image_score`.
+    """Image scores phi = eta |f* - m*| of PatchCore (Roth et al., CVPR 2022, Eq. 7). Plain: `reference.image_score`.
 
     f* is the patch farthest from the bank, m* the row nearest to f*, and m are the two rows nearest to m*:
     eta = 1 - exp(|f* - m*| / sqrt(D)) / sum_m exp(|f* - m| / sqrt(D)). Eq. 7 has no sqrt(D). The published code divides
     by it; distances grow with the square root of the width D.
 
-    `distances` (M,) float32 and `index` (M,) int64 are those of the nearest row of `bank` to each of the normalized
-    `patches` (M, D) float32. All distances are divided by `divisor`; `epsilon` is added to the sum of exponentials.
-    Returns phi, a scalar float64 tensor; 0 <= eta < 1. For a bank of one row, phi = |f* - m*|.
+    `distances` (B, P) float32 and `index` (B, P) int64 are those of the nearest row of `bank` to each of the normalized
+    `patches` (B, P, D) float32 of B samples. All distances are divided by `divisor`; `epsilon` is added to the sum of
+    exponentials. For `left_out` (B,) see MemoryBank.search. Returns phi (B,) float64; 0 <= eta < 1. For a bank of one
+    row, phi = |f* - m*|.
     """
-    f_star = distances.argmax(dim=0, keepdim=True)  # index (1,); indexing with a scalar tensor would wait for its value
-    to_m_star = distances[f_star].double() / divisor
-    neighbors = bank.neighbors(index[f_star], REWEIGHTING_NEIGHBORS)[1:]  # the rows m
-    if len(neighbors) == 0:
-        return to_m_star[0]
-    to_neighbors = torch.linalg.vector_norm(bank.rows[neighbors] - patches[f_star], dim=1).double() / divisor
-    root = math.sqrt(patches.shape[1])
+    f_star = distances.argmax(dim=1, keepdim=True)  # (B, 1)
+    to_m_star = distances.gather(1, f_star).double() / divisor
+    neighbors = bank.neighbors(index.gather(1, f_star)[:, 0], REWEIGHTING_NEIGHBORS, left_out)[:, 1:]  # the rows m
+    if neighbors.shape[1] == 0:
+        return to_m_star[:, 0]
+    farthest = patches.gather(1, f_star[..., None].expand(-1, -1, patches.shape[2]))  # (B, 1, D)
+    to_neighbors = torch.linalg.vector_norm(bank.rows[neighbors] - farthest, dim=2).double() / divisor  # (B, 2)
+    root = math.sqrt(patches.shape[2])
     # Numerator and denominator are divided by exp(|f* - m*| / sqrt(D)), which could overflow.
-    total = torch.exp((to_neighbors - to_m_star) / root).sum() + epsilon * torch.exp(-to_m_star / root)
-    return ((1.0 - 1.0 / total) * to_m_star)[0]
+    total = torch.exp((to_neighbors - to_m_star) / root).sum(dim=1) + epsilon * torch.exp(-to_m_star[:, 0] / root)
+    return (1.0 - 1.0 / total) * to_m_star[:, 0]
 
 
 def top_scores(maps: Tensor) -> Tensor:
-    """Image scores (K,) float64 of maps (K, H, W): the mean of the highest TOP_SHARE of the pixels of each."""
-    pixels = maps.flatten(1)
-    highest = pixels.topk(max(1, int(TOP_SHARE * pixels.shape[1])), dim=1).values
-    return highest.double().mean(dim=1)
+    """Image scores (...) float64 of maps (..., H, W): the mean of the highest TOP_SHARE of the pixels of each."""
+    pixels = maps.flatten(-2)
+    highest = pixels.topk(max(1, int(TOP_SHARE * pixels.shape[-1])), dim=-1).values
+    return highest.double().mean(dim=-1)
 
 
 def anomaly_maps(distances: Sequence[Tensor], size: int, float_blur: bool = False) -> Tensor:
-    """Anomaly maps psi (K, size, size) float32 of K banks. Plain form: `reference.anomaly_map`.
+    """Anomaly maps psi (K, B, size, size) float32 of K banks. Plain form: `reference.anomaly_map`.
 
-    The patch distances, K tensors (grid**2,) float32, row-major, are resized bilinearly and blurred by gaussian_blur.
+    The patch distances of B samples, K tensors (B, grid**2) float32, row-major, are resized bilinearly and blurred by
+    gaussian_blur.
     """
     planes = []
     for each in distances:
-        grid = math.isqrt(len(each))
-        plane = each.view(1, 1, grid, grid).float()
-        planes.append(F.interpolate(plane, size=(size, size), mode="bilinear", align_corners=False)[0, 0])
-    return gaussian_blur(torch.stack(planes), float_blur)
+        grid = math.isqrt(each.shape[1])
+        patches = each.view(1, -1, grid, grid).float()
+        planes.append(F.interpolate(patches, size=(size, size), mode="bilinear", align_corners=False))
+    return gaussian_blur(torch.cat(planes), float_blur)
 
 
 def gaussian_blur(planes: Tensor, float_blur: bool = False) -> Tensor:

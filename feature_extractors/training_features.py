@@ -48,6 +48,7 @@ class TrainingFeatures:
         self.capacity, self.memory_budget, self.dtype = capacity, memory_budget, dtype
         self.empty, self.group, self.count = empty or PatchFeatures(), group, 0
         self.paths: list[str | None] = []  # of the samples
+        self._occupied: list[Tensor | None] = []  # of the samples, as in PatchFeatures
         self.coresets: dict[tuple[Any, ...], Tensor] = {}  # shared by methods fitted on the same features
         self._arrays: dict[str, Tensor] = {}
         self._maps: dict[str, mmap.mmap] = {}
@@ -92,6 +93,7 @@ class TrainingFeatures:
             self._arrays[name][self.count] = stored
             self._release(name)
         self.paths.append(path)
+        self._occupied.append(features.occupied)
         self.count += 1
 
     def sample(self, i: int) -> PatchFeatures:
@@ -100,7 +102,7 @@ class TrainingFeatures:
         for name, array in self._arrays.items():
             self._release(name)
             features[name] = array[i].to(self._device, torch.float32)
-        return PatchFeatures(**features)
+        return PatchFeatures(**features, occupied=self._occupied[i])
 
     def subset(self, paths: Collection[str]) -> "TrainingFeatures":
         """Copy of the samples of this rank that have these paths."""
@@ -120,17 +122,13 @@ class TrainingFeatures:
         if not self._arrays:
             return ShardedRows(PatchRows(getattr(self.empty, name)), self.group)
         stored = self._arrays[name][: self.count][:samples]
-        kept = self._foreground(len(stored), math.isqrt(stored.shape[1])).to(stored.device) if foreground else None
+        kept = None
+        if foreground:
+            grid = math.isqrt(stored.shape[1])
+            near = [near_points(each, grid) for each in self._occupied[: len(stored)] if each is not None]
+            kept = torch.cat(near).nonzero()[:, 0].to(stored.device)
         rows = PatchRows(stored.flatten(0, 1), self._device, lambda: self._release(name), kept)
         return ShardedRows(rows, self.group)
-
-    def _foreground(self, samples: int, grid: int) -> Tensor:
-        """Indices of the patches near a point, among the `grid**2` patches each of the first samples of this rank."""
-        near = torch.zeros(samples, grid**2, dtype=torch.bool)
-        for mask, xyz in zip(near, self._arrays["xyz"], strict=False):
-            mask[:] = near_points(xyz.to(self._device, torch.float32), grid)
-            self._release("xyz")
-        return near.flatten().nonzero()[:, 0]
 
     def _allocate(self, patches: dict[str, Tensor]) -> None:
         self._device = next(iter(patches.values())).device

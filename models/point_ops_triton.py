@@ -55,7 +55,7 @@ def knn(queries: Tensor, points: Tensor, k: int, block: int = KEYS_BLOCK) -> tup
     if k <= 3:
         squared, index = three_nearest(queries, points)
         return squared[..., :k].sqrt(), index[..., :k]
-    keys = torch.stack([_smallest_keys(*cloud, k, block) for cloud in zip(queries, points.mT, strict=True)])
+    keys = _smallest_keys(queries, points.mT, k, block)
     return (keys >> 32).int().view(torch.float32).sqrt(), keys & 0xFFFFFFFF
 
 
@@ -80,16 +80,20 @@ def three_nearest(
 
 
 def _smallest_keys(queries: Tensor, coordinates: Tensor, k: int, block: int) -> Tensor:
-    """The k smallest keys (M, k) int64, ascending, of queries (M, 3) and points of coordinates (3, N)."""
-    coordinates, count = coordinates.contiguous(), coordinates.shape[1]
+    """The k smallest keys (B, M, k) int64, ascending, of queries (B, M, 3) and points of coordinates (B, 3, N)."""
+    coordinates, count = coordinates.contiguous(), coordinates.shape[2]
+    rows = queries.reshape(-1, 3).contiguous()
+    step = max(1, MAX_KEYS // count)
     found = []
-    for chunk in queries.contiguous().split(max(1, MAX_KEYS // count)):
+    for first in range(0, len(rows), step):
+        chunk = rows[first : first + step]
         keys = chunk.new_empty(len(chunk), count, dtype=torch.int64)
         with torch.cuda.device_of(chunk):
             launch = _keys_kernel[(len(chunk), -(-count // block))]
-            launch(chunk, coordinates, keys, count, BLOCK=block, num_warps=4, enable_fp_fusion=False)
+            arguments = chunk, coordinates, keys, first, queries.shape[1], count
+            launch(*arguments, BLOCK=block, num_warps=4, enable_fp_fusion=False)
         found.append(keys.topk(k, dim=1, largest=False, sorted=True).values)
-    return torch.cat(found)
+    return torch.cat(found).view(*queries.shape[:2], k)
 
 
 @_jit
@@ -132,8 +136,11 @@ def _sample_kernel(coordinates, nearest, picks, n_points, n_picks, BLOCK: tl.con
 
 
 @_jit
-def _keys_kernel(queries, coordinates, keys, n_points, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _keys_kernel(  # type: ignore[no-untyped-def]
+    queries, coordinates, keys, first, n_queries, n_points, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
+    coordinates += (first + row) // n_queries * 3 * n_points
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = index < n_points
     squared = _squared_distance(

@@ -14,6 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from models.group_encoder import GroupEncoder
 from models.point_ops import farthest_point_sample, knn
 
+FAR = 1e4  # meters; a coordinate of points that fill up a batch, which are nobody's neighbors
+
 
 class PointFeatures(NamedTuple):
     """Features of a cloud, at group centers or at every point."""
@@ -70,10 +72,10 @@ class PointTransformer(PointBackbone):
 
     def forward(self, clouds: Sequence[Tensor]) -> list[PointFeatures]:
         """Extract features (num_group, embed_dim) of three blocks and centers (num_group, 3) of clouds (N, 3)."""
-        groups, centers = zip(*self.group(clouds), strict=True)
+        groups, centers = self.group(clouds)
         tokens = torch.stack([self.reduce_dim(self.encoder(of_cloud)) for of_cloud in groups])  # (B, G, width)
         with torch.autocast(tokens.device.type, enabled=False):  # in bf16 the centers would move by a millimeter
-            position = self.pos_embed(torch.stack(centers))  # (B, G, width)
+            position = self.pos_embed(centers)  # (B, G, width)
         if self.cls_token is not None and self.cls_pos is not None:
             size = (len(groups), -1, -1)
             tokens = torch.cat([self.cls_token.expand(size), tokens], dim=1)  # (B, 1 + G, width)
@@ -86,15 +88,18 @@ class PointTransformer(PointBackbone):
         features = torch.cat(outputs, dim=2)  # (B, G, 3 * width)
         return [PointFeatures(*each) for each in zip(features, centers, strict=True)]
 
-    def group(self, clouds: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Divide clouds (N, 3) into groups (G, K, 3), relative to centers (G, 3); ValueError if N < min_points."""
+    def group(self, clouds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Divide B clouds (N, 3) into groups (B, G, K, 3), relative to centers (B, G, 3).
+
+        N may differ. Raises ValueError if a cloud has less than min_points.
+        """
         if (fewest := min(map(len, clouds))) < self.min_points:
             needed = f"{self.num_group} groups of {self.group_size} points need at least {self.min_points}"
             raise ValueError(f"{fewest} valid points, but {needed}")
-        padded = pad_sequence(list(clouds), batch_first=True)  # with zeros, which are never picked
-        divided = []
-        for points, picks in zip(clouds, farthest_point_sample(padded, self.num_group, self.point_ops), strict=True):
-            centers = points[picks]
-            _, neighbors = knn(centers[None], points[None], self.group_size, self.point_ops)
-            divided.append((points[neighbors[0]] - centers[:, None], centers))
-        return divided
+        points = pad_sequence(list(clouds), batch_first=True)  # filled up with zeros, which are never picked
+        picks = farthest_point_sample(points, self.num_group, self.point_ops)
+        batch = torch.arange(len(clouds), device=points.device)
+        centers = points[batch[:, None], picks]
+        points = pad_sequence(list(clouds), batch_first=True, padding_value=FAR)
+        _, neighbors = knn(centers, points, self.group_size, self.point_ops)
+        return points[batch[:, None, None], neighbors] - centers[:, :, None], centers

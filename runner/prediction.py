@@ -8,14 +8,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from dataset import load_samples, make_sample, read_rgb
+from dataset import load_samples, make_sample, read_ahead, read_rgb
 from feature_extractors.detector import Detector
-from feature_extractors.pipeline import batches, extract_timed
+from feature_extractors.extractor import Inputs, PatchExtractor
+from feature_extractors.pipeline import batches
 from feature_extractors.thresholds import Thresholds
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, crop_padding, is_cleaned, shows_table
 from utils.errors import InputError
@@ -54,7 +56,7 @@ class Outcome(NamedTuple):
 
     loaded: LoadedSample
     prediction: Prediction | None = None
-    seconds: float = 0.0  # share of the batch's extraction plus the sample's scoring, without reading its files
+    seconds: float = 0.0  # share of the time that its batch takes, without reading its files
     problem: str = ""
 
 
@@ -130,33 +132,50 @@ def _clean(
 def predict_samples(detector: Detector, reader: SampleReader, batch_size: int, num_workers: int) -> Iterator[Outcome]:
     """Predict samples in order. A problem with one of them does not affect the others.
 
-    Memory holds at most a batch of `batch_size` samples, and two more for each of the `num_workers` threads.
+    Memory holds at most a batch of `batch_size` samples, for a GPU two, and two more for each of the `num_workers`
+    threads.
     """
-    for batch in batches(load_samples(reader, num_workers), batch_size):
-        predicted = iter(_predict_batch(detector, [each for each in batch if each.sample is not None]))
-        for loaded in batch:
-            yield Outcome(loaded, problem=loaded.problem) if loaded.sample is None else next(predicted)
+    prepare = partial(_prepare, detector.extractor)
+    prepared = map(prepare, batches(load_samples(reader, num_workers), batch_size))
+    for batch in read_ahead(prepared) if detector.extractor.device.type == "cuda" else prepared:
+        yield from _predict_batch(detector, batch)
 
 
-def _predict_batch(detector: Detector, batch: Sequence[LoadedSample]) -> list[Outcome]:
-    if not batch:
-        return []
-    samples = [each.sample for each in batch if each.sample is not None]
+class PreparedBatch(NamedTuple):
+    """Samples, and the same on the detector's device without those that cannot be predicted."""
+
+    samples: list[LoadedSample]
+    inputs: Inputs | None  # None: no sample can be predicted
+
+
+def _prepare(extractor: PatchExtractor, batch: list[LoadedSample]) -> PreparedBatch:
     try:
-        features, seconds = extract_timed(detector.extractor, samples)
+        samples = [each.sample for each in batch if each.sample is not None]
+        return PreparedBatch(batch, extractor.prepare(samples) if samples else None)
     except InputError as error:
         if len(batch) == 1:
-            return [Outcome(batch[0], problem=str(error))]
-        return [outcome for each in batch for outcome in _predict_batch(detector, [each])]
+            return PreparedBatch([LoadedSample(batch[0].files, problem=str(error), stamp=batch[0].stamp)], None)
+        checked = [_prepare(extractor, [each]).samples[0] for each in batch]
+        return _prepare(extractor, checked)
+
+
+def _predict_batch(detector: Detector, batch: PreparedBatch) -> list[Outcome]:
+    begin = time.perf_counter()
+    predicted: Iterator[Prediction] = iter(())
+    if batch.inputs is not None:
+        predicted = iter(detector.predict_features(detector.extractor.extract_prepared(batch.inputs)))
+    count = sum(each.sample is not None for each in batch.samples)
+    share = (time.perf_counter() - begin) / max(count, 1)
     outcomes = []
-    for loaded, sample, of_sample in zip(batch, samples, features, strict=True):
-        begin = time.perf_counter()
-        prediction = detector.predict_features(of_sample)
-        spent = seconds / len(batch) + time.perf_counter() - begin
+    for loaded in batch.samples:
+        if loaded.sample is None:
+            outcomes.append(Outcome(loaded, problem=loaded.problem))
+            continue
+        prediction = next(predicted)
         if math.isfinite(prediction.score) and prediction.anomaly_map.isfinite().all():
-            outcomes.append(Outcome(loaded, prediction, spent))
+            outcomes.append(Outcome(loaded, prediction, share))
         else:
-            problem = f"{sample.path} gives a score or a map that is not finite. Restore its files."
+            problem = f"{loaded.sample.path} gives a score or a map that is not finite. Restore its files."
             outcomes.append(Outcome(loaded, problem=problem))
     return outcomes
 

@@ -30,11 +30,11 @@ from main_runs import (
 )
 
 from feature_extractors.config import METHODS
-from feature_extractors.extractor import PatchExtractor
+from feature_extractors.extractor import Inputs, PatchExtractor
 from models.feature_fusion import FeatureFusion
 from runner.settings import detector_configs, extraction_config, make_parser
 from utils.feature_store import PatchFileDataset
-from utils.records import PatchFeatures, Sample
+from utils.records import Sample
 
 ALL = tuple(METHODS)
 METHOD_FILES = ("results.json", "report.html", "classes/bagel.json")  # in each method's folder
@@ -137,13 +137,13 @@ def test_a_flag_changes_only_the_methods_that_it_applies_to(flag: tuple[object, 
 
 
 def test_every_sample_is_extracted_once(base: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, extract = [], PatchExtractor.extract
+    seen, prepare = [], PatchExtractor.prepare
 
-    def count(extractor: PatchExtractor, samples: Sequence[Sample]) -> list[PatchFeatures]:
+    def count(extractor: PatchExtractor, samples: Sequence[Sample]) -> Inputs:
         seen.extend(sample.path for sample in samples)
-        return extract(extractor, samples)
+        return prepare(extractor, samples)
 
-    monkeypatch.setattr(PatchExtractor, "extract", count)
+    monkeypatch.setattr(PatchExtractor, "prepare", count)
     runs = compare_into(tmp_path, base, ("DINO", "Point_MAE", "DINO+Point_MAE+add"))
     assert seen == ["train/good/000", "train/good/001", *TEST_SAMPLES]
     seconds = [run.entry["seconds"] for run in runs.values()]

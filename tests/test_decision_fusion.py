@@ -85,11 +85,6 @@ def test_banks_without_noise_have_finite_weights() -> None:
     assert np.isfinite(fusion.map_coef).all()
 
 
-def test_scores_may_be_numbers() -> None:
-    scores, maps = training_results(1, 3)
-    assert float(fit().fuse(scores[0], maps[0])[0]) == fuse(fit(), scores[0], maps[0])[0]
-
-
 def test_no_value_is_read_back_from_the_device() -> None:
     """Fusion works on the meta device, where reading a value fails."""
     scores = [torch.empty((), dtype=torch.float64, device="meta")] * 3

@@ -24,7 +24,7 @@ from tiny_networks import (
 from torch import Tensor
 
 from feature_extractors import reference
-from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig, Protocol
+from feature_extractors.config import BANKS, METHODS, PROTOCOLS, DetectorConfig, Protocol
 from feature_extractors.pipeline import collect_features, fit_detector
 from utils.errors import InputError
 from utils.records import PatchFeatures
@@ -50,14 +50,14 @@ def test_detector_of_each_method_equals_the_plain_form() -> None:
         good = [by_bank(features.sample(i)) for i in range(len(features))]
         tested = detector.extractor.extract(made_up_samples("test"))
         scores, maps = plain_fit_and_score(config, good, [by_bank(each) for each in tested])
-        predictions = [detector.predict_features(each) for each in tested]
+        predictions = detector.predict_features(tested)
         np.testing.assert_allclose([each.score for each in predictions], scores, rtol=1e-4, err_msg=name)
         found = np.stack([each.anomaly_map for each in predictions])
         np.testing.assert_allclose(found, maps, rtol=1e-3, atol=1e-4 * maps.max(), err_msg=name)
 
 
 def by_bank(features: PatchFeatures) -> Patches:
-    return {name: patches for name, patches in features._asdict().items() if patches is not None}
+    return {name: patches for name in BANKS if (patches := getattr(features, name)) is not None}
 
 
 def plain_fit_and_score(

@@ -29,7 +29,7 @@ from tiny_networks import (
 from torch import Tensor, nn
 
 from feature_extractors import extractor as extractor_module
-from feature_extractors.alignment import align_to_patches, valid_pixels
+from feature_extractors.alignment import align_to_patches, pack_clouds, valid_pixels
 from feature_extractors.config import METHODS, Protocol
 from feature_extractors.extractor import PatchExtractor, build_extractor
 from models.point_transformer import PointBackbone, PointFeatures
@@ -130,8 +130,9 @@ def test_alignment_follows_the_protocol(exact: bool, masked: bool) -> None:
     extractor = build(settings(SINGLE, protocol=Protocol(exact_distances=exact, masked_pooling=masked)))
     with torch.inference_mode():
         (point_features,) = extractor.xyz_backbone([sample.xyz[:, valid_pixels(sample.xyz)].T.contiguous()])
-    expected = align_to_patches(point_features, sample.xyz, GRID, exact_distances=exact, masked=masked)
-    other = align_to_patches(point_features, sample.xyz, GRID, exact_distances=not exact, masked=masked)
+    cloud = [point_features], pack_clouds([sample.xyz]), GRID
+    (expected,) = align_to_patches(*cloud, exact_distances=exact, masked=masked)
+    (other,) = align_to_patches(*cloud, exact_distances=not exact, masked=masked)
     features = extractor(sample).xyz
     assert torch.equal(features, expected)
     assert not torch.equal(features, other)

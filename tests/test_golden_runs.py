@@ -1,6 +1,7 @@
 """Every method, from features to metrics, against the recorded runs of the original computation."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +17,10 @@ from feature_extractors import detector as detector_module
 from feature_extractors.config import DetectorConfig
 from feature_extractors.coreset import select_coreset
 from feature_extractors.detector import Detector
+from feature_extractors.extractor import PatchExtractor
 from feature_extractors.memory_bank import MemoryBank
 from feature_extractors.pipeline import fit_detector
-from feature_extractors.scoring import image_score
+from feature_extractors.scoring import image_scores
 from feature_extractors.training_features import TrainingFeatures
 from utils.metrics import evaluate
 from utils.records import Prediction, Sample
@@ -99,30 +101,33 @@ def run(
         return torch.from_numpy(selections[-1])
 
     def score(patches: Tensor, nearest: Tensor, *rest: object) -> Tensor:
-        distances.append(nearest)
-        return image_score(patches, nearest, *rest)
+        distances.append(nearest[0])
+        return image_scores(patches, nearest, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(banks, "select_coreset", select)
-        patch.setattr(detector_module, "image_score", score)
-        detector = fit_detector(config, None, collected)
+        patch.setattr(detector_module, "image_scores", score)
+        detector = fit_detector(config, PatchExtractor(config, None, None), collected)
         results: dict[str, list[dict[str, BankResult]]] = {"late": [], "test": []}
         for each in training if config.method.fusion != "none" else []:
             distances.clear()
-            results["late"].append(by_bank(distances, *detector.bank_results(each)))
+            ((scores, maps),) = detector.bank_results([each])
+            results["late"].append(by_bank(detector, distances, scores, maps))
         predictions = []
         for stem in stems:
             distances.clear()
-            predictions.append(detector.predict_features(golden_features(stem, config.point_norm)))
-            results["test"].append(by_bank(distances, predictions[-1].bank_scores, predictions[-1].bank_maps))
+            (prediction,) = detector.predict_features([golden_features(stem, config.point_norm)])
+            predictions.append(prediction)
+            bank_scores, bank_maps = prediction.bank_scores.values(), prediction.bank_maps.values()
+            results["test"].append(by_bank(detector, distances, bank_scores, bank_maps))
     masks = np.stack([golden_samples[stem].mask[0].numpy() for stem in stems])
     return Run(recorded, meta, detector, selections, results, predictions, masks)
 
 
-def by_bank(distances: list[Tensor], scores: dict[str, float], maps: dict[str, Tensor]) -> dict[str, BankResult]:
-    return {
-        name: BankResult(*each) for name, *each in zip(scores, distances, scores.values(), maps.values(), strict=True)
-    }
+def by_bank(
+    detector: Detector, distances: list[Tensor], scores: Iterable[float], maps: Iterable[Tensor]
+) -> dict[str, BankResult]:
+    return {name: BankResult(*each) for name, *each in zip(detector.banks, distances, scores, maps, strict=True)}
 
 
 pytestmark = pytest.mark.golden

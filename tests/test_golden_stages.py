@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from feature_extractors.alignment import align_to_patches, valid_pixels
+from feature_extractors.alignment import align_to_patches, pack_clouds, valid_pixels
 from models import build_feature_fusion, build_rgb_backbone, build_xyz_backbone
 from models.point_ops import three_nn_interpolate, three_nn_weights_expanded
 from models.point_transformer import PointFeatures, PointTransformer
@@ -115,7 +115,7 @@ def running(run_points: Callable[[str, str], PointRun]) -> PointRun:
 
 @pytest.fixture(scope="module")
 def xyz_patches(running: PointRun, sample: Sample) -> Tensor:
-    return align_to_patches(running.features, xyz_of(sample), XYZ_GRID)
+    return align_to_patches([running.features], pack_clouds([xyz_of(sample)]), XYZ_GRID)[0]
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
 """Nearest-neighbor search against the full distance matrix, and bank statistics against torch."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from feature_extractors import memory_bank, reference
 from feature_extractors.coreset import random_projection, select_coreset
-from feature_extractors.memory_bank import BankStatistics, MemoryBank, distinct_rows, mean_and_std
+from feature_extractors.memory_bank import BankStatistics, Found, MemoryBank, mean_and_std
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -31,13 +33,13 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """List of the number of queries in each searched block."""
     counts: list[int] = []
-    nearest_of = MemoryBank._nearest_in_block
+    nearest_of = MemoryBank._nearest_exact
 
-    def counted(bank: MemoryBank, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def counted(bank: MemoryBank, queries: Tensor, *arguments: Any) -> Found:
         counts.append(len(queries))
-        return nearest_of(bank, queries)
+        return nearest_of(bank, queries, *arguments)
 
-    monkeypatch.setattr(MemoryBank, "_nearest_in_block", counted)
+    monkeypatch.setattr(MemoryBank, "_nearest_exact", counted)
     return counts
 
 
@@ -187,53 +189,67 @@ def test_few_candidates_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 500 <= sum(pairs) < 1500
 
 
-def test_equal_queries_are_searched_once(blocks: list[int]) -> None:
-    """Background patches repeat, in the queries and in the bank."""
-    bank = MemoryBank(torch.cat([torch.zeros(200, 6), random_rows(50, 6, 0)]))
-    queries = torch.cat([torch.zeros(300, 6), random_rows(20, 6, 1), torch.zeros(10, 6)])
-    distance, index = bank.nearest(queries)
-    assert sum(blocks) == 21
-    torch.testing.assert_close(distance, exact_nearest(queries, bank.rows)[0].float())
-    assert (index[:300] == 0).all()
-    assert (index[320:] == 0).all()
+@pytest.mark.parametrize("expanded", ["nowhere", "cancelling"])
+@pytest.mark.parametrize(("queries", "rows", "dim"), [(1, 1, 1), (7, 1, 5), (50, 33, 8), (400, 3000, 64)])
+def test_bounded_search_finds_the_same_rows(queries: int, rows: int, dim: int, expanded: str) -> None:
+    """A tenth of the queries is close to a row, where squares cancel."""
+    bank, asked = MemoryBank(random_rows(rows, dim, 1)), random_rows(queries, dim, 0)
+    asked[::10] = bank.rows[0] + 1e-3 * asked[::10]
+    tolerance = 1e-3 if expanded == "cancelling" else 0
+    expected, found = bank.search(asked, expanded), bank.search(asked, expanded, bounded=True)
+    assert expected.complete and found.complete
+    assert torch.equal(found.row, expected.row)
+    torch.testing.assert_close(found.distance, expected.distance, rtol=1e-6, atol=tolerance)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_distinct_rows(device: str) -> None:
-    rows = random_rows(40, 3, 0).repeat(3, 1)[torch.randperm(120, generator=torch.Generator().manual_seed(0))]
-    distinct, inverse = distinct_rows(rows.to(device))
-    assert len(distinct) == 40
-    assert torch.equal(distinct[inverse].cpu(), rows)
+def test_bounded_search_knows_when_it_is_incomplete() -> None:
+    """Too many rows are equally close to the last query, or too many queries are close to a row."""
+    rows, queries = 10 + random_rows(500, 16, 0), 10 + random_rows(80, 16, 1)
+    copies = rows.clone()
+    copies[100:120] = queries[-1]
+    assert MemoryBank(rows).search(queries, bounded=True).complete
+    assert not MemoryBank(copies).search(queries, bounded=True).complete
+    assert MemoryBank(copies).search(queries).complete
+    assert not MemoryBank(rows).search(rows[:80], "cancelling", bounded=True).complete
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("collide", [False, True])
-def test_distinct_rows_by_hash(collide: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal hashes, zeros of either sign and NaN never merge different rows."""
-    if collide:
-        monkeypatch.setattr(
-            memory_bank, "_hash_factors", lambda width, at: torch.zeros(width, dtype=torch.int64).to(at)
-        )
-    rows = torch.tensor([[1.0, 2.0], [0.0, 3.0], [1.0, 2.0], [-0.0, 3.0], [2.0, 1.0], [float("nan"), 0.0], [0.0, 3.0]])
-    distinct, inverse = memory_bank._distinct_by_hash(rows.to(device))
-    assert torch.equal(distinct[inverse].cpu().view(torch.int32), rows.view(torch.int32))
-    assert len(distinct) == (6 if collide else 5)  # after a collision, copies of other rows stay separate
-    empty, empty_index = memory_bank._distinct_by_hash(rows[:0])
-    assert (len(empty), len(empty_index)) == (0, 0)
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("expanded", memory_bank.EXPANDED)
+def test_rows_of_a_left_out_sample_are_not_searched(expanded: str) -> None:
+    """As if the bank had none of them: distances, neighbors and distances relative to the spacing."""
+    rows, owners = random_rows(60, 5, seed=1), torch.arange(60) % 4 - 1
+    bank = MemoryBank(rows, owners=owners).with_spacing()
+    queries, left_out = random_rows(12, 5, seed=2), torch.arange(12) % 3
+    found = bank.search(queries, expanded, left_out)
+    relative = bank.relative_distances(queries, left_out)
+    for query, sample, distance, row, other in zip(queries, left_out, found.distance, found.row, relative, strict=True):
+        kept = (owners != sample).nonzero()[:, 0]
+        others = MemoryBank(rows[kept], spacing=bank.spacing[kept])
+        expected, index = others.nearest(query[None], expanded)
+        assert row == kept[index]
+        torch.testing.assert_close(distance, expected[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(other, others.relative_distances(query[None])[0])
+        neighbors = bank.neighbors(row[None], 3, sample[None])[0]
+        assert torch.equal(neighbors, kept[others.neighbors(index, 3)[0]])
+
+
+def test_bank_of_a_single_sample_keeps_its_rows() -> None:
+    for owners in ([7, 7], [7, 7, -1]):
+        bank = MemoryBank(random_rows(len(owners), 3, seed=1), owners=torch.tensor(owners))
+        assert bank.search(bank.rows, left_out=torch.full((len(owners),), 7)).row.tolist() == list(range(len(owners)))
 
 
 def test_neighbors_by_hand() -> None:
     """Rows on a line with ties: row 2 at 0 has rows 1 and 3 at distance 1, rows 0 and 4 at 3."""
     bank = MemoryBank(torch.tensor([[-3.0], [1.0], [0.0], [-1.0], [3.0]]))
-    assert bank.neighbors(2, 1).tolist() == [2]
-    assert bank.neighbors(2, 2).tolist() == [2, 1]
-    assert bank.neighbors(2, 5).tolist() == [2, 1, 3, 0, 4]
-    assert bank.neighbors(2, 9).tolist() == [2, 1, 3, 0, 4]  # all rows
-    assert bank.neighbors(4, 3).tolist() == [4, 1, 2]
+    expected = [[2, 1, 3, 0, 4], [4, 1, 2, 3, 0]]
+    for k in (1, 2, 5):
+        assert bank.neighbors(torch.tensor([2, 4]), k).tolist() == [row[:k] for row in expected]
+    assert bank.neighbors(torch.tensor([2, 4]), 9).tolist() == expected  # all rows
 
 
 def test_neighbors_among_copies_have_the_lowest_indices() -> None:
-    assert MemoryBank(torch.ones(40, 3)).neighbors(20, 3).tolist() == [0, 1, 2]
+    assert MemoryBank(torch.ones(40, 3)).neighbors(torch.tensor([20]), 3).tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.usefixtures("chunks")
@@ -262,21 +278,6 @@ def test_relative_distances_by_hand() -> None:
     first = (1 / 2 * 3 / 1 * 6 / 3) ** (1 / 3)  # distances 1, 3, 6
     last = (4 / 4 * 99 / 3 * 102 / 1) ** (1 / 3)
     assert relative.tolist() == pytest.approx([first, 0.0, last], rel=1e-5)
-
-
-def test_bank_without_a_sample() -> None:
-    rows, owners = random_rows(5, 3, seed=1), torch.tensor([0, 1, 1, 0, -1])
-    bank = MemoryBank(rows, BankStatistics(1.0, 2.0), owners=owners).with_spacing()
-    others = bank.without(1)
-    assert torch.equal(others.rows, rows[[0, 3, 4]])
-    assert torch.equal(others.spacing, bank.spacing[[0, 3, 4]])
-    assert others.statistics == bank.statistics
-
-
-def test_bank_of_a_single_sample_keeps_its_rows() -> None:
-    for owners in ([7, 7], [7, 7, -1]):
-        bank = MemoryBank(random_rows(len(owners), 3, seed=1), owners=torch.tensor(owners))
-        assert bank.without(7) is bank
 
 
 @pytest.mark.parametrize("step", [1, 7, 40, 1 << 14])

@@ -33,7 +33,7 @@ from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
 from feature_extractors.coreset import select_coreset
 from feature_extractors.decision_fusion import fit_decision_fusion
 from feature_extractors.detector import Detector
-from feature_extractors.extractor import PatchExtractor
+from feature_extractors.extractor import Inputs, PatchExtractor
 from feature_extractors.pipeline import (
     Evaluation,
     Stopwatch,
@@ -42,7 +42,7 @@ from feature_extractors.pipeline import (
     evaluate,
     fit_detector,
 )
-from feature_extractors.scoring import anomaly_maps, image_score
+from feature_extractors.scoring import anomaly_maps, image_scores
 from feature_extractors.training_features import TrainingFeatures
 from utils.au_pro import area_to_limit
 from utils.errors import InputError
@@ -301,12 +301,13 @@ def test_score_rule_of_each_method(method_name: str, protocol: str) -> None:
     epsilon = 1e-5 if method_name in ("DINO", "Point_MAE") else 0.0
     detector, features, _ = run(settings(method_name, protocol=PROTOCOLS[protocol]))[2:]
     features = features.sample(1)
-    scores, maps = detector.bank_results(features)
-    for name, bank in detector.banks.items():
+    ((scores, maps),) = detector.bank_results([features])
+    for (name, bank), score, plane in zip(detector.banks.items(), scores, maps, strict=True):
         patches = (getattr(features, name) - bank.statistics.mean) / bank.statistics.std
         distances, index = bank.nearest(patches, "nowhere" if corrected else "everywhere")
-        assert scores[name] == image_score(patches, distances, index, bank, divisor, epsilon)
-        assert torch.equal(maps[name], anomaly_maps([distances], SIZE, float_blur=corrected)[0])
+        found = patches[None], distances[None], index[None]
+        assert score == image_scores(*found, bank, divisor, epsilon)
+        assert torch.equal(plane, anomaly_maps([distances[None]], SIZE, float_blur=corrected)[0, 0])
 
 
 @pytest.mark.parametrize(("method_name", "banks"), [(DOUBLE, (0, 1)), (TRIPLE, (0, 1, 2))])
@@ -314,17 +315,18 @@ def test_decision_fusion_is_fitted_on_the_training_samples(method_name: str, ban
     """The order is xyz, rgb, fusion, and each bank has its own lambda."""
     config = settings(method_name, score_lambdas=(1.0, 0.2, 3.0), map_lambdas=(2.0, 0.3, 0.5))
     detector, features, predictions = run(config)[2:]
-    results = [detector.bank_results(features.sample(i)) for i in range(TRAIN)]
+    results = detector.bank_results(list(features))
     expected = fit_decision_fusion(
-        [list(scores.values()) for scores, _ in results],
-        [list(maps.values()) for _, maps in results],
+        [scores for scores, _ in results],
+        [maps for _, maps in results],
         tuple(config.score_lambdas[k] for k in banks),
         tuple(config.map_lambdas[k] for k in banks),
         config.ocsvm_nu,
         config.ocsvm_maxiter,
     )
     for prediction in predictions:
-        score, plane = expected.fuse(list(prediction.bank_scores.values()), list(prediction.bank_maps.values()))
+        scores = torch.tensor(list(prediction.bank_scores.values()), dtype=torch.float64)
+        score, plane = expected.fuse(list(scores), list(prediction.bank_maps.values()))
         assert prediction.score == pytest.approx(float(score), rel=1e-9)
         torch.testing.assert_close(prediction.anomaly_map, plane)
 
@@ -346,9 +348,9 @@ class CountingExtractor(PatchExtractor):
 
     seen: list[str]
 
-    def extract(self, samples: Sequence[Sample]) -> list[PatchFeatures]:
+    def prepare(self, samples: Sequence[Sample]) -> Inputs:
         self.seen += [sample.path for sample in samples]
-        return super().extract(samples)
+        return super().prepare(samples)
 
 
 def counting(config: DetectorConfig) -> CountingExtractor:
@@ -463,11 +465,12 @@ def test_stopwatches_count_shared_extraction_and_own_scoring(monkeypatch: pytest
         return slow
 
     monkeypatch.setattr(pipeline.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(CountingExtractor, "extract", taking(100.0 * TEST, CountingExtractor.extract))  # in one batch
+    slow_extraction = taking(100.0 * TEST, CountingExtractor.extract_prepared)  # in one batch
+    monkeypatch.setattr(CountingExtractor, "extract_prepared", slow_extraction)
     monkeypatch.setattr(pipeline, "compute_metrics", taking(7.0, pipeline.compute_metrics))
     steps = dict(zip(detectors, (1.0, 2.0, 3.0), strict=True))
     for name, detector in detectors.items():
-        monkeypatch.setattr(detector, "predict_features", taking(steps[name], detector.predict_features))
+        monkeypatch.setattr(detector, "predict_features", taking(steps[name] * TEST, detector.predict_features))
     before = {"extract": 5.0, "coreset": 4.0, "fuse": 0.0, "score": 0.5, "metrics": 0.0}
     stopwatches = {name: Stopwatch(before) for name in detectors}
     evaluations = evaluate(detectors, made_up_samples("test"), TEST, stopwatches)

@@ -131,7 +131,7 @@ def test_unknown_point_norm_is_refused() -> None:
 
 def test_groups_are_neighborhoods_relative_to_their_centers(transformer: PointTransformer) -> None:
     points = cloud(50)
-    ((groups, centers),) = transformer.group([points])
+    (groups,), (centers,) = transformer.group([points])
     assert groups.shape == (16, 8, 3)
     assert torch.equal(centers, points[farthest_point_sample(points[None], 16)[0]])
     for group, center in zip(groups, centers, strict=True):
@@ -171,7 +171,7 @@ def test_features_equal_their_plain_form() -> None:
 def test_forward_equals_its_steps(transformer: PointTransformer) -> None:
     """Outputs of three blocks, each after the final norm, are concatenated; the position enters every block."""
     points = cloud(60)
-    ((groups, centers),) = transformer.group([points])
+    (groups,), (centers,) = transformer.group([points])
     tokens, position = transformer.encoder(groups), transformer.pos_embed(centers)
     if transformer.cls_token is not None:
         tokens = torch.cat([transformer.cls_token[0], tokens])

@@ -44,7 +44,7 @@ from utils import preprocessing
 from utils.choices import CLEANING_FLAGS
 from utils.cleaning.cloud_cleaning import CleaningRule, crop_padding, pad_to_square
 from utils.errors import InputError
-from utils.records import CloudForm, Prediction, SampleFiles
+from utils.records import CloudForm, PatchFeatures, Prediction, SampleFiles
 from utils.reporting.visualization import GAP, PANEL, resize_map
 from utils.scans.organized_pc import read_organized_pc, write_organized_pc
 from utils.synthetic_data.scanner import make_scan
@@ -458,14 +458,16 @@ def test_score_or_map_that_is_not_finite(
 ) -> None:
     plain, calls = Detector.predict_features, []
 
-    def predict_features(self: Detector, *arguments: Any) -> Prediction:
-        prediction = plain(self, *arguments)
-        calls.append(prediction)
-        if len(calls) != 2:
-            return prediction
-        if damaged == "score":
-            return prediction._replace(score=float("nan"))
-        return prediction._replace(anomaly_map=torch.full_like(prediction.anomaly_map, torch.inf))
+    def predict_features(self: Detector, features: Sequence[PatchFeatures]) -> list[Prediction]:
+        predictions = plain(self, features)
+        for number, each in enumerate(predictions, len(calls)):
+            if number == 1 and damaged == "score":
+                predictions[number - len(calls)] = each._replace(score=float("nan"))
+            elif number == 1:
+                plane = torch.full_like(each.anomaly_map, torch.inf)
+                predictions[number - len(calls)] = each._replace(anomaly_map=plane)
+        calls.extend(predictions)
+        return predictions
 
     monkeypatch.setattr(Detector, "predict_features", predict_features)
     samples_dir = write_samples(fitted, tmp_path / "samples", 3)
@@ -720,11 +722,15 @@ class Fixed:
         device = torch.device("cpu")
 
         @staticmethod
-        def extract(samples: Sequence[object]) -> list[None]:
-            return [None] * len(samples)
+        def prepare(samples: Sequence[object]) -> int:
+            return len(samples)
 
-    def predict_features(self, features: None) -> Prediction:
-        return Prediction(0.5, torch.rand(SIDE, SIDE), {}, {})
+        @staticmethod
+        def extract_prepared(count: int) -> list[None]:
+            return [None] * count
+
+    def predict_features(self, features: list[None]) -> list[Prediction]:
+        return [Prediction(0.5, torch.rand(SIDE, SIDE), {}, {}) for _ in features]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from feature_extractors.alignment import align_to_patches, valid_pixels
+from feature_extractors.alignment import align_to_patches, pack_clouds, valid_pixels
 from models import build_xyz_backbone
 from models.point_transformer import PointBackbone
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan, fit_border_plane, remove_plane
@@ -100,7 +100,7 @@ def test_patch_features(
     points = xyz[:, valid].T.contiguous()
     assert 5_000 < len(points) < valid.numel()
     with torch.inference_mode():
-        patches = align_to_patches(build(backbone)([points])[0], xyz, GRID)
+        (patches,) = align_to_patches(build(backbone)([points]), pack_clouds([xyz]), GRID)
     assert patches.shape == (GRID**2, build(backbone).embed_dim)
     assert patches.isfinite().all()
 

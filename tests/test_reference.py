@@ -16,7 +16,7 @@ from tiny_networks import SIZE, TRIPLE, fit, made_up_samples, settings
 from torch import Tensor, nn
 
 from feature_extractors import reference
-from feature_extractors.config import METHODS, PROTOCOLS, DetectorConfig
+from feature_extractors.config import BANKS, METHODS, PROTOCOLS, DetectorConfig
 from feature_extractors.reference import FeatureFusion, Patches, PointTransformer
 from utils.feature_store import pair_rgb
 from utils.records import PatchFeatures, Sample
@@ -302,10 +302,10 @@ def test_detector_equals_the_plain_form(name: str, protocol: str) -> None:
     good = [by_bank(features.sample(i)) for i in range(len(features))]
     tested = detector.extractor.extract(made_up_samples("test", SIZE))
     scores, maps = reference.fit_and_score(config, good, [by_bank(each) for each in tested])
-    predictions = [detector.predict_features(each) for each in tested]
+    predictions = detector.predict_features(tested)
     np.testing.assert_allclose([each.score for each in predictions], scores, rtol=1e-3)
     np.testing.assert_allclose(np.stack([each.anomaly_map for each in predictions]), maps, atol=0.01 * maps.max())
 
 
 def by_bank(features: PatchFeatures) -> Patches:
-    return {name: patches for name, patches in features._asdict().items() if patches is not None}
+    return {name: patches for name in BANKS if (patches := getattr(features, name)) is not None}

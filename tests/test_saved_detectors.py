@@ -191,9 +191,9 @@ def test_loaded_methods_share_features(
     """All saved methods or the named ones run, with the UFF from the detectors."""
     fitted, detectors = every
     seen: list[str] = []
-    extract = PatchExtractor.extract
+    prepare = PatchExtractor.prepare
     monkeypatch.setattr(
-        PatchExtractor, "extract", lambda self, batch: seen.extend(s.path for s in batch) or extract(self, batch)
+        PatchExtractor, "prepare", lambda self, batch: seen.extend(s.path for s in batch) or prepare(self, batch)
     )
     for names in ([], ["DINO", "Point_MAE"], ["Fusion"]):
         out = tmp_path / ("all" if not names else names[0])

@@ -18,16 +18,17 @@ from feature_extractors.scoring import (
     anomaly_maps,
     box_blur,
     gaussian_blur,
-    image_score,
+    image_scores,
     top_scores,
 )
 
 
 def score_of(patches: Tensor, rows: Tensor, divisor: float = 1.0, epsilon: float = 0.0) -> float:
     bank = MemoryBank(rows)
-    score = image_score(patches, *bank.nearest(patches), bank, divisor, epsilon)
-    assert (score.shape, score.dtype) == ((), torch.float64)
-    return float(score)
+    distances, index = bank.nearest(patches)
+    scores = image_scores(patches[None], distances[None], index[None], bank, divisor, epsilon)
+    assert (scores.shape, scores.dtype) == ((1,), torch.float64)
+    return float(scores)
 
 
 # Points on a line, in four columns so that the root of the width is 2. The row at 0 is nearest to the patch at -1,
@@ -98,7 +99,8 @@ def test_recorded_image_scores(goldens: Path) -> None:
     torch.testing.assert_close(found, distances, rtol=1e-5, atol=0)
     assert torch.equal(found_index, index)
     divisors = {"Double(/1000)": 1000.0, "add": 1.0, "Triple": 1.0}
-    scores = {name: float(image_score(patches, distances, index, bank, each)) for name, each in divisors.items()}
+    found = (patches[None], distances[None], index[None], bank)
+    scores = {name: float(image_scores(*found, each)) for name, each in divisors.items()}
     assert scores == pytest.approx(expected, rel=1e-6)
 
 
@@ -155,26 +157,27 @@ def test_top_scores_by_hand() -> None:
 
 def test_maps_of_several_banks_match_single_ones() -> None:
     generator = torch.Generator().manual_seed(0)
-    distances = [torch.rand(grid**2, generator=generator) for grid in (7, 14, 14)]
+    distances = [torch.rand(2, grid**2, generator=generator) for grid in (7, 14, 14)]
     maps = anomaly_maps(distances, 60)
-    assert maps.shape == (3, 60, 60)
-    for each, plane in zip(distances, maps, strict=True):
-        assert torch.equal(anomaly_maps([each], 60)[0], plane)
+    assert maps.shape == (3, 2, 60, 60)
+    for of_bank, planes in zip(distances, maps, strict=True):
+        for each, plane in zip(of_bank, planes, strict=True):
+            assert torch.equal(anomaly_maps([each[None]], 60)[0, 0], plane)
 
 
 @pytest.mark.parametrize("float_blur", [False, True])
 def test_scoring_does_not_read_values_back(float_blur: bool) -> None:
     """Tensors on the meta device have no values, so reading one would fail."""
-    patches, rows = (torch.empty(count, 8, device="meta") for count in (16, 30))
-    distances, index = torch.empty(16, device="meta"), torch.empty(16, dtype=torch.int64, device="meta")
-    assert image_score(patches, distances, index, MemoryBank(rows), 1.0, 1e-5).is_meta
+    patches, rows = torch.empty(2, 16, 8, device="meta"), torch.empty(30, 8, device="meta")
+    distances, index = torch.empty(2, 16, device="meta"), torch.empty(2, 16, dtype=torch.int64, device="meta")
+    assert image_scores(patches, distances, index, MemoryBank(rows), 1.0, 1e-5).is_meta
     assert anomaly_maps([distances] * 3, 32, float_blur).is_meta
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("float_blur", [False, True])
 def test_gpu_computes_the_same_maps(float_blur: bool) -> None:
-    distances = [torch.rand(grid**2, generator=torch.Generator().manual_seed(grid)) for grid in (28, 56)]
+    distances = [torch.rand(3, grid**2, generator=torch.Generator().manual_seed(grid)) for grid in (28, 56)]
     on_gpu = anomaly_maps([each.cuda() for each in distances], 224, float_blur)
     assert on_gpu.is_cuda
     on_cpu = anomaly_maps(distances, 224, float_blur)
@@ -234,7 +237,7 @@ def test_hot_patch_appears_at_its_position(grid: int, size: int, float_blur: boo
     for row, column in [(1, grid - 3), (grid - 1, 0), (grid // 2, 2)]:
         distances = torch.zeros(grid, grid)
         distances[row, column] = 5.0
-        heat = anomaly_maps([distances.flatten()], size, float_blur)[0]
+        heat = anomaly_maps([distances.view(1, -1)], size, float_blur)[0, 0]
         assert heat.shape == (size, size)
         assert heat.dtype == torch.float32
         positions = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij"), dim=-1)
@@ -247,7 +250,7 @@ def test_hot_patch_appears_at_its_position(grid: int, size: int, float_blur: boo
 def test_map_is_the_bilinear_resize_then_the_blur() -> None:
     """Patch centers lie at pixels 7.5, 23.5, ..., so a ramp over patches is a ramp over pixels."""
     ramp = torch.arange(4.0).expand(4, 4)  # grows along the columns
-    heat = anomaly_maps([ramp.flatten()], 64, float_blur=True)[0]
+    heat = anomaly_maps([ramp.reshape(1, -1)], 64, float_blur=True)[0, 0]
     inner = slice(24, 40)  # the blur reaches 16 pixels, and the ramp ends at the outer patches' centers
     expected = (torch.arange(64.0) - 7.5) / 16
     torch.testing.assert_close(heat[inner, inner], expected[inner].expand(16, 16), rtol=1e-4, atol=1e-4)
@@ -256,5 +259,5 @@ def test_map_is_the_bilinear_resize_then_the_blur() -> None:
 @pytest.mark.parametrize(("float_blur", "levels"), [(False, 1), (True, 0)])
 def test_map_of_equal_distances_is_flat(float_blur: bool, levels: int) -> None:
     """Through 8 bits it may differ by one level, where the resize rounds below the maximum."""
-    heat = anomaly_maps([torch.full((49,), 3.0)], 40, float_blur)[0]
+    heat = anomaly_maps([torch.full((1, 49), 3.0)], 40, float_blur)[0, 0]
     torch.testing.assert_close(heat, torch.full((40, 40), 3.0), rtol=1e-6, atol=3.0 * levels / 255)

@@ -31,10 +31,10 @@ from main_runs import (
     write_image,
 )
 
-from feature_extractors.extractor import PatchExtractor
+from feature_extractors.extractor import Inputs, PatchExtractor
 from runner.class_files import draw_samples
 from utils.errors import InputError
-from utils.records import PatchFeatures, Sample
+from utils.records import Sample
 
 METHODS = ("DINO", "DINO+Point_MAE")
 TRAIN = [f"train/good/{i:03d}" for i in range(6)]
@@ -59,14 +59,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 def counted() -> Iterator[list[str]]:
     """Paths of the samples whose features are extracted in the block."""
     seen: list[str] = []
-    extract = PatchExtractor.extract
+    prepare = PatchExtractor.prepare
 
-    def count(extractor: PatchExtractor, samples: Sequence[Sample]) -> list[PatchFeatures]:
+    def count(extractor: PatchExtractor, samples: Sequence[Sample]) -> Inputs:
         seen.extend(sample.path for sample in samples)
-        return extract(extractor, samples)
+        return prepare(extractor, samples)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PatchExtractor, "extract", count)
+        patch.setattr(PatchExtractor, "prepare", count)
         yield seen
 
 

@@ -52,21 +52,21 @@ class PatchFile(NamedTuple):
 
 
 def grid_side(patches: Tensor) -> int:
-    """Side of the square grid of patches (n, C); ValueError if n is not a square."""
-    side = math.isqrt(len(patches))
-    if side**2 != len(patches):
-        raise ValueError(f"{len(patches)} patches do not fill a square grid")
+    """Side of the square grid of patches (..., n, C); ValueError if n is not a square."""
+    count = patches.shape[-2]
+    side = math.isqrt(count)
+    if side**2 != count:
+        raise ValueError(f"{count} patches do not fill a square grid")
     return side
 
 
 def resize_patches(patches: Tensor, grid: int) -> Tensor:
     """Bring patches to another grid by adaptive average pooling; a multiple of the grid (28 -> 56) repeats them.
 
-    (n, C) float, row-major over a square grid, becomes (grid**2, C). Plain form: `reference.resize_patches`.
+    (..., n, C) float, row-major over a square grid, becomes (..., grid**2, C). Plain form: `reference.resize_patches`.
     """
-    side = grid_side(patches)
-    plane = patches.T.reshape(1, -1, side, side)
-    return F.adaptive_avg_pool2d(plane, grid)[0].flatten(1).T.contiguous()  # (1, C, grid, grid) -> (grid**2, C)
+    planes = patches.mT.unflatten(-1, (grid_side(patches),) * 2)
+    return F.adaptive_avg_pool2d(planes, grid).flatten(-2).mT.contiguous()  # (..., C, grid, grid) -> (..., grid**2, C)
 
 
 def pair_rgb(rgb: Tensor, rows: int, pairing: str = "aligned") -> Tensor:

@@ -1,4 +1,4 @@
-"""Memory budget and peak usage."""
+"""Memory budget, peak usage, and copies to and from a GPU."""
 
 import os
 import platform
@@ -6,6 +6,7 @@ import resource
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # limit of a container: bytes, or "max"
 PROCESS_STATUS = Path("/proc/self/status")  # of Linux
@@ -29,3 +30,17 @@ def peak_memory_mb(device: torch.device | str = "cpu") -> float:
         return int(line.split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor from the CPU to a device, without waiting for a GPU; on a CPU the tensor itself."""
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor  # other copies would wait
+    return pinned.to(device, non_blocking=True)
+
+
+def read_back(*tensors: Tensor) -> list[Tensor]:
+    """Copies of tensors on the CPU. The host waits for a GPU once."""
+    copies = [each.to("cpu", non_blocking=True) for each in tensors]
+    if tensors[0].is_cuda:
+        torch.cuda.current_stream(tensors[0].device).synchronize()
+    return copies
