@@ -304,7 +304,7 @@ def test_score_rule_of_each_method(method_name: str, protocol: str) -> None:
     ((scores, maps),) = detector.bank_results([features])
     for (name, bank), score, plane in zip(detector.banks.items(), scores, maps, strict=True):
         patches = (getattr(features, name) - bank.statistics.mean) / bank.statistics.std
-        distances, index = bank.nearest(patches, "nowhere" if corrected else "everywhere")
+        distances, index = bank.search(patches, "nowhere" if corrected else "everywhere")[:2]
         found = patches[None], distances[None], index[None]
         assert score == image_scores(*found, bank, divisor, epsilon)
         assert torch.equal(plane, anomaly_maps([distances[None]], SIZE, float_blur=corrected)[0, 0])
