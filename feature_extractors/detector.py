@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     features: Sequence[PatchFeatures]
     expanded: str  # as in MemoryBank.search
     left_out: Tensor | None  # (B,) int64, as in MemoryBank.search
-    bounded: bool  # as in MemoryBank.search
+    bounded: bool  # as in MemoryBank.search; True also avoids other steps for which the host would wait
 
 
 class BankResult(NamedTuple):
@@ -131,7 +131,8 @@ class Detector:
         """Image scores of a bank, unless they come from the maps, and distances of the patches."""
         config, protocol, bank = self.config, self.config.protocol, self.banks[name]
         patches = bank.statistics.normalize(torch.stack([getattr(each, name) for each in batch.features]))  # (B, P, D)
-        queries, sample, place = _distinct(name, batch, patches)
+        distinct = _occupied_patches(name, batch, patches) if batch.bounded else _distinct_patches(patches)
+        queries, sample, place = distinct
         left_out = None if batch.left_out is None else batch.left_out[sample]
         near: Tensor | int = self._foreground(batch, patches.shape[1]) if config.has_foreground else 1
         relative = None
@@ -152,20 +153,26 @@ class Detector:
         return upload(torch.stack(near), self.extractor.device)
 
 
-def _distinct(name: str, batch: Batch, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Patches (M, D) to search for, out of (B, P, D), the samples (M,) they are of, and the place (B, P) of each patch.
+def _distinct_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Different patches (M, D) of each sample, their samples (M,), and the place (B, P) of patches (B, P, D) in them.
 
-    All xyz patches without a point are equal, so only one of each sample is searched for.
+    Patches of the background are often equal. The host waits for the number of different ones.
     """
+    found = [torch.unique(each, dim=0, return_inverse=True) for each in patches]
+    counts = torch.tensor([len(rows) for rows, _ in found], device=patches.device)
+    samples = torch.arange(len(found), device=patches.device).repeat_interleave(counts)
+    place = torch.stack([inverse for _, inverse in found]) + (counts.cumsum(dim=0) - counts)[:, None]
+    return torch.cat([rows for rows, _ in found]), samples, place
+
+
+def _occupied_patches(name: str, batch: Batch, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_distinct_patches` without waiting: of the xyz patches without a point, only one of each sample is kept."""
     occupied = torch.ones(patches.shape[:2], dtype=torch.bool)
     if name == "xyz":
-        for row, each in zip(occupied, batch.features, strict=True):
-            if each.occupied is not None:
-                row[:] = each.occupied
-    searched = occupied.clone()
-    searched.scatter_(1, occupied.int().argmin(dim=1, keepdim=True), True)  # the first without a point
-    number = (searched.flatten().cumsum(dim=0) - 1).view_as(searched)
-    background = number.gather(1, occupied.int().argmin(dim=1, keepdim=True))
-    place, kept = torch.where(occupied, number, background), searched.flatten().nonzero()[:, 0]
-    place, kept = (upload(each, patches.device) for each in (place, kept))
-    return patches.flatten(0, 1)[kept], kept // patches.shape[1], place
+        occupied = torch.stack([each.occupied for each in batch.features if each.occupied is not None])
+    empty = occupied.int().argmin(dim=1, keepdim=True)  # the first without a point, if there is one
+    kept = occupied.scatter(1, empty, True)
+    number = (kept.flatten().cumsum(dim=0) - 1).view_as(kept)
+    place, index = torch.where(occupied, number, number.gather(1, empty)), kept.flatten().nonzero()[:, 0]
+    place, index = (upload(each, patches.device) for each in (place, index))
+    return patches.flatten(0, 1)[index], index // patches.shape[1], place
