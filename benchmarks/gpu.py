@@ -1,35 +1,39 @@
-"""Time of each step of the triple method on a GPU: a sample from image and cloud to map, a coreset, a UFF update.
+"""Throughput of the triple method on a GPU, its stages beside their limits, waits of the host, and the fit of a class.
 
-    python benchmarks/gpu.py                                                   # 244 training samples, like bagel
-    python benchmarks/gpu.py --device cpu --networks tiny --train 4 --batch 2  # for a trial
+    python benchmarks/gpu.py                                         # 244 training samples, like bagel
+    python benchmarks/gpu.py --device cpu --networks tiny --train 4  # for a trial
 
-Weights are random, and synthetic samples are held in main memory, so that no time goes into reading. The xyz bank is
-the timed coreset. The other banks have the sizes of the reference protocol and hold the first patches. A time ends when
-the device has finished; the median counts. The script prints a table and writes JSON.
+Weights are random, and synthetic samples are held in main memory, so that no time goes into reading. Larger numbers of
+samples are repetitions of --distinct ones. For the fit, the features of each training sample get noise as large as
+their own deviation: without it, most distances would cancel, as they do not with trained weights, and every batch would
+be scored twice. A time ends when the device has finished; the median counts. The script prints tables and writes JSON.
 """
 
+import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import fusion_pretrain
 from benchmarks import workload
-from benchmarks.measuring import count_flops, make_parser, matrix_product, median_seconds, write_record
+from benchmarks.gpu_stages import Rates, stages_of
+from benchmarks.gpu_waits import count_waits, print_waits
+from benchmarks.measuring import make_parser, matrix_product, median_seconds, synchronize, write_record
 from feature_extractors.coreset import select_coreset
-from feature_extractors.decision_fusion import DecisionFusion
 from feature_extractors.detector import Detector
 from feature_extractors.extractor import PatchExtractor
-from feature_extractors.memory_bank import MemoryBank, mean_and_std
+from feature_extractors.memory_bank import mean_and_std
+from feature_extractors.pipeline import Stopwatch, collect_features, fit_detector
+from feature_extractors.training_features import TrainingFeatures
 from models.contrastive import contrastive_loss
 from models.feature_fusion import FeatureFusion
 from models.point_ops import farthest_point_sample, knn
@@ -37,11 +41,14 @@ from runner.pretrain_config import PretrainConfig, Progress
 from runner.training import Trainer, make_loader, make_optimizer
 from utils.distributed import Ranks, choose_device
 from utils.feature_store import resize_patches
-from utils.memory import peak_memory_mb
-from utils.precision import DTYPES, autocast
+from utils.memory import default_memory_budget, peak_memory_mb
+from utils.precision import DTYPES
 from utils.records import PatchFeatures, Sample
 
 PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
+FIT_NOISE = 1.0  # of the deviation of a column
+Extractors = Mapping[str, PatchExtractor]  # by precision
 
 
 class Bench:
@@ -51,73 +58,64 @@ class Bench:
         self.device, self.repeats = device, repeats
         self.steps: dict[str, dict[str, float]] = {}
 
-    def time(self, name: str, work: Callable[[], object], *, pieces: int = 1, flops: float = 0) -> float:
-        """Seconds of one of the `pieces` of `work`; `flops` counts the operations of all."""
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Median seconds of `work`, until the device has finished."""
 
         def finished() -> None:
             work()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            synchronize(self.device)
 
-        seconds = median_seconds({name: finished}, self.repeats)[name]
-        self.steps[name] = {"seconds": seconds / pieces, "tflop_per_second": flops / seconds / 1e12}
+        return median_seconds({"": finished}, self.repeats)[""]
+
+    def time(self, name: str, work: Callable[[], object], *, flops: float = 0, moved: float = 0) -> float:
+        """Seconds of a step of `flops` operations that moves so many bytes."""
+        seconds = self.seconds(work)
+        self.steps[name] = {"seconds": seconds, "tflop_per_second": flops / seconds / 1e12}
         rate = f"{flops / seconds / 1e12:12.2f} TFLOP/s" if flops else ""
-        print(f"{name:44}{1e3 * seconds / pieces:12.3f} ms{rate}", flush=True)
-        return seconds / pieces
+        rate += f"{moved / seconds / 1e9:12.1f} GB/s" if moved else ""
+        print(f"{name:44}{1e3 * seconds:12.3f} ms{rate}", flush=True)
+        return seconds
+
+
+def measure_rates(bench: Bench) -> Rates:
+    """Rates of large matrix products and of large copies; on a CPU nothing is copied from a host."""
+    device, product, copy = bench.device, {}, {}
+    side, size = PRODUCT_SIDE[device.type], COPY_BYTES[device.type]
+    for precision in DTYPES:
+        name, flops = f"matrix product of {side} x {side}, {precision}", 2.0 * side**3
+        product[precision] = flops / bench.time(name, matrix_product(precision, side, device), flops=flops)
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    copy["memory"] = 2 * size / bench.time("copy in memory", partial(target.copy_, source), moved=2 * size)
+    copy["host"] = math.inf
+    if device.type == "cuda":
+        host = torch.zeros(size, dtype=torch.uint8).pin_memory()
+        work = partial(target.copy_, host, non_blocking=True)
+        copy["host"] = size / bench.time("copy from pinned memory", work, moved=size)
+    return Rates(product, copy)
 
 
 @torch.inference_mode()
-def time_extraction(bench: Bench, extractors: dict[str, PatchExtractor], samples: list[Sample]) -> None:
-    """Time the features of a sample and each network."""
-    config = extractors["fp32"].config
-    images = torch.stack([sample.rgb for sample in samples if sample.rgb is not None]).to(bench.device)
-    clouds = [workload.valid_points(sample).to(bench.device) for sample in samples]
-    points = clouds[0][None]
+def time_point_searches(bench: Bench, sample: Sample, size: workload.Size) -> None:
+    """Time the point searches of one cloud in each form."""
+    points = workload.valid_points(sample).to(bench.device)[None]
     for backend in ("triton", "torch") if bench.device.type == "cuda" else ("auto",):
-        sampling = partial(farthest_point_sample, points, config.num_group, backend)
+        sampling = partial(farthest_point_sample, points, size.num_group, backend)
         bench.time(f"farthest point sampling of a cloud, {backend}", sampling)
         centers = points[:, sampling()[0]]
-        bench.time(f"neighbors of a cloud, {backend}", partial(knn, centers, points, config.group_size, backend))
-    for precision, extractor in extractors.items():
-        rgb, xyz = extractor.rgb_backbone, extractor.xyz_backbone
-        assert rgb is not None
-        assert xyz is not None
-        with autocast(bench.device, precision):
-            flops = count_flops(partial(rgb, images))
-            bench.time(f"ViT, {precision}", partial(rgb, images), pieces=len(images), flops=flops)
-            bench.time(f"point network, {precision}", partial(xyz, clouds), pieces=len(clouds))
-        bench.time(f"features, {precision}", partial(extractor.extract, samples), pieces=len(samples))
+        bench.time(f"neighbors of a cloud, {backend}", partial(knn, centers, points, size.group_size, backend))
 
 
 @torch.inference_mode()
-def make_banks(bench: Bench, features: list[PatchFeatures], train: int, f_coreset: float) -> dict[str, MemoryBank]:
-    """Return banks as large as those of `train` training samples, and time the coreset of the first."""
-    patches = {name: torch.cat([getattr(each, name) for each in features]) for name in ("xyz", "rgb", "fusion")}
-    rows = workload.grown(patches["xyz"], train * len(patches["xyz"]) // len(features))
-    statistics = {name: mean_and_std(each) for name, each in patches.items()}
+def time_coreset(bench: Bench, features: Sequence[PatchFeatures], train: int, f_coreset: float) -> None:
+    """Time the coreset of as many xyz patches as `train` training samples have."""
+    patches = torch.cat([each.xyz for each in features if each.xyz is not None])
+    rows = workload.grown(patches, train * len(patches) // len(features))
     count = int(f_coreset * len(rows))
-    chosen: list[Tensor] = []
-    selection = partial(select_coreset, rows, statistics["xyz"], count, 0.9, workload.SEED)
-    bench.time(f"coreset {len(rows)} x {rows.shape[1]} to {count}", lambda: chosen.append(selection()))
-    patches["xyz"] = rows[chosen[-1]]
-    for name in ("rgb", "fusion"):
-        patches[name] = workload.grown(patches[name], int(f_coreset * count))
-    return {name: MemoryBank(statistics[name].normalize(each), statistics[name]) for name, each in patches.items()}
+    selection = partial(select_coreset, rows, mean_and_std(patches), count, 0.9, workload.SEED)
+    bench.time(f"coreset {len(rows)} x {rows.shape[1]} to {count}", selection)
 
 
-@torch.inference_mode()
-def time_prediction(bench: Bench, detector: Detector, samples: list[Sample]) -> None:
-    """Time the scoring of given features, and of a sample from main memory and back."""
-    features, precision = detector.extractor.extract(samples), detector.extractor.precision
-
-    bench.time(f"score and map, {precision}", partial(detector.predict_features, features), pieces=len(samples))
-    name = f"a sample from image and cloud to map, {precision}"
-    seconds = bench.time(name, partial(detector.predict_batch, samples), pieces=len(samples))
-    bench.steps[f"samples per second, {precision}"] = {"rate": 1 / seconds}
-    print(f"{f'samples per second, {precision}':44}{1 / seconds:12.1f}")
-
-
-def time_training(bench: Bench, model: FeatureFusion, features: list[PatchFeatures], precision: str) -> None:
+def time_training(bench: Bench, features: Sequence[PatchFeatures], precision: str) -> None:
     """Time one update of UFF training on all samples, with their patches on the device."""
     items: Any = []  # a dataset
     for number, each in enumerate(features):
@@ -128,45 +126,120 @@ def time_training(bench: Bench, model: FeatureFusion, features: list[PatchFeatur
     defaults = PretrainConfig(**vars(fusion_pretrain.parse_args([])))
     lengths: Any = {"epochs": bench.repeats + 1, "warmup_epochs": 0, "accum_iter": 1, "batch_size": len(items)}
     config = replace(defaults, lr=1e-4, num_workers=0, precision=precision, **lengths)
+    model = FeatureFusion(*(patches.shape[1] for patches in items[0][:2])).to(bench.device)
     loader, optimizer = make_loader(items, config, Ranks()), make_optimizer(model, weight_decay=0.0)
     trainer = Trainer(config, model, contrastive_loss, loader, optimizer, Progress(), bench.device)
     name = f"UFF update, {len(items)} samples of {len(items[0][0])} patches, {precision}"
     bench.time(name, lambda: list(trainer.train_epoch()))
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "gpu")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
-    parser.add_argument("--train", type=int, default=244, help="training samples of the coreset")
-    parser.add_argument("--batch", type=int, default=16, help="samples that are predicted, and others for training")
-    parser.add_argument("--repeats", type=int, default=5, help="runs, of which the median counts")
-    parser.add_argument("--networks", choices=workload.SIZES, default="published", help="tiny: for a trial")
-    args = parser.parse_args(argv)
-    device, size = choose_device(args.device), workload.SIZES[args.networks]
-    bench = Bench(device, args.repeats)
-    side = PRODUCT_SIDE[device.type]
-    for precision in DTYPES:
-        product = matrix_product(precision, side, device)
-        bench.time(f"matrix product of {side} x {side}, {precision}", product, flops=2 * side**3)
-    test, train = (workload.made_up_samples(args.batch, split, size.img_size) for split in ("test", "train"))
+def fit_class(extractors: Extractors, samples: Sequence[Sample], train: int) -> tuple[Detector, dict[str, float]]:
+    """Fit a class of `train` training samples; also the seconds of each stage, the features in each precision."""
+    seconds = {}
+    extractor = extractors["fp32"]
+    budget = default_memory_budget(extractor.device)
+    for precision, each in extractors.items():
+        stopwatch = Stopwatch()
+        collect_features(each, islice(cycle(samples), train), train, stopwatch, memory_budget=budget)
+        seconds[f"features, {precision}"] = stopwatch.seconds["extract"]
+    features = TrainingFeatures(train, budget)
+    generator = torch.Generator(extractor.device).manual_seed(workload.SEED)
+    for of_sample in islice(cycle(extractor.extract(samples)), train):
+        features.append(workload.varied_features(of_sample, generator, FIT_NOISE))
+    stopwatch = Stopwatch()
+    detector = fit_detector(extractor.config, extractor, features, stopwatch)
+    seconds |= {"coresets": stopwatch.seconds["coreset"], "decision fusion": stopwatch.seconds["fuse"]}
+    print(f"\nfit of a class of {train} training samples; rows of the banks: ", end="")
+    print(", ".join(f"{name} {len(bank)}" for name, bank in detector.banks.items()))
+    for name, value in seconds.items():
+        print(f"{name:44}{value:12.2f} s")
+    return detector, seconds
+
+
+def time_batches(bench: Bench, detectors: Mapping[str, Detector], batches: Sequence[Sequence[Sample]]) -> Any:
+    """Samples per second by precision and batch size, from samples in main memory to predictions there."""
+    found: dict[str, dict[int, float]] = {precision: {} for precision in detectors}
+    print(f"\n{'samples per second':20}" + "".join(f"{precision:>12}" for precision in detectors))
+    for batch in batches:
+        for precision, detector in detectors.items():
+            found[precision][len(batch)] = len(batch) / bench.seconds(partial(detector.predict_batch, batch))
+        rates = "".join(f"{of_sizes[len(batch)]:12.4g}" for of_sizes in found.values())
+        print(f"{f'batch of {len(batch)}':20}{rates}", flush=True)
+    return found
+
+
+@torch.inference_mode()
+def time_stages(bench: Bench, detector: Detector, samples: Sequence[Sample], rates: Rates) -> dict[str, Any]:
+    """Time the stages of a batch one after the other, and the whole prediction; print them for a sample."""
+    count, precision = len(samples), detector.extractor.precision
+    prediction, found = stages_of(detector, samples), {}
+    title = f"stages of a batch of {count}, {precision}"
+    print(f"\n{title:36}{'ms/sample':>10}{'GFLOP':>10}{'MB':>10}{'limit, ms':>11}{'reached':>9}")
+    for stage in prediction.stages:
+        seconds, limit = bench.seconds(stage.work), stage.limit(rates)
+        found[stage.name] = {"seconds": seconds / count, "flops": stage.flops / count, "bytes": stage.moved / count}
+        found[stage.name] |= {"limit_seconds": limit / count, "share_of_limit": limit / seconds}
+        columns = f"{1e3 * seconds / count:10.3f}{stage.flops / count / 1e9:10.3g}{stage.moved / count / 1e6:10.3g}"
+        print(f"{stage.name:36}{columns}{1e3 * limit / count:11.3g}{limit / seconds:9.1%}", flush=True)
+    whole = bench.seconds(partial(detector.predict_batch, samples)) / count
+    print(f"{'sum':36}{1e3 * sum(each['seconds'] for each in found.values()):10.3f}")
+    print(f"{'prediction':36}{1e3 * whole:10.3f}")
+    if not prediction.complete:
+        print("The searches were not complete, so each batch is scored twice.")
+    return {"samples": count, "stages": found, "prediction_seconds": whole, "complete": prediction.complete}
+
+
+def make_extractors(size: workload.Size, device: torch.device) -> dict[str, PatchExtractor]:
+    """Extractors with the same networks in each precision."""
     extractors = {}
     for precision in DTYPES:
         networks = workload.build_networks(size)
         config = workload.detector_config(size, precision, method_name=workload.TRIPLE, use_uff=True)
-        fusion = FeatureFusion(networks.xyz.embed_dim, networks.rgb.embed_dim)
+        with torch.random.fork_rng():
+            torch.manual_seed(workload.SEED)
+            fusion = FeatureFusion(networks.xyz.embed_dim, networks.rgb.embed_dim)
         extractors[precision] = PatchExtractor(config, *networks, fusion, device)
-    time_extraction(bench, extractors, test)
-    features = extractors["fp32"].extract(train)
-    banks = make_banks(bench, features, args.train, config.f_coreset)
-    decision_fusion = DecisionFusion(np.ones(3), np.ones(3), *config.lambdas_of_banks)
-    for extractor in extractors.values():
-        time_prediction(bench, Detector(extractor.config, extractor, banks, decision_fusion), test)
+    return extractors
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__, "gpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
+    parser.add_argument("--train", type=int, default=244, help="training samples of the class and of the coreset")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="samples together")
+    parser.add_argument("--distinct", type=int, default=16, help="samples that are made, also those of a UFF update")
+    parser.add_argument("--repeats", type=int, default=5, help="runs, of which the median counts")
+    parser.add_argument("--networks", choices=workload.SIZES, default="published", help="tiny: for a trial")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    device, size = choose_device(args.device), workload.SIZES[args.networks]
+    bench = Bench(device, args.repeats)
+    rates = measure_rates(bench)
+    made = {split: workload.made_up_samples(args.distinct, split, size.img_size) for split in ("train", "test")}
+    extractors = make_extractors(size, device)
+    features = {precision: extractor.extract(made["train"]) for precision, extractor in extractors.items()}
+    time_point_searches(bench, made["test"][0], size)
+    time_coreset(bench, features["fp32"], args.train, extractors["fp32"].config.f_coreset)
     for precision in DTYPES:
-        model = FeatureFusion(networks.xyz.embed_dim, networks.rgb.embed_dim).to(device)
-        time_training(bench, model, features, precision)
+        time_training(bench, features["fp32"], precision)
+    fitted, fit = fit_class(extractors, made["train"], args.train)
+    detectors = {
+        precision: Detector(extractor.config, extractor, fitted.banks, fitted.decision_fusion)
+        for precision, extractor in extractors.items()
+    }
+    default = extractors["fp32"].batch_size
+    batches = {count: list(islice(cycle(made["test"]), count)) for count in (*args.batch_sizes, default, 1)}
+    throughput = time_batches(bench, detectors, [batches[count] for count in args.batch_sizes])
+    stages = {name: time_stages(bench, detector, batches[default], rates) for name, detector in detectors.items()}
+    waits = [count_waits(detectors["bf16"], batches[count]) for count in (1, default)]
+    print_waits(waits, device)
     peak = peak_memory_mb(device)
-    print(f"{'peak memory':44}{peak:12.0f} MB")
-    write_record(args, {"steps": bench.steps, "peak_mb": peak})
+    print(f"\n{'peak memory':44}{peak:12.0f} MB")
+    found = {"steps": bench.steps, "fit_seconds": fit, "samples_per_second": throughput}
+    write_record(args, {**found, "stages": stages, "waits": waits, "peak_mb": peak})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
 from benchmarks.measuring import in_fresh_process, make_parser, write_record
-from benchmarks.workload import SEED, SIZES, TRIPLE, build_networks, detector_config, made_up_samples, varied
+from benchmarks.workload import SEED, SIZES, TRIPLE, build_networks, detector_config, made_up_samples, varied_features
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.pipeline import Stopwatch, fit_detector
 from feature_extractors.training_features import TrainingFeatures
@@ -42,10 +42,7 @@ def fit_class(args: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(SEED)
     for i in progress_bar(range(args.train), desc="features", unit="sample"):
         of_sample = extracted[i % args.distinct]
-        if i >= args.distinct:
-            patches = {name: getattr(of_sample, name) for name in config.method.banks}
-            of_sample = of_sample._replace(**{name: varied(each, generator) for name, each in patches.items()})
-        features.append(of_sample)
+        features.append(of_sample if i < args.distinct else varied_features(of_sample, generator))
     stopwatch = Stopwatch()
     detector = fit_detector(config, extractor, features, stopwatch)
     rows = {name: len(bank.rows) for name, bank in detector.banks.items()}

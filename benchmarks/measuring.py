@@ -34,6 +34,12 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done its work; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def median_seconds_of(work: Callable[[], object], repeats: int) -> float:
     """Median time of one piece of work, without a warm-up."""
     return statistics.median(seconds_of(work) for _ in range(repeats))

@@ -10,11 +10,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from feature_extractors import reference
-from feature_extractors.config import DetectorConfig
+from feature_extractors.config import BANKS, DetectorConfig
 from models.point_transformer import PointTransformer
 from models.rgb_backbone import RgbBackbone
 from utils.cleaning.cloud_cleaning import CleaningRule, clean_scan
-from utils.records import Sample
+from utils.records import PatchFeatures, Sample
 from utils.scans.organized_pc import resize_nearest
 from utils.synthetic_data.defects import DEFECTS
 from utils.synthetic_data.scanner import make_scan
@@ -116,11 +116,17 @@ def grown(patches: Tensor, rows: int) -> Tensor:
     return torch.cat([patches, *repetitions])[:rows]
 
 
-def varied(patches: Tensor, generator: torch.Generator) -> Tensor:
-    """Patches (N, C) with Gaussian noise of NOISE times the deviation of their column; background stays exactly 0."""
+def varied(patches: Tensor, generator: torch.Generator, noise: float = NOISE) -> Tensor:
+    """Patches (N, C) with Gaussian noise of `noise` times the deviation of their column; background stays exactly 0."""
     occupied = (patches != 0).any(dim=1)
-    noise = torch.randn(patches.shape, generator=generator, device=patches.device)
-    return patches + noise * (NOISE * patches[occupied].std(dim=0)) * occupied[:, None]
+    drawn = torch.randn(patches.shape, generator=generator, device=patches.device)
+    return patches + drawn * (noise * patches[occupied].std(dim=0)) * occupied[:, None]
+
+
+def varied_features(features: PatchFeatures, generator: torch.Generator, noise: float = NOISE) -> PatchFeatures:
+    """Features of a further sample: those of one with noise, see `varied`."""
+    patches = {name: each for name in BANKS if (each := getattr(features, name)) is not None}
+    return features._replace(**{name: varied(each, generator, noise) for name, each in patches.items()})
 
 
 def distance_flops(queries: int, rows: int, width: int) -> float:

@@ -72,7 +72,10 @@ class PointTransformer(PointBackbone):
 
     def forward(self, clouds: Sequence[Tensor]) -> list[PointFeatures]:
         """Extract features (num_group, embed_dim) of three blocks and centers (num_group, 3) of clouds (N, 3)."""
-        groups, centers = self.group(clouds)
+        return self.encode(*self.group(clouds))
+
+    def encode(self, groups: Tensor, centers: Tensor) -> list[PointFeatures]:
+        """Features of `forward` from the groups (B, G, K, 3) and centers (B, G, 3) of B clouds."""
         tokens = torch.stack([self.reduce_dim(self.encoder(of_cloud)) for of_cloud in groups])  # (B, G, width)
         with torch.autocast(tokens.device.type, enabled=False):  # in bf16 the centers would move by a millimeter
             position = self.pos_embed(centers)  # (B, G, width)

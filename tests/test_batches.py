@@ -1,16 +1,14 @@
 """Batches of samples give the predictions of single samples, and their computation does not wait for values."""
 
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from tiny_networks import TRIPLE, fit, made_up_samples, settings
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.gpu_waits import Operations
 from feature_extractors import detector as detector_module
 from feature_extractors.alignment import pack_clouds
 from feature_extractors.config import METHODS, PROTOCOLS
@@ -91,18 +89,6 @@ def test_samples_that_are_computed_together(protocol: str, bounded: bool, monkey
         assert scores == pytest.approx(other_scores, rel=1e-4)
         for plane, other in zip(maps, other_maps, strict=True):
             torch.testing.assert_close(plane, other, rtol=1e-4, atol=1e-4 * float(other.max()))
-
-
-class Operations(TorchDispatchMode):
-    """Context that counts operations by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[function.overloadpacket.__name__] += 1
-        return function(*args, **kwargs or {})
 
 
 @pytest.fixture

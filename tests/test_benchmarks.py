@@ -311,19 +311,3 @@ def test_the_cost_of_processes_is_measured(tmp_path: Path) -> None:
     assert "of measured" in text
     with Image.open(tmp_path / "scaling.png") as figure:
         assert figure.size[0] > figure.size[1]
-
-
-@pytest.mark.slow
-def test_the_gpu_benchmark_also_runs_on_the_cpu(tmp_path: Path) -> None:
-    flags = ["--device", "cpu", "--networks", "tiny", "--train", 4, "--batch", 2, "--repeats", 1]
-    text = run_benchmark("gpu", *flags, "--output", tmp_path / "gpu.json")
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    steps = found["steps"]
-    assert all(step.get("seconds", 1) > 0 for step in steps.values())
-    for precision in ("fp32", "bf16"):
-        seconds = steps[f"a sample from image and cloud to map, {precision}"]["seconds"]
-        assert steps[f"samples per second, {precision}"]["rate"] == pytest.approx(1 / seconds)
-        assert {f"UFF update, 2 samples of 256 patches, {precision}", f"score and map, {precision}"} <= set(steps)
-    assert f"coreset {4 * TINY.xyz_grid**2} x 192 to 102" in steps
-    assert found["peak_mb"] > 0
-    assert "samples per second, bf16" in text
