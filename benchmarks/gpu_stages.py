@@ -21,9 +21,10 @@ from feature_extractors import detector as detector_module
 from feature_extractors.alignment import Clouds, align_to_patches
 from feature_extractors.detector import Batch, Detector
 from feature_extractors.extractor import PatchExtractor
-from feature_extractors.memory_bank import Found, MemoryBank
+from feature_extractors.memory_bank import MemoryBank
 from feature_extractors.scoring import anomaly_maps, image_scores
 from models.point_transformer import PointFeatures, PointTransformer
+from models.row_search import Found
 from utils.memory import read_back
 from utils.precision import autocast
 from utils.records import PatchFeatures, Sample
@@ -54,7 +55,7 @@ class Stage(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Normalized patches of a batch of B samples for one bank, see `detector._distinct`."""
+    """Normalized patches of a batch of B samples for one bank, see `detector.distinct_patches`."""
 
     patches: Tensor  # (B, P, D)
     rows: Tensor  # (M, D): the different ones
@@ -177,7 +178,7 @@ def add_scoring(stages: Stages, detector: Detector, features: list[PatchFeatures
 def search_cost(bank: MemoryBank, queries: int) -> tuple[float, str]:
     """Operations of the products of so many queries with all rows of a bank, and their precision."""
     flops = distance_flops(queries, *bank.rows.shape)
-    return (HALVES * flops, "bf16") if bank._halved else (flops, "fp32")
+    return (HALVES * flops, "bf16") if bank._search.halved else (flops, "fp32")
 
 
 def _queries(detector: Detector, batches: Sequence[Batch]) -> dict[str, list[Queries]]:
@@ -186,7 +187,7 @@ def _queries(detector: Detector, batches: Sequence[Batch]) -> dict[str, list[Que
         made[name] = []
         for batch in batches:
             patches = bank.statistics.normalize(torch.stack([getattr(each, name) for each in batch.features]))
-            rows, _, place = detector_module._distinct(name, batch, patches)
+            rows, _, place = detector_module.distinct_patches(name, batch, patches)
             made[name].append(Queries(patches, rows, place))
     return made
 

@@ -131,8 +131,7 @@ class Detector:
         """Image scores of a bank, unless they come from the maps, and distances of the patches."""
         config, protocol, bank = self.config, self.config.protocol, self.banks[name]
         patches = bank.statistics.normalize(torch.stack([getattr(each, name) for each in batch.features]))  # (B, P, D)
-        distinct = _occupied_patches(name, batch, patches) if batch.bounded else _distinct_patches(patches)
-        queries, sample, place = distinct
+        queries, sample, place = distinct_patches(name, batch, patches)
         left_out = None if batch.left_out is None else batch.left_out[sample]
         near: Tensor | int = self._foreground(batch, patches.shape[1]) if config.has_foreground else 1
         relative = None
@@ -153,11 +152,16 @@ class Detector:
         return upload(torch.stack(near), self.extractor.device)
 
 
-def _distinct_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def distinct_patches(name: str, batch: Batch, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Different patches (M, D) of each sample, their samples (M,), and the place (B, P) of patches (B, P, D) in them.
 
-    Patches of the background are often equal. The host waits for the number of different ones.
+    Patches of the background are often equal. In a `bounded` search only xyz patches are compared, by whether they hold
+    a point, because the host would have to wait for the number of others.
     """
+    return _by_occupancy(name, batch, patches) if batch.bounded else _by_value(patches)
+
+
+def _by_value(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     found = [torch.unique(each, dim=0, return_inverse=True) for each in patches]
     counts = torch.tensor([len(rows) for rows, _ in found], device=patches.device)
     samples = torch.arange(len(found), device=patches.device).repeat_interleave(counts)
@@ -165,8 +169,7 @@ def _distinct_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([rows for rows, _ in found]), samples, place
 
 
-def _occupied_patches(name: str, batch: Batch, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`_distinct_patches` without waiting: of the xyz patches without a point, only one of each sample is kept."""
+def _by_occupancy(name: str, batch: Batch, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     occupied = torch.ones(patches.shape[:2], dtype=torch.bool)
     if name == "xyz":
         occupied = torch.stack([each.occupied for each in batch.features if each.occupied is not None])

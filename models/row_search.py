@@ -49,16 +49,16 @@ class RowSearch:
         self._group_norms = self._norms.view(GROUP_SIZE, -1).amax(dim=0)  # the largest of each group
         self._group_lengths = self._group_norms.sqrt()
         # A GPU multiplies bf16 numbers fifteen times as fast as fp32, so there each number is split into two bf16 ones.
-        self._halved = rows.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.halved = rows.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         self._factors = centered
-        if self._halved:
+        if self.halved:
             high, low = _halves(centered)
             self._factors = torch.cat([high, low, high], dim=1)  # (N, 3 D)
         # Error bounds, unless a square overflows or underflows. A sum of D products is off by less than D 2^-24 |q||r|,
         # and the squared distance that it is compared with by less than D 2^-24 (|q| + |r|)^2. Splitting q and r adds
         # at most 2^-16 |q||r| each, and leaving out the product of their low parts as much again.
         self._rounding = 2 * (self._factors.shape[1] + 64) * 2.0**-24
-        self._product_error = 2 * (self._rounding + (3.03 * 2.0**-16 if self._halved else 0.0))
+        self._product_error = 2 * (self._rounding + (3.03 * 2.0**-16 if self.halved else 0.0))
 
     def nearest(
         self, queries: Tensor, expanded: str = "nowhere", left_out: Tensor | None = None, bounded: bool = False
@@ -177,7 +177,7 @@ class RowSearch:
 
         FAR for rows that are left out and for those that fill the groups.
         """
-        if self._halved:
+        if self.halved:
             high, low = _halves(centered)
             products = torch.mm(torch.cat([high, high, low], dim=1), self._factors.T, out_dtype=torch.float32)
         else:

@@ -54,7 +54,7 @@ def test_operations_and_bytes_of_stages(detector: Detector) -> None:
 def test_bank_of_halves_takes_three_products() -> None:
     bank = MemoryBank(torch.ones(5, 7))
     assert search_cost(bank, 2) == (2 * 2 * 5 * 7, "fp32")
-    bank._halved = True  # on a GPU
+    bank._search.halved = True  # on a GPU
     assert search_cost(bank, 2) == (3 * 2 * 2 * 5 * 7, "bf16")
 
 
