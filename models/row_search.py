@@ -95,7 +95,8 @@ class RowSearch:
     def is_left_out(self, left_out: Tensor) -> Tensor:
         """(M, N) bool, True where the label of a row is that of `left_out` (M,); all False if all labels are equal."""
         assert self.labels is not None
-        return (self.labels == left_out[:, None]) & (self._only_label != left_out[:, None])
+        left_out = left_out.masked_fill(left_out == self._only_label, -2)  # nobody's label
+        return self.labels == left_out[:, None]
 
     @cached_property
     def _only_label(self) -> int:
