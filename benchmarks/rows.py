@@ -150,14 +150,20 @@ def coreset_row(rows: Tensor, stop: int | None, repeats: int) -> tuple[Row, Tens
 
 
 def scoring_row(size: workload.Size, queries: Tensor, bank: Tensor, repeats: int) -> Row:
-    """Score and map of a sample's patches (M, D) against a bank (N, D); "cdist + min" is the search alone."""
+    """Score and map of a sample's patches (M, D) against a bank (N, D).
+
+    "cdist + min" and "search" are its plain and its fast search alone, and "bare product" the least that both compute.
+    """
     config = workload.detector_config(size, "fp32", method_name="Point_MAE")
-    detector = Detector(config, PatchExtractor(config, None, None), {"xyz": MemoryBank(bank)})
+    memory_bank = MemoryBank(bank)
+    detector = Detector(config, PatchExtractor(config, None, None), {"xyz": memory_bank})
     plain_bank = {"xyz": reference.Bank(bank, 0.0, 1.0)}
     works: dict[str, Work] = {
         "plain": partial(reference.score_banks, config, plain_bank, {"xyz": queries}),
         "fp32": partial(detector.predict_features, [PatchFeatures(xyz=queries)]),
         "cdist + min": partial(reference.nearest_rows, queries, bank),
+        "search": partial(memory_bank.search, queries),
+        "bare product": lambda: queries @ bank.T,
     }
     flops = dict.fromkeys(works, workload.distance_flops(len(queries), len(bank), bank.shape[1]))
     return measure_row(f"scoring {len(queries)} x {len(bank)} x {bank.shape[1]}", works, flops, repeats)
