@@ -275,7 +275,7 @@ class AnomalyDataset:
 
 
 def read_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """Yield items, of which a thread produces the next one meanwhile."""
+    """Yield items while a thread produces the next one."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1, thread_name_prefix="read_ahead") as thread:
         pending = thread.submit(next, iterator, end)

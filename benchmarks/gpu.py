@@ -1,12 +1,13 @@
-"""Throughput of the triple method on a GPU, its stages beside their limits, waits of the host, and the fit of a class.
+"""Speed of the triple method on a GPU: throughput, each stage against its limit, waits of the host, and the fit.
 
     python benchmarks/gpu.py                                         # 244 training samples, like bagel
-    python benchmarks/gpu.py --device cpu --networks tiny --train 4  # for a trial
+    python benchmarks/gpu.py --device cpu --networks tiny --train 4  # quick trial
 
-Weights are random, and synthetic samples are held in main memory, so that no time goes into reading. Larger numbers of
-samples are repetitions of --distinct ones. For the fit, the features of each training sample get noise as large as
-their own deviation: without it, most distances would cancel, as they do not with trained weights, and every batch would
-be scored twice. A time ends when the device has finished; the median counts. The script prints tables and writes JSON.
+The weights are random. The samples are synthetic and held in main memory, so reading files takes no time. Only
+--distinct different samples are made; larger numbers repeat them. For the fit, Gaussian noise is added to the features
+of the training samples. Without noise, random networks give nearly equal features, so bounded searches are incomplete
+and every batch is scored twice. Trained networks do not have this problem. A measured time ends when the device has
+finished, and the median is reported. The script prints tables and writes JSON.
 """
 
 import argparse
@@ -47,19 +48,19 @@ from utils.records import PatchFeatures, Sample
 
 PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
-FIT_NOISE = 1.0  # of the deviation of a column
+FIT_NOISE = 1.0  # times the standard deviation of a column
 Extractors = Mapping[str, PatchExtractor]  # by precision
 
 
 class Bench:
-    """Timer of steps on a device; prints and keeps each time."""
+    """Timer of work on a device. `time` also prints the result and keeps it in `steps`."""
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats = device, repeats
         self.steps: dict[str, dict[str, float]] = {}
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Median seconds of `work`, until the device has finished."""
+        """Median seconds from the start of `work` until the device has finished."""
 
         def finished() -> None:
             work()
@@ -68,7 +69,7 @@ class Bench:
         return median_seconds({"": finished}, self.repeats)[""]
 
     def time(self, name: str, work: Callable[[], object], *, flops: float = 0, moved: float = 0) -> float:
-        """Seconds of a step of `flops` operations that moves so many bytes."""
+        """Median seconds of a step that does `flops` operations and moves `moved` bytes."""
         seconds = self.seconds(work)
         self.steps[name] = {"seconds": seconds, "tflop_per_second": flops / seconds / 1e12}
         rate = f"{flops / seconds / 1e12:12.2f} TFLOP/s" if flops else ""
@@ -78,7 +79,7 @@ class Bench:
 
 
 def measure_rates(bench: Bench) -> Rates:
-    """Rates of large matrix products and of large copies; on a CPU nothing is copied from a host."""
+    """Measure the rates of large matrix products and large copies. On a CPU, copies from the host take no time."""
     device, product, copy = bench.device, {}, {}
     side, size = PRODUCT_SIDE[device.type], COPY_BYTES[device.type]
     for precision in DTYPES:
@@ -96,7 +97,7 @@ def measure_rates(bench: Bench) -> Rates:
 
 @torch.inference_mode()
 def time_point_searches(bench: Bench, sample: Sample, size: workload.Size) -> None:
-    """Time the point searches of one cloud in each form."""
+    """Time the point searches of one cloud with each backend."""
     points = workload.valid_points(sample).to(bench.device)[None]
     for backend in ("triton", "torch") if bench.device.type == "cuda" else ("auto",):
         sampling = partial(farthest_point_sample, points, size.num_group, backend)
@@ -107,7 +108,7 @@ def time_point_searches(bench: Bench, sample: Sample, size: workload.Size) -> No
 
 @torch.inference_mode()
 def time_coreset(bench: Bench, features: Sequence[PatchFeatures], train: int, f_coreset: float) -> None:
-    """Time the coreset of as many xyz patches as `train` training samples have."""
+    """Time coreset selection from as many xyz patches as `train` training samples have."""
     patches = torch.cat([each.xyz for each in features if each.xyz is not None])
     rows = workload.grown(patches, train * len(patches) // len(features))
     count = int(f_coreset * len(rows))
@@ -134,7 +135,7 @@ def time_training(bench: Bench, features: Sequence[PatchFeatures], precision: st
 
 
 def fit_class(extractors: Extractors, samples: Sequence[Sample], train: int) -> tuple[Detector, dict[str, float]]:
-    """Fit a class of `train` training samples; also the seconds of each stage, the features in each precision."""
+    """Fit a detector to `train` training samples; return it with the seconds of each stage, features by precision."""
     seconds = {}
     extractor = extractors["fp32"]
     budget = default_memory_budget(extractor.device)
@@ -149,7 +150,7 @@ def fit_class(extractors: Extractors, samples: Sequence[Sample], train: int) -> 
     stopwatch = Stopwatch()
     detector = fit_detector(extractor.config, extractor, features, stopwatch)
     seconds |= {"coresets": stopwatch.seconds["coreset"], "decision fusion": stopwatch.seconds["fuse"]}
-    print(f"\nfit of a class of {train} training samples; rows of the banks: ", end="")
+    print(f"\nfit to {train} training samples; rows of the banks: ", end="")
     print(", ".join(f"{name} {len(bank)}" for name, bank in detector.banks.items()))
     for name, value in seconds.items():
         print(f"{name:44}{value:12.2f} s")
@@ -157,7 +158,7 @@ def fit_class(extractors: Extractors, samples: Sequence[Sample], train: int) -> 
 
 
 def time_batches(bench: Bench, detectors: Mapping[str, Detector], batches: Sequence[Sequence[Sample]]) -> Any:
-    """Samples per second by precision and batch size, from samples in main memory to predictions there."""
+    """Measure samples per second, by precision and batch size. Samples and predictions are in main memory."""
     found: dict[str, dict[int, float]] = {precision: {} for precision in detectors}
     print(f"\n{'samples per second':20}" + "".join(f"{precision:>12}" for precision in detectors))
     for batch in batches:
@@ -170,7 +171,7 @@ def time_batches(bench: Bench, detectors: Mapping[str, Detector], batches: Seque
 
 @torch.inference_mode()
 def time_stages(bench: Bench, detector: Detector, samples: Sequence[Sample], rates: Rates) -> dict[str, Any]:
-    """Time the stages of a batch one after the other, and the whole prediction; print them for a sample."""
+    """Time each stage of a batch on its own, and the whole prediction; print the times per sample."""
     count, precision = len(samples), detector.extractor.precision
     prediction, found = stages_of(detector, samples), {}
     title = f"stages of a batch of {count}, {precision}"
@@ -185,7 +186,7 @@ def time_stages(bench: Bench, detector: Detector, samples: Sequence[Sample], rat
     print(f"{'sum':36}{1e3 * sum(each['seconds'] for each in found.values()):10.3f}")
     print(f"{'prediction':36}{1e3 * whole:10.3f}")
     if not prediction.complete:
-        print("The searches were not complete, so each batch is scored twice.")
+        print("The bounded searches were incomplete, so the batch is scored twice.")
     return {"samples": count, "stages": found, "prediction_seconds": whole, "complete": prediction.complete}
 
 
@@ -205,11 +206,11 @@ def make_extractors(size: workload.Size, device: torch.device) -> dict[str, Patc
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, "gpu")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
-    parser.add_argument("--train", type=int, default=244, help="training samples of the class and of the coreset")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="samples together")
-    parser.add_argument("--distinct", type=int, default=16, help="samples that are made, also those of a UFF update")
-    parser.add_argument("--repeats", type=int, default=5, help="runs, of which the median counts")
-    parser.add_argument("--networks", choices=workload.SIZES, default="published", help="tiny: for a trial")
+    parser.add_argument("--train", type=int, default=244, help="number of training samples")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="samples per batch")
+    parser.add_argument("--distinct", type=int, default=16, help="different samples; a UFF update uses all")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement; the median is reported")
+    parser.add_argument("--networks", choices=workload.SIZES, default="published", help="tiny is for quick trials")
     return parser.parse_args(argv)
 
 

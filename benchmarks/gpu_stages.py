@@ -1,9 +1,9 @@
-"""Stages of a prediction on their own, from the copy of samples to the device to the copy of results back.
+"""Stages of a prediction, each run on its own, from copying samples to the device to copying results back.
 
-The limit of a stage is the longer of two times: its operations at the rate of a large matrix product, and the bytes
-that it must move at the rate of a large copy. Operations are those in matrix products, as count_flops finds them; for a
-search, 2 M N D for M queries and N rows of width D, three times as many where a GPU multiplies bf16 halves. The bytes
-are those of inputs, weights, bank and outputs, moved once.
+The limit of a stage is the longer of two times: its operations at the rate of a large matrix product, or its bytes at
+the rate of a large copy. Only operations in matrix products count, see count_flops. A search counts 2 M N D for M
+queries and N rows of width D, or three times as many where a GPU multiplies bf16 halves. The bytes are those of the
+inputs, weights, bank and outputs, each moved once.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,14 +29,14 @@ from utils.memory import read_back
 from utils.precision import autocast
 from utils.records import PatchFeatures, Sample
 
-HALVES = 3  # products of bf16 halves in place of one in fp32
+HALVES = 3  # products of bf16 halves that replace one fp32 product
 
 
 class Rates(NamedTuple):
     """Measured rates of a device."""
 
-    product: Mapping[str, float]  # of a large matrix product, operations per second by precision
-    copy: Mapping[str, float]  # bytes per second in "memory", where reading and writing both count, and from the "host"
+    product: Mapping[str, float]  # operations per second in a large matrix product, by precision
+    copy: Mapping[str, float]  # bytes per second: within "memory" (read plus written), and from the "host"
 
 
 class Stage(NamedTuple):
@@ -50,20 +50,20 @@ class Stage(NamedTuple):
     path: str  # of the bytes: "memory" or "host"
 
     def limit(self, rates: Rates) -> float:
-        """Seconds that the stage takes at least."""
+        """Lower bound of the time of the stage, in seconds."""
         return max(self.flops / rates.product[self.precision], self.moved / rates.copy[self.path])
 
 
 class Queries(NamedTuple):
-    """Normalized patches of a batch of B samples for one bank, see `detector.distinct_patches`."""
+    """Normalized patches of B samples for one bank, and the distinct ones; see `detector.distinct_patches`."""
 
     patches: Tensor  # (B, P, D)
-    rows: Tensor  # (M, D): the different ones
-    place: Tensor  # (B, P) int64: the row of each patch
+    rows: Tensor  # (M, D), the distinct patches
+    place: Tensor  # (B, P) int64, index of each patch in `rows`
 
 
 class Stages:
-    """Stages in order. A stage runs when it is added, and its result is an input of later ones."""
+    """List of stages in order. A stage runs when it is added, because later stages need its result."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -79,9 +79,9 @@ class Stages:
         path: str = "memory",
         flops: float | None = None,
     ) -> Any:
-        """Add a stage and return the result of its `work`. `inputs` holds all tensors that it reads once."""
+        """Add a stage and return the result of its `work`. `inputs` holds each tensor that it reads."""
         result = work()
-        synchronize(self.device)  # streams of later stages do not wait for those of this one
+        synchronize(self.device)  # a later stage may use another stream, which would not wait for this one
         counted = count_flops(work) if flops is None else flops
         self.found.append(Stage(name, work, counted, tensor_bytes([inputs, result]), precision, path))
         return result
@@ -97,15 +97,15 @@ def weights(*networks: nn.Module | None) -> list[Tensor]:
 
 
 class StagedPrediction(NamedTuple):
-    """Stages of the prediction of some samples, and its results."""
+    """Stages of a prediction, and its results."""
 
     stages: list[Stage]
     results: list[tuple[Tensor, Tensor]]  # scores (K, b) and maps (K, b, S, S) of each batch, see Detector._score
-    complete: bool  # all searches were; otherwise predict_batch scores the batch again
+    complete: bool  # True if all searches were complete; otherwise predict_batch scores the batch again
 
 
 def stages_of(detector: Detector, samples: Sequence[Sample]) -> StagedPrediction:
-    """Stages of Detector.predict_batch in the reference protocol, with the inputs that the samples lead to."""
+    """Stages of Detector.predict_batch for these samples, in the reference protocol."""
     stages = Stages(detector.extractor.device)
     features = add_extraction(stages, detector.extractor, samples)
     return add_scoring(stages, detector, features)
@@ -176,7 +176,7 @@ def add_scoring(stages: Stages, detector: Detector, features: list[PatchFeatures
 
 
 def search_cost(bank: MemoryBank, queries: int) -> tuple[float, str]:
-    """Operations of the products of so many queries with all rows of a bank, and their precision."""
+    """Operations and precision of the products of `queries` queries with all rows of a bank."""
     flops = distance_flops(queries, *bank.rows.shape)
     return (HALVES * flops, "bf16") if bank._search.halved else (flops, "fp32")
 
@@ -208,7 +208,7 @@ def _image_scores(detector: Detector, queries: dict[str, list[Queries]], found: 
 
 
 def _fuse(detector: Detector, scores: Sequence[Tensor], maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Scores and maps of each batch with the fused ones in the last place."""
+    """Scores and maps of each batch; the fused ones come last."""
     assert detector.decision_fusion is not None
     results = []
     for of_scores, of_maps in zip(scores, maps, strict=True):

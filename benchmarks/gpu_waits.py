@@ -1,4 +1,4 @@
-"""Operations of a prediction, and how often the host waits for a GPU meanwhile."""
+"""Number of operations of a prediction, and of waits of the host for a GPU."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -17,28 +17,28 @@ from feature_extractors import extractor as extractor_module
 from feature_extractors.detector import Detector
 from utils.records import Sample
 
-# Operations whose result, or its shape, is known to the host only once a GPU has computed it. Copies do not count here.
+# Operations that make the host wait, because it needs their result or its shape. Copies are not counted here.
 WAITING = {"_local_scalar_dense", "bincount", "equal", "is_nonzero", "item", "masked_select", "nonzero"}
 WAITING |= {"_unique", "_unique2", "unique_consecutive", "unique_dim", "unique_dim_consecutive"}
-INDEXING = {"index", "index_put", "index_put_"}  # wait for the number of True values if an index is bool
-# Calls of CUDA that return once the GPU has done its work.
+INDEXING = {"index", "index_put", "index_put_"}  # with a bool index, the host waits for the number of True values
+# CUDA calls that return only when the GPU has finished its work.
 WAITING_CALLS = {"cudaDeviceSynchronize", "cudaEventSynchronize", "cudaFree", "cudaMemcpy", "cudaStreamSynchronize"}
-RANGE = "work whose waits count"
+RANGE = "measured work"
 
 
 class Operations(TorchDispatchMode):
-    """Context that counts the operations of the calling thread by name, on a device of this type; None: on any."""
+    """Context that counts the operations of the calling thread by name. `device_type` None counts all devices."""
 
     def __init__(self, device_type: str | None = None) -> None:
         super().__init__()
         self.device_type = device_type
         self.counts: Counter[str] = Counter()
-        self.waiting: Counter[str] = Counter()  # those that make the host wait for a GPU
+        self.waiting: Counter[str] = Counter()  # the counted operations that make the host wait for a GPU
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with self:
-            result = function.decompose(*args, **kwargs)  # into operations that are counted one by one
+            result = function.decompose(*args, **kwargs)  # a composite operation is counted by its parts
         if result is not NotImplemented:
             return result
         result = function(*args, **kwargs)
@@ -53,7 +53,7 @@ class Operations(TorchDispatchMode):
 
 
 class InCallingThread(Executor):
-    """Stand-in for ThreadPoolExecutor that runs work at once, so that Operations counts it."""
+    """Stand-in for ThreadPoolExecutor that runs work in the calling thread, where Operations counts it."""
 
     def __init__(self, _workers: int) -> None: ...
 
@@ -64,28 +64,28 @@ class InCallingThread(Executor):
 
 
 def calls_in_range(events: Iterable[Any]) -> Counter[str]:
-    """Names of WAITING_CALLS among the profiler's events that begin during the range RANGE on the host.
+    """Count the WAITING_CALLS among the profiler's events that begin within RANGE on the host.
 
-    The profiler synchronizes the device itself, but outside of the range.
+    The profiler also synchronizes the device, but outside RANGE.
     """
     events = list(events)
     ranges = [each.time_range for each in events if each.name == RANGE and each.device_type == DeviceType.CPU]
     within = [each for each in events if ranges[0].start <= each.time_range.start <= ranges[0].end]
-    names = [each.name.partition("_")[0] for each in within]  # without a version, as in cudaMemcpy_v3020
+    names = [each.name.partition("_")[0] for each in within]  # without a version suffix, as in cudaMemcpy_v3020
     return Counter(name for name in names if name in WAITING_CALLS)
 
 
 def waiting_calls(work: Callable[[], object]) -> Counter[str]:
-    """Calls of CUDA, in all threads, by which the host waits for the GPU during `work`."""
+    """Count the CUDA calls, in all threads, that make the host wait for the GPU during `work`."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler, record_function(RANGE):
         work()
     return calls_in_range(profiler.events())
 
 
 def count_waits(detector: Detector, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Operations of a prediction of the samples, those that would wait for a GPU, and on a GPU the waits themselves."""
+    """Count the operations of a prediction, those that would wait for a GPU, and on a GPU the calls that waited."""
     device_type = detector.extractor.device.type
-    detector.predict_batch(samples)  # so that memory is allocated and kernels are compiled
+    detector.predict_batch(samples)  # warm-up: allocates memory and compiles kernels
     executor = patch.object(extractor_module, "ThreadPoolExecutor", InCallingThread)
     with executor, Operations(device_type) as operations:
         detector.predict_batch(samples)
@@ -110,4 +110,4 @@ def print_waits(rows: Iterable[dict[str, Any]], device: torch.device) -> None:
             if names:
                 print(f"    {kind.replace('_', ' ')}: {names}")
     if device.type == "cpu":
-        print("These are of the CPU's own path, which takes clouds and scores samples one by one.")
+        print("These counts are of a CPU, which processes clouds and scores samples one by one.")

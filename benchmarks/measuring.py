@@ -35,7 +35,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done its work; nothing on a CPU."""
+    """Wait until a GPU has finished its work; on a CPU, do nothing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

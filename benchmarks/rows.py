@@ -152,7 +152,7 @@ def coreset_row(rows: Tensor, stop: int | None, repeats: int) -> tuple[Row, Tens
 def scoring_row(size: workload.Size, queries: Tensor, bank: Tensor, repeats: int) -> Row:
     """Score and map of a sample's patches (M, D) against a bank (N, D).
 
-    "cdist + min" and "search" are its plain and its fast search alone, and "bare product" the least that both compute.
+    "cdist + min" is the plain search alone, and "search" is the fast one. "bare product" is the matrix product in both.
     """
     config = workload.detector_config(size, "fp32", method_name="Point_MAE")
     memory_bank = MemoryBank(bank)

@@ -22,7 +22,7 @@ from utils.synthetic_data.scanner import make_scan
 METHOD, TRIPLE = "DINO+Point_MAE", "DINO+Point_MAE+Fusion"
 SEED = 0
 CLASS_NAME, SCAN_SIZE = "cookie", 400  # after cleaning, a quarter of the pixels hold a point
-NOISE = 0.1  # of the deviation of a column, see `varied`
+NOISE = 0.1  # times the standard deviation of a column, see `varied`
 
 
 class Size(NamedTuple):
@@ -117,14 +117,14 @@ def grown(patches: Tensor, rows: int) -> Tensor:
 
 
 def varied(patches: Tensor, generator: torch.Generator, noise: float = NOISE) -> Tensor:
-    """Patches (N, C) with Gaussian noise of `noise` times the deviation of their column; background stays exactly 0."""
+    """Patches (N, C) with noise of `noise` times the standard deviation of each column; background stays exactly 0."""
     occupied = (patches != 0).any(dim=1)
     drawn = torch.randn(patches.shape, generator=generator, device=patches.device)
     return patches + drawn * (noise * patches[occupied].std(dim=0)) * occupied[:, None]
 
 
 def varied_features(features: PatchFeatures, generator: torch.Generator, noise: float = NOISE) -> PatchFeatures:
-    """Features of a further sample: those of one with noise, see `varied`."""
+    """Features as of another sample: those of a given one with noise, see `varied`."""
     patches = {name: each for name in BANKS if (each := getattr(features, name)) is not None}
     return features._replace(**{name: varied(each, generator, noise) for name, each in patches.items()})
 

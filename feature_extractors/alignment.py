@@ -24,10 +24,10 @@ from utils.memory import upload
 
 
 class Clouds(NamedTuple):
-    """Valid points of a batch of B organized clouds of S x S pixels, filled up with zeros to the largest cloud."""
+    """Valid points of B organized clouds of S x S pixels, padded with zeros to the N points of the largest."""
 
     points: Tensor  # (B, N, 3) float32, meters
-    pixels: Tensor  # (B, N) int64, place of each point: row * S + column
+    pixels: Tensor  # (B, N) int64, pixel of each point: row * S + column
     counts: list[int]  # valid points of each cloud
     size: int  # S
 
@@ -37,13 +37,16 @@ class Clouds(NamedTuple):
 
     @property
     def is_point(self) -> Tensor:
-        """(B, N) bool, False where a point fills up."""
+        """Mask (B, N) bool, False for padding."""
         number = torch.arange(self.points.shape[1], device=self.points.device)
         return number < upload(torch.tensor(self.counts), self.points.device)[:, None]
 
 
 def pack_clouds(planes: Sequence[Tensor], device: torch.device | str = "cpu") -> Clouds:
-    """Valid points of organized clouds (3, S, S) float32, meters, on the CPU, where the host knows their numbers."""
+    """Collect the valid points of organized clouds (3, S, S) float32, meters, and copy them to `device`.
+
+    The clouds are on the CPU, where the number of valid points is known without waiting for a GPU.
+    """
     valid = [valid_pixels(xyz) for xyz in planes]
     points = [xyz[:, where].T for xyz, where in zip(planes, valid, strict=True)]
     pixels = [where.flatten().nonzero()[:, 0] for where in valid]
@@ -68,8 +71,8 @@ def align_to_patches(
     """Interpolate to every valid point, project to the pixels, pool to the patch grid.
 
     Args:
-        point_features: of each cloud, of G centers, or of the valid points themselves.
-        clouds: the valid points of B clouds.
+        point_features: features of each cloud, at G centers or at the valid points themselves.
+        clouds: valid points of B clouds.
         exact_distances: interpolate with direct differences instead of expanded squares.
         masked: average only pixels with a point, and pad the first pooling, AvgPool2d(3, stride 1), by one pixel; the
             second is AdaptiveAvgPool2d(grid). Otherwise the background counts as zero.
@@ -79,7 +82,7 @@ def align_to_patches(
     """
     patch, weight = pooling_weights(clouds, grid, masked)  # (B, N, K) each
     sample = torch.arange(len(patch), device=patch.device)[:, None, None]
-    flat = sample * grid**2 + patch  # in the patches of all samples
+    flat = sample * grid**2 + patch  # index among the patches of all samples
     width, dtype = point_features[0].features.shape[1], point_features[0].features.dtype
     weight = weight.to(dtype)
     if point_features[0].centers is None:
@@ -100,16 +103,16 @@ def align_to_patches(
 
 
 def occupied_patches(xyz: Tensor, grid: int, masked: bool) -> Tensor:
-    """(grid**2,) bool, row-major: patches of xyz (3, S, S) with a valid point; for `masked` see align_to_patches."""
+    """Mask (grid**2,) bool, row-major, of the patches of xyz (3, S, S) with a point. `masked`: see align_to_patches."""
     pooling = torch.from_numpy(_axis_pooling(xyz.shape[-1], grid, masked))
     return (pooling.T @ valid_pixels(xyz).double() @ pooling).flatten() > 0
 
 
 def near_points(occupied: Tensor, grid: int) -> Tensor:
-    """Patches near a point of the cloud: (grid**2,) bool, row-major.
+    """Mask (grid**2,) bool, row-major, of the patches near a point of the cloud.
 
-    They hold a point or are next to an xyz patch with one. `occupied` (n,) bool are the xyz patches with a point,
-    row-major over a square grid, which may differ.
+    Such a patch holds a point or is next to an xyz patch with one. `occupied` (n,) bool is True for the xyz patches
+    with a point, row-major over a square grid of any side.
     """
     side = math.isqrt(len(occupied))
     reached = F.max_pool2d(occupied.float().view(1, 1, side, side), 3, stride=1, padding=1)
@@ -119,7 +122,7 @@ def near_points(occupied: Tensor, grid: int) -> Tensor:
 def pooling_weights(clouds: Clouds, grid: int, masked: bool) -> tuple[Tensor, Tensor]:
     """Patches (B, N, K) int64 that each point contributes to, and weights (B, N, K) float32.
 
-    Unused entries, and those of points that fill up, have weight 0. For `masked` see align_to_patches.
+    Unused entries and padding have weight 0. For `masked` see align_to_patches.
     """
     bins, shares = _axis_bins(clouds.size, grid, masked, clouds.pixels.device)
     row, column = clouds.pixels // clouds.size, clouds.pixels % clouds.size
@@ -134,7 +137,7 @@ def pooling_weights(clouds: Clouds, grid: int, masked: bool) -> tuple[Tensor, Te
 
 @lru_cache(maxsize=8)
 def _axis_pooling(size: int, grid: int, masked: bool) -> NDArray[np.float64]:
-    """Both poolings along one axis: share (size, grid) of each of `size` pixels in each bin."""
+    """Matrix (size, grid) of both poolings along one axis: the share of each pixel in each bin."""
     first = (np.abs(np.subtract.outer(np.arange(size), np.arange(size))) <= 1) / 3  # the mean of three pixels
     kept = first if masked else first[1:-1]  # without padding there are no windows around the border pixels
     second = np.zeros((grid, len(kept)))
@@ -146,7 +149,7 @@ def _axis_pooling(size: int, grid: int, masked: bool) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=8)
 def _axis_bins(size: int, grid: int, masked: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The bins (size, m) int64 of each pixel in `_axis_pooling`, and its shares (size, m) float64."""
+    """Bins (size, m) int64 that each pixel is part of in `_axis_pooling`, and its shares (size, m) float64 in them."""
     pooling = _axis_pooling(size, grid, masked)
     width = int((pooling > 0).sum(axis=1).max())
     bins = np.argsort(-pooling, axis=1, kind="stable")[:, :width]

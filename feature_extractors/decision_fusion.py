@@ -26,7 +26,7 @@ class DecisionFusion(NamedTuple):
     largest: bool = False
 
     def fuse(self, scores: Sequence[Tensor], maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Scores (B,) float64 and maps (B, H, W) float32 from the scores and maps of K banks, on their device."""
+        """Fused scores (B,) float64 and maps (B, H, W) float32 from those of K banks, on their device."""
         score = self._combine(scores, self.score_lambdas, self.score_coef)
         return score, self._combine(maps, self.map_lambdas, self.map_coef).float()
 

@@ -18,7 +18,8 @@ from feature_extractors.thresholds import Calibration, Thresholds
 from utils.memory import read_back, upload
 from utils.records import METERS, CloudForm, PatchFeatures, Prediction, Sample
 
-BATCH_ON_CPU = 1  # samples scored together: their products stay in the cache; a GPU takes all it is given
+# Samples scored together on a CPU, so that their products stay in the cache. A GPU scores all given samples together.
+BATCH_ON_CPU = 1
 
 
 class Batch(NamedTuple):
@@ -27,7 +28,7 @@ class Batch(NamedTuple):
     features: Sequence[PatchFeatures]
     expanded: str  # as in MemoryBank.search
     left_out: Tensor | None  # (B,) int64, as in MemoryBank.search
-    bounded: bool  # as in MemoryBank.search; True also avoids other steps for which the host would wait
+    bounded: bool  # as in MemoryBank.search; True also avoids other steps that make the host wait
 
 
 class BankResult(NamedTuple):
@@ -56,7 +57,7 @@ class Detector:
         return self.predict_batch([sample])[0]
 
     def predict_batch(self, samples: Sequence[Sample]) -> list[Prediction]:
-        """Predictions for some samples, ideally `extractor.batch_size` of them; the same as one by one up to rounding.
+        """Predict several samples, ideally `extractor.batch_size`. Results match single predictions up to rounding.
 
         Raises InputError as PatchExtractor.prepare does.
         """
@@ -91,14 +92,14 @@ class Detector:
         left_out: Sequence[int] | None = None,
         fused: bool = False,
     ) -> list[tuple[list[float], list[Tensor]]]:
-        """Scores and maps of each sample on the CPU: of each bank, and last, if `fused`, of decision fusion."""
+        """Scores and maps of the banks for each sample, on the CPU. If `fused`, the fused ones come last."""
         device, results = self.extractor.device, []
         on_cpu = device.type == "cpu"
         step = BATCH_ON_CPU if on_cpu else max(1, len(features))
         for begin in range(0, len(features), step):
             part = slice(begin, begin + step)
-            samples = None if left_out is None else upload(torch.tensor(left_out[part]), device)
-            batch = Batch(features[part], expanded, samples, bounded=not on_cpu)
+            excluded = None if left_out is None else upload(torch.tensor(left_out[part]), device)
+            batch = Batch(features[part], expanded, excluded, bounded=not on_cpu)
             scores, maps, complete = read_back(*self._score(batch, fused))  # the host waits for a GPU once
             if not complete:  # rare
                 scores, maps, _ = read_back(*self._score(batch._replace(bounded=False), fused))
@@ -108,7 +109,10 @@ class Detector:
         return results
 
     def _score(self, batch: Batch, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores (K, B) float64, maps (K, B, img_size, img_size) float32, and () bool: all searches were complete."""
+        """Scores (K, B) float64, maps (K, B, img_size, img_size) float32, and () bool, True if no search is incomplete.
+
+        K is the number of banks. If `fused`, it is one more, and the fused scores and maps come last.
+        """
         # 1. phi and psi: scores and maps of each bank
         size, protocol = self.config.img_size, self.config.protocol
         results = [self._score_bank(name, batch) for name in self.banks]
@@ -128,7 +132,7 @@ class Detector:
         return torch.cat([scores, score[None]]), torch.cat([maps, plane[None]]), complete.all()
 
     def _score_bank(self, name: str, batch: Batch) -> BankResult:
-        """Image scores of a bank, unless they come from the maps, and distances of the patches."""
+        """Distances of the patches to a bank, and image scores unless the protocol takes them from the maps."""
         config, protocol, bank = self.config, self.config.protocol, self.banks[name]
         patches = bank.statistics.normalize(torch.stack([getattr(each, name) for each in batch.features]))  # (B, P, D)
         queries, sample, place = distinct_patches(name, batch, patches)
@@ -147,16 +151,16 @@ class Detector:
         return BankResult(scores, nearest if relative is None else relative, found.complete)
 
     def _foreground(self, batch: Batch, patches: int) -> Tensor:
-        """(B, patches) bool, row-major over a square grid: True near a point of the cloud."""
+        """Mask (B, patches) bool, row-major over a square grid, True near a point of the cloud."""
         near = [near_points(each.occupied, math.isqrt(patches)) for each in batch.features if each.occupied is not None]
         return upload(torch.stack(near), self.extractor.device)
 
 
 def distinct_patches(name: str, batch: Batch, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Different patches (M, D) of each sample, their samples (M,), and the place (B, P) of patches (B, P, D) in them.
+    """Distinct patches (M, D) of each sample, the sample (M,) of each, and the index (B, P) of each patch among them.
 
-    Patches of the background are often equal. In a `bounded` search only xyz patches are compared, by whether they hold
-    a point, because the host would have to wait for the number of others.
+    Background patches are often equal, and equal patches are searched once. For a `bounded` search, only the xyz
+    patches without a point count as equal. Comparing values would make the host wait for the number of distinct ones.
     """
     return _by_occupancy(name, batch, patches) if batch.bounded else _by_value(patches)
 
@@ -173,7 +177,7 @@ def _by_occupancy(name: str, batch: Batch, patches: Tensor) -> tuple[Tensor, Ten
     occupied = torch.ones(patches.shape[:2], dtype=torch.bool)
     if name == "xyz":
         occupied = torch.stack([each.occupied for each in batch.features if each.occupied is not None])
-    empty = occupied.int().argmin(dim=1, keepdim=True)  # the first without a point, if there is one
+    empty = occupied.int().argmin(dim=1, keepdim=True)  # the first patch without a point, if there is one
     kept = occupied.scatter(1, empty, True)
     number = (kept.flatten().cumsum(dim=0) - 1).view_as(kept)
     place, index = torch.where(occupied, number, number.gather(1, empty)), kept.flatten().nonzero()[:, 0]

@@ -27,12 +27,12 @@ BATCH_ON_CPU, BATCH_ON_GPU = 4, 16  # samples that pass through the networks tog
 
 
 class Inputs(NamedTuple):
-    """Batch of B samples on the device. What the method does not need is None or empty."""
+    """Batch of B samples on the device. Fields that the method does not need are None or empty."""
 
     images: Tensor | None  # (B, 3, S, S)
-    clouds: list[Clouds]  # in the batches that pass through the 3D backbone
+    clouds: list[Clouds]  # one for each batch of the 3D backbone
     occupied: list[Tensor]  # as in PatchFeatures
-    copied: torch.cuda.Event | None  # end of the copies to a GPU
+    copied: torch.cuda.Event | None  # recorded after the copies to a GPU
 
 
 class PatchExtractor:
@@ -55,7 +55,7 @@ class PatchExtractor:
         self.precision = choose_precision(config.precision, self.device)
         on_gpu = self.device.type == "cuda"
         self.batch_size = BATCH_ON_GPU if on_gpu else BATCH_ON_CPU
-        # Streams of copies and of the RGB backbone, beside the current one.
+        # Streams for the copies and for the RGB backbone. All other work is on the current stream.
         self._copies, self._beside = (torch.cuda.Stream(self.device) if on_gpu else None for _ in range(2))
         # Saved detectors and finished classes refer to the weights before rounding.
         networks = {"rgb": rgb_backbone, "xyz": xyz_backbone, "fusion": feature_fusion}
@@ -95,7 +95,7 @@ class PatchExtractor:
         return self.extract_prepared(self.prepare(samples))
 
     def prepare(self, samples: Sequence[Sample]) -> Inputs:
-        """Copy samples to the device, on a GPU from pinned memory and beside its other work.
+        """Copy samples to the device. On a GPU, the copies come from pinned memory and overlap with other work.
 
         Raises InputError if a modality is missing, or a cloud has fewer valid points than the 3D backbone needs.
         """
@@ -117,14 +117,14 @@ class PatchExtractor:
     def extract_prepared(self, inputs: Inputs) -> list[PatchFeatures]:
         """Extract the features of the samples that `prepare` has copied.
 
-        Both backbones run at the same time. On a CPU each leaves cores idle between its matrix products, on a GPU the
-        sampling of points does.
+        Both backbones run at the same time. On a CPU, each leaves cores idle between its matrix products. On a GPU,
+        farthest point sampling leaves most of the device idle.
         """
         with ThreadPoolExecutor(1) as thread:
             self._wait_for_copies(inputs)
             pending = thread.submit(self._rgb_patches, inputs.images)
             if self._beside is not None:
-                wait([pending])  # until its kernels are queued
+                wait([pending])  # until the kernels of the RGB backbone are queued
             xyz = [self._xyz_patches(clouds) for clouds in inputs.clouds]  # (b, 3136, C_xyz) each
             rgb = pending.result()  # (B, 784, C_rgb)
         if self._beside is not None and rgb is not None:
@@ -138,7 +138,7 @@ class PatchExtractor:
         return [PatchFeatures(*each) for each in zip_longest(*columns)]
 
     def _wait_for_copies(self, inputs: Inputs) -> None:
-        """Let both streams wait for the copies to a GPU, and keep their memory until both have used it."""
+        """Make both streams wait for the copies to a GPU, and keep the copied tensors until both have used them."""
         if self._beside is None or inputs.copied is None:
             return
         packed = [tensor for clouds in inputs.clouds for tensor in (clouds.points, clouds.pixels)]
@@ -183,7 +183,7 @@ class PatchExtractor:
                 raise InputError(f"{problem} {least}. Repair the point cloud{lower}.")
 
     def _given(self, sample: Sample, modality: str) -> Tensor:
-        """The (3, S, S) plane of a modality."""
+        """Plane (3, S, S) of a modality; InputError if the sample has none."""
         plane: Tensor | None = getattr(sample, modality)
         if plane is None:
             raise InputError(f"{sample.path} has no {modality} file, but {self.config.method_name} needs it. Add it.")

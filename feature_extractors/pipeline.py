@@ -211,7 +211,7 @@ def evaluate(
 
 
 def _read_batches(extractor: PatchExtractor, samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], Inputs]]:
-    """Batches of samples, and the same on the extractor's device; for a GPU, the next one is made ready meanwhile."""
+    """Batches of samples with their inputs on the extractor's device. For a GPU, a thread prepares the next batch."""
     pairs = ((batch, extractor.prepare(batch)) for batch in batches(samples, extractor.batch_size))
     return read_ahead(pairs) if extractor.device.type == "cuda" else pairs
 
@@ -260,7 +260,7 @@ def _predict_timed(
     extraction: float,
     stopwatch: Stopwatch,
 ) -> list[SampleResult]:
-    """Results of a batch whose features took `extraction` seconds; each sample has an equal share of the time."""
+    """Results of a batch whose extraction took `extraction` seconds. Each sample gets an equal share of the time."""
     begin = time.perf_counter()
     predictions = detector.predict_features(features)
     seconds = time.perf_counter() - begin

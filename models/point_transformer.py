@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from models.group_encoder import GroupEncoder
 from models.point_ops import farthest_point_sample, knn
 
-FAR = 1e4  # meters; a coordinate of points that fill up a batch, which are nobody's neighbors
+FAR = 1e4  # meters; coordinates of padding points, which are too far away to be neighbors of any center
 
 
 class PointFeatures(NamedTuple):
@@ -75,7 +75,7 @@ class PointTransformer(PointBackbone):
         return self.encode(*self.group(clouds))
 
     def encode(self, groups: Tensor, centers: Tensor) -> list[PointFeatures]:
-        """Features of `forward` from the groups (B, G, K, 3) and centers (B, G, 3) of B clouds."""
+        """Extract the features of `forward` from the groups (B, G, K, 3) and centers (B, G, 3) of B clouds."""
         tokens = torch.stack([self.reduce_dim(self.encoder(of_cloud)) for of_cloud in groups])  # (B, G, width)
         with torch.autocast(tokens.device.type, enabled=False):  # in bf16 the centers would move by a millimeter
             position = self.pos_embed(centers)  # (B, G, width)
@@ -94,12 +94,12 @@ class PointTransformer(PointBackbone):
     def group(self, clouds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Divide B clouds (N, 3) into groups (B, G, K, 3), relative to centers (B, G, 3).
 
-        N may differ. Raises ValueError if a cloud has less than min_points.
+        N may differ between clouds. Raises ValueError if a cloud has fewer than `min_points` points.
         """
         if (fewest := min(map(len, clouds))) < self.min_points:
             needed = f"{self.num_group} groups of {self.group_size} points need at least {self.min_points}"
             raise ValueError(f"{fewest} valid points, but {needed}")
-        points = pad_sequence(list(clouds), batch_first=True)  # filled up with zeros, which are never picked
+        points = pad_sequence(list(clouds), batch_first=True)  # padded with zeros, which are never picked
         picks = farthest_point_sample(points, self.num_group, self.point_ops)
         batch = torch.arange(len(clouds), device=points.device)
         centers = points[batch[:, None], picks]

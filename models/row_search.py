@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Largest block of products: entries, and on a CPU also queries, so that it stays in the cache.
+# Limits of a block of products: entries, and on a CPU also queries, so that it stays in the cache.
 MAX_BLOCK_ENTRIES, MAX_BLOCK_ENTRIES_ON_GPU = 1 << 24, 1 << 28
 QUERIES_AT_ONCE_ON_CPU = 512
-# Entries of the direct differences computed at once: 64 MB, on a GPU 256 MB.
+# Limit of direct differences computed at once, in entries: 64 MB on a CPU, 256 MB on a GPU.
 MAX_DIFFERENCE_ENTRIES, MAX_DIFFERENCE_ENTRIES_ON_GPU = 1 << 24, 1 << 26
-EXPANDED_AT_ONCE = 4096  # queries whose candidates are expanded together
+EXPANDED_AT_ONCE = 4096  # queries whose candidates are compared by expanded squares at once
 GROUP_SIZE = 16  # rows of a group, see RowSearch
-CANDIDATES = 8  # groups, and then rows, that a bounded search compares with a query; one of them must be too far
-FAR = 1e38  # half the squared norm of the rows of zeros that fill the last groups, so that these are never found
-# Which distances are computed as |q|^2 + |r|^2 - 2 q r in fp32, to reproduce the rounding of the original: none, those
-# that lose most of their digits this way (d^2 is below CANCELLING times |q|^2 + |r|^2), or all.
+CANDIDATES = 8  # groups, and then rows, that a bounded search keeps for a query; complete if the last is too far away
+FAR = 1e38  # half of |q - r|^2 - |q|^2 for a row that must not be found, because it is padding or left out
+# Distances computed as |q|^2 + |r|^2 - 2 q r in fp32, to reproduce the rounding of the original: none, those that lose
+# most of their digits this way (d^2 is below CANCELLING times |q|^2 + |r|^2), or all.
 EXPANDED = ("nowhere", "cancelling", "everywhere")
 CANCELLING = 2.0**-9
 
@@ -28,17 +28,17 @@ class Found(NamedTuple):
 
     distance: Tensor  # (M,) float32, Euclidean (not squared)
     row: Tensor  # (M,) int64, the lowest index where distances tie
-    complete: Tensor  # () bool, False if a bounded search may have missed a row
-    candidates: Tensor | None = None  # (M, CANDIDATES) int64, of a bounded search: rows that may be nearest
+    complete: Tensor  # () bool, False if a bounded search may have missed a nearest row
+    candidates: Tensor | None = None  # (M, CANDIDATES) int64, rows that may be nearest; bounded search only
 
 
 class RowSearch:
-    """Search among `rows` (N, D) float32. A query can leave out the rows of a label >= 0 of `labels` (N,) int64."""
+    """Search among `rows` (N, D) float32 with `labels` (N,) int64. A query can leave out the rows of one label >= 0."""
 
     def __init__(self, rows: Tensor, labels: Tensor | None = None) -> None:
         self.rows, self.labels = rows, labels
         self._center = rows.mean(dim=0)
-        # Group g holds rows g, g + G, g + 2 G, and so on. Rows of zeros fill the groups.
+        # Of G groups, group g holds rows g, g + G, g + 2 G, and so on. Rows of zeros pad the last groups.
         self._groups = max(-(-len(rows) // GROUP_SIZE), CANDIDATES)
         added = GROUP_SIZE * self._groups - len(rows)
         centered = F.pad(rows - self._center, (0, 0, 0, added))  # products of smaller numbers have smaller errors
@@ -46,9 +46,9 @@ class RowSearch:
         self._lengths = self._norms.sqrt()
         self._half_norms = self._norms / 2
         self._half_norms[len(rows) :] = FAR
-        self._group_norms = self._norms.view(GROUP_SIZE, -1).amax(dim=0)  # the largest of each group
+        self._group_norms = self._norms.view(GROUP_SIZE, -1).amax(dim=0)  # largest of each group
         self._group_lengths = self._group_norms.sqrt()
-        # A GPU multiplies bf16 numbers fifteen times as fast as fp32, so there each number is split into two bf16 ones.
+        # A GPU multiplies bf16 numbers fifteen times as fast as fp32 ones, so it splits each number into two bf16 ones.
         self.halved = rows.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         self._factors = centered
         if self.halved:
@@ -75,9 +75,9 @@ class RowSearch:
             queries: (M, D) float32.
             expanded: one of EXPANDED. The published code expands every square, so that a patch of the bank can be 0.04
                 away from itself; its SVMs are fitted to these errors.
-            left_out: (M,) int64, for each query a label whose rows do not count, unless all labels are equal.
-            bounded: limit the candidates of a query, so that the host need not wait for their number. The result may
-                be incomplete; other results are always complete. For "cancelling" only candidates are expanded.
+            left_out: (M,) int64, label of the rows that each query leaves out; none if only one label is >= 0.
+            bounded: keep CANDIDATES rows for each query, so that the host does not wait for their number. Only a
+                bounded search can be incomplete. With "cancelling", it expands squares of the candidates only.
         """
         if expanded == "everywhere":
             return self._nearest_expanded(queries, left_out)
@@ -87,33 +87,33 @@ class RowSearch:
     def nearest_few(self, queries: Tensor, k: int, left_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Squared distances (M, k) up to rounding, ascending, and indices (M, k) of the k rows nearest to each query.
 
-        Any of nearly equally distant rows may be taken. For `left_out` see `nearest`.
+        Among almost equally distant rows, any may be found. For `left_out` see `nearest`.
         """
         found = [self._nearest_few(*block, k) for block in self._blocks(queries, left_out)]
         return torch.cat([squared for squared, _ in found]), torch.cat([row for _, row in found])
 
     def is_left_out(self, left_out: Tensor) -> Tensor:
-        """(M, N) bool, True where the label of a row is that of `left_out` (M,); all False if all labels are equal."""
+        """Mask (M, N) bool of the rows with the labels `left_out` (M,); all False if only one label is >= 0."""
         assert self.labels is not None
-        left_out = left_out.masked_fill(left_out == self._only_label, -2)  # nobody's label
+        left_out = left_out.masked_fill(left_out == self._only_label, -2)  # a label that no row has
         return self.labels == left_out[:, None]
 
     @cached_property
     def _only_label(self) -> int:
-        """The only label >= 0; -1 if there are several."""
+        """The only label >= 0; -1 if there are several or none."""
         assert self.labels is not None
         labels = self.labels[self.labels >= 0]
         return int(labels[0]) if len(labels) and (labels == labels[0]).all() else -1
 
     def _blocks(self, queries: Tensor, left_out: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Queries, and their labels that are left out, in blocks; on a CPU small enough for its cache."""
+        """Yield blocks of queries and of their `left_out` labels; on a CPU, blocks are small enough for its cache."""
         step = (MAX_BLOCK_ENTRIES_ON_GPU if queries.is_cuda else MAX_BLOCK_ENTRIES) // len(self.rows)
         step = max(1, step if queries.is_cuda else min(step, QUERIES_AT_ONCE_ON_CPU))
         blocks = queries.split(step)
         yield from zip(blocks, [None] * len(blocks) if left_out is None else left_out.split(step), strict=True)
 
     def _nearest_exact(self, queries: Tensor, left_out: Tensor | None, bounded: bool) -> Found:
-        """`nearest` of a block of queries (M, D), by direct differences."""
+        """Nearest rows of a block of queries (M, D), by direct differences, in the steps of `nearest`."""
         centered = queries - self._center
         squares = centered.square().sum(dim=1)
         lengths = squares.sqrt()
@@ -121,9 +121,9 @@ class RowSearch:
         lower = half.amin(dim=1)  # (M, G)
         group = lower.argmin(dim=1)
         member = half.gather(2, group[:, None, None].expand(-1, GROUP_SIZE, 1))[..., 0].argmin(dim=1)
-        closest = (member * self._groups + group).clamp_max_(len(self.rows) - 1)  # larger if the query is not finite
+        closest = (member * self._groups + group).clamp_max_(len(self.rows) - 1)  # larger if a query is not finite
         found = (queries - self.rows[closest]).square().sum(dim=1)  # squared; the nearest row is no farther
-        limit = found - squares + self._rounding * squares  # 2. for lower bounds of |q - r|^2 - |q|^2
+        limit = found - squares + self._rounding * squares  # 2. of |q - r|^2 - |q|^2
         lower.mul_(2).addr_(lengths, self._group_lengths, alpha=-self._product_error)
         lower.sub_(self._rounding * self._group_norms)
         candidates = self._first_candidates if bounded else self._all_candidates
@@ -137,11 +137,11 @@ class RowSearch:
     def _all_candidates(
         self, half: Tensor, lower: Tensor, lengths: Tensor, limit: Tensor, closest: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query and row (pairs,) of each candidate of a block, and True, because these are all.
+        """Query and row (pairs,) of each candidate of a block, and True, because no candidate is missing.
 
-        `half` (M, 16, G) is of `_half_squares`. `lower` (M, G) are lower bounds of all rows of a group, `lengths` (M,)
-        those of the centered queries. Rows whose lower bound is above `limit` (M,) cannot be nearest. `closest` (M,)
-        are the rows that look nearest.
+        `half` (M, 16, G) comes from `_half_squares`. `lower` (M, G) are lower bounds of |q - r|^2 - |q|^2 for all rows
+        of a group. Rows whose lower bound is above `limit` (M,) cannot be nearest. `lengths` (M,) are the lengths of
+        the centered queries, and `closest` (M,) are the rows that look nearest.
         """
         query, group = (lower <= limit[:, None]).nonzero(as_tuple=True)
         row = self._rows_of(group)  # (pairs, 16)
@@ -152,9 +152,9 @@ class RowSearch:
     def _first_candidates(
         self, half: Tensor, lower: Tensor, lengths: Tensor, limit: Tensor, closest: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query and row (CANDIDATES * M,) of the first candidates of each query, and True if there are no others.
+        """Query and row (CANDIDATES * M,) of the candidates with the lowest bounds, and True if none is missing.
 
-        Where a query has fewer, the row that looks nearest takes their places. Arguments as of `_all_candidates`.
+        A query with fewer candidates repeats the row that looks nearest. Arguments as in `_all_candidates`.
         """
         bounds, group = lower.topk(CANDIDATES, dim=1, largest=False)
         complete = (bounds[:, -1] > limit).all()
@@ -170,13 +170,13 @@ class RowSearch:
         return group[..., None] + torch.arange(GROUP_SIZE, device=group.device) * self._groups
 
     def _lower_bounds(self, half: Tensor, row: Tensor, lengths: Tensor) -> Tensor:
-        """Lower bounds of |q - r|^2 - |q|^2 from half of them, for rows r at indices `row` and queries of `lengths`."""
+        """Lower bounds of |q - r|^2 - |q|^2 from `half` of it, for rows r at indices `row` and queries of `lengths`."""
         return 2 * half - self._product_error * lengths * self._lengths[row] - self._rounding * self._norms[row]
 
     def _half_squares(self, centered: Tensor, left_out: Tensor | None = None) -> Tensor:
         """Half of |q - r|^2 - |q|^2, (M, 16, G) float32, up to rounding, of centered queries (M, D) and all groups.
 
-        FAR for rows that are left out and for those that fill the groups.
+        It is FAR for rows that are left out and for padding.
         """
         if self.halved:
             high, low = _halves(centered)
@@ -189,17 +189,17 @@ class RowSearch:
         return products.view(len(centered), GROUP_SIZE, self._groups)
 
     def _nearest_few(self, queries: Tensor, left_out: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-        """`nearest_few` of a block of queries."""
+        """Result of `nearest_few` for a block of queries."""
         centered = queries - self._center
         half = self._half_squares(centered, left_out)
-        group = half.amin(dim=1).topk(min(k, self._groups), dim=1, largest=False).indices  # they hold the nearest k
+        group = half.amin(dim=1).topk(min(k, self._groups), dim=1, largest=False).indices  # hold the k nearest rows
         members = half.gather(2, group[:, None].expand(-1, GROUP_SIZE, -1)).mT.flatten(1)
         lowest, place = members.topk(k, dim=1, largest=False)
         squared = (2 * lowest + centered.square().sum(dim=1)[:, None]).clamp_min_(0)
         return squared, self._rows_of(group).flatten(1).gather(1, place)
 
     def _nearest_expanded(self, queries: Tensor, left_out: Tensor | None) -> Found:
-        """`nearest` of queries (M, D) by expanded squares as in torch.cdist; always complete."""
+        """Nearest rows of queries (M, D), by expanded squares as in torch.cdist; always complete."""
         rows = torch.cat([self.rows, torch.ones_like(self.rows[:, :1]), _squared_norms(self.rows)], dim=1)
         complete = torch.ones((), dtype=torch.bool, device=rows.device)
         found = []
@@ -212,7 +212,7 @@ class RowSearch:
         return _joined(found)
 
     def _expand_cancelling(self, queries: Tensor, found: Found, left_out: Tensor | None) -> Found:
-        """`found` with expanded squares where these lose most of their digits."""
+        """Replace results in `found` by those of expanded squares where these lose most of their digits."""
         norms = queries.square().sum(dim=1) + self.rows[found.row].square().sum(dim=1)
         cancelling = found.distance.square() < CANCELLING * norms
         if found.candidates is not None:
@@ -225,7 +225,7 @@ class RowSearch:
         return found
 
     def _expanded_candidates(self, queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """Distance (M,) and row (M,) of the nearest of the candidates (M, C) of queries (M, D), by expanded squares."""
+        """Distance (M,) and row (M,) of the nearest of `candidates` (M, C) to queries (M, D), by expanded squares."""
         found = []
         for block, rows in zip(queries.split(EXPANDED_AT_ONCE), candidates.split(EXPANDED_AT_ONCE), strict=True):
             others = self.rows[rows]  # (m, C, D)

@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
 
     loaded: LoadedSample
     prediction: Prediction | None = None
-    seconds: float = 0.0  # share of the time that its batch takes, without reading its files
+    seconds: float = 0.0  # of extraction and scoring: time of its batch divided by the number of samples
     problem: str = ""
 
 
@@ -132,8 +132,8 @@ def _clean(
 def predict_samples(detector: Detector, reader: SampleReader, batch_size: int, num_workers: int) -> Iterator[Outcome]:
     """Predict samples in order. A problem with one of them does not affect the others.
 
-    Memory holds at most a batch of `batch_size` samples, for a GPU two, and two more for each of the `num_workers`
-    threads.
+    Memory holds at most one batch of `batch_size` samples (two for a GPU), and two more samples for each of the
+    `num_workers` threads.
     """
     prepare = partial(_prepare, detector.extractor)
     prepared = map(prepare, batches(load_samples(reader, num_workers), batch_size))
@@ -142,7 +142,7 @@ def predict_samples(detector: Detector, reader: SampleReader, batch_size: int, n
 
 
 class PreparedBatch(NamedTuple):
-    """Samples, and the same on the detector's device without those that cannot be predicted."""
+    """Batch of samples, and the inputs on the detector's device of those that can be predicted."""
 
     samples: list[LoadedSample]
     inputs: Inputs | None  # None: no sample can be predicted

@@ -1,4 +1,4 @@
-"""Batches of samples give the predictions of single samples, and their computation does not wait for values."""
+"""Predictions of batches match those of single samples, and no step waits for values from a GPU."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ from utils.records import PatchFeatures, Prediction, Sample
 
 
 def samples_of_unequal_size(count: int) -> list[Sample]:
-    """Test samples whose clouds lose different parts."""
+    """Test samples whose clouds have different numbers of points."""
     tested = made_up_samples("test")
     samples = []
     for number in range(count):
@@ -40,9 +40,10 @@ def extract_together(extractor: PatchExtractor, samples: Sequence[Sample]) -> li
 
 
 def compare(detector: Detector, ours: Sequence[Prediction], theirs: Sequence[Prediction], tolerance: float) -> None:
-    """Compare scores and maps; of fused ones, relative to the distance from the median to the threshold.
+    """Compare scores and bank maps.
 
-    A different rounding of the resize may move a pixel of the 8-bit blur by a level.
+    The tolerance of a fused score is relative to the distance from the median good score to the threshold. Rounding
+    in the resize may change a few pixels of the 8-bit blur by up to two levels.
     """
     several = len(detector.banks) > 1
     spread = detector.thresholds.image - detector.thresholds.typical if several else 0.0
@@ -70,7 +71,7 @@ def test_batches_give_the_predictions_of_single_samples(name: str, protocol: str
 @pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_samples_that_are_computed_together(protocol: str, bounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, all steps take the whole batch."""
+    """All steps take the whole batch, as on a GPU."""
     detector, features = fit(settings(TRIPLE, protocol=PROTOCOLS[protocol], use_uff=True))
     calibrate_detectors({TRIPLE: detector}, features, 0.1, "training")
     samples = samples_of_unequal_size(8)
@@ -93,7 +94,7 @@ def test_samples_that_are_computed_together(protocol: str, bounded: bool, monkey
 
 @pytest.fixture
 def without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors on the meta device know no autocast."""
+    """Turn autocast off, because the meta device does not support it."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
 
@@ -101,9 +102,9 @@ def without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_autocast")
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_no_step_waits_for_values(protocol: str) -> None:
-    """Tensors on the meta device have shapes but no values. Reading one, or a shape that depends on one, would fail.
+    """Tensors on the meta device have shapes but no values. Reading a value or a shape that depends on one fails.
 
-    The number of operations of scoring does not grow with the batch.
+    The number of scoring operations hardly grows with the batch.
     """
     config = settings(TRIPLE, protocol=replace(PROTOCOLS[protocol], exact_distances=True), use_uff=True)
     fitted, _ = fit(config)

@@ -1,4 +1,4 @@
-"""The benchmark of a GPU runs on a CPU too: its stages are those of a prediction, and its counts are right."""
+"""GPU benchmark on a CPU: its stages give the predictions, and its counts are right."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_stages_give_the_predictions(detector: Detector, together: int, monkeypa
 
 
 def test_operations_and_bytes_of_stages(detector: Detector) -> None:
-    """Both have formulas for a search of the rgb bank; its 16 patches are all different."""
+    """Search of the rgb bank and UFF against formulas. The 16 rgb patches of a sample are all different."""
     samples = made_up_samples("test")
     stages = {stage.name: stage for stage in stages_of(detector, samples).stages}
     search, rows = stages["search of the rgb bank"], detector.banks["rgb"].rows
@@ -101,7 +101,7 @@ def test_composite_operations_are_counted_by_their_parts() -> None:
 
 
 def test_operations_of_both_backbones_are_counted(detector: Detector) -> None:
-    """The rgb backbone runs in another thread, where a context counts nothing."""
+    """The rgb backbone runs in another thread, whose operations a context alone does not count."""
     sample = made_up_samples("test")[0]
     with Operations() as counted:
         detector.predict_batch([sample])

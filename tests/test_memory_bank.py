@@ -194,7 +194,7 @@ def test_few_candidates_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("expanded", ["nowhere", "cancelling"])
 @pytest.mark.parametrize(("queries", "rows", "dim"), [(1, 1, 1), (7, 1, 5), (50, 33, 8), (400, 3000, 64)])
 def test_bounded_search_finds_the_same_rows(queries: int, rows: int, dim: int, expanded: str) -> None:
-    """A tenth of the queries is close to a row, where squares cancel."""
+    """A tenth of the queries are so close to a row that expanded squares lose digits."""
     bank, asked = MemoryBank(random_rows(rows, dim, 1)), random_rows(queries, dim, 0)
     asked[::10] = bank.rows[0] + 1e-3 * asked[::10]
     tolerance = 5e-3 if expanded == "cancelling" else 0
@@ -205,7 +205,7 @@ def test_bounded_search_finds_the_same_rows(queries: int, rows: int, dim: int, e
 
 
 def test_bounded_search_knows_when_it_is_incomplete() -> None:
-    """Too many rows are equally close to the last query."""
+    """More rows than a bounded search keeps are equally close to the last query."""
     rows, queries = 10 + random_rows(500, 16, 0), 10 + random_rows(80, 16, 1)
     copies = rows.clone()
     copies[100:120] = queries[-1]
@@ -217,7 +217,7 @@ def test_bounded_search_knows_when_it_is_incomplete() -> None:
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("expanded", row_search.EXPANDED)
 def test_rows_of_a_left_out_sample_are_not_searched(expanded: str) -> None:
-    """As if the bank had none of them: distances, neighbors and distances relative to the spacing."""
+    """Distances, neighbors and relative distances match those of a bank without the rows."""
     rows, owners = random_rows(60, 5, seed=1), torch.arange(60) % 4 - 1
     bank = MemoryBank(rows, owners=owners).with_spacing()
     queries, left_out = random_rows(12, 5, seed=2), torch.arange(12) % 3

@@ -33,13 +33,14 @@ def peak_memory_mb(device: torch.device | str = "cpu") -> float:
 
 
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy a tensor from the CPU to a device, without waiting for a GPU; on a CPU the tensor itself."""
-    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor  # other copies would wait
+    """Copy a tensor from the CPU to a device without waiting for a GPU. For a CPU, return the tensor itself."""
+    # A copy from memory that is not pinned would wait.
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
     return pinned.to(device, non_blocking=True)
 
 
 def read_back(*tensors: Tensor) -> list[Tensor]:
-    """Copies of tensors on the CPU. The host waits for a GPU once."""
+    """Copy tensors to the CPU. The host waits for a GPU once, not once per tensor."""
     copies = [each.to("cpu", non_blocking=True) for each in tensors]
     if tensors[0].is_cuda:
         torch.cuda.current_stream(tensors[0].device).synchronize()

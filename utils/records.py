@@ -50,7 +50,7 @@ class PatchFeatures(NamedTuple):
     rgb: Tensor | None = None  # (rgb_grid**2, C_rgb) float32
     xyz: Tensor | None = None  # (xyz_grid**2, C_xyz) float32; a patch without a valid point is exactly 0
     fusion: Tensor | None = None  # (xyz_grid**2, C_fusion) float32
-    occupied: Tensor | None = None  # (xyz_grid**2,) bool, on the CPU: xyz patches with a valid point
+    occupied: Tensor | None = None  # (xyz_grid**2,) bool, on the CPU: True for an xyz patch with a valid point
 
 
 class Prediction(NamedTuple):
@@ -69,5 +69,6 @@ class SampleResult(NamedTuple):
     label: int
     mask: Tensor  # (S, S) uint8
     prediction: Prediction
-    # Share of its batch's extraction, by all networks of the run, and of its scoring. Reading the files does not count.
+    # Time to extract (with all networks of the run) and score its batch, divided by the number of samples in the batch.
+    # Reading files and copying samples to the device do not count.
     seconds: float
