@@ -106,7 +106,7 @@ class PatchExtractor:
             if self.xyz_backbone is not None:
                 planes = [self._given(sample, "xyz") for sample in samples]  # (3, S, S) each
                 # One at a time on a CPU, where batches gain nothing, so results do not depend on batch composition.
-                step = 1 if self._copies is None else len(planes)
+                step = 1 if self.device.type == "cpu" else len(planes)
                 clouds = [pack_clouds(planes[i : i + step], self.device) for i in range(0, len(planes), step)]
                 self._check_counts(samples, [count for batch in clouds for count in batch.counts])
                 grid, masked = self.config.xyz_grid, self.config.protocol.masked_pooling
