@@ -27,7 +27,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import fusion_pretrain
 from benchmarks import workload
 from benchmarks.gpu_stages import Rates, stages_of
-from benchmarks.gpu_waits import count_waits, print_waits
+from benchmarks.gpu_waits import count_batched_scoring, count_waits, print_batched_scoring, print_waits
 from benchmarks.measuring import make_parser, matrix_product, median_seconds, synchronize, write_record
 from feature_extractors.coreset import select_coreset
 from feature_extractors.detector import Detector
@@ -237,10 +237,12 @@ def main(argv: list[str] | None = None) -> None:
     stages = {name: time_stages(bench, detector, batches[default], rates) for name, detector in detectors.items()}
     waits = [count_waits(detectors["bf16"], batches[count]) for count in (1, default)]
     print_waits(waits, device)
+    together = [count_batched_scoring(detectors["bf16"], batches[count]) for count in (1, default)]
+    print_batched_scoring(together)
     peak = peak_memory_mb(device)
     print(f"\n{'peak memory':44}{peak:12.0f} MB")
     found = {"steps": bench.steps, "fit_seconds": fit, "samples_per_second": throughput}
-    write_record(args, {**found, "stages": stages, "waits": waits, "peak_mb": peak})
+    write_record(args, {**found, "stages": stages, "waits": waits, "batched_scoring": together, "peak_mb": peak})
 
 
 if __name__ == "__main__":

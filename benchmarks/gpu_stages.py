@@ -152,7 +152,7 @@ def _align(
 def add_scoring(stages: Stages, detector: Detector, features: list[PatchFeatures]) -> StagedPrediction:
     """Add the stages of Detector.predict_features."""
     on_cpu = stages.device.type == "cpu"
-    step = detector_module.BATCH_ON_CPU if on_cpu else len(features)
+    step = detector_module.SCORED_TOGETHER_ON_CPU if on_cpu else len(features)
     parts = [features[begin : begin + step] for begin in range(0, len(features), step)]
     batches = [Batch(part, "cancelling", None, bounded=not on_cpu) for part in parts]
     queries = stages.run("queries", partial(_queries, detector, batches), features)

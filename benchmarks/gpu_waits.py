@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from feature_extractors import extractor as extractor_module
-from feature_extractors.detector import Detector
+from feature_extractors.detector import Batch, Detector
+from feature_extractors.extractor import PatchExtractor
+from feature_extractors.memory_bank import MemoryBank
 from utils.records import Sample
 
 # Operations that make the host wait, because it needs their result or its shape. Copies are not counted here.
@@ -98,6 +100,28 @@ def count_waits(detector: Detector, samples: Sequence[Sample]) -> dict[str, Any]
     }
 
 
+@torch.inference_mode()
+def count_batched_scoring(detector: Detector, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Operations that score the samples together, as on a GPU, counted on any device.
+
+    They run on tensors of the meta device, which have shapes but no values, so an operation that waits for a value
+    would fail.
+    """
+    config = detector.config
+    banks = {}
+    for name, bank in detector.banks.items():
+        spacing = None if bank.spacing is None else bank.spacing.to("meta")
+        banks[name] = MemoryBank(bank.rows.to("meta"), bank.statistics, spacing=spacing)
+    copy = Detector(config, PatchExtractor(config, None, None, device="meta"), banks, detector.decision_fusion)
+    features = []
+    for each in detector.extractor.extract(samples):
+        patches = {name: getattr(each, name).to("meta") for name in config.method.banks}
+        features.append(each._replace(**patches))
+    with Operations("meta") as operations:
+        copy._score(Batch(features, "cancelling", None, bounded=True), fused=True)
+    return {"samples": len(samples), "operations": operations.counts.total(), "waiting": operations.waiting.total()}
+
+
 def print_waits(rows: Iterable[dict[str, Any]], device: torch.device) -> None:
     """Print a table of the results of `count_waits`."""
     print(f"\n{'operations of a prediction':32}{'operations':>12}{'waiting':>10}{'waits of the host':>20}")
@@ -111,3 +135,10 @@ def print_waits(rows: Iterable[dict[str, Any]], device: torch.device) -> None:
                 print(f"    {kind.replace('_', ' ')}: {names}")
     if device.type == "cpu":
         print("These counts are of a CPU, which processes clouds and scores samples one by one.")
+
+
+def print_batched_scoring(rows: Iterable[dict[str, Any]]) -> None:
+    """Print the results of `count_batched_scoring`."""
+    for row in rows:
+        name = f"scoring of {row['samples']} together"
+        print(f"{name:32}{row['operations']:12}{row['waiting']:10}")

@@ -19,7 +19,7 @@ from utils.memory import read_back, upload
 from utils.records import METERS, CloudForm, PatchFeatures, Prediction, Sample
 
 # Samples scored together on a CPU, so that their products stay in the cache. A GPU scores all given samples together.
-BATCH_ON_CPU = 1
+SCORED_TOGETHER_ON_CPU = 1
 
 
 class Batch(NamedTuple):
@@ -61,7 +61,10 @@ class Detector:
 
         Raises InputError as PatchExtractor.prepare does.
         """
-        return self.predict_features(self.extractor.extract(samples))
+        size, predictions = self.extractor.batch_size, []
+        for begin in range(0, len(samples), size):
+            predictions += self.predict_features(self.extractor.extract(samples[begin : begin + size]))
+        return predictions
 
     def predict_features(self, features: Sequence[PatchFeatures]) -> list[Prediction]:
         """`predict_batch` from the patch features of the samples."""
@@ -95,7 +98,7 @@ class Detector:
         """Scores and maps of the banks for each sample, on the CPU. If `fused`, the fused ones come last."""
         device, results = self.extractor.device, []
         on_cpu = device.type == "cpu"
-        step = BATCH_ON_CPU if on_cpu else max(1, len(features))
+        step = SCORED_TOGETHER_ON_CPU if on_cpu else max(1, len(features))
         for begin in range(0, len(features), step):
             part = slice(begin, begin + step)
             excluded = None if left_out is None else upload(torch.tensor(left_out[part]), device)
@@ -162,7 +165,8 @@ def distinct_patches(name: str, batch: Batch, patches: Tensor) -> tuple[Tensor, 
     Background patches are often equal, and equal patches are searched once. For a `bounded` search, only the xyz
     patches without a point count as equal. Comparing values would make the host wait for the number of distinct ones.
     """
-    return _by_occupancy(name, batch, patches) if batch.bounded else _by_value(patches)
+    on_gpu = batch.bounded or patches.device.type != "cpu"
+    return _by_occupancy(name, batch, patches) if on_gpu else _by_value(patches)
 
 
 def _by_value(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from models.point_transformer import PointBackbone, PointFeatures, PointTransfor
 from models.rgb_backbone import RgbBackbone
 from utils.errors import InputError
 from utils.feature_store import resize_patches
-from utils.memory import upload
+from utils.memory import on_stream, upload
 from utils.precision import autocast, choose_precision, round_weights, without_tf32
 from utils.records import PatchFeatures, Sample
 
@@ -68,6 +68,8 @@ class PatchExtractor:
         for network in (self.rgb_backbone, point_blocks, self.feature_fusion):
             if network is not None:
                 round_weights(network, self.precision)
+        if self._beside is not None:
+            self._beside.wait_stream(torch.cuda.current_stream(self.device))
 
     def with_fusion(self, feature_fusion: FeatureFusion) -> "PatchExtractor":
         """An extractor with the same backbones and another UFF."""
@@ -100,7 +102,7 @@ class PatchExtractor:
         Raises InputError if a modality is missing, or a cloud has fewer valid points than the 3D backbone needs.
         """
         images, clouds, occupied = None, [], []
-        with torch.cuda.stream(self._copies):
+        with on_stream(self._copies):
             if self.rgb_backbone is not None:
                 images = upload(torch.stack([self._given(sample, "rgb") for sample in samples]), self.device)
             if self.xyz_backbone is not None:
@@ -151,7 +153,7 @@ class PatchExtractor:
     def _rgb_patches(self, images: Tensor | None) -> Tensor | None:
         if self.rgb_backbone is None or images is None:
             return None
-        with torch.cuda.stream(self._beside), autocast(self.device, self.precision), without_tf32():
+        with on_stream(self._beside), autocast(self.device, self.precision), without_tf32():
             return self.rgb_backbone(images).float()
 
     def _xyz_patches(self, clouds: Clouds) -> Tensor:

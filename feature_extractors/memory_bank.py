@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from feature_extractors.patch_rows import CHUNK, ShardedRows, as_sharded
-from models.row_search import Found, RowSearch
+from models.row_search import FAR, Found, RowSearch
 
 NEAREST_ROWS = 3  # averaged in a relative distance
 SPACING_NEIGHBORS = 10  # averaged in the spacing of a row
@@ -90,9 +90,11 @@ class MemoryBank:
         For `left_out` see `search`.
         """
         assert self.spacing is not None
-        _, index = self._search.nearest_few(queries, min(NEAREST_ROWS, len(self)), left_out)
+        squared, index = self._search.nearest_few(queries, min(NEAREST_ROWS, len(self)), left_out)
+        counts = squared < FAR  # (M, k), False if too few rows are left
         distance = torch.stack([(queries - self.rows[row]).square_().sum(dim=1).sqrt() for row in index.T], dim=1)
-        return (distance / self.spacing[index].sqrt()).log().mean(dim=1).exp()
+        logarithms = (distance / self.spacing[index].sqrt()).log()
+        return (torch.where(counts, logarithms, 0.0).sum(dim=1) / counts.sum(dim=1)).exp()
 
     def neighbors(self, row: Tensor, k: int, left_out: Tensor | None = None) -> Tensor:
         """Indices (B, k), or fewer in a smaller bank, of the bank's rows nearest to its rows `row` (B,) int64.

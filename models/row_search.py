@@ -87,7 +87,8 @@ class RowSearch:
     def nearest_few(self, queries: Tensor, k: int, left_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Squared distances (M, k) up to rounding, ascending, and indices (M, k) of the k rows nearest to each query.
 
-        Among almost equally distant rows, any may be found. For `left_out` see `nearest`.
+        Among almost equally distant rows, any may be found. If fewer than k rows are left, the last squares are FAR or
+        more, and their indices mean nothing. For `left_out` see `nearest`.
         """
         found = [self._nearest_few(*block, k) for block in self._blocks(queries, left_out)]
         return torch.cat([squared for squared, _ in found]), torch.cat([row for _, row in found])
@@ -107,8 +108,9 @@ class RowSearch:
 
     def _blocks(self, queries: Tensor, left_out: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield blocks of queries and of their `left_out` labels; on a CPU, blocks are small enough for its cache."""
-        step = (MAX_BLOCK_ENTRIES_ON_GPU if queries.is_cuda else MAX_BLOCK_ENTRIES) // len(self.rows)
-        step = max(1, step if queries.is_cuda else min(step, QUERIES_AT_ONCE_ON_CPU))
+        on_cpu = queries.device.type == "cpu"
+        step = (MAX_BLOCK_ENTRIES if on_cpu else MAX_BLOCK_ENTRIES_ON_GPU) // len(self.rows)
+        step = max(1, min(step, QUERIES_AT_ONCE_ON_CPU) if on_cpu else step)
         blocks = queries.split(step)
         yield from zip(blocks, [None] * len(blocks) if left_out is None else left_out.split(step), strict=True)
 
@@ -132,7 +134,7 @@ class RowSearch:
         best = found.scatter_reduce(0, query, squared, "amin")
         index = torch.where(best < found, len(self.rows), closest)
         index.scatter_reduce_(0, query, torch.where(squared == best[query], row, len(self.rows)), "amin")
-        return Found(best.sqrt(), index, complete, row.view(len(queries), -1) if bounded else None)
+        return Found(best.sqrt(), index, complete, row.view(-1, CANDIDATES) if bounded else None)
 
     def _all_candidates(
         self, half: Tensor, lower: Tensor, lengths: Tensor, limit: Tensor, closest: Tensor
@@ -196,7 +198,7 @@ class RowSearch:
         members = half.gather(2, group[:, None].expand(-1, GROUP_SIZE, -1)).mT.flatten(1)
         lowest, place = members.topk(k, dim=1, largest=False)
         squared = (2 * lowest + centered.square().sum(dim=1)[:, None]).clamp_min_(0)
-        return squared, self._rows_of(group).flatten(1).gather(1, place)
+        return squared, self._rows_of(group).flatten(1).gather(1, place).clamp_max_(len(self.rows) - 1)
 
     def _nearest_expanded(self, queries: Tensor, left_out: Tensor | None) -> Found:
         """Nearest rows of queries (M, D), by expanded squares as in torch.cdist; always complete."""
@@ -238,7 +240,7 @@ class RowSearch:
 
     def _squared_distances(self, queries: Tensor, query: Tensor, row: Tensor) -> Tensor:
         """Squared distances (pairs,) of queries[query] and rows[row], by direct difference."""
-        entries = MAX_DIFFERENCE_ENTRIES_ON_GPU if queries.is_cuda else MAX_DIFFERENCE_ENTRIES
+        entries = MAX_DIFFERENCE_ENTRIES if queries.device.type == "cpu" else MAX_DIFFERENCE_ENTRIES_ON_GPU
         step = max(1, entries // self.rows.shape[1])
         pairs = zip(query.split(step), row.split(step), strict=True)
         return torch.cat([(queries[of_query] - self.rows[of_row]).square_().sum(dim=1) for of_query, of_row in pairs])

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from feature_extractors.detector import Batch, Detector
 from feature_extractors.extractor import PatchExtractor
 from feature_extractors.memory_bank import MemoryBank
 from feature_extractors.pipeline import calibrate_detectors
+from models import row_search
 from utils.records import PatchFeatures, Prediction, Sample
 
 
@@ -82,14 +84,49 @@ def test_samples_that_are_computed_together(protocol: str, bounded: bool, monkey
     for ours, theirs in zip(together, single, strict=True):
         for mine, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(detector_module, "BATCH_ON_CPU", 8)
+    monkeypatch.setattr(detector_module, "SCORED_TOGETHER_ON_CPU", 8)
     monkeypatch.setattr(detector_module, "Batch", lambda *arguments, **_: Batch(*arguments, bounded=bounded))
     compare(detector, detector.predict_features(single), expected, 1e-6)
+    compare(detector, detector.predict_features(together), expected, 1e-4)  # other rounding of the features
     found = detector.bank_results(list(features), left_out=range(len(features)))
     for (scores, maps), (other_scores, other_maps) in zip(found, held_out, strict=True):
         assert scores == pytest.approx(other_scores, rel=1e-4)
         for plane, other in zip(maps, other_maps, strict=True):
             torch.testing.assert_close(plane, other, rtol=1e-4, atol=1e-4 * float(other.max()))
+
+
+def test_incomplete_batches_are_scored_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search of one candidate does not know whether there are others, so none is complete."""
+    detector, _ = fit(settings(TRIPLE))
+    samples = made_up_samples("test")[:2]
+    expected = [detector.predict(sample) for sample in samples]
+    seen: list[bool] = []
+    score = Detector._score
+
+    def counted(self: Detector, batch: Batch, fused: bool) -> Any:
+        seen.append(batch.bounded)
+        return score(self, batch, fused)
+
+    monkeypatch.setattr(Detector, "_score", counted)
+    monkeypatch.setattr(detector_module, "Batch", lambda *arguments, **_: Batch(*arguments, bounded=True))
+    detector.predict_batch(samples)
+    assert seen == [True, True]
+    seen.clear()
+    monkeypatch.setattr(row_search, "CANDIDATES", 1)
+    found = detector.predict_batch(samples)
+    assert seen == [True, False, True, False]
+    assert [each.score for each in found] == [each.score for each in expected]
+
+
+def test_more_samples_than_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    detector, _ = fit(settings(TRIPLE))
+    samples = samples_of_unequal_size(6)
+    counts: list[int] = []
+    prepare = PatchExtractor.prepare
+    monkeypatch.setattr(PatchExtractor, "prepare", lambda self, part: counts.append(len(part)) or prepare(self, part))
+    assert len(detector.predict_batch(samples)) == 6
+    assert counts == [4, 2]
+    assert detector.predict_batch([]) == []
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from dataset import (
     load_samples,
     make_sample,
     original_size,
+    read_ahead,
     read_rgb,
 )
 from utils.errors import InputError
@@ -649,3 +650,36 @@ def test_samples_do_not_depend_on_the_number_of_threads(class_folder: Path) -> N
         assert plain.path == threaded.path and plain.label == threaded.label
         for name in ("rgb", "xyz", "mask"):
             assert torch.equal(getattr(plain, name), getattr(threaded, name))
+
+
+def test_read_ahead_yields_items_in_order_and_produces_the_next_meanwhile() -> None:
+    started = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 1
+        started.set()
+        yield 2
+
+    ahead = read_ahead(items())
+    assert next(ahead) == 1
+    assert started.wait(timeout=30)  # before the second item is asked for
+    assert list(ahead) == [2]
+    assert list(read_ahead([])) == []
+
+
+def test_read_ahead_raises_errors_in_their_place() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise InputError("the second cannot be read")
+
+    ahead = read_ahead(items())
+    assert next(ahead) == 1
+    with pytest.raises(InputError, match="second"):
+        next(ahead)
+
+
+def test_read_ahead_ends_its_thread_when_closed_early() -> None:
+    ahead = read_ahead(iter(range(100)))
+    assert next(ahead) == 0
+    ahead.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read_ahead")]

@@ -25,7 +25,7 @@ def detector() -> Detector:
 
 @pytest.mark.parametrize("together", [1, 4])
 def test_stages_give_the_predictions(detector: Detector, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detector_module, "BATCH_ON_CPU", together)
+    monkeypatch.setattr(detector_module, "SCORED_TOGETHER_ON_CPU", together)
     samples = made_up_samples("test")
     found = stages_of(detector, samples)
     assert found.complete
@@ -145,4 +145,7 @@ def test_the_script_runs_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert all(stage["seconds"] > 0 for stage in stages.values())
         assert f"stages of a batch of 4, {precision}" in text
     assert [row["samples"] for row in found["waits"]] == [1, 4]
+    one, four = found["batched_scoring"]
+    assert one["waiting"] == four["waiting"] == 0
+    assert 0 < one["operations"] <= four["operations"] < 1.5 * one["operations"]
     assert found["peak_mb"] > 0

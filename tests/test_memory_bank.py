@@ -211,6 +211,9 @@ def test_bounded_search_knows_when_it_is_incomplete() -> None:
     copies[100:120] = queries[-1]
     assert MemoryBank(rows).search(queries, bounded=True).complete
     assert not MemoryBank(copies).search(queries, bounded=True).complete
+    group = torch.arange(12) * 32  # of 500 rows, each 32nd is in the same group
+    same_group = rows.index_put((group,), queries[-1])
+    assert not MemoryBank(same_group).search(queries, bounded=True).complete
     assert MemoryBank(copies).search(queries).complete
 
 
@@ -232,6 +235,14 @@ def test_rows_of_a_left_out_sample_are_not_searched(expanded: str) -> None:
         torch.testing.assert_close(other, others.relative_distances(query[None])[0])
         neighbors = bank.neighbors(row[None], 3, sample[None])[0]
         assert torch.equal(neighbors, kept[others.neighbors(index, 3)[0]])
+
+
+def test_relative_distances_of_few_rows_use_those_that_are_left() -> None:
+    """Without the rows of sample 0, only those at 2 and 5 are left."""
+    rows, spacing = torch.tensor([[0.0], [2.0], [5.0], [7.0]]), torch.tensor([4.0, 1.0, 9.0, 16.0])
+    bank = MemoryBank(rows, spacing=spacing, owners=torch.tensor([0, 1, -1, 0]))
+    relative = bank.relative_distances(torch.tensor([[-1.0]]), torch.tensor([0]))
+    assert relative.tolist() == pytest.approx([(3 / 1 * 6 / 3) ** 0.5], rel=1e-5)
 
 
 def test_bank_of_a_single_sample_keeps_its_rows() -> None:

@@ -38,7 +38,10 @@ LAUNCHES = {
     ),
     "keys": (
         kernels._keys_kernel,
-        {"queries": FLOATS, "coordinates": FLOATS, "keys": INDICES, "n_points": COUNT},
+        {
+            **{"queries": FLOATS, "coordinates": FLOATS, "keys": INDICES},
+            **{"first": COUNT, "n_queries": COUNT, "n_points": COUNT},
+        },
         {"BLOCK": kernels.KEYS_BLOCK},
         4,
     ),

@@ -3,6 +3,8 @@
 import os
 import platform
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -45,3 +47,13 @@ def read_back(*tensors: Tensor) -> list[Tensor]:
     if tensors[0].is_cuda:
         torch.cuda.current_stream(tensors[0].device).synchronize()
     return copies
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Context that queues the work of this thread on a stream of a GPU; None changes nothing."""
+    if stream is None:  # torch.cuda.stream would start CUDA
+        yield
+        return
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):  # a new thread begins on the first GPU
+        yield

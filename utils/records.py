@@ -35,7 +35,7 @@ class SampleFiles(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One view of one object, S = img_size. A modality that the method does not need is None."""
+    """One view of one object, on the CPU, S = img_size. A modality that the method does not need is None."""
 
     path: str  # as in SampleFiles
     rgb: Tensor | None = None  # (3, S, S) float32, ImageNet-normalized
