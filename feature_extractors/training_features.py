@@ -125,8 +125,11 @@ class TrainingFeatures:
         kept = None
         if foreground:
             grid = math.isqrt(stored.shape[1])
-            near = [near_points(each, grid) for each in self._occupied[: len(stored)] if each is not None]
-            kept = torch.cat(near).nonzero()[:, 0].to(stored.device)
+            near = torch.zeros(len(stored), grid**2, dtype=torch.bool)
+            for row, occupied in zip(near, self._occupied, strict=False):
+                assert occupied is not None
+                row[:] = near_points(occupied, grid)
+            kept = near.flatten().nonzero()[:, 0].to(stored.device)
         rows = PatchRows(stored.flatten(0, 1), self._device, lambda: self._release(name), kept)
         return ShardedRows(rows, self.group)
 

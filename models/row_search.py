@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Limits of a block of products: entries, and on a CPU also queries, so that it stays in the cache.
-MAX_BLOCK_ENTRIES, MAX_BLOCK_ENTRIES_ON_GPU = 1 << 24, 1 << 28
+MAX_BLOCK_ENTRIES, MAX_BLOCK_ENTRIES_ON_GPU = 1 << 24, 1 << 27
 QUERIES_AT_ONCE_ON_CPU = 512
 # Limit of direct differences computed at once, in entries: 64 MB on a CPU, 256 MB on a GPU.
 MAX_DIFFERENCE_ENTRIES, MAX_DIFFERENCE_ENTRIES_ON_GPU = 1 << 24, 1 << 26
