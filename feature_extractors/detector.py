@@ -162,11 +162,12 @@ class Detector:
 def distinct_patches(name: str, batch: Batch, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Distinct patches (M, D) of each sample, the sample (M,) of each, and the index (B, P) of each patch among them.
 
-    Background patches are often equal, and equal patches are searched once. For a `bounded` search, only the xyz
-    patches without a point count as equal. Comparing values would make the host wait for the number of distinct ones.
+    Background patches are often equal, and equal patches are searched once. On a GPU and for a `bounded` search, only
+    the xyz patches without a point count as equal. Comparing values would make the host wait for the number of distinct
+    ones.
     """
-    on_gpu = batch.bounded or patches.device.type != "cpu"
-    return _by_occupancy(name, batch, patches) if on_gpu else _by_value(patches)
+    by_value = patches.device.type == "cpu" and not batch.bounded
+    return _by_value(patches) if by_value else _by_occupancy(name, batch, patches)
 
 
 def _by_value(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -56,7 +56,8 @@ class PatchExtractor:
         on_gpu = self.device.type == "cuda"
         self.batch_size = BATCH_ON_GPU if on_gpu else BATCH_ON_CPU
         # Streams for the copies and for the RGB backbone. All other work is on the current stream.
-        self._copies, self._beside = (torch.cuda.Stream(self.device) if on_gpu else None for _ in range(2))
+        self._copies = torch.cuda.Stream(self.device) if on_gpu else None
+        self._beside = torch.cuda.Stream(self.device) if on_gpu else None
         # Saved detectors and finished classes refer to the weights before rounding.
         networks = {"rgb": rgb_backbone, "xyz": xyz_backbone, "fusion": feature_fusion}
         self.checksums = {name: weights_checksum(network) for name, network in networks.items() if network is not None}

@@ -189,7 +189,7 @@ def evaluate(
     # 1. Predictions for the samples of this rank
     with progress_bar(total=count, desc=split, unit="sample") as progress:
         for batch, inputs in _read_batches(extractor, samples):
-            features, seconds = extract_timed(extractor, inputs)
+            features, seconds = _extract_timed(extractor, inputs)
             for name, detector in detectors.items():
                 stopwatches[name].seconds["extract"] += seconds
                 results[name] += _predict_timed(detector, batch, features, seconds, stopwatches[name])
@@ -208,21 +208,6 @@ def evaluate(
                 metrics, curve = compute_metrics(*_labels_and_scores(gathered), masks, maps)
             evaluations[name] = Evaluation(gathered, metrics, curve)
     return evaluations
-
-
-def _read_batches(extractor: PatchExtractor, samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], Inputs]]:
-    """Batches of samples with their inputs on the extractor's device. For a GPU, a thread prepares the next batch."""
-    pairs = ((batch, extractor.prepare(batch)) for batch in batches(samples, extractor.batch_size))
-    return read_ahead(pairs) if extractor.device.type == "cuda" else pairs
-
-
-def extract_timed(extractor: PatchExtractor, inputs: Inputs) -> tuple[list[PatchFeatures], float]:
-    """Features of a batch, and the seconds spent."""
-    begin = time.perf_counter()
-    extracted = extractor.extract_prepared(inputs)
-    if extractor.device.type == "cuda":
-        torch.cuda.current_stream(extractor.device).synchronize()  # so that scoring is timed without the extraction
-    return extracted, time.perf_counter() - begin
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -251,6 +236,21 @@ def class_entry(detector: Detector, evaluation: Evaluation) -> dict[str, Any]:
             for each, severity in zip(results, severities, strict=True)
         ],
     }
+
+
+def _read_batches(extractor: PatchExtractor, samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], Inputs]]:
+    """Batches of samples with their inputs on the extractor's device. For a GPU, a thread prepares the next batch."""
+    pairs = ((batch, extractor.prepare(batch)) for batch in batches(samples, extractor.batch_size))
+    return read_ahead(pairs) if extractor.device.type == "cuda" else pairs
+
+
+def _extract_timed(extractor: PatchExtractor, inputs: Inputs) -> tuple[list[PatchFeatures], float]:
+    """Features of a batch, and the seconds spent."""
+    begin = time.perf_counter()
+    extracted = extractor.extract_prepared(inputs)
+    if extractor.device.type == "cuda":
+        torch.cuda.current_stream(extractor.device).synchronize()  # so that scoring is timed without the extraction
+    return extracted, time.perf_counter() - begin
 
 
 def _predict_timed(
